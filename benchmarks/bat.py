@@ -53,9 +53,9 @@ def two_passes(model: bat.BAT, template: Tensor, search: Tensor) -> bat.Predicti
     for z, x in zip(template.chunk(2, 1), search.chunk(2, 1), strict=True):
         embedded.append(torch.cat([tracker.embed_template(z), tracker.embed_search(x)], 1))
     x, xi = embedded
-    for block, exchange in zip(tracker.vit.blocks, model.exchanges, strict=True):
+    for block, adapters in zip(tracker.vit.blocks, model.adapters, strict=True):
         drop1, drop2 = block.drop_path1, block.drop_path2
-        pass1, pass2 = exchange["attention"].adapters[0], exchange["mlp"].adapters[0]
+        pass1, pass2 = adapters["attention"], adapters["mlp"]
         before = x
         x = x + drop1(attention(block.attn, block.norm1(x))) + drop1(pass1(block.norm1(xi)))
         xi = xi + drop1(attention(block.attn, block.norm1(xi))) + drop1(pass1(block.norm1(before)))

@@ -126,7 +126,7 @@ def speed(name: str, small: bool = False) -> dict:
             found["share_of_peak"] = round(flop / seconds / 1e12 / GPUS[card[0]][precision == "32-true"], 3)
         return [{"step": 0, "lr": 0.0, "loss": 0.0}] * 2
 
-    recipe.fit = fit
+    recipe.fit = importlib.import_module("companion.training.recipe").fit = fit
     case, changes = CASES[name]
     usual = {"profile": "paper", "dry_run": True, "accelerator": "cuda", "data_root": "nowhere"}
     changes = changes if small else changes | FULL.get(slug, {})

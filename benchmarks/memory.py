@@ -89,6 +89,7 @@ def count(name: str) -> dict[str, float]:
     slug = name.partition(",")[0]
     recipe = importlib.import_module(f"companion.models.{slug}.recipe")
     recipe.fit = fit
+    importlib.import_module("companion.training.recipe").fit = fit
     case, changes = CASES[name]
     usual = {"profile": "paper", "dry_run": True, "accelerator": "cpu", "data_root": "nowhere"}
     with tempfile.TemporaryDirectory() as out:

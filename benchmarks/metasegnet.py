@@ -21,10 +21,7 @@ import torch
 import transformers
 from bench import Step
 
-from companion import geotiff
-from companion.climate import Prompts
-from companion.models.metasegnet.model import MetaSegNet, bands, joint_loss
-from companion.models.metasegnet.text import BertText
+from companion.models.metasegnet import BertText, MetaSegNet, Prompts, geotiff, joint_loss
 
 SIDE, CLASSES, PICTURE, LARGE = 512, 8, 2048, 6000
 TILE, OVERLAP = 512, 64
@@ -101,9 +98,8 @@ def labelled(side: int = PICTURE) -> Step:
     """An image from its file to a map."""
     folder = tempfile.TemporaryDirectory()
     path, model = image(folder.name, side), pocket()
-    tiles = functools.partial(bands, model, tile=TILE, overlap=OVERLAP)
-    palette = [(i, i, i) for i in range(CLASSES)]
-    return lambda: geotiff.label(tiles, path, Path(folder.name) / "map.tif", palette)
+    palette, tiles = [(i, i, i) for i in range(CLASSES)], {"tile": TILE, "overlap": OVERLAP}
+    return lambda: geotiff.label(model, path, Path(folder.name) / "map.tif", palette, **tiles)
 
 
 def labelled_once() -> Step:

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from companion import backbones
 from companion.data.attributes_sets import SENTENCES
 from companion.models.layers.clip_prompting import embed_texts
-from companion.models.promptpar import Output, PromptPAR, loss
+from companion.models.promptpar import Output, PromptPAR, Settings, loss
 from companion.models.promptpar.model import region_mask
 
 BATCH = 4
@@ -39,7 +39,7 @@ def build() -> PromptPAR:
     clip = backbones.build("openclip:ViT-L-14-quickgelu/openai", "random")
     fusion = backbones.build("vit_base_patch16_224.orig_in21k_ft_in1k", "random")
     tokenizer = open_clip.get_tokenizer("ViT-L-14-quickgelu")
-    model = PromptPAR(clip, SENTENCES[SET], tokenizer, fusion, official_quirks=True)
+    model = PromptPAR(clip, SENTENCES[SET], tokenizer, fusion, Settings(official_quirks=True))
     model.text_prompts.requires_grad_()  # as released
     model.texts = embed_texts(tokenizer, clip, SENTENCES[SET])
     return model
@@ -95,7 +95,7 @@ def released(model: PromptPAR, images: Tensor, mask: Tensor, text: Tensor | None
     _, shares = model.similarities(tokens[:, model.class_positions])
     for share in shares[:, 1:]:
         highest, lowest = share.amax(0), share.amin(0)
-        gate = (highest > model.threshold).float()
+        gate = (highest > model.settings.threshold).float()
         local = gate * highest + (1 - gate) * lowest
     x = torch.cat([model.word_embed(text).expand(len(images), -1, -1), tokens], 1)
     for block in model.blocks:

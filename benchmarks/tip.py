@@ -19,6 +19,7 @@ from bench import Step
 from diffusers import ControlNetModel
 
 from companion.models.tip import TIP, TIPPipeline, build
+from companion.toy.encoders import texture_prior
 
 NARROW = {"block_out_channels": (128, 256, 512, 512), "cross_attention_dim": 768}
 COUNT, SIDE, STEPS = 2, 16, 20
@@ -120,17 +121,22 @@ def plain_guided() -> Step:
     return step
 
 
+def pocket() -> TIPPipeline:
+    torch.manual_seed(0)
+    unet = texture_prior.UNET | {"in_channels": 4, "out_channels": 4}
+    text = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return build("sd15", unet=unet, vae=texture_prior.KL, text=text, conditioning_channels=(16, 24, 32))
+
+
 def our_pocket() -> Step:
     """Sampling at toy scale, including text encoder and VAE."""
-    torch.manual_seed(0)
-    pipe, images = build("pocket", ["a", "picture"]), torch.rand(8, 3, 64, 64)
+    pipe, images = pocket(), torch.rand(8, 3, 64, 64)
     return lambda: pipe(images, "a picture", steps=STEPS)
 
 
 def plain_pocket() -> Step:
     """The same number of passes of UNet and ControlNet of that size."""
-    torch.manual_seed(0)
-    pipe, images = build("pocket", ["a", "picture"]), torch.rand(8, 3, 64, 64) * 2 - 1
+    pipe, images = pocket(), torch.rand(8, 3, 64, 64) * 2 - 1
     controlnet = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(16, 24, 32))
     z, states = torch.randn(8, 4, 16, 16), pipe.states(["a picture"] * 8)
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from companion import backbones, climate, slides
+from companion import backbones
 from companion.data import attributes, classification, detection, landcover, tracking, xrays
 from companion.data import slides as slide_lists
 from companion.evaluation import ablations
@@ -22,6 +22,8 @@ from companion.models.dmt import Teachers
 from companion.models.dmt import build as dmt_vit
 from companion.models.dmt import cache as dmt_cache
 from companion.models.ecamp.text import Vocabulary
+from companion.models.hvit import features, slides
+from companion.models.metasegnet.climate import PROMPTS, Prompts
 from companion.ops import unpickle
 from companion.ops.files import write_json
 from companion.toy.datasets import chests
@@ -32,7 +34,7 @@ from companion.toy.datasets import slides as pocket_slides
 from companion.toy.datasets import tracking as pocket_tracking
 from companion.training.checkpoints import Checkpoint
 from companion.training.fit import CPU
-from tests.test_slides import SMALL, drawn, mean_colour, written
+from tests.models.hvit.test_slides import SMALL, drawn, mean_colour, written
 from tests.training.test_fit import noisy_model, run
 
 Do = Callable[[Path], object]
@@ -68,7 +70,7 @@ def read_slide(path: Path) -> None:
 
 
 def extract(path: Path) -> None:
-    slides.extract(written(path.with_name("slide.tiff"), drawn()), mean_colour, path, tiling=SMALL)
+    features.extract(written(path.with_name("slide.tiff"), drawn()), mean_colour, path, tiling=SMALL)
 
 
 def train(path: Path) -> None:
@@ -104,14 +106,14 @@ PICKLED = {"a": list(range(1000)), "b": "text" * 100}
 SINGLE: dict[str, tuple[str, Do, Do]] = {
     "COCO annotations": ("instances.json", lambda p: write_json(p, COCO), detection.read_annotations),
     "slide": ("slide.tiff", lambda p: written(p, drawn()), read_slide),
-    "features of a slide": ("a.h5", extract, slides.read_features),
+    "features of a slide": ("a.h5", extract, slide_lists.read_features),
     "X-ray": ("a.png", lambda p: Image.fromarray(NOISE).save(p), xrays.read_image),
     "boxes of a tracker": ("a.txt", lambda p: tracking.write_results(p, BOXES), read_boxes),
     "checkpoint of a training": ("c.pt", train, train),
     "safetensors": ("w.safetensors", lambda p: save_file(noisy_model().state_dict(), p), backbones.read_state),
     "pickle": ("a.pkl", lambda p: p.write_bytes(pickle.dumps(PICKLED)), unpickle.load),
     "rows of a study": ("study.csv", write_rows, lambda p: ablations.read(p.parent)),
-    "texts of climate zones": ("prompts.yaml", lambda p: shutil.copy(climate.PROMPTS, p), climate.Prompts.read),
+    "texts of climate zones": ("prompts.yaml", lambda p: shutil.copy(PROMPTS, p), Prompts.read),
 }
 
 DIGITS = (

@@ -17,18 +17,21 @@ import torch
 from PIL import Image
 from torch import nn
 
-from companion import errors, slides, tracking
+from companion import errors
 from companion.data import tracking as tracking_data
+from companion.data.slides import read_features
 from companion.data.tracking import read_frame
+from companion.models.bat import tracking
 from companion.models.dmt import Teachers, build
 from companion.models.dmt import cache as dmt_cache
 from companion.models.ecamp import distil as ecamp_distil
+from companion.models.hvit.features import extract
 from companion.toy import ablation as study
 from companion.toy.datasets import classification
 from companion.training.checkpoints import Checkpoint, trained_state
 from companion.training.fit import CPU
-from tests.test_slides import SMALL, drawn, mean_colour, written
-from tests.test_tracking import clip, pocket_model, sequence
+from tests.models.bat.test_tracking import clip, pocket_model, sequence
+from tests.models.hvit.test_slides import SMALL, drawn, mean_colour, written
 from tests.training.test_fit import noisy_model, run, squared
 
 torch.set_num_threads(1)
@@ -93,7 +96,7 @@ def features(folder: Path) -> str:
         pause(0.05)
         return mean_colour(regions)
 
-    found = slides.read_features(slides.extract(slide, encode, folder / "slide.h5", tiling=SMALL, batch=1))
+    found = read_features(extract(slide, encode, folder / "slide.h5", tiling=SMALL, batch=1))
     return digest([found["features"].numpy().tobytes()])
 
 

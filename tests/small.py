@@ -5,7 +5,8 @@ synthetic datasets.
 from __future__ import annotations
 
 import dataclasses
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
+from typing import Any
 
 import pytest
 import timm
@@ -39,7 +40,7 @@ def shrink(slug: str, patch: pytest.MonkeyPatch) -> ModuleType:
 def _bat(recipe: ModuleType, patch: pytest.MonkeyPatch) -> None:
     from companion.toy.encoders import tracker
 
-    patch.setattr(recipe.bat, "foundation", lambda weights: tracker.build())
+    patch.setattr(recipe, "foundation", lambda weights: tracker.build())
     patch.setattr(recipe, "BATCH", 4)
 
 
@@ -66,17 +67,16 @@ def _dplq(recipe: ModuleType, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(recipe, "_domain_model", lambda name, source, clip: domain(small.get(source, name), source, clip))
 
 
-NARROW = {"width": 48, "depth": 1, "heads": 2, "decoder_width": 32, "decoder_depth": 1, "decoder_heads": 2}
-NARROW |= {"text_width": 48, "text_depth": 1, "text_heads": 2}  # of ECAMP
-
-
 def _ecamp(recipe: ModuleType, patch: pytest.MonkeyPatch) -> None:
+    from companion.models.ecamp.model import Bert, Blocks
+
     def encoder(p: object) -> VisionTransformer:
         torch.manual_seed(0)
         return VisionTransformer(img_size=224, embed_dim=48, depth=1, num_heads=2, num_classes=0, global_pool="")
 
+    narrow = {"encoder": Blocks(48, 1, 2), "decoder": Blocks(32, 1, 2), "text": Bert(width=48, depth=1, heads=2)}
     patch.setattr(recipe, "encoder", encoder)
-    patch.setitem(recipe.ecamp.SIZES, "paper", NARROW)
+    patch.setitem(recipe.ecamp.SIZES, "paper", narrow)
 
 
 def _hvit(recipe: ModuleType, patch: pytest.MonkeyPatch) -> None:
@@ -84,20 +84,21 @@ def _hvit(recipe: ModuleType, patch: pytest.MonkeyPatch) -> None:
 
 
 def _metasegnet(recipe: ModuleType, patch: pytest.MonkeyPatch) -> None:
+    from companion.models.metasegnet import networks
     from companion.models.metasegnet.model import SIZES, swin
     from companion.models.metasegnet.text import Words
 
-    text_encoder = recipe.text_encoder
+    text_encoder = networks.text_encoder
 
-    def words(p, prompts):  # type: ignore[no-untyped-def]
-        if p.method == "one-hot zone":
-            return text_encoder(SimpleNamespace(**vars(p) | {"dry_run": True}), prompts)
-        return Words.of(prompts.texts(list(prompts.zones)), length=64) if recipe.LEVELS[p.method] else None
+    def words(method, prompts, *args, **kwargs):  # type: ignore[no-untyped-def]
+        if networks.LEVELS[method] in (None, "code"):
+            return text_encoder(method, prompts)
+        return Words.of(prompts.texts(list(prompts.zones)), length=64)
 
     patch.setitem(SIZES, "paper", SIZES["pocket"])
     patch.setattr(recipe, "DRY_SIDE", 64)
-    patch.setattr(recipe.backbones, "build", lambda name, weights: swin(**SIZES["pocket"]["swin"]))
-    patch.setattr(recipe, "text_encoder", words)
+    patch.setattr(networks.backbones, "build", lambda name, weights: swin(**SIZES["pocket"]["swin"]))
+    patch.setattr(networks, "text_encoder", words)
 
 
 def small_backbones(embed: int = 64) -> tuple[CLIP, VisionTransformer]:
@@ -134,30 +135,55 @@ def small_clip() -> CLIP:
 
 
 def _sic_cads(recipe: ModuleType, patch: pytest.MonkeyPatch) -> None:
-    from tests.test_detectors import owl
+    from tests.models.sic_cads.test_detectors import owl
 
     def build(name: str, weights: object = "pretrained", **options: object) -> torch.nn.Module:
         if name.startswith("openclip:"):
             return small_clip()
         return timm.create_model("resnet10t", channels=(8, 16, 24, 32), stem_width=8, num_classes=0)
 
-    whole = recipe.recipe
+    whole = recipe.published
     # at 64 pixels P6 is one pixel, for which the CPU's bfloat16 convolution computes gradients of unset memory
-    patch.setattr(recipe, "recipe", lambda *names, **options: dataclasses.replace(whole(*names, **options), size=128))
+    patch.setattr(recipe, "published", lambda *args, **kwargs: dataclasses.replace(whole(*args, **kwargs), size=128))
     patch.setattr(recipe.backbones, "build", build)
     patch.setattr(recipe.detectors, "build", lambda name, names, weights: owl("owlvit", list(names)))
     patch.setattr(recipe, "SHORTER", 64)
 
 
-WORDS = ["generated", "image", "number", "deblur", "denoise", "dejpeg", "upsample", "to", "with", "sigma", "quality"]
+SMALL_SD: dict[str, Any] = {  # two levels instead of Stable Diffusion's four
+    "unet": {
+        "in_channels": 4,
+        "out_channels": 4,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "block_out_channels": (32, 48),
+        "layers_per_block": 1,
+        "cross_attention_dim": 32,
+        "attention_head_dim": 2,
+        "norm_num_groups": 8,
+    },
+    "vae": {
+        "block_out_channels": (16, 32, 32),
+        "down_block_types": ("DownEncoderBlock2D",) * 3,
+        "up_block_types": ("UpDecoderBlock2D",) * 3,
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "scaling_factor": 0.18215,
+    },
+    "text": {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
+    "conditioning_channels": (16, 24, 32),
+}
 
 
-def small_pipe(size: str = "pocket", **options: object) -> torch.nn.Module:
-    """TIP's pipeline."""
+def small_pipe(size: str = "sd15", **options: object) -> torch.nn.Module:
+    """TIP's pipeline, which predicts x0 and starts from noise alone."""
     from companion.models.tip import build
+    from companion.toy.encoders.texture_prior import scheduler
 
     torch.manual_seed(0)
-    return build("pocket", WORDS, text={"length": 96}, **options)
+    pipe = build("sd15", **SMALL_SD | options)
+    pipe.register_modules(scheduler=scheduler())
+    return pipe
 
 
 def _tip(recipe: ModuleType, patch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ def imports(path: Path) -> Iterator[tuple[int, list[str]]]:
             names = [".".join((*base, *filter(None, [node.module]), alias.name)) for alias in node.names]
         else:
             continue
+        assert not any(name.split(".")[0] == "tests" for name in names), f"{path}: the library imports no test"
         yield from ((node.lineno, name.split(".")[1:]) for name in names if name.split(".")[0] == "companion")
 
 

@@ -23,11 +23,12 @@ from pydicom.uid import SecondaryCaptureImageStorage
 from rasterio.transform import Affine
 from safetensors.torch import save_file
 
-from companion import backbones, detectors
+from companion import backbones
 from companion.data import classification, detection, domains, landcover, pretraining, slides, tracking, xrays
 from companion.errors import CompanionError
+from companion.models.sic_cads import detectors
 from companion.ops.files import read_json
-from tests.test_geotiff import written
+from tests.data.test_rasters import written
 
 ODD: dict[str, tuple[Callable[[Path], object], object]] = {}
 BOM, DEEP, HUGE = "\ufeff", "[" * 100_000, "9" * 400

@@ -13,11 +13,12 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
 import companion
-from companion import backbones, detectors, geotiff
-from companion.data import classification, domains, xrays
+from companion import backbones
+from companion.data import classification, domains, rasters, xrays
 from companion.errors import CorruptFile
 from companion.models import ecamp, hvit, metasegnet
 from companion.models.dmt import downstream
+from companion.models.sic_cads import detectors
 from tests.models.common import refuses
 from tests.small import small_pipe
 from tests.test_saving import CLASSES, picture, trained
@@ -113,7 +114,7 @@ def test_land_cover_with_a_text_for_each_image(files: list[Path]) -> None:
         picture(i).save(path)
     found = companion.predict(model, files, texts=texts, tile=32, overlap=8)
     for labels, path, text in zip(found, files, texts, strict=True):
-        pixels = geotiff.pixels(np.moveaxis(np.array(Image.open(path).convert("RGB")), -1, 0))
+        pixels = rasters.pixels(np.moveaxis(np.array(Image.open(path).convert("RGB")), -1, 0))
         with torch.no_grad():
             expected = metasegnet.segment(lambda x, text=text: model(x, [text]), pixels, tile=32, overlap=8)
         assert torch.equal(labels, expected)

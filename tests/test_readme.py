@@ -19,7 +19,7 @@ from torch import nn
 from companion import backbones
 from companion.models import bat, ecamp
 from companion.training import fit
-from tests.small import WORDS
+from tests.small import small_pipe
 from tests.test_saving import picture
 
 README = Path(__file__).parents[1] / "README.md"
@@ -89,8 +89,8 @@ def chests() -> None:
     Path("chests/train_list.txt").write_text("\n".join(f"{i}.png {i % 2} {i % 3 // 2}" for i in range(16)))
     images(Path(), ["new.png"])
     torch.manual_seed(0)
-    sizes = {"image": 224, "patch": 16, "width": 64, "heads": 1, "decoder_heads": 1, "decoder_width": 64}
-    torch.save(ecamp.build("pocket", **sizes, text_heads=6).to_official(), "ECAMP.pth")
+    sizes = {"encoder": ecamp.Blocks(64, 3, 1), "decoder": ecamp.Blocks(64, 1, 1)}
+    torch.save(ecamp.build("pocket", image=224, patch=16, **sizes).to_official(), "ECAMP.pth")
 
 
 def shop() -> None:
@@ -173,12 +173,11 @@ def shrink(patch: pytest.MonkeyPatch, paper: str) -> None:
         crops = recipe.Crops
         patch.setattr(recipe, "Crops", lambda data, size, crop: crops(data, size // 5, crop))
     elif paper == "tip":
-        from companion.data import restoration
-        from companion.models.tip import TIPPipeline, build
+        from companion.models.tip import TIPPipeline, degradations
 
-        degraded, words = restoration.Degraded, [*WORDS, "a", "zebra", "on", "grass", "remove", "all", "degradation"]
-        patch.setattr(restoration, "Degraded", lambda images, size: degraded(images, size // 16))
-        patch.setattr(TIPPipeline, "from_stable_diffusion", lambda: build("pocket", words, text={"length": 96}))
+        degraded = degradations.Degraded
+        patch.setattr(degradations, "Degraded", lambda images, size: degraded(images, size // 16))
+        patch.setattr(TIPPipeline, "from_stable_diffusion", small_pipe)
 
 
 @pytest.mark.parametrize("paper", FOLDERS)

@@ -39,7 +39,7 @@ def vit(depth: int = 6) -> nn.Module:
 def people() -> promptpar.PromptPAR:
     clip, sentences = encoders.build("pocket_pedestrian_clip"), [f"a {name}" for name in CLASSES]
     model = promptpar.PromptPAR(
-        clip, sentences, Tokenizer(context_length=24), vit(), prompts=5, depth=2, visual_embed=True
+        clip, sentences, Tokenizer(context_length=24), vit(), promptpar.Settings(prompts=5, depth=2, visual_embed=True)
     )
     return model.half_clip()  # its precision is a part of the model
 
@@ -48,9 +48,10 @@ def recogniser() -> sic_cads.MLR:
     clip = encoders.build("pocket_clip")
     text = sic_cads.vocabulary(clip, Tokenizer(), CLASSES)
     given = {"image_input": backbones.input_of(clip), "teacher_input": backbones.input_of(clip)}
+    settings = sic_cads.Settings(width=32, levels=1, **given)
     novel = torch.tensor([False, False, True])
     body = backbones.build("resnet18", "random")
-    return sic_cads.MLR(body, text, novel, teacher=clip.visual, width=32, levels=1, **given)
+    return sic_cads.MLR(body, text, novel, settings, teacher=clip.visual)
 
 
 def land() -> metasegnet.MetaSegNet:
@@ -98,7 +99,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
         clip_prompting.embed_texts(Tokenizer(), encoders.build("pocket_clip"), CLASSES),
         None,
         vit(),
-        visual_embed=True,
+        promptpar.Settings(visual_embed=True),
     ),
     "BAT": lambda: bat.BAT(bat.OSTrack(vit(), 32, 64, 32), 4, elimination={1: 0.7}),
     "MLR": recogniser,

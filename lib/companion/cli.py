@@ -28,7 +28,7 @@ import psutil
 import torch
 
 from . import __version__, data
-from .errors import BadParameter, CompanionError, CorruptFile, MissingWeights, check_choice
+from .errors import BadParameter, CompanionError, MissingWeights
 from .ops import cases, needs
 from .ops.adopt import adopt as adopt_run
 from .ops.files import check_folder
@@ -262,15 +262,16 @@ def check_parity(given: argparse.Namespace) -> int:
 
 def slides(given: argparse.Namespace) -> int:
     """Store features slide by slide, and list the slides that could not be read."""
-    from .models.hvit import recipe
+    from .models.hvit import features
+    from .models.hvit.slides import PANDA
 
     i, _, n = given.part.partition("/")
     if not (i.isdecimal() and n.isdecimal()):
         raise BadParameter("--part", given.part, "I/N, such as 0/8")
-    check_folder("--features", recipe.stored_in(SimpleNamespace(**vars(given))))
-    patch, bad = recipe.patch_encoder(given.weights, given.heads), []
-    tiling, parameters = replace(recipe.PANDA, jpeg=not given.raw), SimpleNamespace(**vars(given))
-    for name, found in recipe.store(parameters, patch, (int(i), int(n)), given.batch, tiling, given.mpp):
+    check_folder("--features", features.stored_in(given.features, given.data_root))
+    patch, bad = features.patch_encoder(given.weights, given.heads), []
+    tiling, parameters = replace(PANDA, jpeg=not given.raw), SimpleNamespace(**vars(given))
+    for name, found in features.store(parameters, patch, (int(i), int(n)), given.batch, tiling, given.mpp):
         if isinstance(found, CompanionError):
             bad.append(name)
             print(f"{name}: {found}", file=sys.stderr, flush=True)
@@ -283,12 +284,12 @@ def slides(given: argparse.Namespace) -> int:
 
 def landcover(given: argparse.Namespace) -> int:
     """Write a map for each image and print its path."""
-    from .models.metasegnet import recipe
+    from .models.metasegnet import geotiff
 
     if not Path(given.folder).is_dir():
         raise BadParameter("folder", given.folder, "a folder with images/ and classes.txt: there is no such folder")
     check_folder("--out", given.out or Path(given.folder) / "maps")
-    for path, zone in recipe.maps(given.folder, given.out, SimpleNamespace(**vars(given))):
+    for path, zone in geotiff.maps(**{name: value for name, value in vars(given).items() if name != "run"}):
         print(f"{path}  ({zone or 'location unknown'})", flush=True)
     return 0
 

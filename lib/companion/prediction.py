@@ -4,12 +4,12 @@ model                                              of each image
 SA²VP, DPLQ, their baselines, DMT's classifier     {class: probability}, the most probable first
 PromptPAR                                          {attribute: probability}
 ECAMP's classifier                                 {finding: probability}; with `exclusive` they sum to 1
-ECAMP's segmenter, detector                        probabilities (outputs, S, S); boxes (n, 7), see `heads.suppress`
+ECAMP's segmenter, detector                        probabilities (outputs, S, S); boxes (n, 7), see `detection.suppress`
 ECAMP, DMT's student                               features (D,)
 MetaSegNet                                         the class of each pixel, (H, W) uint8, 255 where there is no data
 SIC-CADS' recogniser                               {class: score}; with a `detector`, refined detections
 H-ViT                                              the grade of a slide, by name if names are known
-BAT                                                for a pair of videos: `tracking.Track`, boxes and scores
+BAT                                                for a pair of videos: `bat.tracking.Track`, boxes and scores
 TIP's pipeline                                     the restored image, a PIL image
 """
 
@@ -45,14 +45,14 @@ def predict(
 
     Args:
         model: of any paper, trained here or loaded.
-        images: paths or PIL images, or one of them. For X-rays DICOM too. For H-ViT: files of `slides.extract`, or
+        images: paths or PIL images, or one of them. For X-rays DICOM too. For H-ViT: files of `companion slides`, or
             tensors (M, ...) of a slide's regions, as in `HViT.forward`. For BAT: two folders or two video files, RGB
             and the second stream.
         class_names, transform: as in `save`. By default those saved with a loaded model; else class numbers, and the
             paper's transform for the backbone.
         options: for MetaSegNet `texts`, one for each image or one for all, and `tile`, `overlap`; for SIC-CADS
-            `detector`, `gamma` and others of `detectors.refined`; for ECAMP `exclusive`; for BAT `box`, x, y, w, h in
-            the first frame; for TIP `prompt`, `restoration` and others of the pipeline.
+            `detector`, `gamma` and others of `sic_cads.detectors.refined`; for ECAMP `exclusive`; for BAT `box`, x, y,
+            w, h in the first frame; for TIP `prompt`, `restoration` and others of the pipeline.
 
     Raises:
         BadParameter: no image; a model, option or number of names that does not match.
@@ -199,8 +199,9 @@ def _features(model, images, names, transform) -> list[Tensor]:
 
 
 def _land_cover(model, images, names, texts=None, tile: int = 512, overlap: int = 128) -> list[Tensor]:
-    from . import geotiff
+    from .data.rasters import Raster, pixels
     from .models.metasegnet import segment
+    from .models.metasegnet.geotiff import NODATA
 
     texts = [texts] if texts is None or isinstance(texts, str) else list(texts)
     if len(texts) not in (1, len(images)):
@@ -209,23 +210,23 @@ def _land_cover(model, images, names, texts=None, tile: int = 512, overlap: int 
     for image, text in zip(images, texts * (len(images) // len(texts)), strict=True):
         there = True
         if isinstance(image, Image.Image):
-            pixels = F.pil_to_tensor(image.convert("RGB")).numpy()
+            raw = F.pil_to_tensor(image.convert("RGB")).numpy()
         else:
-            with geotiff.Raster(image) as raster:
-                pixels, there = raster.read(), torch.from_numpy(raster.valid(0, 0, *raster.size))
+            with Raster(image) as raster:
+                raw, there = raster.read(), torch.from_numpy(raster.valid(0, 0, *raster.size))
         ids = () if text is None else (model.ids([text]).to(device),)
-        x = torch.from_numpy(np.asarray(geotiff.pixels(pixels))).to(device)
+        x = torch.from_numpy(np.asarray(pixels(raw))).to(device)
 
         def network(part: Tensor, ids: tuple[Tensor, ...] = ids) -> Tensor:
             return model(part, *ids)
 
         labels = segment(network, x, tile=tile, overlap=overlap)
-        found.append(labels.masked_fill(~there, geotiff.NODATA) if isinstance(there, Tensor) else labels)
+        found.append(labels.masked_fill(~there, NODATA) if isinstance(there, Tensor) else labels)
     return found
 
 
 def _recognised(model, images, names, detector=None, **options) -> list[Any]:
-    from .detectors import refined
+    from .models.sic_cads.detectors import refined
 
     device = next(model.parameters()).device
     found: list[Any] = []
@@ -244,8 +245,8 @@ def _recognised(model, images, names, detector=None, **options) -> list[Any]:
 
 
 def _grades(model, images, names) -> list[Any]:
+    from .data.slides import read_features
     from .models.hvit import predict as grade
-    from .slides import read_features
 
     device, slide, found = next(model.parameters()).device, getattr(model, "slide", model), []
     for regions in images:
@@ -258,7 +259,7 @@ def _grades(model, images, names) -> list[Any]:
 
 
 def _track(model, images, names, *, box, **options) -> Any:
-    from .tracking import track
+    from .models.bat.tracking import track
 
     if len(images) != 2:
         raise BadParameter("images", f"{len(images)} of them", "two folders or two video files, RGB and thermal")
@@ -284,6 +285,6 @@ _PREDICT: dict[str, Callable[..., Any]] = {
     "MetaSegNet": _land_cover,
     "MLR": _recognised,
     **dict.fromkeys(("HViT", "PatchBag"), _grades),
-    **dict.fromkeys(("BAT", "SingleStream", "HigherPeak"), _track),
+    **dict.fromkeys(("BAT", "FullFineTuning", "SingleStream", "FeatureFusion", "HigherPeak"), _track),
     "TIPPipeline": _restored,
 }

@@ -8,13 +8,13 @@ import rasterio
 import torch
 from PIL import Image
 
-from companion import climate, data
-from companion.data import landcover
+from companion import data
+from companion.data import climate, landcover
 from companion.data.landcover_sets import CLASSES, LOVEDA, OEM, POTSDAM, POTSDAM_TILES, TO_LOVEDA, XBD
+from companion.data.rasters import Raster
 from companion.errors import BadParameter, CorruptFile, MissingData
-from companion.geotiff import Raster
 from tests.data.conftest import expect, refused, unreadable
-from tests.test_geotiff import CORNER, UTM, noise, written
+from tests.data.test_rasters import CORNER, UTM, noise, written
 
 NOWHERE = {"crs": None, "transform": rasterio.transform.Affine.identity()}
 

@@ -6,8 +6,8 @@ from torchvision import tv_tensors
 from companion.data import landcover
 from companion.data import landcover_transforms as transforms
 from companion.data.landcover_sets import OEM
+from companion.data.rasters import MEAN, STD
 from companion.errors import BadParameter
-from companion.geotiff import MEAN, STD
 from tests.data.conftest import refused
 from tests.data.test_landcover import earth
 

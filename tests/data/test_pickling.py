@@ -15,7 +15,6 @@ from companion.data import (
     DATASETS,
     attributes,
     classification,
-    degradations,
     detection,
     domains,
     fewshot,
@@ -34,8 +33,9 @@ from companion.models.hvit import recipe as hvit
 from companion.models.metasegnet import recipe as metasegnet
 from companion.models.metasegnet.text import Words
 from companion.models.sic_cads import recipe as sic_cads
+from companion.models.tip import degradations
 from companion.models.tip import recipe as tip
-from companion.models.tip.pipeline import build
+from companion.toy.encoders.words import WordText
 from companion.training import fit
 
 ROOT, SEEN = Path("data"), SimpleNamespace(size=32, mean=(0.5,) * 3, std=(0.5,) * 3)
@@ -70,7 +70,7 @@ def datasets(folder: Path) -> list[Dataset]:
     images = [classification.Images(own, ROOT, ["a.jpg"], [0], 1, transform) for transform in transforms]
     boxes = detection.Boxes(own, ROOT, ROOT, TRUTH, [3], [])
     captioned = restoration.Captioned(own, ROOT, ["a.png"], ["a"])
-    degraded = restoration.Degraded(captioned, 8, degradations.Recipe(), degradations.RealESRGAN())
+    degraded = degradations.Degraded(captioned, 8, degradations.Recipe())
     picture = landcover.Picture(Path("a.tif"), None, "a")
     land = landcover.LandCover(own, [picture], {"a": (0, 0, 0)}, landcover.earth, transform=metasegnet.test_transform())
     mosaic = landcover_transforms.Mosaic(land, 0.5, ["Cfb"], metasegnet.train_transform(8, 1, brightness=0.25))
@@ -97,7 +97,7 @@ def datasets(folder: Path) -> list[Dataset]:
         pretraining.Scenes(own, ROOT, ["a.jpg"], ["a.png"], 2),
         captioned,
         degraded,
-        tip.Tensors(degraded, build("pocket", ["a"])),
+        tip.Tensors(degraded, SimpleNamespace(tokenizer=None, text_encoder=WordText(["a"]))),
         tip.Generated(1, 8, 0),
         land,
         mosaic,

@@ -1,4 +1,4 @@
-"""Readers of images with captions, the degraded samples, and errors of broken files."""
+"""Readers of images with captions, and errors of broken files."""
 
 from pathlib import Path
 
@@ -9,11 +9,9 @@ from PIL import Image
 
 from companion import data
 from companion.data import restoration
-from companion.data.degradations import BLIND, Recipe, degrade, parse
-from companion.data.restoration import TASKS, TEXTS, Captioned, Degraded, load, own_folder, read_captions, texts
+from companion.data.restoration import load, own_folder, read_captions
 from companion.errors import BadParameter, MissingData
 from companion.ops.files import write_json
-from companion.training import fit
 from tests.data.conftest import expect, refused, unreadable
 
 
@@ -79,72 +77,6 @@ def test_own_folder(tmp_path: Path) -> None:
     (tmp_path / "images" / "a.png").unlink()
     refused(MissingData, r"a\.png", own_folder, tmp_path)
     refused(MissingData, "nowhere", own_folder, tmp_path / "nowhere")
-
-
-@pytest.fixture
-def pictures(tmp_path: Path) -> Captioned:
-    rows = [f'{{"file": "{i}.png", "caption": "picture {i}"}}\n' for i in range(12)]
-    for i in range(12):
-        picture(tmp_path / "images" / f"{i}.png", (40, 30) if i % 2 else (24, 50), i)
-    (tmp_path / "captions.jsonl").write_text("".join(rows))
-    return own_folder(tmp_path)
-
-
-def test_test_samples_have_what_their_prompts_describe(pictures: Captioned) -> None:
-    test = Degraded(pictures, 16, **TASKS["parameterised"])
-    for i in range(len(test)):
-        sample, again = test[i], test[i]
-        assert sample.clean.shape == (3, 16, 16)
-        assert sample.semantic == f"picture {i}" and parse(sample.restoration) == sample.ops
-        assert torch.equal(degrade(sample.clean, parse(sample.restoration), (0, i)), sample.degraded)
-        assert torch.equal(again.degraded, sample.degraded) and again[2:] == sample[2:]
-    assert not torch.equal(Degraded(pictures, 16, seed=1, **TASKS["parameterised"])[0].degraded, test[0].degraded)
-    sample = Degraded(pictures, 16, **TASKS["real-esrgan"])[0]  # has no words
-    assert sample.restoration == BLIND and sample.ops is None and sample.semantic == "picture 0"
-    sample = Degraded(pictures, 16, Recipe(skip=1.0), **TASKS["parameterised"])[0]
-    assert torch.equal(sample.clean, sample.degraded) and sample.restoration == "" and sample.ops == ()
-
-
-def test_training_samples_are_drawn_with_the_probabilities(pictures: Captioned) -> None:
-    torch.manual_seed(0)
-    train = Degraded(pictures, 8, share_blind=0.4, blind_prompt=0.2, no_caption=0.3)
-    found = [train[i % 12] for i in range(240)]
-    named = [s for s in found if s.ops is not None]
-    assert abs(len(named) / 240 - 0.6) < 0.1
-    assert abs(np.mean([s.restoration == BLIND for s in named]) - 0.2) < 0.1
-    assert abs(np.mean([s.semantic == "" for s in found]) - 0.3) < 0.1
-    assert all(s.restoration == BLIND for s in found if s.ops is None)
-    # other numbers in each epoch, and the same again
-    seeded = fit._Seeded(Degraded(pictures, 8), 3)
-    a, b, c = seeded[0, 5], seeded[1, 5], seeded[0, 5]
-    assert torch.equal(a.degraded, c.degraded) and not torch.equal(a.degraded, b.degraded)
-    refused(BadParameter, "share_blind", Degraded, pictures, 8, share_blind=2)
-
-
-def test_prompts_of_a_test(pictures: Captioned) -> None:
-    found = [Degraded(pictures, 8, **TASKS["parameterised"])[i] for i in (0, 1, 2)]
-    semantic, named = [s.semantic for s in found], [s.restoration for s in found]
-    assert len(set(named)) == 3
-    expected = {
-        "own": (semantic, named),
-        "no text": ([""] * 3, [BLIND] * 3),
-        "semantic only": (semantic, [BLIND] * 3),
-        "blind prompt": (semantic, [BLIND] * 3),
-        "restoration only": ([""] * 3, named),
-        "wrong semantic prompt": ([semantic[1], semantic[2], semantic[0]], named),
-        "wrong restoration prompt": (semantic, [named[1], named[2], named[0]]),
-        "prompts swapped": (named, semantic),
-    }
-    assert {kind: texts(found, kind) for kind in TEXTS} == expected
-    refused(BadParameter, "samples", texts, found[:1], "wrong semantic prompt")
-
-
-def test_squares_are_the_middle_or_anywhere() -> None:
-    x = torch.linspace(0, 1, 30).expand(3, 10, 30)
-    for where, left in ((0.0, 0), (0.5, 10), (1.0, 20)):
-        assert torch.equal(restoration._square(x, 10, where), x[:, :, left : left + 10])
-        assert torch.equal(restoration._square(x.mT, 10, where), x.mT[:, left : left + 10])
-    assert restoration._square(x, 7, 0.3).shape == (3, 7, 7) and restoration._square(x, 64, 0.5).shape == (3, 64, 64)
 
 
 def test_fetch_of_div2k(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

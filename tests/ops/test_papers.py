@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from companion import climate
 from companion.data import DATASETS
 from companion.errors import BadParameter
+from companion.models.metasegnet import Prompts
 from companion.ops.papers import FINDINGS, convert, findings, paper, slugs
 from companion.ops.report import start
 from tests.conftest import ROOT
@@ -68,12 +68,12 @@ IN_CODE = {(slug, "dataset"): [*sets(task), "folder"] for slug, task in TASKS.it
     ("dplq", "targets"): sets("domains"),
     ("dplq", "protocol"): ["base to novel", *of("dplq", "recipe", "TRANSFERS")],
     ("hvit", "position"): [kind for kind in of("hvit", "model", "POSITIONS") if not kind.startswith("2d")],
-    ("metasegnet", "prompt"): climate.LEVELS,
-    ("metasegnet", "held_out"): ["", *climate.Prompts.read().zones],
+    ("metasegnet", "prompt"): of("metasegnet", "climate", "LEVELS"),
+    ("metasegnet", "held_out"): ["", *Prompts.read().zones],
 }
 NAMED = """bat method recipe METHODS, dmt teachers teachers RELEASED, dmt losses recipe LOSSES, dmt task recipe USUAL,
 dmt teacher_view model VIEWS, dmt fusion model FUSIONS, hvit method recipe METHODS, hvit head model HEADS,
-metasegnet method recipe LEVELS, metasegnet augmentation model AUGMENTATIONS, promptpar method recipe METHODS,
+metasegnet method networks LEVELS, metasegnet augmentation inference AUGMENTATIONS, promptpar method recipe METHODS,
 tip method recipe METHODS"""
 IN_CODE |= {(slug, name): of(slug, *where) for slug, name, *where in map(str.split, NAMED.split(","))}
 

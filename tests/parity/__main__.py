@@ -53,7 +53,7 @@ def main() -> int:
             said = f"{len(differences)} outputs, worst {worst.error:.1e} at {worst.output}"
             print(f"{case.name}: agrees; {said}", flush=True)
     if given.csv:
-        with atomic(given.csv) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        with atomic(given.csv) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([("case", "outputs", "agree"), *found])
     return any(outputs != agree for _, outputs, agree in found)
 

@@ -1,45 +1,28 @@
-"""DMT's teachers and ancestors: cases recorded from MAE, MoCo v3, iBOT, DINO, G2SD, DMAE and TinyMIM.
+"""DMT's ancestors, whose cases hold teacher and student in one state dict, by our code.
 
-DMT itself has no public code. The models it distils and the ancestors of its losses are checked.
+G2SD     the student's decoder predicts the tokens of the teacher's decoder half-way     (Huang et al., CVPR 2023)
+DMAE     the student predicts pixels, and one of its blocks predicts a teacher's         (Bai et al., CVPR 2023)
+TinyMIM  the student's last attention has the teacher's relations between tokens         (Ren et al., CVPR 2023)
 """
 
 from __future__ import annotations
 
-import re
-import types
-from importlib.machinery import SourceFileLoader
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from timm.layers import Mlp
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from .legacy import Case, folder, run
-from companion.models.layers import dino
-from companion.models.layers.pos_embed import sincos_table
-from companion.models.layers.state_dicts import load_official
 from companion.models.dmt import teachers
-from companion.models.dmt.teachers import MAE, contrastive_loss, mlp
+from companion.models.dmt.model import relation_loss, relation_maps
 from companion.models.dmt.vit import ViT, encoder_state
+from companion.models.layers.mae import MAE, visible_tokens
+from companion.models.layers.state_dicts import load_official
 
-
-def outputs(case: Case) -> dict[str, Tensor]:
-    """The recorded quantities of any case, by our code, in the order of the forward pass."""
-    kinds = {
-        "dino_head": _head,
-        "dino": _dino,
-        "dmae": _ancestor,
-        "g2sd": _ancestor,
-        "ibot_loss": _ibot_loss,
-        "ibot": _ibot,
-        "mae": _mae,
-        "mocov3_contrastive": _contrast,
-        "mocov3_heads": _moco_heads,
-        "mocov3": _moco,
-        "sincos": _tables,
-        "tinymim": _ancestor,
-    }
-    with torch.no_grad():
-        return run(kinds, case)
+from .runner import Case
 
 
 def read(path: str | Path) -> dict[str, Tensor]:
@@ -49,124 +32,106 @@ def read(path: str | Path) -> dict[str, Tensor]:
     return encoder_state(state) if wrapped else state
 
 
-def part(case: Case, name: str, tokens: Tensor, usual: int) -> Tensor:
-    """The recorded part of tokens (B, N, D): every `usual`-th unless case.json has another step, the first channels."""
-    recorded = case.recorded[name].shape
-    told = re.search(r"every (\d+)", str(case.facts.get("outputs", {}).get(name, "")))
-    step, count = int(told[1]) if told else usual, tokens.shape[-2]
-    if -(-count // step) != recorded[-2]:
-        step = next((step for step in range(1, count + 1) if -(-count // step) == recorded[-2]), usual)
-    return tokens[..., ::step, : recorded[-1]]
+def _named(state: Mapping[str, Tensor], prefix: str, *without: str) -> dict[str, Tensor]:
+    """The tensors after a prefix, but for those that begin with `without`."""
+    found = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    return {name: value for name, value in found.items() if not name.startswith(without)}
 
 
-def _mae(case: Case) -> dict[str, Tensor]:
-    config = case.facts["config"]
-    trace: dict[str, Tensor] = {}
-    model = MAE.from_official(case.state, config["num_heads"], config["decoder_num_heads"])
-    model.mask_ratio, model.normalise = config.get("mask_ratio", 0.75), config.get("norm_pix_loss", True)
-    images = case.input("image")
-    noise = case.input("mask_noise")
-    loss, full = model(images, noise, trace), model.encoder(images)
-    return {
-        "mask": trace["hidden"],
-        "ids_restore": noise.argsort(1).argsort(1),
-        "latent": part(case, "latent", trace["latent"], 1),
-        "latent_cls": trace["latent"][:, 0],
-        "pred": part(case, "pred", trace["pixels"], 4),
-        "loss": loss,
-        "full_tokens": part(case, "full_tokens", full[:, 1:], 4),
-        "full_cls": full[:, 0],
+def _mlp(inputs: int, outputs: int, state: Mapping[str, Tensor]) -> nn.Module:
+    head = Mlp(inputs, outputs, outputs)
+    load_official(head, state, {name: name for name in head.state_dict()}, "a head")
+    return head
+
+
+def _norm(tokens: Tensor) -> Tensor:
+    """LayerNorm without affine, eps 1e-6."""
+    return F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6)
+
+
+def _parts(found: dict[str, Tensor], parts: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
+    """The outputs, of some of them the recorded tokens and channels alone."""
+    return found | {name: found[name][..., ::step, :channels] for name, (step, channels) in parts.items()}
+
+
+@torch.no_grad()
+def g2sd(case: Case) -> dict[str, Tensor]:
+    """Teacher and student, both masked autoencoders, see the same visible patches; of the teacher's decoder blocks only
+    the first are run. The released loss is that of the decoder; of the other two one has weight 0, one is never
+    called."""
+    facts, own = case.facts["settings"], _named(case.state, "student.")
+    images, noise, heads = case.input("image"), case.input("mask_noise"), ("encoderfeature_pred", "decoderfeature_pred")
+    ratio = facts["mask_ratio"]
+    teacher = MAE.from_official(_named(case.state, "teacher."), **facts["teacher"], mask_ratio=ratio)
+    student = MAE.from_official(_named(own, "", *heads), **facts["student"], mask_ratio=ratio)
+    widths = [(m.encoder.embed_dim, m.decoder.embed.out_features) for m in (student, teacher)]
+    predict = [_mlp(*sizes, _named(own, f"{head}.")) for *sizes, head in zip(*widths, heads, strict=True)]
+    out = student.forward_intermediates(images, noise)[1]
+    keep = out["keep"]
+
+    def run(vit: Any) -> tuple[Tensor, list[Tensor]]:
+        """The last block's output before the norm, and the nine relations of queries, keys and values."""
+        x, last = vit.blocks[:-1](visible_tokens(vit, images, keep)), vit.blocks[-1]
+        qkv = last.attn.qkv(last.norm1(x)).unflatten(2, (3, facts["relation_heads"], -1)).permute(2, 0, 3, 1, 4)
+        return last(x), [a @ b.mT * a.shape[-1] ** -0.5 for a in qkv for b in qkv]
+
+    (seen, relations), (tokens, student_relations) = run(teacher.encoder), run(student.encoder)
+    latent = teacher.encoder.norm(seen)
+    target = _norm(teacher.decoder.hidden(latent, keep, facts["teacher_decoder_block"]))
+    target_encoder, z = _norm(seen), student.encoder.norm(tokens)
+    predicted_encoder, predicted = predict[0](z), predict[1](student.decoder.hidden(z, keep))
+    divergences = [
+        F.kl_div(s.log_softmax(-1), t.log_softmax(-1), reduction="none", log_target=True).sum(-1).mean()
+        for t, s in zip(relations, student_relations, strict=True)
+    ]
+    found = {
+        "mask": out["hidden"],
+        "student_encoder_pred": predicted_encoder,
+        "target_encoder": target_encoder,
+        "loss_encoder": F.smooth_l1_loss(predicted_encoder, target_encoder, beta=2.0),
+        "student_decoder_pred": predicted,
+        "target_decoder": target,
+        "loss_decoder": F.smooth_l1_loss(predicted, target, beta=2.0),
+        "relation_loss": torch.stack(divergences).mean(),
     }
+    return _parts(found, facts["parts"])
 
 
-def _moco(case: Case) -> dict[str, Tensor]:
-    tokens = ViT.from_official(case.state, case.facts["config"].get("num_heads"))(case.input("image"))
-    return {"cls": tokens[:, 0], "tokens": part(case, "tokens", tokens[:, 1:], 3)}
-
-
-def _ibot(case: Case) -> dict[str, Tensor]:
-    model = ViT.from_official(case.state, case.facts["config"]["num_heads"])
-    images, mask = case.input("image"), case.input("mask") > 0.3
-    clean, masked, other = model(images), model(images, masked=mask), model(case.input("image_other"))
-    last = model.hidden(images[:1], range(-len(case.recorded["inter_cls"]), 0))
-    return {
-        "cls": clean[:, 0],
-        "tokens": part(case, "tokens", clean[:, 1:], 3),
-        "masked_cls": masked[:, 0],
-        "masked_tokens": part(case, "masked_tokens", masked[:, 1:], 3),
-        "last_attention_cls": model.attention(images[:1]),
-        "other_size_cls": other[:, 0],
-        "other_size_tokens": part(case, "other_size_tokens", other[:, 1:], 1),
-        "inter_cls": torch.cat([model.norm(x)[:, 0] for x in last]),
+@torch.no_grad()
+def dmae(case: Case) -> dict[str, Tensor]:
+    """Masked modelling of pixels, and one block's features as a teacher's, both of unit length, by L1."""
+    facts, start = case.facts["settings"], "aligned_feature_projection_heads.0."
+    own, images, inner = _named(case.state, "student."), case.input("image"), list[Tensor]()
+    heads, sizes = facts["teacher"]["heads"], {name: facts["student"][name] for name in ("heads", "decoder_heads")}
+    teacher = ViT.from_official(_named(case.state, "teacher."), heads)
+    options = {"mask_ratio": facts["mask_ratio"], "normalise": facts["normalise"]}
+    student = MAE.from_official(_named(own, "", start), **sizes, **options)
+    head = _mlp(student.encoder.embed_dim, teacher.width, _named(own, start))
+    block = student.encoder.blocks[facts["student"]["aligned_block"]]
+    block.register_forward_hook(lambda module, inputs, output: inner.append(output))
+    pixel, out = student.forward_intermediates(images, case.input("mask_noise"))
+    (seen,) = teacher.hidden(images, (facts["teacher"]["aligned_block"],), out["keep"])
+    found = {
+        "ids_keep": out["keep"],
+        "teacher_block": seen,
+        "pred": out["pixels"],
+        "loss_pixel": pixel,
+        "loss_embedding": F.l1_loss(F.normalize(head(inner[0]), dim=-1), F.normalize(seen, dim=-1)),
     }
+    return _parts(found, facts["parts"])
 
 
-def _dino(case: Case) -> dict[str, Tensor]:
-    model = ViT.from_official(case.state, case.facts["config"].get("num_heads"))
-    images = case.input("image")
-    tokens = model(images)
-    return {
-        "cls": tokens[:, 0],
-        "tokens": part(case, "tokens", tokens[:, 1:], 3),
-        "last_attention_cls": model.attention(images),
-        "other_size_cls": model(case.input("image_other"))[:, 0],
+@torch.no_grad()
+def tinymim(case: Case) -> dict[str, Tensor]:
+    """Nothing is masked; the student's last block learns the relations of the teacher's, with as many heads."""
+    heads, states = case.facts["settings"], {name: _named(case.state, f"{name}.") for name in ("teacher", "student")}
+    teacher = ViT.from_official(states["teacher"], heads["teacher"])
+    student = ViT.from_official(states["student"], heads["student"], last_heads=teacher.heads)
+    qkv = {"teacher": teacher.last_block(case.input("image"))[0], "student": student.last_block(case.input("image"))[0]}
+    rows = {
+        f"{name}_{kind}_row": maps[0, :, 0].softmax(-1)
+        for name, own in qkv.items()
+        for kind, maps in zip(("qk", "vv"), relation_maps(own), strict=True)
     }
-
-
-def _tables(case: Case) -> dict[str, Tensor]:
-    config = case.facts["config"]
-    tables = {kind: sincos_table(config["embed_dim"], config["grid"], kind)[0] for kind in ("mae", "mocov3")}
-    return {kind: part(case, kind, table, 5) for kind, table in tables.items() if kind in case.recorded}
-
-
-def _head(case: Case) -> dict[str, Tensor]:
-    return {"out": dino.Head.from_official(case.state)(case.input("tokens"))}
-
-
-def _moco_heads(case: Case) -> dict[str, Tensor]:
-    config = case.facts["config"]
-    heads = nn.ModuleDict(
-        {
-            "projector": mlp(config["in"], config["hidden"], config["out"], 3),
-            "predictor": mlp(config["out"], config["hidden"], config["out"], 2),
-        }
-    )
-    names = {name: name for name in heads.state_dict() if not name.endswith("num_batches_tracked")}
-    load_official(heads, case.state, names, "MoCo v3's heads")
-    projection = heads.train()["projector"](case.input("feature"))
-    return {"projection": projection, "prediction": heads["predictor"](projection)}
-
-
-def _contrast(case: Case) -> dict[str, Tensor]:
-    q1, q2, k1, k2 = (case.input(key) for key in ("q1", "q2", "k1", "k2"))
-    both = [contrastive_loss(q, k, case.facts["config"]["T"]) for q, k in ((q1, k2), (q2, k1))]
-    return {"loss_q1_k2": both[0], "loss_q2_k1": both[1], "loss": both[0] + both[1]}
-
-
-def _ibot_loss(case: Case) -> dict[str, Tensor]:
-    config = case.facts["config"]
-    (temperature,) = {value for name, value in config.items() if name.startswith(("teacher_temp", "patch_temp"))}
-    centre, patch_centre = 0.1 * case.input("center"), 0.1 * case.input("center2")
-    outputs = centre.shape[-1]
-    loss = dino.Loss(outputs, student=config["student_temp"], teacher=temperature, momentum=config["center_momentum"])
-    loss.centre, loss.patch_centre = centre, patch_centre
-    keys = ("student_cls", "student_local_cls", "teacher_cls", "student_patch", "teacher_patch")
-    student, local, teacher, student_patches, teacher_patches = (case.input(key) for key in keys)
-    masks = (case.input("mask") > 0.3).flatten(1)
-    crops = config["global_crops"] + config["local_crops"]
-    classes = loss(torch.cat([student, local]), teacher, crops) * config["lambda1"]
-    patches = loss.patches(student_patches, teacher_patches, masks) * config["lambda2"]
-    return {
-        "cls": classes,
-        "patch": patches,
-        "loss": classes + patches,
-        "center_after": loss.centre,
-        "center2_after": loss.patch_centre,
-    }
-
-
-def _ancestor(case: Case) -> dict[str, Tensor]:
-    """By the checkout's `tests/parity/dmt/ancestors.py`: the library itself needs none of them."""
-    module = types.ModuleType("dmt_ancestors")
-    SourceFileLoader(module.__name__, str(folder() / "dmt" / "ancestors.py")).exec_module(module)
-    return module.CASES[case.name.partition("_")[0]](case, case.input, part)
+    qk, vv = relation_loss(qkv["student"], qkv["teacher"])
+    return rows | {"loss_qk": qk, "loss_vv": vv, "loss": qk + vv}

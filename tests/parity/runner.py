@@ -15,9 +15,10 @@ A case is a folder `<root>/<paper>/<case>/` with
     inputs    name -> {"shape": [...], "fill": name (of the input by default), "apply": [...]}, {"value": ...} or
               {"stored": name in outputs.safetensors}
     recorded  numbers that are not in outputs.safetensors: name -> value
-    steps     one after the other, each with a "name" for its result: a call of our code, {"call": "models.bat.model:hann",
-              "args": [...], "kwargs": {...}}; {"watch": "$model.norm"}, the list of a module's outputs from here on;
-              {"backward": "$loss", "of": "$model"}, gradients by official name; {"apply": [...], "of": "$x", "at": [...]}
+    steps     one after the other, each with a "name" for its result: a call of our code, {"call":
+              "models.bat.model:hann", "args": [...], "kwargs": {...}}; {"watch": "$model.norm"}, the list of a module's
+              outputs from here on; {"backward": "$loss", "of": "$model"}, gradients by official name; {"apply": [...],
+              "of": "$x", "at": [...]}
     outputs   recorded name -> where our value is: "$out.tokens", or {"of": "$out.tokens", "at": [":1", [0, 5], "::4"],
               "apply": ["mean"]}; "grad:*" with {"each": "$grad"} stands for all entries of a dictionary
     code      instead of steps and outputs, the function of tests/parity/<paper>.py that computes the outputs
@@ -203,14 +204,14 @@ def _applied(value: Any, facts: Mapping[str, Any]) -> Any:
     for i, index in enumerate(facts.get("at", [])):  # one axis after the other: two lists are not paired
         if isinstance(index, str):
             index = slice(*(int(number) if number else None for number in index.split(":")))
-        value = value[(slice(None),) * (i - value_axes_lost(facts["at"][:i])) + (index,)]
+        value = value[(slice(None),) * (i - _axes_lost(facts["at"][:i])) + (index,)]
     for method in facts.get("apply", []):
         name, *arguments = [method] if isinstance(method, str) else method
         value = getattr(value, name)(*arguments)
     return value
 
 
-def value_axes_lost(indices: list) -> int:
+def _axes_lost(indices: list) -> int:
     """How many axes plain numbers have removed."""
     return sum(isinstance(index, int) for index in indices)
 

@@ -22,28 +22,18 @@ from torch.utils.data import TensorDataset
 
 from companion import backbones
 from companion.data import DATASETS, classification
-from companion.evaluation import fill
-from tests.recipes.runner import Case, InOrder, Row, lines, near, parameters, same
 from companion.models.sa2vp import recipe
 from companion.models.sa2vp.model import SA2VP, SA2VPSwin, TwoPathways, two_pathway_loss
 from companion.ops.papers import paper
 from companion.training.callbacks import Callback
-from companion.training.fit import CPU
+from companion.training.fit import CPU, fit
+from companion.training.recipe import Training
 from companion.training.schedules import Schedule, adamw, schedule
 from tests.conftest import parameters as defaults
-from tests.recipes.steps import done, drawn, initial, seed, told
+from tests.parity import fill
+from tests.recipes.runner import Case, InOrder, Row, lines, near, parameters, same
+from tests.recipes.steps import done, initial, normal
 
-FGVC = {"cub200": "cub200", "nabirds": "nabirds", "oxford flowers": "flowers102"}
-FGVC |= {"stanford dogs": "dogs120", "stanford cars": "cars196"}
-CLASSES = {"CUB": "fgvc/cub200", "DOG": "fgvc/dogs120", "FLOWER": "fgvc/flowers102", "CAR": "fgvc/cars196"}
-CLASSES |= {"BIRD": "fgvc/nabirds", "CAL101": "vtab/caltech101", "CIFAR": "vtab/cifar100", "DTD": "vtab/dtd"}
-CLASSES |= {"FLOWER_S": "vtab/flowers102", "PET": "vtab/pets", "SVHN_S": "vtab/svhn", "SUN": "vtab/sun397"}
-CLASSES |= {"DS_LOC": "vtab/dsprites_location", "DS_ORI": "vtab/dsprites_orientation"}
-CLASSES |= {"SN_AZI": "vtab/smallnorb_azimuth", "SN_ELE": "vtab/smallnorb_elevation"}
-GROUPS = {"vtab natural": ("vtab/cifar100",), "vtab specialized": ("vtab/eurosat",), "hta": ("hta/dtd", "hta/cub200")}
-GROUPS |= {"vtab structured": ("vtab/dmlab",), "oxford flowers (FGVC)": ("fgvc/flowers102",)}
-EXCEPTIONS = {"svhn": "svhn", "resisc45": "resisc45", "ds/ori (dsprites orientation)": "dsprites_orientation"}
-EXCEPTIONS |= {"sn/ele (smallnorb elevation)": "smallnorb_elevation", "pets": "pets", "clevr count": "clevr_count"}
 STEM = "vit_base.transformer."
 
 
@@ -60,10 +50,8 @@ def _parameters(**changes: Any) -> SimpleNamespace:
 def _groups(case: Case) -> list[Row]:
     """The frozen copies that their model holds and ours shares have the status of what they are copies of."""
     settings, expected = case.settings, case.expected
-    swin = settings["backbone"].startswith("Swin")
-    group, key = re.fullmatch(r"(?:(vtab|hta) )?(.+)", settings["data_set"]).groups()  # type: ignore[union-attr]
-    dataset = f"{group or 'fgvc'}/{(EXCEPTIONS if group == 'vtab' else FGVC).get(key, key)}"
-    p = _parameters(backbone="swin_b" if swin else "vit_b16", dataset=dataset, width=settings.get("inter_dim", 0))
+    swin, width = settings["swin"], settings.get("inter_dim", 0)
+    p = _parameters(backbone="swin_b" if swin else "vit_b16", dataset=settings["data_set"], width=width)
     model = recipe.build(p, "SA²VP", settings["classes"], "random")
     optimizer = adamw(settings["lr"], settings["weight_decay"])(model)
     of = {id(t): group["weight_decay"] for group in optimizer.param_groups for t in group["params"]}
@@ -135,7 +123,7 @@ def _operations(case: Case) -> list[Row]:
     expected, seen = case.expected, _seen("swin_b")
     datasets = {"vtab": "vtab/dtd", "fgvc": "fgvc/cub200"}
     steps = {name: done(recipe.transforms(dataset, seen)[0]) for name, dataset in datasets.items()}
-    rows = [same(name, [told(text) for text in expected[name]], found) for name, found in steps.items()]
+    rows = [same(name, expected[name], found) for name, found in steps.items()]
     used = {name.lower() for found in steps.values() for name, *_ in found}
     sure = torch.tensor([[100.0, 0.0]])
     if two_pathway_loss(sure, sure, torch.tensor([0])) > 1e-6:
@@ -173,12 +161,12 @@ def _file(dataset: str, part: str) -> str:
 def _opened(dataset: str) -> dict[str, str]:
     """The lists that the profile trains on, selects on and tests."""
     with mock.patch.object(classification, "load", lambda name, root, part, transform: _file(name, part)):
-        return recipe.splits(dataset, "", _seen("vit_b16"))  # type: ignore[return-value]
+        return recipe.images(_parameters(dataset=dataset), _seen("vit_b16"))  # type: ignore[return-value]
 
 
 def _labels(case: Case) -> list[Row]:
     expected, rows = case.expected, []
-    classes = {name: DATASETS[CLASSES.get(name, f"vtab/{name.lower()}")].classes for name in expected["classes"]}
+    classes = {name: DATASETS[dataset].classes for name, dataset in case.settings["classes"].items()}
     remapped = "VPT's lists hold ids of 295 to 1010, for which a loss over 555 classes fails"
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
@@ -194,14 +182,15 @@ def _labels(case: Case) -> list[Row]:
             same("vtab index", expected["vtab"]["index"], "label" if index else "another number"),
             same("vtab files", expected["vtab"]["files"], files),
         ]
-        for theirs, key in FGVC.items():
-            start = 295 if key == "nabirds" else 1
-            _lists(root, f"fgvc/{key}", start)
-            images = classification.load(f"fgvc/{key}", root, "train")
+        for theirs, dataset in case.settings["fgvc"].items():
+            birds = dataset == "fgvc/nabirds"
+            start = 295 if birds else 1
+            _lists(root, dataset, start)
+            images = classification.load(dataset, root, "train")
             offsets = {i % images.classes + start - label for i, label in enumerate(images.labels)}
             rule = {(0,): "label", (1,): "label - 1"}.get(tuple(offsets), "rank of the id")
-            why = remapped if key == "nabirds" else ""
-            below = str(images.sources[0]).removeprefix(f"{root / DATASETS[f'fgvc/{key}'].folders[0]}/")
+            why = remapped if birds else ""
+            below = str(images.sources[0]).removeprefix(f"{root / DATASETS[dataset].folders[0]}/")
             rows += [
                 same(f"fgvc_index {theirs}", expected["fgvc_index"][theirs], rule, why),
                 same(f"fgvc_prefix {theirs}", expected["fgvc_prefix"][theirs], below.removesuffix("train/0.jpg")),
@@ -212,13 +201,9 @@ def _labels(case: Case) -> list[Row]:
 def _settings(case: Case) -> list[Row]:
     rows: list[Row] = []
     for name, facts in case.expected["vit_b16"].items():
-        if name == "exceptions":
-            for key, changes in facts.items():
-                rows += _setting(f"vit_b16 {key}", f"vtab/{EXCEPTIONS[key]}", changes)
-            continue
-        for dataset in GROUPS.get(name, (f"fgvc/{FGVC.get(name, name)}",)):
+        for dataset in case.settings["data_sets"][name]:
             rows += _setting(f"vit_b16 {name}, {dataset}", dataset, facts)
-    return rows + _scripts(case.expected["scripts"]) + _mode(case.expected)
+    return rows + _scripts(case) + _mode(case.expected)
 
 
 def _setting(what: str, dataset: str, facts: dict) -> Iterator[Row]:
@@ -236,10 +221,9 @@ def _setting(what: str, dataset: str, facts: dict) -> Iterator[Row]:
     yield same(f"{what} new_prompt_maps", facts.get("new_prompt_maps", 2), len(model.new_prompts))
 
 
-def _scripts(expected: dict) -> list[Row]:
-    batch = {
-        part: recipe.published_settings("vit_b16", GROUPS[f"vtab {part}"][0])["batch"] for part in expected["batch"]
-    }
+def _scripts(case: Case) -> list[Row]:
+    expected, sets = case.expected["scripts"], case.settings["data_sets"]
+    batch = {part: recipe.published_settings("vit_b16", sets[f"vtab {part}"][0])["batch"] for part in expected["batch"]}
     with torch.device("meta"):
         model = recipe.build(_parameters(), "SA²VP", 2, "random")
     loop, rates, groups = _begun(1e-3, 1000, batch["natural"])
@@ -269,28 +253,27 @@ def _mode(whole: dict) -> list[Row]:
     attention = [block.attn.attn_drop.p for block in vit.backbone.blocks]
     adapters = [adapter.dropout.p for adapter in vit.adapters]
     drops = {vit.dropout.p, *mlps, *adapters}
-    said = float(expected["vit_dropout"].split(",")[0])
-    all_drop = drops == {said} and len(mlps) == 2 * len(vit.backbone.blocks) and not any(attention)
-    depths, rate = _drop_paths(swin), float(expected["swin_drop_path"].split(",")[0])
-    callbacks = _fit_options()["callbacks"]
+    dropout = expected["vit_dropout"]
+    all_drop = drops == {dropout} and len(mlps) == 2 * len(vit.backbone.blocks) and not any(attention)
+    depths, rate = _drop_paths(swin), expected["swin_drop_path"]
+    callbacks = recipe.fit_options(1e-3, CPU)["callbacks"]
     precision = paper("sa2vp")["precision"]
-    seeds = [recipe._options(_parameters(seed=seed), 1, 1)["seed"] for seed in (1, 2)]
+    seeds = [_training(seed=seed).fit["seed"] for seed in (1, 2)]
     return [
-        Row("train_mode vit_dropout", expected["vit_dropout"], f"drops {drops}, attention {max(attention)}", all_drop),
+        Row("train_mode vit_dropout", str(dropout), f"drops {drops}, attention {max(attention)}", all_drop),
         same("train_mode vit_drop_path", expected["vit_drop_path"], max(_drop_paths(vit))),
         near("train_mode swin_drop_path", np.linspace(0, rate, len(depths)), depths, absolute=1e-6),
-        Row("train_mode mixed_precision", expected["mixed_precision"], precision, precision == "16-mixed"),
+        same("train_mode mixed_precision", expected["mixed_precision"], precision),
         # neither `ClipNorm` nor `MovingAverage`
         *(same(f"train_mode {name}", expected[name], next(iter(callbacks), None)) for name in ("clip_grad", "ema")),
-        same("seed", [42, 42], seeds, "an option --seed that is ignored cannot be meant"),
+        same("seed", [whole["seed"]] * 2, seeds, "an option --seed that is ignored cannot be meant"),
     ]
 
 
-def _fit_options() -> dict[str, Any]:
-    """The arguments of `fit` in a training of the profile."""
-    with mock.patch.object(recipe, "fit") as fit:
-        recipe.train_model(nn.Linear(1, 2), TensorDataset(torch.zeros(2, 1)), 0.1, hardware=CPU)
-    return dict(fit.call_args.kwargs)
+def _training(**changes: Any) -> Training:
+    """The training of a dry run of the profile."""
+    p = _parameters(dry_run=True, **changes)
+    return recipe.setting(p, Path()).trainings[p.method]
 
 
 def _drop_paths(model: TwoPathways) -> list[float]:
@@ -317,12 +300,12 @@ class _Watch(Callback):
 def _begun(lr: float, images: int, batch: int, **options: Any) -> tuple[Any, np.ndarray, list[float]]:
     """A training as long as the profile's, ended after a step: its loop, learning rates, and the decay of each group.
 
-    `options` of `train_model` stand for the profile's.
+    `options` of `fit` stand for the profile's.
     """
     watch, data = _Watch(1), TensorDataset(torch.zeros(images, 1), torch.zeros(images, dtype=torch.long))
-    usual: dict[str, Any] = {"epochs": recipe.EPOCHS, "hardware": CPU, "callbacks": [watch]}
-    (row,) = recipe.train_model(nn.Linear(1, 2), data, lr, batch=batch, **usual | options)
-    rates = options.get("schedule", recipe.SCHEDULE)(lr, watch.loop.steps, watch.loop.per_epoch)
+    usual = recipe.fit_options(lr, CPU) | {"epochs": recipe.EPOCHS, "callbacks": [watch]} | options
+    (row,) = fit(nn.Linear(1, 2), recipe.loss, data, batch=batch, **usual)
+    rates = usual["schedule"](lr, watch.loop.steps, watch.loop.per_epoch)
     if watch.lrs != [[rates[0]] * 2] or row["lr"] != rates[0]:
         rates = np.full_like(rates, np.nan)  # another schedule was run
     return watch.loop, rates, [group["weight_decay"] for group in watch.loop.optimizer.param_groups]
@@ -417,19 +400,18 @@ def _selection(case: Case) -> list[Row]:
     for benchmark, dataset in (("fgvc", "fgvc/cub200"), ("vtab", "vtab/dtd")):
         expected, parts = case.expected[benchmark], _opened(dataset)
         model = _ByEpoch([round(a * count / 100) for a in accuracies])
-        options: dict[str, Any] = {"epochs": len(accuracies), "batch": 2, "hardware": CPU}
-        recipe.train_model(model, data, 1e-3, val=val if "val" in parts else None, **options)
+        options = recipe.fit_options(1e-3, CPU, val if "val" in parts else None)
+        fit(model, recipe.loss, data, epochs=len(accuracies), batch=2, **options)
         rows.append(same(f"{benchmark} kept_epoch", expected["kept_epoch"], int(model.epochs) - 1))
         if "max_accuracy" in expected:
             best = recipe.accuracy(model, val, CPU)
             rows.append(near(f"{benchmark} max_accuracy", expected["max_accuracy"], best, absolute=1e-4))
         rows.append(same(f"{benchmark} trained_on", expected["trained_on"], parts["train"]))
         if "chosen_on" in expected:
-            rows.append(same(f"{benchmark} chosen_on", expected["chosen_on"].split(" ")[0], parts.get("val")))
-        text = f"{'checkpoint-best' if 'val' in parts else 'last checkpoint'} on {parts['test']}"
-        rows.append(Row(f"{benchmark} reported", expected["reported"], text, text in expected["reported"]))
-    first = int(_ByEpoch([0]).epochs)
-    return [*rows, same("counting", case.expected["counting"], f"epochs from {first}")]
+            rows.append(same(f"{benchmark} chosen_on", expected["chosen_on"], parts.get("val")))
+        reported = ["best" if "val" in parts else "last", parts["test"]]
+        rows.append(same(f"{benchmark} reported", expected["reported"], reported))
+    return [*rows, same("counting", case.expected["counting"], int(_ByEpoch([0]).epochs))]
 
 
 # --- trajectories -----------------------------------------------------------------------------------------------------
@@ -463,22 +445,16 @@ def _official(facts: dict, fills: int) -> TwoPathways:
 def _trajectory(case: Case) -> list[Row]:
     settings, expected = case.settings, case.expected
     batch, plan, optimizer = settings["batch"], settings["schedule"], settings["optimizer"]
-    model = _official(settings["model"], seed(settings["weights"]))
+    model = _official(settings["model"], settings["weights"])
     before = {name: value.clone() for name, value in model.to_official().items()}
-    (images,), labels = drawn(batch["images"], batch["images"]), case.data["in.labels"]
+    images, labels = normal(batch["images"]), case.data["in.labels"]
     items = ((images[i], labels[i]) for i in itertools.cycle(range(len(images))))
     watch = _Watch()
-    history = recipe.train_model(
-        model,
-        InOrder(items, batch["size"] * plan["steps_per_epoch"]),
-        optimizer["lr"],
-        weight_decay=optimizer["weight_decay"],
-        epochs=plan["epochs"],
-        batch=batch["size"],
-        schedule=_plan(plan),
-        callbacks=[watch],
-        hardware=CPU,
-    )
+    options = recipe.fit_options(optimizer["lr"], CPU) | {
+        "optimizer": adamw(optimizer["lr"], optimizer["weight_decay"]), "schedule": _plan(plan), "callbacks": [watch]
+    }  # fmt: skip
+    data = InOrder(items, batch["size"] * plan["steps_per_epoch"])
+    history = fit(model, recipe.loss, data, epochs=plan["epochs"], batch=batch["size"], **options)
     after = model.to_official()
     lrs = dict(zip(("decay", "no_decay"), np.array(watch.lrs).T, strict=True))
     rows = [

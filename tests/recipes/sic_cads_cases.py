@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,23 +16,22 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from companion import backbones, detectors
+from companion import backbones
 from companion.data import DATASETS, detection
 from companion.data.detection_sets import COCO_BASE, COCO_NOVEL, COCO_OTHER
-from companion.evaluation import fill
 from companion.evaluation.metrics.detection import evaluate, recognition_ap
-from tests.recipes.runner import Case, InOrder, Row, near, same
 from companion.models.layers.state_dicts import official_state
-from companion.models.sic_cads import recipe
+from companion.models.sic_cads import detectors, recipe
 from companion.models.sic_cads.model import MLR, rank_loss, windows
-from companion.training.callbacks import Callback
-from companion.training.fit import Loop
+from companion.training.callbacks import Callback, Loop
+from companion.training.recipe import run
+from tests.parity import fill
+from tests.recipes.runner import Case, InOrder, Row, near, same
 
 COCO = [
     {"id": i, "name": name} for name, i in sorted((COCO_BASE | COCO_NOVEL | COCO_OTHER).items(), key=lambda x: x[1])
 ]
 NOT_BUILT = "the recipe with images of ImageNet-21k is not built"
-CONFIGS = {"ovmlr_coco_base_caption": ("detection/ov-coco", True), "ovmlr_lvis_base": ("detection/ov-lvis", False)}
 
 
 def _digest(lines: Sequence[str]) -> str:
@@ -42,7 +40,7 @@ def _digest(lines: Sequence[str]) -> str:
 
 def _parameters(dataset: str, captions: bool, seed: int = 0) -> SimpleNamespace:
     """Those of the notebook that the recipe reads."""
-    hardware = {"accelerator": "cpu", "devices": 1, "precision": "32-true", "profile": "paper", "dry_run": False}
+    hardware = {"accelerator": "cpu", "devices": 1, "precision": "32-true", "profile": "paper", "dry_run": True}
     return SimpleNamespace(dataset=dataset, captions=captions, seed=seed, data_root="", gamma=0.0, **hardware)
 
 
@@ -57,22 +55,29 @@ def _modules(name: str) -> tuple[int, str]:
     return place, level[-1] + level if place == 0 else ""
 
 
+def _published(want: Mapping[str, Any]) -> recipe.Recipe:
+    """The recipe of a configuration of the authors'."""
+    return recipe.published(want["dataset"], want["captions"])
+
+
 def _groups(case: Case) -> list[Row]:
     rows = []
     for config, expected in case.expected.items():
-        r = recipe.recipe(*CONFIGS[config])
+        r = _published(expected)
         body = backbones.build(recipe.BODY, "random")
-        model = recipe.Recogniser(body, torch.randn(5, 512), torch.zeros(5) > 0, **r.options).train()
-        names, optimizer = model.official_names(), recipe.optimizer(r)(model)
-        given = {id(t) for group in optimizer.param_groups for t in group["params"]}
-        theirs = sorted((names[n] for n, t in model.named_parameters() if id(t) in given), key=_modules)
+        model = recipe.Recogniser(body, torch.randn(5, 512), torch.zeros(5) > 0, r.model).train()
+        p = _parameters(expected["dataset"], expected["captions"])
+        fit = recipe.training(p, lambda: model, InOrder([], r.batch)).fit  # noqa: B023
+        names, optimizer, clips = model.official_names(), fit["optimizer"](model), fit["callbacks"]
+        trained = {id(t) for group in optimizer.param_groups for t in group["params"]}
+        theirs = sorted((names[n] for n, t in model.named_parameters() if id(t) in trained), key=_modules)
         norms = {f"body.{n}" for n, m in body.named_modules() if isinstance(m, nn.BatchNorm2d)}
-        frozen = [n for n, t in model.named_parameters() if id(t) not in given and n.rpartition(".")[0] not in norms]
+        frozen = [n for n, t in model.named_parameters() if id(t) not in trained and n.rpartition(".")[0] not in norms]
         still = all(not model.get_submodule(n).training for n in norms)
         (group,) = optimizer.param_groups
         ours = {
             "optimiser": type(optimizer).__name__.upper(),
-            "class_is_clipped": bool(recipe.clipping(r)),
+            "class_is_clipped": bool(clips),
             "tensors": len(theirs),
             "lrs": [group["lr"]],
             "weight_decays": [group["weight_decay"]],
@@ -81,7 +86,7 @@ def _groups(case: Case) -> list[Row]:
             "names_sha256": _digest(theirs),
             "trained_numbers": sum(t.numel() for t in group["params"]),
             "frozen": [names[n] for n in frozen],
-            "clip": [vars(clip)["max_value"] for clip in recipe.clipping(r)],
+            "clip": [vars(clip)["max_value"] for clip in clips],
             "not_in_the_backbone": [n for n in theirs if not n.startswith("backbone.")],
             "backbone_multiplier": group["lr"] / r.lr,
             "freeze_at": 0 if "backbone.bottom_up.base.conv1.weight" in theirs else "the first convolution",
@@ -89,18 +94,20 @@ def _groups(case: Case) -> list[Row]:
         }
         clip = expected["clip"]
         wanted = expected | {"clip": [clip["value"]] * clip["enabled"]}
-        rows += [same(f"{config} {key}", value, ours.get(key)) for key, value in wanted.items()]
+        rows += [same(f"{config} {key}", wanted[key], ours.get(key)) for key in wanted.keys() - OURS]
     return rows
+
+
+OURS = {"dataset", "captions", "built"}  # what `tools.cases` adds
 
 
 def _schedule(case: Case) -> list[Row]:
     rows = []
     for config, expected in case.expected.items():
-        if config not in CONFIGS:
+        if not expected["built"]:
             rows.append(Row(config, f"{expected['iterations']} iterations", "none", False, NOT_BUILT))
             continue
-        dataset, captions = CONFIGS[config]
-        r = recipe.recipe(dataset, captions)
+        r = _published(expected)
         found = recipe.learning_rates(r, expected["iterations"])
         steps = expected["lr_of_step"]
         lrs = [found[int(step)] for step in steps]
@@ -113,7 +120,7 @@ def _schedule(case: Case) -> list[Row]:
             "base_lr": r.lr,
             "ims_per_batch": r.batch,
             "repeat_threshold": r.repeat or 0.0,
-            "batch_of_each_data_set_per_gpu": [r.group] * 2 if captions else None,
+            "batch_of_each_data_set_per_gpu": [r.group] * 2 if expected["captions"] else None,
         }
         rows += [same(f"{config} {key}", expected[key], value) for key, value in ours.items()]
         if turns:
@@ -135,20 +142,18 @@ def _share_of_boxes(group: int, draws: int = 4000) -> float:
 
 
 def _repeats(case: Case) -> list[Row]:
-    first, many, last = re.findall(
-        r"classes ([\d |]+)(?=;)|; (\d+) have class|have (\d+ and \d+)", case.settings["pictures"]
-    )
-    classes = [[int(c) for c in part.split()] for part in first[0].split("|")]
-    classes += [[0]] * int(many[1]) + [[int(c) for c in last[2].split(" and ")]] * 3
-    boxes = _boxes("detection/ov-lvis", detection.lvis_categories()[:5], classes)
+    s, many = case.settings, case.settings["with_class_0"]
+    classes = [*s["first"], *([[0]] * many), *s["last"]]
+    start, end = len(s["first"]), len(s["last"])
+    boxes = _boxes("detection/ov-lvis", detection.lvis_categories()[: 1 + max(map(max, classes))], classes)
     factors = detection.repeat_factors(boxes, case.settings["threshold"])
     repeated = recipe.Repeated(boxes, factors)
     odds = np.bincount(repeated.items, repeated.odds)  # how often an item is drawn, on average
     expected, options = case.expected, case.facts["tolerance"]
     return [
-        near("factor_of_the_first_five", expected["factor_of_the_first_five"], factors[:5], **options),
-        near("factor_of_the_last_three", expected["factor_of_the_last_three"], factors[-3:], **options),
-        near("factor_of_the_others", [expected["factor_of_the_others"]] * int(many[1]), factors[5:-3], **options),
+        near("factor_of_the_first_five", expected["factor_of_the_first_five"], factors[:start], **options),
+        near("factor_of_the_last_three", expected["factor_of_the_last_three"], factors[-end:], **options),
+        near("factor_of_the_others", [expected["factor_of_the_others"]] * many, factors[start:-end], **options),
         near("sum", expected["sum"], factors.sum(), **options),
         Row("rounding", expected["rounding"], "the odds add up to the factors", np.allclose(odds, factors)),
     ]
@@ -180,7 +185,6 @@ def _classes(case: Case) -> list[Row]:
     scored = coco.mask(coco.base) | coco.mask(coco.novel)
     rare = lvis.unseen.nonzero().flatten().tolist()
     synonyms = {c["name"]: c["synonyms"] for c in detection.with_synonyms(COCO)}
-    shown = case.expected["coco_synonyms_of_person_airplane_couch"]
     ours = {
         "coco_base_names": [names[i] for i in coco.mask(coco.base).nonzero().flatten()],
         "coco_novel_names": [names[i] for i in coco.mask(coco.novel).nonzero().flatten()],
@@ -192,20 +196,19 @@ def _classes(case: Case) -> list[Row]:
         "lvis_classes": len(lvis.class_names),
         "lvis_rare": len(rare),
         "lvis_rare_sha256": _digest([str(i) for i in rare]),
-        "lvis_first_names": lvis.class_names[: len(case.expected["lvis_first_names"])],
-        "coco_synonyms_of_person_airplane_couch": {name: synonyms[name] for name in shown},
     }
-    return [same(key, case.expected[key], value) for key, value in ours.items()]
+    for key, shown in case.expected.items():
+        if key.startswith("coco_synonyms_of"):
+            ours[key] = {name: synonyms[name] for name in shown}
+        elif key.endswith("first_names"):
+            ours[key] = (coco if key.startswith("coco") else lvis).class_names[: len(shown)]
+    return [same(key, value, ours.get(key)) for key, value in case.expected.items()]
 
 
 def _captions(case: Case) -> list[Row]:
     rows = []
-    for what, categories in (
-        ("coco", detection.with_synonyms(COCO)),
-        ("several_captions_of_one_picture", detection.with_synonyms(COCO)),
-        ("lvis", detection.lvis_categories()),
-    ):
-        recorded = case.expected[what]
+    for what, recorded in case.expected.items():
+        categories = detection.lvis_categories() if "lvis" in what else detection.with_synonyms(COCO)
         texts = [entry.get("captions") or [entry["caption"]] for entry in recorded]
         captions = {
             "images": [{"id": i} for i in range(len(texts))],
@@ -229,9 +232,9 @@ def _captions(case: Case) -> list[Row]:
 def _views(case: Case) -> list[Row]:
     image = case.data["in.image"].permute(2, 0, 1)[None]
     height, width = image.shape[-2:]
-    model = MLR(nn.Identity(), torch.randn(2, 4), torch.zeros(2) > 0, channels=(3, 3, 3))
+    model = MLR(timm.create_model("resnet10t", num_classes=0), torch.randn(2, 4), torch.zeros(2) > 0)
     expected, options = case.expected, case.facts["tolerance"]
-    rows = [same("crops_x1_y1_x2_y2", expected["crops_x1_y1_x2_y2"], windows(height, width, model.levels))]
+    rows = [same("crops_x1_y1_x2_y2", expected["crops_x1_y1_x2_y2"], windows(height, width, model.settings.levels))]
 
     def at(x: Tensor, h: int, w: int) -> Tensor:
         ys, xs = ([round(i * (side - 1) / 7) for i in range(8)] for side in (h, w))
@@ -255,26 +258,23 @@ def _views(case: Case) -> list[Row]:
 
 def _training_images(case: Case) -> list[Row]:
     rows = []
-    settings = {"OV-COCO, boxes": CONFIGS["ovmlr_coco_base_caption"], "OV-LVIS": CONFIGS["ovmlr_lvis_base"]}
-    settings["OV-COCO, captions"] = settings["OV-COCO, boxes"]
-    for name, (smallest, size) in case.expected["s_and_size"].items():
-        if name in settings:
-            r = recipe.recipe(*settings[name])
-            rows.append(same(f"s_and_size {name}", [smallest, size], [r.crop, r.size]))
+    for name, want in case.expected["s_and_size"].items():
+        pair = [want["crop"], want["size"]]
+        if want["built"]:
+            r = _published(want)
+            rows.append(same(f"s_and_size {name}", pair, [r.crop, r.size]))
         else:
-            rows.append(Row(f"s_and_size {name}", f"{smallest}, {size}", "none", False, NOT_BUILT))
+            rows.append(Row(f"s_and_size {name}", f"{pair}", "none", False, NOT_BUILT))
     drawn = _crop_resize_flip()
     rows += [
         Row(f"operations {name}", text, drawn[name], bool(drawn[name])) for name, text in case.expected["operations"]
     ]
     rows.append(Row("labels_after_the_crop", case.expected["labels_after_the_crop"], *_labels_of_crops()))
-    model, given = _small(recipe.recipe(*CONFIGS["ovmlr_lvis_base"])), []  # type: tuple[recipe.Recogniser, list[Tensor]]
-    model.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    model, images = _small(recipe.published("detection/ov-lvis")), torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
     crops = mock.patch.object(model, "crops", side_effect=model.crops)
-    images = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
-    with crops as cropped:
-        recipe.loss(model, (images, torch.zeros(2, 80) > 0, torch.ones(2) > 0))
-    both = given[0] is images and cropped.call_args.args[0] is images
+    with crops as cropped, mock.patch.object(model, "prepared", side_effect=model.prepared) as prepared:
+        model.loss(images, torch.zeros(2, 80) > 0)
+    both = all(call.call_args.args[0] is images for call in (cropped, prepared))
     rows.append(Row("teacher_sees", case.expected["teacher_sees"], "the tensor that the recogniser gets", both))
     return rows
 
@@ -351,7 +351,7 @@ def _losses(case: Case) -> list[Row]:
 
 
 def _metric(case: Case) -> list[Row]:
-    side, options = 500, case.facts["tolerance"]
+    side, options = case.settings["side"], case.facts["tolerance"]
     truth_rows, found_rows = (case.data[f"in.{name}"].tolist() for name in ("truth", "detections"))
     ids = sorted({int(row[0]) for row in truth_rows + found_rows})
     images = [{"id": i, "width": side, "height": side, "file_name": f"{i}"} for i in ids]
@@ -411,38 +411,38 @@ def _small(r: recipe.Recipe) -> recipe.Recogniser:
     """A recogniser of 80 classes on a very small ResNet, in training mode."""
     body = timm.create_model("resnet10t", channels=(8, 16, 24, 32), stem_width=8, num_classes=0)
     text, novel = torch.randn(80, 8), torch.arange(80) < 9
-    return recipe.Recogniser(body, text, novel, teacher=_Colours(8), **r.options).train()
+    return recipe.Recogniser(body, text, novel, r.model, teacher=_Colours(8)).train()
 
 
 def _selection(case: Case) -> list[Row]:
     steps, generator = 4, torch.Generator().manual_seed(0)
-    coco, lvis = (recipe.recipe(*config) for config in CONFIGS.values())
+    coco = recipe.published("detection/ov-coco", captions=True)
     model = _small(coco)
     images = torch.randint(0, 256, (steps, 3, 64, 64), generator=generator, dtype=torch.uint8)
     items = [(image, torch.rand(80, generator=generator) < 0.1, True) for image in images]
     modes, watch = [], _Watch()
     model.register_forward_hook(lambda module, *_: modes.append(module.training))
-    p = _parameters("detection/ov-coco", True)
     short = dataclasses.replace(coco, iterations=steps, warmup=1, batch=1)
-    history = recipe.train_model(p, InOrder(items, steps), None, model, r=short, callbacks=[watch])
+    p, data = _parameters("detection/ov-coco", True), InOrder(items, steps)
+    _, history = run(recipe.training(p, lambda: model, data, r=short, callbacks=[watch]))
     last = torch.equal(model.heads.shared.weight, watch.seen[-1]) and not torch.equal(watch.seen[-1], watch.seen[-2])
     kept = "the weights after the last step, bit by bit"
     expected = case.expected
     never = len(modes) == steps and all(modes)
     reason = "the released thresholds belong to the authors' detectors; those refined here return all their boxes"
-    return [
+    rows = [
         Row("kept", expected["kept"], kept, last),
         Row("evaluated_in_training", expected["evaluated_in_training"], f"{len(modes)} forward passes", never),
         same("early_stop", expected["early_stop"], len(history) < steps),
         same("moving_average", expected["moving_average"], not last),
-        same("gamma", expected["gamma"], {"OV-COCO": coco.gamma, "OV-LVIS": lvis.gamma}),
-        *(
-            same(f"lambda_base_novel {name}", value, [r.options["lambda_base"], r.options["lambda_novel"]])
-            for (name, value), r in zip(expected["lambda_base_novel"].items(), (coco, lvis), strict=True)
-        ),
-        *(same(f"score_threshold {k}", v, detectors.FLOOR, reason) for k, v in expected["score_threshold"].items()),
-        same("detections_per_image", expected["detections_per_image"], {"OV-COCO": coco.top, "OV-LVIS": lvis.top}),
     ]
+    for name in ("gamma", "lambda_base_novel", "score_threshold", "detections_per_image"):
+        for what, want in expected[name].items():
+            r = _published(want)
+            ours = {"gamma": r.gamma, "lambda_base_novel": [r.model.lambda_base, r.model.lambda_novel]}
+            ours |= {"detections_per_image": r.top, "score_threshold": detectors.FLOOR}
+            rows.append(same(f"{name} {what}", want["value"], ours[name], reason if name == "score_threshold" else ""))
+    return rows
 
 
 # --- trajectories -----------------------------------------------------------------------------------------------------
@@ -459,15 +459,14 @@ def _official_shapes(classes: int, width: int) -> dict[str, Tensor]:
 def _trajectory(case: Case) -> list[Row]:
     settings, expected, tolerance = case.settings, case.expected, case.facts["tolerance"]
     classes, seed = settings["classes"], settings["seed"]
-    width = int(re.findall(r"'input:teacher', \(3, (\d+)\)", settings["teacher"])[0])
-    size = [int(n) for n in re.findall(r"256, \(([\d, ]+)\)", settings["batch_i"])[0].split(",")]
+    width, size = settings["teacher_width"], settings["images"]
     shapes = {name: tuple(t.shape) for name, t in _official_shapes(classes, width).items()}
     state = {name: torch.from_numpy(fill.parameter(name, shape, seed)) for name, shape in shapes.items()}
-    dataset, captions = CONFIGS[Path(settings["config"]).stem]
+    dataset, captions = settings["dataset"], settings["captions"]
     categories = COCO if captions else detection.lvis_categories()
     novel = _boxes(dataset, categories, [[i] for i in range(classes)]).unseen
-    released, optimiser, changed = recipe.recipe(dataset, captions), settings["optimiser"], settings["changed"]
-    model = recipe.Recogniser.from_official(state, novel, **released.options)
+    released, optimiser, changed = _published(settings), settings["optimiser"], settings["changed"]
+    model = recipe.Recogniser.from_official(state, novel, released.model)
     model.teacher = _Colours(width).requires_grad_(False)
     items = []
     for i, (kind, labels) in enumerate(zip(settings["kinds"], settings["labels"], strict=True)):
@@ -485,20 +484,21 @@ def _trajectory(case: Case) -> list[Row]:
     )
     watch = _Watch(settings["steps_done"])
     p = _parameters(dataset, captions, seed)
-    history = recipe.train_model(p, InOrder(items, r.iterations), None, model, r=r, callbacks=[watch])
+    _, history = run(recipe.training(p, lambda: model, InOrder(items, r.iterations), r=r, callbacks=[watch]))
     losses = [[row[name] for name in ("loss", "rank", "distill")] for row in history]
-    number: dict[str, Any] = {name: float(text.split()[-1]) for name, text in tolerance.items()}
     rows = [
-        near("losses_of_each_step", expected["losses_of_each_step"], losses, relative=number["loss"]),
+        near("losses_of_each_step", expected["losses_of_each_step"], losses, relative=tolerance["loss"]),
         Row("losses_are", str(expected["losses_are"]), "loss, rank, distill", _is_sum(losses)),
-        near("lr_of_each_step", expected["lr_of_each_step"], [row["lr"] for row in history], relative=number["lr"]),
+        near("lr_of_each_step", expected["lr_of_each_step"], [row["lr"] for row in history], relative=tolerance["lr"]),
     ]
     after = official_state(model.state_dict(), model.official_names())
     for name, facts in expected["parameters_at_the_end"].items():
         value = after[name].double()
         what = f"parameters_at_the_end {name}"
-        rows.append(near(f"{what}, sum", facts["sum"], value.sum(), absolute=number["sum"]))
-        squares = near(f"{what}, squares", facts["sum_of_squares"], (value**2).sum(), relative=number["sum_of_squares"])
+        rows.append(near(f"{what}, sum", facts["sum"], value.sum(), absolute=tolerance["sum"]))
+        squares = near(
+            f"{what}, squares", facts["sum_of_squares"], (value**2).sum(), relative=tolerance["sum_of_squares"]
+        )
         rows.append(squares)
     return rows
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,6 +79,13 @@ def drawn(generator: str, *arrays: str) -> list[Tensor]:
     rng = np.random.default_rng(int(re.findall(r"default_rng\((\d+)\)", generator)[0]))
     shapes = [re.findall(r"standard_normal\(\(([\d, ]+)\)", text)[0].split(",") for text in arrays]
     return [torch.from_numpy(rng.standard_normal([int(n) for n in shape], dtype=np.float32)) for shape in shapes]
+
+
+def normal(*arrays: Mapping[str, Any]) -> Any:
+    """Normal float32 arrays that one generator draws one after the other: the first has the seed, each its shape."""
+    rng = np.random.default_rng(arrays[0]["seed"])
+    found = [torch.from_numpy(rng.standard_normal(facts["shape"], dtype=np.float32)) for facts in arrays]
+    return found if len(found) > 1 else found[0]
 
 
 def initial(what: str, facts: Mapping[str, float], value: Tensor) -> list[Row]:

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from companion.models.bat import figures
-from companion.models.bat import model as bat
+from companion.models.bat import BAT, figures
 from companion.toy.ablations import bat as study
 from companion.toy.ablations import study_root
 from companion.toy.datasets import tracking as toy
@@ -117,13 +116,13 @@ def test_success_is_measured_by_situation(tmp_path, monkeypatch):
 def test_attention_and_exchange_are_the_models():
     torch.manual_seed(0)
     tracker = small_tracker.build("random")
-    model = bat.BAT(tracker, width=4, std=0.1).eval()
+    model = BAT(tracker, width=4, std=0.1).eval()
     template, search = torch.randn(2, 6, 32, 32), torch.randn(2, 6, 64, 64)
     traced = figures.trace(model, template, search)
-    rgb, thermal = figures.attention(traced)
+    rgb, thermal = traced[-1].attention
     assert rgb.shape == (2, tracker.f, tracker.f) and 0 < float(rgb.sum(dim=(1, 2)).max()) < 1
     swapped = figures.trace(model, *(torch.cat(x.chunk(2, 1)[::-1], 1) for x in (template, search)))
-    torch.testing.assert_close(figures.attention(swapped)[0], thermal, rtol=1e-4, atol=1e-5)
-    into_rgb, into_thermal = figures.exchange(traced, tracker)
-    torch.testing.assert_close(figures.exchange(swapped, tracker)[0], into_thermal, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(swapped[-1].attention[0], thermal, rtol=1e-4, atol=1e-5)
+    into_rgb, into_thermal = traced[-1].exchange["mlp"]
+    torch.testing.assert_close(swapped[-1].exchange["mlp"][0], into_thermal, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(into_rgb, into_thermal, rtol=1e-2)

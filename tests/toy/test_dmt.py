@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from companion.models.dmt import Teachers
-from companion.models.dmt.model import grey
+from companion.toy.encoders.teachers import grey
 from companion.toy.ablations import dmt as study
 from companion.toy.datasets import collage
 from companion.toy.encoders import teachers as taught

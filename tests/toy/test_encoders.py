@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 
 from companion.errors import BadCheckpoint, BadParameter, CorruptFile, MissingWeights
-from companion.models.dmt.model import grey
+from companion.toy.encoders.teachers import grey
 from companion.toy import encoders
 from companion.toy.datasets import collage, restoration
 from companion.toy.encoders import (

@@ -8,7 +8,7 @@ from torch.utils.data import TensorDataset
 from companion.data import slides as data
 from companion.evaluation import ablations
 from companion.models.hvit import HViT
-from companion.slides import tensor
+from companion.models.hvit.slides import tensor
 from companion.toy.ablations import hvit as study
 from companion.toy.ablations import study_root
 from companion.toy.datasets import slides

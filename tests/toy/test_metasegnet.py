@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from companion import climate
 from companion.evaluation.metrics import landcover as metrics
-from companion.models.metasegnet.text import Words, headless
+from companion.models.metasegnet.climate import Prompts, headless
+from companion.models.metasegnet.text import Words
 from companion.toy.ablations import SEEDS, study_root
 from companion.toy.ablations import metasegnet as study
 from companion.toy.datasets import landcover
@@ -44,7 +44,7 @@ def test_the_layout_does_not_know_the_zone(monkeypatch):
 
 
 def test_texts_describe_the_looks_and_a_wrong_one_differs_in_all_of_them():
-    prompts, zones = climate.Prompts.read(landcover.PROMPTS), landcover.ZONES
+    prompts, zones = Prompts.read(landcover.PROMPTS), landcover.ZONES
     sentences = {zone: prompts.zones[zone][1].split(". ") for zone in zones}
     for a, b in itertools.combinations(zones, 2):
         assert (sentences[a][:3] == sentences[b][:3]) == (zones[a].moisture == zones[b].moisture)

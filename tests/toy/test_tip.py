@@ -8,10 +8,10 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from companion.data.degradations import BLIND, degrade, parse
-from companion.data.restoration import TEXTS, prompt
+from companion.models.tip.degradations import BLIND, TEXTS, degrade, parse, prompt
 from companion.toy.ablations import tip as study
 from companion.toy.datasets import restoration, scenes
+from companion.toy.encoders.words import WordText, split
 
 SEED = 2
 
@@ -113,3 +113,18 @@ def test_one_training_serves_all_prompts_and_selection_asks_validation_alone(roo
     chosen = [study.train(*both, 3e-3, SEED, root, "select") for both in asked]
     assert chosen[0] == chosen[1] == chosen[2] and set(chosen[0]) == {"PSNR", "loss", "trained"}
     assert study.trained.cache_info().misses == 1
+
+
+def test_words_are_repeated_digits_apart_and_a_memory_tells_whose_number_it_is(tmp_path):
+    rows, deblur = "a picture with rows", "Deblur with sigma 0.9"
+    assert split("Deblur with sigma 3.05; Dejpeg!") == ["deblur", "with", "sigma", "3", ".", "0", "5", ";", "dejpeg"]
+    bag, encoder = (WordText.of([rows, deblur], width=8, length=10, memory=memory) for memory in (0.0, 0.5))
+    assert bag.words("A zebra") == ["a", "<unknown>"] and bag.words("") == ["<empty>"]
+    ids = bag.ids([rows, ""])
+    assert ids.shape == (2, 10) and torch.equal(ids[0, :4], ids[0, 4:8]) and len(ids[1].unique()) == 1
+    states, memory = bag(ids)[0], encoder(ids)[0]
+    assert torch.equal(states, bag.embedding.weight[ids]) and not any(p.requires_grad for p in bag.parameters())
+    second = states[:, 1] + 0.5 * states[:, 0].roll(1, -1)
+    torch.testing.assert_close(memory[:, 2], states[:, 2] + 0.5 * second.roll(1, -1))
+    encoder.save_pretrained(tmp_path)
+    assert torch.equal(WordText.from_pretrained(tmp_path, low_cpu_mem_usage=False)(ids)[0], memory)

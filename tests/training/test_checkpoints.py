@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from companion.training.checkpoints import Checkpoint, checkpoint_key, save, trained_state
+from companion.training.recipe import run
 from tests.conftest import interrupted, parameters
 from tests.small import shrink
 from tests.training.test_fit import same
@@ -20,7 +21,7 @@ def test_a_killed_recipe_resumes_to_the_same_weights_and_a_finished_one_is_only_
 
     def train(out):
         p = parameters("sa2vp", profile="paper", accelerator="cpu", dataset="folder", data_root=images, batch=4)
-        return recipe.train(recipe.setting(p, tmp_path / out), p.method, epochs=2)
+        return run(recipe.setting(p, tmp_path / out).trainings[p.method], tmp_path / out, epochs=2)
 
     recipe, images = shrink("sa2vp", monkeypatch), str(tmp_path / "images")
     monkeypatch.setattr(Checkpoint.of.__func__, "__defaults__", (2,))  # steps between two checkpoints

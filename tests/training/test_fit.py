@@ -1,5 +1,6 @@
 """The training loop: a training by hand, the order of images, schedules, callbacks, resumed and refused trainings."""
 
+import os
 import random
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ from companion.errors import CompanionError, CorruptFile
 from companion.ops.papers import paper, slugs
 from companion.training.callbacks import EMA, Callback, ClipNorm, ClipValue, EarlyStop, Lookahead, ema_copy
 from companion.training.checkpoints import Checkpoint, trained_state
-from companion.training.fit import CPU, PRECISIONS, Hardware, fit, launcher, predict
+from companion.training.fit import CPU, PRECISIONS, Hardware, device, fit, launcher, predict
 from companion.training.schedules import adamw, given, learning_rates, param_groups, schedule, sgd
 from tests.models.common import refuses
 
@@ -476,6 +477,13 @@ def test_a_training_on_the_cpu_does_not_start_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda *args: pytest.fail("CUDA was started"))
     run(noisy_model())
+
+
+def test_a_gpu_is_looked_for_without_initialising_cuda(monkeypatch):
+    """PyTorch reads the variable at each call; a process that has initialised CUDA cannot be forked."""
+    monkeypatch.delenv("PYTORCH_NVML_BASED_CUDA_CHECK", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] == "1")
+    assert device("auto") == "cuda" and device("cpu") == "cpu"
 
 
 def test_gpus_that_are_not_there_are_refused_and_apple_silicon_is_used_only_on_request(monkeypatch):

@@ -12,9 +12,11 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from companion.models.dmt.model import relation_maps
 from companion.models.layers.clip_prompting import similarity
-from companion.models.sic_cads.model import Heads, ZeroShotClassifier
+from companion.models.sic_cads import predictions
+from companion.models.sic_cads.model import Heads
 from companion.toy import encoders
 from companion.training.fit import Hardware, predict
+from companion.training.recipe import run
 from tests.conftest import parameters
 from tests.models.common import draw
 from tests.small import shrink
@@ -25,8 +27,8 @@ Found = tuple[list[dict], Tensor | None]
 
 def sa2vp(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
     found = recipe.setting(p, out)
-    history = recipe.train(found, p.method)[1]
-    return history, predict(found.build(p.method), found.test, hardware=found.options["hardware"])
+    training = found.trainings[p.method]
+    return run(training)[1], predict(training.build(), found.test, hardware=found.hardware)
 
 
 def bat(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
@@ -39,9 +41,9 @@ def bat(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
 
 def dplq(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
     found = recipe.setting(p, out)
-    history = recipe.train(found, p.method)[1]
+    training, history = found.trainings[p.method], found.train(p.method)[1]
     torch.manual_seed(0)  # the noise of the prompts
-    outputs = predict(found.build(p.method), found.inputs(p.method, "source"), hardware=found.options["hardware"])
+    outputs = predict(training.build(), found.inputs(p.method, "source"), hardware=training.fit["hardware"])
     return history, outputs
 
 
@@ -59,43 +61,42 @@ def hvit(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
 
 def ecamp(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
     if p.task == "pre-train":
-        found = recipe.setting(p, out)
-        return found.learn(found.build(p.method), p.method), None
-    found = recipe.downstream(p, out)
+        return run(recipe.setting(p, out).training(p.method))[1], None
+    work = recipe.downstream(p)
     torch.manual_seed(0)
-    history = found.learn(found.build())
+    history = run(work.training)[1]
     torch.manual_seed(0)
-    ((outputs, _),) = recipe._outputs(p, found.build(), found.data["test"])
+    ((outputs, _),) = recipe._outputs(p, work.training.build(), work.data["test"])
     return history, torch.cat([x.flatten() for x in (outputs if isinstance(outputs, list) else [outputs])])
 
 
 def sic_cads(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
     found = recipe.setting(p, out)
     torch.manual_seed(0)
-    history = recipe.train(found)[1]
+    history = found.train()[1]
     torch.manual_seed(0)
-    outputs = recipe.predict(found, found.build())
+    outputs = predictions.predict(found, found.build())
     assert outputs.boxes[0].dtype == outputs.probabilities[0].dtype == torch.float32
-    held = recipe.refined(found, outputs, 0)
+    held = predictions.refined(found, outputs, 0)
     outputs.probabilities.clear()
-    assert torch.equal(recipe.refined(found, outputs, 0), held), "detected again as before"
+    assert torch.equal(predictions.refined(found, outputs, 0), held), "detected again as before"
     return history, outputs.p[p.branch]
 
 
 def metasegnet(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
-    found = recipe.setting(p, out)
-    history = recipe.train(found, p.method)[1]
-    counts = recipe.matrix(found, found.build(p.method), p.method, "test").float()
+    found = recipe.setting(p)
+    history = recipe.train(found.training)[1]
+    test = found.tests["test"]
+    texts = found.texts(test.zones, own=test.texts)
+    counts = recipe.confusion(found.training.build(), test, texts, hardware=found.training.fit["hardware"]).float()
     return history, counts / counts.sum()
 
 
 def dmt(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
     if p.task == "distil":
-        found = recipe.setting(p, out)
-        return found.learn(found.build("DMT"), "DMT"), None
+        return recipe.distil(p, out)[1], None
     found = recipe.downstream(p)
-    model = found.build()
-    history = found.learn(model)
+    model, history = run(found.training)
     assert np.isfinite([*found.score(model).values()]).all()
     return history, None
 
@@ -131,7 +132,6 @@ CASES: dict[str, tuple[Callable, dict]] = {
 ROUNDING = 2.0**-8  # of one number in bfloat16, whose significand has 8 bits
 # a BatchNorm over the two images of a step makes 1 and -1 of small differences
 LOSS = {"promptpar": 16 * ROUNDING}
-STEPS = {"hvit": 1}  # of its one fold
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "dmt, detect")) for n in CASES])
@@ -148,7 +148,7 @@ def test_a_paper_trains_and_predicts_in_float32_and_bfloat16(name, monkeypatch, 
     recipe = shrink(slug, monkeypatch)
     usual = {"profile": "paper", "dry_run": True, "accelerator": "cpu", "data_root": "nowhere"}
     (full, expected, no), (half, outputs, yes) = found("32-true"), found("bf16-mixed")
-    assert yes and not no and len(full) == STEPS.get(name, 2) and full.isfinite().all()
+    assert yes and not no and len(full) == 2 and full.isfinite().all()
     torch.testing.assert_close(half, full, rtol=LOSS.get(name, 4 * ROUNDING), atol=0)
     if expected is not None:
         assert outputs.dtype == expected.dtype == torch.float32
@@ -159,7 +159,6 @@ SHIELDED: dict[str, Callable[[], tuple[Tensor, ...]]] = {
     "similarity of CLIP": lambda: (similarity(encoders.build("pocket_clip"), draw(4, 64), draw(5, 64, seed=2)),),
     "relation maps": lambda: relation_maps(draw(3, 2, 4, 17, 12)),
     "heads of SIC-CADS": lambda: Heads(24, 16)([draw(2, 24, 8, 8)]),
-    "classifier of SIC-CADS": lambda: (ZeroShotClassifier(24, draw(5, 16))(draw(3, 24)),),
 }
 
 

@@ -104,9 +104,8 @@ def parity(paper: str, folder: Path) -> dict[str, Any]:
     """case.json of a parity case, in the form of `tests/parity/runner.py`."""
     old = Old(folder)
     made = importlib.import_module(f"tools.cases.{paper}").parity(old)
-    about = {key: value for key, value in old.facts.items() if key not in made.get("settings", {})}
-    for key in ("seed", "weights_seed", "inputs_seed", "inputs", "grad_l2"):
-        about.pop(key, None)
+    translated = ("seed", "weights_seed", "inputs_seed", "inputs", "grad_l2", "trainable")
+    about = {key: value for key, value in old.facts.items() if key not in translated}
     return {"form": FORM, "seed": old.seed, "inputs": {}, "recorded": old.norms} | made | {"about": about}
 
 

@@ -32,12 +32,11 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.datasets.utils import download_and_extract_archive
 
-from .. import climate
 from ..errors import BadParameter, CorruptFile, check_choice
-from ..geotiff import SUFFIXES, Raster, quiet
 from ..ops.files import atomic
-from . import DataSet, Status, downloading, find, own_set
+from . import DataSet, Status, climate, downloading, find, own_set
 from .landcover_sets import CLASSES, LEFT_OUT, LOVEDA, LOVEDA_FILES, OEM, POTSDAM, POTSDAM_TILES, XBD
+from .rasters import SUFFIXES, Raster, quiet
 
 SPLITS = ("train", "val", "test")
 LABELS = ("full", "eroded")

@@ -20,8 +20,8 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from ..errors import BadParameter
-from ..geotiff import MEAN, STD
 from .landcover import LandCover, Transform
+from .rasters import MEAN, STD
 
 SCALES = (0.75, 1.0, 1.25, 1.5)
 

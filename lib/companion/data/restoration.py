@@ -1,13 +1,10 @@
-"""Images with captions, and degraded copies with restoration prompts: the data of TIP.
+"""Images with captions, the data of image restoration.
 
     images = load("restoration/coco", "data", "train")        or own_folder("mine")
     image, caption = images[0]                                float32 (3, H, W) in [0, 1], str
-    train = Degraded(images, 512)
-    train[0]                                                    Sample(clean, degraded, semantic, restoration, ops)
-    test = Degraded(images, 512, **TASKS["parameterised"])    deterministic
 
-Opening a set reads its lists only; an image is decoded, and degraded, on access. `root` is the data folder;
-`restoration_sets` describes the sets.
+Opening a set reads its lists only; an image is decoded on access. `root` is the data folder; `restoration_sets`
+describes the sets. TIP degrades them, see `models.tip.degradations`.
 """
 
 from __future__ import annotations
@@ -17,20 +14,16 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 from torchvision.datasets.utils import download_and_extract_archive
-from torchvision.transforms.v2.functional import resize, to_dtype
+from torchvision.transforms.v2.functional import to_dtype
 
-from ..errors import BadParameter, CorruptFile, check_choice
+from ..errors import CorruptFile, check_choice
 from ..ops.files import read_json
 from . import DataSet, Status, decoding, downloading, find, own_set
 from .classification import Images, _absent, _inside, check_listed
-from .degradations import BLIND, Op, RealESRGAN, Recipe, blind, degrade, prompt
 from .restoration_sets import CAPTIONS, DIV2K, DIV2K_URL, FOLDERS, OWN
 
 
@@ -87,133 +80,6 @@ def own_folder(folder: str | Path) -> Captioned:
     sources, captions = _own(own, folder, folder)
     check_listed(own, folder, sources)
     return Captioned(own, folder, sources, captions)
-
-
-class Sample(NamedTuple):
-    """A clean image, its degraded copy, and the two prompts."""
-
-    clean: Tensor  # (3, S, S) in [0, 1]
-    degraded: Tensor  # (3, S, S) in [0, 1]
-    semantic: str  # c_s: the caption, or ""
-    restoration: str  # c_r: what was done, or BLIND
-    ops: tuple[Op, ...] | None  # the degradations; None for Real-ESRGAN's, which has no prompt
-
-
-TASKS: dict[str, dict[str, Any]] = {
-    "parameterised": {"share_blind": 0.0, "blind_prompt": 0.0, "no_caption": 0.0, "fresh": False, "flip": False},
-    "real-esrgan": {"share_blind": 1.0, "blind_prompt": 0.0, "no_caption": 0.0, "fresh": False, "flip": False},
-}
-"""Arguments of `Degraded` for a test: every sample has its true texts and is the same every time (ours)."""
-
-
-class Degraded(Dataset):
-    """Square images and degraded copies: `samples[i]` is a `Sample`.
-
-    The figure has two random choices: whether c_r describes the degradations or is `BLIND`, and whether c_s is the
-    caption or empty; it does not give their probabilities. All numbers here are ours (section 5); a sample depends on
-    `seed` and its index.
-
-    Args:
-        pictures: images with captions, such as `Captioned`.
-        size: S. An image's shorter side is resized to S, then a square is cropped: at random if `fresh` is set,
-            otherwise the centre. So the caption still describes most of the crop.
-        recipe: of the parameterised pipeline.
-        settings: of Real-ESRGAN's.
-        share_blind: share of samples degraded by Real-ESRGAN's pipeline; their c_r is `BLIND`.
-        blind_prompt: probability that c_r of another sample is also `BLIND`.
-        no_caption: probability that c_s is empty.
-        fresh: a new draw each time a sample is loaded, from torch's random state, which `fit.fit` sets by seed, epoch
-            and index.
-        flip: horizontal flip with probability 0.5.
-        seed: of all random draws.
-        back, edge: see `degradations.degrade`.
-    """
-
-    def __init__(
-        self,
-        pictures: Dataset,
-        size: int,
-        recipe: Recipe | None = None,
-        settings: RealESRGAN | None = None,
-        *,
-        share_blind: float = 0.5,
-        blind_prompt: float = 0.5,
-        no_caption: float = 0.3,
-        fresh: bool = True,
-        flip: bool = True,
-        seed: int = 0,
-        back: str = "op",
-        edge: str = "replicate",
-    ):
-        for name, value in (("share_blind", share_blind), ("blind_prompt", blind_prompt), ("no_caption", no_caption)):
-            if not 0 <= value <= 1:
-                raise BadParameter(name, value, "a probability, 0 to 1")
-        if size < 1:
-            raise BadParameter("size", size, "1 pixel or more")
-        self.pictures, self.size, self.recipe, self.settings = pictures, size, recipe or Recipe(), settings
-        self.share_blind, self.blind_prompt, self.no_caption = share_blind, blind_prompt, no_caption
-        self.fresh, self.flip, self.seed, self.back, self.edge = fresh, flip, seed, back, edge
-
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-    def __getitem__(self, index: int) -> Sample:
-        picture, caption = self.pictures[index]
-        numbers = (self.seed, index, *([int(torch.randint(2**31, ()))] if self.fresh else []))
-        # all numbers are always drawn: one probability must not change the draws of another
-        where, turned, is_blind, unnamed, untold = np.random.default_rng([4, *numbers]).random(5)
-        clean = _square(picture, self.size, where if self.fresh else 0.5)
-        if self.flip and turned < 0.5:
-            clean = clean.flip(-1)
-        if is_blind < self.share_blind:
-            ops, degraded, restoration = None, blind(clean, numbers, self.settings), BLIND
-        else:
-            ops = self.recipe.draw(numbers)
-            degraded = degrade(clean, ops, numbers, back=self.back, edge=self.edge)
-            restoration = BLIND if unnamed < self.blind_prompt else prompt(ops)
-        return Sample(clean, degraded, "" if untold < self.no_caption else caption, restoration, ops)
-
-
-TEXTS = (
-    "own",
-    "no text",
-    "semantic only",
-    "restoration only",
-    "blind prompt",
-    "wrong semantic prompt",
-    "wrong restoration prompt",
-    "prompts swapped",
-)
-
-
-def texts(samples: Sequence[Sample], kind: str = "own") -> tuple[list[str], list[str]]:
-    """The two prompts of each sample, for the UNet and for the adaptor, by kind of test.
-
-    "own": c_s and c_r. "no text": "" and `BLIND`. "semantic only", also called "blind prompt": c_s and `BLIND`.
-    "restoration only": "" and c_r. "wrong ...": that of the next sample with a different one. "prompts swapped": c_r to
-    the UNet, c_s to the adaptor.
-
-    Raises `BadParameter` for another kind, or where no sample has another text.
-    """
-    check_choice("texts", kind, TEXTS)
-    semantic, restoration = [s.semantic for s in samples], [s.restoration for s in samples]
-
-    def other(given: list[str]) -> list[str]:
-        if len(set(given)) < 2:
-            raise BadParameter("samples", f"{len(given)} with the same text", f"some with another, for {kind!r}")
-        return [next(t for t in (*given[i:], *given[:i]) if t != given[i]) for i in range(len(given))]
-
-    none, blind_only = [""] * len(samples), [BLIND] * len(samples)
-    return {
-        "own": lambda: (semantic, restoration),
-        "no text": lambda: (none, blind_only),
-        "semantic only": lambda: (semantic, blind_only),
-        "restoration only": lambda: (none, restoration),
-        "blind prompt": lambda: (semantic, blind_only),
-        "wrong semantic prompt": lambda: (other(semantic), restoration),
-        "wrong restoration prompt": lambda: (semantic, other(restoration)),
-        "prompts swapped": lambda: (restoration, semantic),
-    }[kind]()
 
 
 def read_captions(path: str | Path) -> dict[str, str]:
@@ -338,15 +204,3 @@ def _own(dataset: DataSet, root: Path, folder: Path) -> tuple[list[str], list[st
     if not sources:
         raise CorruptFile(listing, "no images in it")
     return sources, captions
-
-
-def _square(picture: Tensor, size: int, where: float) -> Tensor:
-    """(3, size, size): the shorter side resized to `size`, then cropped at `where`, 0 to 1, along the longer side."""
-    height, width = picture.shape[-2:]
-    if min(height, width) != size:
-        by = size / min(height, width)
-        wanted = [max(size, round(height * by)), max(size, round(width * by))]
-        picture = resize(picture, wanted, interpolation=3, antialias=True).clamp(0, 1)
-        height, width = wanted
-    top, left = round(where * (height - size)), round(where * (width - size))
-    return picture[:, top : top + size, left : left + size].contiguous()

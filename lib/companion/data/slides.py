@@ -3,10 +3,10 @@
     items = load("slides/panda", "data")                          # every slide of train.csv, no image is opened
     write_folds("slides/panda", "data", test=0.2)                 # once: five folds, stratified by grade
     train = load("slides/panda", "data", "train", fold=0)
-    data = Features(train, "features")                            # written by `companion.slides.extract`
+    data = Features(train, "features")                            # written by `models.hvit.features.extract`
 
-slides_sets.yaml describes the sets. `companion.slides` reads the pixels; here only `Features`, which reads HDF5, needs
-its extra.
+slides_sets.yaml describes the sets. `models.hvit.slides` reads the pixels; here only `Features`, which reads HDF5,
+needs the extra `slides`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import contextlib
 import csv
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -251,12 +252,37 @@ def write_list(path: str | Path, items: Iterable[Item]) -> None:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+@contextlib.contextmanager
+def _stored(path: str | Path) -> Iterator[Any]:
+    """An HDF5 file of features, open. Raises `CorruptFile`: missing, truncated, or of another kind."""
+    import h5py  # imported here: an extra
+
+    try:
+        with h5py.File(path, "r") as file:
+            yield file
+    except (OSError, KeyError, RuntimeError) as error:
+        raise CorruptFile(path, f"no features of a slide ({error})") from error
+
+
+def read_features(path: str | Path) -> dict[str, Any]:
+    """The content of a file of features: "features" and "shares" (tensors), "coords" (M, 2) int64, "settings" (JSON).
+
+    Raises `CorruptFile` for a file that is missing, truncated, or of another kind.
+    """
+    with _stored(path) as file:
+        found = {key: torch.from_numpy(file[key][()]) for key in ("features", "coords", "shares")}
+        found["settings"] = file.attrs["settings"]
+    if len(found["features"]) != len(found["coords"]):
+        raise CorruptFile(path, f"{len(found['features'])} features for {len(found['coords'])} regions")
+    return found
+
+
 class Features(Dataset):
     """Stored features of slides, padded to one length: (features (M, ...), present (M,) bool, grade).
 
     Args:
         items: the slides.
-        path: folder of `<name>.h5` (what `companion.slides.extract` writes) or of the authors' `<name>.pt`.
+        path: folder of `<name>.h5` (what `models.hvit.features.extract` writes) or of the authors' `<name>.pt`.
         longest: number of regions to pad or truncate to; by default that of the longest slide.
         drop: leave out slides without features or without a region, and list them in `dropped`. Otherwise they raise an
             error.
@@ -280,7 +306,7 @@ class Features(Dataset):
                 if not drop:
                     what = "no features" if file is None else "no region with tissue"
                     layout = "<slide_id>.h5    or <slide_id>.pt"
-                    source = "`companion.slides.extract`, one slide after the other"
+                    source = "`companion slides`, one slide after the other"
                     raise MissingData(
                         "features of slides", self.path, layout, source, "that of the slides", f"{what}: {item.name}"
                     )
@@ -296,16 +322,13 @@ class Features(Dataset):
 
     def _shape(self, file: Path) -> tuple[int, ...]:
         if file.suffix == ".h5":
-            from ..slides import features_shape  # imported here: HDF5 comes with an extra
-
-            return features_shape(file)
+            with _stored(file) as stored:
+                return tuple(stored["features"].shape)
         return tuple(self._read(file).shape)
 
     @staticmethod
     def _read(file: Path) -> Tensor:
         if file.suffix == ".h5":
-            from ..slides import read_features
-
             return read_features(file)["features"]
         try:
             features = torch.load(file, map_location="cpu", weights_only=True)
@@ -315,13 +338,11 @@ class Features(Dataset):
 
     @property
     def made_by(self) -> str:
-        """The settings with which the first slide's features were extracted, as `companion.slides.extract` wrote
+        """The settings with which the first slide's features were extracted, as `models.hvit.features.extract` wrote
         them; of the authors' files, which have none, the first one's name and hash."""
         file = self.files[0]
         if file.suffix != ".h5":
             return f"{file.name}, sha256 {sha256(file)}"
-        from ..slides import read_features
-
         return read_features(file)["settings"]
 
     def __len__(self) -> int:

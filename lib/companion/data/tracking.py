@@ -531,6 +531,10 @@ def normalise(patches: np.ndarray | Tensor) -> Tensor:
 # --- training pairs ----------------------------------------------------------------------------------------------
 
 _ATTEMPTS = 100  # attempts to draw a pair before giving up
+JITTER = (3, 0.25)  # of the search box, see `Pairs`
+SHOWN = 4  # a video has more frames than these that show the object
+WIDENED = 5  # frames by which the gap of template and search grows where there is no pair
+FLIP, BRIGHTNESS = 0.5, (0.8, 1.2)  # probability of each flip, range of the factor
 
 
 class Pairs(Dataset):
@@ -569,7 +573,7 @@ class Pairs(Dataset):
         search: tuple[float, int] = (4, 256),
         max_gap: int = 200,
         min_frames: int = 20,
-        jitter: tuple[float, float] = (3, 0.25),
+        jitter: tuple[float, float] = JITTER,
         min_side: float = 0,
         augment: bool = True,
     ):
@@ -578,11 +582,11 @@ class Pairs(Dataset):
         self.sequences, self.shown = [], []
         for sequence in sequences:
             shown = np.flatnonzero(~sequence.absent & (sequence.boxes[:, 2:] > min_side).all(1))
-            if sequence.visible and len(sequence) >= min_frames and len(shown) > 4:
+            if sequence.visible and len(sequence) >= min_frames and len(shown) > SHOWN:
                 self.sequences.append(sequence)
                 self.shown.append(shown)
         if not self.sequences:
-            rule = f"at least one with frames, {min_frames} of them or more, and the object in more than 4"
+            rule = f"at least one with frames, {min_frames} of them or more, and the object in more than {SHOWN}"
             raise BadParameter("sequences", "none to draw from", rule)
 
     def __len__(self) -> int:
@@ -626,7 +630,7 @@ class Pairs(Dataset):
             boxes = [sequence.boxes[frame] for frame in frames]
             around = [boxes[0], self._jittered(rng, boxes[1])]
             images = [sequence.frame(frame) for frame in frames]
-            if self.augment and rng.random() < 0.5:
+            if self.augment and rng.random() < FLIP:
                 images = [image[:, ::-1] for image in images]
                 width = images[0].shape[1]
                 boxes, around = ([_flipped(box, width - 1) for box in group] for group in (boxes, around))
@@ -652,7 +656,7 @@ class Pairs(Dataset):
             later = shown[(shown > template) & (shown < template + gap)]
             if len(later):
                 return int(template), int(rng.choice(later))
-            gap += 5
+            gap += WIDENED
 
     def _jittered(self, rng: np.random.Generator, box: np.ndarray) -> np.ndarray:
         extent = box[2:] * np.exp(self.jitter[1] * rng.standard_normal(2))
@@ -662,8 +666,8 @@ class Pairs(Dataset):
 
     def _augmented(self, rng: np.random.Generator, patch: np.ndarray, box: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         # rounded to integers, so that pairs can be stored as uint8: an error of at most half a level of 255
-        patch = np.rint(np.clip(patch * np.float32(rng.uniform(0.8, 1.2)), 0, 255)).astype(np.uint8)
-        if rng.random() < 0.5:
+        patch = np.rint(np.clip(patch * np.float32(rng.uniform(*BRIGHTNESS)), 0, 255)).astype(np.uint8)
+        if rng.random() < FLIP:
             patch, box = np.ascontiguousarray(patch[:, ::-1]), _flipped(box, 1)
         return patch, box
 

@@ -79,7 +79,7 @@ def upsert_rows(
     path, added = Path(path), pd.DataFrame(list(new))
     rows = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=[*keys, *values])
     if len(added):
-        rows = added if rows.empty else pd.concat([rows, added]).drop_duplicates(list(keys), keep="last")
+        rows = (added if rows.empty else pd.concat([rows, added])).drop_duplicates(list(keys), keep="last")
         with atomic(path) as temporary:
             rows.to_csv(temporary, index=False)
     rows.attrs["keys"] = list(keys)
@@ -99,7 +99,7 @@ class Results:
         keys: columns that identify a row; a row measured again replaces the old one.
         values: columns of scores.
         usual: values of columns that rows of older code lack.
-        names: for a column, how its values are called in tables.
+        names: for a column, how its values, or what comes before their first ", ", are called in tables.
         cells: by table, which rows fill it (`where`: column -> value or values), and the names of row and column, as
             templates of a row's fields and `metric`, the score's name; `metrics`: score -> name, where they differ.
         claims: likewise, for the claims about results.
@@ -131,12 +131,18 @@ class Results:
             rows = rows[rows[column].isin(wanted if isinstance(wanted, list) else [wanted])]
         found: dict[tuple[str, str], list[float]] = {}
         for row in rows.sort_values(list(self.keys)).to_dict("records"):
-            shown = {key: self.names.get(key, {}).get(value, value) for key, value in row.items()}
+            shown = {key: self._named(key, value) for key, value in row.items()}
             for score, metric in spec.get("metrics", {value: value for value in self.values}).items():
                 if not pd.isna(row.get(score)):
                     cell = (spec["row"].format(**shown, metric=metric), spec["column"].format(**shown, metric=metric))
                     found.setdefault(cell, []).append(float(row[score]))
         return {cell: math.fsum(scores) / len(scores) for cell, scores in found.items()}
+
+    def _named(self, key: str, value: Any) -> Any:
+        """How a value of a column is called in tables."""
+        names = self.names.get(key, {})
+        name, comma, rest = str(value).partition(", ")
+        return names[value] if value in names else f"{names[name]}{comma}{rest}" if name in names else value
 
     def claimed(self, rows: pd.DataFrame) -> Cells:
         """The measurements that judge the claims about results, by (row, column)."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import shutil
 import tempfile
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..errors import BadParameter, CorruptFile, check_choice
+from ..evaluation.tables import Results
 from . import record
 from .files import read_json, sha256, write_json
 from .papers import slugs
@@ -95,9 +95,6 @@ def _left(folder: Path) -> list[str]:
 
 def _gather(slug: str, before: Path, new: Path) -> None:
     """Add to the measured results in `new` those of the runs `before` that measured something else."""
-    recipe = importlib.import_module(f"companion.models.{slug}.recipe")
-    read = getattr(recipe, "measured", pd.read_csv)  # completes the rows of older code
-    rows, added = read(before), read(new)
-    keys = getattr(recipe, "KEYS", None) or added.attrs["keys"]
-    rows = pd.concat([rows, added])
-    rows.drop_duplicates([key for key in keys if key in rows], keep="last").to_csv(new, index=False)
+    results = Results.of(slug)
+    rows = pd.concat([results.measured(before), results.measured(new)])
+    rows.drop_duplicates([key for key in results.keys if key in rows], keep="last").to_csv(new, index=False)

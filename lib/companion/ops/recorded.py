@@ -41,6 +41,10 @@ class Recorded:
         new.__dict__["_made"] = _call(cls, cls.__init__, (new, *args), kwargs)
         return new
 
+    def record(self, **arguments: Any) -> None:
+        """Replace recorded arguments, where a method changes what the constructor was given."""
+        self.__dict__["_made"]["args"] |= {name: made_by(value) for name, value in arguments.items()}
+
 
 def recorded(**instead: Any) -> Callable[[Callable[Arguments, Made]], Callable[Arguments, Made]]:
     """A decorator: the returned object records the call, with the arguments `instead` replacing the given ones."""

@@ -1,4 +1,4 @@
-"""Callbacks of `fit`: gradient clipping, early stopping, moving averages of weights, Lookahead.
+"""Callbacks of `fit`: gradient clipping, early stopping, moving averages of weights, Lookahead; and the state they see.
 
 A callback of your own overrides the hooks that it needs. Its `state_dict` is part of the checkpoint.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,8 +17,45 @@ from torch import Tensor, nn
 from ..errors import BadParameter, CompanionError
 from .checkpoints import trained_state
 
-if TYPE_CHECKING:
-    from .fit import Loop
+if TYPE_CHECKING:  # imported only for training: it takes a second, because it imports torchmetrics
+    from lightning_fabric import Fabric
+
+
+@dataclass
+class Loop:
+    """The state of a training, passed to callbacks.
+
+    Attributes:
+        model: on its device, without Fabric's wrapper.
+        step: finished optimiser steps; `steps` of the whole training, `per_epoch` of an epoch.
+        precision: of `Hardware`.
+        stopped: set to True to end the training after this step.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    fabric: Fabric
+    steps: int
+    per_epoch: int
+    precision: str
+    step: int = 0
+    stopped: bool = False
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def epoch(self) -> int:
+        """Finished epochs."""
+        return self.step // self.per_epoch
+
+    @property
+    def ended(self) -> bool:
+        """Whether no step follows."""
+        return self.stopped or self.step == self.steps
+
+    @property
+    def epoch_ended(self) -> bool:
+        """Whether the next step, if any, begins an epoch."""
+        return self.ended or self.step % self.per_epoch == 0
 
 
 class Callback:
@@ -139,17 +177,18 @@ class EarlyStop(Callback):
             return
         loop.model.eval()
         with torch.no_grad():  # only one of several devices scores, so that all stop at the same step
-            found = self.score(loop.model) if loop.fabric.global_rank == 0 else 0.0
-        found = loop.fabric.broadcast(found)
+            score = self.score(loop.model) if loop.fabric.global_rank == 0 else 0.0
+        score = loop.fabric.broadcast(score)
         loop.model.train()
-        value, other = found if isinstance(found, tuple) else (found, found)
-        before = max([*self.start, *(row[1] for row in self.scores)], default=-np.inf)
-        value, other = (-np.inf if np.isnan(number) else float(number) for number in (value, other))
-        self.scores.append((loop.step, value, other))
-        if value > before or (self.ties and value == before) or not (self.best or self.start):
+        both = score if isinstance(score, tuple) else (score, score)
+        selects, stops = (-np.inf if np.isnan(value) else float(value) for value in both)
+        highest = max([*self.start, *(row[1] for row in self.scores)], default=-np.inf)
+        self.scores.append((loop.step, selects, stops))
+        if selects > highest or (self.ties and selects == highest) or not (self.best or self.start):
             self.best = trained_state(loop.model)
-        others = [*self.start, *(row[2] for row in self.scores)]
-        waited = others[::-1].index(max(others)) if self.patient_ties else len(others) - 1 - int(np.argmax(others))
+        values = [*self.start, *(row[2] for row in self.scores)][::-1]  # the last epoch's first
+        best = [epochs for epochs, value in enumerate(values) if value == max(values)]
+        waited = best[0 if self.patient_ties else -1]
         if self.patience and waited >= self.patience:
             loop.stopped = True
 

@@ -6,9 +6,9 @@ import csv
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,10 +17,6 @@ from torch import Tensor, nn
 
 from ..errors import BadParameter, CorruptFile
 from ..ops.files import atomic, full_disk_is_said
-
-if TYPE_CHECKING:
-    from .callbacks import Callback
-    from .fit import Loop
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
@@ -44,13 +40,13 @@ def checkpoint_key(**facts: Any) -> str:
     A model is hashed by its tensors (its weights before training), a path by its resolved location, everything else by
     its value; the order of the names does not matter.
     """
-    return hashlib.sha256(json.dumps(_plain(facts), sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(as_json(facts), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _plain(fact: object) -> object:
-    """A fact as JSON; tensors as hashes."""
+def as_json(fact: object) -> object:
+    """A fact as JSON: tensors as hashes, NumPy's numbers as Python's, tuples as lists."""
     if isinstance(fact, nn.Module):
-        return _plain(fact.state_dict())
+        return as_json(fact.state_dict())
     if isinstance(fact, Tensor):
         data = fact.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         return [str(fact.dtype), list(fact.shape), hashlib.sha256(data.tobytes()).hexdigest()]
@@ -59,9 +55,9 @@ def _plain(fact: object) -> object:
     if isinstance(fact, np.generic):
         return fact.item()
     if isinstance(fact, Mapping):
-        return {str(name): _plain(value) for name, value in fact.items()}
+        return {str(name): as_json(value) for name, value in fact.items()}
     if isinstance(fact, (list, tuple)):
-        return [_plain(value) for value in fact]
+        return [as_json(value) for value in fact]
     if fact is None or isinstance(fact, (bool, int, float, str)):
         return fact
     raise TypeError(f"a fact of a checkpoint key is a {type(fact).__name__}: not a value that a hash can name")
@@ -115,11 +111,11 @@ class Checkpoint:
             return None
         try:
             saved = torch.load(self.path, map_location="cpu", weights_only=True)
-            # files of earlier versions lack the callbacks
-            written, step = {"callbacks": settings.get("callbacks")} | saved["settings"], saved["step"]
+            written, step = saved["settings"], saved["step"]
         except Exception as error:
-            raise CorruptFile(self.path, f"not a checkpoint of fit ({type(error).__name__})") from error
-        for key in dict.fromkeys([*settings, *written]):
+            reason = f"not a checkpoint of this version's fit ({type(error).__name__}); delete it to train from scratch"
+            raise CorruptFile(self.path, reason) from error
+        for key in {**settings, **written}:
             if written.get(key) != settings.get(key):
                 accepted = f"{written.get(key)!r}, as in the checkpoint to resume ({self.path})"
                 raise BadParameter(key, settings.get(key), accepted)
@@ -129,9 +125,9 @@ class Checkpoint:
         self._written = step
         return saved
 
-    def write(self, loop: Loop, settings: Mapping[str, object], callbacks: Sequence[Callback]) -> None:
-        """Append the new rows of the history, then save the rest, under a temporary name first."""
-        new, names = plain(loop.history[self._written :]), list(loop.history[0])
+    def append(self, history: list[dict[str, Any]]) -> None:
+        """Append the new rows of the history to its file; their losses become numbers, in place."""
+        new, names = plain(history[self._written :]), list(history[0])
         if self._written == 0:
             with atomic(self.history) as temporary:
                 temporary.write_text(",".join(names) + "\n", encoding="utf-8")
@@ -139,20 +135,12 @@ class Checkpoint:
             lines.writelines(",".join(repr(row[name]) for name in names) + "\n" for row in new)
             lines.flush()
             os.fsync(lines.fileno())
-        self._written = loop.step
+        self._written = len(history)
+
+    def write(self, state: Mapping[str, Any]) -> None:
+        """Save the state, whose history is appended, under a temporary name first."""
         with atomic(self.path) as temporary:
-            torch.save(
-                {
-                    "settings": dict(settings),
-                    "step": loop.step,
-                    "stopped": loop.stopped,
-                    "model": trained_state(loop.model),
-                    "optimizer": loop.optimizer.state_dict(),
-                    "scaler": loop.fabric.strategy.precision.state_dict(),
-                    "callbacks": [callback.state_dict() for callback in callbacks],
-                },
-                temporary,
-            )
+            torch.save(state, temporary)
 
     def _read_history(self, step: int) -> list[dict[str, float]]:
         """The first `step` rows; rows that a killed run wrote after its last checkpoint are removed."""

@@ -11,6 +11,7 @@ one; on a GPU cuDNN selects its algorithms again, and the last bits may differ.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import multiprocessing
 import os
@@ -19,7 +20,7 @@ import tempfile
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -33,13 +34,10 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from ..errors import BadParameter, CompanionError, check_choice
 from ..ops.papers import paper
 from ..ops.progress import progress
-from .callbacks import Callback
-from .checkpoints import Checkpoint, plain, trained_state
+from .callbacks import Callback, Loop
+from .checkpoints import Checkpoint, as_json, plain, trained_state
 from .schedules import MakeOptimizer, Schedule
 from .schedules import schedule as scheduled
-
-# PyTorch then detects GPUs without initialising CUDA, after which processes could not be forked for several devices
-os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 if TYPE_CHECKING:  # imported only for training: it takes a second, because it imports torchmetrics
     from lightning_fabric import Fabric
@@ -87,57 +85,37 @@ class Hardware:
             p: the checked parameters; `profile`, `dry_run`, `accelerator`, `devices` and `precision` are read, and
                 `accumulate` (0: the recipe's), `grad_checkpointing` and `compile` if the notebook has them.
         """
-        precision = p.precision
+        precision, on_gpu = p.precision, device(p.accelerator) == "cuda"
         if precision == "paper":
-            on_gpu = p.profile == "paper" and device(p.accelerator) == "cuda"
-            precision = paper(slug)["precision"] if on_gpu else "32-true"
+            precision = paper(slug)["precision"] if on_gpu and p.profile == "paper" else "32-true"
         accumulate = getattr(p, "accumulate", 0) or accumulate
         extra = [getattr(p, name, False) for name in ("grad_checkpointing", "compile")]
         return cls(p.accelerator, p.devices, precision, 0 if p.dry_run else workers, accumulate, *extra)
 
 
 def device(accelerator: str) -> str:
-    """The device of a model outside of `fit`: "cuda" if there is such a GPU and `accelerator` is "auto" or "cuda"."""
+    """The device of a model outside of `fit`: "cuda" if there is such a GPU and `accelerator` is "auto" or "cuda".
+
+    CUDA is not initialised: `fit` could not fork this process for several devices any more.
+    """
+    # read by every `torch.cuda.is_available()`, which otherwise initialises CUDA; lightning_fabric sets it on import
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     return "cuda" if accelerator in ("auto", "cuda") and torch.cuda.is_available() else "cpu"
 
 
 AUTO, CPU = Hardware(), Hardware("cpu")
 
 
-@dataclass
-class Loop:
-    """The state of a training, passed to callbacks.
-
-    Attributes:
-        model: on its device, without Fabric's wrapper.
-        step: finished optimiser steps; `steps` of the whole training, `per_epoch` of an epoch.
-        precision: of `Hardware`.
-        stopped: set to True to end the training after this step.
-    """
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    fabric: Fabric
-    steps: int
-    per_epoch: int
-    precision: str
-    step: int = 0
-    stopped: bool = False
-    history: list[dict[str, Any]] = field(default_factory=list)
-
-    @property
-    def epoch(self) -> int:
-        """Finished epochs."""
-        return self.step // self.per_epoch
-
-
-def launcher(hardware: Hardware, devices: int = 1, **settings: Any) -> Fabric:
+def launcher(hardware: Hardware, devices: int = 1, find_unused_parameters: bool = False) -> Fabric:
     """The `Fabric` of `hardware`, for one device unless more are requested.
+
+    Processes for several devices are forked, so that what a notebook defines can be trained on them.
 
     Raises `BadParameter`: a GPU that is not there, or a precision that Fabric would replace on the CPU.
     """
     from lightning_fabric import Fabric
     from lightning_fabric.accelerators import MPSAccelerator
+    from lightning_fabric.strategies import DDPStrategy
 
     chosen = device("auto") if hardware.accelerator == "auto" else hardware.accelerator
     there = {"cuda": torch.cuda.is_available, "mps": MPSAccelerator.is_available}.get(chosen)
@@ -147,9 +125,12 @@ def launcher(hardware: Hardware, devices: int = 1, **settings: Any) -> Fabric:
         raise BadParameter("devices", devices, f"1 to {known}, the GPUs there are")
     if chosen == "cpu" and hardware.precision == "16-mixed":
         raise BadParameter("precision", "16-mixed", "32-true or bf16-mixed: on the CPU there is no float16 training")
+    # `fit` averages the buffers: DDP would replace them by those of the first process
+    ddp = {"start_method": "fork", "find_unused_parameters": find_unused_parameters, "broadcast_buffers": False}
+    strategy: Any = DDPStrategy(**ddp) if devices > 1 else "auto"
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The `srun` command is available")
-        fabric = Fabric(accelerator=chosen, devices=devices, precision=hardware.precision, **settings)
+        fabric = Fabric(accelerator=chosen, devices=devices, precision=hardware.precision, strategy=strategy)
     # inputs stay float32, as under plain `torch.autocast`: boxes and positions would lose precision
     fabric.strategy.precision.convert_input = lambda data: data
     return fabric
@@ -224,6 +205,33 @@ def evaluating(hardware: Hardware, *models: nn.Module) -> Iterator[torch.device]
             yield fabric.device
 
 
+def predict(model: nn.Module, data: Dataset, *, batch: int = 256, hardware: Hardware = Hardware()) -> Tensor:
+    """The outputs of `model`, in eval mode, for the first entry of every item, stacked, on the CPU as float32.
+
+    For a model with several outputs (a tuple), the first. Afterwards the model is on its former device.
+    """
+    outputs = []
+    # inference mode inside: a model moved within it could not be trained any more
+    with evaluating(hardware, model) as device, torch.inference_mode():
+        if isinstance(data, TensorDataset):
+            stream = data.tensors[0].split(batch)
+        else:
+            loader = DataLoader(data, batch, num_workers=hardware.workers, pin_memory=device.type == "cuda")
+            stream = (items[0] for items in loader)
+        for images in stream:
+            output = model(images.to(device, non_blocking=True))
+            outputs.append((output[0] if isinstance(output, tuple) else output).float().cpu())
+    return torch.cat(outputs)
+
+
+def same_shapes(images: Sequence[Tensor], most: int) -> list[list[int]]:
+    """Indices of images by shape, in groups of at most `most` that can be stacked."""
+    groups: dict[torch.Size, list[int]] = {}
+    for i, image in enumerate(images):
+        groups.setdefault(image.shape, []).append(i)
+    return [group[i : i + most] for group in groups.values() for i in range(0, len(group), most)]
+
+
 def fit(
     model: nn.Module,
     loss: Loss,
@@ -272,167 +280,135 @@ def fit(
         BadParameter: a value outside its range, or a checkpoint written with other settings.
         CorruptFile: the checkpoint cannot be read.
     """
-    devices, accumulate, precision = hardware.devices, hardware.accumulate, hardware.precision
-    check_choice("last", last, LAST)
-    if not epochs > 0:  # NaN too
-        raise BadParameter("epochs", epochs, "more than 0")
-    if not len(data):
-        raise BadParameter("data", "an empty data set", "one with images")
-    if batch < 1 or (batch > len(data) and last != "train"):
-        raise BadParameter("batch", batch, f"1 to {len(data)}, the images there are")
-    if devices < 1:
-        raise BadParameter("devices", devices, "1 or more")
-    if batch % devices:
-        raise BadParameter("batch", batch, f"a multiple of devices = {devices}")
-    if not 1 <= accumulate <= batch // devices:
-        raise BadParameter("accumulate", accumulate, f"1 to {batch // devices}, a device's images of a step")
-    check_choice("precision", precision, PRECISIONS)
-    if devices > 1 and "fork" not in multiprocessing.get_all_start_methods():
-        accepted = "1: processes for several devices are forked, which Windows cannot do, and WSL can"
-        raise BadParameter("devices", devices, accepted)
-    if devices > 1 and hardware.accelerator != "cpu" and torch.cuda.is_initialized():
-        accepted = "1: this process has used a GPU already, and cannot be forked; more in a new process or kernel"
-        raise BadParameter("devices", devices, accepted)
+    _check_arguments(len(data), epochs, batch, last, hardware)
     per_epoch = -(-len(data) // batch) if last == "train" else len(data) // batch
     steps = max(1, round(epochs * per_epoch))
     optim = optimizer(model)
     rates = _learning_rates(optim, schedule or scheduled(), steps, per_epoch)
     settings: dict[str, Any] = {"steps": steps, "batch": batch, "images": len(data), "seed": seed}
-    settings |= {"accumulate": accumulate, "precision": precision} | _settings(optim, rates)
+    settings |= {"accumulate": hardware.accumulate, "precision": hardware.precision} | _settings(optim, rates)
     # by the class that defines their state: those without a state replace each other
     settings["callbacks"] = [type(callback).state_dict.__qualname__.split(".")[-2] for callback in callbacks]
     if last != "drop":
         settings["last"] = last
     saved = checkpoint.read(model, settings) if checkpoint else None
 
-    strategy: Any = "auto"
-    if devices > 1:
-        from lightning_fabric.strategies import DDPStrategy
-
-        # processes are forked, so that what a notebook defines can be trained on several devices
-        # buffers are averaged below, not replaced by those of the first process
-        options = {"start_method": "fork", "find_unused_parameters": find_unused_parameters, "broadcast_buffers": False}
-        strategy = DDPStrategy(**options)
-    fabric = launcher(hardware, devices, strategy=strategy)
-
-    def train(fabric: Fabric) -> dict | None:
-        if fabric.world_size > 1:
-            # forks do not inherit the threads of this process and would wait for them forever
-            torch.set_num_threads(1)
+    def train(fabric: Fabric) -> History:
+        rank, ranks, pin = fabric.global_rank, fabric.world_size, fabric.device.type == "cuda"
+        loop = Loop(model, optim, fabric, steps, per_epoch, hardware.precision)
+        wrapped, wrapped_optim = _set_up(loop, hardware)
         if saved:
-            model.load_state_dict(saved["model"], strict=False)
-        if hardware.grad_checkpointing:
-            _checkpoint_activations(model)
-        wrapped, wrapped_optim = fabric.setup(torch.compile(model) if hardware.compile else model, optim)
-        loop = Loop(model, optim, fabric, steps, per_epoch, precision)
-        for group in optim.param_groups:
-            if fabric.device.type == "cuda" and "fused" in group:  # one kernel for all tensors
-                group |= {"fused": True, "foreach": False}
-        if saved:  # after setup, so that the moments are on the parameters' device
-            for group, own in zip(saved["optimizer"]["param_groups"], optim.param_groups, strict=True):
-                group |= {kind: own[kind] for kind in ("fused", "foreach") if kind in own}
-            optim.load_state_dict(saved["optimizer"])
-            if saved["scaler"]:
-                fabric.strategy.precision.load_state_dict(saved["scaler"])
-            for callback, state in zip(callbacks, saved["callbacks"], strict=True):
-                callback.load_state_dict(state)
-            loop.history, loop.step, loop.stopped = saved["history"], saved["step"], saved["stopped"]
-        wrapped.train()
-        rank, ranks, start = fabric.global_rank, fabric.world_size, loop.step
-        pin = fabric.device.type == "cuda"
-        stream = _batches(data, batch, accumulate, seed, start, steps, rank, ranks, hardware.workers, pin, last)
-        remaining = range(start, start if loop.stopped else steps)
+            _restore(loop, callbacks, saved)
+        start, most = loop.step, hardware.accumulate
+        batches = _batches(data, batch, most, seed, start, steps, rank, ranks, hardware.workers, pin, last)
+        remaining = range(start, start if loop.ended else steps)
         for step in progress(remaining, name, steps, start) if rank == 0 else remaining:
-            part = next(stream)
             torch.manual_seed(_mix(seed, step, rank))
-            for group, lrs in zip(optim.param_groups, rates, strict=True):
-                group["lr"] = float(lrs[step])
-            row: dict[str, Any] = {"step": step, "lr": float(rates[0][step])}
-            images = max(_size(len(data), batch, step, last), ranks)
-            parts = min(accumulate, images // ranks)
+            lrs = rates[:, step].tolist()
+            for group, lr in zip(optim.param_groups, lrs, strict=True):
+                group["lr"] = lr
+            images = max(_images(step, len(data), batch, per_epoch, last), ranks)
             whole = batch if last == "carry" else images  # divisor of the sum over images
-            for i in range(parts):
-                part = next(stream) if i else part
-                share = len(part[0]) * ranks / whole
-                with fabric.no_backward_sync(wrapped, enabled=i + 1 < parts):
-                    found = loss(wrapped, tuple(x.to(fabric.device, non_blocking=True) for x in part))
-                    terms = found if isinstance(found, Mapping) else {"loss": found}
-                    value = terms["loss"] * share
-                    fabric.backward(value)
-                for term, number in terms.items():
-                    row[term] = row.get(term, 0) + (value if term == "loss" else number * share).detach()
+            terms = _backward(fabric, wrapped, loss, batches, min(most, images // ranks), whole)
             if callbacks:
                 fabric.strategy.precision.unscale_gradients(optim)
                 for callback in callbacks:
                     callback.on_gradients(loop)
             wrapped_optim.step()
             optim.zero_grad(set_to_none=True)
-            if ranks > 1:
-                named = {name: value for name, value in row.items() if isinstance(value, Tensor)}
-                row |= zip(named, average_over_devices(torch.stack([*named.values()])), strict=True)
-            if checkpoint and loop.history and row.keys() != loop.history[0].keys():
-                first, now = (", ".join(list(columns)[2:]) for columns in (loop.history[0], row))
-                raise BadParameter("scalars of the loss", now, f"those of the first step, {first}, with a checkpoint")
-            loop.history.append(row)  # losses stay tensors, to avoid synchronising with a GPU at each step
+            # losses stay tensors: a number would wait for the GPU at each step
+            loop.history.append({"step": step, "lr": lrs[0]} | terms)
+            if checkpoint:
+                _check_columns(loop.history)
             loop.step += 1
             for callback in callbacks:
                 callback.on_step_end(loop)
-            saves = checkpoint is not None and loop.step % checkpoint.every == 0
-            if ranks > 1 and (saves or loop.stopped or loop.step % per_epoch == 0 or loop.step == steps):
-                for buffer in model.buffers():  # running statistics differ between devices
-                    if buffer.is_floating_point():
-                        average_over_devices(buffer)
-            if loop.step % per_epoch == 0 or loop.step == steps or loop.stopped:
+            saves = checkpoint and loop.step % checkpoint.every == 0
+            if ranks > 1 and (saves or loop.epoch_ended):
+                for buffer in filter(torch.is_floating_point, model.buffers()):  # running statistics differ
+                    average_over_devices(buffer)
+            if loop.epoch_ended:
                 for callback in callbacks:
                     callback.on_epoch_end(loop)
-            ended = loop.stopped or loop.step == steps
-            if checkpoint and rank == 0 and (ended or saves):
-                checkpoint.write(loop, settings, callbacks)
-            if ended:
+            if checkpoint and rank == 0 and (saves or loop.ended):
+                checkpoint.append(loop.history)
+                checkpoint.write(_state(loop, callbacks, settings))
+            if loop.ended:
                 break
         for callback in callbacks:
             callback.on_fit_end(loop)
-        done = {"model": trained_state(model), "history": plain(loop.history)}
-        if ranks == 1:
-            return done
-        # through a file: a process that returns more than a pipe's capacity never ends
-        if rank == 0:
-            torch.save(done | {"callbacks": [callback.state_dict() for callback in callbacks]}, result)
-        return None
+        return plain(loop.history)
 
-    with tempfile.TemporaryDirectory(prefix="fit-") as folder:
-        result = Path(folder) / "result.pt"
-        # for the CPU alone: reading the GPUs' state would initialise CUDA, and then no process could be forked
-        with _forked(), on_device(fabric, model), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            # batches are distributed to the devices here, and the caller chooses the loader's workers
-            warnings.filterwarnings("ignore", module="lightning_fabric")
-            found = fabric.launch(train)
-        if found is None:  # with several devices, separate processes trained copies
-            found = torch.load(result, map_location="cpu", weights_only=True)
-            for callback, state in zip(callbacks, found["callbacks"], strict=True):
-                callback.load_state_dict(state)
-    model.load_state_dict(found["model"], strict=False)
+    fabric = launcher(hardware, hardware.devices, find_unused_parameters)
+    # for the CPU alone: reading the GPUs' state would initialise CUDA, and then no process could be forked
+    with on_device(fabric, model), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # batches are distributed to the devices here, and the caller chooses the loader's workers
+        warnings.filterwarnings("ignore", module="lightning_fabric")
+        history = fabric.launch(train) if hardware.devices == 1 else _fork(fabric, train, model, callbacks)
     model.eval()
-    return found["history"]
+    return history
 
 
-def predict(model: nn.Module, data: Dataset, *, batch: int = 256, hardware: Hardware = Hardware()) -> Tensor:
-    """The outputs of `model`, in eval mode, for the first entry of every item, stacked, on the CPU as float32.
+def _check_arguments(images: int, epochs: float, batch: int, last: str, hardware: Hardware) -> None:
+    """Raise `BadParameter` unless `fit` can train on a data set of `images` with these arguments."""
+    devices, accumulate = hardware.devices, hardware.accumulate
+    check_choice("last", last, LAST)
+    if not epochs > 0:  # NaN too
+        raise BadParameter("epochs", epochs, "more than 0")
+    if not images:
+        raise BadParameter("data", "an empty data set", "one with images")
+    if batch < 1 or (batch > images and last != "train"):
+        raise BadParameter("batch", batch, f"1 to {images}, the images there are")
+    if devices < 1:
+        raise BadParameter("devices", devices, "1 or more")
+    if batch % devices:
+        raise BadParameter("batch", batch, f"a multiple of devices = {devices}")
+    if not 1 <= accumulate <= batch // devices:
+        raise BadParameter("accumulate", accumulate, f"1 to {batch // devices}, a device's images of a step")
+    check_choice("precision", hardware.precision, PRECISIONS)
+    if devices > 1 and "fork" not in multiprocessing.get_all_start_methods():
+        accepted = "1: processes for several devices are forked, which Windows cannot do, and WSL can"
+        raise BadParameter("devices", devices, accepted)
+    if devices > 1 and hardware.accelerator != "cpu" and torch.cuda.is_initialized():
+        accepted = "1: this process has used a GPU already, and cannot be forked; more in a new process or kernel"
+        raise BadParameter("devices", devices, accepted)
 
-    For a model with several outputs (a tuple), the first. Afterwards the model is on its former device.
-    """
-    outputs = []
-    # inference mode inside: a model moved within it could not be trained any more
-    with evaluating(hardware, model) as device, torch.inference_mode():
-        if isinstance(data, TensorDataset):
-            stream = data.tensors[0].split(batch)
-        else:
-            loader = DataLoader(data, batch, num_workers=hardware.workers, pin_memory=device.type == "cuda")
-            stream = (items[0] for items in loader)
-        for images in stream:
-            output = model(images.to(device, non_blocking=True))
-            outputs.append((output[0] if isinstance(output, tuple) else output).float().cpu())
-    return torch.cat(outputs)
+
+def _learning_rates(
+    optimizer: torch.optim.Optimizer, schedule: Schedule | Mapping[str, Schedule], steps: int, per_epoch: int
+) -> np.ndarray:
+    """The learning rate of each step, for each parameter group, (groups, steps)."""
+    found = []
+    for group in optimizer.param_groups:
+        of = schedule[group["name"]] if isinstance(schedule, Mapping) else schedule
+        rates = of(group["lr"], steps, per_epoch)
+        if len(rates) != steps:
+            where = f"{len(rates)} learning rates of parameter group {group.get('name', 0)!r}"
+            raise BadParameter("schedule", where, f"{steps}, one for each step")
+        found.append(np.asarray(rates, float))
+    return np.stack(found)
+
+
+def _settings(optimizer: torch.optim.Optimizer, rates: np.ndarray) -> dict[str, Any]:
+    """The identity of an optimiser: its class, and the options, learning rates and shapes of each group."""
+    found: dict[str, Any] = {"optimizer": type(optimizer).__name__}
+    for i, (group, lrs) in enumerate(zip(optimizer.param_groups, rates, strict=True)):
+        options = {**group, "lr": lrs.max(), "schedule": zlib.crc32(lrs.tobytes())}
+        options["shapes"] = [p.shape for p in options.pop("params")]
+        found |= {key if i == 0 else f"{key} of group {i}": as_json(value) for key, value in options.items()}
+    return found
+
+
+def _set_up(loop: Loop, hardware: Hardware) -> tuple[Any, Any]:
+    """The model on its device, in training mode, and the optimiser, both as wrapped by Fabric."""
+    if hardware.grad_checkpointing:
+        _checkpoint_activations(loop.model)
+    model = torch.compile(loop.model) if hardware.compile else loop.model
+    wrapped, optimizer = loop.fabric.setup(model, loop.optimizer)
+    for group in loop.optimizer.param_groups:
+        if loop.fabric.device.type == "cuda" and "fused" in group:  # one kernel for all tensors
+            group |= {"fused": True, "foreach": False}
+    return wrapped.train(), optimizer
 
 
 def _checkpoint_activations(model: nn.Module, within: str = "") -> bool:
@@ -447,50 +423,91 @@ def _checkpoint_activations(model: nn.Module, within: str = "") -> bool:
     return found
 
 
-def same_shapes(images: Sequence[Tensor], most: int) -> list[list[int]]:
-    """Indices of images by shape, in groups of at most `most` that can be stacked."""
-    groups: dict[torch.Size, list[int]] = {}
-    for i, image in enumerate(images):
-        groups.setdefault(image.shape, []).append(i)
-    return [group[i : i + most] for group in groups.values() for i in range(0, len(group), most)]
+def _state(loop: Loop, callbacks: Sequence[Callback], settings: dict[str, Any]) -> dict[str, Any]:
+    """The state of a training for its checkpoint, without the history."""
+    return {
+        "settings": settings,
+        "step": loop.step,
+        "stopped": loop.stopped,
+        "model": trained_state(loop.model),
+        "optimizer": loop.optimizer.state_dict(),
+        "scaler": loop.fabric.strategy.precision.state_dict(),
+        "callbacks": [callback.state_dict() for callback in callbacks],
+    }
 
 
-def _learning_rates(
-    optimizer: torch.optim.Optimizer, schedule: Schedule | Mapping[str, Schedule], steps: int, per_epoch: int
-) -> list[np.ndarray]:
-    """The learning rate of each step, for each parameter group."""
-    found = []
-    for group in optimizer.param_groups:
-        of = schedule[group["name"]] if isinstance(schedule, Mapping) else schedule
-        rates = of(group["lr"], steps, per_epoch)
-        if len(rates) != steps:
-            where = f"{len(rates)} learning rates of parameter group {group.get('name', 0)!r}"
-            raise BadParameter("schedule", where, f"{steps}, one for each step")
-        found.append(rates)
-    return found
+def _restore(loop: Loop, callbacks: Sequence[Callback], saved: dict[str, Any]) -> None:
+    """Restore a `_state` and its history, after `_set_up`, so that the moments are on the parameters' device."""
+    loop.step, loop.stopped, loop.history = saved["step"], saved["stopped"], saved["history"]
+    loop.model.load_state_dict(saved["model"], strict=False)
+    for group, own in zip(saved["optimizer"]["param_groups"], loop.optimizer.param_groups, strict=True):
+        group |= {kind: own[kind] for kind in ("fused", "foreach") if kind in own}
+    loop.optimizer.load_state_dict(saved["optimizer"])
+    if saved["scaler"]:
+        loop.fabric.strategy.precision.load_state_dict(saved["scaler"])
+    for callback, state in zip(callbacks, saved["callbacks"], strict=True):
+        callback.load_state_dict(state)
 
 
-def _settings(optimizer: torch.optim.Optimizer, rates: Sequence[np.ndarray]) -> dict[str, Any]:
-    """The identity of an optimiser: its class, and the options, learning rates and shapes of each group."""
-    found: dict[str, Any] = {"optimizer": type(optimizer).__name__}
-    for i, (group, lrs) in enumerate(zip(optimizer.param_groups, rates, strict=True)):
-        options = {key: value for key, value in group.items() if key != "params"}
-        options |= {"lr": float(max(lrs)), "schedule": zlib.crc32(np.asarray(lrs, float).tobytes())}
-        options["shapes"] = [list(p.shape) for p in group["params"]]
-        for key, value in options.items():
-            value = (
-                value.item() if isinstance(value, np.generic) else list(value) if isinstance(value, tuple) else value
-            )
-            found[key if i == 0 else f"{key} of group {i}"] = value
-    return found
+def _backward(
+    fabric: Fabric, wrapped: nn.Module, loss: Loss, batches: Iterator[Batch], parts: int, whole: int
+) -> dict[str, Tensor]:
+    """Add the gradients of a step's next `parts` micro-batches; return the scalars of the loss, over all devices.
+
+    A micro-batch counts by its share of `whole` images.
+    """
+    total: dict[str, Tensor] = {}
+    for i in range(parts):
+        part = next(batches)
+        share = len(part[0]) * fabric.world_size / whole
+        with fabric.no_backward_sync(wrapped, enabled=i + 1 < parts):
+            found = loss(wrapped, tuple(x.to(fabric.device, non_blocking=True) for x in part))
+            named = found if isinstance(found, Mapping) else {"loss": found}
+            terms = {term: value * share for term, value in named.items()}
+            fabric.backward(terms["loss"])
+        for term, value in terms.items():
+            total[term] = total.get(term, 0) + value.detach()
+    if fabric.world_size > 1:
+        total = dict(zip(total, average_over_devices(torch.stack([*total.values()])), strict=True))
+    return total
 
 
-def _size(images: int, batch: int, step: int, last: str) -> int:
-    """Images per step, over all devices, for a data set of `images`; `last` as in `fit`."""
-    full, left = divmod(images, batch)
+def _images(step: int, images: int, batch: int, per_epoch: int, last: str) -> int:
+    """Images of a step, over all devices, for a data set of `images`; `last` as in `fit`."""
+    i = step % per_epoch
     if last == "train":
-        return batch if step % -(-images // batch) < full else left
-    return batch + left if last == "carry" and step and step % full == 0 else batch
+        return min(batch, images - i * batch)
+    return batch + images % batch if last == "carry" and step and i == 0 else batch
+
+
+def _check_columns(history: History) -> None:
+    """Raise `BadParameter` unless the last step has the scalars of the first: they are columns of one file."""
+    first, last = history[0], history[-1]
+    if first.keys() != last.keys():
+        accepted = f"{[*first][2:]}, those of the first step, with a checkpoint"
+        raise BadParameter("scalars of the loss", [*last][2:], accepted)
+
+
+def _fork(
+    fabric: Fabric, train: Callable[[Fabric], History], model: nn.Module, callbacks: Sequence[Callback]
+) -> History:
+    """Train copies of the model in a forked process per device; the first one's state becomes that of the model."""
+
+    def call(fabric: Fabric) -> None:
+        torch.set_num_threads(1)  # forks do not inherit the threads of this process and would wait for them forever
+        history = train(fabric)
+        if fabric.global_rank == 0:
+            torch.save((history, trained_state(model), [callback.state_dict() for callback in callbacks]), result)
+
+    # through a file: a process that returns more than a pipe's capacity never ends
+    with tempfile.TemporaryDirectory(prefix="fit-") as folder, _forked():
+        result = Path(folder) / "result.pt"
+        fabric.launch(call)
+        history, trained, states = torch.load(result, map_location="cpu", weights_only=True)
+    model.load_state_dict(trained, strict=False)
+    for callback, state in zip(callbacks, states, strict=True):
+        callback.load_state_dict(state)
+    return history
 
 
 def _mix(*numbers: int) -> int:
@@ -540,18 +557,16 @@ def _batches(
     full, left = divmod(len(data), batch)
     per_epoch = full + (last == "train" and left > 0)
 
+    @functools.lru_cache(2)  # of an epoch and of the one before
     def order(epoch: int) -> np.ndarray:
         """The (epoch, image) pairs of an epoch."""
         images = np.random.default_rng((seed, epoch)).permutation(len(data))
         return np.stack([np.full_like(images, epoch), images], 1)
 
-    def indices() -> Iterator[list[tuple[int, int]]]:
-        pairs, current = np.empty((0, 2), int), -1
+    def indices() -> Iterator[list[list[int]]]:
         for step in range(start, stop):
             epoch, i = divmod(step, per_epoch)
-            if epoch != current:
-                pairs, current = order(epoch), epoch
-            chosen = pairs[i * batch : (i + 1) * batch]
+            chosen = order(epoch)[i * batch : (i + 1) * batch]
             if last == "carry" and epoch and i == 0:
                 chosen = np.concatenate([order(epoch - 1)[full * batch :], chosen])
             if len(chosen) < ranks:  # each device needs an image, so it is repeated
@@ -559,11 +574,13 @@ def _batches(
             # consecutive images, as in a part: two devices process what one device does in two parts
             share = np.array_split(chosen, ranks)[rank]
             for part in np.array_split(share, min(parts, len(chosen) // ranks)):
-                yield [(int(of), int(k)) for of, k in part]
+                yield part.tolist()
 
     if isinstance(data, TensorDataset):
         for keys in indices():
-            chosen = torch.tensor([k for _, k in keys])
+            chosen = torch.tensor(keys)[:, 1]
             yield tuple(t[chosen].pin_memory() if pin else t[chosen] for t in data.tensors)
     else:
-        yield from DataLoader(_Seeded(data, seed), batch_sampler=indices(), num_workers=workers, pin_memory=pin)
+        # a generator of its own: loading draws nothing from the random numbers of a step
+        options = {"num_workers": workers, "pin_memory": pin, "generator": torch.Generator()}
+        yield from DataLoader(_Seeded(data, seed), batch_sampler=indices(), **options)

@@ -63,10 +63,9 @@ def schedule(
     if not 0 <= warmup <= 1:
         raise BadParameter("warmup", warmup, "a fraction of the steps, 0 to 1")
 
-    def of(base: float, steps: int, per_epoch: int) -> np.ndarray:
-        return learning_rates(kind, base, steps, round(warmup * steps), final_lr, warmup_lr=warmup_lr, epoch=per_epoch)
-
-    return of
+    return lambda base, steps, per_epoch: learning_rates(
+        kind, base, steps, round(warmup * steps), final_lr, warmup_lr=warmup_lr, epoch=per_epoch
+    )
 
 
 def given(learning_rates: np.ndarray) -> Schedule:

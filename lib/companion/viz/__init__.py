@@ -1,1 +1,1 @@
-"""Attention maps, plots, widgets, heatmaps."""
+"""Attention maps, plots, widgets."""

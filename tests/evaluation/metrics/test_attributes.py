@@ -5,11 +5,11 @@ import pytest
 from safetensors.numpy import load_file
 
 from companion.evaluation.metrics.attributes import decode, evaluate
-from companion.evaluation.parity import folder
+from tests.parity.runner import ROOT as PARITY
 from companion.ops.files import read_json
 from tests.models.common import refuses
 
-CASE = folder() / "promptpar" / "metrics"
+CASE = PARITY / "promptpar" / "metrics"
 
 
 @pytest.mark.parametrize("threshold", [0.45, 0.5])

@@ -12,7 +12,7 @@ from faster_coco_eval.core import mask
 from companion.errors import CorruptFile
 from companion.evaluation.metrics import detection
 from companion.evaluation.metrics.detection import evaluate
-from companion.evaluation.parity import folder
+from tests.parity.runner import ROOT as PARITY
 from tests.models.common import refuses
 
 BOX = [10, 10, 20, 20]
@@ -123,7 +123,7 @@ def test_ids_of_boxes_do_not_matter_and_images_may_have_names(ids):
 
 
 def test_files_are_read_and_malformed_inputs_refused(tmp_path):
-    case, cut = folder() / "sic_cads" / "eval_ov_coco", tmp_path / "dets.json"
+    case, cut = PARITY / "sic_cads" / "eval_ov_coco", tmp_path / "dets.json"
     whole = json.loads((case / "dets.json").read_text())
     assert evaluate(case / "gt.json", case / "dets.json").totals == evaluate(case / "gt.json", whole).totals
     cut.write_text(json.dumps(whole)[:-20])

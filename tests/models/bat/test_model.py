@@ -1,15 +1,23 @@
 """BAT: exchange between the streams, elimination, the loss, the baselines, and the authors' names."""
 
-import itertools
-
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from companion.errors import BadCheckpoint, BadParameter, CorruptFile, MissingWeights
-from companion.models.bat import BAT, HigherPeak, OSTrack, Prediction, SingleStream
-from companion.models.bat import model as bat
+from companion.models.bat import (
+    BAT,
+    FeatureFusion,
+    FullFineTuning,
+    HigherPeak,
+    OSTrack,
+    Prediction,
+    SingleStream,
+    foundation,
+    losses,
+)
+from companion.toy.ablations.bat import OneDirection, OneStage, SeparateAdapters
 from tests.models.common import assert_recomputed_gradients_are_equal, draw, misfits, refuses
 
 DEPTH = 3
@@ -29,12 +37,12 @@ def small_tracker() -> OSTrack:
     return tracker
 
 
-def small(std: float = 0.3, width: int = 4, **options) -> BAT:
+def small(kind: type[BAT] = BAT, std: float = 0.3, **options) -> BAT:
     """BAT whose adapters, at std 0.3, change the output visibly; in eval mode."""
     tracker = small_tracker()
     torch.manual_seed(1)
-    model = BAT(tracker, width, std=std, **options).eval()
-    for name, p in model.exchanges.named_parameters():
+    model = kind(tracker, width=4, std=std, **options).eval()
+    for name, p in model.adapters.named_parameters():
         if name.endswith("bias") and std:
             torch.nn.init.normal_(p, std=0.1)
     return model
@@ -55,25 +63,17 @@ def gap(a: Prediction, b: Prediction) -> float:
 
 def loss(model, batch):
     template, search, boxes = batch
-    return bat.losses(model(template, search), boxes)["loss"]
+    return losses(model(template, search), boxes)["loss"]
 
 
-@pytest.mark.parametrize("options", [{}, dict(elimination={0: 0.7}), dict(tuned="all")], ids=str)
+@pytest.mark.parametrize("options", [{}, dict(elimination={0: 0.7}), dict(kind=FullFineTuning)], ids=str)
 def test_gradients_come_where_training_is_and_recomputed_ones_are_equal(options):
     model = small(**options).train()
     loss(model, (*crops(), BOXES)).backward()
     got = {name for name, p in model.named_parameters() if p.grad is not None}
-    expected = {n for n, _ in model.named_parameters() if n.startswith("exchanges.") or "tuned" in options}
+    expected = {n for n, _ in model.named_parameters() if n.startswith("adapters.") or "kind" in options}
     assert got == set(model.trained()) == expected - {"tracker.vit.cls_token", "tracker.vit.pos_embed"}
     assert_recomputed_gradients_are_equal(lambda: small(**options), lambda m: loss(m, (*crops(), BOXES)))
-
-
-def test_training_mode_keeps_the_heads_statistics_and_draws_dropout():
-    model = BAT(small_tracker(), 4, std=0.3).train()
-    assert not any(module.training for module in model.tracker.head.modules())
-    assert model.tracker.vit.blocks[1].training and gap(model(*crops()), model(*crops())) > 0
-    model.eval()
-    assert gap(model(*crops()), model(*crops())) == 0
 
 
 def test_half_precision_knows_no_certainty():
@@ -84,17 +84,17 @@ def test_half_precision_knows_no_certainty():
             branch[-1].bias.fill_(12.0)  # certain at every position
     with torch.autocast("cpu", torch.bfloat16):
         found = model(*crops())
-        value = bat.losses(found, BOXES)["loss"]
+        value = losses(found, BOXES)["loss"]
     assert all(part.dtype == torch.float32 for part in found) and max(found.score.max(), found.size.max()) < 1
     value.backward()
     assert all(torch.isfinite(p.grad).all() for p in model.trained().values())
 
 
-@pytest.mark.parametrize("tuned", ["adapters", "all"])
-def test_the_callers_tracker_stays_as_it_was(tuned):
+@pytest.mark.parametrize("kind", [BAT, FullFineTuning])
+def test_the_callers_tracker_stays_as_it_was(kind):
     tracker = small_tracker().train()
     before = {name: value.clone() for name, value in tracker.state_dict().items()}
-    model, *frozen = BAT(tracker, 4, tuned=tuned).train(), SingleStream(tracker, 0), HigherPeak(tracker)
+    model, *frozen = kind(tracker, 4).train(), SingleStream(tracker, 0), HigherPeak(tracker)
     loss(model, (*crops(), BOXES)).backward()
     torch.optim.SGD(model.trained().values(), lr=1.0).step()
     assert all(p.requires_grad and p.grad is None for p in tracker.parameters()) and tracker.head.training
@@ -102,98 +102,78 @@ def test_the_callers_tracker_stays_as_it_was(tuned):
     assert not any(p.requires_grad for model in frozen for p in model.parameters())
 
 
-@pytest.mark.parametrize("options", [{}, dict(fusion="mean"), dict(stages=("mlp",)), dict(tuned="all")], ids=str)
 @torch.no_grad()
-def test_no_stream_is_the_main_one(options):
+def test_no_stream_is_the_main_one():
     """Claim 2: swapping the streams of both crops changes nothing."""
-    model = small(**options)
-    template, search = crops()
+    model, (template, search) = small(), crops()
     found = model(template, search)
     assert gap(found, model(swapped(template), swapped(search))) < 1e-5
     # and not because the streams do not matter
     assert gap(found, model(template, swapped(search))) > 1e-3
 
 
-def two_passes(model: BAT, template: Tensor, search: Tensor) -> Tensor:
+def two_passes(model: BAT, template: Tensor, search: Tensor, into=(0, 1), stages=("attention", "mlp")) -> Tensor:
     """Section 3.2 line by line: each stream by itself, attention by softmax, every adapter called for one direction."""
-    tracker, both = model.tracker, []
+    tracker, tokens = model.tracker, []
     for z, x in zip(template.chunk(2, 1), search.chunk(2, 1), strict=True):
-        tokens = [tracker.vit.patch_embed.proj(i).flatten(2).transpose(1, 2) for i in (z, x)]
-        both.append(torch.cat([tokens[0] + tracker.position_template, tokens[1] + tracker.position_search], 1))
-    a, b = both
-    for block, exchange in zip(tracker.vit.blocks, model.exchanges, strict=True):
+        z, x = (tracker.vit.patch_embed.proj(i).flatten(2).transpose(1, 2) for i in (z, x))
+        tokens.append(torch.cat([z + tracker.position_template, x + tracker.position_search], 1))
+    for block, adapters in zip(tracker.vit.blocks, model.adapters, strict=True):
 
-        def to(which: str, stage: str, h: Tensor, exchange=exchange) -> Tensor | float:
-            if stage not in exchange:
+        def received(stream: int, stage: str, h: list[Tensor], adapters=adapters) -> Tensor | float:
+            if stream not in into or stage not in stages:
                 return 0
-            directions, adapters = exchange[stage].directions, exchange[stage].adapters
-            arrow = {"second": "first to second", "first": "second to first"}[which]
-            if directions not in ("both", arrow):
-                return 0
-            return adapters[-1 if which == "first" else 0](h)
+            own = adapters[stage]
+            if isinstance(model, SeparateAdapters):
+                return (own.into_first, own.into_second)[stream](h[1 - stream])
+            return own.up(own.mid(own.down(h[1 - stream])))
 
         def attention(h: Tensor, attn=block.attn) -> Tensor:
             q, k, v = attn.qkv(h).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
             weights = (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(-1)
             return attn.proj((weights @ v).transpose(1, 2).flatten(2))
 
-        ha, hb = block.norm1(a), block.norm1(b)
-        a1 = a + attention(ha) + to("first", "attention", hb)
-        b1 = b + attention(hb) + to("second", "attention", ha)
-        ha, hb = block.norm2(a1), block.norm2(b1)
-        a = a1 + block.mlp(ha) + to("first", "mlp", hb)
-        b = b1 + block.mlp(hb) + to("second", "mlp", ha)
-    both = tracker.vit.norm(a) + tracker.vit.norm(b)
-    return both if model.fusion == "sum" else both / 2
+        h = [block.norm1(x) for x in tokens]
+        tokens = [tokens[i] + attention(h[i]) + received(i, "attention", h) for i in (0, 1)]
+        h = [block.norm2(x) for x in tokens]
+        tokens = [tokens[i] + block.mlp(h[i]) + received(i, "mlp", h) for i in (0, 1)]
+    return tracker.vit.norm(tokens[0]) + tracker.vit.norm(tokens[1])
 
 
-OPTIONS = [
-    dict(directions=d, shared=s, stages=t)
-    for d, s, t in itertools.product(bat.DIRECTIONS, (True, False), (bat.STAGES, ("attention",), ("mlp",)))
-]
+KINDS = [(dict(kind=BAT), {}), (dict(kind=SeparateAdapters), {})]
+KINDS += [(dict(kind=OneDirection, into=i), dict(into=(i,))) for i in (0, 1)]
+KINDS += [(dict(kind=OneStage, stage=stage), dict(stages=(stage,))) for stage in ("attention", "mlp")]
+KINDS += [(dict(std=0), dict(into=()))]  # the features are the sum of two trackers (claim 3)
 
 
-# without adapters the features are the sum of two trackers (claim 3)
-@pytest.mark.parametrize("options", [*OPTIONS, dict(fusion="mean"), dict(width=0), dict(std=0)], ids=str)
+@pytest.mark.parametrize(("options", "passed"), KINDS, ids=str)
 @torch.no_grad()
-def test_one_batch_is_the_two_passes(options):
+def test_one_batch_is_the_two_passes(options, passed):
     model, (template, search) = small(**options), crops()
     found = model.forward_features(model.embed_template(template), search)
-    torch.testing.assert_close(found, two_passes(model, template, search), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, two_passes(model, template, search, **passed), rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
-def test_a_trace_shows_the_pass_and_does_not_change_it():
-    model, (template, search), trace = small(stages=("mlp",)), crops(), {}
-    assert gap(model(template, search), model(template, search, trace)) == 0
-    assert {key: len(entries) for key, entries in trace.items()} == dict.fromkeys(
-        ("tokens", "attention", "traffic", "kept"), DEPTH
-    )
-    assert trace["attention"][0].shape == (4, 2, 64) and (trace["attention"][0].sum(-1) < 1).all()
-    # the norm of what a token receives over that of the frozen MLP's output
-    block, x = model.tracker.vit.blocks[1], trace["tokens"][0]
-    h = x + bat.attend(block.attn, block.norm1(x))[0]
-    h = block.norm2(h)
-    received = model.exchanges[1]["mlp"].adapters[0](torch.cat(h.chunk(2)[::-1]))
-    expected = {"mlp": received.norm(dim=-1) / block.mlp(h).norm(dim=-1)}
-    torch.testing.assert_close(trace["traffic"][1], expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(("side", "index"), [(64, 27), (48, 14), (56, 24)])
-def test_the_template_centre_is_ostracks(side, index):
-    """Of 8x8, 6x6 and 7x7 tokens."""
-    with torch.device("meta"):
-        vit = VisionTransformer(img_size=16, patch_size=8, embed_dim=8, depth=1, num_heads=1)
-        assert OSTrack(vit, template=side, search=64).centre == index
+def test_intermediates_are_the_parts_of_the_pass():
+    model, (template, search) = small(), crops()
+    tokens = model.embed_template(template)
+    features, blocks = model.forward_intermediates(tokens, search)
+    assert torch.equal(features, model.forward_features(tokens, search)) and len(blocks) == DEPTH
+    before, out = blocks[0]["x"], blocks[1]
+    parts = out["MHSA"] + out["A1"] + out["MLP"] + out["A2"]
+    torch.testing.assert_close(out["x"], before + parts, rtol=1e-4, atol=1e-5)
+    row = model.template_attention(out["q"], out["k"])
+    assert row.shape == (4, 2, 64) and (row.sum(-1) < 1).all()
 
 
 @torch.no_grad()
 def test_eliminated_tokens_come_back_as_zeros_at_their_places():
     """OSTrack keeps 0.7 three times: 64 -> 45 -> 32 -> 23 of the search."""
-    model, (template, search), trace = small(width=0, elimination={0: 0.7, 1: 0.7, 2: 0.7}), crops(), {}
-    found = model.forward_features(model.embed_template(template), search, trace)
-    assert [entry.shape for entry in trace["kept"]] == [(4, 45), (4, 32), (4, 23)]
-    kept, last = trace["kept"][-1], model.tracker.vit.norm(trace["tokens"][-1])
+    model, (template, search) = small(std=0, elimination={0: 0.7, 1: 0.7, 2: 0.7}), crops()
+    found, blocks = model.forward_intermediates(model.embed_template(template), search)
+    assert [out["kept"].shape for out in blocks] == [(4, 45), (4, 32), (4, 23)]
+    kept, last = blocks[-1]["kept"], model.tracker.vit.norm(blocks[-1]["x"])
     expected = torch.zeros(4, 64, 64)
     for row, (places, values) in enumerate(zip(kept, last[:, 16:], strict=True)):
         assert len(set(places.tolist())) == 23
@@ -211,6 +191,10 @@ def test_the_baselines_are_the_tracker_on_one_stream_or_on_the_one_with_the_high
     for stream, expected in enumerate(each):
         assert gap(SingleStream(tracker, stream).eval()(template, search), expected) < 1e-5
     assert gap(*each) > 1e-3
+    tokens = [tracker.embed_template(z) for z in template.chunk(2, 1)]
+    features = sum(map(tracker.forward_features, tokens, search.chunk(2, 1)))
+    for fusion, expected in (("sum", features), ("mean", features / 2)):
+        assert gap(FeatureFusion(tracker, fusion).eval()(template, search), tracker.forward_head(expected)) < 1e-5
     first, second = (one.score.flatten(1).amax(1) for one in each)
     assert (first - second).abs().min() > 1e-5 and 0 < (second > first).sum() < 8, "both streams win somewhere"
     chosen = Prediction(*(torch.stack([(a, b)[i][n] for n, i in enumerate((second > first).tolist())])
@@ -235,7 +219,7 @@ def test_official_names_round_trip_at_other_sizes(tmp_path):
     # OSTrack's trainer writes the weights under `net`, next to other entries
     torch.save({"epoch": 300, "net": tracker.to_official(), "stats": {"loss": 0.1}}, tmp_path / "ep0300.pth.tar")
     first = [x[:, :3] for x in images]
-    assert gap(tracker(*first), bat.foundation(tmp_path / "ep0300.pth.tar")(*first)) == 0
+    assert gap(tracker(*first), foundation(tmp_path / "ep0300.pth.tar")(*first)) == 0
 
 
 def test_checkpoints_that_do_not_fit_are_refused(tmp_path):
@@ -250,23 +234,20 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path):
     refuses(
         (lambda: BAT.from_official(plain, heads=2), r"OSTrack\.from_official"),
         (lambda: OSTrack.from_official(small().to_official(), heads=2), "adap_t"),
-        (lambda: bat.foundation(tmp_path / "resnet.pth"), "pos_embed_z"),
+        (lambda: foundation(tmp_path / "resnet.pth"), "pos_embed_z"),
         error=BadCheckpoint,
     )
-    refuses((bat.foundation, r"OSTrack_ep0300\.pth\.tar"), error=MissingWeights)
-    refuses((lambda: bat.foundation(tmp_path / "nowhere.pth"), "nowhere"), error=CorruptFile)
+    refuses((foundation, r"OSTrack_ep0300\.pth\.tar"), error=MissingWeights)
+    refuses((lambda: foundation(tmp_path / "nowhere.pth"), "nowhere"), error=CorruptFile)
 
 
 def test_bad_options_and_crops_are_refused():
     z, x = crops()
     refuses(
-        (lambda: small(directions="sideways"), "'both', 'first to second', 'second to first'"),
-        (lambda: small(stages="attention"), "'attention', 'mlp'"),
+        (lambda: FeatureFusion(small_tracker(), "product"), "'sum', 'mean'"),
         (lambda: small(elimination={7: 0.7}), "0 to 2"),
         (lambda: small(elimination={0: 70}), "up to 1"),
         (lambda: OSTrack(small_tracker().vit, template=30), "30"),
-        # the released names have one adapter for both directions
-        (lambda: small(shared=False).to_official(), "shared"),
     )
     for model in (small(), HigherPeak(small_tracker()), SingleStream(small_tracker(), 1)):
         for given in ((z[:, :3], x), (x, x), (z, x[..., :-8])):

@@ -9,9 +9,9 @@ import torch
 from companion import backbones
 from companion.data import tracking as data
 from companion.errors import CompanionError, CorruptFile, MissingData, MissingWeights
-from companion.models.bat import BAT, OSTrack, recipe
-from companion.models.bat import model as bat
+from companion.models.bat import BAT, FullFineTuning, OSTrack, recipe
 from companion.toy.encoders import tracker as pocket
+from companion.training import recipe as training
 from tests.conftest import parameters
 from tests.models.common import refuses
 
@@ -23,7 +23,7 @@ def given(**changes):
 @pytest.fixture
 def videos(monkeypatch) -> list:
     """Every dataset is one generated video of 24 frames; the list holds the sets and splits asked for."""
-    video, asked = recipe._Generated("one", np.random.default_rng(0), 24), []
+    video, asked = recipe.Generated("one", np.random.default_rng(0), 24), []
     video.visible = ("a frame",) * 24  # only its length is read
     monkeypatch.setattr(data, "load", lambda name, root, split: asked.append((name, split)) or [video])
     return asked
@@ -33,7 +33,7 @@ def videos(monkeypatch) -> list:
 def small(videos, monkeypatch) -> list:
     """The pocket tracker in place of OSTrack-256, two steps of four pairs; the list holds the weights asked for."""
     asked = []
-    monkeypatch.setattr(bat, "foundation", lambda weights: asked.append(weights) or pocket.build())
+    monkeypatch.setattr(recipe, "foundation", lambda weights: asked.append(weights) or pocket.build())
     for name, value in {"PAIRS": 8, "BATCH": 4, "EPOCHS": 1, "WORKERS": 0}.items():
         monkeypatch.setattr(recipe, name, value)
     return asked
@@ -55,8 +55,8 @@ def test_results_are_means_over_seeds_and_the_authors_weights_have_a_row_of_thei
     row = {"method": "BAT", "weights": "trained here", "dataset": "rgbt/lasher", "seed": 0, "PR": 70.0, "SR": 56.0}
     released = {"method": "BAT", "weights": "authors' weights", "dataset": "rgbt/rgbt234", "seed": 0, "MPR": 86.8}
     for one in (row | {"PR": 1.0}, row, row | {"seed": 1, "PR": 68.0}, released):
-        rows = recipe.measured(tmp_path / "measured.csv", one)
-    assert recipe.claim_cells(rows) == {
+        rows = recipe.RESULTS.measured(tmp_path / "measured.csv", one)
+    assert recipe.RESULTS.claimed(rows) == {
         ("BAT, trained here", "LasHeR_PR"): 69.0,
         ("BAT, trained here", "LasHeR_SR"): 56.0,
         ("BAT, authors' weights", "RGBT234_MPR"): 86.8,
@@ -77,8 +77,8 @@ def test_the_published_training(dataset, read, batch, min_side, tmp_path, videos
     file.touch()
     assert recipe.weights(given(data_root=str(tmp_path), weights="mine.pth")) == "mine.pth"
     asked, seen, drawn = [], {}, {}
-    monkeypatch.setattr(bat, "foundation", lambda weights: asked.append(weights) or pocket.build())
-    monkeypatch.setattr(recipe, "fit", lambda model, loss, pairs, **options: seen.update(options) or [])
+    monkeypatch.setattr(recipe, "foundation", lambda weights: asked.append(weights) or pocket.build())
+    monkeypatch.setattr(training, "fit", lambda model, loss, pairs, **options: seen.update(options) or [])
     pairs = data.Pairs
     monkeypatch.setattr(data, "Pairs", lambda *args, **options: drawn.update(options) or pairs(*args, **options))
     recipe.setting(given(data_root=str(tmp_path), dataset=dataset), tmp_path).train("BAT")
@@ -92,13 +92,18 @@ def test_the_methods_are_those_of_the_paper_and_two_of_them_are_trained(tmp_path
     for name in recipe.METHODS:
         setting = recipe.setting(given(method=name), tmp_path)
         model, history = setting.train(name)
-        options = (len(model.exchanges[0]), model.fusion, model.tuned) if isinstance(model, BAT) else ()
-        found[name] = (len(history), *options, *([model.stream] if hasattr(model, "stream") else []))
+        found[name] = (
+            len(history),
+            *(getattr(model, option) for option in ("fusion", "stream") if hasattr(model, option)),
+        )
+        assert isinstance(model, BAT) == (name in recipe.TRAINED) and isinstance(model, FullFineTuning) == (
+            "full" in name
+        )
     assert found == {
-        "BAT": (2, 2, "sum", "adapters"),
-        "full fine-tuning": (2, 2, "sum", "all"),
-        "sum of features": (0, 0, "sum", "adapters"),
-        "mean of features": (0, 0, "mean", "adapters"),
+        "BAT": (2,),
+        "full fine-tuning": (2,),
+        "sum of features": (0, "sum"),
+        "mean of features": (0, "mean"),
         "higher peak": (0,),
         "RGB only": (0, 0),
         "thermal only": (0, 1),
@@ -128,14 +133,14 @@ def test_trained_weights_are_a_checkpoint_and_belong_to_their_foundation(tmp_pat
     other: OSTrack = pocket.build()
     with torch.no_grad():
         other.vit.blocks[0].mlp.fc1.weight.mul_(0.5)
-    monkeypatch.setattr(bat, "foundation", lambda weights: other)
+    monkeypatch.setattr(recipe, "foundation", lambda weights: other)
     recipe.setting(given(), tmp_path).train("BAT")
     assert len(list((tmp_path / "checkpoints").glob("*.pt"))) == 2, "another foundation is another training"
 
 
 def test_seeds_and_released_weights_have_results_of_their_own(tmp_path, small, monkeypatch):
     folders = []
-    monkeypatch.setattr(recipe, "run", lambda model, videos, folder, **options: folders.append(folder))
+    monkeypatch.setattr(recipe.tracking, "run", lambda model, videos, folder, **options: folders.append(folder))
     (tmp_path / "BAT.pth").touch()
     monkeypatch.setattr(backbones, "read_state", lambda path: {})
     for changes in ({}, {"seed": 1, "dataset": "rgbe/visevent"}, {"checkpoint": str(tmp_path / "BAT.pth")}):

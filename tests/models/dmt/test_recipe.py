@@ -14,12 +14,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from companion.errors import BadCheckpoint, MissingData, MissingWeights
-from companion.evaluation.recipe_parity import InOrder
 from companion.models.dmt import recipe as runs
-from companion.models.dmt.model import DMT, Teachers
+from companion.models.dmt.model import DMT, Teachers, loss
 from companion.models.dmt.vit import ViT
+from companion.training import fit
+from companion.training.recipe import run
+from companion.training.schedules import schedule
 from tests.conftest import parameters
 from tests.models.common import refuses
+from tests.recipes.runner import InOrder
 from tests.small import shrink
 
 given = partial(
@@ -104,20 +107,20 @@ def written_out(state, trained, images, noises, teachers, r, warmup):
 def test_a_distillation_is_the_one_written_out(monkeypatch):
     """Six steps in three epochs, one of them warm-up: the same losses and the same changes of the parameters."""
     few, p = {"epochs": 3, "warmup_epochs": 1, "batch": 2}, given()
-    monkeypatch.setattr(runs, "recipe", lambda name, real=runs.recipe: real(name) | few)
+    monkeypatch.setattr(runs, "published", lambda name, real=runs.published: real(name) | few)
     generator = torch.Generator().manual_seed(0)
     images, noises = torch.randn(6, 2, 3, 224, 224, generator=generator), torch.rand(6, 2, 196, generator=generator)
     found = runs.teachers(p)
     model = runs.build(p, found)
     start, state = ({name: t.clone() for name, t in model.state_dict().items()} for _ in range(2))
     trained = [name for name, t in model.named_parameters() if t.requires_grad]
-    losses = written_out(state, trained, images, noises, found.names, runs.recipe("distil"), 2)
+    losses = written_out(state, trained, images, noises, found.names, runs.published("distil"), 2)
 
     masks = iter(noises)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "rand", lambda *size, **options: next(masks))
         data = InOrder(((image,) for image in images.flatten(0, 1)), 4)
-        history = runs.distil(p, model, data, batch=2)
+        history = fit.fit(model, loss, data, **runs.stage(given(dry_run=False), len(data)) | {"hardware": fit.CPU})
     np.testing.assert_allclose([row["loss"] for row in history], losses, rtol=1e-3)
     after = model.state_dict()
     for name in trained:
@@ -195,28 +198,30 @@ def folder(tmp_path, monkeypatch):
     return partial(given, dataset="folder", data_root=str(root), dry_run=False)
 
 
+FEW = {"epochs": 1, "batch": 2, "schedule": schedule("constant", 0)}
+
+
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_folder_is_distilled_and_its_student_saved(folder, tmp_path, monkeypatch, cached):
-    found = runs.setting(folder(cached=cached), tmp_path)
-    assert found.learning_rates == {"DMT": pytest.approx(1.5e-4 * 3 / 256)}
-    model = found.build("DMT")
-    history = found.learn(model, "DMT", rates=np.full(2, 1e-3), batch=2)
-    assert len(history) == 2 and history[0]["loss"] > 0.1
+    p = folder(cached=cached)
+    title, training = runs.distillation(p, tmp_path)
+    assert title == "folder, 3 images"
+    model, history = runs.distil(p, tmp_path, **FEW)
+    assert len(history) == 1 and history[0]["loss"] > 0.1 and history[0]["lr"] == pytest.approx(1.5e-4 * 3 / 256)
     np.testing.assert_allclose([row["loss"] - row["token loss"] - row["map loss"] for row in history], 0, atol=1e-5)
     images = torch.randn(1, 3, 224, 224)
-    loaded = runs.encoder(given(weights=str(found.trained), cached=cached, dry_run=False))
+    loaded = runs.encoder(given(weights=str(runs.student_file(training, tmp_path)), cached=cached, dry_run=False))
     assert torch.equal(loaded(images), model.export()(images))
     if cached:
         assert {f.name for f in (tmp_path / "teachers").iterdir()} == {"0.npy", "1.npy", "2.npy", "cache.json"}
         monkeypatch.setattr(Teachers, "forward", None)
-        again = runs.setting(folder(cached=True, losses="map"), tmp_path)
-        again.learn(again.build("DMT"), "DMT", rates=np.full(1, 1e-3), batch=2)
-        refuses((lambda: runs.setting(folder(cached=True, losses="with relations"), tmp_path), "with relations"))
+        runs.distil(folder(cached=True, losses="map"), tmp_path, **FEW)
+        refuses((lambda: runs.distillation(folder(cached=True, losses="with relations"), tmp_path), "with relations"))
 
 
 def test_another_distillation_has_another_checkpoint_wherever_it_is_started(folder, tmp_path, monkeypatch):
     def trained(**changes):
-        return runs.setting(folder(**changes), tmp_path).trained
+        return runs.student_file(runs.distillation(folder(**changes), tmp_path)[1], tmp_path)
 
     first = trained()
     others = {trained(fusion="mean"), trained(seed=1), trained(mask_ratio=0.5), trained(student="base"), first}
@@ -228,13 +233,12 @@ def test_another_distillation_has_another_checkpoint_wherever_it_is_started(fold
 
 
 @pytest.mark.parametrize(("devices", "images", "batch"), [(1, 1001, 1001), (2, 1001, 1000), (4, 5000, 4096)])
-def test_a_small_folder_has_a_batch_for_its_devices_and_its_learning_rate(monkeypatch, devices, images, batch):
-    seen = {}
-    monkeypatch.setattr(runs, "fit", lambda model, loss, data, **options: seen.update(options))
-    runs.distil(given(devices=devices), nn.Linear(1, 1), range(images))
-    rates = seen["schedule"](0.0, 0, 0)
-    assert seen["batch"] == batch and seen["hardware"].accumulate == math.ceil(batch / (256 * devices))
-    assert rates.max() == pytest.approx(1.5e-4 * batch / 256) and len(rates) == 300
+def test_a_small_folder_has_a_batch_for_its_devices_and_its_learning_rate(devices, images, batch):
+    stage = runs.stage(given(devices=devices, dry_run=False), images)
+    (group,) = stage["optimizer"](nn.Linear(1, 1, bias=False)).param_groups[:1]
+    rates = stage["schedule"](group["lr"], 300, 1)
+    assert stage["batch"] == batch and stage["hardware"].accumulate == math.ceil(batch / (256 * devices))
+    assert rates.max() == pytest.approx(1.5e-4 * batch / 256) and stage["epochs"] == 300
     assert rates[0] == 0 and rates[9] == rates.max() and rates[-1] < 0.01 * rates.max()
 
 
@@ -253,7 +257,7 @@ def test_augmentation_gives_normalised_crops():
         ("fine-tune", 5_000, {0: 0, 20: 1, -1: 0}),
     ],
 )
-def test_real_sets_are_trained_for_the_published_steps(task, count, shares, monkeypatch, tmp_path):
+def test_real_sets_are_trained_for_the_published_steps(task, count, shares, monkeypatch):
     """Neither dataset is a whole number of batches."""
 
     class Many(GENERATED):
@@ -261,28 +265,16 @@ def test_real_sets_are_trained_for_the_published_steps(task, count, shares, monk
             super().__init__("detect", 1, 64, 0)
             self.count = count
 
-    asked = []
-
-    def fit(model, loss, data, *, epochs, batch, schedule, checkpoint, **options):
-        steps = round(epochs * (len(data) // batch))
-        asked.append(({name: rates(0.0, steps, 1) for name, rates in schedule.items()}, steps, checkpoint.path))
-        return []
-
-    monkeypatch.setattr(runs, "fit", fit)
     monkeypatch.setattr(runs.pretraining, "load", Many)
-    found = runs.downstream(given(task=task, dry_run=False, encoder="random"), tmp_path)
-    model = found.build()
-    found.learn(model)
-    ((rates, steps, path),) = asked
-    r = runs.recipe(task)
-    assert path.parent.name == "checkpoints"
+    r, training = runs.published(task), runs.downstream(given(task=task, dry_run=False, encoder="random")).training
+    model, steps = training.build(), round(training.fit["epochs"] * (count // training.fit["batch"]))
     assert steps == (r["steps"] if "steps" in r else r["epochs"] * (count // r["batch"]))
-    highest = max(rates.values(), key=max)
-    assert len(highest) == steps and min(rates.values(), key=max).max() < 0.5 * r["lr"]
+    groups = training.fit["optimizer"](model).param_groups
+    rates = [training.fit["schedule"](group["lr"], steps, 1) for group in groups]
+    highest = max(rates, key=max)
+    assert len(highest) == steps and min(rates, key=max).max() < 0.5 * r["lr"]
     for step, share in shares.items():
         assert highest[step] == pytest.approx(share * r["lr"], rel=0.2, abs=2e-3 * r["lr"]), step
-    (file,) = (tmp_path / "trained").iterdir()
-    assert load_file(file).keys() == model.state_dict().keys()
 
 
 class Outputs(nn.Module):
@@ -303,6 +295,15 @@ class Outputs(nn.Module):
         if self.task == "segment":
             logits[:, 1, :, 32:] = 2
         return logits
+
+
+def test_a_task_is_trained_and_its_weights_are_saved(tmp_path):
+    work = runs.downstream(given(task="linear probe"))
+    model, history = run(work.training, tmp_path)
+    (file,) = (tmp_path / "trained").iterdir()
+    state = load_file(file)
+    assert len(history) == 2 and torch.equal(state["1.1.weight"], model[1].weight) and "0.vit.cls_token" in state
+    assert set(work.score(model)) == {"top-1"}
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""DMT's teachers: what MAE and MoCo v3 train, the key encoder, and released files."""
+"""DMT's teachers: what MAE trains, the key encoder of MoCo v3, and released files."""
 
 from functools import partial
 
@@ -9,9 +9,9 @@ from torch.utils.data import TensorDataset
 
 from companion.errors import BadCheckpoint, CorruptFile, MissingWeights
 from companion.models.dmt import teachers as dmt_teachers
-from companion.models.dmt.teachers import MAE, MoCo
 from companion.models.dmt.vit import ViT, build
-from companion.models.layers.pos_embed import sincos_table
+from companion.models.layers.mae import MAE
+from companion.toy.encoders.teachers import MoCo
 from companion.training.fit import Hardware, fit
 from companion.training.schedules import adamw, schedule
 from tests.models.common import refuses
@@ -44,35 +44,10 @@ def test_mae_trains_all_but_its_tables_and_its_names_go_there_and_back(images):
         MAE.from_official(model.encoder.to_official(), 4)
 
 
-@pytest.mark.parametrize(("encoder", "decoder"), [("learned", "mae"), ("mae", "mae"), ("mocov3", "mocov3")])
-def test_the_decoders_positions_are_fixed(encoder, decoder):
-    found = MAE(vit(positions=encoder), (32, 2, 4)).decoder.pos_embed
-    torch.testing.assert_close(found, sincos_table(32, 4, decoder))
-
-
-def moco(**options):
-    encoder = vit(positions="mocov3")
-    torch.manual_seed(1)
-    return MoCo(encoder, 64, 32, **options)
-
-
-def test_moco_trains_the_query_encoder_but_its_patch_projection(images):
-    model, views = moco().train(), (images, images.flip(-1))
-    q = [model.predictor(model.projector(model.encoder(x)[:, 0])) for x in views]
-    k = [model.key_projector(model.key_encoder(x)[:, 0]) for x in views]
-    loss, contrast = model(*views), dmt_teachers.contrastive_loss
-    torch.testing.assert_close(loss, contrast(q[0], k[1]) + contrast(q[1], k[0]), rtol=1e-4, atol=1e-5)
-    loss.backward()
-    frozen = {"encoder.pos_embed", *(f"encoder.patch_embed.proj.{n}" for n in ("weight", "bias"))}
-    # the norm's bias shifts all [CLS] tokens alike, which the projector's batch norm takes off again
-    assert untrained(model) - {"encoder.norm.bias"} == frozen
-    assert all(p.requires_grad for p in moco(frozen_patches=False).encoder.patch_embed.parameters())
-
-
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_the_key_encoder_follows_in_the_released_order(images, accumulate):
     """It is updated once per step before the keys are computed, with the momentum of that step: 0.5 (1 + cos) rises."""
-    model, seen = moco(), []
+    model, seen = MoCo(vit(positions="mocov3"), 64, 32), []
     keys = model.key_encoder.norm.weight.clone()
 
     def loss(model, batch):

@@ -12,8 +12,9 @@ from torch.utils.data import TensorDataset
 
 from companion import backbones
 from companion.errors import BadCheckpoint, CorruptFile, MissingWeights
-from companion.models.dplq import DPLQ, MAE, domain_model
+from companion.models.dplq import DPLQ, MAEFeatures, domain_model
 from companion.models.dplq.model import IMAGENET, NoFeatures, sam_state
+from companion.models.layers import mae
 from companion.toy import encoders
 from companion.toy.datasets.tokens import Tokenizer
 from companion.training.fit import CPU, predict
@@ -46,24 +47,24 @@ def build(clip, domain=WIDTH, **changes) -> DPLQ:
     return model
 
 
-def small_mae(**changes) -> MAE:
+def small_mae(tap="decoder", size=32) -> MAEFeatures:
     torch.manual_seed(0)
-    sizes = dict(image_size=32, patch=8, width=64, depth=2, heads=1, decoder_width=32, decoder_depth=1, decoder_heads=2)
-    return MAE(**(sizes | changes)).eval()
+    return MAEFeatures(mae.MAE(mae.encoder(size, 8, 64, 2, 1), (32, 1, 2), normalise=False), tap).eval()
 
 
-@pytest.mark.parametrize("options", [{}, {"depth": 1}, {"language": "real", "vision": "real"}, {"axes": "i, j"}])
+@pytest.mark.parametrize("options", [{}, {"depth": 1}])
 def test_gradients_reach_every_trained_tensor_and_nothing_frozen(options, clip):
     """With depth 4 the text tower, of 2 blocks, is too shallow for two of the prompts: the image tower trains them."""
-    mae = small_mae().train()
-    model = build(clip.train(), mae, **options).train()
+    domain = small_mae().train()
+    model = build(clip.train(), domain, **options).train()
     F.cross_entropy(model(images()), torch.tensor([0, 2])).backward()
     # with one prompted layer there is no deep one: its stacks are empty
     assert all(p.grad.abs().sum() > 0 for p in model.trained().values() if p.numel())
     assert not {n for n in model.trained() if n.startswith(("clip.", "domain."))}
     assert all(p.grad is None for m in (model.clip, model.domain) for p in m.parameters())
     assert not model.clip.training and not model.domain.training
-    assert clip.training and mae.training and all(p.requires_grad for p in mae.encoder.blocks.parameters())
+    assert clip.training and domain.training
+    assert all(p.requires_grad for p in domain.model.encoder.blocks.parameters())
     if model.deep_text.numel():
         assert (model.deep_text.grad.abs().sum((1, 2)) > 0).all()
 
@@ -107,26 +108,6 @@ def test_a_batch_is_the_formulas_one_image_and_one_class_at_a_time(clip):
     model, f, eps = build(clip), features(), draw(2, 64, seed=3)
     expected = [one_image(model, x, y, f.mean() * e) for x, y, e in zip(images(), f, eps, strict=True)]
     torch.testing.assert_close(model(images(), f, eps), torch.stack(expected), rtol=0, atol=2e-5)
-
-
-@pytest.mark.parametrize(
-    ("axes", "positions"),
-    [("jk", [slice(64, 128)] * 2), ("ri", [slice(0, 64)] * 2), ("i, j", [slice(64, 128), slice(128, 192)])],
-)
-def test_axes_put_prompt_and_bias_into_their_components(axes, positions, clip):
-    model, f = build(clip, axes=axes, noise="off"), features()
-    x = torch.zeros(2, 2, model.mix_text.inputs)
-    for place, part in zip(positions, (model.ctx, model.meta_net(f)[:, None]), strict=True):
-        x[..., place] += part
-    torch.testing.assert_close(model.prompts(f).context, model.mix_text(x))
-
-
-def test_real_layers_are_linear_in_the_sum_of_prompt_and_bias(clip):
-    model = build(clip, language="real", vision="real", noise="off")
-    prompts, image = model.prompts(features()), model.mix_image
-    torch.testing.assert_close(prompts.context, model.mix_text(model.ctx + prompts.bias[:, None]))
-    last = F.linear(model.deep_text[2] + prompts.bias[:, None], image.weight[2], image.bias[2])
-    torch.testing.assert_close(prompts.deep_image[2], last)
 
 
 @torch.no_grad()
@@ -179,26 +160,22 @@ def test_a_domain_model_gets_images_at_its_size_and_as_clip_or_as_itself_normali
 
 @torch.no_grad()
 def test_the_masked_autoencoder_is_read_in_any_order_and_at_the_tap():
-    mae, x = small_mae(), images()
-    order = torch.stack([torch.randperm(16), torch.randperm(16)])
-    torch.testing.assert_close(mae.decode(mae.encode(x, order), order), mae.decode(mae.encode(x)), rtol=0, atol=1e-5)
-    encoder = small_mae(tap="encoder")
-    assert (encoder.num_features, mae.num_features) == (64, 32)
-    torch.testing.assert_close(encoder(x), encoder.encode(x)[:, 1:].mean(1))
-    torch.testing.assert_close(mae(x), mae.decode(mae.encode(x))[:, 1:].mean(1))
+    decoder, encoder, x = small_mae(), small_mae("encoder"), images()
+    model, order = decoder.model, torch.stack([torch.randperm(16), torch.randperm(16)])
+    tokens = model.decoder(model.encode(x))
+    torch.testing.assert_close(model.decoder(model.encode(x, order), order), tokens, rtol=0, atol=1e-5)
+    assert (encoder.num_features, decoder.num_features) == (64, 32)
+    torch.testing.assert_close(encoder(x), encoder.model.encode(x)[:, 1:].mean(1))
+    torch.testing.assert_close(decoder(x), tokens[:, 1:].mean(1))
 
 
-def test_the_masked_loss_is_of_the_hidden_pixels_alone(monkeypatch):
+def test_the_masked_loss_is_of_the_hidden_pixels_alone():
     """With a head that outputs a constant, the loss is the mean square over exactly the masked patches."""
-    mae = small_mae()
-    torch.nn.init.zeros_(mae.decoder_pred.weight)
-    torch.nn.init.zeros_(mae.decoder_pred.bias)
-    monkeypatch.setattr(torch, "rand", lambda b, n, device=None: torch.arange(n).repeat(b, 1) / n)
-    x = images()
-    hidden = torch.ones(4, 4, dtype=torch.bool)
+    model, x, hidden = small_mae().model, images(), torch.ones(4, 4, dtype=torch.bool)
+    torch.nn.init.zeros_(model.pixels.weight)
     hidden[0] = False  # the first quarter of the patches in raster order is visible
     mask = hidden.repeat_interleave(8, 0).repeat_interleave(8, 1)
-    torch.testing.assert_close(mae.loss(x), x[:, :, mask].square().mean())
+    torch.testing.assert_close(model(x, torch.arange(16.0).repeat(2, 1)), x[:, :, mask].square().mean())
 
 
 def test_medsam_names_of_both_releases_are_timms():
@@ -224,17 +201,17 @@ def test_medsam_names_of_both_releases_are_timms():
 
 @torch.no_grad()
 def test_the_authors_tensors_round_trip_and_features_can_be_cached(clip):
-    mae, eps = small_mae(), draw(2, 64)
-    model = build(clip, mae)
+    domain, eps = small_mae(), draw(2, 64)
+    model = build(clip, domain)
     state = model.to_official()
     assert state["prompt_learner.compound_prompt_projections.2.k_weight"].shape == (32, 12)
     assert state["prompt_learner.visual_net_orthogonality.r_weight"].shape == (32, 16)
     # in the authors' state dict: used by nothing, or part of a domain model
     leftover = ("visual_net.linear1.weight", "remote_model.cls_token", "medical_model.pos_embed")
     leftover = dict.fromkeys(leftover, torch.zeros(4, 64))
-    again = DPLQ.from_official(state | leftover, clip, CLASSES, Tokenizer(), domain=mae, noise="off")
+    again = DPLQ.from_official(state | leftover, clip, CLASSES, Tokenizer(), domain=domain, noise="off")
     assert again.noise == "off" and len(again.deep_text) == 3
-    kept = predict(mae, TensorDataset(images()), batch=2, hardware=CPU)
+    kept = predict(domain, TensorDataset(images()), batch=2, hardware=CPU)
     assert kept.shape == (2, 32) and torch.equal(again(images(), kept, eps), model(images(), kept, eps))
     torch.testing.assert_close(again(images()), again(images(), kept), rtol=0, atol=2e-5)
     assert all(torch.equal(again.to_official()[name], value) for name, value in state.items())
@@ -260,13 +237,9 @@ def test_checkpoints_that_do_not_fit_are_refused(clip, tmp_path):
 
 
 def test_a_file_of_the_remote_sensing_model(clip, tmp_path):
-    mae = small_mae()
-    state = mae.to_official()
-    assert {"cls_token", "blocks.1.attn.qkv.weight", "decoder_blocks.0.mlp.fc2.bias", "mask_token"} <= state.keys()
-    assert torch.equal(MAE.from_official(state, decoder_heads=2)(images()), mae(images()))
     # as MAE's code saves it: next to the optimiser's state, an argparse.Namespace among it
-    saved = {"model": MAE(depth=1, decoder_depth=1).to_official(), "args": argparse.Namespace(lr=1)}
-    torch.save(saved, tmp_path / "m.pth")
+    model = mae.MAE(mae.encoder(depth=1), (512, 1, 16))
+    torch.save({"model": model.to_official(), "args": argparse.Namespace(lr=1)}, tmp_path / "m.pth")
     assert domain_model("remote-sensing", tmp_path / "m.pth", clip=clip).num_features == 512
     assert domain_model("remote-sensing", tmp_path / "m.pth", clip=clip, tap="encoder").num_features == 768
 
@@ -278,8 +251,7 @@ def test_what_would_run_wrongly_is_refused(clip, tmp_path, monkeypatch):
         (lambda: build(clip, depth=7), "1 to 6"),
         (lambda: build(clip, torch.nn.Identity()), "num_features"),
         (lambda: model(images()), "domain"),
-        (lambda: model(images(), draw(WIDTH)), rf"\(b, {WIDTH}\)"),
-        (lambda: build(clip, vision="real").to_official(), "real"),
+        (lambda: model(images(), draw(WIDTH)), r"\(b, F\)"),
         (lambda: domain_model("remote-sensing", tmp_path / "absent.pth", clip=clip), r"absent\.pth"),
     )
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
@@ -295,9 +267,9 @@ def test_domain_models_of_another_size_get_their_size(clip, tmp_path):
     other = domain_model("vit_tiny_patch16_224", "random", clip=clip)
     assert (other.size, other(images()).shape) == (224, (2, 192))
     for size, resized in ((48, 48), (32, None)):
-        torch.save(small_mae(image_size=size).to_official(), tmp_path / "mae.pth")
-        mae = domain_model("remote-sensing", tmp_path / "mae.pth", clip=clip)
-        assert (mae.size, mae(images()).shape) == (resized, (2, 32))
+        torch.save(small_mae(size=size).model.to_official(), tmp_path / "mae.pth")
+        own = domain_model("remote-sensing", tmp_path / "mae.pth", clip=clip)
+        assert (own.size, own(images()).shape) == (resized, (2, 32))
     medical = domain_model("medical", "random", clip=clip)
     assert (medical.size, medical.num_features) == (1024, 256)
     assert DPLQ(clip, CLASSES, Tokenizer(), medical, depth=2).meta_net.linear1.in_features == 256

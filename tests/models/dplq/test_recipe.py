@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from companion import backbones
 from companion.data import DATASETS, domains_sets
 from companion.errors import MissingData, MissingWeights
-from companion.evaluation.recipe_parity import Case, folder
 from companion.evaluation.tables import published_table
-from companion.models.dplq import DPLQ, MAE, loss, recipe
+from companion.models.dplq import DPLQ, loss, recipe
 from companion.models.dplq.model import NoFeatures
+from companion.models.layers import mae
 from companion.models.layers.clip_prompting import ZeroShot
 from companion.toy import encoders
 from companion.training.checkpoints import checkpoint_key
@@ -23,6 +23,7 @@ from companion.training.schedules import schedule
 from tests.conftest import parameters
 from tests.models.common import refuses
 from tests.recipes import dplq_cases
+from tests.recipes.runner import Case, folder
 from tests.small import shrink
 
 EACH = 40  # images per class: 20 to train, 8 to validate, 12 to test
@@ -56,14 +57,14 @@ def sets(tmp_path, monkeypatch) -> str:
 def test_a_model_is_carried_over_to_other_sets(protocol, pocket, sets, tmp_path):
     p = given(protocol=protocol, targets="medical/ccbtm", domain="clip", data_root=sets)
     found = recipe.setting(p, tmp_path)
-    model, history = recipe.train(found, "DPLQ", **QUICK)
+    model, history = found.train("DPLQ", **QUICK)
     assert isinstance(model, DPLQ) and len(model.deep_text) == 2 and len(history) == 16
-    scores = recipe.scores(model, found, p.method)
+    scores = found.scores(p.method, model)
     assert list(scores) == ["source", "medical/ccbtm"] and all(0 <= s <= 100 for s in scores.values())
     assert len(found.inputs("DPLQ", "medical/ccbtm")) == 4 * (12 if protocol == "cross-dataset" else EACH)
-    assert recipe.scores(model, found, p.method) == scores, "the noise is drawn from the seed"
+    assert found.scores(p.method, model) == scores, "the noise is drawn from the seed"
     assert len(model.embedded) == 4 and model.length == model.ends.max() + 1, "the classes trained on are back"
-    table = recipe.measured(tmp_path / "measured.csv", recipe.rows(p, scores))
+    table = recipe.measured(tmp_path / "measured.csv", *recipe.rows(p, scores))
     here = recipe.cells(table, protocol)
     name = "DPLQ, domain model clip, trained on BTMRI"
     assert here == {(name, "BTMRI"): scores["source"], (name, "CCBTM"): scores["medical/ccbtm"]}
@@ -76,22 +77,23 @@ def test_both_transfers_test_the_weights_of_one_training(pocket, sets, tmp_path,
     def setting(**changes):
         return recipe.setting(given(targets="medical/ccbtm", domain="clip", data_root=sets, **changes), tmp_path)
 
-    first, history = recipe.train(setting(protocol="cross-dataset"), "DPLQ", **QUICK)
+    first, history = setting(protocol="cross-dataset").train("DPLQ", **QUICK)
     (file,) = (tmp_path / "trained").iterdir()
     assert file.name == "medical-btmri, all classes, seed 1, DPLQ.safetensors"
     state = load_file(file)  # nothing of CLIP or the domain model
     assert state.keys() == first.trained().keys() and torch.equal(state["ctx"], first.ctx)
     monkeypatch.setattr(recipe, "loss", lambda *_: pytest.fail("it was trained again"))
     found = setting(protocol="domain generalisation")
-    again, read = recipe.train(found, "DPLQ", **QUICK)
+    again, read = found.train("DPLQ", **QUICK)
     assert read == history and torch.equal(again.ctx, first.ctx)
     # noise is not visible in any tensor
-    assert found.facts != setting(protocol="domain generalisation", noise="off").facts
+    quiet = setting(protocol="domain generalisation", noise="off")
+    assert found.trainings["DPLQ"].facts != quiet.trainings["DPLQ"].facts
 
 
 def test_of_few_images_all_are_trained_on(pocket, sets, tmp_path):
     found = recipe.setting(given(method="CoCoOp", data_root=sets), tmp_path)
-    assert len(found.inputs("CoCoOp", "train")) == 32 and found.options["last"] == "drop"
+    assert len(found.inputs("CoCoOp", "train")) == 32 and found.trainings["CoCoOp"].fit["last"] == "drop"
     folder = tmp_path / "few"
     for name in ("a", "b"):
         (folder / name).mkdir(parents=True)
@@ -99,8 +101,8 @@ def test_of_few_images_all_are_trained_on(pocket, sets, tmp_path):
             Image.new("RGB", (9, 9), (number, 0, 0)).save(folder / name / f"{number}.png")
     found = recipe.setting(given(dataset="folder", data_root=str(folder), method="CoCoOp"), tmp_path)
     train = found.inputs("CoCoOp", "train")
-    assert len(train) == 2 and found.options["last"] == "train"  # half of the four, of the base class
-    assert len(recipe.train(found, "CoCoOp", **QUICK)[1]) == 1
+    assert len(train) == 2 and found.trainings["CoCoOp"].fit["last"] == "train"  # half of the four, of the base class
+    assert len(found.train("CoCoOp", **QUICK)[1]) == 1
 
 
 def test_base_to_novel_trains_on_the_base_classes_alone(pocket, sets, tmp_path):
@@ -109,17 +111,17 @@ def test_base_to_novel_trains_on_the_base_classes_alone(pocket, sets, tmp_path):
     assert found.classes == ("glioma", "meningioma")
     assert found.test_classes == {"base": ("glioma", "meningioma"), "novel": ("no brain tumor", "pituitary")}
     assert [len(found.inputs("CoCoOp", part)) for part in ("train", "base", "novel")] == [32, 24, 24]
-    model, _ = recipe.train(found, "CoCoOp", **QUICK)
-    scores = recipe.scores(model, found, p.method)
+    model, _ = found.train("CoCoOp", **QUICK)
+    scores = found.scores(p.method, model)
     assert list(scores) == ["base", "novel", "HM"]
     # training images are cropped at random, test images are not
-    crops = {part: [recipe.first(found, "CoCoOp", part, 3)[0] for _ in range(2)] for part in ("train", "base")}
+    crops = {part: [found.items("CoCoOp", part, 3)[0] for _ in range(2)] for part in ("train", "base")}
     assert not torch.equal(*crops["train"]) and torch.equal(*crops["base"])
 
 
 def test_a_folder_of_ones_own_and_nothing_to_train(pocket, tmp_path, sets):
     found = recipe.setting(given(method="zero-shot CLIP", data_root=sets), tmp_path)
-    model, history = recipe.train(found, "zero-shot CLIP")
+    model, history = found.train("zero-shot CLIP")
     assert isinstance(model, ZeroShot) and history == [] and found.learning_rates == {}
     mine = tmp_path / "medical/BTMRI/BTMRI"
     found = recipe.setting(given(dataset="folder", data_root=str(mine), method="CoOp"), tmp_path)
@@ -132,7 +134,8 @@ def test_images_in_another_class_are_another_training(pocket, tmp_path, sets, mo
     mine = tmp_path / "medical/BTMRI/BTMRI"
 
     def key(where: str) -> str:
-        return checkpoint_key(**recipe.setting(given(dataset="folder", data_root=where, method="CoOp"), tmp_path).facts)
+        found = recipe.setting(given(dataset="folder", data_root=where, method="CoOp"), tmp_path)
+        return checkpoint_key(**found.trainings["CoOp"].facts)
 
     first = key(str(mine))
     for number in range(20):
@@ -151,11 +154,10 @@ def test_the_domain_model_by_name_by_set_and_by_file(pocket, sets, tmp_path, mon
     assert recipe.weights(given(), "medical", "") == "pretrained"
     (tmp_path / "weights").mkdir()
     file = tmp_path / "weights" / "vit-b-checkpoint-1599.pth"
-    sizes = dict(image_size=32, patch=8, width=64, depth=1, heads=1, decoder_width=32, decoder_depth=1)
-    torch.save({"model": MAE(**sizes).to_official()}, file)
+    torch.save({"model": mae.MAE(mae.encoder(32, 8, 64, 1, 1), (32, 1, 16)).to_official()}, file)
     p = given(domain="remote-sensing", data_root=sets, protocol="cross-dataset", targets="medical/ccbtm")
     found = recipe.setting(p, tmp_path)
-    assert found.build("DPLQ").domain.num_features == 32
+    assert found.trainings["DPLQ"].build().domain.num_features == 32
     assert recipe.weights(p, "remote-sensing", "mine.pth") == "mine.pth"
 
 
@@ -193,10 +195,10 @@ def test_a_domain_model_of_large_images_takes_them_one_by_one(monkeypatch):
 
 def test_results_are_means_over_seeds_in_the_published_tables(tmp_path):
     path, p = tmp_path / "measured.csv", given(dataset="remote/aid")
-    recipe.measured(path, recipe.rows(p, {"base": 90.0, "novel": 60.0, "HM": 72.0}))
+    recipe.measured(path, *recipe.rows(p, {"base": 90.0, "novel": 60.0, "HM": 72.0}))
     p.seed = 2
-    recipe.measured(path, recipe.rows(p, {"base": 10.0, "novel": 10.0}))
-    table = recipe.measured(path, recipe.rows(p, {"base": 80.0, "novel": 80.0}))
+    recipe.measured(path, *recipe.rows(p, {"base": 10.0, "novel": 10.0}))
+    table = recipe.measured(path, *recipe.rows(p, {"base": 80.0, "novel": 80.0}))
     assert len(table) == 4
     found = recipe.cells(table, "base to novel")
     # HM for each seed, 72 and 80, then the mean
@@ -210,21 +212,21 @@ def test_results_are_means_over_seeds_in_the_published_tables(tmp_path):
 def test_claims_are_judged_by_whole_domains_without_the_set_trained_on(tmp_path):
     path, medical = tmp_path / "measured.csv", ("medical/btmri", "medical/chmnist", "medical/ccbtm")
     for name, value in zip(medical, (50.0, 60.0, 70.0), strict=True):
-        table = recipe.measured(path, recipe.rows(given(dataset=name), {"base": value, "novel": value}))
+        table = recipe.measured(path, *recipe.rows(given(dataset=name), {"base": value, "novel": value}))
         assert len(recipe.claim_cells(table)) == (name == medical[-1])
     assert recipe.claim_cells(table) == {("DPLQ", "base to novel, medical"): pytest.approx(60.0)}
     p = given(protocol="cross-dataset", dataset=recipe.SOURCES["medical"])
     found = {"source": 99.0, "medical/chmnist": 40.0, "medical/ccbtm": 60.0}
-    here = recipe.claim_cells(recipe.measured(path, recipe.rows(p, found)))
+    here = recipe.claim_cells(recipe.measured(path, *recipe.rows(p, found)))
     assert here["DPLQ", "cross-dataset, medical"] == 50.0
 
 
 def test_half_precision_weights_lose_most_of_the_steps():
     """The authors' float16 tensors: entries that a first step leaves as they are, at both ends of the schedule."""
     case = Case(folder() / "dplq" / "trajectory_depth3")
-    found = dplq_cases.trained_setting(case)
-    model, data = found.build("DPLQ").train(), found.inputs("DPLQ", "train")
-    items = [data[i] for i in range(found.options["batch"])]
+    training = dplq_cases.training(case)
+    model, data = training.build().train(), training.data()
+    items = [data[i] for i in range(training.fit["batch"])]
     loss(model, tuple(torch.stack(column) for column in zip(*items, strict=True))).backward()
     parts = [p for name, p in model.trained().items() if name.startswith(("ctx", "meta_net", "proj", "mix_text"))]
 

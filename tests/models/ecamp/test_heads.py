@@ -6,9 +6,10 @@ import torch
 
 from companion.errors import BadCheckpoint, BadParameter
 from companion.evaluation.metrics import radiology
-from companion.models.ecamp import heads
+from companion.models.ecamp import detection, heads
 from companion.models.ecamp import model as ecamp
-from companion.models.ecamp.heads import Detector, Segmenter
+from companion.models.ecamp.detection import Detector
+from companion.models.ecamp.heads import Segmenter
 from tests.models.common import misfits, refuses, ungraded
 
 
@@ -29,7 +30,7 @@ def test_heads_train_what_they_say(encoder):
     model = Detector(encoder, channels=(64, 32, 16), expansion=4)
     found = model(images)
     assert [tuple(x.shape) for x in found] == [(2, 18, 4, 4), (2, 18, 8, 8), (2, 18, 16, 16)]
-    heads.detection_loss(found, boxes, 32).backward()
+    detection.detection_loss(found, boxes, 32).backward()
     assert ungraded(model) == below
     model = heads.classifier(encoder, 4, probe=True)
     heads.classification_loss(model(images), torch.tensor([0, 3])).backward()
@@ -69,7 +70,7 @@ def test_a_box_whose_centre_is_on_the_border_belongs_to_the_last_cell():
     head = torch.full((1, 18, 7, 7), -12.0)
     side = np.log(22.4 / 20)  # the first anchor, at its cell's right edge
     head.view(3, 6, 7, 7)[0, :, 3, 6] = torch.tensor([12, 0, side, side, 12, 12])
-    total, x, y, *rest = heads.yolo_loss(head, box, anchors, 224)
+    total, x, y, *rest = detection.yolo_loss(head, box, anchors, 224)
     assert x < 1e-6 and max(rest) < 1e-4
     assert y.item() == pytest.approx(np.log(2) / (3 * 49), rel=1e-4)  # half a cell down, the limit of the encoding
     assert total.item() == pytest.approx(2.5 * y.item(), abs=2e-4)

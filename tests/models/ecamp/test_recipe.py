@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,9 +22,10 @@ from companion.models.ecamp import model as ecamp
 from companion.models.ecamp import recipe
 from companion.models.ecamp.text import Pairs
 from companion.ops.papers import paper
+from companion.training.recipe import run
 from tests.conftest import parameters
 from tests.models.common import refuses
-from tests.small import NARROW, shrink
+from tests.small import shrink
 
 
 def given(**changes) -> SimpleNamespace:
@@ -38,6 +40,9 @@ def pretraining(**changes) -> SimpleNamespace:
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch):
     monkeypatch.setattr(recipe, "WORKERS", 0)
+
+
+own_encoder = recipe.encoder
 
 
 @pytest.fixture
@@ -58,8 +63,8 @@ def toy_pairs(count=8):
 
 
 def test_fewer_pairs_than_a_batch_are_one_step_an_epoch():
-    few = recipe.pretraining_epoch(3, recipe.recipe())
-    assert (few.steps, few.batch) == (1, 3) and len(recipe.pretraining_learning_rates(3)) == 120
+    few, r = recipe.pretraining_epoch(3, recipe.published()), recipe.published()
+    assert (few.steps, few.batch) == (1, 3) and len(recipe.pretraining_learning_rates(3, r)) == 120
 
 
 @pytest.fixture
@@ -77,13 +82,12 @@ def reports(tmp_path):
 
 def test_pairs_of_mimic_and_of_ones_own_folder(tmp_path, reports, small):
     found = recipe.setting(pretraining(dataset="xrays/mimic-cxr", data_root=str(tmp_path)), tmp_path)
-    assert found.learning_rates == {"ECAMP": 1.5e-4}
     item = found.pairs("ECAMP")[0]
     assert item.images.shape == (3, 448, 448) and item.ids.shape == (256,) and item.window.tolist() == [1, 1]
     assert not torch.equal(item.weights, torch.ones(256))
     assert torch.equal(found.pairs("MRM-like")[0].weights, torch.ones(256))
     with pytest.raises(MissingWeights, match=r"mae_vit_base\.pth"):
-        found.build("ECAMP")
+        found.training("ECAMP").build()
     (reports / "mimic-cxr-2.0.0-entity-llm.csv").rename(reports / "pretrain.csv")
     p = pretraining(data_root=str(reports))
     assert len(recipe.setting(p, tmp_path).pairs("ECAMP")) == 3
@@ -92,26 +96,27 @@ def test_pairs_of_mimic_and_of_ones_own_folder(tmp_path, reports, small):
     assert len(list(tmp_path.glob("vocabulary *.json"))) == 1
 
 
-def test_a_pre_trained_encoder_starts_a_downstream_task(tmp_path, monkeypatch, reports):
+def test_a_pre_trained_encoder_starts_a_downstream_task(tmp_path, monkeypatch, reports, small):
     """From a MAE file to the file of the trained model, and to the encoder of a task."""
-    monkeypatch.setitem(ecamp.SIZES, "paper", NARROW | {"length": 16})
+    text = replace(ecamp.SIZES["paper"]["text"], length=16)
+    monkeypatch.setitem(ecamp.SIZES, "paper", ecamp.SIZES["paper"] | {"text": text})
     monkeypatch.setattr(recipe, "pretraining_learning_rates", lambda images, r: np.full(2, 1e-3))
     monkeypatch.setattr(recipe, "Pairs", functools.partial(Pairs, length=16))
     torch.manual_seed(0)
     mae = VisionTransformer(img_size=224, embed_dim=48, depth=1, num_heads=2, num_classes=0, global_pool="")
     torch.save({"model": mae.state_dict()}, tmp_path / "mae.pth")
     p = pretraining(dataset="xrays/mimic-cxr", data_root=str(tmp_path), weights=str(tmp_path / "mae.pth"))
-    setting = recipe.setting(p, tmp_path / "out")
-    model = setting.build("ECAMP")
+    training = recipe.setting(p, tmp_path / "out").training("ECAMP")
+    assert torch.equal(training.build().encoder.blocks[0].mlp.fc1.weight, mae.blocks[0].mlp.fc1.weight)
+    model, history = run(training, tmp_path / "out")
     weight = model.encoder.blocks[0].mlp.fc1.weight
-    assert torch.equal(weight, mae.blocks[0].mlp.fc1.weight)
-    history = setting.learn(model, "ECAMP")
     assert len(history) == 2 and not torch.equal(weight, mae.blocks[0].mlp.fc1.weight)
     for row in history:
         assert row["loss"] == pytest.approx(row["mim"] + row["sr"] + row["mlm"], rel=1e-5) and row["mlm"] > 0
     assert len(list((tmp_path / "out" / "checkpoints").iterdir())) > 0
     (file,) = (tmp_path / "out" / "trained").iterdir()
     monkeypatch.setattr(recipe, "VisionTransformer", lambda **options: copy.deepcopy(mae))
+    monkeypatch.setattr(recipe, "encoder", own_encoder)
     encoder = recipe.encoder(given(encoder="ECAMP", weights=str(file)))
     assert torch.equal(encoder.blocks[0].mlp.fc1.weight, weight)
 
@@ -130,23 +135,23 @@ def test_a_pre_trained_encoder_starts_a_downstream_task(tmp_path, monkeypatch, r
         ("detect", "xrays/rsna", "random", 20, True, "mAP (plain)"),
     ],
 )
-def test_the_settings_of_a_task(task, dataset, encoder, patience, frozen, metric, small, tmp_path):
+def test_the_settings_of_a_task(task, dataset, encoder, patience, frozen, metric, small):
     """The authors freeze the encoder of segmentation and detection, but train a random one on RIGA."""
     p = given(task=task, dataset=dataset, encoder=encoder, dry_run=True, protocol="plain")
-    found = recipe.downstream(p, tmp_path)
-    model = found.build()
-    assert (found.metric, recipe.patience(p)) == (metric, patience)
+    found = recipe.downstream(p)
+    model = found.training.build()
+    assert (found.metric, recipe.patience(task, dataset, encoder)) == (metric, patience)
     assert any(not t.requires_grad for t in model.parameters()) == frozen
     assert 0 <= found.score(model, found.data["test"]) <= 100 and not model.training
 
 
-def test_nothing_left_to_be_found_is_no_score(small, tmp_path):
+def test_nothing_left_to_be_found_is_no_score(small):
     """As released, images where nothing was found are left out; here those are all."""
     for protocol, expected in (("released", np.nan), ("plain", 0.0)):
-        found = recipe.downstream(given(task="detect", dataset="xrays/rsna", dry_run=True, protocol=protocol), tmp_path)
-        model = found.build().eval()
-        for output in model.outputs:
-            nn.init.constant_(output.bias, -20.0)
+        found = recipe.downstream(given(task="detect", dataset="xrays/rsna", dry_run=True, protocol=protocol))
+        model = found.training.build().eval()
+        for branch in model.branches:
+            nn.init.constant_(branch.output.bias, -20.0)
         np.testing.assert_equal(found.score(model, found.data["test"]), expected)
 
 
@@ -167,20 +172,20 @@ def test_a_real_layout_is_trained_until_patience_ends(tmp_path, monkeypatch, cov
     monkeypatch.setattr(recipe, "PATIENCE", {"fine-tune": 2})
     scores = iter([40.0, 70.0, 60.0, 65.0])
     monkeypatch.setattr(recipe, "_classified", lambda *_: next(scores))
-    found = recipe.downstream(covidx, tmp_path / "out")
+    found = recipe.downstream(covidx)
     assert found.recipe["batch"] == 256
-    history = found.learn(model := found.build())
+    model, history = run(found.training, tmp_path / "out")
     assert len(history) == 4, "the best was the second of four epochs"
     assert history[0]["lr"] == pytest.approx(0.03 / 50)  # not 0
     (file,) = (tmp_path / "out" / "trained").iterdir()
     assert all(torch.equal(t, model.state_dict()[name]) for name, t in backbones.read_state(file).items())
 
 
-def test_validation_images_are_decoded_once(tmp_path, monkeypatch, covidx):
+def test_validation_images_are_decoded_once(monkeypatch, covidx):
     read, grey = [], recipe.xrays.Pictures.grey
     monkeypatch.setattr(recipe.xrays.Pictures, "grey", lambda self, i: (read.append(i), grey(self, i))[1])
-    found = recipe.downstream(covidx, tmp_path / "out")
-    model, part = found.build(), found.data["val"]
+    found = recipe.downstream(covidx)
+    model, part = found.training.build(), found.data["val"]
     held = recipe._held(part, 0)
     count = len(read)
     assert count == len(part) + 1
@@ -222,7 +227,7 @@ def test_encoders_come_from_the_authors_files_and_from_maes(tmp_path, monkeypatc
 
 def test_what_cannot_be_run_is_refused(tmp_path, monkeypatch):
     def downstream(**changes):
-        return lambda: recipe.downstream(given(**changes), tmp_path)
+        return lambda: recipe.downstream(given(**changes))
 
     refuses(
         (downstream(task="segment"), "fundus/riga"),
@@ -236,7 +241,7 @@ def test_what_cannot_be_run_is_refused(tmp_path, monkeypatch):
     assert ours == theirs
     # detection is tested on the validation list as released
     asked = []
-    monkeypatch.setattr(xrays, "load", lambda *a, **o: asked.append(a[2]))
+    monkeypatch.setattr(xrays, "load", lambda *a, **o: asked.append(a[2]) or [0])
     for protocol in ("released", "plain"):
         downstream(task="detect", dataset="xrays/rsna", protocol=protocol)()
     assert asked == ["train", "val", "val", "train", "val", "test"]
@@ -246,7 +251,7 @@ def test_what_cannot_be_run_is_refused(tmp_path, monkeypatch):
 
 
 def test_results_stand_beside_the_published_ones(tmp_path):
-    row = dict(zip(recipe.KEYS, ("fine-tune", "xrays/rsna", "10", "ECAMP", "released", 0), strict=True))
+    row = dict(zip(recipe.RESULTS.keys, ("fine-tune", "xrays/rsna", 10, "ECAMP", "released", 0), strict=True))
     others = [
         {"seed": 1, "score": 82.0},
         {"encoder": "random", "score": 60.0},
@@ -254,11 +259,14 @@ def test_results_stand_beside_the_published_ones(tmp_path):
         {"protocol": "plain", "score": 1.0},
         {"dataset": "xrays/chestmnist", "score": 2.0},
     ]
-    rows = recipe.measured(tmp_path / "measured.csv", row | {"score": 80.0}, *(row | other for other in others))
+    rows = recipe.RESULTS.measured(tmp_path / "measured.csv", row | {"score": 80.0}, *(row | other for other in others))
     found = {("ECAMP", "RSNA 10 %"): 81.0, ("random init", "RSNA 10 %"): 60.0}
-    assert recipe.cells(rows, "classification-finetune") == found
-    assert recipe.cells(rows, "fundus") == {("ECAMP", "MuReD 10 %"): 70.0}
-    shown = recipe.tables(pd.read_csv(tmp_path / "measured.csv"))["Classification, fine-tuned"].set_index("method")
+    cells = {table: recipe.RESULTS.filled(rows, spec) for table, spec in recipe.RESULTS.cells.items()}
+    assert cells["classification-finetune"] == found and cells["fundus"] == {("ECAMP", "MuReD 10 %"): 70.0}
+    assert not cells["segmentation"]
+    shown = recipe.RESULTS.tables(pd.read_csv(tmp_path / "measured.csv"))["Classification, fine-tuned"].set_index(
+        "method"
+    )
     assert shown.loc["ECAMP", "RSNA 10 %"] == "– / 81.00"
 
 
@@ -269,10 +277,12 @@ def test_the_comparison_with_mrm_is_judged_by_what_was_measured(tmp_path):
         table, _, column = condition["of"][1].partition(", ")
         title, labels, _ = column.split()
         dataset = next(name for name, own in recipe.TITLES.items() if own == title)
-        facts = {"task": tasks.get(table, table), "dataset": dataset, "labels": labels, "protocol": "released"}
+        facts = {"task": tasks.get(table, table), "dataset": dataset, "labels": int(labels), "protocol": "released"}
         rows += [facts | {"seed": 0, "encoder": name, "score": s} for name, s in (("ECAMP", 80.0), ("MRM", 79.5))]
 
     def judged(*new):
-        return judge_measured(claim["measured"], recipe.claim_cells(recipe.measured(tmp_path / "rows.csv", *new)))[0]
+        return judge_measured(
+            claim["measured"], recipe.RESULTS.claimed(recipe.RESULTS.measured(tmp_path / "rows.csv", *new))
+        )[0]
 
     assert judged(*rows) is True and judged(rows[0] | {"score": 79.0}) is False

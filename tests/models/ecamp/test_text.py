@@ -2,6 +2,7 @@
 run."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,11 +10,11 @@ import torch
 from torch.utils.data import default_collate
 
 from companion.errors import CorruptFile
-from companion.evaluation import parity
 from companion.models.ecamp import model as ecamp
 from companion.models.ecamp import text
 from companion.models.ecamp.text import Pairs, Vocabulary
 from tests.models.common import refuses
+from tests.parity import runner as parity
 
 REPORTS = [
     "There is a small right pleural effusion. There is no evidence of pneumothorax.",
@@ -30,13 +31,14 @@ def vocabulary():
 def test_draws_as_recorded():
     """Every draw is asked for, none beyond; descriptors in the order in which they are found."""
     (case,) = (c for c in parity.cases("ecamp") if c.name == "text_masking")
-    known = Vocabulary.from_words(case.facts["inputs"]["vocabulary"])
-    for example in case.facts["examples"]:
+    settings = case.facts["settings"]
+    known = Vocabulary.from_words(settings["vocabulary"])
+    for example in settings["examples"]:
         ids, draws = np.array(example["ids"]), iter(example["draws_used"])
         assert text.mask(ids, known, draws.__next__).tolist() == example["masked_ids"]
         assert text.descriptors(ids, known) == example["descriptor_positions"]
         assert next(draws, None) is None
-    for example in case.facts["insertion_examples"]:
+    for example in settings["insertion_examples"]:
         draws = iter(example["draws"])
         spliced = text.splice(example["report"], example["llm_output"], draws.__next__)
         assert "[CLS] " + spliced == example["sentence_given_to_tokenizer"] and next(draws, None) is None
@@ -92,7 +94,8 @@ def test_pairs_feed_the_model(vocabulary):
     assert torch.equal(batch.ids[batch.ids != 3], batch.labels[batch.ids != 3])
     assert torch.equal(batch.attention == 0, batch.labels == vocabulary.pad)
     torch.testing.assert_close(batch.weights.sum(1), torch.full((3,), 32.0))
-    assert torch.isfinite(ecamp.build("pocket", words=len(vocabulary), length=32)(ecamp.Batch(*batch)).total)
+    text = replace(ecamp.SIZES["pocket"]["text"], words=len(vocabulary), length=32)
+    assert torch.isfinite(ecamp.build("pocket", text=text)(ecamp.Batch(*batch)).total)
 
 
 def test_pairs_draw_anew_and_from_torch_alone(vocabulary):
@@ -112,7 +115,7 @@ def test_pairs_draw_anew_and_from_torch_alone(vocabulary):
 
 def test_texts_of_other_images_are_refused(vocabulary):
     refuses(
-        (lambda: pairs(vocabulary, masking="all"), "intended"),
+        (lambda: pairs(vocabulary, masking="all")[0], "intended"),
         (lambda: pairs(vocabulary, statements=["X."]), "statements"),
         (lambda: pairs(vocabulary, windows=[(0, 0)]), "windows"),
         (lambda: Vocabulary.from_words({"a": 0, "[UNK]": 1}), r"\[CLS\]"),

@@ -1,15 +1,15 @@
-"""H-ViT: gradients and inputs of the levels, padding and background, names, checkpoints, heatmaps."""
+"""H-ViT: gradients and inputs of the levels, padding and background, names, checkpoints."""
 
-import numpy as np
+import functools
+
 import pytest
+import timm
 import torch
 
 from companion.errors import BadCheckpoint, CorruptFile
-from companion.models.hvit import figures
 from companion.models.hvit import model as hvit
 from companion.models.hvit.model import HViT, PatchBag, PatchEncoder, RegionEncoder, SlideTransformer
-from companion.slides import Tiles
-from companion.viz import heatmaps
+from companion.models.hvit.official import read_checkpoint
 from tests.models.common import assert_recomputed_gradients_are_equal, misfits, numbers, refuses
 
 
@@ -46,11 +46,9 @@ def test_gradients_come_where_training_is(variant, levels):
     assert not any(module.training for level in model.frozen for module in getattr(model, level).modules())
 
 
-def test_the_positions_of_a_frozen_level_can_be_trained():
+def test_the_callers_levels_are_neither_frozen_nor_set_to_eval_mode():
     slide, region = SlideTransformer(48), RegionEncoder(4, 48, 48, 1, 3)
-    model = HViT(slide, region, variant="global", positions=True)
-    assert {n for n in model.trained() if not n.startswith("slide.")} == {"region.pos_embed"}
-    # the caller's levels are neither frozen nor set to eval mode
+    HViT(slide, region, variant="global")
     assert slide.training and region.training and all(p.requires_grad for p in region.parameters())
 
 
@@ -61,18 +59,31 @@ def test_gradient_checkpointing_changes_no_gradient():
 
 @torch.no_grad()
 def test_every_level_starts_the_same_pass():
-    model, x, trace = pocket(), pixels(2, 3), {}
-    whole = model(x, trace=trace)
-    for start in ("patches", "regions"):
-        torch.testing.assert_close(model(trace[start]), whole)
-    shapes = {"patch_attention": (2, 3, 16, 3, 8, 8), "region_attention": (2, 3, 3, 4, 4), "pooling": (2, 3)}
-    assert {name: tuple(trace[name].shape) for name in shapes} == shapes
+    model, x = pocket(), pixels(2, 3)
+    whole, patches = model(x), model.embed_patches(x.flatten(0, 1))
+    regions = model.embed_regions(patches).unflatten(0, (2, 3))
+    for start in (patches.unflatten(0, (2, 3)), regions):
+        torch.testing.assert_close(model(start), whole)
     # patches lie row by row
-    torch.testing.assert_close(trace["patches"][:, 0, 1 * 4 + 2], model.patch(x[:, 0, :, 32:64, 64:96]))
+    torch.testing.assert_close(patches[[0, 3], 1 * 4 + 2], model.patch(x[:, 0, :, 32:64, 64:96]))
     # global and local are one function
     frozen = pocket("global", seed=5)
     frozen.load_state_dict(model.state_dict())
     torch.testing.assert_close(frozen(x), whole)
+
+
+@torch.no_grad()
+def test_intermediate_results_are_those_of_the_pass():
+    model, x = pocket(), pixels(1, 2)[0]
+    level, patches, keep = model.patch, hvit.patches_of(x, 32), torch.rand(32, 64) > 0.3
+    e, out = level.forward_intermediates(patches, keep)
+    torch.testing.assert_close(e, level(patches, keep))
+    torch.testing.assert_close(out["tokens"][:, 0], e)
+    assert out["attention"].shape == (32, 3, 65) and not out["attention"].mean(1)[:, 1:][~keep].any()
+    torch.testing.assert_close(out["attention"].sum(-1), torch.ones(32, 3))
+    regions = model.embed_regions(model.embed_patches(x))[None]
+    logits, out = model.slide.forward_intermediates(regions)
+    assert torch.equal(logits, model.slide(regions)) and out["pooling"].shape == (1, 2)
 
 
 @pytest.mark.parametrize(("position", "invariant"), [("none", True), ("sine", False), ("learned", False)])
@@ -119,11 +130,9 @@ def test_the_padding_of_short_slides_changes_nothing():
 def test_what_would_be_silently_wrong_is_refused():
     refuses(
         (lambda: hvit.loss("ordinal", torch.zeros(1, 5), torch.tensor([6])), "6"),
-        (lambda: HViT(SlideTransformer(), RegionEncoder(4, dim=96, heads=3)), "192"),
-        (lambda: pocket()(torch.zeros(1, 2, 15, 48)), "15"),
-        (lambda: pocket()(torch.zeros(1, 1, 3, 100, 100)), "32"),
+        (lambda: pocket()(torch.zeros(1, 0, 48)), "regions"),
+        (lambda: PatchEncoder(32, 4, 48, 1, 3)(torch.zeros(1, 3, 30, 32)), "4"),
         (lambda: pocket(levels=("region", "slide"))(pixels()), "patch"),
-        (lambda: PatchEncoder(32, 4, 48, 1, 3)(torch.zeros(1, 3, 32, 32), torch.ones(1, 9)), "64"),
     )
 
 
@@ -159,57 +168,28 @@ def test_a_dino_checkpoint_gives_its_teacher(tmp_path):
     wrapped["module.head.mlp.0.weight"] = torch.zeros(2, 384)
     other = {f"module.backbone.{n}": t for n, t in student.state_dict().items()}
     torch.save({"student": other, "teacher": wrapped, "epoch": 3, "args": object}, tmp_path / "dino.pth")
-    read = PatchEncoder.from_official(hvit.read_checkpoint(tmp_path / "dino.pth"))
+    read = PatchEncoder.from_official(read_checkpoint(tmp_path / "dino.pth"))
     assert all(torch.equal(t, read.state_dict()[n]) for n, t in encoder.state_dict().items())
     assert (read.image, read.token, read.heads) == (256, 16, 6)
     (tmp_path / "bad.pth").write_bytes((tmp_path / "dino.pth").read_bytes()[:2000])
-    refuses((lambda: hvit.read_checkpoint(tmp_path / "bad.pth"), r"bad\.pth"), error=CorruptFile)
+    refuses((lambda: read_checkpoint(tmp_path / "bad.pth"), r"bad\.pth"), error=CorruptFile)
     refuses((lambda: RegionEncoder.from_official(encoder.state_dict()), r"phi\.0\.weight"), error=BadCheckpoint)
 
 
-# --- heatmaps ---------------------------------------------------------------------------------------------------------
-
-
-def test_ranks_are_shares_of_what_is_lower_and_maps_of_patches_are_laid_row_by_row():
-    assert heatmaps.ranks(np.array([[3.0, 1.0], [2.0, 3.0]])).tolist() == [[0.5, 0.0], [0.25, 0.5]]
-    assert heatmaps.ranks(np.array([0.1, 0.7, 0.2]), axes=1).tolist() == [0, 2 / 3, 1 / 3]
-    attention = np.random.default_rng(0).random((4, 2, 3, 3))
-    laid = heatmaps.patch_map(attention)
-    assert laid.shape == (2, 6, 6)
-    np.testing.assert_array_equal(laid[1, :3, 3:], heatmaps.ranks(attention[1, 1]))
-    assert heatmaps.region_map(attention[:2, 0], 6).shape == (2, 6, 6)
-    refuses((lambda: heatmaps.patch_map(attention[:3]), "3"), (lambda: heatmaps.region_map(attention[0], 7), "7"))
-
-
-def test_factorised_maps_weigh_the_levels():
-    """Scores that are the same everywhere stay so; with the released weights Global's shrink unless gamma is 0.5."""
-    patch, region = np.random.default_rng(0).random((2, 8, 8))
-    for gamma, expected in ((0.5, (patch + region + 0.3) / 3), (0.0, patch)):
-        for found in (
-            heatmaps.factorised(patch, region, 0.3, gamma, "local"),
-            heatmaps.granular([patch], [region], 0.3, 2, gamma, "local"),
-        ):
-            np.testing.assert_allclose(found, expected)
-    flat = [np.full((8, 8), 0.6)] * 4
-    for quirks, expected in ((False, 0.6), (True, 0.6 * 1.3 / 1.7)):
-        found = heatmaps.granular(flat[:2], flat, 0.6, 1, 0.3, "global", official_quirks=quirks)
-        np.testing.assert_allclose(found, expected)
-
-
-def test_overlapping_maps_are_averaged():
-    maps = [((0, 0), np.full((4, 4), 0.2)), ((16, 0), np.full((4, 4), 0.8)), ((-8, 24), np.full((4, 4), 0.4))]
-    scores, there = heatmaps.stitch(maps, (8, 10), 8)
-    assert scores[0].tolist() == pytest.approx([0.2, 0.2, 0.5, 0.5, 0.8, 0.8, 0, 0, 0, 0])  # overlaps are averaged
-    assert there[:, 9].sum() == 0 and there[3, 0] and scores[3, 0] == pytest.approx(0.3)
-
-
-def test_maps_lie_on_their_regions():
-    corners = np.array([[8, 4], [40, 4], [8, 36]])
-    tiles = Tiles(corners, np.ones(3), np.zeros(3), step=32, level=0, pixels=32, region=32)
-    maps = np.arange(3 * 4).reshape(3, 2, 2) / 12
-    found = figures.stitched(maps, tiles, (80, 90))
-    assert found.shape == (80, 90) and np.isnan(found[:4]).all() and np.isnan(found[36:68, 40:]).all()
-    for (x, y), values in zip(corners, maps, strict=True):
-        np.testing.assert_allclose(found[y : y + 32, x : x + 32][::31, ::31], values, atol=1e-6)
-    half = figures.stitched(np.stack([maps] * 3, -1), tiles, (40, 45), 2)
-    np.testing.assert_allclose(half[2:18:15, 4:20:15, 1], maps[0], atol=1e-6)
+@torch.no_grad()
+@pytest.mark.parametrize("init_values", [None, 1e-5])
+def test_a_timm_vit_as_the_patch_level(init_values):
+    """Its LayerScale is folded into the linear layers."""
+    torch.manual_seed(0)
+    options = {"img_size": 56, "patch_size": 14, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 0}
+    vit = timm.models.VisionTransformer(**options, init_values=init_values).eval()
+    for name, tensor in vit.named_parameters():
+        if "ls" in name or "pos_embed" in name:
+            tensor.normal_()
+    images, level = torch.randn(2, 3, 56, 56), PatchEncoder.from_timm(vit)
+    assert (level.image, level.token, level.dim) == (56, 14, 48) and not level.training
+    tokens = level.forward_intermediates(images)[1]["tokens"]
+    torch.testing.assert_close(tokens, vit.forward_features(images), rtol=1e-4, atol=1e-5)
+    others = [{"reg_tokens": 2}, {"class_token": False, "global_pool": "avg"}]
+    made = [timm.models.VisionTransformer(**options | changes) for changes in others]
+    refuses(*((functools.partial(PatchEncoder.from_timm, other), "CLS") for other in made))

@@ -1,4 +1,4 @@
-"""H-ViT's published recipe: samples, folds that vote, stored features, missing files, attention maps."""
+"""H-ViT's published recipe: samples, folds that vote, stored features, missing files."""
 
 import shutil
 from dataclasses import replace
@@ -12,16 +12,17 @@ from torch.utils.data import TensorDataset
 
 from companion import cli
 from companion.data import slides as data
+from companion.data.slides import read_features
 from companion.errors import BadParameter, MissingData, MissingWeights
 from companion.models import hvit
-from companion.models.hvit import recipe
-from companion.models.hvit.model import read_checkpoint
+from companion.models.hvit import features, heatmaps, recipe
+from companion.models.hvit.model import grids
+from companion.models.hvit.official import read_checkpoint
+from companion.models.hvit.slides import PANDA, Slide, tensor, tile, write_pyramid
 from companion.models.layers.pos_embed import resize_pos_embed
-from companion.slides import PANDA, Slide, read_features, tensor, tile, write_pyramid
 from companion.toy import encoders
 from companion.toy.datasets import slides as synthetic
 from companion.toy.encoders import slide_dino
-from companion.viz import heatmaps
 from tests.conftest import parameters
 from tests.models.common import refuses
 
@@ -43,21 +44,18 @@ def one_slide_each(monkeypatch):
 
 
 @pytest.mark.parametrize(("noise", "sampling"), [(0.0, "uniform"), (0.0, "weighted"), (0.5, "weighted")])
-def test_sampling_and_noise_are_what_the_parameters_say(monkeypatch, noise, sampling):
+def test_sampling_and_noise_are_what_the_parameters_say(noise, sampling):
     """Noise is drawn for each access and spares the padding."""
-    seen = []
-    monkeypatch.setattr(recipe, "fit", lambda model, loss, data, **options: seen.append(data))
     features, present = torch.zeros(8, 3, 16, 384), torch.tensor([[True, True, False]] * 8)
     part = TensorDataset(features, present, torch.tensor([0] * 7 + [5]))
-    recipe.train_fold(given(noise=noise, sampling=sampling), [(part, None)], 6, None, "mean pooling", 0, 1, 4)
-    (shown,) = seen
+    shown = recipe.of_fold(given(noise=noise, sampling=sampling), "mean pooling", 0, (part, None), 6).data()
     torch.manual_seed(0)
     items = [shown[i % 8] for i in range(64)]
     high = sum(int(grade) == 5 for _, _, grade in items)
     assert len(shown) == 8 and (high == 8 if sampling == "uniform" else 16 < high < 48)
-    found = torch.stack([x for x, _, _ in items])
-    assert not found[:, 2].any() and found[:, :2].std() == pytest.approx(noise, abs=0.02)
-    assert torch.equal(found[0], found[8]) == (noise == 0)
+    drawn = torch.stack([x for x, _, _ in items])
+    assert not drawn[:, 2].any() and drawn[:, :2].std() == pytest.approx(noise, abs=0.02)
+    assert torch.equal(drawn[0], drawn[8]) == (noise == 0)
 
 
 def test_kappa_is_quadratic_and_0_for_a_constant():
@@ -145,8 +143,8 @@ def test_folds_are_trained_on_stored_features_and_vote(tmp_path, stored):
     assert recipe.scores(found, p.method, models) == pytest.approx(kappas)
     row = {"method": p.method, "dataset": "slides/panda", "region": 2048, "head": "regression"}
     for seed, kappa in ((0, 1.0), (0, 90.0), (1, 80.0)):
-        table = recipe.measured(tmp_path / "measured.csv", row | {"seed": seed, "kappa": kappa, "fold": 0.0})
-    assert recipe.claim_cells(table) == {("mean pooling", "PANDA 2048 regression"): 85.0}
+        table = recipe.results.measured(tmp_path / "measured.csv", row | {"seed": seed, "kappa": kappa, "fold": 0.0})
+    assert recipe.results.claimed(table) == {("mean pooling", "PANDA 2048 regression"): 85.0}
 
 
 @pytest.mark.parametrize("method", ["Local", "mean pooling"])
@@ -154,7 +152,9 @@ def test_the_weights_of_each_fold_are_saved_under_the_authors_names(tmp_path, st
     stored.method = method
     models, _ = recipe.train(recipe.setting(stored, tmp_path), method, epochs=1, batch=6)
     files = sorted((tmp_path / "trained").iterdir())
-    assert [f.name.startswith(f"{method}, fold {k}, seed 1") for k, f in enumerate(files)] == [True, True]
+    assert [f.stem.startswith(method) and f.stem.endswith(f", fold {k}, seed 1") for k, f in enumerate(files)] == [
+        True
+    ] * 2
     saved = [read_checkpoint(file) for file in files]
     if method == "Local":
         saved = [hvit.HViT.from_official(state).state_dict() for state in saved]
@@ -213,20 +213,20 @@ def test_slides_of_ones_own_are_stored_in_parts_and_trained_on(own, tmp_path, mo
     tiling = replace(PANDA, area=0.1, hole_area=0.05, close=3, median=3)
     patch, other = (hvit.PatchEncoder(64, 32, dim=384, depth=1).eval() for _ in range(2))
     p = given(dry_run=False, dataset="folder", data_root=str(own), features=str(tmp_path / "f"), region=128)
-    done = [dict(recipe.store(p, patch, (i, 3), tiling=tiling)) for i in range(3)]
+    done = [dict(features.store(p, patch, (i, 3), tiling=tiling)) for i in range(3)]
     assert [len(part) for part in done] == [4, 3, 3]
     found = {name: path for part in done for name, path in part.items()}
     assert sorted(found) == sorted(item.name for item in data.folder(own))
-    features = read_features(found["benign_0"])["features"]
-    assert features.shape == (4, 4, 384)  # 2 x 2 regions of 2 x 2 patches
+    stored = read_features(found["benign_0"])["features"]
+    assert stored.shape == (4, 4, 384)  # 2 x 2 regions of 2 x 2 patches
     # the same in one go, and with more regions a step
     elsewhere = SimpleNamespace(**vars(p) | {"features": str(tmp_path / "g")})
-    again = dict(recipe.store(elsewhere, patch, (0, 10), batch=3, tiling=tiling))
-    torch.testing.assert_close(read_features(again["benign_0"])["features"], features, rtol=1e-4, atol=1e-5)
+    again = dict(features.store(elsewhere, patch, (0, 10), batch=3, tiling=tiling))
+    torch.testing.assert_close(read_features(again["benign_0"])["features"], stored, rtol=1e-4, atol=1e-5)
     # a file that is there stays, and features of another encoder are refused
     before = found["benign_0"].stat().st_mtime_ns
-    assert dict(recipe.store(p, patch, (0, 10), tiling=tiling))["benign_0"].stat().st_mtime_ns == before
-    assert isinstance(dict(recipe.store(p, other, (0, 10), tiling=tiling))["benign_0"], BadParameter)
+    assert dict(features.store(p, patch, (0, 10), tiling=tiling))["benign_0"].stat().st_mtime_ns == before
+    assert isinstance(dict(features.store(p, other, (0, 10), tiling=tiling))["benign_0"], BadParameter)
     p.region = 512  # 2 x 2 patches
     setting = recipe.setting(p, tmp_path)
     sizes = [(len(train), len(tune)) for train, tune in setting.folds]
@@ -272,8 +272,8 @@ def test_the_patch_level_of_a_file_of_several_levels(tmp_path, one_slide_each):
     """Such as the shipped toy encoders, or a model of the authors'."""
     synthetic.write(tmp_path, "count", 0)
     p = given(dataset="pocket/slides-count", data_root=str(tmp_path), region=128, normalise="half")
-    patch = recipe.patch_encoder(encoders.weights_file(slide_dino.NAME), heads=3)
-    files = dict(recipe.store(p, patch, tiling=synthetic.TILING))
+    patch = features.patch_encoder(encoders.weights_file(slide_dino.NAME), heads=3)
+    files = dict(features.store(p, patch, tiling=synthetic.TILING))
     item = data.load("pocket/slides-count", tmp_path)[0]
     with Slide(item.path) as slide:
         tiles = tile(slide, synthetic.TILING)
@@ -290,16 +290,18 @@ def test_attention_of_all_levels_is_read_region_by_region(tmp_path, one_slide_ea
     patch, before = slide_dino.standardise(slide_dino.build()[0]).requires_grad_(True), set(model.trained())
     with Slide(item.path) as slide:
         tiles = tile(slide, synthetic.TILING)
-        found = recipe.attention_maps(model, patch, slide, tiles, "half")
+        found = heatmaps.attention_maps(model, patch, slide, tiles, "half")
         pixels = tensor(np.stack([slide.region(x, y, tiles) for x, y in tiles.coords]), "half")
     assert set(model.trained()) == before and all(t.requires_grad for t in patch.parameters())  # nothing is frozen
-    trace, whole = {}, hvit.HViT(model.slide, model.region, patch, "local")
+    whole = hvit.HViT(model.slide, model.region, patch, "local").eval()
     with torch.no_grad():
-        torch.testing.assert_close(found.output, whole(pixels[None], trace=trace), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(found.output, whole(pixels[None]), atol=1e-5, rtol=1e-4)
+        regions, out = whole.region.forward_intermediates(grids(whole.embed_patches(pixels)))
+        _, top = whole.slide.forward_intermediates(regions[None])
     assert found.patch.shape == found.region.shape == (5, 32, 32)
-    np.testing.assert_allclose(found.alpha, trace["pooling"][0], atol=1e-5)
+    np.testing.assert_allclose(found.alpha, top["pooling"][0], atol=1e-5)
     assert sorted(found.slide) == [0.0, 0.2, 0.4, 0.6, 0.8]
-    third = heatmaps.region_map(trace["region_attention"][0, 2].numpy(), 32).mean(0)
+    third = heatmaps.region_map(heatmaps.cls_maps(out["attention"][2]), 32).mean(0)
     assert np.abs(found.region[2] - third).mean() < 0.01  # rounding may change a few ranks
     mean = (found.patch + found.region + found.slide[:, None, None]) / 3
     np.testing.assert_allclose(found.factorised(0.5, "local"), mean, atol=1e-6)

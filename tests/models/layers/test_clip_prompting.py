@@ -11,13 +11,14 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from companion.errors import BadCheckpoint
-from companion.evaluation.parity import Case, folder
 from companion.models.layers import clip_prompting as prompting
 from companion.models.layers.clip_prompting import CoCoOp, CoOp, ImageFeatures, MaPLe, ZeroShot
 from companion.toy import encoders
 from companion.toy.datasets.tokens import Tokenizer
 from companion.training.fit import CPU, predict
 from tests.models.common import assert_recomputed_gradients_are_equal, draw, misfits, refuses
+from tests.parity.runner import ROOT as PARITY
+from tests.parity.runner import Case
 
 CLASSES = ["red disc", "green ring", "large violet cross"]
 OPTIONS = {CoOp: {"tokens": 4}, MaPLe: {"depth": 4}}
@@ -131,7 +132,7 @@ def test_texts_of_a_real_clip_are_the_authors(name, kind, options):
     """The ids and ends that the authors' code made of its class names, with open_clip's tokenizer."""
     vision = CLIPVisionCfg(layers=2, width=64, patch_size=8, image_size=16)
     clip = CLIP(16, vision, CLIPTextCfg(77, 49408, width=64, heads=1, layers=2), quick_gelu=True)
-    facts = Case(folder() / "dplq" / name).facts
+    facts = Case(PARITY / "dplq" / name).facts["about"]
     model = kind(clip, facts["config"]["class_names"], open_clip.get_tokenizer("ViT-B-16-quickgelu"), **options)
     assert model.ends.tolist() == facts["eot_positions"]
     if "token_ids" in facts:

@@ -9,6 +9,7 @@ from torch.utils.data import TensorDataset
 from companion.errors import BadParameter
 from companion.models.dmt.vit import build
 from companion.models.hvit.model import PatchEncoder, RegionEncoder
+from companion.models.hvit.pretrain import pretrain
 from companion.models.layers import dino
 from companion.training.callbacks import Callback
 from companion.training.fit import CPU, Hardware, fit
@@ -23,8 +24,12 @@ def level(kind: str):
     torch.manual_seed(0)
     if kind == "patch":
         views = dino.ImageViews((28, 12), small=2, mean=(0.5,) * 3, std=(0.5,) * 3)
-        return PatchEncoder(32, 4, 24, 2, 3, 2, std=None), torch.randint(256, (16, 3, 32, 32)).byte(), views
-    return RegionEncoder(4, 24, 24, 2, 3, 2, std=None, drop_path=0.1), torch.randn(16, 24, 4, 4), dino.GridViews(4, 3)
+        return PatchEncoder(32, 4, 24, 2, 3, mlp_ratio=2, std=None), torch.randint(256, (16, 3, 32, 32)).byte(), views
+    return (
+        RegionEncoder(4, 24, 24, 2, 3, mlp_ratio=2, std=None, drop_path=0.1),
+        torch.randn(16, 24, 4, 4),
+        dino.GridViews(4, 3),
+    )
 
 
 def ibot(**options) -> dino.SelfDistillation:
@@ -151,7 +156,7 @@ def test_the_last_layer_is_frozen_in_the_first_epochs(images):
 def test_pretraining_of_either_level(kind):
     encoder, images, views = level(kind)
     before = {n: t.clone() for n, t in encoder.state_dict().items()}
-    teacher, history = dino.pretrain(encoder, images, views, **SMALL)
+    teacher, history = pretrain(encoder, images, views, **SMALL)
     assert len(history) == 6 and all(math.isfinite(row["loss"]) and 0 <= row["entropy"] <= 1.0001 for row in history)
     cosine = [1e-6 + (1e-3 - 1e-6) * (1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)]
     assert [row["lr"] for row in history] == pytest.approx([0, 1e-3, *cosine])
@@ -162,8 +167,8 @@ def test_pretraining_of_either_level(kind):
 def test_what_cannot_be_trained_is_refused():
     encoder, images, views = level("region")
     refuses(
-        (lambda: dino.pretrain(encoder, images, views, **SMALL | {"batch": 17}), "17"),
-        (lambda: dino.pretrain(encoder.requires_grad_(False), images, views, **SMALL), "encoder"),
+        (lambda: pretrain(encoder, images, views, **SMALL | {"batch": 17}), "17"),
+        (lambda: pretrain(encoder.requires_grad_(False), images, views, **SMALL), "encoder"),
         (lambda: ibot(masked=False), "masked_embed"),
     )
 

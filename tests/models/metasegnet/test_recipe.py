@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,24 +13,27 @@ from torch import nn
 from torch.utils.data import TensorDataset
 from transformers import BertConfig, BertModel, BertTokenizer
 
-from companion import cli, geotiff
+from companion import cli
 from companion.backbones import read_state
-from companion.climate import Prompts
 from companion.data import landcover
 from companion.data.landcover_sets import LOVEDA, OEM, POTSDAM
+from companion.data.rasters import pixels
 from companion.errors import BadCheckpoint, MissingData, MissingWeights
 from companion.evaluation.metrics import landcover as metrics
-from companion.evaluation.recipe_parity import InOrder
-from companion.models.metasegnet import recipe
+from companion.evaluation.tables import Results
+from companion.models.metasegnet import Prompts, geotiff, networks, recipe, segment
 from companion.models.metasegnet.model import SIZES, MetaSegNet, swin
 from companion.models.metasegnet.text import Words
 from companion.training import checkpoints
 from companion.training.checkpoints import trained_state
+from companion.training.fit import CPU, fit
+from companion.training.recipe import run as train
 from tests.conftest import parameters
 from tests.data.test_landcover import earth, loveda, potsdam
+from tests.data.test_rasters import noise, written
 from tests.models.common import refuses
+from tests.recipes.runner import InOrder
 from tests.small import shrink
-from tests.test_geotiff import noise, written
 
 PROMPTS = Prompts.read()
 
@@ -47,9 +51,24 @@ def small(monkeypatch):
 @pytest.fixture
 def quick(small, monkeypatch):
     """One epoch, small crops."""
-    plain = recipe.recipe
-    short = {"epochs": 1, "batch": 2, "crop": 32}
-    monkeypatch.setattr(recipe, "recipe", lambda dataset: recipe.Recipe(**vars(plain(dataset)) | short))
+    change(monkeypatch, epochs=1, batch=2, crop=32)
+
+
+def change(monkeypatch, **settings):
+    """Other published settings, of every data set."""
+    plain = recipe.published
+    monkeypatch.setattr(recipe, "published", lambda dataset: replace(plain(dataset), **settings))
+
+
+def network(p, classes=3):
+    files = {"data_root": p.data_root, "weights": p.weights, "checkpoint": p.checkpoint}
+    return networks.network(p.method, PROMPTS, classes, **files, text=p.text_encoder, seed=p.seed, random=p.dry_run)
+
+
+def counted(found, model, name="test", kind=""):
+    """The confusion matrix of a test."""
+    test = found.tests[name]
+    return recipe.confusion(model, test, found.texts(test.zones, kind, test.texts), hardware=CPU)
 
 
 def part(count: int = 4, classes: int = 3, side: int = 32) -> TensorDataset:
@@ -100,7 +119,7 @@ def test_a_training_is_the_one_written_out(small):
                 for p, held in zip(twin.parameters(), slow, strict=True):
                     p.copy_(held.lerp_(p, 0.5))
     items = [(images[i % 4], labels[i % 4]) for i in range(4 * epochs)]
-    history = recipe.learn(given(method="unimodal"), InOrder(items, 5), model, r=r)
+    history = fit(model, recipe.loss, InOrder(items, 5), **recipe.options(r, CPU))
     assert [row["loss"] for row in history] == pytest.approx(losses, rel=1e-4)
     for name, p in twin.named_parameters():
         if not name.endswith("qkv.bias"):  # of the keys, whose gradients vanish
@@ -120,15 +139,15 @@ def test_texts_of_each_method():
         ("MetaSegNet", ["Cfa", "Aw"], {"kind": "wrong", "own": ["mine"] * 2}, [PROMPTS.text("Aw"), text]),
         ("one-hot zone", ["Cfa", "Aw"], {"kind": "wrong"}, ["Aw", "Cfa"]),
     ):
-        assert recipe.texts(PROMPTS, method, zones, **options) == expected, (method, options)
-    first, second, none = recipe.texts(PROMPTS, "zone names", ["Cfa", "Cfa", None], "wrong")
+        assert networks.texts(PROMPTS, method, zones, **options) == expected, (method, options)
+    first, second, none = networks.texts(PROMPTS, "zone names", ["Cfa", "Cfa", None], "wrong")
     assert first == second != name and none == PROMPTS.unknown, "the only zone gets the text of one that is not there"
-    shuffled = recipe.texts(PROMPTS, "one-hot zone", [*"abcdefgh"], "shuffled")
+    shuffled = networks.texts(PROMPTS, "one-hot zone", [*"abcdefgh"], "shuffled")
     assert sorted(shuffled) == [*"abcdefgh"] != shuffled
 
 
 def test_a_share_of_the_full_texts_loses_its_header():
-    texts = recipe.texts(PROMPTS, "MetaSegNet", ["Cfa", "Cfb", "Cfa", None])
+    texts = networks.texts(PROMPTS, "MetaSegNet", ["Cfa", "Cfb", "Cfa", None])
     encoder = Words.of(texts, length=64)
     never, always, half = (recipe.Prompted(part(4), encoder, texts, share) for share in (0.0, 1.0, recipe.DROPPED))
     kept, hidden = never[0][2], always[0][2]
@@ -143,18 +162,18 @@ def test_a_share_of_the_full_texts_loses_its_header():
 
 
 def test_text_encoders_and_berts_folder(tmp_path):
-    encoder = recipe.text_encoder(given(method="one-hot zone"), PROMPTS)
-    rows = encoder.ids(recipe.texts(PROMPTS, "one-hot zone", [*PROMPTS.zones, None]))
+    encoder = networks.text_encoder("one-hot zone", PROMPTS)
+    rows = encoder.ids(networks.texts(PROMPTS, "one-hot zone", [*PROMPTS.zones, None]))
     assert rows.shape == (len(PROMPTS.zones) + 1, 1) and len(rows.unique()) == len(rows)
-    folder, p = tmp_path / "weights" / "bert-base-uncased", given(data_root=str(tmp_path))
-    refuses((lambda: recipe.text_encoder(p, PROMPTS), str(folder)), error=MissingWeights)
+    folder, bert = tmp_path / "weights" / "bert-base-uncased", ("MetaSegNet", PROMPTS, "bert", tmp_path)
+    refuses((lambda: networks.text_encoder(*bert), str(folder)), error=MissingWeights)
     sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    bert = BertModel(BertConfig(**sizes, vocab_size=8))
-    bert.save_pretrained(folder)
+    theirs = BertModel(BertConfig(**sizes, vocab_size=8))
+    theirs.save_pretrained(folder)
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "climate", "zone", "cfa"]
     BertTokenizer(vocab={w: i for i, w in enumerate(words)}).save_pretrained(folder)
-    encoder = recipe.text_encoder(p, PROMPTS)
-    assert torch.equal(encoder.model.embeddings.word_embeddings.weight, bert.embeddings.word_embeddings.weight)
+    encoder = networks.text_encoder(*bert)
+    assert torch.equal(encoder.model.embeddings.word_embeddings.weight, theirs.embeddings.word_embeddings.weight)
     hidden = recipe.Prompted(part(1), encoder, ["climate zone cfa."], 1.0)[0][2]
     assert hidden[:5].tolist() == [2, 5, 6, 1, 1], "the zone is BERT's unknown word, as is the point here"
 
@@ -166,29 +185,29 @@ def test_the_authors_swin_and_timms_are_loaded(small, tmp_path, monkeypatch):
     counters = {"layers.0.blocks.0.attn.relative_position_index": torch.zeros(2)}
     torch.save({"state_dict": state | counters}, tmp_path / "stseg.pth")
     p = given(method="unimodal", weights=str(tmp_path / "stseg.pth"))
-    found = recipe.build(p, PROMPTS, 3)
+    found = network(p)
     assert same(theirs.encoder, found.encoder) and same(theirs.norms, found.norms)
     del state["norm1.weight"]
     torch.save(state, tmp_path / "stseg.pth")
-    refuses((lambda: recipe.build(p, PROMPTS, 3), "norm1.weight"), error=BadCheckpoint)
+    refuses((lambda: network(p), "norm1.weight"), error=BadCheckpoint)
     timms = swin(**SIZES["pocket"]["swin"])
-    monkeypatch.setattr(recipe.backbones, "build", lambda name, weights: timms)
-    assert same(recipe.build(given(method="unimodal"), PROMPTS, 3).encoder, timms)
+    monkeypatch.setattr(networks.backbones, "build", lambda name, weights: timms)
+    assert same(network(given(method="unimodal")).encoder, timms)
 
 
 def test_trained_networks_are_loaded_ours_and_lightnings(small, tmp_path):
-    model = recipe.build(given(seed=9, dry_run=True), PROMPTS, 3)
+    model = network(given(seed=9, dry_run=True))
     path = checkpoints.save(tmp_path, "net", trained_state(model))
     p = given(task="test", checkpoint=str(path))
-    assert same(model, recipe.build(p, PROMPTS, 3))
+    assert same(model, network(p))
     with pytest.raises(BadCheckpoint):
-        recipe.build(p, PROMPTS, 4)
-    refuses((lambda: recipe.build(given(checkpoint="nowhere"), PROMPTS, 3), "nowhere"), error=MissingWeights)
+        network(p, 4)
+    refuses((lambda: network(given(checkpoint="nowhere")), "nowhere"), error=MissingWeights)
     theirs = MetaSegNet.build(3, size="pocket")
     state = {f"net.{name}": t for name, t in theirs.to_official().items()}
     state["net.backbone.layers.0.blocks.0.attn.relative_position_index"] = torch.zeros(2)
     torch.save({"state_dict": state, "epoch": 3, "callbacks": {}}, tmp_path / "v1.ckpt")
-    found = recipe.build(given(task="test", method="unimodal", checkpoint=str(tmp_path / "v1.ckpt")), PROMPTS, 3)
+    found = network(given(task="test", method="unimodal", checkpoint=str(tmp_path / "v1.ckpt")))
     assert same(theirs, found)
 
 
@@ -208,68 +227,69 @@ def test_images_of_several_sizes_are_tested_in_batches():
 def test_openearthmap_with_a_zone_left_out(quick, tmp_path):
     earth(tmp_path, ("tokyo", "kyoto", "el_rodeo", "paris"))
     p, out = given(data_root=str(tmp_path), held_out="Aw", augmentation="lr"), tmp_path / "out"
-    found = recipe.setting(p, out)
+    found = recipe.setting(p)
     assert [test.zones for test in found.tests.values()] == [["Cfa", "Cfa", "Cfb"], ["Aw"]]
-    model, history = recipe.train(found, "MetaSegNet")
-    assert len(history) == 1  # three images are left, of two a step
+    for _ in range(2):  # the second time the training is complete, and the rows are replaced
+        shown = recipe.run(p, out)
+    assert shown.steps.tolist() == [1, 1]  # three images are left, of two a step
     (file,) = (out / "trained").iterdir()
     assert file.name == "MetaSegNet, landcover-openearthmap, without Aw, bert, seed 0.safetensors"
-    matrices = {name: recipe.matrix(found, model, "MetaSegNet", name) for name in found.tests}
-    assert matrices["seen"].sum() == sum((found.tests["seen"].data[i][1] < 8).sum() for i in range(3))
-    for _ in range(2):  # the second time the rows are replaced
-        recipe.record(out / "results.csv", p, found, matrices)
-    rows = recipe.measured(out / "results.csv")
-    assert rows[recipe.KEYS].values.tolist() == [
+    results = Results.of("metasegnet")
+    rows = results.measured(out / "measured.csv")
+    assert rows[results.keys].values.tolist() == [
         ["MetaSegNet", OEM, test, "full", "bert", "climate_prompts.yaml", "lr", "Aw", "last", "ignored", 0]
         for test in ("seen", "left out")
     ]
-    scores = metrics.scores(matrices["seen"], undefined=True)
+    network = networks.network("MetaSegNet", PROMPTS, 8, checkpoint=str(file))
+    seen = found.tests["seen"]
+    matrix = recipe.confusion(network, seen, found.texts(seen.zones), "lr", CPU)
+    assert matrix.sum() == sum((seen.data[i][1] < 8).sum() for i in range(3))
+    scores = metrics.scores(matrix, undefined=True)
     assert [rows[c][0] for c in ("mIoU", "mF1", "OA", "IoU tree")] == pytest.approx(
         [scores.miou, scores.mf1, scores.oa, float(scores.iou[list(landcover.CLASSES[OEM]).index("tree")])], nan_ok=True
     )
-    refuses((lambda: recipe.setting(given(data_root=str(tmp_path), held_out="ET"), tmp_path), "Cfa"))
+    refuses((lambda: recipe.setting(given(data_root=str(tmp_path), held_out="ET")), "Cfa"))
 
 
 def test_openearthmap_tested_on_loveda(quick, tmp_path, monkeypatch):
     earth(tmp_path)
     loveda(tmp_path, monkeypatch)
-    found = recipe.setting(given(data_root=str(tmp_path), test_on=LOVEDA, method="zone names"), tmp_path)
+    found = recipe.setting(given(data_root=str(tmp_path), test_on=LOVEDA, method="zone names"))
     ((name, test),) = found.tests.items()
     assert test.classes[4:6] == ["barren", "forest"] and test.into.tolist() == [4, 0, 0, 2, 5, 3, 6, 1]
-    counts = recipe.matrix(found, found.build("zone names"), "zone names", name)
+    counts = counted(found, found.training.build(), name)
     assert counts.shape == (7, 7) and counts.sum() == sum((test.data[i][1] < 7).sum() for i in range(2))
 
 
 def test_potsdam(quick, tmp_path, monkeypatch):
     potsdam(tmp_path, side=40)
     monkeypatch.setattr(landcover, "TILE", 40)
-    plain = recipe.recipe
-    monkeypatch.setattr(recipe, "recipe", lambda dataset: recipe.Recipe(**vars(plain(dataset)) | {"batch": 23}))
-    found = recipe.setting(given(data_root=str(tmp_path), dataset=POTSDAM, method="unimodal"), tmp_path)
-    model, history = recipe.train(found, "unimodal")
+    change(monkeypatch, batch=23)
+    found = recipe.setting(given(data_root=str(tmp_path), dataset=POTSDAM, method="unimodal"))
+    model, history = train(found.training)
     assert len(history) == 3, "three copies of 23 tiles, all but 7_10"
-    test, counts = found.tests["test"], recipe.matrix(found, model, "unimodal", "test")
+    test, counts = found.tests["test"], counted(found, model)
     assert test.left_out == (5,) and counts.sum() == sum((test.data[i][1] < 6).sum() for i in range(len(test.data)))
 
 
 def test_the_best_epoch_is_that_of_the_validation_where_the_recipe_says_so(quick, tmp_path, monkeypatch):
     loveda(tmp_path, monkeypatch)
-    plain, weights, marks = recipe.recipe, [], iter([0.2, 0.5, 0.5, 0.1])
-    monkeypatch.setattr(recipe, "recipe", lambda dataset: recipe.Recipe(**vars(plain(dataset)) | {"epochs": 4}))
+    weights, marks = [], iter([0.2, 0.5, 0.5, 0.1])
+    change(monkeypatch, epochs=4)
     monkeypatch.setattr(recipe, "validated", lambda model, **_: weights.append(trained_state(model)) or next(marks))
     for select, best, suffix in (("recipe", True, ""), ("last", False, "last epoch, ")):
         p = given(data_root=str(tmp_path), dataset=LOVEDA, method="unimodal", select=select)
-        recipe.train(recipe.setting(p, tmp_path / select), "unimodal")
+        train(recipe.setting(p).training, tmp_path / select)
         saved = read_state(tmp_path / select / "trained" / f"unimodal, landcover-loveda, {suffix}seed 0.safetensors")
         assert all(torch.equal(t, saved[name]) for name, t in weights[1].items()) == best and len(weights) == 4
 
 
-def test_the_best_epoch_of_potsdam_has_the_highest_f1_and_of_others_the_highest_iou(monkeypatch):
+def test_the_score_of_an_epoch_leaves_out_potsdams_clutter(monkeypatch):
     counts = torch.tensor([[5, 1, 1], [2, 3, 0], [0, 0, 0]])
     monkeypatch.setattr(recipe, "confusion", lambda *_, **__: counts)
     test = recipe.Test(part(), [], ["a", "b", "c"], left_out=(1,))
-    assert recipe.validated(None, test, None, given(dataset=LOVEDA)) == pytest.approx((100 * 5 / 9 + 0) / 2)
-    assert recipe.validated(None, test, None, given(dataset=POTSDAM)) == pytest.approx(100 * 10 / 14)
+    assert recipe.validated(None, test, None) == pytest.approx((100 * 5 / 9 + 0) / 2)
+    assert recipe.validated(None, test, None, recipe.SCORES[POTSDAM]) == pytest.approx(100 * 10 / 14)
 
 
 def test_ones_own_folder_is_trained_and_mapped_and_its_files_are_never_overwritten(quick, tmp_path, capsys):
@@ -279,16 +299,15 @@ def test_ones_own_folder_is_trained_and_mapped_and_its_files_are_never_overwritt
         written(tmp_path / "labels" / f"{i}.tif", ids)
     (tmp_path / "classes.txt").write_text("field 10 200 30\nwood\n")
     (tmp_path / "places.csv").write_text('image,text\n2,"red earth"\n')
-    found = recipe.setting(given(data_root=str(tmp_path), dataset="folder", seed=4), tmp_path)
-    assert found.tests["test"].classes == ["field", "wood"]
     for stored in (1, 2):  # other labels are another training
-        model, history = recipe.train(found, "MetaSegNet")
+        found = recipe.setting(given(data_root=str(tmp_path), dataset="folder", seed=4))
+        assert found.tests["test"].classes == ["field", "wood"]
+        model, history = train(found.training, tmp_path)
         assert len(history) == 2 and len(list((tmp_path / "checkpoints").glob("*.pt"))) == stored
         (tmp_path / "labels" / "0.tif").write_bytes((tmp_path / "labels" / "1.tif").read_bytes())
     (weights,) = (tmp_path / "trained").iterdir()
-    image = geotiff.pixels(noise(64, 80, 2))
-    whole = recipe.bands(lambda x: model(x, ["red earth"]), image, tile=32, overlap=8, batch=1)
-    wanted = torch.cat([band.logits for band in whole], 1).argmax(0)
+    image = pixels(noise(64, 80, 2))
+    wanted = segment(lambda x: model(x, ["red earth"]), image, tile=32, overlap=8, batch=1)
     words = ["landcover", str(tmp_path), "--checkpoint", str(weights), "--tile", "32", "--overlap", "8"]
     capsys.readouterr()
     assert cli.main([*words, "--accelerator", "cpu"]) == 0 and "2.tif  (Cfb)" in capsys.readouterr().out
@@ -296,7 +315,7 @@ def test_ones_own_folder_is_trained_and_mapped_and_its_files_are_never_overwritt
         assert (made.transform, made.crs) == (source.transform, source.crs)
         assert made.colormap(1)[0][:3] == (10, 200, 30) and (made.read(1) == wanted.numpy()).mean() > 0.999
     windows = landcover.own(tmp_path, ["a", "b"], size=32)
-    refuses((lambda: recipe.predict(model, windows, None, tmp_path / "maps"), "32"))
+    refuses((lambda: list(geotiff.predict(model, windows, None, tmp_path / "maps")), "32"))
     before = {path: path.read_bytes() for kind in ("images", "labels") for path in (tmp_path / kind).iterdir()}
     for kind in ("images", "labels"):
         assert cli.main([*words, "--out", str(tmp_path / kind)]) == 2 and kind in capsys.readouterr().err
@@ -305,7 +324,7 @@ def test_ones_own_folder_is_trained_and_mapped_and_its_files_are_never_overwritt
 
 def test_settings_that_leak_or_mix_up_data_are_refused(tmp_path):
     def setting(**changes):
-        return lambda: recipe.setting(given(**changes), tmp_path)
+        return lambda: recipe.setting(given(**changes))
 
     refuses(
         (setting(test_on=LOVEDA, select="best"), "best"),
@@ -321,7 +340,11 @@ def test_settings_that_leak_or_mix_up_data_are_refused(tmp_path):
 
 
 def test_rows_of_the_settings_closest_to_the_authors_stand_next_to_his_and_judge_the_claim(tmp_path):
-    path, twin = tmp_path / "measured.csv", {"dataset": POTSDAM, "method": "unimodal"}
+    results, path, twin = (
+        Results.of("metasegnet"),
+        tmp_path / "measured.csv",
+        {"dataset": POTSDAM, "method": "unimodal"},
+    )
     test = recipe.Test(part(), ["Cfb"] * 4, list(landcover.CLASSES[POTSDAM]), landcover.LEFT_OUT[POTSDAM])
     eye, accuracies, cell = torch.eye(6, dtype=torch.int64), [], ("unimodal", "Potsdam OA")
     for percent, changes in (
@@ -334,8 +357,8 @@ def test_rows_of_the_settings_closest_to_the_authors_stand_next_to_his_and_judge
         (60, {"select": "best", "padding": "impervious"}),  # replaced
     ):
         counts = percent * eye + (100 - percent) * eye.roll(1, 0)
-        rows = recipe.measured(path, recipe.row(given(**twin | changes), "test", test, counts))
-        accuracies.append(recipe.claim_cells(rows).get(cell, 0))
+        rows = results.measured(path, recipe.row(given(**twin | changes), "test", test, counts))
+        accuracies.append(results.claimed(recipe.closest(rows)).get(cell, 0))
     assert accuracies == pytest.approx([0, 10, 15, 30, 40, 50, 60]) and len(rows) == 6
     anchors, _ = recipe.tables(rows).values()
     (row,) = anchors[anchors["mIoU here"].notna()].to_dict("records")
@@ -343,4 +366,4 @@ def test_rows_of_the_settings_closest_to_the_authors_stand_next_to_his_and_judge
     kinds = [row[f"{kind} here"] for kind in ("augmentation", "epoch", "padding")]
     assert kinds == ["none", "best", "impervious"] and row["OA here"] == pytest.approx(60)
     rows[:3].drop(columns=["epoch", "padding"]).to_csv(path, index=False)  # rows of older code
-    assert recipe.claim_cells(recipe.measured(path))[cell] == pytest.approx(15)
+    assert results.claimed(recipe.closest(results.measured(path)))[cell] == pytest.approx(15)

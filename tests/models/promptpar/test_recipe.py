@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from companion.errors import CorruptFile, MissingData, MissingWeights
-from companion.models.promptpar import PromptPAR, recipe
+from companion.models.promptpar import PromptPAR, Settings, recipe
 from companion.models.promptpar.model import Output
 from companion.toy.datasets.tokens import Tokenizer
 from tests.conftest import parameters
@@ -44,9 +44,9 @@ def small(monkeypatch, networks) -> None:
 
 def epochs(monkeypatch, count: int) -> None:
     """Train for `count` epochs in place of the published 100."""
-    table = recipe.recipe()
+    table = recipe.published()
     table.loc["epochs"] = count
-    monkeypatch.setattr(recipe, "recipe", lambda: table)
+    monkeypatch.setattr(recipe, "published", lambda: table)
 
 
 @pytest.fixture
@@ -70,18 +70,6 @@ def few(folder: str, count: int) -> None:
     file = Path(folder) / "labels.csv"
     lines = file.read_text().splitlines()
     file.write_text("\n".join([*lines[: 1 + count], *lines[-2:]]))
-
-
-def test_the_published_training(networks, folder, monkeypatch):
-    """Two parameter groups with their own learning rates; 100 epochs of 2 batches of 16."""
-    seen = {}
-    monkeypatch.setattr(recipe, "fit", lambda model, loss, data, **options: seen.update(options) or [])
-    model, _ = setting(data_root=folder).train("PromptPAR")
-    assert (seen["epochs"], seen["batch"], seen["seed"], seen["last"]) == (100, 16, 0, "train")
-    assert [callback.max_norm for callback in seen["callbacks"]] == [10]
-    optimizer = seen["optimizer"](model)
-    facts = {g["name"]: (g["lr"], g["momentum"], g["weight_decay"], g["nesterov"]) for g in optimizer.param_groups}
-    assert facts == {"prompts": (4e-3, 0.9, 1e-4, False), "heads": (8e-3, 0.9, 1e-4, False)}
 
 
 @pytest.mark.parametrize("method", recipe.METHODS)
@@ -131,22 +119,22 @@ def test_trained_weights_are_a_checkpoint(small, folder, tmp_path):
 
 def test_the_authors_weights_are_tested_without_training(small, folder, tmp_path):
     clip, fusion = small_backbones()
-    state = PromptPAR(clip, SENTENCES, Tokenizer(), fusion, official_quirks=True).eval().to_official()
+    state = PromptPAR(clip, SENTENCES, Tokenizer(), fusion, Settings(official_quirks=True)).eval().to_official()
     parts = {p: {n.removeprefix(p): t for n, t in state.items() if n.startswith(p)} for p in ("clip_model.", "model.")}
     torch.save({"ViT_model": parts["clip_model."], "model_state_dict": parts["model."]}, tmp_path / "c.pth")
     found = setting(data_root=folder, checkpoint=str(tmp_path / "c.pth"))
     model, history = found.train("PromptPAR")
     assert history == [] and not model.training and 0 <= found.scores(model).totals["mA"] <= 100
     assert torch.equal(model.prompts, state["clip_model.visual.transformer.prompt_deep"].squeeze(2))
-    images, truth = found.first("test", 3)
+    images, truth = found.examples("test", 3)
     assert images.shape == (3, 3, 64, 64) and torch.equal(truth, found.parts["test"].labels[:3])
 
 
 def test_releases_and_quirks(small, folder):
     later = setting(data_root=folder, release="2025", quirks=False).build("PromptPAR")
-    assert any(name.startswith("visual_embed.") for name in later.trained()) and not later.official_quirks
+    assert any(name.startswith("visual_embed.") for name in later.trained()) and not later.settings.official_quirks
     first = setting(data_root=folder).build("PromptPAR")
-    assert not any(name.startswith("visual_embed.") for name in first.trained()) and first.official_quirks
+    assert not any(name.startswith("visual_embed.") for name in first.trained()) and first.settings.official_quirks
 
 
 def test_what_is_missing_or_does_not_fit_is_refused(folder, tmp_path, monkeypatch):
@@ -184,10 +172,10 @@ def test_results_are_means_over_seeds_next_to_the_published_ones(tmp_path):
     totals = {"mA": 87.0, "Acc": 82.0, "Prec": 89.0, "Rec": 90.0, "F1": 89.1, "F1 of means": 89.5}
     for seed in (0, 1):
         scores = SimpleNamespace(totals={name: value + seed for name, value in totals.items()})
-        rows = recipe.measured(path, recipe.row(given(dataset="par/peta", seed=seed), scores))
-    found = recipe.cells(rows)
+        rows = recipe.RESULTS.measured(path, recipe.row(given(dataset="par/peta", seed=seed), scores))
+    found = recipe.RESULTS.claimed(rows)
     assert (found["PromptPAR", "PETA mA"], found["PromptPAR", "PETA Recall"]) == (87.5, 90.5)
-    table = next(iter(recipe.tables(rows).values())).set_index("method")
+    table = next(iter(recipe.RESULTS.tables(rows).values())).set_index("method")
     assert table.loc["PromptPAR", ["PETA mA", "PA100K mA"]].tolist() == ["88.76 / 87.50", "87.47 / not run"]
     assert table.loc["VTB", "PETA mA"] == "85.31"
 
@@ -215,7 +203,7 @@ def test_maxima_over_epochs_are_those_that_the_authors_print(small, folder, tmp_
     assert len(found.epochs) == 3 and found.epochs[-1] == found.scores(model).totals
     row = recipe.row(given(select="maxima", dataset="par/peta"), found.scores(model), found.epochs)
     assert row["mA"] == max(e["mA"] for e in found.epochs) and np.isnan(row["Prec"])
-    cells = recipe.claim_cells(recipe.measured(tmp_path / "m.csv", row))
+    cells = recipe.RESULTS.claimed(recipe.RESULTS.measured(tmp_path / "m.csv", row))
     assert cells["PromptPAR", "PETA mA"] == row["mA"] and ("PromptPAR", "PETA Prec") not in cells
 
 
@@ -231,7 +219,7 @@ def test_clip_is_in_half_precision_where_the_authors_precision_runs(small, folde
     assert visual.conv1.weight.dtype == visual.proj.dtype == torch.float16
     assert visual.ln_pre.weight.dtype == model.prompts.dtype == torch.float32
     assert all(np.isfinite(row["loss"]) for row in history)
-    images = found.first("test", 2)[0]
+    images = found.examples("test", 2)[0]
     half = model(images).logits
     model.clip.float()
     assert (half - model(images).logits).abs().max() < 0.05 and model.maps(images).cosines.shape[0] == 2
@@ -244,11 +232,3 @@ def test_unclear_labels_of_rap_count_as_released_or_not_at_all():
     without = recipe.loss(Output(logits, logits), labels, ratio, unclear=False)
     two = np.exp(0.8) * np.log(2)  # at logit 0 the cross-entropy of any target is log 2
     assert float(whole - without) == pytest.approx(1.5 * two, rel=1e-5)
-
-
-def test_the_f1_of_means_separates_two_definitions():
-    """DRFormer printed it, to rounding; PromptPAR and VTB printed the mean of the images' F1, which is lower."""
-    found = recipe.f1_definitions().set_index("method")
-    assert found.loc["PromptPAR", "PETA F1 of means"] == pytest.approx(2 * 89.04 * 89.74 / (89.04 + 89.74))
-    assert abs(found.loc["DRFormer", "PETA difference"]) < 0.02
-    assert all(0.15 < found.loc[method, "PETA difference"] < 0.5 for method in ("PromptPAR", "VTB"))

@@ -10,17 +10,18 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler
 
 from companion import backbones
 from companion.data import DATASETS
 from companion.errors import MissingData, MissingWeights
-from companion.evaluation import recipe_parity
-from companion.evaluation.recipe_parity import Case
-from companion.models.sa2vp import recipe, tables, two_pathway_loss
+from companion.models.sa2vp import recipe, two_pathway_loss
 from companion.training.checkpoints import checkpoint_key, trained_state
+from companion.training.recipe import run
 from tests.conftest import parameters
 from tests.models.common import refuses
+from tests.recipes.runner import Case
+from tests.recipes.runner import folder as recorded
 from tests.small import shrink
 
 given = functools.partial(parameters, "sa2vp", profile="paper", accelerator="cpu", data_root="nowhere")
@@ -62,9 +63,10 @@ def test_the_published_recipe_on_each_benchmark(dataset, steps, monkeypatch, tmp
 
     monkeypatch.setattr(recipe.classification, "load", load)
     found = recipe.setting(given(dataset=dataset, seed=3), tmp_path)
-    assert opened == steps and (found.val is None) == ("val" not in opened)
-    assert (found.options["epochs"], found.options["seed"], found.learning_rates) == (100, 3, {"SA²VP": 1e-3})
-    model, scale = found.build("SA²VP"), recipe.published_settings("vit_b16", dataset)["scale"]
+    training = found.trainings["SA²VP"]
+    assert opened == steps and (training.fit["callbacks"] == []) == ("val" not in opened)
+    assert (training.fit["epochs"], training.fit["seed"], found.learning_rates) == (100, 3, {"SA²VP": 1e-3})
+    model, scale = training.build(), recipe.published_settings("vit_b16", dataset)["scale"]
     assert (model.scale, model.dropout.p, model.frozen_dropout, len(model.new_prompts)) == (scale, 0.1, True, 2)
 
 
@@ -90,15 +92,15 @@ def test_a_small_folder_of_ones_own_trains_on_all_that_is_not_tested(tmp_path, t
     """Fewer images than the published batch; a val split is only held back where there is nothing else to test on."""
     whole = folder(tmp_path / "whole", {"a": 10, "b": 10})
     found = recipe.setting(given(dataset="folder", data_root=whole), tmp_path)
-    assert (len(found.train), len(found.test), found.options["batch"]) == (16, 4, 16)
-    model, history = recipe.train(found, "SA²VP", epochs=1)
-    assert len(history) == 1 and 0 <= recipe.accuracy(model, found.test, found.options["hardware"]) <= 100
+    assert (len(found.train), len(found.test), found.trainings["SA²VP"].fit["batch"]) == (16, 4, 16)
+    model, history = run(found.trainings["SA²VP"], found.folder, epochs=1)
+    assert len(history) == 1 and 0 <= recipe.accuracy(model, found.test, found.hardware) <= 100
     (saved,) = (tmp_path / "trained").iterdir()
     state, expected = load_file(saved), trained_state(model)
     assert state.keys() == expected.keys() and all(torch.equal(state[n], t) for n, t in expected.items())
     split = folder(tmp_path / "split", {"train/a": 30, "train/b": 30, "test/a": 3, "test/b": 3})
     found = recipe.setting(given(dataset="folder", data_root=split), tmp_path)
-    assert (len(found.train), len(found.test), found.options["batch"]) == (60, 6, 60)
+    assert (len(found.train), len(found.test), found.trainings["SA²VP"].fit["batch"]) == (60, 6, 60)
 
 
 def test_other_images_classes_or_options_are_another_training(tmp_path, tiny, monkeypatch):
@@ -107,7 +109,7 @@ def test_other_images_classes_or_options_are_another_training(tmp_path, tiny, mo
 
     def key(where: str = str(root), **changes: object) -> str:
         found = recipe.setting(given(dataset="folder", data_root=where, **changes), tmp_path)
-        return checkpoint_key(**found.facts)
+        return checkpoint_key(**found.trainings["SA²VP"].facts)
 
     keys = [key(), key(attention="padded"), key(batch=3), key(precision="bf16-mixed")]
     (root / "train/a/0.png").rename(root / "train/b/9.png")
@@ -119,15 +121,10 @@ def test_other_images_classes_or_options_are_another_training(tmp_path, tiny, mo
     assert key("mine") == key()
 
 
-def test_a_linear_probe_on_images_in_memory_is_trained_on_their_features(tmp_path, tiny):
-    """The dry run, whose images are in memory: the encoder runs once, and only the head is trained."""
+def test_a_dry_run_trains_two_steps_and_writes_nothing(tmp_path, tiny):
     found = recipe.setting(given(dry_run=True, method="linear probing"), tmp_path)
-    model, history = recipe.train(found, "linear probing")
+    model, history = run(found.trainings["linear probing"], found.folder)
     assert len(history) == 2 and not model.training and list(tmp_path.iterdir()) == []
-    again = found.build("linear probing")
-    features = TensorDataset(again.backbone(found.train.tensors[0]).detach(), found.train.tensors[1])
-    recipe.train_model(again.head, features, found.learning_rates["linear probing"], **found.options)
-    torch.testing.assert_close(again.head.weight, model.head.weight)
 
 
 @pytest.mark.parametrize(
@@ -146,21 +143,18 @@ def test_what_is_not_as_published_has_a_row_of_its_own(changes, label):
 
 def test_results_are_means_over_seeds_next_to_the_published_ones(tmp_path):
     path = tmp_path / "measured.csv"
-    assert tables.per_task(recipe.measured(path)) == {}
+    assert recipe.per_task(recipe.RESULTS.measured(path)) == {}
     row = {"backbone": "vit_b16", "dataset": "vtab/svhn", "method": "SA²VP", "seed": 0, "accuracy": 92.5}
     more = [{"accuracy": 1.0}, {}, {"seed": 1, "accuracy": 90.0}, {"method": "SA²VP, r = 8", "accuracy": 70.0}]
-    for changes in (*more, {"dataset": "hta/dtd"}):
-        rows = recipe.measured(path, row | changes)
-    found = recipe.cells(rows, "vit_b16", "vtab")
-    assert found == {("SA2VP", "svhn"): 91.25, ("SA2VP, r = 8", "svhn"): 70.0}
-    assert recipe.with_mean(found, ["method", "svhn", "mean"])["SA2VP", "mean"] == 91.25
-    assert ("SA2VP", "mean") not in recipe.with_mean(found, ["method", "svhn", "pets", "mean"])
-    shown = tables.per_task(rows)
+    rows = recipe.RESULTS.measured(path, *(row | changes for changes in (*more, {"dataset": "hta/dtd"})))
+    found = recipe.means(rows, "vit_b16")
+    assert found["SA2VP", "vtab/svhn"] == 91.25 and found["SA2VP, r = 8", "vtab/svhn"] == 70.0
+    shown = recipe.per_task(rows)
     assert list(shown) == ["vitb_vtab_natural_per_task"]  # of HTA only the mean is published
     published = shown["vitb_vtab_natural_per_task"][1].set_index("method").loc["SA2VP"]
     assert published.svhn == "– / 91.25" and published["measured here"] == "1 of 8"
-    swin = recipe.measured(path, row | {"backbone": "swin_b", "dataset": "vtab/eurosat"})
-    assert list(tables.per_task(swin)) == ["vitb_vtab_natural_per_task", "swinb_vtab_specialized_per_task"]
+    swin = recipe.RESULTS.measured(path, row | {"backbone": "swin_b", "dataset": "vtab/eurosat"})
+    assert list(recipe.per_task(swin)) == ["vitb_vtab_natural_per_task", "swinb_vtab_specialized_per_task"]
 
 
 def test_benchmark_means_are_of_whole_benchmarks():
@@ -168,14 +162,15 @@ def test_benchmark_means_are_of_whole_benchmarks():
     accuracy = {"VTAB-1k Natural": 80.0, "VTAB-1k Specialized": 50.0, "VTAB-1k Structured": 20.0, "HTA": 90.0}
     known = {name: accuracy.get(one.group, 0.0) for name, one in DATASETS.items() if one.group in (*accuracy, "FGVC")}
     rows = pd.DataFrame({"dataset": known.keys(), "accuracy": known.values()})
-    rows["backbone"], rows["method"] = "vit_b16", "SA²VP"
-    found = recipe.claim_cells(rows[rows.dataset != "fgvc/cars196"])
+    rows["backbone"], rows["method"], rows["seed"] = "vit_b16", "SA²VP", 0
+    found = recipe.means(rows[rows.dataset != "fgvc/cars196"], "vit_b16")
+    found = {cell: value for cell, value in found.items() if "/" not in cell[1]}
     expected = {"hta": 90.0, "vtab_natural": 80.0, "vtab_specialized": 50.0, "vtab_structured": 20.0}
     expected |= {"vtab_mean_19_tasks": (7 * 80 + 4 * 50 + 8 * 20) / 19, "vtab_mean_of_3_groups": 50.0}
     assert found == {("SA2VP", benchmark): pytest.approx(value) for benchmark, value in expected.items()}
-    assert recipe.benchmark_means(rows, "vit_b16")["SA2VP", "fgvc"] == 0
-    assert recipe.benchmark_means(rows, "swin_b") == {}
-    means = tables.group_means(rows).set_index("method")
+    assert recipe.means(rows, "vit_b16")["SA2VP", "fgvc"] == 0
+    assert recipe.means(rows, "swin_b") == {}
+    means = recipe.group_means(rows).set_index("method")
     assert means.loc["SA2VP", "HTA"] == "– / 90.00" and means.loc["VPT-Deep", "Structured"] == "54.98"
 
 
@@ -189,6 +184,6 @@ def test_the_effects_of_the_findings():
     assert round(100 * np.isin(val[60_600:], train[:60_600]).mean()) == 80
     with pytest.raises(IndexError):
         F.cross_entropy(torch.zeros(1, 555), torch.tensor([1010]))
-    case = Case(recipe_parity.folder() / "sa2vp" / "metric_top1")
+    case = Case(recorded() / "sa2vp" / "metric_top1")
     on_image, on_prompt, labels = (case.data[f"in.{name}"] for name in ("logits_image", "logits_prompt", "labels"))
     assert f"{case.expected['loss']:.3f} {two_pathway_loss(on_image, on_prompt, labels):.3f}" == "1.887 1.940"

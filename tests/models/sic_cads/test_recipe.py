@@ -12,10 +12,11 @@ import torch
 from companion.data import detection
 from companion.errors import BadCheckpoint, CorruptFile, MissingData, MissingWeights
 from companion.models.sic_cads import model as sic_cads
-from companion.models.sic_cads import recipe
+from companion.models.sic_cads import predictions, recipe
 from companion.models.sic_cads.model import distillation_loss, pool, rank_loss
 from companion.ops.files import write_json
 from companion.training.checkpoints import save
+from companion.training.recipe import run
 from tests.conftest import parameters
 from tests.data.test_detection import coco, image, sizes  # noqa: F401
 from tests.models.common import refuses
@@ -47,8 +48,8 @@ def batch(count: int = 4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def test_of_a_foreign_vocabulary_every_class_has_the_constant_share_of_the_text_branch():
-    options = recipe.recipe("detection/objects365").options
-    share = sic_cads.text_share(torch.ones(3, dtype=torch.bool), options["lambda_base"], options["lambda_novel"])
+    settings = recipe.published("detection/objects365").model
+    share = sic_cads.text_share(torch.ones(3, dtype=torch.bool), settings.lambda_base, settings.lambda_novel)
     torch.testing.assert_close(share, torch.full((3,), 0.8))
     assert recipe.gamma(given(dataset="detection/ov-coco")) == 0.7 and recipe.gamma(given(gamma=0.3)) == 0.3
 
@@ -74,32 +75,22 @@ def test_boxes_and_captions_take_turns(coco):  # noqa: F811
 
 def test_images_of_rare_classes_are_repeated(monkeypatch):
     p = given(dataset="detection/ov-lvis")
-    train, whole = recipe.generated(p, 8), recipe.recipe  # every image shows the same classes
+    train, whole = recipe.generated(p, 8), recipe.published  # every image shows the same classes
     assert len(recipe.training_data(p, train)) == 8
-    monkeypatch.setattr(recipe, "recipe", lambda *names: dataclasses.replace(whole(*names), repeat=4.0))
+    monkeypatch.setattr(recipe, "published", lambda *names: dataclasses.replace(whole(*names), repeat=4.0))
     found = recipe.training_data(p, train)
     assert [found.drawn(i) for i in range(len(found))] == [i // 2 for i in range(16)], "sqrt(4 / 1) times"
     crop, positives, boxes = found[5]
     assert crop.shape == (3, 480, 480) and boxes is True and positives.any()
 
 
-def test_fractions_of_repeat_factors_are_drawn_at_each_pass():
-    factors = np.array([1.0, 2.5, 1.0, 3.25])
-    repeated = recipe.Repeated(None, factors)
-    torch.manual_seed(0)
-    passes = np.array([[repeated.drawn(i) for i in range(len(repeated))] for _ in range(2000)])
-    counts = np.stack([(passes == i).sum(1) for i in range(4)], 1)
-    assert passes.shape[1] == 9 and (counts >= np.floor(factors)).all()
-    np.testing.assert_allclose(counts.mean(0) / 9, factors / factors.sum(), atol=0.02)
-
-
 def test_boxes_rank_base_classes_and_captions_all(small):
     model, (images, positives, boxes) = recogniser().train(), batch()
-    value = recipe.loss(model, (images, positives, boxes))
-    e_text, e_image = model(images, raw=True)
-    scores = model.tau * pool(e_text @ model.text.mT, 2)
+    value = recipe.BatchLoss(model)(images, positives, boxes)
+    e_text, e_image = model(model.prepared(images, resize=False))
+    scores = model.settings.tau * pool(e_text @ model.text.mT, 2)
     ranked = [rank_loss(scores[boxes], positives[boxes], ~model.novel), rank_loss(scores[~boxes], positives[~boxes])]
-    distilled = model.distill * distillation_loss(e_image, model.teacher_embeddings(images))
+    distilled = model.settings.distill * distillation_loss(e_image, model.teacher_embeddings(images))
     expected = {"loss": sum(ranked) / 2 + distilled, "rank": sum(ranked) / 2, "distill": distilled}
     torch.testing.assert_close(value, expected)
     grouped = recipe.BatchLoss(model)(*(x.unflatten(0, (2, 2)) for x in (images, positives, boxes)))
@@ -120,7 +111,7 @@ def test_two_groups_of_four_images_make_a_batch_of_eight(small):
     sources = [[(images[i], positives[i], boxes) for i in range(8)] for boxes in (True, False)]
     model, shapes = recogniser(), []
     model.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape))
-    history = recipe.train_model(given(), recipe.Turns(sources, 4), None, model, batch=8, epochs=1)
+    _, history = run(recipe.training(given(), lambda: model, recipe.Turns(sources, 4), batch=8, epochs=1))
     assert len(history) == 2 and shapes == [(8, 3, 64, 64)] * 2
     assert all(row["loss"] == pytest.approx(row["rank"] + row["distill"]) for row in history)
 
@@ -173,11 +164,11 @@ def test_detections_of_lvis_are_of_classes_that_count():
     test = recipe.generated(given(dataset="detection/ov-lvis"), 1)
     found = SimpleNamespace(test=test, threshold=0.0, nms=None, top=300)
     matrix = torch.rand(4, 1203, generator=torch.Generator().manual_seed(0))
-    every = recipe._best(found, 0, torch.zeros(4, 4), matrix)
+    every = predictions._best(found, 0, torch.zeros(4, 4), matrix)
     absent = every.classes[:2].tolist()
     test.truth["images"][0]["neg_category_ids"] = [test.categories[i] for i in absent]
     annotated = {*test.target(0).labels.tolist(), *absent}
-    counted = recipe._best(found, 0, torch.zeros(4, 4), matrix)
+    counted = predictions._best(found, 0, torch.zeros(4, 4), matrix)
     assert [c for c in every.classes.tolist() if c in annotated] == counted.classes.tolist()
     assert 2 <= len(counted.scores) < len(every.scores) == 300
 
@@ -185,42 +176,42 @@ def test_detections_of_lvis_are_of_classes_that_count():
 def test_a_recogniser_is_trained_saved_read_and_refines_the_detector_of_all_images(small, coco, tmp_path):  # noqa: F811
     p = given(data_root=str(coco), captions=False)
     found = recipe.setting(p, tmp_path)
-    model, history = recipe.train(found, batch=1, epochs=1)
+    model, history = found.train(batch=1, epochs=1)
     assert len(history) == len(detection.load(p.dataset, coco, "train"))
     (file,) = (tmp_path / "trained").iterdir()
     assert file.name.startswith("recogniser ov-coco seed 0")
     p.checkpoint = str(file)
     found = recipe.setting(p, tmp_path)
-    again, history = recipe.train(found)
+    again, history = found.train()
     weights = recipe.trained_weights(again)
     assert history == [] and all(torch.equal(t, weights[n]) for n, t in recipe.trained_weights(model).items())
     assert found.novel.sum() == 17 and found.base.sum() == 48 and len(found.names) == 80
-    outputs = recipe.predict(found, again)
+    outputs = predictions.predict(found, again)
     _, before = found.detect(found.test[0][0])
     assert outputs.boxes[0].shape == (16, 4) and len(outputs.boxes) == len(found.test)
     expected = before**0.3 * outputs.p["SIC-CADS"][0] ** 0.7
-    torch.testing.assert_close(recipe.refined(found, outputs, 0), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(predictions.refined(found, outputs, 0), expected, rtol=1e-4, atol=1e-6)
     recipe.record(tmp_path / "measured.csv", p, found, outputs)
-    rows = recipe.measured(tmp_path / "measured.csv")
+    rows = recipe.RESULTS.measured(tmp_path / "measured.csv")
     plain = "owlvit-base-patch32"
     assert [*rows.method] == [plain, f"{plain} + SIC-CADS, gamma 0.7, weights of {file.name}"]
-    values = recipe.ap50(found, outputs)
+    values = predictions.ap50(found, outputs)
     assert rows.iloc[1][["novel", "base", "all"]].tolist() == pytest.approx([*values.values()], nan_ok=True)
 
 
 def test_the_visual_branch_needs_no_training_and_a_part_of_the_images_is_tested(small, coco, tmp_path):  # noqa: F811
     found = recipe.setting(given(data_root=str(coco), branch="visual+", images=1), tmp_path / "out")
-    _, history = recipe.train(found, batch=1, epochs=2)
+    _, history = found.train(batch=1, epochs=2)
     assert history == [] and not (tmp_path / "out").exists() and len(found.test) == 1
 
 
 def test_a_dry_run_has_as_many_classes_as_the_dataset(small):
     p = given(dataset="detection/ov-lvis", dry_run=True)
     found = recipe.setting(p, Path("nowhere"))
-    model, history = recipe.train(found)
-    outputs = recipe.predict(found, model)
+    model, history = found.train()
+    outputs = predictions.predict(found, model)
     assert len(history) == 2 and outputs.p["SIC-CADS"].shape == (2, 1203)
-    scores = recipe.benchmark(p, found.test, recipe.detections(found, outputs))
+    scores = recipe.benchmark(p, found.test, predictions.detections(found, outputs))
     assert all(np.isfinite(value) for value in scores.values())
 
 
@@ -251,8 +242,12 @@ def test_results_on_all_images_are_averaged_over_seeds_and_shown_next_to_the_pub
         {"images": 10, "novel": 99.0},
         {"dataset": "detection/objects365", "Objects365": 20.0},
     ):
-        rows = recipe.measured(path, row | changes)
-    assert len(rows) == 4 and recipe.cells(rows, "ov-coco") == {("m", "novel"): 31, ("m", "all"): 46}
-    assert recipe.claim_cells(rows) == {("m", "OV-COCO novel"): 31, ("m", "OV-COCO all"): 46, ("m", "Objects365"): 20}
-    found = recipe.tables(path)
+        rows = recipe.RESULTS.measured(path, row | changes)
+    assert len(rows) == 4
+    assert recipe.RESULTS.claimed(rows) == {
+        ("m", "OV-COCO novel"): 31,
+        ("m", "OV-COCO all"): 46,
+        ("m", "Objects365"): 20,
+    }
+    found = recipe.RESULTS.tables(rows)
     assert len(found) == 3 and found["Across data sets"].set_index("method").loc["m", "Objects365"] == "– / 20.00"

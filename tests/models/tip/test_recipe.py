@@ -12,17 +12,15 @@ from torchvision.utils import save_image
 
 pytest.importorskip("diffusers")
 
-from companion.data.degradations import BLIND
-from companion.data.restoration import TASKS, Degraded
 from companion.errors import BadCheckpoint, CorruptFile, MissingData, MissingWeights
 from companion.evaluation.metrics.restoration import psnr, ssim
-from companion.evaluation.recipe_parity import InOrder
 from companion.models.tip import TIPPipeline, load_adaptor, recipe, save_adaptor
-from companion.models.tip import model as tip
+from companion.models.tip.degradations import BLIND, TASKS, Degraded
 from companion.ops.papers import paper
 from tests.conftest import parameters
 from tests.models.common import refuses
 from tests.models.tip.test_model import save_narrow
+from tests.recipes.runner import InOrder
 from tests.small import shrink, small_pipe
 
 
@@ -149,15 +147,6 @@ def test_a_training_is_the_one_written_out(predicted: str, micro_batch: int, dat
     assert still < len(after) / 10
 
 
-def test_cached_encodings_are_those_of_training(data: Degraded) -> None:
-    pipe, chosen = small_pipe(), [data[i] for i in range(5)]
-    z, y, semantic, restoration = recipe.cached(pipe, chosen, batch=2).tensors
-    items = recipe.Tensors(chosen, pipe)
-    clean, degraded, *ids = (torch.stack(part) for part in zip(*(items[i] for i in range(5)), strict=True))
-    assert torch.equal(degraded, y) and all(map(torch.equal, map(pipe.model.states, ids), (semantic, restoration)))
-    torch.testing.assert_close(tip.to_latents(pipe.vae, clean), z, rtol=1e-4, atol=1e-5)
-
-
 # --- own images -------------------------------------------------------------------------------------------------------
 
 
@@ -262,7 +251,8 @@ def test_scores_of_a_test_larger_than_the_memory_are_those_of_all_images_at_once
 
 
 def test_results_stand_in_the_tables_they_belong_to(tmp_path: Path) -> None:
-    assert {name: getattr(parameters("tip"), name) for name in recipe.USUAL} == recipe.USUAL  # the notebook's defaults
+    usual = recipe.RESULTS.usual
+    assert {name: getattr(parameters("tip"), name) for name in usual} == usual  # the notebook's defaults
     for value, changes in enumerate(
         (
             {},
@@ -284,11 +274,11 @@ def test_results_stand_in_the_tables_they_belong_to(tmp_path: Path) -> None:
     assert len(rows) == 12 == len(recipe.results(given(), tmp_path))
     rows[:1].drop(columns=["size", "steps", "seed"]).to_csv(tmp_path / "measured.csv", index=False)  # of older code
     assert recipe.results(given(), tmp_path)[["size", "steps", "seed"]].to_numpy().tolist() == [[512, 50, 0]]
-    names = {t: {m: v for (m, s), v in recipe.cells(rows, t).items() if s == "LPIPS"} for t in recipe.TABLES}
+    names = {t: {m: v for (m, s), v in recipe.cells(rows, t).items() if s == "LPIPS"} for t in recipe.RESULTS.cells}
     ours = {"TIP": 0.055, "semantic only": 0.01, "plain ControlNet, middle: add": 0.02, "TIP, sd21": 0.06}
     assert names["comparison-parameterised"] == pytest.approx(ours | {"TIP, 256 px, 20 steps": 0.1})
     assert names["comparison-real-esrgan"] == {"TIP": 0.07}
     assert names["comparison-div2k"] == {"TIP": 0.08, "TIP, real-esrgan": 0.09}
     assert names["ablations"]["without the restoration prompt"] == 0.01
     (ablations,) = (table for table in paper("tip")["tables"] if table["id"] == "ablations")
-    assert set(recipe.ABLATIONS.values()) == {row["method"] for row in ablations["rows"]}
+    assert set(recipe.RESULTS.names["ablation"].values()) == {row["method"] for row in ablations["rows"]}

@@ -46,7 +46,7 @@ def mean_precision(found: Sequence[Tensor], boxes: Tensor, size: int, protocol: 
     """mAP over IoUs of 0.40 to 0.75, in percent.
 
     Args:
-        found: for each image (m, 7), the output of `models.ecamp.heads.suppress`.
+        found: for each image (m, 7), the output of `models.ecamp.detection.suppress`.
         boxes: the truth (n, T, 5), class, centre and size as fractions; rows of zeros are padding.
         size: the image's side in pixels.
         protocol: "released" skips images without ground truth and images without detections, so that false positives on

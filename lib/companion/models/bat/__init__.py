@@ -1,5 +1,18 @@
 """BAT: Bi-directional Adapter for Multi-modal Tracking."""
 
-from .model import BAT, HigherPeak, OSTrack, Prediction, SingleStream, foundation, losses
+from .baselines import FeatureFusion, FullFineTuning, HigherPeak, SingleStream
+from .loss import losses
+from .model import BAT
+from .ostrack import OSTrack, Prediction, foundation
 
-__all__ = ["BAT", "HigherPeak", "OSTrack", "Prediction", "SingleStream", "foundation", "losses"]
+__all__ = [
+    "BAT",
+    "FeatureFusion",
+    "FullFineTuning",
+    "HigherPeak",
+    "OSTrack",
+    "Prediction",
+    "SingleStream",
+    "foundation",
+    "losses",
+]

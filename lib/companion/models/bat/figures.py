@@ -1,4 +1,4 @@
-"""Figures of BAT alone: architecture, frames with boxes, overlap over time, attention and exchange of the streams."""
+"""Figures of BAT alone: frames with boxes, overlap over time, attention and exchange of the streams."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+from einops import rearrange
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -20,69 +21,38 @@ from ...data import tracking as data
 from ...evaluation.metrics.tracking import iou
 from ...viz import plots
 from ...viz.style import method_colours, styled
-from .model import BAT, STAGES, OSTrack
+from .model import BAT, STAGES, halves
+from .ostrack import OSTrack
 
 STREAMS = ("RGB", "thermal")
 CHUNK = 60  # crops in one forward pass
 
 
-def architecture() -> Figure:
-    """One block on both streams: frozen layers, the two adapters, and the head that reads the sum."""
-    upper, middle, lower = 0.5, 1.5, 2.5
-    nodes = {
-        "RGB\ntemplate, search": (0.7, upper, "tensor"),
-        "thermal\ntemplate, search": (0.7, lower, "tensor"),
-        "$X$: tokens, $\\mathrm{LN}_1$": (2.3, upper, "frozen"),
-        "$X_i$: tokens, $\\mathrm{LN}_1$": (2.3, lower, "frozen"),
-        "MHSA": (3.6, upper, "frozen"),
-        "MHSA ": (3.6, lower, "frozen"),
-        "adapter $A_1$\n(1), (2)": (3.6, middle, "trained"),
-        "$X'$, $\\mathrm{LN}_2$": (4.9, upper, "frozen"),
-        "$X'_i$, $\\mathrm{LN}_2$": (4.9, lower, "frozen"),
-        "MLP": (6.2, upper, "frozen"),
-        "MLP ": (6.2, lower, "frozen"),
-        "adapter $A_2$\n(1), (3)": (6.2, middle, "trained"),
-        "$X''$": (7.5, upper, "operation"),
-        "$X''_i$": (7.5, lower, "operation"),
-        "LN, sum $F$ (4)\nafter all blocks": (8.6, middle, "operation"),
-        "head:\nbox": (9.9, middle, "frozen"),
-    }
-    rgb, heat, x, y, attend_x, attend_y, first, x1, y1, mlp_x, mlp_y, second, x2, y2, fused, head = nodes
-    arrows = [(rgb, x), (heat, y), (x, attend_x), (y, attend_y), (attend_x, x1), (attend_y, y1)]
-    arrows += [(x, first), (y, first), (first, x1), (first, y1), (x1, mlp_x), (y1, mlp_y), (x1, second), (y1, second)]
-    arrows += [(mlp_x, x2), (mlp_y, y2), (second, x2), (second, y2), (x2, fused), (y2, fused), (fused, head)]
-    return plots.diagram(nodes, arrows)
-
-
 # --- frames -----------------------------------------------------------------------------------------------------------
 
 
-def boxes_at(
-    video: data.Sequence, frame: int, found: Mapping[str, Mapping[str, np.ndarray]]
-) -> dict[str, Sequence[float]]:
-    """Colour -> box of a frame: the true one white, those of `found` (method -> video -> boxes) in their colours."""
-    colours = method_colours(found)
-    return {"white": video.boxes[frame]} | {colours[name]: found[name][video.name][frame] for name in colours}
+Boxes = Mapping[str, Mapping[str, np.ndarray]]  # method -> video -> (n, 4)
+
+
+def boxes_at(video: data.Sequence, frame: int, tracked: Boxes) -> dict[str, Sequence[float]]:
+    """Colour -> box of a frame: the true one white, those of the methods in their colours."""
+    colours = method_colours(tracked)
+    return {"white": video.boxes[frame]} | {colours[name]: tracked[name][video.name][frame] for name in colours}
 
 
 @styled
-def frames(
-    video: data.Sequence,
-    times: Sequence[int],
-    captions: Sequence[str],
-    found: Mapping[str, Mapping[str, np.ndarray]] | None = None,
-) -> Figure:
+def frames(video: data.Sequence, times: Sequence[int], captions: Sequence[str], tracked: Boxes | None = None) -> Figure:
     """Frames of both streams below their number and caption, with the boxes of `boxes_at` and their legend."""
-    found = found or {}
-    figure, axes = plt.subplots(2, len(times), figsize=(1.35 * len(times), 2.9 + 0.3 * bool(found)), squeeze=False)
+    tracked = tracked or {}
+    figure, axes = plt.subplots(2, len(times), figsize=(1.35 * len(times), 2.9 + 0.3 * bool(tracked)), squeeze=False)
     for column, t in zip(axes.T, times, strict=True):
-        image, drawn = video.frame(t), boxes_at(video, t, found)
+        image, drawn = video.frame(t), boxes_at(video, t, tracked)
         for ax, part in zip(column, (image[..., :3], image[..., 3:]), strict=True):
             plots.boxes(ax, part, drawn)
         column[0].set_title(f"frame {t}\n{captions[t]}")
     for ax, stream in zip(axes[:, 0], STREAMS, strict=True):
         ax.set_ylabel(stream)
-    colours = method_colours(found)
+    colours = method_colours(tracked)
     if colours:
         lines = [plt.Line2D([], [], color=colour, linewidth=3) for colour in colours.values()]
         figure.legend(lines, list(colours), loc="outside lower center", ncols=4)
@@ -90,14 +60,12 @@ def frames(
 
 
 @styled
-def overlap(
-    video: data.Sequence, captions: Sequence[str], found: Mapping[str, Mapping[str, np.ndarray]], method: str
-) -> Figure:
+def overlap(video: data.Sequence, captions: Sequence[str], tracked: Boxes, method: str) -> Figure:
     """IoU with the true box over a video, one line a method, `method` thicker; grey where one stream fails."""
     figure, ax = plt.subplots(figsize=(8, 3))
-    for name, colour in method_colours(found).items():
+    for name, colour in method_colours(tracked).items():
         width = 2.4 if name == method else 1.2
-        ax.plot(iou(found[name][video.name], video.boxes), label=name, color=colour, linewidth=width)
+        ax.plot(iou(tracked[name][video.name], video.boxes), label=name, color=colour, linewidth=width)
     edges = [0, *(t for t in range(1, len(video)) if captions[t] != captions[t - 1]), len(video)]
     for start, stop in pairwise(edges):
         if captions[start] in ("dark", "glare", "crossover"):
@@ -137,30 +105,33 @@ def crops(tracker: OSTrack, video: data.Sequence, times: Iterable[int]) -> Crops
     return Crops(template.expand(len(search), -1, -1, -1), torch.stack(search), np.array(boxes))
 
 
-@torch.inference_mode()
-def trace(model: BAT, template: Tensor, search: Tensor) -> dict[str, list]:
-    """What `BAT.forward_features` traces on normalised crops."""
-    traced: dict[str, list] = {}
-    model.forward_features(model.embed_template(template), search, traced)
-    return traced
+class Traced(NamedTuple):
+    """What one block does on n crops of f x f search tokens: for each stream, maps (n, f, f).
 
-
-def attention(traced: Mapping[str, list], block: int = -1) -> tuple[Tensor, Tensor]:
-    """Attention of the template's central token to the search tokens, mean of the heads: (n, f, f) for each stream."""
-    weights = traced["attention"][block].mean(1)
-    first, second = weights.unflatten(1, (round(weights.shape[1] ** 0.5), -1)).chunk(2)
-    return first, second
-
-
-def exchange(traced: Mapping[str, list], tracker: OSTrack, block: int = -1, stage: str = "mlp") -> tuple[Tensor, ...]:
-    """Norm of an adapter's output over the norm of the frozen term that it is added to: (n, f, f) for each stream.
-
-    Empty for a model without adapters at this stage.
+    Attributes:
+        attention: of the template's central token to the search tokens, mean of the heads.
+        exchange: by stage, the norm of the adapter's output over that of the frozen term to which it is added.
     """
-    ratio = traced["traffic"][block].get(stage)
-    if ratio is None:
-        return ()
-    return ratio[:, tracker.f_template**2 :].unflatten(1, (tracker.f, tracker.f)).chunk(2)
+
+    attention: tuple[Tensor, Tensor]
+    exchange: dict[str, tuple[Tensor, Tensor]]
+
+
+@torch.inference_mode()
+def trace(model: BAT, template: Tensor, search: Tensor) -> list[Traced]:
+    """Attention and exchange in each block of a model without candidate elimination, on normalised crops."""
+    f, found = model.tracker.f, []
+
+    def on_crop(values: Tensor) -> tuple[Tensor, Tensor]:
+        return halves(rearrange(values[:, -(f**2) :], "b (h w) -> b h w", h=f))
+
+    x, kept = model.embed(model.embed_template(template), search)
+    for i in range(len(model.adapters)):
+        x, kept, out = model.block(i, x, kept)
+        ratios = [out[a].norm(dim=-1) / out[term].norm(dim=-1) for a, term in (("A1", "MHSA"), ("A2", "MLP"))]
+        attention = on_crop(model.template_attention(out["q"], out["k"]).mean(1))
+        found.append(Traced(attention, dict(zip(STAGES, map(on_crop, ratios), strict=True))))
+    return found
 
 
 @styled
@@ -202,18 +173,16 @@ def _map(ax: Axes, image: Tensor, heat: Tensor, box: Sequence[float], **options:
 
 
 def exchanged(model: BAT, groups: Mapping[str, Sequence[tuple[data.Sequence, int]]]) -> dict[str, pd.DataFrame]:
-    """The mean of `exchange` over search tokens, for each stream: a row for each group of frames, a column for each
-    adapter. Empty for a model without adapters."""
-    names = {i: [stage for stage in STAGES if stage in found] for i, found in enumerate(model.exchanges)}
+    """The mean of `Traced.exchange` over search tokens, for each stream: a row for each group of frames, a column for
+    each adapter."""
     rows: dict[str, dict[str, list[float]]] = {f"into {stream}": {} for stream in STREAMS}
     for group, members in groups.items():
         parts = [crops(model.tracker, video, [t]) for video, t in members[:CHUNK]]
         traced = trace(model, torch.cat([p.template for p in parts]), torch.cat([p.search for p in parts]))
-        means = [exchange(traced, model.tracker, i, stage) for i, found in names.items() for stage in found]
         for stream, into in enumerate(rows.values()):
-            into[group] = [float(mean[stream].mean()) for mean in means]
-    columns = [f"{i + 1} {'attn' if stage == 'attention' else 'MLP'}" for i, found in names.items() for stage in found]
-    return {name: pd.DataFrame(found, index=columns).T for name, found in rows.items()} if columns else {}
+            into[group] = [float(ratio[stream].mean()) for block in traced for ratio in block.exchange.values()]
+    columns = [f"{i + 1} {stage}" for i in range(len(model.adapters)) for stage in ("attn", "MLP")]
+    return {name: pd.DataFrame(means, index=columns).T for name, means in rows.items()}
 
 
 @styled

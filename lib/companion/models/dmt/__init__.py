@@ -8,8 +8,9 @@ Several frozen self-supervised ViTs distilled into one student:
     model = DMT(build("tiny"), teachers, statistics="running", decoder="tiny")
 """
 
+from ..layers.mae import MAE
 from .model import DMT, TeacherOutput, Teachers, loss
-from .teachers import MAE, MoCo, released
+from .teachers import released
 from .vit import ViT, build
 
-__all__ = ["DMT", "MAE", "MoCo", "TeacherOutput", "Teachers", "ViT", "build", "loss", "released"]
+__all__ = ["DMT", "MAE", "TeacherOutput", "Teachers", "ViT", "build", "loss", "released"]

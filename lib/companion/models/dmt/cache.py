@@ -4,17 +4,16 @@
     cache = build("cache", teachers, views)                  # runs the teachers; resumes where it was stopped
     fit(DMT(student, teachers.widths), loss, Distilled(views, cache), ...)
 
-Tokens are stored before they are normalised, one memory-mapped file per teacher. At paper size an image takes 0.9 MB in
-float16 for three ViT-B (197 x 768 values each), ImageNet-1k 1.2 TB.
+Tokens are stored before they are normalised, one memory-mapped file per teacher; cache.json has the number of finished
+images. At paper size an image takes 0.9 MB in float16 for three ViT-B (197 x 768 values each), ImageNet-1k 1.2 TB.
 
 A cache of other teachers, images, augmentations or settings is refused and not overwritten.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,30 +68,13 @@ class Views(Dataset):
         return checkpoint_key(images=len(self.images), augment=augment, seed=self.seed, content=content)
 
 
-def _keys(teachers: Teachers) -> dict[str, str]:
-    """A hash of each teacher: of its tensors, and of the number of heads of its blocks."""
-    return {
-        name: checkpoint_key(model=model, heads=[block.attn.num_heads for block in model.blocks])
-        for name, model in teachers.models.items()
-    }
-
-
 class Cache:
     """A finished cache: `cache[row]` is a list of K tensors (N, D_k), in the dtype they are stored in."""
 
-    def __init__(self, folder: str | Path, settings: dict):
-        self.folder, self.settings = Path(folder), settings
+    def __init__(self, folder: str | Path, settings: Mapping[str, Any]):
+        self.folder, self.settings = Path(folder), dict(settings)
         self.rows, self.names = settings["rows"], tuple(settings["teachers"])
-        self.maps = []
-        for k, width in enumerate(settings["widths"]):
-            path, shape = self.folder / f"{k}.npy", (self.rows, settings["tokens"], width)
-            try:
-                found = np.load(path, mmap_mode="c", allow_pickle=False)
-            except (OSError, ValueError) as error:
-                raise CorruptFile(path, f"not the tokens of a teacher ({error})") from error
-            if found.shape != shape or found.dtype != settings["dtype"]:
-                raise CorruptFile(path, f"{found.shape} of {found.dtype}, expected {shape} of {settings['dtype']}")
-            self.maps.append(found)
+        self.maps = _files(self.folder, settings, "c")
 
     def __reduce__(self) -> tuple:
         return Cache, (self.folder, self.settings)  # a loader's process opens the files itself
@@ -154,24 +136,19 @@ def build(
     if teachers.view != "full":
         raise BadParameter("teacher_view", teachers.view, "'full': tokens of a random part differ each time")
     check_choice("dtype", dtype, DTYPES)
-    folder, first = Path(folder), views[0][None]
-    vit = next(iter(teachers.models.values()))
-    tokens = 1 + (first.shape[-2] // vit.patch) * (first.shape[-1] // vit.patch)
+    folder, (height, width), side = Path(folder), views[0].shape[-2:], next(iter(teachers.models.values())).patch
     settings = {
         "rows": len(views),
-        "tokens": tokens,
+        "tokens": 1 + (height // side) * (width // side),
         "widths": list(teachers.widths),
         "dtype": dtype,
         "images": views.key(),
-        "teachers": _keys(teachers),
+        "teachers": {name: _key(model) for name, model in teachers.models.items()},
     }
-    if (folder / "cache.json").is_file():
-        _check(folder / "cache.json", settings)
+    done = _done(folder, settings)
+    if done == len(views):
         return Cache(folder, settings)
-    done = _start(folder, settings)
-
-    files = [np.lib.format.open_memmap(folder / f"{k}.part", mode="r+") for k in range(len(settings["widths"]))]
-    remaining = Subset(views, range(done, len(views)))
+    files, remaining = _files(folder, settings, "r+"), Subset(views, range(done, len(views)))
     with evaluating(hardware, teachers) as device:
         stream = DataLoader(remaining, batch, num_workers=hardware.workers, pin_memory=device.type == "cuda")
         for number, images in enumerate(progress(stream, "teachers", len(stream)), 1):
@@ -182,14 +159,10 @@ def build(
                     raise CompanionError(f"{name} returns values that {dtype} cannot hold: dtype = 'float32'")
                 file[done : done + len(output)] = output.numpy()
             done += len(images)
-            if number % every == 0:
-                _write_progress(folder, settings, files, done)
-    _write_progress(folder, settings, files, done)
-    del files
-    for k in range(len(settings["widths"])):
-        (folder / f"{k}.part").replace(folder / f"{k}.npy")
-    write_json(folder / "cache.json", settings)
-    (folder / "progress.json").unlink()
+            if number % every == 0 or done == len(views):
+                for file in files:  # rows first, then their number: after a kill in between some are recomputed
+                    file.flush()
+                write_json(folder / "cache.json", settings | {"done": done})
     return Cache(folder, settings)
 
 
@@ -198,53 +171,44 @@ def size(rows: int, tokens: int, widths: Sequence[int], dtype: str = "float16") 
     return rows * tokens * sum(widths) * np.dtype(dtype).itemsize
 
 
-def _check(path: Path, settings: dict) -> dict:
-    """The settings in the file, when they agree with `settings`."""
-    written = read_json(path)
-    if not isinstance(written, dict):
-        raise CorruptFile(path, "not the settings of cached teachers")
-    for key, value in settings.items():
-        if written.get(key) != value:
-            other = f"{written.get(key)!r}, as in the cache that is there ({path.parent}); or another folder"
-            raise BadParameter(f"cache, {key}", value, other)
-    return written
+def _key(teacher: Any) -> str:
+    """A hash of a teacher: of its tensors, and of the number of heads of its blocks."""
+    return checkpoint_key(model=teacher, heads=[block.attn.num_heads for block in teacher.blocks])
 
 
-def _start(folder: Path, settings: dict) -> int:
-    """The number of finished rows; files for all of them are made when there are none."""
-    note = folder / "progress.json"
+def _files(folder: Path, settings: Mapping[str, Any], mode: Any) -> list[np.memmap]:
+    """The teachers' files, memory-mapped."""
+    found = []
+    for k, width in enumerate(settings["widths"]):
+        path, shape = folder / f"{k}.npy", (settings["rows"], settings["tokens"], width)
+        try:
+            tokens = np.load(path, mmap_mode=mode, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise CorruptFile(path, f"not the tokens of a teacher ({error})") from error
+        if tokens.shape != shape or tokens.dtype != settings["dtype"]:
+            raise CorruptFile(path, f"{tokens.shape} of {tokens.dtype}, expected {shape} of {settings['dtype']}")
+        found.append(tokens)
+    return found
+
+
+def _done(folder: Path, settings: Mapping[str, Any]) -> int:
+    """The number of finished rows of the cache in `folder`; its files are made when there is none."""
+    note = folder / "cache.json"
     if note.is_file():
-        written = _check(note, settings)
-        parts = zip(range(len(settings["widths"])), settings["widths"], strict=True)
-        for k, width in parts:
-            # a kill between the last rename and the last progress record leaves finished names
-            if (finished := folder / f"{k}.npy").is_file():
-                finished.replace(folder / f"{k}.part")
-            try:
-                shape = np.lib.format.open_memmap(folder / f"{k}.part", mode="r").shape
-            except (OSError, ValueError) as error:
-                raise CorruptFile(folder / f"{k}.part", f"not the tokens of a teacher ({error})") from error
-            if shape != (settings["rows"], settings["tokens"], width):
-                raise CorruptFile(folder / f"{k}.part", f"{shape}, another shape than it was made with")
-        return int(written["done"])
+        written = read_json(note)
+        if not isinstance(written, dict):
+            raise CorruptFile(note, "not the settings of cached teachers")
+        for key, value in settings.items():
+            if written.get(key) != value:
+                other = f"{written.get(key)!r}, as in the cache that is there ({folder}); or another folder"
+                raise BadParameter(f"cache, {key}", value, other)
+        return int(written.get("done", settings["rows"]))  # files of earlier versions, of finished caches, lack it
     folder.mkdir(parents=True, exist_ok=True)
     needed = size(settings["rows"], settings["tokens"], settings["widths"], settings["dtype"])
     if needed > (free := shutil.disk_usage(folder).free):
-        room = f"{needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free in {folder}"
-        raise CompanionError(f"the teachers' tokens take {room}")
+        raise CompanionError(f"the teachers' tokens take {needed / 1e9:.1f} GB; {free / 1e9:.1f} are free in {folder}")
     for k, width in enumerate(settings["widths"]):
         shape = (settings["rows"], settings["tokens"], width)
-        path = folder / f"{k}.part"
-        np.lib.format.open_memmap(path, mode="w+", dtype=settings["dtype"], shape=shape)
-        if hasattr(os, "posix_fallocate"):  # otherwise a full disk would end the process instead of raising an error
-            with path.open("r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    write_json(note, settings | {"done": 0})
+        np.lib.format.open_memmap(folder / f"{k}.npy", mode="w+", dtype=settings["dtype"], shape=shape)
+    write_json(note, {**settings, "done": 0})
     return 0
-
-
-def _write_progress(folder: Path, settings: dict, files: Sequence[np.memmap], done: int) -> None:
-    """Rows first, then their number: after a kill in between some are recomputed."""
-    for file in files:
-        file.flush()
-    write_json(folder / "progress.json", settings | {"done": done})

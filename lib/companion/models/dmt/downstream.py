@@ -1,7 +1,7 @@
 """Downstream tasks of a pre-trained ViT: fine-tuning, a linear probe, Mask R-CNN on a simple pyramid, UPerNet.
 
     classifier, fine_tune     mean of the patch tokens -> new norm -> linear, all trained, with layer decay (MAE)
-    probe, ridge              frozen features -> linear; by SGD (MAE) or in closed form (pocket)
+    linear, ridge             frozen features -> linear; by SGD (MAE) or in closed form (pocket)
     detector, Crops           blocks -> pyramid of four scales -> torchvision's Mask R-CNN (ViTDet)
     Segmenter, SceneCrops     blocks 3, 5, 7, 11 -> four scales -> transformers' UPerNet head (MAE, BEiT)
 
@@ -16,16 +16,18 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from timm.data import Mixup, create_transform
 from timm.layers import LayerNorm2d
-from timm.models.vision_transformer import VisionTransformer
+from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -35,57 +37,49 @@ from torchvision.transforms import InterpolationMode, v2
 from ...errors import BadParameter
 from ...ops.recorded import recorded
 from ...training.fit import AUTO, Hardware, History, evaluating, fit, same_shapes
-from ...training.schedules import adamw, given, learning_rates, param_groups, sgd
+from ...training.schedules import adamw, learning_rates
+from ..layers import heads
 from .vit import ViT
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of all released teachers
 IGNORED = 255
-RAND_AUGMENT, ERASING = "rand-m9-mstd0.5-inc1", 0.25  # of fine-tuning [anc: MAE]
+# of fine-tuning [anc: MAE]
+RAND_AUGMENT, ERASING = "rand-m9-mstd0.5-inc1", 0.25
+MIXUP, CUTMIX, SMOOTHING = 0.8, 1.0, 0.1
 
 
 def like(vit: ViT, drop_path: float = 0.0) -> ViT:
-    """A copy with stochastic depth, all of it trained, the position embedding too."""
-    block = vit.blocks[0]
-    model = ViT(
-        vit.image,
-        vit.patch,
-        vit.width,
-        len(vit.blocks),
-        block.attn.num_heads,
-        block.mlp.fc1.out_features / vit.width,
-        positions=vit.positions,
-        last_heads=vit.heads,
-        drop_path=drop_path,
-    )
-    model.load_state_dict({n: t for n, t in vit.state_dict().items() if n != "masked_embed"})
-    return model.requires_grad_(True)
+    """A copy with stochastic depth, all of it trained, the position embedding too; see `heads.like`."""
+    model = heads.like(vit, drop_path)
+    model.masked_embed = None  # in no forward pass here
+    return model
 
 
 def layer_decayed(
-    model: nn.Module, encoder: nn.Module, rates: np.ndarray, layer_decay: float = 0.65, weight_decay: float = 0.05
-) -> dict:
+    rates: np.ndarray, encoder: str = "", layer_decay: float = 0.65, weight_decay: float = 0.05
+) -> dict[str, Any]:
     """AdamW and learning rates by layer, `optimizer` and `schedule` of `fit`: `layer_decay` a block downwards.
 
     As in MAE, BEiT and ViTDet: patches, [CLS] token and positions are layer 0, block i is layer i + 1, everything after
-    has the full learning rate. (There [CLS] token and positions have no weight decay; ours spares vectors and biases.)
+    has the full learning rate; [CLS] token, positions, vectors and biases have no weight decay.
 
     Args:
-        encoder: the ViT inside `model`, ours or timm's.
         rates: the full learning rate at each step, (steps,).
+        encoder: where the ViT is in the model, such as "backbone.vit."; "" for the model itself.
     """
-    if not 0 < layer_decay <= 1:
-        raise BadParameter("layer_decay", layer_decay, "above 0, up to 1")
-    depth = len(encoder.blocks)
-    layer = {id(p): 0 for p in (encoder.cls_token, encoder.pos_embed, *encoder.patch_embed.parameters())}
-    layer |= {id(p): i + 1 for i, block in enumerate(encoder.blocks) for p in block.parameters()}
-    layers: dict[int, list[nn.Parameter]] = {}
-    for p in model.parameters():
-        if p.requires_grad:
-            layers.setdefault(layer.get(id(p), depth + 1), []).append(p)
-    groups = [g for i in sorted(layers) for g in param_groups(layers[i], weight_decay, name=f"layer {i}")]
+    stem, blocks = rf"^{encoder}(?:cls_token|pos_embed|patch_embed)", [(rf"^{encoder}blocks\.(\d+)", None)]
+    plain, peak = {f"{encoder}cls_token", f"{encoder}pos_embed"}, max(rates)
+
+    def groups(model: nn.Module) -> list[dict[str, Any]]:
+        read = SimpleNamespace(  # what timm reads of a model
+            named_parameters=model.named_parameters, group_matcher=lambda coarse: {"stem": stem, "blocks": blocks}
+        )
+        decayed = param_groups_layer_decay(read, weight_decay, plain, layer_decay=layer_decay)
+        return [group | {"lr": peak * group["lr_scale"]} for group in decayed]
+
     return {
-        "optimizer": adamw(max(rates), weight_decay, groups=lambda model: groups),
-        "schedule": {f"layer {i}": given(rates * layer_decay ** (depth + 1 - i)) for i in layers},
+        "optimizer": adamw(peak, weight_decay, groups=groups),
+        "schedule": lambda base, steps, per_epoch: rates * (base / peak),
     }
 
 
@@ -93,35 +87,15 @@ def layer_decayed(
 
 
 @recorded()
-def classifier(vit: ViT, classes: int, *, drop_path: float = 0.1) -> VisionTransformer:
-    """timm's ViT with the encoder in it, pooled by the mean of its patch tokens: (B, 3, S, S) to logits (B, classes).
-
-    As MAE fine-tunes: the encoder's own norm is dropped, `fc_norm` starts at 1 and 0, the last layer at N(0, 2e-5).
-    """
-    block = vit.blocks[0]
-    model = VisionTransformer(
-        img_size=vit.image,
-        patch_size=vit.patch,
-        embed_dim=vit.width,
-        depth=len(vit.blocks),
-        num_heads=block.attn.num_heads,
-        mlp_ratio=block.mlp.fc1.out_features / vit.width,
-        num_classes=classes,
-        global_pool="avg",
-        drop_path_rate=drop_path,
-    )
-    last = model.blocks[-1].attn
-    last.num_heads, last.head_dim = vit.heads, vit.width // vit.heads
-    last.scale = last.head_dim**-0.5
-    state = {n: t for n, t in vit.state_dict().items() if n in model.state_dict()}
-    model.load_state_dict(state, strict=False)
-    nn.init.trunc_normal_(model.head.weight, std=2e-5)
-    nn.init.zeros_(model.head.bias)
+def classifier(vit: ViT, classes: int, *, drop_path: float = 0.1) -> ViT:
+    """MAE's classifier on a copy of the encoder, (B, 3, S, S) to logits (B, classes); see `heads.classifier`."""
+    model = heads.classifier(vit, classes, drop_path=drop_path)
+    model.masked_embed = None
     return model
 
 
-def train_transform(size: int = 224, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Callable:
-    """MAE's for fine-tuning, by timm: random crop, flip, RandAugment 9, erasing 0.25."""
+def train_transform(size: int = 224) -> Callable:
+    """MAE's for fine-tuning, by timm: random crop, flip, RandAugment 9, erasing 0.25, ImageNet's mean and std."""
     return create_transform(
         size,
         is_training=True,
@@ -130,8 +104,8 @@ def train_transform(size: int = 224, mean: Sequence[float] = MEAN, std: Sequence
         interpolation="bicubic",
         re_prob=ERASING,
         re_mode="pixel",
-        mean=mean,
-        std=std,
+        mean=MEAN,
+        std=STD,
     )
 
 
@@ -143,17 +117,17 @@ def test_transform(size: int = 224, mean: Sequence[float] = MEAN, std: Sequence[
     return v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))])
 
 
-def mixed_loss(classes: int, mixup: float = 0.8, cutmix: float = 1.0, smoothing: float = 0.1) -> Callable:
-    """For `fit`: cross-entropy of smoothed labels, images mixed in pairs by timm; 0 and 0 mix nothing.
+def mixed_loss(classes: int) -> Callable:
+    """For `fit`: cross-entropy of smoothed labels, images mixed in pairs by timm.
 
     The mix is drawn for each batch from torch's generator, so that a resumed run mixes alike.
     """
-    mix = Mixup(mixup, cutmix, label_smoothing=smoothing, num_classes=classes) if mixup or cutmix else None
+    mix = Mixup(MIXUP, CUTMIX, label_smoothing=SMOOTHING, num_classes=classes)
 
     def loss(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
         images, labels = batch
-        if mix is None or len(images) % 2:  # pairs need an even number
-            return F.cross_entropy(model(images).float(), labels, label_smoothing=smoothing)
+        if len(images) % 2:  # pairs need an even number
+            return F.cross_entropy(model(images).float(), labels, label_smoothing=SMOOTHING)
         state = np.random.get_state()  # noqa: NPY002 - timm draws from it
         np.random.seed(int(torch.randint(2**31, ())))  # noqa: NPY002
         # timm writes into its input
@@ -175,12 +149,9 @@ def fine_tune(
     layer_decay: float = 0.65,
     warmup: float = 0.05,
     drop_path: float = 0.1,
-    mixup: float = 0.8,
-    cutmix: float = 1.0,
-    smoothing: float = 0.1,
     weight_decay: float = 0.05,
     **options: Any,
-) -> tuple[VisionTransformer, History]:
+) -> tuple[ViT, History]:
     """A trained classifier and its history. Defaults are MAE's for ViT-B.
 
     Args:
@@ -192,9 +163,8 @@ def fine_tune(
     model = classifier(vit, classes, drop_path=drop_path)
     steps = max(1, round(epochs * (len(data) // batch)))
     rates = learning_rates("cosine", 5e-4 * batch / 256 if lr is None else lr, steps, round(warmup * steps), 1e-6)
-    decayed = layer_decayed(model, model, rates, layer_decay, weight_decay)
-    loss = mixed_loss(classes, mixup, cutmix, smoothing)
-    return model, fit(model, loss, data, epochs=epochs, batch=batch, **decayed, **options)
+    options |= layer_decayed(rates, "", layer_decay, weight_decay)
+    return model, fit(model, mixed_loss(classes), data, epochs=epochs, batch=batch, **options)
 
 
 class Features(nn.Module):
@@ -209,34 +179,17 @@ class Features(nn.Module):
         return self.vit.features(images)
 
 
-def probe(
-    features: Tensor,
-    labels: Tensor,
-    classes: int,
-    *,
-    epochs: float = 90,
-    batch: int = 256,
-    lr: float = 0.1,
-    **options: Any,
-) -> tuple[nn.Module, History]:
-    """A linear probe on features (n, F) by SGD, and its history: batch norm without affine, then linear (MAE).
-
-    MAE's optimiser is LARS, for batches of 16,384; here it is SGD with momentum, with small batches.
-
-    Args:
-        options: of `fit`.
-    """
-    model = nn.Sequential(
-        nn.BatchNorm1d(features.shape[1], affine=False, eps=1e-6), nn.Linear(features.shape[1], classes)
-    )
+def linear(inputs: int, classes: int) -> nn.Sequential:
+    """A linear probe, features (n, F) to logits (n, classes): batch norm without affine, then linear (MAE)."""
+    model = nn.Sequential(nn.BatchNorm1d(inputs, affine=False, eps=1e-6), nn.Linear(inputs, classes))
     nn.init.trunc_normal_(model[1].weight, std=0.01)
     nn.init.zeros_(model[1].bias)
-    data = TensorDataset(features, labels)
+    return model
 
-    def loss(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
-        return F.cross_entropy(model(batch[0]), batch[1])
 
-    return model, fit(model, loss, data, epochs=epochs, batch=batch, optimizer=sgd(lr), **options)
+def classification_loss(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
+    """For `fit`: cross-entropy of a batch of inputs and labels."""
+    return F.cross_entropy(model(batch[0]), batch[1])
 
 
 def ridge(features: Tensor, labels: Tensor, classes: int, others: Tensor, penalty: float = 30.0) -> Tensor:
@@ -244,8 +197,6 @@ def ridge(features: Tensor, labels: Tensor, classes: int, others: Tensor, penalt
 
     One-hot labels by ridge regression on features (n, F) that are standardised by their own mean and std.
     """
-    if penalty <= 0:
-        raise BadParameter("penalty", penalty, "above 0")
     mean, std = features.double().mean(0), features.double().std(0, correction=0).clamp_min(1e-6)
     x, y = (features.double() - mean) / std, F.one_hot(labels, classes).double()
     middle = y.mean(0)
@@ -256,30 +207,22 @@ def ridge(features: Tensor, labels: Tensor, classes: int, others: Tensor, penalt
 # --- maps of several scales -------------------------------------------------------------------------------------------
 
 
-def _rescale(inputs: int, factor: float) -> tuple[nn.Module, int]:
-    """From a map to one of `factor` times its side, and its channels."""
-    if factor == 4:
-        half = inputs // 2
-        up = [
-            nn.ConvTranspose2d(inputs, half, 2, 2),
-            LayerNorm2d(half),
-            nn.GELU(),
-            nn.ConvTranspose2d(half, half // 2, 2, 2),
-        ]
-        return nn.Sequential(*up), half // 2
-    if factor == 2:
-        return nn.ConvTranspose2d(inputs, inputs // 2, 2, 2), inputs // 2
-    if factor == 1:
-        return nn.Identity(), inputs
-    if factor == 0.5:
-        return nn.MaxPool2d(2), inputs
-    raise BadParameter("factor", factor, (4, 2, 1, 0.5))
+FACTORS = (4, 2, 1, 0.5)  # sides of the maps over that of the grid
+
+
+def _scales(width: int) -> tuple[list[nn.Module], list[int]]:
+    """From a map (B, width, g, g) to maps of the `FACTORS`, and the channels of these."""
+    half, quarter = width // 2, width // 4
+    larger = (nn.ConvTranspose2d(width, half, 2, 2), LayerNorm2d(half), nn.GELU())
+    largest = nn.Sequential(*larger, nn.ConvTranspose2d(half, quarter, 2, 2))
+    twice, same, smaller = nn.ConvTranspose2d(width, half, 2, 2), nn.Identity(), nn.MaxPool2d(2)
+    return [largest, twice, same, smaller], [quarter, half, width, width]
 
 
 def _maps(vit: ViT, images: Tensor, layers: Sequence[int]) -> list[Tensor]:
     """The patch tokens of some blocks as maps (B, D, h, w), without the final norm."""
-    grid = [n // vit.patch for n in images.shape[2:]]
-    return [x[:, 1:].mT.unflatten(2, grid) for x in vit.hidden(images, layers)]
+    rows = images.shape[2] // vit.patch
+    return [rearrange(x[:, 1:], "b (h w) d -> b d h w", h=rows) for x in vit.hidden(images, layers)]
 
 
 class SimplePyramid(nn.Module):
@@ -288,24 +231,20 @@ class SimplePyramid(nn.Module):
     The encoder is copied. All but four of ViTDet's blocks attend within windows, to save memory; ours attend globally.
     """
 
-    def __init__(
-        self, vit: ViT, channels: int = 256, factors: Sequence[float] = (4, 2, 1, 0.5), drop_path: float = 0.0
-    ):
+    def __init__(self, vit: ViT, channels: int = 256, drop_path: float = 0.0):
         super().__init__()
         self.vit, self.out_channels = like(vit, drop_path), channels
         self.vit.norm.requires_grad_(False)  # the maps are taken before it
-        self.levels = nn.ModuleList()
-        for factor in factors:
-            scale, width = _rescale(vit.width, factor)
-            self.levels.append(
-                nn.Sequential(
-                    scale,
-                    nn.Conv2d(width, channels, 1, bias=False),
-                    LayerNorm2d(channels),
-                    nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-                    LayerNorm2d(channels),
-                )
+        self.levels = nn.ModuleList(
+            nn.Sequential(
+                scale,
+                nn.Conv2d(width, channels, 1, bias=False),
+                LayerNorm2d(channels),
+                nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+                LayerNorm2d(channels),
             )
+            for scale, width in zip(*_scales(vit.width), strict=True)
+        )
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
         """Maps (B, channels, f g, f g) by name: "0", "1", ..., and "pool"."""
@@ -328,7 +267,6 @@ def detector(
     anchor: float = 8.0,
     mean: Sequence[float] = MEAN,
     std: Sequence[float] = STD,
-    factors: Sequence[float] = (4, 2, 1, 0.5),
     **options: Any,
 ) -> MaskRCNN:
     """Mask R-CNN of torchvision on a simple pyramid of the encoder.
@@ -341,13 +279,11 @@ def detector(
         anchor: side of a level's anchors over its stride.
         options: of torchvision's `MaskRCNN`.
     """
-    pyramid = SimplePyramid(vit, channels, factors, drop_path)
-    strides = [vit.patch / f for f in factors]
-    strides.append(2 * strides[-1])
+    strides = [vit.patch / factor for factor in (*FACTORS, FACTORS[-1] / 2)]
     anchors = AnchorGenerator(tuple((anchor * s,) for s in strides), ((0.5, 1.0, 2.0),) * len(strides))
-    names = [str(i) for i in range(len(factors))]
+    names = [str(i) for i in range(len(FACTORS))]
     return MaskRCNN(
-        pyramid,
+        SimplePyramid(vit, channels, drop_path),
         classes + 1,
         min_size=size,
         max_size=size,
@@ -394,16 +330,16 @@ class Crops(Dataset):
         image, target = self.data[index]
         boxes = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=image.shape[1:])
         given = {"boxes": boxes, "labels": target["labels"], "masks": tv_tensors.Mask(target["masks"])}
-        image, found = self.transform(tv_tensors.Image(image), given)
+        image, kept = self.transform(tv_tensors.Image(image), given)
         if image.shape[1:] != (self.size, self.size):
             raise BadParameter("size", self.size, f"{tuple(image.shape[1:])}, as the images; or a jitter")
-        area = found["masks"].flatten(1).sum(1)
+        area = kept["masks"].flatten(1).sum(1)
         largest = torch.argsort(area, descending=True)[: self.most]
         largest = largest[area[largest] > 0]
         boxes, labels = torch.zeros(self.most, 4), torch.zeros(self.most, dtype=torch.long)
         bits = np.zeros((self.most, -(-(self.size**2) // 8)), np.uint8)
-        boxes[: len(largest)], labels[: len(largest)] = found["boxes"][largest], found["labels"][largest]
-        bits[: len(largest)] = np.packbits(found["masks"][largest].flatten(1).numpy(), 1)
+        boxes[: len(largest)], labels[: len(largest)] = kept["boxes"][largest], kept["labels"][largest]
+        bits[: len(largest)] = np.packbits(kept["masks"][largest].flatten(1).numpy(), 1)
         return image.as_subclass(Tensor).float() / 255, boxes, labels, torch.from_numpy(bits)
 
 
@@ -479,7 +415,6 @@ class Segmenter(nn.Module):
         vit: the encoder; copied.
         classes: C.
         layers: the blocks, counted from 0 (3, 5, 7, 11 of 12).
-        channels: of the head; None: the encoder's width, as in G2SD.
         auxiliary: channels of a second, simpler head on the third map, in training; 0 for none.
     """
 
@@ -489,7 +424,6 @@ class Segmenter(nn.Module):
         classes: int,
         *,
         layers: Sequence[int] = (3, 5, 7, 11),
-        channels: int | None = None,
         auxiliary: int = 256,
         drop_path: float = 0.1,
         pools: Sequence[int] = (1, 2, 3, 6),
@@ -502,10 +436,10 @@ class Segmenter(nn.Module):
             raise BadParameter("layers", tuple(layers), f"four of {len(vit.blocks)} blocks, counted from 0")
         self.vit, self.layers = like(vit, drop_path), tuple(layers)
         self.vit.norm.requires_grad_(False)  # the maps are taken before it
-        scales = [_rescale(vit.width, factor) for factor in (4, 2, 1, 0.5)]
-        self.scales, widths = nn.ModuleList(s for s, _ in scales), [w for _, w in scales]
+        scales, widths = _scales(vit.width)
+        self.scales = nn.ModuleList(scales)
         config = UperNetConfig(
-            hidden_size=channels or vit.width,
+            hidden_size=vit.width,  # as in G2SD
             pool_scales=list(pools),
             num_labels=classes,
             auxiliary_channels=auxiliary or 1,
@@ -523,59 +457,47 @@ class Segmenter(nn.Module):
         return logits[0] if len(logits) == 1 else (logits[0], logits[1])
 
 
-def segmentation_loss(model: nn.Module, batch: Sequence[Tensor], auxiliary: float = 0.4) -> Tensor:
+def segmentation_loss(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
     """For `fit` on `SceneCrops`: cross-entropy, and 0.4 of the auxiliary head's."""
     images, truth = batch
     logits = model(images)
     parts = logits if isinstance(logits, tuple) else (logits,)
     losses = [F.cross_entropy(part.float(), truth, ignore_index=IGNORED) for part in parts]
-    return losses[0] + (auxiliary * losses[1] if len(losses) > 1 else 0)
+    return losses[0] + (0.4 * losses[1] if len(losses) > 1 else 0)
 
 
 class SceneCrops(Dataset):
-    """Scenes under mmseg's augmentation: scaled by 0.5 to 2 of `short`, a crop of size x size, flips, colours.
+    """Scenes under mmseg's augmentation: the short side to 0.5 to 2 of `size`, a crop of size x size, flips, colours.
 
     Items are (image, labels), normalised. mmseg also draws another crop where one class fills three quarters of it;
     ours does not.
 
     Args:
         data: items (uint8 image, labels) as `data.pretraining.Scenes`.
-        jitter: range of the scale; None: neither scale nor colour jitter, the crop alone.
     """
 
-    def __init__(
-        self,
-        data: Dataset,
-        size: int = 512,
-        short: int = 512,
-        jitter: tuple[float, float] | None = (0.5, 2.0),
-        mean: Sequence[float] = MEAN,
-        std: Sequence[float] = STD,
-    ):
-        self.data, self.short, self.jitter = data, short, jitter
-        crop = v2.RandomCrop((size, size), pad_if_needed=True, fill={tv_tensors.Image: 0, tv_tensors.Mask: IGNORED})
-        colours = [] if jitter is None else [v2.RandomPhotometricDistort()]
-        steps = [
-            crop,
-            v2.RandomHorizontalFlip(),
-            *colours,
-            v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True),
-        ]
-        self.transform = v2.Compose([*steps, v2.Normalize(list(mean), list(std))])
+    def __init__(self, data: Dataset, size: int = 512):
+        self.data, self.size = data, size
+        filled = {tv_tensors.Image: 0, tv_tensors.Mask: IGNORED}
+        self.transform = v2.Compose(
+            [
+                v2.RandomCrop((size, size), pad_if_needed=True, fill=filled),
+                v2.RandomHorizontalFlip(),
+                v2.RandomPhotometricDistort(),
+                v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True),
+                v2.Normalize(list(MEAN), list(STD)),
+            ]
+        )
 
     def __len__(self) -> int:
         return len(self.data)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         image, truth = self.data[index]
-        image, truth = tv_tensors.Image(image), tv_tensors.Mask(truth)
-        if self.jitter is not None:
-            low, high = self.jitter
-            factor = self.short / min(image.shape[1:]) * float(torch.empty(()).uniform_(low, high))
-            side = [max(1, round(n * factor)) for n in image.shape[1:]]
-            image = v2.functional.resize(image, side, antialias=True)
-            truth = v2.functional.resize(truth, side)
-        image, truth = self.transform(image, truth)
+        factor = self.size / min(image.shape[1:]) * float(torch.empty(()).uniform_(0.5, 2.0))
+        side = [max(1, round(n * factor)) for n in image.shape[1:]]
+        image = v2.functional.resize(tv_tensors.Image(image), side, antialias=True)
+        image, truth = self.transform(image, v2.functional.resize(tv_tensors.Mask(truth), side))
         return image.as_subclass(Tensor), truth.as_subclass(Tensor).long()
 
 

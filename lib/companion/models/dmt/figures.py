@@ -1,4 +1,4 @@
-"""Figures of DMT alone: architecture, layers compared, learning rates, probes of a student, t-SNE, masks."""
+"""Figures of DMT alone: layers compared, learning rates, probes of a student, t-SNE, masks."""
 
 from __future__ import annotations
 
@@ -13,25 +13,6 @@ from torch import Tensor
 from ...evaluation.ablations import selected
 from ...viz import plots
 from ...viz.style import COLOURS, method_colours, styled
-
-
-def architecture() -> Figure:
-    """Frozen teachers give targets; the student's tokens are compared with them through adapters and a decoder."""
-    nodes = {
-        "image": (0.5, 1.0, "tensor"),
-        "visible\npatches": (0.5, 2.6, "tensor"),
-        "three ViTs\nMAE, MoCo v3, iBOT": (4.3, 1.0, "frozen"),
-        "normalise (2)\ntargets $t_k$": (9.0, 1.0, "operation"),
-        "student ViT (1)": (2.2, 2.6, "trained"),
-        "adapters $A_k$": (4.3, 2.1, "trained"),
-        "decoder, heads $H_k$": (4.3, 3.1, "trained"),
-        "token loss (3)\nvisible tokens": (6.6, 2.1, "operation"),
-        "map loss (4)\nall positions": (6.6, 3.1, "operation"),
-    }
-    image, part, teachers, norm, student, adapters, decoder, token, mapped = nodes
-    arrows = [(image, teachers), (teachers, norm), (image, part), (part, student), (student, adapters)]
-    arrows += [(student, decoder), (adapters, token), (decoder, mapped), (norm, token), (norm, mapped)]
-    return plots.diagram(nodes, arrows)
 
 
 @styled

@@ -31,11 +31,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...backbones import per_channel
 from ...errors import BadParameter, check_choice
 from ...training.fit import average_over_devices
+from ..layers.mae import Decoder, initialise, take, visible
 from ..layers.precision import without_autocast
-from .vit import DECODERS, Decoder, ViT, initialise, take, visible
+from .vit import ViT
 
 VIEWS = ("full", "same", "lighter")
 NORMS = ("ln", "channel", "none")
@@ -43,6 +43,8 @@ STATISTICS = ("batch", "running")
 FUSIONS = ("separate", "mean", "gate")
 BETA = 2.0  # where smooth L1 turns from a square into a line [anc: G2SD]
 TEMPERATURE = 0.1  # of the gate [house]
+# G2SD's decoders for the students [anc]: width, depth, heads
+DECODERS = {"tiny": (128, 4, 4), "small": (256, 4, 8), "base": (512, 4, 16), "pocket": (32, 1, 4)}
 
 
 # --- teachers and targets ---------------------------------------------------------------------------------------------
@@ -51,8 +53,9 @@ TEMPERATURE = 0.1  # of the gate [house]
 class TeacherOutput(NamedTuple):
     """The outputs of K teachers for a batch, without autograd."""
 
-    tokens: tuple[Tensor, ...]  # each (B, 1 + L, D_k) in raster order; under a narrower view (B, 1 + n_k, D_k)
-    qkv: tuple[Tensor, ...] | None = None  # each (3, B, heads_k, N, d_k) of the last block, for the relation loss
+    tokens: Sequence[Tensor]  # each (B, 1 + L, D_k) in raster order; under a narrower view (B, 1 + n_k, D_k)
+    seen: Sequence[Tensor] | None = None  # under a narrower view each (B, n_k), the patches of the tokens
+    qkv: Sequence[Tensor] | None = None  # each (3, B, heads_k, N, d_k) of the last block, for the relation loss
 
 
 class Teachers(nn.Module):
@@ -67,18 +70,17 @@ class Teachers(nn.Module):
 
     def __init__(self, models: Mapping[str, ViT], *, view: str = "full"):
         super().__init__()
-        if not models:
-            raise BadParameter("teachers", dict(models), "one or more")
         check_choice("teacher_view", view, VIEWS)
-        if len({model.patches for model in models.values()}) > 1:
-            raise BadParameter("teachers", {n: m.patches for n, m in models.items()}, "the same grid of patches in all")
+        if len({model.patches for model in models.values()}) != 1:
+            raise BadParameter("teachers", {n: m.patches for n, m in models.items()}, "one or more, of the same grid")
         copies = {name: copy.deepcopy(model) for name, model in models.items()}
         self.models = nn.ModuleDict(copies).requires_grad_(False).eval()
         self.view = view
 
     def train(self, mode: bool = True) -> Teachers:
-        """They stay in eval mode, independent of the student's mode."""
-        return super().train(False)
+        super().train(mode)
+        self.models.eval()
+        return self
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -94,19 +96,17 @@ class Teachers(nn.Module):
         """Heads of the last blocks."""
         return tuple(model.heads for model in self.models.values())
 
-    def counts(self, patches: int, student: int) -> tuple[int, ...]:
+    def counts(self, patches: int, student: int) -> list[int]:
         """How many patches each teacher receives, when the student receives `student` of `patches`."""
         k = len(self.models)
-        if self.view == "full":
-            return (patches,) * k
-        if self.view == "same":
-            return (student,) * k
-        shares = [student / patches + (1 - student / patches) * (i + 1) / k for i in range(k)]
-        return tuple(max(student, round(share * patches)) for share in shares)
+        if self.view == "lighter":
+            shares = [student / patches + (1 - student / patches) * (i + 1) / k for i in range(k)]
+            return [max(student, round(share * patches)) for share in shares]
+        return [patches if self.view == "full" else student] * k
 
     @torch.no_grad()
     def forward(
-        self, images: Tensor, order: Tensor | None = None, student: int | None = None, relations: bool = False
+        self, images: Tensor, order: Tensor | None = None, student: int = 0, relations: bool = False
     ) -> TeacherOutput:
         """Tokens of images (B, 3, S, S).
 
@@ -115,27 +115,16 @@ class Teachers(nn.Module):
             student: how many of them are the student's.
             relations: queries, keys and values too.
         """
-        seen: Sequence[Tensor | None] = (None,) * len(self.models)
+        models, seen = list(self.models.values()), None
         if self.view != "full":
-            if order is None or student is None:
+            if order is None:
                 raise BadParameter("order", None, f"the order of the patches, which teacher_view = {self.view!r} needs")
             seen = [order[:, :count] for count in self.counts(order.shape[1], student)]
-        tokens, all_qkv = [], []
-        for model, keep in zip(self.models.values(), seen, strict=True):
-            if relations:
-                last = len(model.blocks) - 1
-                x = model.hidden(images, (last - 1,), keep)[0] if last else model.embed(images, keep)
-                all_qkv.append(model.qkv(x))
-                tokens.append(model.blocks[last](x))
-            else:
-                tokens.append(model.hidden(images, keep=keep)[0])
-        return TeacherOutput(tuple(tokens), tuple(all_qkv) if relations else None)
-
-
-def grey(images: Tensor) -> Tensor:
-    """Images (B, 3, H, W) without their colour: the weighted mean of the channels (ITU-R 601), three times."""
-    weights = per_channel((0.299, 0.587, 0.114), images.device).flatten().to(images.dtype)
-    return torch.einsum("bchw,c->bhw", images, weights)[:, None].expand_as(images)
+        pairs = list(zip(models, seen or [None] * len(models), strict=True))
+        if not relations:
+            return TeacherOutput([model.hidden(images, keep=keep)[0] for model, keep in pairs], seen)
+        qkv, tokens = zip(*(model.last_block(images, keep) for model, keep in pairs), strict=True)
+        return TeacherOutput(tokens, seen, qkv)
 
 
 class TargetNorm(nn.Module):
@@ -168,16 +157,57 @@ class TargetNorm(nn.Module):
         x = F.layer_norm(x, x.shape[-1:], eps=1e-6)
         if self.kind == "ln":
             return x
-        mean, square = x.mean((0, 1)), x.square().mean((0, 1))
+        mean, square = x.mean((0, 1)), x.square().mean((0, 1))  # (D_k,)
         if self.statistics == "running":
             if self.training:
-                # the first batches have equal weight, to limit the influence of the initial values
-                self.batches += 1
-                share = torch.clamp(1 / self.batches, min=self.momentum)
-                self.mean.lerp_(average_over_devices(mean), share)
-                self.square.lerp_(average_over_devices(square), share)
+                self._update(mean, square)
             mean, square = self.mean, self.square
         return (x - mean) / (square - mean.square()).clamp_min(1e-6).sqrt()
+
+    def _update(self, mean: Tensor, square: Tensor) -> None:
+        # the first batches have equal weight, to limit the influence of the initial values
+        self.batches += 1
+        share = torch.clamp(1 / self.batches, min=self.momentum)
+        self.mean.lerp_(average_over_devices(mean), share)
+        self.square.lerp_(average_over_devices(square), share)
+
+
+class Rotation(nn.Module):
+    """Targets (..., D_k) in the space of the widest teacher, by a fixed matrix with orthonormal rows: angles are kept.
+
+    A learned matrix could make all targets zero [house].
+    """
+
+    def __init__(self, width: int, widest: int, generator: torch.Generator):
+        super().__init__()
+        square = torch.linalg.qr(torch.randn(widest, widest, generator=generator))[0]
+        self.register_buffer("matrix", square[:width] * math.sqrt(widest / width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with without_autocast(x.device):
+            return x @ self.matrix
+
+
+def mean_target(targets: Sequence[Tensor]) -> Tensor:
+    """The mean (B, N, D) of all teachers' targets, in float32 also under autocast."""
+    stacked = torch.stack(list(targets))  # (K, B, N, D)
+    with without_autocast(stacked.device):
+        return torch.einsum("k,kbnd->bnd", stacked.new_ones(len(targets)) / len(targets), stacked)
+
+
+def gated_target(targets: Sequence[Tensor], predicted: Tensor) -> Tensor:
+    """One target (B, N, D), in which each token weighs the teachers by their agreement with student and others (6).
+
+    The weights are the softmax over teachers of the cosine between the student's prediction and the teacher's target
+    times the teacher's mean cosine with the other teachers, over the temperature. In float32 also under autocast.
+    """
+    stacked, others = torch.stack(list(targets)), len(targets) - 1  # (K, B, N, D)
+    with without_autocast(stacked.device):
+        unit = F.normalize(stacked, dim=-1)
+        affinity = torch.einsum("bnd,kbnd->kbn", F.normalize(predicted.detach().float(), dim=-1), unit)
+        every = torch.einsum("jbnd,kbnd->jkbn", unit, unit)
+        agreement = (every.sum(0) - torch.diagonal(every).movedim(-1, 0)) / others  # (K, B, N)
+        return torch.einsum("kbn,kbnd->bnd", (affinity * agreement / TEMPERATURE).softmax(0), stacked)
 
 
 # --- losses -----------------------------------------------------------------------------------------------------------
@@ -225,7 +255,7 @@ class DMT(nn.Module):
         mask_ratio: share of patches that are masked for the student [anc: 0.75; house: 0.5 at the pocket profile].
         target_norm, statistics: see `TargetNorm` [house].
         fusion: "separate": a head and a loss for each teacher, averaged [house]. "mean": one target, the mean of the
-            teachers [house]; "gate": one target, with weights for each token [2nd: CoMAD], see `fuse`.
+            teachers [house]; "gate": one target, with weights for each token [2nd: CoMAD].
         token_weight, map_weight, relation_weight: of the three losses [house: 1, 1, 0]; modules that only a loss of
             weight 0 needs are not built.
         decoder: its width, depth and heads; one of `DECODERS` or a tuple [anc: G2SD's sizes].
@@ -249,141 +279,101 @@ class DMT(nn.Module):
     ):
         super().__init__()
         live = teachers if isinstance(teachers, Teachers) else None
-        self.widths = tuple(teachers) if live is None else live.widths
+        self.widths = widths = tuple(teachers) if live is None else live.widths
         check_choice("fusion", fusion, FUSIONS)
-        if not self.widths:
-            raise BadParameter("teachers", self.widths, "one or more")
-        weights = (token_weight, map_weight, relation_weight)
-        if min(weights) < 0 or not sum(weights):
-            raise BadParameter("token_weight, map_weight, relation_weight", weights, "0 or more, not all 0")
         visible(student.patches, mask_ratio)
-        if live is not None and (grid := next(iter(live.models.values())).patches) != student.patches:
-            raise BadParameter("student", f"{student.patches} patches", f"{grid}, as the teachers have")
-        if relation_weight and live is None:
-            raise BadParameter("relation_weight", relation_weight, "0, when the teachers' tokens are read from a cache")
-        if relation_weight and live is not None and set(live.heads) != {student.heads}:
-            accepted = f"heads in the student's last block as in the teachers' ({live.heads}, not {student.heads})"
-            raise BadParameter("relation_weight", relation_weight, f"{accepted}: ViT(last_heads=...)")
-        if isinstance(decoder, str):
-            check_choice("decoder", decoder, DECODERS)
-            decoder = DECODERS[decoder]
+        if relation_weight and (live is None or set(live.heads) != {student.heads}):
+            accepted = "0, unless the teachers run and the student's last block has as many heads: ViT(last_heads=...)"
+            raise BadParameter("relation_weight", relation_weight, accepted)
         self.student, self.teachers = student, live
         self.mask_ratio, self.fusion = mask_ratio, fusion
-        self.token_weight, self.map_weight, self.relation_weight = weights
-        self.target_norms = nn.ModuleList(TargetNorm(width, target_norm, statistics) for width in self.widths)
-        heads = self.widths if fusion == "separate" else (max(self.widths),)
-        # fused targets are in one space: that of the widest teacher, into which others are mapped by a fixed matrix
-        # with orthonormal rows (a learned one could make all targets zero) [house]
-        self.common = fusion != "separate" and len(set(self.widths)) > 1
-        if self.common:
-            generator = torch.Generator().manual_seed(0)
-            for k, width in enumerate(self.widths):
-                square = torch.linalg.qr(torch.randn(heads[0], heads[0], generator=generator))[0]
-                self.register_buffer(f"turn{k}", square[:width] * math.sqrt(heads[0] / width))
-        self.adapters = nn.ModuleList(nn.Linear(student.width, width) for width in heads) if token_weight else None
-        self.decoder = Decoder(student.width, *decoder, student.grid) if map_weight else None
-        self.map_heads = nn.ModuleList(nn.Linear(decoder[0], width) for width in heads) if map_weight else None
+        self.token_weight, self.map_weight, self.relation_weight = token_weight, map_weight, relation_weight
+        self.target_norms = nn.ModuleList(TargetNorm(width, target_norm, statistics) for width in widths)
+        heads, rotated = widths, []
+        if fusion != "separate":
+            heads, generator = (max(widths),), torch.Generator().manual_seed(0)
+            rotated = [Rotation(width, max(widths), generator) for width in widths] if len(set(widths)) > 1 else []
+        self.rotations = nn.ModuleList(rotated)
+        sizes = DECODERS[decoder] if isinstance(decoder, str) else decoder
+        self.adapters = self.decoder = self.map_heads = None
+        if token_weight:
+            self.adapters = nn.ModuleList(nn.Linear(student.width, width) for width in heads)
+        if map_weight:
+            self.decoder = Decoder(student.width, *sizes, student.grid).initialise()
+            self.map_heads = nn.ModuleList(nn.Linear(sizes[0], width) for width in heads)
         for part in (self.adapters, self.map_heads):
             if part is not None:
                 part.apply(initialise)
 
-    def targets(self, output: TeacherOutput | Sequence[Tensor]) -> list[Tensor]:
-        """t_k (B, N, D_k), float32: each teacher's tokens, normalised; mapped into one space where they are fused."""
-        tokens = output.tokens if isinstance(output, TeacherOutput) else output
-        if [t.shape[-1] for t in tokens] != list(self.widths):
-            shapes = [tuple(t.shape) for t in tokens]
-            raise BadParameter("teacher_output", shapes, f"{len(self.widths)} tensors, {self.widths} wide")
-        found = [norm(t) for norm, t in zip(self.target_norms, tokens, strict=True)]
-        with without_autocast(found[0].device):
-            return [t @ getattr(self, f"turn{k}") for k, t in enumerate(found)] if self.common else found
-
-    def fuse(self, targets: Sequence[Tensor], predicted: Tensor) -> Tensor:
-        """One target (B, N, D) of all teachers' (in one space), in float32 also under autocast.
-
-        "mean": their mean. "gate": a weight for each teacher and token, the softmax over teachers of the cosine between
-        the student's prediction and the teacher's target times the teacher's mean cosine with the other teachers, over
-        the temperature.
-        """
-        stacked, count = torch.stack(list(targets)), len(targets)  # (K, B, N, D)
-        with without_autocast(stacked.device):
-            if self.fusion == "mean" or count == 1:
-                return torch.einsum("k,kbnd->bnd", stacked.new_ones(count) / count, stacked)
-            unit = F.normalize(stacked, dim=-1)
-            affinity = torch.einsum("bnd,kbnd->kbn", F.normalize(predicted.detach().float(), dim=-1), unit)
-            every = torch.einsum("jbnd,kbnd->jkbn", unit, unit)
-            agreement = (every.sum(0) - torch.diagonal(every).movedim(-1, 0)) / (count - 1)
-            return torch.einsum("kbn,kbnd->bnd", (affinity * agreement / TEMPERATURE).softmax(0), stacked)
-
     def forward(
-        self,
-        images: Tensor,
-        teacher_output: TeacherOutput | Sequence[Tensor] | None = None,
-        noise: Tensor | None = None,
-        trace: dict | None = None,
+        self, images: Tensor, output: TeacherOutput | Sequence[Tensor] | None = None, noise: Tensor | None = None
     ) -> Losses:
         """The losses of images (B, 3, S, S).
 
         Args:
-            teacher_output: from a cache; None: computed by the teachers.
+            output: of the teachers, or their tokens (B, N, D_k) from a cache; None: computed.
             noise: (B, L) the patches with the least of it are visible; None: drawn.
-            trace: receives "keep" (B, V), "latent" z, "targets", "tokens" A_k(z) and "maps" p_k, lists by head.
         """
-        patches, trace = self.student.patches, {} if trace is None else trace
-        if noise is None:
-            noise = torch.rand(len(images), patches, device=images.device)
-        count, order = visible(patches, self.mask_ratio), noise.argsort(1)
-        keep, view = order[:, :count], "full"
-        seen: tuple[int, ...] = ()
-        if teacher_output is None:
+        patches = self.student.patches
+        noise = torch.rand(len(images), patches, device=images.device) if noise is None else noise
+        count, order = visible(patches, self.mask_ratio), noise.argsort(1)  # (B, L)
+        keep = order[:, :count]  # (B, V)
+        if output is None:
             if self.teachers is None:
-                raise BadParameter("teacher_output", None, "tokens: this DMT was made with the teachers' widths alone")
-            teacher_output, view = self.teachers(images, order, count, bool(self.relation_weight)), self.teachers.view
-            seen = self.teachers.counts(patches, count)
-        targets = self.targets(teacher_output)
+                raise BadParameter("output", None, "tokens: this DMT was made with the teachers' widths alone")
+            output = self.teachers(images, order, count, bool(self.relation_weight))
+        output = output if isinstance(output, TeacherOutput) else TeacherOutput(output)
+        seen, targets = output.seen, self.targets(output.tokens)  # t_k: (B, 1 + L, D_k), or (B, 1 + n_k, D_k) (2)
+        if seen and self.fusion != "separate":  # fused: the positions that all teachers receive
+            least = min(index.shape[1] for index in seen)
+            seen, targets = [index[:, :least] for index in seen], [t[:, : 1 + least] for t in targets]
 
         if self.relation_weight:
-            # the last block's queries, keys and values; the block itself then runs normally
-            last = len(self.student.blocks) - 1
-            x = self.student.hidden(images, (last - 1,), keep)[0] if last else self.student.embed(images, keep)
-            own_qkv, latent = self.student.qkv(x), self.student.norm(self.student.blocks[last](x))
+            qkv, x = self.student.last_block(images, keep)
+            z = self.student.norm(x)
         else:
-            latent = self.student(images, keep)
-        trace |= {"keep": keep, "latent": latent, "targets": targets}
+            z = self.student(images, keep)  # (B, 1 + V, D) (1)
 
-        token = mapped = latent.new_zeros(1 if self.fusion != "separate" else len(targets), dtype=torch.float32)
-        if self.adapters is not None:
-            # of a narrower view the student's patches are the first
-            at = [take(t, keep) if view == "full" else t[:, : 1 + count] for t in targets]
-            trace["tokens"] = [adapter(latent) for adapter in self.adapters]
-            token = self._compare(trace["tokens"], at)
-        if self.decoder is not None and self.map_heads is not None:
-            decoded = self.decoder(latent, keep)
-            trace["maps"] = maps = [head(decoded) for head in self.map_heads]
-            if view != "full":  # each teacher's positions; of fused targets those that all teachers receive
-                counts = seen if self.fusion == "separate" else (min(seen),) * len(seen)
-                targets = [t[:, : 1 + n] for t, n in zip(targets, counts, strict=True)]
-                maps = [take(p, order[:, :n]) for p, n in zip(maps, counts, strict=False)]
+        token = mapped = z.new_zeros(1 if self.fusion != "separate" else len(targets), dtype=torch.float32)
+        if self.adapters is not None:  # (3); the student's patches are the first of a narrower view
+            visible_targets = [t[:, : 1 + count] if seen else take(t, keep) for t in targets]  # (B, 1 + V, D_k)
+            token = self._compare([adapter(z) for adapter in self.adapters], visible_targets)
+        if self.decoder is not None and self.map_heads is not None:  # (4)
+            decoded = self.decoder(z, keep)  # (B, 1 + L, E)
+            maps = [head(decoded) for head in self.map_heads]  # p_k: (B, 1 + L, D_k)
+            if seen:
+                maps = [take(p, index) for p, index in zip(maps, seen, strict=False)]  # (B, 1 + n_k, D_k)
             mapped = self._compare(maps, targets)
-        related = latent.new_zeros(len(self.widths), dtype=torch.float32)
+        relation = z.new_zeros(len(targets), dtype=torch.float32)
         if self.relation_weight:
-            index = F.pad(keep + 1, (1, 0))[None, :, None, :, None]  # the [CLS] token and V
-            qkv = teacher_output.qkv if isinstance(teacher_output, TeacherOutput) else None
-            if qkv is None:
-                raise BadParameter(
-                    "teacher_output", "tokens alone", "queries, keys and values too (relation_weight > 0)"
-                )
-            at = [t.take_along_dim(index, 3) if view == "full" else t[:, :, :, : 1 + count] for t in qkv]
-            related = torch.stack([sum(relation_loss(own_qkv, t)) for t in at])
+            relation = self._relations(qkv, output, keep)
+        total = (self.token_weight * token + self.map_weight * mapped).mean()  # (5)
+        return Losses(total + self.relation_weight * relation.mean(), token, mapped, relation)
 
-        total = (self.token_weight * token + self.map_weight * mapped).mean()
-        return Losses(total + self.relation_weight * related.mean(), token, mapped, related)
+    def targets(self, tokens: Sequence[Tensor]) -> list[Tensor]:
+        """t_k (B, N, D_k), float32: each teacher's tokens, normalised; in one space where they are fused (2)."""
+        if [t.shape[-1] for t in tokens] != list(self.widths):
+            shapes = [tuple(t.shape) for t in tokens]
+            raise BadParameter("output", shapes, f"{len(self.widths)} tensors, {self.widths} wide")
+        normed = [norm(t) for norm, t in zip(self.target_norms, tokens, strict=True)]
+        return [rotate(t) for rotate, t in zip(self.rotations, normed, strict=True)] if self.rotations else normed
 
     def _compare(self, predicted: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
         """Smooth L1 [anc: G2SD] of each head, (heads,)."""
-        if self.fusion != "separate":
-            targets = [self.fuse(targets, predicted[0])]
+        if self.fusion == "gate" and len(targets) > 1:
+            targets = [gated_target(targets, predicted[0])]
+        elif self.fusion != "separate":
+            targets = [mean_target(targets)]
         pairs = zip(predicted, targets, strict=True)
         return torch.stack([F.smooth_l1_loss(p.float(), t, beta=BETA) for p, t in pairs])
+
+    def _relations(self, qkv: Tensor, output: TeacherOutput, keep: Tensor) -> Tensor:
+        """The relation loss with each teacher, (K,), on the student's [CLS] token and visible patches."""
+        if output.qkv is None:
+            raise BadParameter("output", "tokens alone", "queries, keys and values too (relation_weight > 0)")
+        index = F.pad(keep + 1, (1, 0))[None, :, None, :, None]  # (1, B, 1, 1 + V, 1)
+        at = [t[:, :, :, : index.shape[3]] if output.seen else t.take_along_dim(index, 3) for t in output.qkv]
+        return torch.stack([sum(relation_loss(qkv, t)) for t in at])
 
     def export(self) -> ViT:
         """The student alone, a copy in eval mode: what is fine-tuned afterwards."""
@@ -392,6 +382,6 @@ class DMT(nn.Module):
 
 def loss(model: nn.Module, batch: Sequence[Tensor]) -> dict[str, Tensor]:
     """For `fit`: the loss and the means of its parts. A batch is images, or images and each teacher's tokens."""
-    found = model(batch[0], batch[1:] or None)
-    parts = {"token loss": found.token, "map loss": found.map, "relation loss": found.relation}
-    return {"loss": found.total} | {name: part.detach().mean() for name, part in parts.items()}
+    losses = model(batch[0], batch[1:] or None)
+    parts = {"token loss": losses.token, "map loss": losses.map, "relation loss": losses.relation}
+    return {"loss": losses.total} | {name: part.detach().mean() for name, part in parts.items()}

@@ -1,4 +1,8 @@
-"""DMT (a reconstruction): the `paper` profile, distillation and downstream tasks with the ancestors' settings."""
+"""DMT (a reconstruction): the `paper` profile, distillation and downstream tasks with the ancestors' settings.
+
+`p` are the checked parameters of the notebook, dmt.ipynb: `profile`, `dry_run`, `seed`, `task`, `dataset`, `data_root`,
+the choices of the method (`DISTILLED`), `teacher_files`, `encoder`, `weights`, and those that `Hardware.of` reads.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +29,13 @@ from ...data.classification import Images
 from ...data.pretraining_sets import ADE20K, COCO, IMAGENET
 from ...errors import BadParameter, CorruptFile, MissingWeights
 from ...evaluation.metrics import detection, landcover
-from ...evaluation.tables import published_table, upsert_rows, with_measured
-from ...ops.papers import paper
+from ...evaluation.tables import Results, published_table, with_measured
+from ...ops import papers
 from ...ops.progress import progress
-from ...training.checkpoints import Checkpoint, checkpoint_key, save
-from ...training.fit import Hardware, History, apart, device, evaluating, fit, predict
-from ...training.schedules import adamw, given, learning_rates, schedule
+from ...training import checkpoints
+from ...training.fit import Hardware, History, Loss, apart, device, evaluating, predict
+from ...training.recipe import Training, run
+from ...training.schedules import adamw, learning_rates, schedule, sgd
 from . import cache as dmt_cache
 from . import downstream as down
 from . import teachers as dmt_teachers
@@ -40,40 +45,37 @@ from .vit import ViT
 
 WORKERS = min(16, os.cpu_count() or 1)
 MICRO_BATCH = 256  # micro-batch of a device; the gradients of a step are accumulated
-EVERY = 200  # steps between checkpoints
 # weights of token, feature-map and relation loss
 LOSSES = {"token and map": (1, 1, 0), "token": (1, 0, 0), "map": (0, 1, 0), "with relations": (1, 1, 1)}
 USUAL = {"distil": IMAGENET, "fine-tune": IMAGENET, "linear probe": IMAGENET, "detect": COCO, "segment": ADE20K}
 SIZES = {"detect": 1024, "segment": 512}  # sides of training crops, in pixels
+CLASSES = {"fine-tune": 1000, "linear probe": 1000, "detect": 80, "segment": 150}
 CROP = (0.2, 1.0)  # share of an image's area in a crop of distillation
-DRY_BATCH = 2
+DROPS = (163_889, 177_546)  # of 184,375 steps, those at which a detector's learning rate falls to a tenth
 TEST_BATCH = 8  # images per batch of a detector's test
-DRY_CLASSES = {"fine-tune": 1000, "linear probe": 10, "detect": 80, "segment": 150}  # ten for twenty images
+DRY_BATCH = 2
+CHOICES = {
+    "teacher_view": "full",
+    "target_norm": "channel",
+    "fusion": "separate",
+    "losses": "token and map",
+    "mask_ratio": 0.75,
+    "cached": False,  # one fixed crop of each image in all epochs
+}
+"""Choices of the reconstruction, with their defaults."""
+DISTILLED = ("student", "teachers", *CHOICES)
+"""The parameters that a student's file records."""
+TABLES = {
+    "imagenet": {"top-1": "imagenet_top1"},
+    "coco": {"box AP": "box_ap", "mask AP": "mask_ap"},
+    "ade20k": {"mIoU": "miou"},
+}
 
 
-@dataclass(frozen=True)
-class Setting:
-    """The models and data of a distillation.
-
-    Attributes:
-        title: of the data.
-        learning_rates: by method.
-        build: the model of a method, before training.
-        learn: trains a model in place: (model, method, arguments of `fit`) to the history.
-        trained: file of the student after a `paper` training, the parameter `weights`; None if none is written.
-    """
-
-    title: str
-    learning_rates: dict[str, float]
-    build: Callable[[str], DMT]
-    learn: Callable[..., History]
-    trained: Path | None = None
+# --- settings ---------------------------------------------------------------------------------------------------------
 
 
-# --- distillation by the ancestors' settings --------------------------------------------------------------------------
-
-
-def recipe(task: str) -> dict[str, float]:
+def published(task: str) -> dict[str, float]:
     """The settings of a task in the paper's YAML, G2SD's and MAE's."""
     row = published_table("dmt", "recipe").set_index("method").loc[task]
     return {name: float(value) for name, value in row.items() if not np.isnan(value)}
@@ -81,38 +83,22 @@ def recipe(task: str) -> dict[str, float]:
 
 def protocol() -> dict[str, str]:
     """The settings of the `paper` profile, one per row. DMT's own were not found: these are its ancestors'."""
-    distil, tune, probe, detect, segment = (recipe(task) for task in USUAL)
-    mixup, cutmix, smoothing = down.mixed_loss.__defaults__ or ()
-    crop = " to ".join(f"{100 * share:.0f}" for share in CROP)
+    tasks = {task.replace("-", "_").replace(" ", "_"): published(task) for task in USUAL}
+    constants = {"SIZES": SIZES, "DROPS": DROPS, "CROP": [100 * share for share in CROP], "down": down}
+    return papers.protocol("dmt", **tasks, **constants, precision=papers.paper("dmt")["precision"])
 
-    def adam(r: Mapping[str, float]) -> str:
-        decay = f"decay {r['weight_decay']:g}" + (f", layer decay {r['layer_decay']:g}" if "layer_decay" in r else "")
-        return f"AdamW, betas 0.9 and {r['beta2']:g}, {r['lr']:g} for batch {r['batch']:g}, {decay}"
 
-    def cosine(r: Mapping[str, float]) -> str:
-        return f"{r['warmup_epochs']:g} epochs of warm-up, cosine to {r['final_lr']:g}, {r['epochs']:g} epochs"
+def _hardware(p: SimpleNamespace, batch: int = 1, micro_batch: int = MICRO_BATCH) -> Hardware:
+    return Hardware.of(p, "dmt", workers=WORKERS, accumulate=-(-batch // (p.devices * micro_batch)))
 
-    mixed = f"mixup {mixup:g}, cutmix {cutmix:g}, smoothing {smoothing:g}"
-    steps = f"{detect['steps']:,.0f} steps, x 0.1 at {' and '.join(f'{step:,}' for step in DROPS)}"
-    linear = f"{segment['steps']:,.0f} steps, linear to {segment['final_lr']:g}"
-    return {
-        "source": "DMT's own settings were not found; distillation and dense tasks as G2SD, fine-tuning as MAE",
-        "distillation": f"{adam(distil)}; {cosine(distil)}",
-        "distillation, images": f"crop of {crop} % to 224, bicubic, flip; ImageNet's mean and std",
-        "distillation, losses": "smooth L1 on tokens and feature maps, targets standardised by channel (ours)",
-        "fine-tuning": f"{adam(tune)}; {cosine(tune)}; drop path {tune['drop_path']:g}",
-        "fine-tuning, images": f"{down.RAND_AUGMENT}, erasing {down.ERASING:g}, {mixed}",
-        "linear probe": f"SGD with momentum, {probe['lr']:g} for batch {probe['batch']:g}; {cosine(probe)} (ours)",
-        "detection": f"Mask R-CNN on a simple pyramid, {SIZES['detect']} pixels; {adam(detect)}; {steps}",
-        "segmentation": f"UPerNet, {SIZES['segment']} pixels; {adam(segment)}; {linear}",
-        "last images of an epoch": "left out, too few for a batch; others in each epoch",
-        "precision": f"{paper('dmt')['precision']} on a GPU (ours)",
-        "test images": "short side 256, centre crop of 224, bicubic",
-        "selection": "the last step, everywhere; MAE's code reports the best epoch on the test set",
-        "seeds": "the parameter seed; how many runs the paper averages was not found",
-        "sweep": "none found",
-        "metric": "top-1; box and mask AP; mIoU",
-    }
+
+def _facts(p: SimpleNamespace) -> dict[str, Any]:
+    """The parameters that determine a training; files of weights are hashed by their tensors."""
+    names = ("seed", "dataset", *DISTILLED)
+    return {name: getattr(p, name) for name in names} | {"data_root": Path(p.data_root)}
+
+
+# --- teachers and students --------------------------------------------------------------------------------------------
 
 
 def named(text: str) -> list[str]:
@@ -125,13 +111,13 @@ def named(text: str) -> list[str]:
 
 def files(text: str) -> dict[str, str]:
     """Files of teachers, "name=file", comma-separated. Raises `BadParameter`."""
-    found = {}
+    paths = {}
     for entry in (entry.strip() for entry in text.split(",") if entry.strip()):
         name, equals, path = (part.strip() for part in entry.partition("="))
         if not equals or not path or name not in dmt_teachers.RELEASED:
             raise BadParameter("teacher_files", entry, f"name=file, the name one of {list(dmt_teachers.RELEASED)}")
-        found[name] = path
-    return found
+        paths[name] = path
+    return paths
 
 
 def released(p: SimpleNamespace, name: str) -> ViT:
@@ -148,14 +134,13 @@ def teachers(p: SimpleNamespace) -> Teachers:
     return Teachers({name: released(p, name) for name in names}, view=p.teacher_view)
 
 
-def build(p: SimpleNamespace, found: Teachers) -> DMT:
+def build(p: SimpleNamespace, taught_by: Teachers) -> DMT:
     """Student, adapters and decoder of random weights, drawn from the seed."""
     torch.manual_seed(p.seed)
     token, mapped, related = LOSSES[p.losses]
-    student = vit.build(p.student, last_heads=max(found.heads) if related else None)
     return DMT(
-        student,
-        found.widths if p.cached else found,
+        vit.build(p.student, last_heads=max(taught_by.heads) if related else None),
+        taught_by.widths if p.cached else taught_by,
         mask_ratio=p.mask_ratio,
         statistics="running",
         target_norm=p.target_norm,
@@ -165,6 +150,98 @@ def build(p: SimpleNamespace, found: Teachers) -> DMT:
         relation_weight=related,
         decoder=p.student,
     )
+
+
+# --- distillation by the ancestors' settings --------------------------------------------------------------------------
+
+
+def distillation(p: SimpleNamespace, out: Path) -> tuple[str, Training]:
+    """The data's title, and the training of the notebook's parameters; cached tokens are below `out`.
+
+    Raises `BadParameter`, `MissingData`, `MissingWeights`: with the change or download needed.
+    """
+    if p.cached and p.losses == "with relations":
+        raise BadParameter("losses", p.losses, "any other with cached teachers: relations are not stored")
+    taught_by, facts = teachers(p), _facts(p)
+    if p.dry_run:
+        generator = torch.Generator().manual_seed(p.seed)
+        images: Dataset = TensorDataset(torch.rand(2 * DRY_BATCH, 3, 224, 224, generator=generator))
+        title = "generated images, random teachers without a file (dry run: losses mean nothing)"
+    else:
+        images = _images_to_distil(p)
+        title = f"{p.dataset or USUAL['distil']}, {len(images):,} images"
+        facts["models"] = taught_by
+        if p.dataset == "folder":  # its images may change between runs
+            facts["images"] = [os.path.relpath(path, p.data_root) for path in images.sources]
+
+    def data() -> Dataset:
+        if not p.cached:
+            return Augmented(images, augment())
+        views = dmt_cache.Views(images, augment(), seed=p.seed)
+        make = functools.partial(dmt_cache.build, out / "teachers", taught_by, views, hardware=_hardware(p))
+        if p.devices > 1:
+            apart(make)  # the code below only opens it
+        return dmt_cache.Distilled(views, make())
+
+    return title, Training(
+        name=f"ViT-{p.student}, seed {p.seed}, {checkpoints.checkpoint_key(**facts)}",
+        build=lambda: build(p, taught_by),
+        loss=loss,
+        data=data,
+        fit=stage(p, len(images)),
+        facts=facts,
+        weights=lambda model: model.export().to_official(),
+    )
+
+
+def stage(p: SimpleNamespace, images: int) -> dict[str, Any]:
+    """The arguments of `fit` for G2SD's generic stage on so many images; the learning rate is scaled with the batch.
+
+    The batch is G2SD's; of fewer images all of them, rounded down to a multiple of the devices. The running statistics
+    of the targets are updated once for each micro-batch.
+    """
+    r = published("distil")
+    batch = DRY_BATCH if p.dry_run else min(int(r["batch"]), max(images // p.devices, 1) * p.devices)
+    scale = 1.0 if p.dry_run else batch / r["batch"]
+    falling = schedule("cosine", r["warmup_epochs"] / r["epochs"], r["final_lr"] * scale)
+    return {
+        "epochs": 2 / (images // batch) if p.dry_run else r["epochs"],
+        "batch": batch,
+        "optimizer": adamw(r["lr"] * scale, r["weight_decay"], betas=(0.9, r["beta2"])),
+        "schedule": schedule("constant", 0) if p.dry_run else falling,
+        "seed": p.seed,
+        "hardware": _hardware(p, batch),
+        "name": "DMT",
+    }
+
+
+def distil(p: SimpleNamespace, out: Path, **changes: Any) -> tuple[DMT, History]:
+    """The trained model and its history; the student is written to `out`/trained, but not by a dry run.
+
+    `changes` are arguments of `fit`.
+    """
+    _, training = distillation(p, out)
+    model, history = run(training, None if p.dry_run else out, **changes)
+    if not p.dry_run:
+        save_student(model, student_file(training, out), {name: getattr(p, name) for name in DISTILLED})
+    return model, history
+
+
+def student_file(training: Training, out: Path) -> Path:
+    """The file of the student of a distillation, the parameter `weights` of the downstream tasks."""
+    return checkpoints.file(out / "trained", training.name, ".safetensors")
+
+
+def save_student(model: DMT, path: str | Path, choices: Mapping[str, object] | None = None) -> Path:
+    """Write the student alone, under the official names of MAE, MoCo v3, iBOT and DINO: the parameter `weights`.
+
+    Heads are not in the tensors but in the file's metadata; after a relation loss the last block has as many as the
+    teachers. `choices`: the parameters `DISTILLED`, which go there too, and which `encoder` compares."""
+    student, path = model.export(), Path(path)
+    metadata = {"heads": str(student.blocks[0].attn.num_heads), "last_heads": str(student.heads)}
+    if choices is not None:
+        metadata["distilled"] = json.dumps(dict(choices))
+    return checkpoints.save(path.parent, path.stem, student.to_official(), metadata)
 
 
 def augment(size: int = 224) -> v2.Transform:
@@ -188,105 +265,6 @@ class Augmented(Dataset):
         return (self.transform(self.data[index][0]),)
 
 
-def distil_batch(p: SimpleNamespace, images: int) -> int:
-    """G2SD's batch; for fewer images all of them, rounded down to a multiple of the devices."""
-    return min(int(recipe("distil")["batch"]), max(images // p.devices, 1) * p.devices)
-
-
-def distil_rates(per_epoch: int) -> np.ndarray:
-    """The learning rate at each step of G2SD's generic stage."""
-    r = recipe("distil")
-    steps, warmup = int(r["epochs"]) * per_epoch, int(r["warmup_epochs"]) * per_epoch
-    return learning_rates("cosine", r["lr"], steps, warmup, r["final_lr"])
-
-
-def distil(
-    p: SimpleNamespace,
-    model: DMT,
-    data: Dataset,
-    *,
-    rates: np.ndarray | None = None,
-    micro_batch: int = MICRO_BATCH,
-    **changes: Any,
-) -> History:
-    """Train by G2SD's recipe, in place; return the history.
-
-    Args:
-        data: items (image,), or (image, tokens of each teacher) of a cache.
-        rates: the learning rate of each step; None: the published ones, scaled with the batch as in G2SD.
-        micro_batch: micro-batch of a device. (The running statistics of the targets are updated once for each.)
-        changes: arguments of `fit`.
-    """
-    r = recipe("distil")
-    options = {"batch": distil_batch(p, len(data)), "seed": p.seed, "name": "distillation"} | changes
-    per_epoch = len(data) // options["batch"]
-    rates = distil_rates(per_epoch) * (options["batch"] / r["batch"]) if rates is None else rates
-    hardware = _hardware(p, -(-options["batch"] // (p.devices * micro_batch)))
-    optimizer = adamw(r["lr"], r["weight_decay"], betas=(0.9, r["beta2"]))
-    options = {"epochs": len(rates) / per_epoch, "optimizer": optimizer, "schedule": given(rates)} | options
-    return fit(model, loss, data, **{"hardware": hardware} | options)
-
-
-def _hardware(p: SimpleNamespace, accumulate: int = 1) -> Hardware:
-    return Hardware.of(p, "dmt", workers=WORKERS, accumulate=accumulate)
-
-
-def _facts(p: SimpleNamespace) -> dict[str, Any]:
-    """The parameters that determine a training, for its checkpoint's key; files of weights are hashed by their
-    tensors."""
-    names = ("seed", "dataset", "student", "teachers", "teacher_view", "target_norm", "fusion", "losses", "mask_ratio")
-    return {name: getattr(p, name) for name in (*names, "cached")} | {"data_root": Path(p.data_root)}
-
-
-def setting(p: SimpleNamespace, out: Path) -> Setting:
-    """The distillation of the notebook's parameters.
-
-    Args:
-        p: the checked parameters of the notebook.
-        out: the run's folder, for a cache, checkpoints and the trained student.
-
-    Raises `BadParameter`, `MissingData`, `MissingWeights`: with the change or download needed.
-    """
-    found, lr = teachers(p), recipe("distil")["lr"]
-    options: dict[str, Any] = {}
-    if p.cached and p.losses == "with relations":
-        raise BadParameter("losses", p.losses, "any other with cached teachers: relations are not stored")
-    if p.dry_run:
-        generator = torch.Generator().manual_seed(p.seed)
-        raw: Dataset = TensorDataset(torch.rand(2 * DRY_BATCH, 3, 224, 224, generator=generator))
-        title = "generated images, random teachers without a file (dry run: losses mean nothing)"
-        options = {"rates": np.full(2, lr), "batch": DRY_BATCH}
-        trained = None
-    else:
-        raw = _images_to_distil(p)
-        title = f"{p.dataset or USUAL['distil']}, {len(raw):,} images"
-        lr *= distil_batch(p, len(raw)) / recipe("distil")["batch"]
-        facts = _facts(p) | {"models": found}
-        if p.dataset == "folder":  # its images may change between runs
-            facts["images"] = [os.path.relpath(path, p.data_root) for path in raw.sources]
-        name = f"ViT-{p.student}, seed {p.seed}"
-        options["checkpoint"] = Checkpoint.of(out / "checkpoints", name, EVERY, **facts)
-        trained = out / "trained" / f"{name}, {checkpoint_key(**facts)}.safetensors"
-
-    @functools.cache
-    def data() -> Dataset:
-        if not p.cached:
-            return Augmented(raw, augment())
-        views = dmt_cache.Views(raw, augment(), seed=p.seed)
-        build = functools.partial(dmt_cache.build, out / "teachers", found, views, hardware=_hardware(p))
-        if p.devices > 1:
-            apart(build)  # the code below only opens it
-        return dmt_cache.Distilled(views, build())
-
-    def learn(model: DMT, method: str, **changes: Any) -> History:
-        history = distil(p, model, data(), **options | {"name": method} | changes)
-        if trained is not None:
-            save_student(model, trained, {name: getattr(p, name) for name in DISTILLED})
-        return history
-
-    return Setting(title, {"DMT": lr}, lambda method: build(p, found), learn, trained)
-
-
 def _images_to_distil(p: SimpleNamespace) -> Images:
     """ImageNet's training images; "folder": all below `data_root`, or below its `train` if it exists, at any depth,
     because no label is needed. In [0, 1], at their original size."""
@@ -298,18 +276,6 @@ def _images_to_distil(p: SimpleNamespace) -> Images:
     return pretraining.load(dataset, p.data_root, "train")
 
 
-def save_student(model: DMT, path: str | Path, choices: Mapping[str, object] | None = None) -> Path:
-    """Write the student alone, under the official names of MAE, MoCo v3, iBOT and DINO: the parameter `weights`.
-
-    Heads are not in the tensors but in the file's metadata; after a relation loss the last block has as many as the
-    teachers. `choices`: the parameters `DISTILLED`, which go there too, and which `encoder` compares."""
-    student, path = model.export(), Path(path)
-    metadata = {"heads": str(student.blocks[0].attn.num_heads), "last_heads": str(student.heads)}
-    if choices is not None:
-        metadata["distilled"] = json.dumps(dict(choices))
-    return save(path.parent, path.stem, student.to_official(), metadata)
-
-
 # --- downstream -------------------------------------------------------------------------------------------------------
 
 
@@ -319,14 +285,12 @@ class Downstream:
 
     Attributes:
         title: of task, dataset and encoder.
-        build: the model, before training.
-        learn: trains a model in place: (model, arguments of `fit`) to the history.
-        score: of a model on the test split: by metric, in percent.
+        training: of its model.
+        score: of the trained model on the test split: by metric, in percent.
     """
 
     title: str
-    build: Callable[[], nn.Module]
-    learn: Callable[..., History]
+    training: Training
     score: Callable[[nn.Module], dict[str, float]]
 
 
@@ -376,81 +340,187 @@ def _check_choices(p: SimpleNamespace, text: str) -> None:
             raise BadParameter(name, getattr(p, name), accepted)
 
 
-def downstream(p: SimpleNamespace, out: Path | None = None) -> Downstream:
+def downstream(p: SimpleNamespace) -> Downstream:
     """The task of the parameters `task`, `dataset`, `encoder`, `student` and `weights`.
-
-    Args:
-        out: the run's folder, for checkpoints and trained weights; None: none are written.
 
     Raises `BadParameter`, `MissingData`, `MissingWeights`, `BadCheckpoint`: with the change or download needed.
     """
-    if p.task == "distil" or p.task not in USUAL:
-        raise BadParameter("task", p.task, [task for task in USUAL if task != "distil"])
+    if p.task not in TASKS:
+        raise BadParameter("task", p.task, list(TASKS))
     dataset = p.dataset or USUAL[p.task]
     if dataset != USUAL[p.task]:
         raise BadParameter("dataset", dataset, [USUAL[p.task], "empty"])
-    r = recipe(p.task)
+    r, title = published(p.task), f"{p.task} on {dataset}, {p.encoder} encoder"
     if p.dry_run:
-        r |= {"batch": p.devices * (DRY_BATCH // 2 if p.task == "detect" else DRY_BATCH)}
+        r["batch"] = p.devices * (DRY_BATCH // 2 if p.task == "detect" else DRY_BATCH)
         title = f"{p.task}, generated images in the shape of {dataset} (dry run: scores mean nothing)"
-    else:
-        title = f"{p.task} on {dataset}, {p.encoder} encoder"
-    make = {"fine-tune": _fine_tune, "linear probe": _probe, "detect": _detect, "segment": _segment}[p.task]
-    make_model, train, score = make(p, r)
-
-    def build() -> nn.Module:
-        start = encoder(p)
-        torch.manual_seed(p.seed)
-        return make_model(start)
-
-    def learn(model: nn.Module, **changes: Any) -> History:
-        torch.manual_seed(p.seed)
-        if p.dry_run or out is None:
-            return train(model, **changes)
-        name, facts = f"{p.task}, seed {p.seed}", _facts(p) | {"task": p.task, "encoder": p.encoder, "model": model}
-        path = f"{name}, {checkpoint_key(**facts)}"
-        checkpoint = Checkpoint.of(out / "checkpoints", name, EVERY, **facts)
-        history = train(model, **{"checkpoint": checkpoint} | changes)
-        save(out / "trained", path, model.state_dict())
-        return history
-
-    return Downstream(title, build, learn, score)
+    return Downstream(title, *TASKS[p.task](p, r))
 
 
-Task = tuple[Callable[[ViT], nn.Module], Callable[..., History], Callable[[nn.Module], dict[str, float]]]
-"""The model of an encoder, its training, and its scores."""
+Task = tuple[Training, Callable[[nn.Module], dict[str, float]]]
+"""A training, and the scores of its model."""
 
 
-def _train(
+def _fine_tuning(p: SimpleNamespace, r: Mapping[str, float]) -> Task:
+    data, test = _images(p, "train", down.train_transform()), _images(p, "test", down.test_transform())
+    start, classes, per_epoch = encoder(p), CLASSES["fine-tune"], len(data) // _batch(r, data)
+    steps, warmup = (2, 0) if p.dry_run else (int(r[name]) * per_epoch for name in ("epochs", "warmup_epochs"))
+    rates = learning_rates("cosine", r["lr"], steps, warmup, r["final_lr"])
+
+    def model() -> nn.Module:
+        return down.classifier(start, classes, drop_path=r["drop_path"])
+
+    training = _training(p, r, model, down.mixed_loss(classes), data, rates, "", MICRO_BATCH)
+    return training, lambda model: _top1(p, model, test)
+
+
+def _probing(p: SimpleNamespace, r: Mapping[str, float]) -> Task:
+    """Features are computed once, of whole images without augmentation; the probe is trained on one device."""
+    data, test = (_images(p, split, down.test_transform()) for split in ("train", "test"))
+    features, batch = down.Features(encoder(p)), _batch(r, data)
+
+    def model() -> nn.Module:
+        return down.linear(2 * features.vit.width, 10 if p.dry_run else CLASSES["linear probe"])
+
+    options = {
+        "epochs": 2 / (len(data) // batch) if p.dry_run else r["epochs"],
+        "batch": batch,
+        "optimizer": sgd(r["lr"]),
+        "schedule": schedule("cosine", 0 if p.dry_run else r["warmup_epochs"] / r["epochs"], r["final_lr"]),
+        "hardware": replace(_hardware(p), devices=1, workers=0),
+    }
+    training = _named(
+        p,
+        model,
+        down.classification_loss,
+        lambda: TensorDataset(_predict(p, features, data), _labels(data)),
+        options,
+        lambda model: nn.Sequential(features, model).state_dict(),
+    )
+    return training, lambda model: _top1(p, nn.Sequential(features, model), test)
+
+
+def _detection(p: SimpleNamespace, r: Mapping[str, float]) -> Task:
+    size = SIZES["detect"]
+    data, test = _scenes(p, r, COCO)
+    start = encoder(p)
+    step = np.arange(2 if p.dry_run else int(r["steps"]))
+    # x 0.1 twice, and a linear warm-up, as in the script
+    rates = r["lr"] * np.where(step < DROPS[0], 1.0, np.where(step < DROPS[1], 0.1, 0.01))
+    rates = rates if p.dry_run else rates * np.minimum(1, (step + 1) / r["warmup_steps"])
+
+    def model() -> nn.Module:
+        return down.detector(start, CLASSES["detect"], size=size, drop_path=r["drop_path"])
+
+    def score(model: nn.Module) -> dict[str, float]:
+        options = {"batch": TEST_BATCH, "hardware": _hardware(p), "progress": _bar("detection")}
+        rows = down.detections(model, test, test.categories, **options)
+        totals = {kind: detection.evaluate(test.truth, rows, kind=kind).totals for kind in detection.KINDS}
+        return {"box AP": totals["bbox"]["AP"], "mask AP": totals["segm"]["AP"]}
+
+    crops = down.Crops(data, size)
+    return _training(p, r, model, down.detection_loss, crops, rates, "backbone.vit.", 8), score
+
+
+def _segmentation(p: SimpleNamespace, r: Mapping[str, float]) -> Task:
+    size, classes = SIZES["segment"], CLASSES["segment"]
+    data, test = _scenes(p, r, ADE20K)
+    start = encoder(p)
+    layers = tuple(len(start.blocks) * i // 12 - 1 for i in (4, 6, 8, 12))
+    steps, warmup = (2, 0) if p.dry_run else (int(r["steps"]), int(r["warmup_steps"]))
+    rates = learning_rates("linear", r["lr"], steps, warmup, r["final_lr"])
+
+    def model() -> nn.Module:
+        segmenter = down.Segmenter(start, classes, layers=layers, drop_path=r["drop_path"])
+        if p.devices > 1 and device(p.accelerator) == "cuda":  # as mmseg; a CPU has none
+            return nn.SyncBatchNorm.convert_sync_batchnorm(segmenter)
+        return segmenter
+
+    def score(model: nn.Module) -> dict[str, float]:
+        normalise = v2.Normalize(list(down.MEAN), list(down.STD))
+        matrix = torch.zeros(classes, classes, dtype=torch.long)
+        with evaluating(_hardware(p), model) as device:
+            for i in _bar("segmentation")(range(len(test))):
+                image, truth = test[i]
+                # the short side to 512, as mmseg tests; the prediction back to the image's original size
+                factor = size / min(image.shape[1:])
+                side = [max(1, round(n * factor)) for n in image.shape[1:]]
+                resized = normalise(v2.functional.resize(image, side, antialias=True).float() / 255)
+                logits = down.slide(model, resized.to(device), size)
+                whole = nn.functional.interpolate(logits[None], image.shape[1:], mode="bilinear", align_corners=False)
+                matrix += landcover.confusion(truth, whole[0].argmax(0).cpu(), classes)
+        return {"mIoU": landcover.scores(matrix).miou}
+
+    crops = down.SceneCrops(data, size)
+    return _training(p, r, model, down.segmentation_loss, crops, rates, "vit.", 16), score
+
+
+TASKS = {"fine-tune": _fine_tuning, "linear probe": _probing, "detect": _detection, "segment": _segmentation}
+
+
+def _batch(r: Mapping[str, float], data: Dataset) -> int:
+    return min(int(r["batch"]), len(data))
+
+
+def _training(
     p: SimpleNamespace,
     r: Mapping[str, float],
-    model: nn.Module,
-    vit: nn.Module,
-    loss: Callable,
+    model: Callable[[], nn.Module],
+    loss: Loss,
     data: Dataset,
-    rates: Callable[[int], np.ndarray],
+    rates: np.ndarray,
+    where: str,
     micro_batch: int,
-    **changes: Any,
-) -> History:
-    """Train by AdamW with layer decay. `rates`: the learning rate of each step, from the steps of an epoch.
+) -> Training:
+    """A training by AdamW with layer decay.
 
     A dataset need not be a whole number of batches: `fit` leaves out the last partial batch of each pass.
+
+    Args:
+        rates: the learning rate of each step.
+        where: the encoder is in the model, see `downstream.layer_decayed`.
     """
-    batch = min(int(r["batch"]), len(data))
-    per_epoch = len(data) // batch
-    lrs = rates(per_epoch)
-    options = down.layer_decayed(model, vit, lrs, r["layer_decay"], r["weight_decay"])
-    options |= {"hardware": _hardware(p, -(-batch // (p.devices * micro_batch))), "seed": p.seed, "name": p.task}
-    return fit(model, loss, data, epochs=len(lrs) / per_epoch, batch=batch, **options | changes)
+    batch = _batch(r, data)
+    options = down.layer_decayed(rates, where, r["layer_decay"], r["weight_decay"])
+    options |= {"epochs": len(rates) / (len(data) // batch), "batch": batch}
+    options |= {"hardware": _hardware(p, batch, micro_batch)}
+    return _named(p, model, loss, lambda: data, options, lambda model: model.state_dict())
+
+
+def _named(
+    p: SimpleNamespace,
+    model: Callable[[], nn.Module],
+    loss: Loss,
+    data: Callable[[], Dataset],
+    options: Mapping[str, Any],
+    weights: Callable[[nn.Module], Mapping[str, Tensor]],
+) -> Training:
+    """The training of a task, its name and facts from the parameters; the model is drawn from the seed."""
+
+    def build() -> nn.Module:
+        torch.manual_seed(p.seed)
+        return model()
+
+    facts = _facts(p) | {"task": p.task, "encoder": p.encoder, "weights": p.weights}
+    name = f"{p.task}, seed {p.seed}, {checkpoints.checkpoint_key(**facts)}"
+    return Training(name, build, loss, data, {"seed": p.seed, "name": p.task, **options}, facts, weights)
 
 
 def _images(p: SimpleNamespace, split: str, transform: Callable) -> Dataset:
     if not p.dry_run:
         return pretraining.load(IMAGENET, p.data_root, split, transform)
-    count, classes = (20 if p.task == "linear probe" else 2 * DRY_BATCH * p.devices), DRY_CLASSES[p.task]
+    # ten classes for a probe's twenty images
+    count, classes = (20, 10) if p.task == "linear probe" else (2 * DRY_BATCH * p.devices, CLASSES[p.task])
     generator = torch.Generator().manual_seed(p.seed + (split == "test"))
-    images = torch.randn(count, 3, 224, 224, generator=generator)
-    return TensorDataset(images, torch.arange(count) % classes)
+    return TensorDataset(torch.randn(count, 3, 224, 224, generator=generator), torch.arange(count) % classes)
+
+
+def _scenes(p: SimpleNamespace, r: Mapping[str, float], dataset: str) -> list[Any]:
+    """The splits "train" and "test" of COCO or ADE20K."""
+    if not p.dry_run:
+        return [pretraining.load(dataset, p.data_root, split) for split in ("train", "test")]
+    counts, size = (2 * int(r["batch"]), 1), SIZES[p.task]
+    return [_Generated(p.task, count, size, p.seed + 9 * i) for i, count in enumerate(counts)]
 
 
 def _labels(data: Dataset) -> Tensor:
@@ -466,46 +536,8 @@ def _top1(p: SimpleNamespace, model: nn.Module, data: Dataset) -> dict[str, floa
     return {"top-1": 100 * float(right.float().mean())}
 
 
-def _fine_tune(p: SimpleNamespace, r: Mapping[str, float]) -> Task:
-    data, test = _images(p, "train", down.train_transform()), _images(p, "test", down.test_transform())
-    classes = DRY_CLASSES["fine-tune"]
-
-    def rates(per_epoch: int) -> np.ndarray:
-        steps, warmup = (2, 0) if p.dry_run else (int(r[name]) * per_epoch for name in ("epochs", "warmup_epochs"))
-        return learning_rates("cosine", r["lr"], steps, warmup, r["final_lr"])
-
-    def learn(model: nn.Module, **changes: Any) -> History:
-        return _train(p, r, model, model, down.mixed_loss(classes), data, rates, MICRO_BATCH, **changes)
-
-    def build(vit: ViT) -> nn.Module:
-        return down.classifier(vit, classes, drop_path=r["drop_path"])
-
-    return build, learn, lambda model: _top1(p, model, test)
-
-
-def _probe(p: SimpleNamespace, r: Mapping[str, float]) -> Task:
-    """Features are computed once, of whole images without augmentation, and the probe, which `learn` puts after them,
-    is trained on one device."""
-    data, test = (_images(p, split, down.test_transform()) for split in ("train", "test"))
-    classes = DRY_CLASSES["linear probe"] if p.dry_run else 1000
-
-    def learn(model: nn.Sequential, **changes: Any) -> History:
-        features, batch = _predict(p, model[0], data), min(int(r["batch"]), len(data))
-        options = {
-            "batch": batch,
-            "seed": p.seed,
-            "hardware": replace(_hardware(p), devices=1, workers=0),
-            "name": p.task,
-        }
-        options |= {"epochs": 2 / (len(data) // batch) if p.dry_run else r["epochs"]}
-        options |= {"schedule": schedule("cosine", 0 if p.dry_run else r["warmup_epochs"] / r["epochs"], r["final_lr"])}
-        model[1], history = down.probe(features, _labels(data), classes, lr=r["lr"], **options | changes)
-        return history
-
-    def build(vit: ViT) -> nn.Module:
-        return nn.Sequential(down.Features(vit), nn.Identity())
-
-    return build, learn, lambda model: _top1(p, model, test)
+def _bar(name: str) -> Callable:
+    return lambda items: progress(items, name, len(items))
 
 
 class _Generated(Dataset):
@@ -513,7 +545,7 @@ class _Generated(Dataset):
 
     def __init__(self, task: str, count: int, side: int, seed: int):
         self.task, self.count, self.side, self.seed = task, count, side, seed
-        self.categories = tuple(range(1, 1 + DRY_CLASSES[task]))
+        self.categories = tuple(range(1, 1 + CLASSES[task]))
         corner, half = side // 4, side // 2
         square = [corner, corner, corner, corner + half, corner + half, corner + half, corner + half, corner]
         self.truth = {
@@ -552,132 +584,37 @@ class _Generated(Dataset):
         return image, {"boxes": box, "labels": torch.tensor([1]), "masks": mask, "image_id": index}
 
 
-def _detect(p: SimpleNamespace, r: Mapping[str, float]) -> Task:
-    size = SIZES["detect"]
-    if p.dry_run:
-        data, test = _Generated("detect", 2 * int(r["batch"]), size, p.seed), _Generated("detect", 1, size, p.seed + 9)
-    else:
-        data, test = (pretraining.load(COCO, p.data_root, split) for split in ("train", "test"))
-
-    def rates(per_epoch: int) -> np.ndarray:
-        step = np.arange(2 if p.dry_run else int(r["steps"]))
-        # x 0.1 twice, and a linear warm-up, as in the script
-        found = r["lr"] * np.where(step < DROPS[0], 1.0, np.where(step < DROPS[1], 0.1, 0.01))
-        return found if p.dry_run else found * np.minimum(1, (step + 1) / r["warmup_steps"])
-
-    def learn(model: nn.Module, **changes: Any) -> History:
-        crops = down.Crops(data, size)
-        return _train(p, r, model, model.backbone.vit, down.detection_loss, crops, rates, 8, **changes)
-
-    def score(model: nn.Module) -> dict[str, float]:
-        options = {"batch": TEST_BATCH, "hardware": _hardware(p), "progress": _bar("detection")}
-        rows = down.detections(model, test, test.categories, **options)
-        found = {kind: detection.evaluate(test.truth, rows, kind=kind).totals for kind in detection.KINDS}
-        return {"box AP": found["bbox"]["AP"], "mask AP": found["segm"]["AP"]}
-
-    def build(vit: ViT) -> nn.Module:
-        return down.detector(vit, DRY_CLASSES["detect"], size=size, drop_path=r["drop_path"])
-
-    return build, learn, score
-
-
-DROPS = (163_889, 177_546)  # of 184,375 steps, those at which the learning rate falls to a tenth
-
-
-def _segment(p: SimpleNamespace, r: Mapping[str, float]) -> Task:
-    size, classes = SIZES["segment"], DRY_CLASSES["segment"]
-    if p.dry_run:
-        data, test = (
-            _Generated("segment", 2 * int(r["batch"]), size, p.seed),
-            _Generated("segment", 1, size, p.seed + 9),
-        )
-    else:
-        data, test = (pretraining.load(ADE20K, p.data_root, split) for split in ("train", "test"))
-
-    def rates(per_epoch: int) -> np.ndarray:
-        steps, warmup = (2, 0) if p.dry_run else (int(r["steps"]), int(r["warmup_steps"]))
-        return learning_rates("linear", r["lr"], steps, warmup, r["final_lr"])
-
-    def learn(model: nn.Module, **changes: Any) -> History:
-        if p.devices > 1 and device(p.accelerator) == "cuda":  # as mmseg; a CPU has none
-            nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        crops = down.SceneCrops(data, size)
-        return _train(p, r, model, model.vit, down.segmentation_loss, crops, rates, 16, **changes)
-
-    def score(model: nn.Module) -> dict[str, float]:
-        normalise = v2.Normalize(list(down.MEAN), list(down.STD))
-        matrix = torch.zeros(classes, classes, dtype=torch.long)
-        with evaluating(_hardware(p), model) as device:
-            for i in _bar("segmentation")(range(len(test))):
-                image, truth = test[i]
-                # the short side to 512, as mmseg tests; the prediction back to the image's original size
-                factor = size / min(image.shape[1:])
-                side = [max(1, round(n * factor)) for n in image.shape[1:]]
-                resized = normalise(v2.functional.resize(image, side, antialias=True).float() / 255)
-                logits = down.slide(model, resized.to(device), size)
-                whole = nn.functional.interpolate(logits[None], image.shape[1:], mode="bilinear", align_corners=False)
-                matrix += landcover.confusion(truth, whole[0].argmax(0).cpu(), classes)
-        return {"mIoU": landcover.scores(matrix).miou}
-
-    def build(vit: ViT) -> nn.Module:
-        layers = tuple(len(vit.blocks) * i // 12 - 1 for i in (4, 6, 8, 12))
-        return down.Segmenter(vit, classes, layers=layers, drop_path=r["drop_path"])
-
-    return build, learn, score
-
-
-def _bar(name: str) -> Callable:
-    return lambda items: progress(items, name, len(items))
-
-
 # --- results ----------------------------------------------------------------------------------------------------------
-
-CHOICES = {
-    "teacher_view": "full",
-    "target_norm": "channel",
-    "fusion": "separate",
-    "losses": "token and map",
-    "mask_ratio": 0.75,
-    "cached": False,  # one fixed crop of each image in all epochs
-}
-"""Choices of the reconstruction, with their defaults."""
-DISTILLED = ("student", "teachers", *CHOICES)
-"""The parameters that a student's file records."""
-KEYS = ["task", "student", "encoder", "teachers", *CHOICES, "seed", "metric"]
-TABLES = {
-    "imagenet": {"top-1": "imagenet_top1"},
-    "coco": {"box AP": "box_ap", "mask AP": "mask_ap"},
-    "ade20k": {"mIoU": "miou"},
-}
 
 
 def measured(path: Path, *new: Mapping[str, object]) -> pd.DataFrame:
-    """The scores on real data in the CSV `path`; `new` rows, `KEYS` and "score", are added or replace equal ones."""
-    rows = upsert_rows(path, KEYS, ["score"], new)
-    # rows of an earlier version, which had not all choices, have their defaults
-    for name, usual in CHOICES.items():
-        rows[name] = rows[name].fillna(usual) if name in rows else usual
-    return rows.reindex(columns=[*KEYS, "score"]).drop_duplicates(KEYS, keep="last")
+    """The scores on real data in the CSV `path`; `new` rows are added or replace those of equal keys."""
+    results = Results.of("dmt")
+    rows = results.measured(path, *new).reindex(columns=[*results.keys, *results.values])
+    rows.attrs["keys"] = list(results.keys)
+    return rows.drop_duplicates(list(results.keys), keep="last")
+
+
+def label(row: Mapping[str, Any]) -> str:
+    """The name of a measured model in tables, with the choices that are not the defaults. Ours are separate rows: a
+    reconstruction does not reproduce the paper."""
+    size = f"ViT-{row['student'][0].upper()}"
+    others = [f"{choice} {row[choice]}" for choice, usual in CHOICES.items() if row[choice] != usual]
+    return {
+        "distilled": f"reconstruction ({'; '.join([row['teachers'], *others])}), {size}",
+        "random": f"from scratch, {size}",
+        "teacher": f"{row['teachers'].partition(',')[0]}, ViT-B",
+    }[row["encoder"]]
 
 
 def cells(rows: pd.DataFrame, table: str) -> dict[tuple[str, str], float]:
-    """Means over seeds by (row, column) of a table. Ours are separate rows: a reconstruction does not reproduce the
-    paper."""
-    columns = TABLES[table]
-    rows = rows[rows.metric.isin(columns) & (rows.task != "linear probe")]
-    found: dict[tuple[str, str], list[float]] = {}
-    for row in rows.to_dict("records"):
-        size = f"ViT-{row['student'][0].upper()}"
-        others = [f"{choice} {row[choice]}" for choice, usual in CHOICES.items() if row[choice] != usual]
-        name = {
-            "distilled": f"reconstruction ({'; '.join([row['teachers'], *others])}), {size}",
-            "random": f"from scratch, {size}",
-            "teacher": f"{row['teachers'].partition(',')[0]}, ViT-B",
-        }[row["encoder"]]
-        found.setdefault((name, columns[row["metric"]]), []).append(float(row["score"]))
-    return {cell: float(np.mean(scores)) for cell, scores in found.items()}
+    """Means over seeds by (row, column) of one of `TABLES`."""
+    rows = rows[rows.metric.isin(TABLES[table]) & (rows.task != "linear probe")]
+    rows = rows.assign(label=[label(row) for row in rows.to_dict("records")], column=rows.metric.map(TABLES[table]))
+    means = rows.groupby(["label", "column"], sort=False).score.mean()
+    return {(str(name), str(column)): float(mean) for (name, column), mean in means.items()}
 
 
 def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """By title, the paper's tables as far as they are known, with our measurements in separate rows."""
+    """By title, the paper's tables as far as they are known, with our measurements in rows of their own."""
     return with_measured("dmt", {table: cells(rows, table) for table in TABLES})

@@ -1,21 +1,16 @@
-"""The self-supervised teachers of DMT: how MAE and MoCo v3 are trained, and where released teachers come from.
+"""The self-supervised teachers of DMT: where released ones come from, and the parts of MoCo v3 that MAE and iBOT lack.
 
-    MAE      predicts the pixels of the masked three quarters of patches           (He et al., CVPR 2022)
-    MoCo v3  matches two views of an image among those of a batch                  (Chen et al., ICCV 2021)
-    iBOT, DINO: `layers.dino.SelfDistillation`
+    MAE          predicts the pixels of the masked three quarters of patches    `layers.mae` (He et al., CVPR 2022)
+    MoCo v3      matches two views of an image among those of a batch           here (Chen et al., ICCV 2021)
+    iBOT, DINO   predict the prototypes that an EMA teacher assigns             `layers.dino`
 
 All follow their official codes, written from scratch and checked against outputs recorded from them: mae at
 efb2a80 and moco-v3 at c349e6e of facebookresearch (CC BY-NC 4.0), ibot at da316d8 of bytedance and dino at 7c446df of
 facebookresearch (Apache 2.0). That DMT's three teachers are MAE, MoCo v3 and iBOT is inferred from its successor.
-
-The encoder is `ViT` in all of them. Each is a module from a batch to its loss, which `fit` trains; moving averages of
-weights are buffers, so that a resumed training is bit-identical.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -25,11 +20,7 @@ from torch.nn import functional as F
 from ...backbones import check_state, find_weights, hub_file, read_state
 from ...errors import BadParameter, CorruptFile, MissingWeights, check_choice
 from ...ops import unpickle
-from ...training.callbacks import EMA, ema_copy
-from ..layers import state_dicts
-from ..layers.dino import half_cosine
-from ..layers.mae import masked_pixel_loss, normalised, patchify, random_mask
-from .vit import Decoder, ViT, build, visible
+from .vit import ViT, build
 
 # source of a released ViT-Base/16: position embedding, timm's name or the hub's repository, and its file or link
 RELEASED = {
@@ -91,79 +82,7 @@ def read(path: str | Path) -> dict[str, Tensor]:
     return state
 
 
-# --- objectives -------------------------------------------------------------------------------------------------------
-
-
-class MAE(state_dicts.OfficialModel):
-    """A masked autoencoder: images to the loss on their masked patches.
-
-    Args:
-        encoder: trained in place; it receives the visible patches.
-        decoder: its width, depth and heads.
-        mask_ratio: share of hidden patches.
-        normalise: predict pixels standardised by each patch's own mean and std (norm_pix_loss, on in the released
-            training).
-    """
-
-    def __init__(
-        self,
-        encoder: ViT,
-        decoder: tuple[int, int, int] = (512, 8, 16),
-        *,
-        mask_ratio: float = 0.75,
-        normalise: bool = True,
-    ):
-        super().__init__()
-        positions = "mae" if encoder.positions == "learned" else encoder.positions
-        self.encoder, self.mask_ratio, self.normalise = encoder, mask_ratio, normalise
-        self.decoder = Decoder(encoder.width, *decoder, encoder.grid, positions)
-        self.pixels = nn.Linear(decoder[0], 3 * encoder.patch**2)
-        nn.init.xavier_uniform_(self.pixels.weight)
-        nn.init.zeros_(self.pixels.bias)
-        visible(encoder.patches, mask_ratio)
-
-    def forward(self, images: Tensor, noise: Tensor | None = None, trace: dict | None = None) -> Tensor:
-        """The loss of images (B, 3, S, S).
-
-        Args:
-            noise: (B, L) the patches with the least of it are visible; None: drawn.
-            trace: receives "keep" (B, V), "hidden" (B, L), "latent" (B, 1 + V, D), "pixels" and "target" (B, L, p p 3).
-        """
-        patches = self.encoder.patches
-        noise = torch.rand(len(images), patches, device=images.device) if noise is None else noise
-        keep, hidden = random_mask(noise, visible(patches, self.mask_ratio))
-        latent = self.encoder(images, keep)
-        pixels = self.pixels(self.decoder(latent, keep)[:, 1:])
-        target = patchify(images, self.encoder.patch)
-        if self.normalise:
-            target = normalised(target)
-        if trace is not None:
-            trace |= {"keep": keep, "hidden": hidden, "latent": latent, "pixels": pixels, "target": target}
-        return masked_pixel_loss(pixels, target, hidden)
-
-    def official_names(self) -> dict[str, str]:
-        """Our names -> the authors'."""
-        names = {}
-        for name in self.state_dict():
-            official = name.removeprefix("encoder.").replace("pixels.", "decoder_pred.")
-            official = official.replace("decoder.mask_token", "mask_token").replace("decoder.", "decoder_")
-            names[name] = official
-        return names
-
-    @classmethod
-    def from_official(cls, state: Mapping[str, Tensor], heads: int | None = None, decoder_heads: int = 16) -> MAE:
-        """The model of an official pre-training file, decoder included, in eval mode. Raises `BadCheckpoint`.
-
-        Args:
-            heads, decoder_heads: not in the tensors. None: one for 64 channels of the encoder.
-        """
-        encoder = ViT.from_official(state, heads, "MAE's encoder")
-        what = "MAE with its decoder (files of the encoder alone have none)"
-        state_dicts.check_names(state, ("decoder_embed.weight", "decoder_blocks.0.norm1.weight"), what)
-        depth = state_dicts.depth(state, "decoder_blocks.")
-        model = cls(encoder, (len(state["decoder_embed.weight"]), depth, decoder_heads))
-        state_dicts.load_official(model, state, model.official_names(), "MAE with its decoder")
-        return model.eval()
+# --- MoCo v3's heads and loss -----------------------------------------------------------------------------------------
 
 
 def mlp(inputs: int, hidden: int, outputs: int, layers: int) -> nn.Sequential:
@@ -187,51 +106,3 @@ def contrastive_loss(queries: Tensor, keys: Tensor, temperature: float = 0.2) ->
         k = torch.cat(parts)
     labels = torch.arange(len(q), device=q.device) + rank * len(q)
     return F.cross_entropy(q @ k.T / temperature, labels) * (2 * temperature)
-
-
-class MoCo(nn.Module):
-    """MoCo v3: two views of each image to the loss.
-
-    Args:
-        encoder: copied; the copy, `encoder`, is trained, and is what the official linear probe loads.
-        hidden, outputs: of the projector (three layers) and the predictor (two).
-        temperature: T.
-        frozen_patches: leave the patch projection at its initial weights, as released; the pocket model trains it.
-    """
-
-    def __init__(
-        self,
-        encoder: ViT,
-        hidden: int = 4096,
-        outputs: int = 256,
-        *,
-        temperature: float = 0.2,
-        frozen_patches: bool = True,
-    ):
-        super().__init__()
-        if temperature <= 0:
-            raise BadParameter("temperature", temperature, "above 0")
-        self.encoder, self.temperature = copy.deepcopy(encoder), temperature
-        self.projector = mlp(encoder.width, hidden, outputs, 3)
-        self.predictor = mlp(outputs, hidden, outputs, 2)
-        self.encoder.patch_embed.requires_grad_(not frozen_patches)
-        self.key_encoder, self.key_projector = ema_copy(self.encoder), ema_copy(self.projector)
-
-    def forward(self, first: Tensor, second: Tensor) -> Tensor:
-        """The symmetric loss of two views (B, 3, S, S)."""
-        views = (first, second)
-        q = [self.predictor(self.projector(self.encoder(x)[:, 0])) for x in views]
-        with torch.no_grad():
-            k = [self.key_projector(self.key_encoder(x)[:, 0]) for x in views]
-        return contrastive_loss(q[0], k[1], self.temperature) + contrastive_loss(q[1], k[0], self.temperature)
-
-    def ema(self, steps: int, momentum: float = 0.99) -> EMA:
-        """The callback that updates the key encoder, its momentum rising to 1 over `steps`.
-
-        The released code updates it before the keys of a step are computed, with the momentum of that step. An update
-        after the previous step is equivalent: at the first step both encoders are equal.
-        """
-        if not 0 < momentum <= 1:
-            raise BadParameter("momentum", momentum, "above 0, up to 1")
-        pairs = [(self.key_encoder, self.encoder), (self.key_projector, self.projector)]
-        return EMA(pairs, lambda step: half_cosine(momentum, 1.0, step, steps))

@@ -1,4 +1,4 @@
-"""The plain ViT of DMT's teachers (MAE, MoCo v3, iBOT, DINO) and students, and the decoder of masked autoencoders.
+"""The plain ViT of DMT's teachers (MAE, MoCo v3, iBOT, DINO) and students.
 
 Shapes: B images, L patches (V of them visible), N = 1 + L tokens, the [CLS] token first, of dimension D.
 """
@@ -11,15 +11,19 @@ from functools import partial
 from typing import Any
 
 import torch
+from einops import rearrange
 from timm.layers import PatchEmbed
-from timm.models.vision_transformer import Block
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ...errors import BadParameter, check_choice
+from ...errors import check_choice
 from ...ops.recorded import Recorded
-from ..layers import mae, state_dicts
-from ..layers.pos_embed import resize_pos_embed, sincos_table
+from ..layers import state_dicts
+from ..layers.attend import attention_map
+from ..layers.heads import vit_sizes
+from ..layers.mae import initialise, visible_tokens
+from ..layers.pos_embed import sincos_table
 
 POSITIONS = ("mae", "mocov3", "learned")
 
@@ -31,14 +35,13 @@ SIZES: dict[str, dict[str, Any]] = {
     "pocket": {"image": 32, "patch": 8, "width": 32, "depth": 2, "heads": 4},
     "pocket teacher": {"image": 32, "patch": 8, "width": 48, "depth": 2, "heads": 4},
 }
-# G2SD's decoders for those widths [anc]: width, depth, heads
-DECODERS = {"tiny": (128, 4, 4), "small": (256, 4, 8), "base": (512, 4, 16), "pocket": (32, 1, 4)}
 
 
-class ViT(Recorded, nn.Module):
-    """The plain ViT that MAE, MoCo v3, iBOT and DINO share, and the students: pre-norm, eps 1e-6, a [CLS] token [anc].
+class ViT(Recorded, VisionTransformer):
+    """timm's ViT as MAE, MoCo v3, iBOT and DINO have it, and the students: images to tokens, MAE's initial weights.
 
-    Tensors are named as in all four official codes and in timm.
+    It also takes visible patches alone (MAE), masked patches (iBOT), and images of another size. Tensors are named as
+    in all four official codes.
 
     Args:
         image, patch: sides in pixels; `image` fixes the position embedding, other sizes resize it.
@@ -46,9 +49,6 @@ class ViT(Recorded, nn.Module):
         positions: "mae" or "mocov3", fixed sines and cosines; "learned", trained, as iBOT's and DINO's.
         masked: has iBOT's `masked_embed`, which replaces masked patches.
         last_heads: heads of the last block, where a relation loss needs as many as the teacher has [anc: TinyMIM].
-        drop_path: largest probability of stochastic depth, reached in the last block.
-
-    Raises `BadParameter`: sizes that do not fit each other, or unknown `positions`.
     """
 
     def __init__(
@@ -63,36 +63,23 @@ class ViT(Recorded, nn.Module):
         positions: str = "mae",
         masked: bool = False,
         last_heads: int | None = None,
-        drop_path: float = 0.0,
     ):
-        super().__init__()
-        if image % patch:
-            raise BadParameter("image", image, f"a multiple of the patch, {patch}")
-        for count in (heads, last_heads or heads):
-            if width % count:
-                raise BadParameter("heads", count, f"a divisor of the width, {width}")
         check_choice("positions", positions, POSITIONS)
+        any_size = partial(PatchEmbed, strict_img_size=False)
+        sizes = {"embed_dim": width, "depth": depth, "num_heads": heads, "mlp_ratio": mlp_ratio, "num_classes": 0}
+        super().__init__(
+            image, patch, **sizes, global_pool="", pos_embed="none", weight_init="skip", embed_layer=any_size
+        )
         self.image, self.patch, self.width, self.positions = image, patch, width, positions
-        self.grid, self.checkpointing = image // patch, False
-        self.patch_embed = PatchEmbed(None, patch, 3, width)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, width))
+        self.grid, self.patches = image // patch, (image // patch) ** 2
         fixed = positions != "learned"
-        table = sincos_table(width, self.grid, positions) if fixed else torch.empty(1, 1 + self.grid**2, width)
+        table = sincos_table(width, self.grid, positions) if fixed else torch.empty(1, 1 + self.patches, width)
         self.pos_embed = nn.Parameter(table, requires_grad=not fixed)
         self.masked_embed = nn.Parameter(torch.zeros(1, width)) if masked else None
-        norm = partial(nn.LayerNorm, eps=1e-6)
-        self.blocks = nn.ModuleList(
-            Block(
-                width,
-                (last_heads or heads) if i == depth - 1 else heads,
-                mlp_ratio,
-                qkv_bias=True,
-                norm_layer=norm,
-                drop_path=drop_path * i / max(depth - 1, 1),
-            )
-            for i in range(depth)
-        )
-        self.norm = norm(width)
+        if last_heads:
+            attn = self.blocks[-1].attn
+            attn.num_heads, attn.head_dim = last_heads, width // last_heads
+            attn.scale = attn.head_dim**-0.5
         self.apply(initialise)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.data.flatten(1))
         nn.init.zeros_(self.patch_embed.proj.bias)
@@ -101,84 +88,64 @@ class ViT(Recorded, nn.Module):
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
     @property
-    def patches(self) -> int:
-        """L."""
-        return self.grid**2
-
-    @property
     def heads(self) -> int:
         """Heads of the last block."""
         return self.blocks[-1].attn.num_heads
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass, which needs less memory and more time."""
-        self.checkpointing = enable
-
-    def embed(self, images: Tensor, keep: Tensor | None = None, masked: Tensor | None = None) -> Tensor:
-        """The input of the first block: (B, N, D), positions added.
-
-        Args:
-            images: (B, 3, H, W), sides multiples of the patch.
-            keep: (B, V) the visible patches; the others are dropped, as MAE does. Tokens come in this order.
-            masked: (B, L) bool; True: replaced by `masked_embed` before the position is added, as iBOT does.
-        """
-        if images.ndim != 4 or images.shape[1] != 3 or any(n % self.patch or not n for n in images.shape[2:]):
-            raise BadParameter("images", tuple(images.shape), f"(B, 3, H, W), H and W multiples of {self.patch}")
-        x = self.patch_embed(images)
-        if masked is not None:
-            if self.masked_embed is None:
-                raise BadParameter(
-                    "masked", "given", "only for a ViT(masked=True), which has a token for masked patches"
-                )
-            x = torch.where(masked.flatten(1)[..., None], self.masked_embed.to(x.dtype), x)
-        # the offset of 0.1 is iBOT's and DINO's
-        table = resize_pos_embed(self.pos_embed, [n // self.patch for n in images.shape[2:]], offset=0.1)
-        x = x + table[:, 1:]
-        if keep is not None:
-            x = x.take_along_dim(keep[..., None], 1)
-        return torch.cat([(self.cls_token + table[:, :1]).expand(len(x), -1, -1).to(x.dtype), x], 1)
+    def _run(self, block: nn.Module, x: Tensor) -> Tensor:
+        recomputed = self.grad_checkpointing and self.training
+        return checkpoint(block, x, use_reentrant=False) if recomputed else block(x)
 
     def hidden(
         self, images: Tensor, layers: Sequence[int] = (-1,), keep: Tensor | None = None, masked: Tensor | None = None
     ) -> list[Tensor]:
-        """Outputs (B, N, D) of some blocks, before the final norm; -1 is the last. Blocks after these are not run."""
-        depth = len(self.blocks)
-        if any(not -depth <= layer < depth for layer in layers):
-            raise BadParameter("layers", tuple(layers), f"{-depth} to {depth - 1}")
-        wanted = [layer % depth for layer in layers]
-        x, found = self.embed(images, keep, masked), {}
+        """Outputs (B, N, D) of some blocks, before the final norm; -1 is the last. Blocks after these are not run.
+
+        Args:
+            images: (B, 3, H, W), sides multiples of the patch.
+            keep, masked: (B, V) and (B, L), see `mae.visible_tokens`. Tokens come in the order of `keep`.
+        """
+        wanted = [range(len(self.blocks))[layer] for layer in layers]
+        x, found = visible_tokens(self, images, keep, masked), {}
         for i, block in enumerate(self.blocks[: max(wanted) + 1]):
-            x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and self.training else block(x)
+            x = self._run(block, x)
             if i in wanted:
                 found[i] = x
         return [found[i] for i in wanted]
 
+    def last_block(self, images: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Queries, keys and values (3, B, heads, N, d) of the last block, and its output (B, N, D)."""
+        x = visible_tokens(self, images, keep)
+        for block in self.blocks[:-1]:
+            x = self._run(block, x)
+        return self.qkv(x), self.blocks[-1](x)
+
     def forward_features(self, images: Tensor, keep: Tensor | None = None, masked: Tensor | None = None) -> Tensor:
-        """Tokens (B, N, D) after the final norm; see `embed`."""
+        """Tokens (B, N, D) after the final norm; see `hidden`."""
         return self.norm(self.hidden(images, keep=keep, masked=masked)[0])
 
     def forward(self, images: Tensor, keep: Tensor | None = None, masked: Tensor | None = None) -> Tensor:
-        """As `forward_features`: there is no classifier."""
-        return self.forward_features(images, keep, masked)
+        """As `forward_features`, or logits (B, C) when it has been given a classifier."""
+        return self.forward_head(self.forward_features(images, keep, masked))
 
     def features(self, images: Tensor) -> Tensor:
         """The input of a linear probe, (B, 2 D): the [CLS] token and the mean patch token, after the norm [house]."""
-        x = self(images)
+        x = self.forward_features(images)
         return torch.cat([x[:, 0], x[:, 1:].mean(1)], 1)
 
     def qkv(self, x: Tensor, layer: int = -1) -> Tensor:
         """Queries, keys and values (3, B, heads, N, d) of a block, from its input (B, N, D)."""
         block = self.blocks[layer]
-        return block.attn.qkv(block.norm1(x)).unflatten(-1, (3, block.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return rearrange(block.attn.qkv(block.norm1(x)), "b n (c h e) -> c b h n e", c=3, h=block.attn.num_heads)
 
     @torch.no_grad()
     def attention(self, images: Tensor, layer: int = -1) -> Tensor:
         """Attention of the [CLS] token to the patches in a block: (B, heads, L); its attention to itself is left
         out."""
         layer %= len(self.blocks)
-        x = self.hidden(images, (layer - 1,))[0] if layer else self.embed(images)
+        x = self.hidden(images, (layer - 1,))[0] if layer else visible_tokens(self, images)
         q, k, _ = self.qkv(x, layer)
-        return (q[:, :, :1] @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)[:, :, 0, 1:]
+        return attention_map(q[:, :, :1], k)[:, :, 0, 1:]
 
     @classmethod
     def from_official(
@@ -203,25 +170,13 @@ class ViT(Recorded, nn.Module):
         Raises `BadCheckpoint`: names that are missing, unknown or of another shape.
         """
         state = encoder_state(state)
-        needed = {"patch_embed.proj.weight", "pos_embed", "cls_token", "blocks.0.mlp.fc1.weight"}
-        state_dicts.check_names(state, needed, what)
-        table, (width, _, _, patch) = state["pos_embed"], state["patch_embed.proj.weight"].shape
-        side, kind = math.isqrt(table.shape[1] - 1), "learned"
-        if side**2 + 1 == table.shape[1] and not width % 4:
-            for fixed in ("mae", "mocov3"):
-                if torch.allclose(sincos_table(width, side, fixed).cpu(), table.float().cpu(), atol=1e-4):
-                    kind = fixed
-        model = cls(
-            side * patch,
-            patch,
-            width,
-            state_dicts.depth(state, "blocks."),
-            heads or max(width // 64, 1),
-            len(state["blocks.0.mlp.fc1.weight"]) / width,
-            positions=kind,
-            masked="masked_embed" in state,
-            last_heads=last_heads,
-        )
+        sizes = vit_sizes(state, heads).values()
+        table, kind = state["pos_embed"], "learned"
+        side, width = math.isqrt(table.shape[1] - 1), table.shape[2]
+        for fixed in ("mae", "mocov3") if side**2 + 1 == table.shape[1] and not width % 4 else ():
+            if torch.allclose(sincos_table(width, side, fixed).cpu(), table.float().cpu(), atol=1e-4):
+                kind = fixed
+        model = cls(*sizes, positions=kind, masked="masked_embed" in state, last_heads=last_heads)
         state_dicts.load_official(model, state, {name: name for name in model.state_dict()}, what)
         return model.eval()
 
@@ -244,38 +199,3 @@ def build(size: str = "small", **options: Any) -> ViT:
     """A random ViT (torch's current seed) of one of `SIZES`; `options` as in `ViT`."""
     check_choice("size", size, SIZES)
     return ViT(**{**SIZES[size], **options})
-
-
-def initialise(module: nn.Module) -> None:
-    """MAE's initial weights [anc]: linear layers Xavier-uniform, biases 0; norms stay at 1 and 0."""
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
-# --- masked autoencoders ----------------------------------------------------------------------------------------------
-
-
-def visible(patches: int, ratio: float) -> int:
-    """The number of visible patches when the share `ratio` is masked: L (1 - ratio) rounded down, as in MAE."""
-    if not 0 <= ratio < 1:
-        raise BadParameter("mask_ratio", ratio, "0 or more, less than 1")
-    count = int(patches * (1 - ratio))
-    if not count:
-        raise BadParameter("mask_ratio", ratio, f"one that leaves a patch of {patches}")
-    return count
-
-
-def take(tokens: Tensor, index: Tensor) -> Tensor:
-    """The [CLS] token and the patches `index` (B, n) of tokens (B, 1 + L, D): (B, 1 + n, D)."""
-    return torch.cat([tokens[:, :1], tokens[:, 1:].take_along_dim(index[..., None], 1)], 1)
-
-
-class Decoder(mae.Decoder):
-    """MAE's and G2SD's decoder [anc], with MAE's initial weights."""
-
-    def __init__(self, inputs: int, width: int, depth: int, heads: int, side: int, positions: str = "mae"):
-        super().__init__(inputs, width, depth, heads, side, positions)
-        self.apply(initialise)
-        nn.init.normal_(self.mask_token, std=0.02)

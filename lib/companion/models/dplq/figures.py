@@ -1,4 +1,4 @@
-"""Figures of DPLQ alone: architecture, quaternion blocks, class texts, attention of the prompts, noise."""
+"""Figures of DPLQ alone: quaternion blocks, class texts, attention of the prompts, noise."""
 
 from __future__ import annotations
 
@@ -19,30 +19,6 @@ BLOCKS = (("R", "I", "J", "K"), ("−I", "R", "K", "−J"), ("−J", "−K", "R"
 """Rows: r, i, j, k of the input; columns: of the output."""
 SENSORS = ("first sensor", "second sensor")
 MARKERS = ("s", "D", "*")  # of texts for the first sensor, for the second, and without bias
-
-
-def architecture() -> Figure:
-    """The bias of the domain model enters the prompts of both towers through quaternion layers."""
-    nodes = {
-        "image": (0.5, 1.5, "tensor"),
-        "domain\nmodel: $f$": (1.7, 1.5, "frozen"),
-        "small net (1)\n$\\beta$": (3.2, 1.5, "trained"),
-        "$Q_L$ (2)": (4.7, 0.9, "trained"),
-        "$Q_1 \\ldots Q_{N-1}$ (3)": (4.7, 2.1, "trained"),
-        "$W_V$ (3)": (4.7, 1.5, "trained"),
-        "context": (3.2, 0.4, "trained"),
-        "deep prompts $P_l$": (3.2, 2.6, "trained"),
-        "CLIP text encoder\nclass names": (6.7, 0.4, "frozen"),
-        "CLIP image encoder": (6.7, 2.6, "frozen"),
-        "cosine (4)": (8.5, 1.5, "operation"),
-        "image ": (8.5, 2.6, "tensor"),
-        "$P_l$": (8.5, 0.4, "tensor"),
-    }
-    image, domain, net, language, vision, first, context, deep, text, visual, cosine, again, same = nodes
-    arrows = [(image, domain), (domain, net), (net, language), (net, vision), (context, language), (deep, vision)]
-    arrows += [(language, text), (vision, visual), (text, cosine), (visual, cosine)]
-    arrows += [(context, first), (first, visual), (again, visual), (same, text)]
-    return plots.diagram(nodes, arrows)
 
 
 @styled

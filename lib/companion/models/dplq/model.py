@@ -17,25 +17,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from open_clip.model import CLIP
-from timm.layers import build_sincos2d_pos_embed
-from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ... import backbones
 from ...errors import BadParameter, MissingWeights, check_choice
 from ...ops.recorded import Recorded
+from ..layers import mae
 from ..layers.clip_prompting import (
     META_NET,
     Classes,
     ImageFeatures,
-    LinearStack,
     PromptLearner,
     Tokenizer,
     check_depth,
@@ -45,14 +42,10 @@ from ..layers.clip_prompting import (
     similarity,
 )
 from ..layers.frozen import frozen_copy
-from ..layers.mae import masked_pixel_loss, patchify, random_mask, visible_tokens, with_mask_tokens
 from ..layers.quaternion import QuaternionLinear
-from ..layers.state_dicts import OfficialModel, check_names, load_official
-from ..layers.state_dicts import depth as depth_of
+from ..layers.state_dicts import load_official
 
 NOISE = ("always", "train", "off")
-LAYERS = ("quaternion", "real")
-AXES = ("jk", "ri", "i, j")
 PROMPT = "a photo of a {}."
 
 
@@ -88,16 +81,13 @@ class DPLQ(PromptLearner):
         hidden: width of the small net; None for E / 16.
         noise: when μ ε is added: "always", as released, which makes predictions random and dependent on the other
             images of the batch; "train"; or "off".
-        language, vision: "quaternion", or "real" for linear layers on the unpadded sum, the control.
-        axes: the components of the quaternions: "jk", as released, has zeros and then the sum of prompt and bias;
-            "ri" the sum and then zeros; "i, j" is not the authors': the prompt on i, the bias on j.
 
     Raises `BadParameter`: an option outside its choices, or towers whose widths are no multiples of 4.
     """
 
     # left over from the authors' earlier method, in no forward pass; and the domain models, which are separate
     # arguments
-    _unused = ("visual_net.", "remote_model.", "medical_model.")
+    unused = ("visual_net.", "remote_model.", "medical_model.")
 
     def __init__(
         self,
@@ -111,31 +101,30 @@ class DPLQ(PromptLearner):
         template: str = PROMPT,
         hidden: int | None = None,
         noise: str = "always",
-        language: str = "quaternion",
-        vision: str = "quaternion",
-        axes: str = "jk",
     ):
         super().__init__(clip, classes, tokenizer, tokens, template)
         check_depth(clip, depth)
         check_choice("noise", noise, NOISE)
-        check_choice("language", language, LAYERS)
-        check_choice("vision", vision, LAYERS)
-        check_choice("axes", axes, AXES)
         known = domain if isinstance(domain, int) else getattr(domain, "num_features", 0)
         if known < 1:
             raise BadParameter("domain", domain, "a module with `num_features`, or the width of the features")
         self.domain = frozen_copy(domain) if isinstance(domain, nn.Module) else None
-        self.noise, self.language, self.vision, self.axes = noise, language, vision, axes
+        self.noise = noise
         text, image = self.ctx.shape[1], clip.visual.conv1.out_channels
-        padded = text * (4 if axes == "i, j" else 2)
         self.meta_net = meta_net(known, hidden or max(1, clip.visual.output_dim // 16), text)
-        self.mix_text = QuaternionLinear(padded, text) if language == "quaternion" else nn.Linear(text, text)
+        self.mix_text = self.mixing_layer(text, text)
         self.proj = nn.Linear(text, image)
         self.deep_text = nn.Parameter(torch.randn(depth - 1, tokens, text) * 0.02)
-        if vision == "quaternion":
-            self.mix_image = QuaternionLinear(padded, image, depth - 1)
-        else:
-            self.mix_image = LinearStack(text, image, depth - 1)
+        self.mix_image = self.mixing_layer(text, image, depth - 1)
+
+    def mixing_layer(self, inputs: int, outputs: int, layers: int | None = None) -> nn.Module:
+        """A layer from the sum of prompt and bias (..., inputs) to a prompt; or a stack of `layers`."""
+        return QuaternionLinear(2 * inputs, outputs, layers)
+
+    def mixed(self, layer: nn.Module, prompt: Tensor, bias: Tensor) -> Tensor:
+        """Q(0, prompt + bias): zeros are the components r and i, the sum is j and k. Shapes that broadcast."""
+        total = prompt + bias  # (..., Wt)
+        return layer(F.pad(total, (total.shape[-1], 0)))
 
     def train(self, mode: bool = True):
         super().train(mode)
@@ -153,27 +142,17 @@ class DPLQ(PromptLearner):
         with torch.no_grad():
             return self.domain(images)
 
-    def _mixed(self, layer: nn.Module, prompt: Tensor, bias: Tensor) -> Tensor:
-        """Prompt and bias (..., Wt), of shapes that broadcast, through one of the layers that mix them."""
-        if not isinstance(layer, QuaternionLinear):
-            return layer(prompt + bias)
-        width = prompt.shape[-1]
-        if self.axes == "i, j":
-            return layer(F.pad(torch.cat(torch.broadcast_tensors(prompt, bias), -1), (width, width)))
-        return layer(F.pad(prompt + bias, (width, 0) if self.axes == "jk" else (0, width)))
-
     def prompts(self, features: Tensor, eps: Tensor | None = None) -> Prompts:
         """The prompts for a batch of domain features (b, F); `eps` (b, Wt) replaces the random draw."""
-        if features.ndim != 2 or features.shape[1] != self.meta_net.linear1.in_features:
-            accepted = f"a batch of features (b, {self.meta_net.linear1.in_features})"
-            raise BadParameter("domain", tuple(features.shape), accepted)
-        bias = noisy = self.meta_net(features)
+        if features.ndim != 2:
+            raise BadParameter("domain", tuple(features.shape), "a batch of features (b, F)")
+        bias = noisy = self.meta_net(features)  # β (b, Wt)
         if eps is None and (self.noise == "always" or (self.noise == "train" and self.training)):
             eps = torch.randn_like(bias)
         if eps is not None:
             noisy = bias + features.mean() * eps
-        context = self._mixed(self.mix_text, self.ctx, noisy[:, None])
-        deep = self._mixed(self.mix_image, self.deep_text[:, None], bias[:, None])
+        context = self.mixed(self.mix_text, self.ctx, noisy[:, None])  # (b, n, Wt)
+        deep = self.mixed(self.mix_image, self.deep_text[:, None], bias[:, None])  # (J - 1, b, n, Wv)
         return Prompts(bias, context, self.deep_text, self.proj(self.ctx), deep)
 
     def forward(self, images: Tensor, domain: Tensor | None = None, eps: Tensor | None = None) -> Tensor:
@@ -187,9 +166,6 @@ class DPLQ(PromptLearner):
         return image, encode_text(self.clip, self.prompted(prompts.context), self.ends, prompts.deep_text)
 
     def _learner_names(self) -> dict[str, Any]:
-        if {self.language, self.vision} != {"quaternion"}:
-            accepted = "quaternion layers both: the authors' code has no others"
-            raise BadParameter("language, vision", (self.language, self.vision), accepted)
         layers, parts = range(len(self.deep_text)), [f"{part}_weight" for part in "rijk"]
         project = "compound_prompt_projections"
         return {name: name for name in ("ctx", "proj.weight", "proj.bias", *META_NET)} | {
@@ -207,120 +183,28 @@ class DPLQ(PromptLearner):
         return {"tokens": len(learner["ctx"]), "depth": deep + 1, "hidden": hidden, "domain": features}
 
 
-def halves_cosine(x: Tensor) -> Tensor:
-    """The cosine between the two halves of (..., W), the j and k components of the input of a quaternion layer.
-
-    The authors' code logs its mean over `P_l + β` for every layer at every pass.
-    """
-    return F.cosine_similarity(*x.chunk(2, -1), dim=-1)
-
-
 # --- domain models ----------------------------------------------------------------------------------------------------
 
 
-class MAE(OfficialModel):
-    """A masked autoencoder (He et al., CVPR 2022), whose feature DPLQ reads with nothing masked.
+class MAEFeatures(Recorded, nn.Module):
+    """The domain feature (b, F) of a masked autoencoder with nothing masked: the mean of its patches' tokens.
 
     Args:
-        image_size, patch, width, depth, heads: the encoder, ViT-B/16 as released.
-        decoder_width, decoder_depth, decoder_heads: the decoder.
-        tap: the tokens that the feature is the mean of: "decoder", 512 wide, before the pixel head, or "encoder", 768
-            wide. The file with this pass is missing from DPLQ's repository: "decoder" is inferred from a comment with
-            its shape.
+        tap: the tokens that are averaged: "decoder", 512 wide, before the pixel head, or "encoder", 768 wide. The file
+            with this pass is missing from DPLQ's repository: "decoder" is inferred from a comment with its shape.
 
     `num_features` is F.
     """
 
-    def __init__(
-        self,
-        image_size: int = 224,
-        patch: int = 16,
-        width: int = 768,
-        depth: int = 12,
-        heads: int = 12,
-        decoder_width: int = 512,
-        decoder_depth: int = 8,
-        decoder_heads: int = 16,
-        tap: str = "decoder",
-    ):
+    def __init__(self, model: mae.MAE, tap: str = "decoder"):
         super().__init__()
         check_choice("tap", tap, ("decoder", "encoder"))
-        self.tap, self.num_features = tap, decoder_width if tap == "decoder" else width
-        self.encoder = VisionTransformer(
-            img_size=image_size, patch_size=patch, embed_dim=width, depth=depth, num_heads=heads, num_classes=0
-        )
-        self.decoder_embed = nn.Linear(width, decoder_width)
-        self.mask_token = nn.Parameter(torch.randn(1, 1, decoder_width) * 0.02)
-        norm = partial(nn.LayerNorm, eps=1e-6)
-        self.decoder_blocks = nn.ModuleList(
-            Block(decoder_width, decoder_heads, qkv_bias=True, norm_layer=norm) for _ in range(decoder_depth)
-        )
-        self.decoder_norm = norm(decoder_width)
-        self.decoder_pred = nn.Linear(decoder_width, 3 * patch**2)
-        tables = [self._positions(size) for size in (width, decoder_width)]  # fixed, as in MAE
-        self.encoder.pos_embed = nn.Parameter(tables[0], requires_grad=False)
-        self.decoder_pos_embed = nn.Parameter(tables[1], requires_grad=False)
-
-    def _positions(self, width: int) -> Tensor:
-        table = build_sincos2d_pos_embed(self.encoder.patch_embed.grid_size, width)
-        return F.pad(table, (0, 0, 1, 0))[None]
-
-    def encode(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Tokens (b, 1 + N, D) after the encoder's norm, [CLS] token first; `keep` (b, k): the visible patches."""
-        vit = self.encoder
-        return vit.norm(vit.blocks(visible_tokens(vit, images, keep)))
-
-    def decode(self, latent: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Tokens (b, 1 + N, Dd) after the decoder's norm; the mask token replaces the patches that `keep` left out."""
-        x = self.decoder_embed(latent)
-        if keep is not None:
-            x = with_mask_tokens(x, keep, self.mask_token, self.decoder_pos_embed.shape[1] - 1)
-        x = x + self.decoder_pos_embed
-        for block in self.decoder_blocks:
-            x = block(x)
-        return self.decoder_norm(x)
+        self.model, self.tap = model, tap
+        self.num_features = model.pixels.in_features if tap == "decoder" else model.encoder.embed_dim
 
     def forward(self, images: Tensor) -> Tensor:
-        """The domain feature (b, F): the mean over the patches' tokens at the tap."""
-        x = self.encode(images)
-        return (self.decode(x) if self.tap == "decoder" else x)[:, 1:].mean(1)
-
-    def loss(self, images: Tensor, masked: float = 0.75) -> Tensor:
-        """Pre-training loss: the mean squared error of the pixels of the masked patches, a fraction `masked` of all."""
-        count = self.encoder.patch_embed.num_patches
-        noise = torch.rand(len(images), count, device=images.device)
-        keep, hidden = random_mask(noise, count - round(masked * count))
-        pixels = self.decoder_pred(self.decode(self.encode(images, keep), keep)[:, 1:])
-        return masked_pixel_loss(pixels, patchify(images, self.encoder.patch_embed.patch_size[0]), hidden)
-
-    @classmethod
-    def from_official(
-        cls, state: Mapping[str, Tensor], *, heads: int | None = None, decoder_heads: int = 16, **options
-    ):
-        """The model with a state dict of MAE's own code in it (`mae_vit_base_patch16` and its copies).
-
-        Raises `BadCheckpoint`: names that are missing, unknown or of another shape, all of them listed.
-        """
-        what = "a masked autoencoder (MAE's names, decoder included)"
-        check_names(state, {"patch_embed.proj.weight", "pos_embed", "decoder_embed.weight"}, what)
-        width, _, _, patch = state["patch_embed.proj.weight"].shape
-
-        model = cls(
-            math.isqrt(state["pos_embed"].shape[1] - 1) * patch,
-            patch,
-            width,
-            depth_of(state, "blocks."),
-            heads or width // 64,
-            len(state["decoder_embed.weight"]),
-            depth_of(state, "decoder_blocks."),
-            decoder_heads,
-            **options,
-        ).eval()
-        load_official(model, state, model.official_names(), what)
-        return model
-
-    def official_names(self) -> dict[str, str]:
-        return {name: name.removeprefix("encoder.") for name in self.state_dict()}
+        x = self.model.encode(images)  # (b, 1 + N, D)
+        return (self.model.decoder(x) if self.tap == "decoder" else x)[:, 1:].mean(1)
 
 
 class CLIPFeatures(ImageFeatures):
@@ -404,7 +288,7 @@ def domain_model(
         weights: "pretrained", "random", or a file.
         clip: the CLIP that is prompted; images have its size and its normalisation, and are resized (nearest neighbour)
             where the domain model has another size.
-        tap: for "remote-sensing", see `MAE`.
+        tap: for "remote-sensing", see `MAEFeatures`.
         normalise: "clip", as released: the domain model receives CLIP's input tensor; or "own".
         download: download weights that are not cached.
 
@@ -420,7 +304,7 @@ def domain_model(
         return NoFeatures(clip.visual.output_dim)
     if name == "remote-sensing":
         encoder = _remote_sensing(weights, tap)
-        wanted = replace(IMAGENET, size=encoder.encoder.patch_embed.img_size[0])
+        wanted = replace(IMAGENET, size=encoder.model.encoder.patch_embed.img_size[0])
     elif name == "medical":
         encoder, wanted = _medical(weights, download), replace(IMAGENET, size=1024)
     else:
@@ -437,7 +321,7 @@ def _state(path: str | Path) -> dict[str, Tensor]:
     return backbones.read_state(path)
 
 
-def _remote_sensing(weights: str | Path, tap: str) -> MAE:
+def _remote_sensing(weights: str | Path, tap: str) -> MAEFeatures:
     if weights == "pretrained":
         ways = [
             f"{MAE_FILE} from the README of github.com/ViTAE-Transformer/Remote-Sensing-RVSA (MIT, on a personal cloud "
@@ -445,7 +329,8 @@ def _remote_sensing(weights: str | Path, tap: str) -> MAE:
             "a stand-in trained on natural images: domain_model('vit_base_patch16_224.mae', download=True, ...)",
         ]
         raise MissingWeights("remote-sensing MAE ViT-B/16", Path.cwd(), ways)
-    return MAE(tap=tap).eval() if weights == "random" else MAE.from_official(_state(weights), tap=tap)
+    random = weights == "random"
+    return MAEFeatures(mae.MAE(mae.encoder()) if random else mae.MAE.from_official(_state(weights)), tap).eval()
 
 
 def _medical(weights: str | Path, download: bool) -> nn.Module:

@@ -1,10 +1,13 @@
-"""DPLQ's `paper` profile: the published training, the protocols, and the tables of results."""
+"""DPLQ's `paper` profile: the published training, the protocols, and the tables of results.
+
+`p` are the checked parameters of the notebook, dplq.ipynb: `method`, `protocol`, `dataset`, `targets`, `data_root`,
+`clip`, `weights`, `domain`, `domain_weights`, `noise`, `seed`, `dry_run`, and those that `Hardware.of` reads.
+"""
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,10 +23,10 @@ from ... import backbones
 from ...data import DATASETS, domains, fewshot
 from ...data.domains_sets import CLASSES
 from ...errors import BadParameter, MissingWeights
-from ...evaluation.tables import compare_published, published_table, upsert_rows
-from ...ops.papers import paper
-from ...training import checkpoints
-from ...training.fit import Hardware, History, fit, predict
+from ...evaluation.tables import Results, compare_published, published_table
+from ...ops import papers
+from ...training.fit import Hardware, History, predict
+from ...training.recipe import Training, run
 from ...training.schedules import MakeOptimizer, Schedule, schedule, sgd
 from ..layers import clip_prompting as prompting
 from .model import DPLQ, PROMPT, domain_model, loss
@@ -40,45 +43,56 @@ WORKERS = min(8, os.cpu_count() or 1)
 
 @dataclass(frozen=True)
 class Setting:
-    """The methods, training data and test sets of a run.
+    """The trainings and test sets of a run.
 
     Attributes:
         classes: the names of the training classes, by label.
         test_classes: the same of every test set, by its name.
-        methods: in the order of the tables; learning_rates: of the trained ones.
-        build: the model of a method, before training.
+        trainings: by method, in the order of the tables.
+        learning_rates: of the methods that are trained.
         inputs: of a method and "train" or the name of a test set: items (image, label), or (features or image, label,
             and optionally domain feature) if features are cached.
-        optimizer: of a learning rate.
-        options: the other arguments of `fit`.
         accuracy: of a model, test inputs and their class names; top-1, in percent.
-        folder: of the run, for checkpoints and final weights; None: they are not saved.
-        training: name of the training, used for these files.
-        facts: the identity of the training, for the checkpoint's key.
+        out: folder of the run, for checkpoints and final weights; None: they are not saved.
     """
 
     title: str
     classes: tuple[str, ...]
-    test_classes: dict[str, tuple[str, ...]]
-    methods: tuple[str, ...]
-    learning_rates: dict[str, float]
-    build: Callable[[str], prompting.PromptedCLIP]
+    test_classes: Mapping[str, tuple[str, ...]]
+    trainings: Mapping[str, Training]
+    learning_rates: Mapping[str, float]
     inputs: Callable[[str, str], Dataset]
-    optimizer: Callable[[float], MakeOptimizer]
-    options: dict
     accuracy: Callable[[prompting.PromptedCLIP, Dataset, tuple[str, ...]], float]
-    folder: Path | None = None
-    training: str = ""
-    facts: dict = field(default_factory=dict)
+    out: Path | None = None
 
+    def train(self, method: str, **changes: Any) -> tuple[prompting.PromptedCLIP, History]:
+        """The trained model of a method and its history, empty where nothing is trained; `changes` go to `fit`.
 
-def setting(p: SimpleNamespace, out: Path) -> Setting:
-    """The setting of the `paper` profile for the notebook's parameters; results go below `out`.
+        With a folder, a stopped training is resumed, a finished one is loaded, and the final weights are saved: domain
+        generalisation tests those of the cross-dataset run in the same folder.
+        """
+        return run(self.trainings[method], self.out, **changes)
 
-    Raises `BadParameter`, `MissingData`, `MissingWeights`: with the change or download needed.
-    """
-    check_targets(p)
-    return _dry(p) if p.dry_run else _paper(p, out)
+    def scores(self, method: str, model: prompting.PromptedCLIP) -> dict[str, float]:
+        """Accuracy in percent on every test set over its own classes, and "HM", the harmonic mean of base and novel.
+
+        Afterwards the model has its training classes again.
+        """
+        accuracies = {
+            part: self.accuracy(model, self.inputs(method, part), classes)
+            for part, classes in self.test_classes.items()
+        }
+        model.set_classes(self.classes)
+        if {"base", "novel"} <= accuracies.keys():
+            accuracies["HM"] = fewshot.harmonic_mean(accuracies["base"], accuracies["novel"])
+        return accuracies
+
+    def items(self, method: str, part: str, count: int) -> tuple[Tensor, ...]:
+        """The first items of `inputs`, stacked: inputs of the model (n, ...), labels (n,), and optionally domain
+        features (n, F)."""
+        data = self.inputs(method, part)
+        rows = [data[i] for i in range(min(count, len(data)))]
+        return tuple(torch.stack([torch.as_tensor(x) for x in column]) for column in zip(*rows, strict=True))
 
 
 # --- the published recipe ---------------------------------------------------------------------------------------------
@@ -104,22 +118,63 @@ def learning_rates(epochs: int, warmup: float, warmup_lr: float) -> Schedule:
     return schedule("cosine by epoch", warmup / epochs, 0.0, warmup_lr)
 
 
-def _options(p: SimpleNamespace) -> dict:
-    """The other arguments of `fit`: one learning rate per epoch, the first epoch at a small constant one."""
-    recipe = published_settings(p.protocol)
-    epochs = int(recipe["epochs"])
+def last(images: int, published: Mapping[str, float]) -> str:
+    """The argument `last` of `fit`: the last images of an epoch are dropped, unless there is no full batch."""
+    return "drop" if images >= published["train batch"] else "train"
+
+
+def fit_options(p: SimpleNamespace) -> dict[str, Any]:
+    """The arguments of `fit`: one learning rate per epoch, the first epoch at a small constant one."""
+    published = published_settings(p.protocol)
+    epochs = int(published["epochs"])
     return {
         "epochs": epochs,
-        "batch": int(recipe["train batch"]),
-        "schedule": learning_rates(epochs, recipe["warm-up epochs"], recipe["warm-up learning rate"]),
+        "batch": int(published["train batch"]),
+        "optimizer": optimizer(published["learning rate"]),
+        "schedule": learning_rates(epochs, published["warm-up epochs"], published["warm-up learning rate"]),
         "seed": p.seed,
         "hardware": Hardware.of(p, "dplq", workers=WORKERS),
     }
 
 
-def last(images: int, recipe: Mapping[str, float]) -> str:
-    """The argument `last` of `fit`: the last images of an epoch are dropped, unless there is no full batch."""
-    return "drop" if images >= recipe["train batch"] else "train"
+def setting(p: SimpleNamespace, out: Path) -> Setting:
+    """The setting of the `paper` profile for the notebook's parameters; results go below `out`.
+
+    Raises `BadParameter`, `MissingData`, `MissingWeights`: with the change or download needed.
+    """
+    check_targets(p)
+    published = published_settings(p.protocol)
+    torch.manual_seed(p.seed)  # of the random weights of a dry run
+    clip = _clip(p, "random" if p.dry_run else weights(p, "clip", p.weights))
+    domain = _domain(p, clip)
+    data = _generated(p, clip) if p.dry_run else _real(p, clip)
+    train, trained = data.parts["train"], p.method not in UNTRAINED
+
+    options = fit_options(p) | {"last": last(len(train), published), "name": p.method}
+    if p.dry_run:  # a single epoch would be all warm-up, so it uses the learning rate of the second published one
+        options |= {"epochs": 1, "schedule": schedule("cosine by epoch", 0.0, 0.0)}
+    training = Training(
+        name=f"{data.training}, {p.method}",
+        build=lambda: build(p, p.method, data.names["train"], clip, domain),
+        loss=loss,
+        data=(lambda: train) if trained else None,
+        fit=options,
+        facts={**data.facts, "precision": options["hardware"].precision},
+    )
+
+    def top1(model: prompting.PromptedCLIP, tested: Dataset, classes: tuple[str, ...]) -> float:
+        return accuracy(model, tested, classes, p.seed, options["hardware"])
+
+    return Setting(
+        title=data.title,
+        classes=data.names["train"],
+        test_classes={name: classes for name, classes in data.names.items() if name != "train"},
+        trainings={p.method: training},
+        learning_rates={p.method: published["learning rate"]} if trained else {},
+        inputs=lambda method, part: data.parts[part],
+        accuracy=top1,
+        out=None if p.dry_run else Path(out),
+    )
 
 
 def build(
@@ -127,18 +182,20 @@ def build(
 ) -> prompting.PromptedCLIP:
     """A method at full size on a frozen CLIP; only DPLQ uses the domain model."""
     torch.manual_seed(p.seed)
-    recipe = published_settings(p.protocol)
-    tokens, depth = int(recipe["context tokens"]), int(recipe["prompt depth"])
-    tokenizer = open_clip.get_tokenizer(p.clip.partition("/")[0])
-    given = (clip, classes, tokenizer)
+    published = published_settings(p.protocol)
+    tokens, depth = int(published["context tokens"]), int(published["prompt depth"])
+    common = (clip, classes, open_clip.get_tokenizer(p.clip.partition("/")[0]))
     kinds = {
-        "zero-shot CLIP": lambda: prompting.ZeroShot(*given),
-        "CoOp": lambda: prompting.CoOp(*given),
-        "CoCoOp": lambda: prompting.CoCoOp(*given),
-        "MaPLe": lambda: prompting.MaPLe(*given, tokens=tokens, depth=depth),
-        "DPLQ": lambda: DPLQ(*given, domain, tokens=tokens, depth=depth, noise=p.noise),
+        "zero-shot CLIP": lambda: prompting.ZeroShot(*common),
+        "CoOp": lambda: prompting.CoOp(*common),
+        "CoCoOp": lambda: prompting.CoCoOp(*common),
+        "MaPLe": lambda: prompting.MaPLe(*common, tokens=tokens, depth=depth),
+        "DPLQ": lambda: DPLQ(*common, domain, tokens=tokens, depth=depth, noise=p.noise),
     }
     return kinds[method]()
+
+
+# --- CLIP and domain models -------------------------------------------------------------------------------------------
 
 
 def _clip(p: SimpleNamespace, weights: str | Path) -> nn.Module:
@@ -150,16 +207,16 @@ def _clip(p: SimpleNamespace, weights: str | Path) -> nn.Module:
 
 def domain_name(p: SimpleNamespace) -> str:
     """The domain model that the parameters name; by default the one of the dataset's domain."""
-    found = p.domain or DOMAINS.get(p.dataset.partition("/")[0])
-    if not found:
+    name = p.domain or DOMAINS.get(p.dataset.partition("/")[0])
+    if not name:
         raise BadParameter("domain", p.domain, [*DOMAINS.values(), "clip", "none", "an encoder of timm"])
-    return found
+    return name
 
 
 def weights(p: SimpleNamespace, name: str, given: str) -> str | Path:
     """The weights of "clip", "remote-sensing" or "medical": the parameter, the usual file below
     `<data_root>/weights`, or the cached ones."""
-    file = next(w["file"] for w in paper("dplq")["weights"] if w["name"] == name)
+    file = next(w["file"] for w in papers.paper("dplq")["weights"] if w["name"] == name)
     usual = Path(p.data_root) / "weights" / file
     if given or usual.is_file() or name != "remote-sensing":
         return given or (usual if usual.is_file() else "pretrained")
@@ -175,9 +232,10 @@ def _domain(p: SimpleNamespace, clip: nn.Module) -> nn.Module | None:
     if p.method != "DPLQ":
         return None
     name = domain_name(p)
+    if p.dry_run:
+        return _domain_model(name, "random", clip)
     own = name in DOMAINS.values()
-    source = weights(p, name, p.domain_weights) if own else p.domain_weights or "pretrained"
-    return _domain_model(name, source, clip)
+    return _domain_model(name, weights(p, name, p.domain_weights) if own else p.domain_weights or "pretrained", clip)
 
 
 class OneByOne(nn.Module):
@@ -197,85 +255,6 @@ class OneByOne(nn.Module):
 def _domain_model(name: str, source: str | Path, clip: nn.Module) -> nn.Module:
     model = domain_model(name, source, clip=clip)
     return OneByOne(model) if name == "medical" else model
-
-
-def _paper(p: SimpleNamespace, out: Path) -> Setting:
-    """The published recipe on real images: 16 images per class, tested by the protocol."""
-    clip = _clip(p, weights(p, "clip", p.weights))
-    domain = _domain(p, clip)
-    seen = backbones.input_of(clip)
-    transform = domains.clip_transform(seen)
-    source = splits(p, p.dataset, transform)
-    source["train"].transform = domains.clip_transform(seen, train=True)
-    shots = int(published_settings(p.protocol)["shots"])
-    if p.protocol == "base to novel":
-        protocol = fewshot.base_to_novel(source, shots, p.seed)
-    else:
-        others = {name: splits(p, name, transform) for name in targets(p)}
-        protocol = TRANSFERS[p.protocol](source, others, shots, p.seed)
-    parts = {"train": protocol.train, **protocol.tests}
-    names = {name: tuple(part.class_names) for name, part in parts.items()}
-    facts = {name: getattr(p, name) for name in ("dataset", "noise", "seed")}
-    options = _options(p) | {"last": last(len(protocol.train), published_settings(p.protocol))}
-    # both transfers test one model: the second run reuses the training of the first
-    trained_on = "base classes" if p.protocol == "base to novel" else "all classes"
-    facts |= {"data_root": Path(p.data_root), "precision": options["hardware"].precision, "trained on": trained_on}
-    if p.dataset == "folder":  # its images and labels may change between runs
-        paths = [os.path.relpath(path, p.data_root) for path in protocol.train.sources]
-        facts |= {"images": paths, "labels": protocol.train.labels, "classes": names["train"]}
-    saved = {"folder": Path(out), "facts": facts, "training": f"{p.dataset}, {trained_on}, seed {p.seed}"}
-    return _full_size(p, f"{p.dataset}, {p.protocol}", parts, names, clip, domain, options, **saved)
-
-
-def _full_size(
-    p: SimpleNamespace,
-    title: str,
-    parts: dict[str, Dataset],
-    names: dict[str, tuple[str, ...]],
-    clip: nn.Module,
-    domain: nn.Module | None,
-    options: dict,
-    **saved: Any,
-) -> Setting:
-    """A setting of `parts`, "train" and the test sets, whose classes are `names`."""
-    trained = {} if p.method in UNTRAINED else {p.method: published_settings(p.protocol)["learning rate"]}
-    return Setting(
-        title=title,
-        classes=names["train"],
-        test_classes={name: classes for name, classes in names.items() if name != "train"},
-        methods=(p.method,),
-        learning_rates=trained,
-        build=lambda method: build(p, method, names["train"], clip, domain),
-        inputs=lambda method, part: parts[part],
-        optimizer=optimizer,
-        options=options,
-        accuracy=functools.partial(accuracy, seed=p.seed, hardware=options["hardware"]),
-        **saved,
-    )
-
-
-def _dry(p: SimpleNamespace) -> Setting:
-    """Full-size models with random weights, two optimiser steps on generated images of the real shape."""
-    known = tuple(CLASSES.get(p.dataset, CLASSES["remote/aid"]).values())
-    base, novel = fewshot.halves(known)
-    transfer = p.protocol != "base to novel"
-    names, others = (known, known) if transfer else (base, novel)
-    torch.manual_seed(p.seed)
-    clip = _clip(p, "random")
-    domain = _domain_model(domain_name(p), "random", clip) if p.method == "DPLQ" else None
-    size, generator = backbones.input_of(clip).size, torch.Generator().manual_seed(p.seed)
-
-    def generated(count: int, classes: int) -> TensorDataset:
-        return TensorDataset(torch.randn(count, 3, size, size, generator=generator), torch.arange(count) % classes)
-
-    # a single epoch would be all warm-up, so it uses the learning rate of the second published one
-    options = _options(p) | {"epochs": 1, "schedule": schedule("cosine by epoch", 0.0, 0.0)}
-    tests = ("source", "generated") if transfer else ("base", "novel")
-    named = {"train": names, tests[0]: names, tests[1]: others}
-    # two test images: on a CPU the medical domain model takes many seconds for each
-    parts = {part: generated(2, len(classes)) for part, classes in named.items()}
-    parts["train"] = generated(2 * options["batch"], len(names))
-    return _full_size(p, "generated images (dry run: accuracies mean nothing)", parts, named, clip, domain, options)
 
 
 # --- datasets ---------------------------------------------------------------------------------------------------------
@@ -309,27 +288,59 @@ def splits(p: SimpleNamespace, name: str, transform: Callable) -> dict[str, Data
     )
 
 
-# --- training and testing ---------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class _Data:
+    """Images of a run: "train" and the test sets, with their class names; what identifies the training."""
+
+    title: str
+    parts: Mapping[str, Dataset]
+    names: Mapping[str, tuple[str, ...]]
+    training: str = "dry run"
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
-def train(found: Setting, method: str, **changes: Any) -> tuple[prompting.PromptedCLIP, History]:
-    """Build a method of a setting and train it; the history of a method without training is empty.
+def _real(p: SimpleNamespace, clip: nn.Module) -> _Data:
+    """16 images per class of the training set, and the test sets of the protocol."""
+    seen = backbones.input_of(clip)
+    transform, shots = domains.clip_transform(seen), int(published_settings(p.protocol)["shots"])
+    source = splits(p, p.dataset, transform)
+    source["train"].transform = domains.clip_transform(seen, train=True)
+    if p.protocol == "base to novel":
+        protocol = fewshot.base_to_novel(source, shots, p.seed)
+    else:
+        others = {name: splits(p, name, transform) for name in targets(p)}
+        protocol = TRANSFERS[p.protocol](source, others, shots, p.seed)
+    parts = {"train": protocol.train, **protocol.tests}
+    names = {name: tuple(part.class_names) for name, part in parts.items()}
+    # both transfers test one model: the second run reuses the training of the first
+    trained_on = "base classes" if p.protocol == "base to novel" else "all classes"
+    facts = {name: getattr(p, name) for name in ("dataset", "noise", "seed")}
+    facts |= {"data_root": Path(p.data_root), "trained on": trained_on}
+    if p.dataset == "folder":  # its images and labels may change between runs
+        paths = [os.path.relpath(path, p.data_root) for path in protocol.train.sources]
+        facts |= {"images": paths, "labels": protocol.train.labels, "classes": names["train"]}
+    return _Data(f"{p.dataset}, {p.protocol}", parts, names, f"{p.dataset}, {trained_on}, seed {p.seed}", facts)
 
-    `changes` go to `fit`. With a folder, a stopped training is resumed, a finished one is loaded, and the final weights
-    are saved: domain generalisation tests those of the cross-dataset run in the same folder.
-    """
-    model, name = found.build(method), f"{found.training or found.title}, {method}"
-    if method not in found.learning_rates:
-        return model.eval(), []
-    options = found.options | {"name": method} | changes
-    if found.folder:
-        facts = found.facts | {"model": model}
-        options["checkpoint"] = checkpoints.Checkpoint.of(found.folder / "checkpoints", name, **facts)
-    made = found.optimizer(found.learning_rates[method])
-    history = fit(model, loss, found.inputs(method, "train"), optimizer=made, **options)
-    if found.folder:
-        checkpoints.save(found.folder / "trained", name, checkpoints.trained_state(model))
-    return model, history
+
+def _generated(p: SimpleNamespace, clip: nn.Module) -> _Data:
+    """Generated images of the real shape, for two optimiser steps of a dry run."""
+    known = tuple(CLASSES.get(p.dataset, CLASSES["remote/aid"]).values())
+    base, novel = fewshot.halves(known)
+    names = {"train": base, "base": base, "novel": novel}
+    if p.protocol != "base to novel":
+        names = {"train": known, "source": known, "generated": known}
+    size, generator = backbones.input_of(clip).size, torch.Generator().manual_seed(p.seed)
+    # two test images: on a CPU the medical domain model takes many seconds for each
+    counts = dict.fromkeys(names, 2) | {"train": 2 * int(published_settings(p.protocol)["train batch"])}
+
+    def part(count: int, classes: int) -> TensorDataset:
+        return TensorDataset(torch.randn(count, 3, size, size, generator=generator), torch.arange(count) % classes)
+
+    parts = {name: part(counts[name], len(classes)) for name, classes in names.items()}
+    return _Data("generated images (dry run: accuracies mean nothing)", parts, names)
+
+
+# --- testing ----------------------------------------------------------------------------------------------------------
 
 
 def accuracy(
@@ -342,31 +353,6 @@ def accuracy(
         predicted = predict(model, data, batch=TEST_BATCH, hardware=hardware).argmax(1)
     labels = data.tensors[1] if isinstance(data, TensorDataset) else torch.tensor(data.labels)
     return 100 * float((predicted == labels).double().mean())
-
-
-def scores(model: prompting.PromptedCLIP, found: Setting, method: str) -> dict[str, float]:
-    """Accuracy in percent on every test set over its own classes, and "HM", the harmonic mean of base and novel.
-
-    Afterwards the model has its training classes again.
-    """
-    accuracies = {
-        part: found.accuracy(model, found.inputs(method, part), classes) for part, classes in found.test_classes.items()
-    }
-    model.set_classes(found.classes)
-    if {"base", "novel"} <= accuracies.keys():
-        accuracies["HM"] = fewshot.harmonic_mean(accuracies["base"], accuracies["novel"])
-    return accuracies
-
-
-def first(found: Setting, method: str, part: str, count: int) -> tuple[Tensor, ...]:
-    """The first items of `inputs`, stacked: inputs of the model (n, ...), labels (n,), and optionally domain features
-    (n, F).
-
-    `images, labels, *domain = first(found, "DPLQ", "base", 24)`, then `model(images, *domain)`.
-    """
-    data = found.inputs(method, part)
-    items = [data[i] for i in range(min(count, len(data)))]
-    return tuple(torch.stack([torch.as_tensor(x) for x in column]) for column in zip(*items, strict=True))
 
 
 # --- results ----------------------------------------------------------------------------------------------------------
@@ -383,15 +369,15 @@ def label(p: SimpleNamespace) -> str:
     return ", ".join([p.method, *changed])
 
 
-def rows(p: SimpleNamespace, found: Mapping[str, float]) -> list[dict[str, Any]]:
-    """The result of `scores` as rows for `measured`, one per test set."""
+def rows(p: SimpleNamespace, scores: Mapping[str, float]) -> list[dict[str, Any]]:
+    """The result of `Setting.scores` as rows for `measured`, one per test set."""
     same = {"method": label(p), "protocol": p.protocol, "dataset": p.dataset}
-    return [same | {"test": n, "seed": p.seed, "accuracy": a} for n, a in found.items() if n != "HM"]
+    return [same | {"test": n, "seed": p.seed, "accuracy": a} for n, a in scores.items() if n != "HM"]
 
 
-def measured(path: Path, new: Iterable[Mapping[str, object]] = ()) -> pd.DataFrame:
+def measured(path: Path, *new: Mapping[str, object]) -> pd.DataFrame:
     """The real results in `path`, one row per (method, protocol, dataset, test, seed); `new` are added."""
-    return upsert_rows(path, ["method", "protocol", "dataset", "test", "seed"], ["accuracy"], new)
+    return Results.of("dplq").measured(path, *new)
 
 
 def cells(table: pd.DataFrame, protocol: str) -> dict[tuple[str, str], float]:
@@ -400,19 +386,15 @@ def cells(table: pd.DataFrame, protocol: str) -> dict[tuple[str, str], float]:
     Base to novel has the columns "AID base", "AID novel" and "AID HM" for every set; HM is taken for each seed. The
     other protocols have one column per set, and one row per training set.
     """
-    chosen = table[table.protocol == protocol]
-    found: dict[tuple[str, str], float] = {}
-    if protocol == "base to novel":
-        for (method, dataset), group in chosen.groupby(["method", "dataset"]):
-            both = group.pivot_table(index="seed", columns="test", values="accuracy").dropna()
-            if {"base", "novel"} <= set(both.columns):
-                both["HM"] = [fewshot.harmonic_mean(b, n) for b, n in zip(both.base, both.novel, strict=True)]
-            found |= {(method, f"{_column(dataset)} {test}"): float(both[test].mean()) for test in both.columns}
-        return found
-    for (method, source, test), group in chosen.groupby(["method", "dataset", "test"]):
-        name = f"{method}, trained on {_column(source)}"
-        found[name, _column(source if test == "source" else test)] = float(group.accuracy.mean())
-    return found
+    results, one_run = Results.of("dplq"), ["method", "protocol", "dataset", "seed"]
+    both = table[table.test.isin(["base", "novel"])].pivot_table(index=one_run, columns="test", values="accuracy")
+    if {"base", "novel"} <= set(both):
+        pairs = both.dropna().reset_index()
+        harmonic = [fewshot.harmonic_mean(base, novel) for base, novel in zip(pairs.base, pairs.novel, strict=True)]
+        table = pd.concat([table, pairs[one_run].assign(test="HM", accuracy=harmonic)])
+    test = table.test.where(table.test != "source", table.dataset)
+    named = table.assign(dataset=table.dataset.map(_column), test=test.map(_column))
+    return results.filled(named, results.cells[protocol])
 
 
 def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
@@ -428,61 +410,35 @@ def claim_cells(table: pd.DataFrame) -> dict[tuple[str, str], float]:
     "domain generalisation, remote", over the sets that were not trained on; and the same with "medical".
     """
     found: dict[tuple[str, str], float] = {}
+    known = {protocol: cells(table, protocol) for protocol in ("base to novel", *TRANSFERS)}
     for domain, source in SOURCES.items():
         sets = [name for name in CLASSES if name.startswith(f"{domain}/")]
-        harmonic = cells(table, "base to novel")
         for method in dict.fromkeys(table.method):
-            values = {"base to novel": [harmonic.get((method, f"{_column(name)} HM")) for name in sets]}
-            for protocol in TRANSFERS:
-                rows = table[(table.method == method) & (table.protocol == protocol) & (table.dataset == source)]
-                means = rows.groupby("test").accuracy.mean().to_dict()
-                values[protocol] = [means.get(name) for name in sets if name != source]
-            for protocol, known in values.items():
-                numbers = [value for value in known if value is not None]
-                if len(numbers) == len(known):
-                    found[method, f"{protocol}, {domain}"] = sum(numbers) / len(numbers)
+            named = {"base to novel": [(method, f"{_column(name)} HM") for name in sets]}
+            row = f"{method}, trained on {_column(source)}"
+            named |= {protocol: [(row, _column(name)) for name in sets if name != source] for protocol in TRANSFERS}
+            for protocol, wanted in named.items():
+                if known[protocol].keys() >= set(wanted):
+                    found[method, f"{protocol}, {domain}"] = sum(known[protocol][cell] for cell in wanted) / len(wanted)
     return found
 
 
 def protocol() -> dict[str, str]:
     """The settings of the `paper` profile, one per row, from its constants."""
     novel, transfer = (published_settings(name) for name in ("base to novel", "cross-dataset"))
-
-    def both(name: str, form: str = "g") -> str:
-        one, other = (f"{settings[name]:{form}}" for settings in (novel, transfer))
-        return one if one == other else f"{one} (base to novel), {other} (transfers)"
-
-    return {
-        "optimiser": f"SGD, momentum {MOMENTUM:g}, weight decay {WEIGHT_DECAY:g} on everything that is trained",
-        "learning rate": f"{both('learning rate')}; one for each epoch",
-        "schedule": f"{both('warm-up learning rate')} for {both('warm-up epochs')} epoch, then "
-        "lr (1 + cos(pi (e - 1) / E)) / 2",
-        "epochs": both("epochs"),
-        "batch": f"{both('train batch')}; the last images of an epoch are dropped, unless the set has no whole batch",
-        "precision": f"{paper('dplq')['precision']} on a GPU: float32 weights, float16 autocast, scaled loss; logits "
-        "in float32 (the authors: float16 weights in the context, the small net, the projection and the text's "
-        "quaternion layer, no loss scaling)",
-        "prompts": f"{both('context tokens')} tokens, from '{PROMPT}'; prompted layers: {both('prompt depth')}",
-        "training images": f"{both('shots')} of each class, or all; random crop of {domains.CROP[0]:.0%} to "
-        f"{domains.CROP[1]:.0%} of the area to {both('image size')} (bicubic), flip",
-        "test images": f"short side to {both('image size')} (bicubic), centre; batches of {TEST_BATCH}, on which "
-        "the noise of the prompts depends (the medical domain model: 1024, nearest pixel)",
-        "splits": "50 / 20 / 30 % of each class; the authors' lists were not released, here the shuffle is fixed",
-        "classes": "base are the first half of the sorted folders, the larger one where they are odd",
-        "transfers": "trained on all classes of one set; cross-dataset tests the test split of the others, domain "
-        "generalisation all their images, with the same weights",
-        "selection": "none; the last epoch is tested",
-        "seeds": "1, 2, 3 (README of the successor); here the parameter `seed`",
-        "metric": "top-1 over all test images, percent; mean and standard deviation (of the population) over seeds",
-        "noise": "drawn at test time too, from the seed",
-        "baselines": "how the paper trained them was not found; here as DPLQ: its optimiser, learning rate and epochs",
-        "sweep": "none found",
+    both = {
+        name: f"{novel[name]:g}" if novel[name] == value else f"{novel[name]:g} (base to novel), {value:g} (transfers)"
+        for name, value in transfer.items()
     }
+    constants = {"MOMENTUM": MOMENTUM, "WEIGHT_DECAY": WEIGHT_DECAY, "TEST_BATCH": TEST_BATCH, "PROMPT": PROMPT}
+    return papers.protocol(
+        "dplq", both=both, precision=papers.paper("dplq")["precision"], CROP=domains.CROP, **constants
+    )
 
 
-def _column(dataset: str) -> str:
+def _column(name: str) -> str:
     """The authors' name of a dataset, which the tables use."""
-    return DATASETS[dataset].folders[-1] if dataset in DATASETS else dataset
+    return DATASETS[name].folders[-1] if name in DATASETS else name
 
 
 def tables(table: pd.DataFrame, protocol: str) -> dict[str, pd.DataFrame]:

@@ -11,35 +11,10 @@ from collections.abc import Sequence
 import pandas as pd
 
 from ...data.openi import Report
+from ...ops.papers import paper
 from .distil import FORM, Rules, entities_in
 
-# The MeSH headings of entities of the released list. Chosen by name, before any result was seen; entities without a
-# heading (aorta, silhouette, contour ...) are left out.
-HEADINGS: dict[str, tuple[str, ...]] = {
-    "atelectasis": ("Pulmonary Atelectasis",),
-    "calcification": ("Calcinosis",),
-    "cardiomegaly": ("Cardiomegaly",),
-    "catheter": ("Catheters, Indwelling",),
-    "chf": ("Heart Failure",),
-    "congestion": ("Pulmonary Congestion",),
-    "consolidation": ("Consolidation",),
-    "COPD": ("Pulmonary Disease, Chronic Obstructive",),
-    "deformity": ("Deformity",),
-    "edema": ("Pulmonary Edema",),
-    "effusion": ("Pleural Effusion", "Pericardial Effusion", "Hydropneumothorax"),
-    "emphysema": ("Pulmonary Emphysema", "Emphysema", "Subcutaneous Emphysema"),
-    "fibrosis": ("Pulmonary Fibrosis", "Fibrosis"),
-    "fracture": ("Fractures, Bone",),
-    "granuloma": ("Granuloma", "Calcified Granuloma", "Granulomatous Disease"),
-    "hernia": ("Hernia, Hiatal",),
-    "infiltrate": ("Infiltrate",),
-    "mass": ("Mass",),
-    "nodule": ("Nodule",),
-    "opacity": ("Opacity",),
-    "pneumonia": ("Pneumonia",),
-    "pneumothorax": ("Pneumothorax", "Hydropneumothorax"),
-    "thickening": ("Thickening",),
-}
+HEADINGS: dict[str, list[str]] = paper("ecamp")["headings"]
 
 
 def statements(reports: Sequence[Report]) -> pd.DataFrame:
@@ -50,11 +25,8 @@ def statements(reports: Sequence[Report]) -> pd.DataFrame:
     """
     rules, rows = Rules(), []
     for report in reports:
-        stated = {}
-        for entity in entities_in(report.text, tuple(HEADINGS)):
-            match = FORM.match(rules(report.text, [entity]))
-            assert match is not None
-            stated[entity] = match[1]
+        named = entities_in(report.text, [*HEADINGS])
+        stated = {entity: FORM.findall(rules(report.text, [entity]))[0][0] for entity in named}
         rows += [(report.name, e, stated.get(e, ""), bool(report.headings & {*HEADINGS[e]})) for e in HEADINGS]
     return pd.DataFrame(rows, columns=["report", "entity", "stated", "coded"])
 
@@ -69,16 +41,17 @@ def agreement(rows: pd.DataFrame) -> pd.DataFrame:
     Columns: entity; coded, positive, negated (reports); precision, recall, and the fraction of negated ones that are
     coded, in percent (NaN if there are none).
     """
-    rows = rows.assign(positive=rows.stated.isin(["is", "may be"]), negated=rows.stated == "is no")
-    both = rows.assign(hit=rows.positive & rows.coded, wrong=rows.negated & rows.coded)
-    counted = both.groupby("entity")[["coded", "positive", "negated", "hit", "wrong"]].sum()
-    counted = counted.sort_values("coded", ascending=False, kind="stable")
-    counted.loc["all"] = counted.sum()
-    table = counted[["coded", "positive", "negated"]].copy()
-    table["precision"] = 100 * counted.hit / counted.positive.where(counted.positive > 0)
-    table["recall"] = 100 * counted.hit / counted.coded.where(counted.coded > 0)
-    table["negated, yet coded"] = 100 * counted.wrong / counted.negated.where(counted.negated > 0)
-    return table.reset_index()
+    positive, negated = rows.stated.isin(["is", "may be"]), rows.stated == "is no"
+    counts = pd.DataFrame({"coded": rows.coded, "positive": positive, "negated": negated})
+    counts = counts.assign(hit=positive & rows.coded, wrong=negated & rows.coded).groupby(rows.entity).sum()
+    counts = counts.sort_values("coded", ascending=False, kind="stable")
+    counts.loc["all"] = counts.sum()
+    rates = {
+        "precision": 100 * counts.hit / counts.positive,
+        "recall": 100 * counts.hit / counts.coded,
+        "negated, yet coded": 100 * counts.wrong / counts.negated,
+    }
+    return counts[["coded", "positive", "negated"]].assign(**rates).reset_index()
 
 
 def misses(rows: pd.DataFrame) -> pd.DataFrame:

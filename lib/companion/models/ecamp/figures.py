@@ -1,4 +1,4 @@
-"""Figures of ECAMP alone: architecture, weights of words, reconstructions, super-resolution, attention of words."""
+"""Figures of ECAMP alone: weights of words, reconstructions, super-resolution, attention of words."""
 
 from __future__ import annotations
 
@@ -10,49 +10,18 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from ...viz import plots
 from ...viz.style import COLOURS, HEAT, styled
-from . import model as ecamp
+from ..layers.mae import patchify, unpatchify
 from .model import ECAMP, Batch
 
 ROLES = {"entity": COLOURS[1], "descriptor": COLOURS[0], "boiler-plate": "#8c8c8c", "other": "#cfcfcf"}
 BOX = COLOURS[5]  # the true box of a lesion
 MASKED = 0.89  # grey value of masked patches
 LOOK: dict[str, Any] = {"mean": (0.5,) * 3, "std": (0.15,) * 3, "mode": "nearest"}  # of the synthetic chests
-
-
-def architecture(image: np.ndarray) -> Figure:
-    """Both branches of pre-training, from the masked image and the masked report to the three losses.
-
-    Args:
-        image: (H, W) in 0 to 1, synthetic; three of four of its 8 x 8 patches are drawn as masked.
-    """
-    upper, lower = 0.75, 2.3
-    nodes = {
-        "encoder: ViT (1)\nused downstream": (2.3, upper, "trained"),
-        "image\ndecoder (2)": (4.2, upper, "trained"),
-        "super-\nresolution (4)": (6.0, upper, "trained"),
-        "“there is a [MASK] effusion .\nthere is no [MASK] of [MASK] .”": (1.35, lower, "tensor"),
-        "context fusion\n(5) to (7)": (4.2, lower, "trained"),
-        "BERT layers,\nword head": (6.0, lower, "trained"),
-        "hidden patches:\n$L_{mim}$ (3)": (7.9, upper + 0.68, "operation"),
-        "twice the size,\nin a window: $L_{sr}$ (4)": (7.9, upper - 0.3, "operation"),
-        "all positions,\nweighted: $L_{mlm}$ (8)": (7.9, lower, "operation"),
-    }
-    vit, decoder, resolved, report, fusion, bert, mim, sr, mlm = nodes
-    arrows = [(vit, decoder), (decoder, resolved), (vit, fusion), (report, fusion), (fusion, bert)]
-    arrows += [(bert, mlm), (decoder, mim), (resolved, sr)]
-    figure = plots.diagram(nodes, arrows)
-    side = len(image) // 8
-    seen = np.kron(np.random.default_rng(3).permutation(64).reshape(8, 8) < 16, np.ones((side, side)))
-    shown = OffsetImage(np.where(seen, image, MASKED), cmap="gray", zoom=1.1, interpolation="nearest")
-    figure.axes[0].add_artist(AnnotationBbox(shown, (0.5, upper), pad=0.1, bboxprops={"edgecolor": "#767676"}))
-    figure.axes[0].annotate("", (1.62, upper), (0.95, upper), arrowprops={"arrowstyle": "-|>", "color": "#333333"})
-    return figure
 
 
 @styled
@@ -95,37 +64,36 @@ def images(pixels: Tensor, boxes: Tensor, titles: Sequence[str], columns: int = 
     return figure
 
 
-def reconstructed(model: ECAMP, batch: Batch, trace: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def reconstructed(model: ECAMP, batch: Batch, out: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Input, reconstruction, super-resolved image and original of a batch by name, normalised; masked patches are NaN.
 
-    A model without super-resolution has no row for it; one that predicts the high resolution gives no reconstruction.
+    A model without super-resolution has no row for it.
     """
-    visible = ecamp.patchify(trace["low"], model.patch)
-    visible = visible.masked_fill(trace["hidden"][..., None] > 0, torch.nan)
-    rows = {"visible patches": ecamp.unpatchify(visible, model.patch)}
-    if model.scale == 1:
-        rows["reconstruction"] = ecamp.unpatchify(trace["pixels"], model.patch)
-    if "super_resolved" in trace:
-        rows["super-resolved"] = trace["super_resolved"]
+    visible = patchify(out["low"], model.patch)  # (B, N, 3 p p)
+    visible = visible.masked_fill(out["hidden"][..., None] > 0, torch.nan)
+    rows = {"visible patches": visible, "reconstruction": out["pixels"]}
+    rows = {name: unpatchify(patches, model.patch) for name, patches in rows.items()}
+    if "super_resolved" in out:
+        rows["super-resolved"] = out["super_resolved"]
     return rows | {"original": batch.images}
 
 
 @styled
 def reconstructions(
-    model: ECAMP, batch: Batch, trace: Mapping[str, Tensor], titles: Sequence[str], mean: float, std: float
+    model: ECAMP, batch: Batch, out: Mapping[str, Tensor], titles: Sequence[str], mean: float, std: float
 ) -> Figure:
     """The rows of `reconstructed`; the orange frame is the window of the super-resolution loss.
 
     Args:
-        trace: filled by the model's forward pass of the batch.
+        out: of `ECAMP.forward_intermediates` of the batch.
         mean, std: of the images' normalisation.
     """
-    rows = reconstructed(model, batch, trace)
+    rows = reconstructed(model, batch, out)
     count = len(batch.images)
     figure, axes = plt.subplots(len(rows), count, figsize=(1.25 * count + 1.1, 1.28 * len(rows) + 0.3), squeeze=False)
     cell = 2 * model.patch
-    for line, (name, found) in zip(axes, rows.items(), strict=True):
-        for ax, image, corner in zip(line, found, batch.window.tolist(), strict=True):
+    for line, (name, images) in zip(axes, rows.items(), strict=True):
+        for ax, image, corner in zip(line, images, batch.window.tolist(), strict=True):
             _grey(ax, image.nan_to_num((MASKED - mean) / std), mean, std)
             if name == "super-resolved" and model.window is not None:
                 top, left = (cell * x for x in corner)

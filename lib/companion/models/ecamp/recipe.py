@@ -1,6 +1,10 @@
-"""ECAMP's `paper` profile: pre-training and the downstream tasks by the authors' recipes, and the tables of results.
+"""ECAMP's `paper` profile: pre-training and the downstream tasks by the authors' recipes.
 
 A training writes its checkpoint below `<out>/checkpoints`, from which it resumes, and its weights to `<out>/trained`.
+
+`p` are the notebook's checked parameters, explained in paper.yaml. All functions read `dry_run`, `seed`, `data_root`,
+`weights` and what `Hardware.of` reads; pre-training `dataset` and `method`; downstream tasks `task`, `dataset`,
+`labels`, `encoder`, `protocol` and `devices`.
 """
 
 from __future__ import annotations
@@ -10,12 +14,12 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from operator import methodcaller
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -26,24 +30,30 @@ from ...data import DATASETS, xrays
 from ...data.xrays_sets import CLASSES, ONE_OF, tasks
 from ...errors import BadParameter, MissingWeights, check_choice
 from ...evaluation.metrics import radiology
-from ...evaluation.tables import published_table, upsert_rows, with_measured
+from ...evaluation.tables import Results, published_table
+from ...ops import papers
 from ...ops.files import atomic
-from ...ops.papers import paper
-from ...training import checkpoints
 from ...training.callbacks import ClipNorm, EarlyStop
-from ...training.checkpoints import Checkpoint, checkpoint_key
-from ...training.fit import Hardware, History, evaluating, fit
+from ...training.checkpoints import checkpoint_key
+from ...training.fit import Hardware, evaluating
+from ...training.recipe import Training
 from ...training.schedules import MakeOptimizer, adamw, given, sgd
-from ..layers.state_dicts import load_official
-from . import heads
+from . import detection, heads, official, text
 from . import model as ecamp
-from .model import ECAMP, METHODS
-from .text import ENTITY, NO_ENTITY, OTHER, SPLICED, Pairs, Vocabulary
+from .model import ECAMP
+from .text import Pairs, Vocabulary
+from .variants import METHODS
 
 WORKERS = min(16, os.cpu_count() or 1)
 DRY_BATCH = 2
 TEST_BATCH = 64
 HELD = 4 * 2**30  # bytes of validation images and labels
+
+RESULTS = Results.of("ecamp")
+TITLES = RESULTS.names["dataset"]  # of the data sets, in the tables
+
+
+# --- pre-training -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -52,24 +62,17 @@ class Setting:
 
     Attributes:
         title: of the data.
-        learning_rates: of each trained method.
         pairs: training data of a method: items are `model.Batch` without the B.
-        build: the model of a method, before training.
-        learn: trains a model in place: (model, method) to the history, with the losses "mim", "sr" and "mlm".
+        training: of a method; its losses are "mim", "sr" and "mlm".
     """
 
     title: str
-    learning_rates: dict[str, float]
     pairs: Callable[[str], Pairs]
-    build: Callable[[str], ECAMP]
-    learn: Callable[[ECAMP, str], History]
+    training: Callable[[str], Training]
 
 
 def setting(p: SimpleNamespace, out: Path) -> Setting:
-    """The pre-training of the notebook's checked parameters `p`; in a dry run two steps on generated pairs.
-
-    Args:
-        out: the run's folder.
+    """The pre-training of a run, which may save a vocabulary in its folder `out`; in a dry run, on generated pairs.
 
     Raises `BadParameter`, `MissingData`, `MissingWeights`: with the change or download needed.
     """
@@ -79,30 +82,34 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
 
     def build(method: str) -> ECAMP:
         torch.manual_seed(p.seed)
-        model = ecamp.build("paper", words=len(words), **METHODS[method][0])
+        kind, options, _ = METHODS[method]
+        model = kind.build("paper", words=len(words), **options)
         if not p.dry_run:
             model.load_mae(backbones.read_state(_file(p, "mae")))
         return model
 
-    def learn(model: ECAMP, method: str) -> History:
-        data, name = pairs(method), f"{method}, {p.dataset}, seed {p.seed}"
+    def training(method: str) -> Training:
+        data, r = pairs(method), published()
+        options = pretraining_fit(p, len(data), r)
         if p.dry_run:
-            learning_rates = np.full(2, recipe()["lr"])
-            return pretrain(p, model, data, learning_rates=learning_rates, batch=DRY_BATCH, name=method)
-        checkpoint = Checkpoint.of(out / "checkpoints", name, model=model, method=method, **facts)
-        history = pretrain(p, model, data, checkpoint=checkpoint, name=method)
-        checkpoints.save(out / "trained", name, model.to_official())
-        return history
+            options |= {"schedule": given(np.full(2, r["lr"])), "epochs": 2 * DRY_BATCH / len(data), "batch": DRY_BATCH}
+            options["hardware"] = Hardware.of(p, "ecamp")
+        return Training(
+            name=f"{method}, {p.dataset}, seed {p.seed}",
+            build=lambda: build(method),
+            loss=ecamp.pretraining_loss,
+            data=lambda: data,
+            fit=options,
+            facts={"method": method, **facts},
+            weights=methodcaller("to_official"),
+        )
 
-    return Setting(title, {p.method: recipe()["lr"]}, pairs, build, learn)
+    return Setting(title, pairs, training)
 
 
-# --- pre-training -----------------------------------------------------------------------------------------------------
-
-
-def recipe() -> dict[str, float]:
-    """The hyper-parameters of pre-training in the authors' scripts (the paper's YAML)."""
-    return published_table("ecamp", "recipe-pretraining").set_index("method")["value"].to_dict()
+def published(**changes: float) -> dict[str, float]:
+    """The hyper-parameters of pre-training in the authors' scripts (the paper's YAML), but for `changes`."""
+    return published_table("ecamp", "recipe-pretraining").set_index("method")["value"].to_dict() | changes
 
 
 @dataclass(frozen=True)
@@ -125,7 +132,7 @@ def pretraining_epoch(images: int, r: Mapping[str, float]) -> PretrainingEpoch:
     """The epoch of a set of `images` under the settings `r`; one step with all pairs if there are fewer than a batch.
 
     Args:
-        r: `recipe()`; gpus, batch_per_gpu and accumulation are read.
+        r: `published()`; gpus, batch_per_gpu and accumulation are read.
     """
     gpus, accumulation = int(r["gpus"]), int(r["accumulation"])
     iterations = -(-images // gpus) // int(r["batch_per_gpu"])
@@ -134,7 +141,7 @@ def pretraining_epoch(images: int, r: Mapping[str, float]) -> PretrainingEpoch:
     return PretrainingEpoch(iterations, steps, batch) if steps else PretrainingEpoch(accumulation, 1, images)
 
 
-def pretraining_learning_rates(images: int, r: Mapping[str, float] | None = None) -> np.ndarray:
+def pretraining_learning_rates(images: int, r: Mapping[str, float]) -> np.ndarray:
     """The learning rate of each step: linear warm-up, then a cosine to epoch 200 that stops at epoch 120.
 
     As released, the epoch at step k is counted in the loader's iterations, accumulation * k / iterations: with
@@ -142,9 +149,8 @@ def pretraining_learning_rates(images: int, r: Mapping[str, float] | None = None
 
     Args:
         images: of the training set.
-        r: settings by name; None: the published ones.
+        r: `published()`.
     """
-    r = recipe() if r is None else r
     cut = pretraining_epoch(images, r)
     within = np.arange(cut.steps) * int(r["accumulation"]) / cut.iterations
     epoch = (np.arange(int(r["stop_epoch"]))[:, None] + within).ravel()
@@ -157,43 +163,24 @@ def pretraining_optimizer(r: Mapping[str, float]) -> MakeOptimizer:
     return adamw(r["lr"], r["weight_decay"], betas=(r["beta1"], r["beta2"]))
 
 
-def pretrain(
-    p: SimpleNamespace,
-    model: ECAMP,
-    data: Dataset,
-    *,
-    settings: Mapping[str, float] = {},
-    learning_rates: np.ndarray | None = None,
-    batch: int | None = None,
-    micro_batch: int = 64,  # their 16,384 positions have 2 GB of logits over 30,000 words, and the same for gradients
-    checkpoint: Checkpoint | None = None,
-    name: str = "pre-training",
-) -> History:
-    """Pre-train by the authors' recipe, in place.
+def pretraining_fit(p: SimpleNamespace, pairs: int, r: Mapping[str, float], micro_batch: int = 64) -> dict[str, Any]:
+    """The arguments of `fit` for the authors' pre-training on a number of pairs.
 
     Args:
-        settings: those of `recipe()` that differ.
-        learning_rates: of each step; None: the published ones.
-        batch: pairs per step; None: the published number, or all pairs if there are fewer.
-        micro_batch: pairs that a device processes at once; the gradients of a step are accumulated.
+        r: `published()`.
+        micro_batch: pairs that a device processes at once; the gradients of a step are accumulated. The 16,384
+            positions of 64 have 2 GB of logits over 30,000 words, and the same for gradients.
     """
-    r = recipe() | dict(settings)
-    batch = batch or pretraining_epoch(len(data), r).batch
-    learning_rates = pretraining_learning_rates(len(data), r) if learning_rates is None else learning_rates
+    batch, learning_rates = pretraining_epoch(pairs, r).batch, pretraining_learning_rates(pairs, r)
     accumulate = math.ceil(batch / (p.devices * micro_batch))
-    return fit(
-        model,
-        ecamp.pretraining_loss,
-        data,
-        epochs=len(learning_rates) / (len(data) // batch),
-        batch=batch,
-        optimizer=pretraining_optimizer(r),
-        schedule=given(learning_rates),
-        checkpoint=checkpoint,
-        seed=p.seed,
-        hardware=Hardware.of(p, "ecamp", workers=WORKERS, accumulate=accumulate),
-        name=name,
-    )
+    return {
+        "epochs": len(learning_rates) / (pairs // batch),
+        "batch": batch,
+        "optimizer": pretraining_optimizer(r),
+        "schedule": given(learning_rates),
+        "seed": p.seed,
+        "hardware": Hardware.of(p, "ecamp", workers=WORKERS, accumulate=accumulate),
+    }
 
 
 def _pairs(p: SimpleNamespace, out: Path) -> tuple[str, Vocabulary, Callable[[str], Pairs], dict[str, Any]]:
@@ -202,25 +189,25 @@ def _pairs(p: SimpleNamespace, out: Path) -> tuple[str, Vocabulary, Callable[[st
     A learned vocabulary is saved in `out`: relearned from the same reports it would have other ids.
     """
     dataset = xrays.own(p.data_root) if p.dataset == "folder" else DATASETS[p.dataset]
-    found = xrays.reports(dataset, p.data_root, xrays.pretrain_transform())
+    reports = xrays.reports(dataset, p.data_root, xrays.pretrain_transform())
     stored = dataset.folder(p.data_root) / "mimic_wordpiece.json"
     if not stored.is_file():
-        stored = out / f"vocabulary {checkpoint_key(texts=found.texts)}.json"
+        stored = out / f"vocabulary {checkpoint_key(texts=reports.texts)}.json"
     if not stored.is_file():
         with atomic(stored) as temporary:
-            Vocabulary.train(found.texts).tokenizer.save(str(temporary))
-    words = Vocabulary.read(stored)
-    if found.windows is not None and not (found.windows.min() >= 0 and found.windows.max() <= 14 - 12):
-        corners = f"corners of {found.windows.min()} to {found.windows.max()}"
+            Vocabulary.train(reports.texts).tokenizer.save(str(temporary))
+    words, windows = Vocabulary.read(stored), reports.windows
+    if windows is not None and not (windows.min() >= 0 and windows.max() <= 14 - 12):
+        corners = f"corners of {windows.min()} to {windows.max()}"
         raise BadParameter("windows", corners, "0 to 2: a window has 12 of the 14 patches of a side")
 
     def pairs(method: str) -> Pairs:
-        options = {"statements": found.statements, "windows": found.windows} | METHODS[method][1]
-        return Pairs(found.images, found.texts, words, **options)
+        options: dict[str, Any] = {"statements": reports.statements, "windows": windows} | METHODS[method][2]
+        return Pairs(reports.images, reports.texts, words, **options)
 
-    facts = {"data_root": Path(p.data_root), "images": found.images.paths, "vocabulary": words.pieces}
-    facts |= {"texts": found.texts, "statements": found.statements, "windows": found.windows}
-    return f"{p.dataset}, {len(found.texts):,} images", words, pairs, facts
+    facts = {"data_root": Path(p.data_root), "images": reports.images.paths, "vocabulary": words.pieces}
+    facts |= {"texts": reports.texts, "statements": reports.statements, "windows": windows}
+    return f"{p.dataset}, {len(reports.texts):,} images", words, pairs, facts
 
 
 def _generated_pairs(p: SimpleNamespace) -> tuple[str, Vocabulary, Callable[[str], Pairs], dict[str, Any]]:
@@ -232,38 +219,25 @@ def _generated_pairs(p: SimpleNamespace) -> tuple[str, Vocabulary, Callable[[str
     words.pieces += ["[UNK]"] * (30_000 - len(words))
 
     def pairs(method: str) -> Pairs:
-        options = {"statements": ["There is effusion."] * len(images)} | METHODS[method][1]
+        options: dict[str, Any] = {"statements": ["There is effusion."] * len(images)} | METHODS[method][2]
         return Pairs(images, reports, words, **options)
 
     return "generated pairs (dry run: the losses mean nothing)", words, pairs, {}
 
 
-# --- downstream -------------------------------------------------------------------------------------------------------
+# --- downstream: task, model, data ------------------------------------------------------------------------------------
 
-# names of the sets in the tables
-TITLES = {
-    "xrays/chestx-ray14": "ChestX-ray14",
-    "xrays/chestmnist": "ChestX-ray14",
-    "xrays/chexpert": "CheXpert",
-    "xrays/rsna": "RSNA",
-    "xrays/covidx": "COVIDx",
-    "xrays/siim": "SIIM",
-    "fundus/odir": "ODIR-5K",
-    "fundus/aptos": "APTOS-2019",
-    "fundus/mured": "MuReD",
-    "fundus/riga": "RIGA",
+KINDS = {
+    "fine-tune": "classification",
+    "linear probe": "classification",
+    "segment": "segmentation",
+    "detect": "detection",
 }
 RECIPES = {
     "fine-tune": "recipe-finetune",
     "linear probe": "recipe-linear",
     "segment": "recipe-segmentation",
     "detect": "recipe-detection",
-}
-KINDS = {
-    "fine-tune": "classification",
-    "linear probe": "classification",
-    "segment": "segmentation",
-    "detect": "detection",
 }
 PATIENCE = {"segment": 40}  # epochs without a new best; 20 for the others, and on RIGA for other encoders than ECAMP's
 FIRST = {"1": 60, "10": 100, "100": 50}  # step after which detection is validated
@@ -280,8 +254,7 @@ class Downstream:
         title: task, set and share of labels.
         metric: name of the `score`, which is in percent.
         data: "train", "val" and "test".
-        build: the model, before training.
-        learn: trains a model in place, returns the history; the model ends with its best weights on "val".
+        training: ends with the weights that were best on "val".
         score: of a model and a split.
         recipe: lr, warmup_steps, steps, batch.
     """
@@ -289,10 +262,45 @@ class Downstream:
     title: str
     metric: str
     data: dict[str, Dataset]
-    build: Callable[[], nn.Module]
-    learn: Callable[[nn.Module], History]
+    training: Training
     score: Callable[[nn.Module, Dataset], float]
     recipe: dict[str, float]
+
+
+def downstream(p: SimpleNamespace) -> Downstream:
+    """The downstream task of a run; in a dry run two steps on generated images.
+
+    Raises `BadParameter`, `MissingData`, `MissingWeights`, `BadCheckpoint`: with the change or download needed.
+    """
+    check_choice("task", p.task, KINDS)
+    if p.devices > 1:
+        accepted = "1: only pre-training runs on several; Dice and BatchNorm need the whole batch"
+        raise BadParameter("devices", p.devices, accepted)
+    kind = KINDS[p.task]
+    _check(p.dataset, kind)
+    numbers = downstream_recipe(p.task, p.dataset, p.labels)
+    title = f"{p.task} on {p.dataset}, {p.labels} % of the labels"
+    if p.dry_run:
+        numbers |= {"batch": DRY_BATCH, "steps": 2, "warmup_steps": 0}
+        title = f"{p.task}, generated images for {p.dataset} (dry run: the score means nothing)"
+    data = _generated(p, kind) if p.dry_run else _splits(p, kind)
+    score, metric = {
+        "classification": (functools.partial(_classified, p), "accuracy" if p.dataset in ONE_OF else "AUROC"),
+        "segmentation": (functools.partial(_segmented, p), f"Dice ({p.protocol})"),
+        "detection": (functools.partial(_detected, p), f"mAP ({p.protocol})"),
+    }[kind]
+    val = functools.cache(lambda: _held(data["val"], 0 if p.dry_run else WORKERS))
+    facts = {key: getattr(p, key) for key in ("task", "dataset", "labels", "protocol", "encoder")}
+    training = Training(
+        name=f"{p.task}, {p.dataset}, {p.labels} %, {p.encoder}, {p.protocol} protocol, seed {p.seed}",
+        build=functools.partial(_head, p, kind),
+        loss=functools.partial(downstream_loss, p.task),
+        data=lambda: data["train"],
+        fit=downstream_fit(p, len(data["train"]), selection(p, lambda model: score(model, val())), numbers),
+        facts={"data_root": Path(p.data_root), **facts},
+        weights=lambda model: getattr(model, "to_official", model.state_dict)(),
+    )
+    return Downstream(title, metric, data, training, score, numbers)
 
 
 def downstream_recipe(task: str, dataset: str, labels: str) -> dict[str, float]:
@@ -308,61 +316,19 @@ def downstream_recipe(task: str, dataset: str, labels: str) -> dict[str, float]:
     return rows[name]
 
 
-def downstream(p: SimpleNamespace, out: Path) -> Downstream:
-    """The downstream task of the parameters `task`, `dataset`, `labels`, `encoder`, `weights` and `protocol`.
-
-    Args:
-        out: the run's folder.
-
-    Raises `BadParameter`, `MissingData`, `MissingWeights`, `BadCheckpoint`: with the change or download needed.
-    """
-    check_choice("task", p.task, KINDS)
-    if p.devices > 1:
-        raise BadParameter(
-            "devices", p.devices, "1: only pre-training runs on several; Dice and BatchNorm need the whole batch"
-        )
-    kind = KINDS[p.task]
-    _check(p.dataset, kind)
-    numbers = downstream_recipe(p.task, p.dataset, p.labels)
-    if p.dry_run:
-        data = _generated(p, kind)
-        numbers = numbers | {"batch": DRY_BATCH, "steps": 2, "warmup_steps": 0}
-        title = f"{p.task}, generated images for {p.dataset} (dry run: the score means nothing)"
-    else:
-        data = _splits(p, kind)
-        title = f"{p.task} on {p.dataset}, {p.labels} % of the labels"
-    score, metric = {
-        "classification": (functools.partial(_classified, p), "accuracy" if p.dataset in ONE_OF else "AUROC"),
-        "segmentation": (functools.partial(_segmented, p), f"Dice ({p.protocol})"),
-        "detection": (functools.partial(_detected, p), f"mAP ({p.protocol})"),
-    }[kind]
-    return Downstream(
-        title=title,
-        metric=metric,
-        data=data,
-        build=functools.partial(_head, p, kind),
-        learn=functools.partial(_learn, p, out, data=data, score=score, numbers=numbers),
-        score=score,
-        recipe=numbers,
-    )
-
-
 def encoder(p: SimpleNamespace) -> VisionTransformer:
     """The ViT-B/16 of the parameter `encoder`, with the weights of `weights` or of `<data_root>/weights`, or random."""
     torch.manual_seed(p.seed)
     blank = VisionTransformer(img_size=224, num_classes=0, global_pool="")
     if p.encoder == "random" or p.dry_run:
         return blank
-    # decoders in the file are only for pre-training
-    state = backbones.read_state(_file(p, p.encoder.lower()))
-    own = {n: t for n, t in state.items() if n in blank.state_dict()}
-    load_official(blank, own, {n: n for n in blank.state_dict()}, f"{p.encoder}'s ViT-B/16")
+    official.load_vit(blank, backbones.read_state(_file(p, p.encoder.lower())), f"{p.encoder}'s ViT-B/16")
     return blank
 
 
 def _file(p: SimpleNamespace, name: str) -> Path:
     """A file of the paper's weights: the parameter `weights`, or the file's default path."""
-    entry = next(w for w in paper("ecamp")["weights"] if w["name"] == name)
+    entry = next(w for w in papers.paper("ecamp")["weights"] if w["name"] == name)
     path = Path(p.weights) if p.weights else Path(p.data_root) / "weights" / entry["file"]
     if not path.is_file():
         ways = [f"put {entry['file']} into {Path(p.data_root) / 'weights'}; {entry['source']}", "weights = '<file>'"]
@@ -370,6 +336,17 @@ def _file(p: SimpleNamespace, name: str) -> Path:
             ways.append("encoder = 'random', for an untrained one")
         raise MissingWeights(entry["what"], path.parent, ways)
     return path
+
+
+def _head(p: SimpleNamespace, kind: str) -> nn.Module:
+    """The model of a task on its encoder. The authors freeze it; on RIGA, which they also run from random weights, not
+    a random one."""
+    base, classes = encoder(p), len(CLASSES[p.dataset])
+    if kind == "classification":
+        return heads.classifier(base, classes, probe=p.task == "linear probe")
+    if kind == "segmentation":
+        return heads.Segmenter(base, classes, frozen=(p.dataset, p.encoder) != ("fundus/riga", "random"))
+    return detection.Detector(base, expansion=EXPANSION[p.labels])
 
 
 def _check(dataset: str, kind: str) -> None:
@@ -392,13 +369,13 @@ def _splits(p: SimpleNamespace, kind: str) -> dict[str, Dataset]:
         "segmentation": functools.partial(mask_transform, p.dataset),
         "detection": lambda train: xrays.squeeze_transform(),
     }
-    found = {}
+    data = {}
     for split in xrays.SPLITS:
         # for detection the authors test on the validation list
         listed = "val" if (kind, split, p.protocol) == ("detection", "test", "released") else split
         options = {"task": kind, "share": p.labels, "transform": transforms[kind](split == "train"), "seed": p.seed}
-        found[split] = xrays.load(p.dataset, p.data_root, listed, **options)
-    return found
+        data[split] = xrays.load(p.dataset, p.data_root, listed, **options)
+    return data
 
 
 def _generated(p: SimpleNamespace, kind: str) -> dict[str, Dataset]:
@@ -422,15 +399,24 @@ def _generated(p: SimpleNamespace, kind: str) -> dict[str, Dataset]:
     return {"train": part(2 * DRY_BATCH), "val": part(2), "test": part(2)}
 
 
-def _head(p: SimpleNamespace, kind: str) -> nn.Module:
-    """The model of a task on its encoder. The authors freeze it; on RIGA, which they also run from random weights, not
-    a random one."""
-    base, classes = encoder(p), len(CLASSES[p.dataset])
-    if kind == "classification":
-        return heads.classifier(base, classes, probe=p.task == "linear probe")
-    if kind == "segmentation":
-        return heads.Segmenter(base, classes, frozen=(p.dataset, p.encoder) != ("fundus/riga", "random"))
-    return heads.Detector(base, expansion=EXPANSION[p.labels])
+# --- downstream: loss, optimiser, schedule, selection -----------------------------------------------------------------
+
+
+def downstream_loss(task: str, model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+    """The loss of a batch (images, labels, masks or boxes)."""
+    images, truth = batch
+    if KINDS[task] == "classification":
+        return heads.classification_loss(model(images), truth)
+    if KINDS[task] == "segmentation":
+        return heads.segmentation_loss(model(images).float(), truth)
+    return detection.detection_loss([head.float() for head in model(images)], truth, images.shape[-1])
+
+
+def downstream_optimizer(task: str, lr: float) -> MakeOptimizer:
+    """SGD without weight decay for classification, else AdamW, which decays every trained tensor."""
+    if KINDS[task] == "classification":
+        return sgd(lr, momentum=MOMENTUM, decay="all")
+    return adamw(lr, DECAY, decay="all")
 
 
 def downstream_learning_rates(numbers: Mapping[str, float], count: int) -> np.ndarray:
@@ -448,16 +434,9 @@ def downstream_learning_rates(numbers: Mapping[str, float], count: int) -> np.nd
     return numbers["lr"] * np.where(step < warm, step / max(1, warm), 0.5 * (1 + np.cos(np.pi * done)))
 
 
-def downstream_optimizer(task: str, lr: float) -> MakeOptimizer:
-    """SGD without weight decay for classification, else AdamW, which decays every trained tensor."""
-    if KINDS[task] == "classification":
-        return sgd(lr, momentum=MOMENTUM, decay="all")
-    return adamw(lr, DECAY, decay="all")
-
-
-def patience(p: SimpleNamespace) -> int:
+def patience(task: str, dataset: str, encoder: str) -> int:
     """Epochs without a new best after which a training ends."""
-    return 20 if p.dataset == "fundus/riga" and p.encoder != "ECAMP" else PATIENCE.get(p.task, 20)
+    return 20 if dataset == "fundus/riga" and encoder != "ECAMP" else PATIENCE.get(task, 20)
 
 
 def selection(p: SimpleNamespace, score: Callable[[nn.Module], float], after: int | None = None) -> EarlyStop:
@@ -471,30 +450,12 @@ def selection(p: SimpleNamespace, score: Callable[[nn.Module], float], after: in
     ties = not (KINDS[p.task] == "classification" and p.dataset in ONE_OF)
     if after is None:
         after = FIRST[p.labels] if p.task == "detect" and not p.dry_run else 0
-    return EarlyStop(score, patience(p), first_step=after + 1, ties=ties, patient_ties=ties, start=0.0)
+    epochs = patience(p.task, p.dataset, p.encoder)
+    return EarlyStop(score, epochs, first_step=after + 1, ties=ties, patient_ties=ties, start=0.0)
 
 
-def downstream_loss(task: str, model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
-    """The loss of a batch (images, labels, masks or boxes)."""
-    images, truth = batch
-    if KINDS[task] == "classification":
-        return heads.classification_loss(model(images), truth)
-    if KINDS[task] == "segmentation":
-        return heads.segmentation_loss(model(images).float(), truth)
-    return heads.detection_loss([head.float() for head in model(images)], truth, images.shape[-1])
-
-
-def train(
-    p: SimpleNamespace,
-    model: nn.Module,
-    data: Dataset,
-    best: EarlyStop,
-    numbers: Mapping[str, float],
-    *,
-    workers: int = 0,
-    checkpoint: Checkpoint | None = None,
-) -> History:
-    """Train a downstream model by the authors' recipe, in place; it ends with the weights selected by `best`.
+def downstream_fit(p: SimpleNamespace, images: int, best: EarlyStop, numbers: Mapping[str, float]) -> dict[str, Any]:
+    """The arguments of `fit` for a downstream training on a number of images, which ends with the weights of `best`.
 
     An epoch's last images, too few for a batch, are a separate step. As in the authors' code a training ends when the
     patience is exhausted, or when an epoch ends on a multiple of the published steps; beyond these the cosine rises
@@ -505,46 +466,19 @@ def train(
         numbers: lr, warmup_steps, steps and batch, as of `downstream_recipe`.
     """
     batch = int(numbers["batch"])
-    per_epoch = -(-len(data) // batch)
+    per_epoch = -(-images // batch)
     # the patience stops a training long before; without a limit the schedule may have 10^8 entries
     longest = min(math.lcm(per_epoch, int(numbers["steps"])), BOUND * int(numbers["steps"]))
-    return fit(
-        model,
-        functools.partial(downstream_loss, p.task),
-        data,
-        epochs=longest / per_epoch,
-        batch=batch,
-        optimizer=downstream_optimizer(p.task, numbers["lr"]),
-        schedule=given(downstream_learning_rates(numbers, longest)),
-        callbacks=[ClipNorm(CLIP), best],
-        checkpoint=checkpoint,
-        seed=p.seed,
-        hardware=Hardware.of(p, "ecamp", workers=workers),
-        last="train",
-        name=p.task,
-    )
-
-
-def _learn(
-    p: SimpleNamespace,
-    out: Path,
-    model: nn.Module,
-    *,
-    data: Mapping[str, Dataset],
-    score: Callable[[nn.Module, Dataset], float],
-    numbers: Mapping[str, float],
-) -> History:
-    """`train` on the data of a task, with its checkpoint and final weights below `out`."""
-    val = functools.cache(lambda: _held(data["val"], 0 if p.dry_run else WORKERS))
-    best = selection(p, lambda one: score(one, val()))
-    if p.dry_run:
-        return train(p, model, data["train"], best, numbers)
-    name = f"{p.task}, {p.dataset}, {p.labels} %, {p.encoder}, {p.protocol} protocol, seed {p.seed}"
-    facts = {key: getattr(p, key) for key in ("task", "dataset", "labels", "protocol", "encoder")}
-    checkpoint = Checkpoint.of(out / "checkpoints", name, model=model, data_root=Path(p.data_root), **facts)
-    history = train(p, model, data["train"], best, numbers, workers=WORKERS, checkpoint=checkpoint)
-    checkpoints.save(out / "trained", name, getattr(model, "to_official", model.state_dict)())
-    return history
+    return {
+        "epochs": longest / per_epoch,
+        "batch": batch,
+        "last": "train",
+        "optimizer": downstream_optimizer(p.task, numbers["lr"]),
+        "schedule": given(downstream_learning_rates(numbers, longest)),
+        "callbacks": [ClipNorm(CLIP), best],
+        "seed": p.seed,
+        "hardware": Hardware.of(p, "ecamp", workers=WORKERS),
+    }
 
 
 def _held(part: Dataset, workers: int) -> Dataset:
@@ -562,14 +496,17 @@ def _held(part: Dataset, workers: int) -> Dataset:
     return TensorDataset(images, truths)
 
 
+# --- downstream: test -------------------------------------------------------------------------------------------------
+
+
 @torch.no_grad()
-def _outputs(p: SimpleNamespace, model: nn.Module, part: Dataset) -> Iterator[tuple[object, Tensor]]:
+def _outputs(p: SimpleNamespace, model: nn.Module, part: Dataset) -> Iterator[tuple[Any, Tensor]]:
     """Outputs and labels, batch by batch, on the CPU. Afterwards the model is on its former device."""
     batch, workers = (2, 0) if p.dry_run else (TEST_BATCH, 0 if isinstance(part, TensorDataset) else WORKERS)
     with evaluating(Hardware.of(p, "ecamp"), model) as device:
         for images, truth in DataLoader(part, batch, num_workers=workers, pin_memory=device.type == "cuda"):
-            found = model(images.to(device, non_blocking=True).expand(-1, 3, -1, -1).contiguous())
-            yield [x.float().cpu() for x in found] if isinstance(found, (list, tuple)) else found.float().cpu(), truth
+            out = model(images.to(device, non_blocking=True).expand(-1, 3, -1, -1).contiguous())
+            yield [x.float().cpu() for x in out] if isinstance(out, (list, tuple)) else out.float().cpu(), truth
 
 
 def _classified(p: SimpleNamespace, model: nn.Module, part: Dataset) -> float:
@@ -596,115 +533,45 @@ def image_dice(logits: Tensor, truth: Tensor, protocol: str = "released") -> Ten
     return torch.stack([radiology.dice(one, mask, protocol) for one, mask in pairs])
 
 
-def _detected(p: SimpleNamespace, model: heads.Detector, part: Dataset) -> float:
-    found, boxes = [], []
+def _detected(p: SimpleNamespace, model: detection.Detector, part: Dataset) -> float:
+    boxes, truths = [], []
     for outputs, truth in _outputs(p, model, part):
-        found += model.decode(outputs)
-        boxes.append(truth)
-    return detection_score(found, torch.cat(boxes), model.size, p.protocol)
+        boxes += model.decode(outputs)
+        truths.append(truth)
+    return detection_score(boxes, torch.cat(truths), model.size, p.protocol)
 
 
-def detection_score(found: list[Tensor], truth: Tensor, size: int, protocol: str = "released") -> float:
-    """mAP in percent of what `heads.suppress` found; nan if the protocol excludes all images."""
+def detection_score(boxes: list[Tensor], truth: Tensor, size: int, protocol: str = "released") -> float:
+    """mAP in percent of what `detection.suppress` returned; nan if the protocol excludes all images."""
     scored = (truth[..., 3] > 0).any(1)
     if protocol == "released":
-        scored &= torch.tensor([len(image) > 0 for image in found])
-    return radiology.mean_precision(found, truth, size, protocol) if scored.any() else float("nan")
+        scored &= torch.tensor([len(image) > 0 for image in boxes])
+    return radiology.mean_precision(boxes, truth, size, protocol) if scored.any() else float("nan")
 
 
-# --- results ----------------------------------------------------------------------------------------------------------
-
-KEYS = ["task", "dataset", "labels", "encoder", "protocol", "seed"]
-_TABLES = {
-    "fine-tune": "classification-finetune",
-    "linear probe": "classification-linear",
-    "segment": "segmentation",
-    "detect": "detection",
-}
-
-
-def measured(path: Path, *new: Mapping[str, Any]) -> pd.DataFrame:
-    """The scores on real data in the CSV `path`; `new` rows, `KEYS` and "score", are added or replace equal ones."""
-    # a CSV reads "10" as a number
-    return upsert_rows(path, KEYS, ["score"], [{**row, "labels": int(row["labels"])} for row in new])
-
-
-def cells(rows: pd.DataFrame, table: str) -> dict[tuple[str, str], float]:
-    """Means over seeds by (row, column) of a published table; of the published protocol only."""
-    found = {}
-    own = {title: name for name, title in TITLES.items() if name != "xrays/chestmnist"}
-    rows = rows[rows.protocol == "released"]
-    for (task, dataset, labels, start), group in rows.groupby(["task", "dataset", "labels", "encoder"]):
-        fundus = dataset.startswith("fundus/")
-        if (table == "fundus") != fundus or (not fundus and _TABLES.get(task) != table):
-            continue
-        title = TITLES.get(dataset, dataset)
-        if own.get(title) == dataset:
-            name = "random init" if start == "random" else start
-            found[name, f"{title} {labels} %"] = float(group.score.mean())
-    return found
-
-
-def claim_cells(rows: pd.DataFrame) -> dict[tuple[str, str], float]:
-    """The measurements that judge paper results: `cells` of all tables, with the task before the column's name."""
-    tasks = {"classification-finetune": "fine-tuned", "classification-linear": "linear probe"}
-    return {
-        (method, f"{tasks.get(table, table)}, {column}"): value
-        for table in _TABLES.values()
-        for (method, column), value in cells(rows, table).items()
-    }
+# --- protocol ---------------------------------------------------------------------------------------------------------
 
 
 def protocol() -> dict[str, str]:
     """The settings of the `paper` profile, one per row."""
-    r = recipe()
-    crops = [
-        "{:.0%} to {:.0%} of the image".format(*transform.transforms[0].scale)
-        for transform in (xrays.pretrain_transform(), xrays.train_transform())
-    ]
-    warp = xrays.MaskTransform(train=True).warp.transforms[0]
-    first = ", ".join(f"{step} ({share} %)" for share, step in FIRST.items())
-    return {
-        "pre-training, optimiser": f"AdamW, betas {r['beta1']:g} and {r['beta2']:g}, learning rate {r['lr']:g}, decay "
-        f"{r['weight_decay']:g} on matrices, no clipping",
-        "pre-training, schedule": f"warm-up of {r['warmup_epochs']:g} epochs, cosine to epoch "
-        f"{r['cosine_end_epoch']:g}, stopped at {r['stop_epoch']:g}",
-        "pre-training, batch": f"{r['effective_batch']:,.0f} pairs: {r['gpus']:g} devices x {r['batch_per_gpu']:g} x "
-        f"{r['accumulation']:g} iterations; the remainder of an epoch is dropped",
-        "pre-training, images": f"{r['high_resolution']:g} pixels (the encoder sees {r['low_resolution']:g}); crop of "
-        f"{crops[0]}, flip; mean {xrays.PRETRAIN_MEAN}, std {xrays.PRETRAIN_STD}; the words left and right stay",
-        "pre-training, text": f"{r['text_length']:g} tokens; statements inserted with {SPLICED:g}; hidden: entities "
-        f"{ENTITY:g}, other words {OTHER:g}, words of a text without entities {NO_ENTITY:g}",
-        "precision": f"{paper('ecamp')['precision']} on a GPU",
-        "classification": f"SGD, momentum {MOMENTUM:g}, no decay; crop of {crops[1]}, flip; test: short side to 224, "
-        f"centre crop; mean {xrays.MEAN}, std {xrays.STD}",
-        "segmentation": f"AdamW, decay {DECAY:g} on all tensors; encoder frozen; scale x {warp.scale[0]:g} to "
-        f"{warp.scale[1]:g} and rotation up to {warp.degrees[1]:g} degrees, p {xrays.MaskTransform().warp.p:g}",
-        "detection": f"AdamW, decay {DECAY:g} on all tensors; encoder frozen; no augmentation; bottlenecks reduced by "
-        + ", ".join(f"{e} ({share} %)" for share, e in EXPANSION.items()),
-        "resizing downstream": "segmentation and detection without antialiasing; masks of RSNA nearest, others by area",
-        "schedule downstream": "linear warm-up, cosine; the first step has 1 / warm-up steps of the peak; "
-        "learning rates, steps and batches in the tables above",
-        "clipping downstream": f"norm of the gradient {CLIP:g}",
-        "last batch downstream": "the last images of an epoch are a smaller batch",
-        "selection": "best AUROC, accuracy, Dice or mAP on validation, after each epoch; of equal ones the later, but "
-        f"for accuracy; detection from the first epoch that ends after step {first}",
-        "stopping": f"{patience(_usual('fine-tune'))} epochs without a new best (segmentation "
-        f"{patience(_usual('segment'))}; RIGA {patience(_usual('segment', 'MRM'))} for other encoders), or an epoch "
-        "that ends on a multiple of the steps",
-        "metrics": f"mean AUROC of the classes; accuracy for {' and '.join(TITLES[name] for name in ONE_OF)}; Dice at "
-        f"0.5; mAP at IoU {radiology.IOUS[0]:.2f} to {radiology.IOUS[-1]:.2f}",
-        "detection's test split": 'the validation list (protocol = "released")',
-        "devices": "pre-training on several, downstream tasks on one",
-        "seeds": "the authors: 42, one run; sweep: none found; four A100, about 15 h of pre-training (their issue 6)",
-    }
-
-
-def _usual(task: str, encoder: str = "ECAMP") -> SimpleNamespace:
-    return SimpleNamespace(task=task, encoder=encoder, dataset="fundus/riga" if task == "segment" else "xrays/rsna")
-
-
-def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """The paper's tables by title, each cell with the published number and, after the slash, our measurement."""
-    ids = ("classification-finetune", "classification-linear", "segmentation", "detection", "fundus")
-    return with_measured("ecamp", {table: cells(rows, table) for table in ids})
+    warp = xrays.MaskTransform(train=True).warp
+    riga = [patience("segment", "fundus/riga", start) for start in ("ECAMP", "MRM")]
+    return papers.protocol(
+        "ecamp",
+        r=published(),
+        pretraining_crop=xrays.pretrain_transform().transforms[0].scale,
+        crop=xrays.train_transform().transforms[0].scale,
+        warp=warp.transforms[0],
+        warped=warp.p,
+        precision=papers.paper("ecamp")["precision"],
+        first=[*FIRST.values()],
+        expansion=[*EXPANSION.values()],
+        patience=[patience("fine-tune", "xrays/rsna", "ECAMP"), *riga],
+        one_of=" and ".join(TITLES[name] for name in ONE_OF),
+        ious=(radiology.IOUS[0], radiology.IOUS[-1]),
+        clip=CLIP,
+        momentum=MOMENTUM,
+        decay=DECAY,
+        text=text,
+        xrays=xrays,
+    )

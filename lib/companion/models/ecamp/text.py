@@ -31,6 +31,7 @@ MASKINGS = ("released", "intended", "mrm")
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[MASK]", "[SEP]")
 TEMPLATES = ("there is no evidence of", "there is no")  # the first that matches
 BOILERPLATE = 0.05  # weight of a template's words
+CACHED = 1 << 16  # texts of `Pairs`
 SPLICED = 0.8  # fraction of reports with the LLM's statements
 # masking probabilities of an entity, another word, a word of a text without entities, any word in MRM
 ENTITY, OTHER, NO_ENTITY, MRM = 0.75, 0.7, 0.75, 0.5
@@ -70,9 +71,8 @@ class Vocabulary:
             self.pieces[i] = piece
         self.continues = frozenset(i for piece, i in ids.items() if piece.startswith("##"))
         self.entities = {ids[word]: word for word in entities if word in ids}
-        found = [[ids.get(word, -1) for word in template.split()] for template in TEMPLATES]
-        self.templates = [template for template in found if -1 not in template]
-        self._known: dict[tuple[str, int], np.ndarray] = {}
+        templates = [[ids.get(word, -1) for word in template.split()] for template in TEMPLATES]
+        self.templates = [template for template in templates if -1 not in template]
 
     @classmethod
     def read(cls, path: str | Path, entities: Iterable[str] = ENTITIES) -> Vocabulary:
@@ -108,26 +108,12 @@ class Vocabulary:
 
     def encode(self, text: str, length: int) -> np.ndarray:
         """Ids (length,) of "[CLS] " + text, truncated or padded; without [SEP]."""
-        return _known(self._known, (text, length), lambda: self._encoded(text, length))
-
-    def _encoded(self, text: str, length: int) -> np.ndarray:
         ids = self.tokenizer.encode("[CLS] " + text).ids[:length]
-        filled = np.array(ids + [self.pad] * (length - len(ids)), dtype=np.int64)
-        filled.flags.writeable = False  # it is cached
-        return filled
+        return np.array(ids + [self.pad] * (length - len(ids)), dtype=np.int64)
 
     def words(self, ids: Iterable[int]) -> list[str]:
         """The pieces of ids, without padding."""
         return [self.pieces[int(i)] for i in ids if int(i) != self.pad]
-
-
-def _known(cache: dict, key: object, make: Callable[[], np.ndarray]) -> np.ndarray:
-    """A cache, because the same texts recur; not `lru_cache`, which cannot be pickled."""
-    if key not in cache:
-        if len(cache) >= 1 << 16:
-            cache.clear()
-        cache[key] = make()
-    return cache[key]
 
 
 def _tokenizer(words: Mapping[str, int] | None) -> Tokenizer:
@@ -259,7 +245,7 @@ class Pairs(Dataset):
         windows: its corner for each image, (row, column) in patches; None: in the middle. The authors' file of them was
             never released; as released, they refer to the whole image and are not moved with the crop.
 
-    Raises `BadParameter`: other numbers of texts or corners than of images; an unknown masking.
+    Raises `BadParameter`: other numbers of texts or corners than of images.
     """
 
     def __init__(
@@ -277,28 +263,29 @@ class Pairs(Dataset):
         window: int = 12,
         windows: Sequence[Sequence[int]] | None = None,
     ):
-        check_choice("masking", masking, MASKINGS)
         side = math.isqrt(patches)
         for name, given in (("reports", reports), ("statements", statements), ("windows", windows)):
             if given is not None and len(given) != len(images):
                 raise BadParameter(name, len(given), f"{len(images)}, one for each image")
-        if not 0 <= splice_share <= 1:
-            raise BadParameter("splice_share", splice_share, "a share, 0 to 1")
         self.images, self.reports, self.statements, self.vocabulary = images, reports, statements, vocabulary
         self.patches, self.length, self.splice_share = patches, length, splice_share
         self.masking, self.rebalance = masking, rebalance
         self.windows = windows if windows is None else torch.as_tensor(windows)
         self.middle = torch.full((2,), (side - window) // 2)
-        self._known: dict[str, np.ndarray] = {}
+        self._known: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def _ids(self, text: str) -> np.ndarray:
-        return self.vocabulary.encode(text, self.length)
-
-    def _weights(self, text: str) -> np.ndarray:
-        return _known(self._known, text, lambda: weights(self._ids(text), self.vocabulary))
+    def _read(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and weights (L,) of a text; cached, because the same texts recur."""
+        if text not in self._known:
+            if len(self._known) >= CACHED:
+                self._known.clear()
+            ids = self.vocabulary.encode(text, self.length)
+            even = np.ones(self.length, np.float32)
+            self._known[text] = ids, weights(ids, self.vocabulary) if self.rebalance else even
+        return self._known[text]
 
     def __getitem__(self, i: int) -> Batch:
         image = self.images[i]
@@ -306,14 +293,13 @@ class Pairs(Dataset):
         text = self.reports[i]
         if self.statements is not None and self.splice_share:
             text = splice(text, self.statements[i], draw, self.splice_share)
-        labels = self._ids(text)
-        counts = self._weights(text) if self.rebalance else np.ones(self.length, np.float32)
+        labels, weight = self._read(text)
         return Batch(
             images=image[0] if isinstance(image, (tuple, list)) else image,
             ids=torch.from_numpy(mask(labels, self.vocabulary, draw, self.masking)),
             labels=torch.from_numpy(labels.copy()),
             attention=torch.from_numpy((labels != self.vocabulary.pad).astype(np.int64)),
-            weights=torch.from_numpy(counts.copy()),
+            weights=torch.from_numpy(weight.copy()),
             noise=torch.rand(self.patches),
             window=self.middle if self.windows is None else self.windows[i],
         )

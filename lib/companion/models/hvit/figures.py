@@ -1,4 +1,4 @@
-"""Figures of H-ViT alone: the architecture, the synthetic slides, tiling, losses, and maps of the three levels."""
+"""Figures of H-ViT alone: slides and regions, tiling, losses, and maps of the three levels."""
 
 from __future__ import annotations
 
@@ -13,12 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from ...slides import Tiles
-from ...viz import heatmaps
 from ...viz.style import COLOURS, HEAT, styled
-
-FROZEN, LOCAL, BOTH = ("#e4e4e4", "#777777"), ("#cfe3f3", COLOURS[0]), ("#cdeee1", COLOURS[2])
-"""Face and edge of a level: frozen; trained in Local alone; trained in Global and Local."""
+from .heatmaps import stitch
+from .slides import Tiles
 
 
 def _squares(ax: Axes, corners: np.ndarray, side: float, colour: str, width: float = 1.4) -> None:
@@ -30,56 +27,6 @@ def _grid(ax: Axes, side: int, parts: int, colour: str = "white") -> None:
     for k in range(1, parts):
         ax.axhline(k * side / parts - 0.5, color=colour, linewidth=0.8)
         ax.axvline(k * side / parts - 0.5, color=colour, linewidth=0.8)
-
-
-@styled
-def architecture(slide: np.ndarray, corners: np.ndarray, side: int, patches: int = 4, tokens: int = 8) -> Figure:
-    """The three levels from the patch to the grade: what each reads, what it is, what it returns, what is trained.
-
-    Args:
-        slide: (H, W, 3) uint8, synthetic.
-        corners: (M, 2), x and y of its regions of `side` pixels.
-        patches, tokens: along the side of a region, and of a patch.
-    """
-    figure, axes = plt.subplots(2, 3, figsize=(8, 4.5), height_ratios=[1, 1.15])
-    x, y = corners[0]
-    region = slide[y : y + side, x : x + side]
-    step = side // patches
-    patch = region[step : 2 * step, step : 2 * step]
-    shown = (
-        (patch, tokens, f"patch: T tokens\n16² of 256 px, here {tokens}²"),
-        (region, patches, f"region: P = n² patches\n8² of 2048 px, here {patches}²"),
-    )
-    for ax, (image, parts, title) in zip(axes[0], shown, strict=False):
-        ax.imshow(image)
-        _grid(ax, len(image), parts)
-        ax.set_title(title, fontsize=9.5)
-    axes[0, 2].imshow(slide)
-    _squares(axes[0, 2], corners, side, "black")
-    axes[0, 2].set_title("slide: M regions\n(synthetic)", fontsize=9.5)
-    boxes = (
-        ("patch level\nViT-S/16\n12 blocks, width 384", FROZEN, "frozen after DINO", "(2)  [CLS] → e  (P × 384)"),
-        ("region level\nφ, then a ViT\n6 blocks, width 192", LOCAL, "trained in Local", "(3)  [CLS] → r  (M × 192)"),
-        (
-            "slide level\n2 post-norm layers,\ngated attention pooling",
-            BOTH,
-            "trained in both",
-            "(4)–(6)  grade, 0 to 5",
-        ),
-    )
-    for ax, (text, (face, edge), trained, out) in zip(axes[1], boxes, strict=True):
-        ax.add_patch(Rectangle((0.1, 0.45), 0.8, 0.4, facecolor=face, edgecolor=edge, linewidth=1.5))
-        ax.text(0.5, 0.65, text, ha="center", va="center", fontsize=9)
-        ax.text(0.5, 0.38, trained, ha="center", va="top", fontsize=9, style="italic", color="#333333")
-        ax.text(0.5, 0.16, out, ha="center", va="center", fontsize=9.5)
-        ax.annotate("", (0.5, 0.86), (0.5, 1.02), arrowprops={"arrowstyle": "-|>", "linewidth": 1.5})
-        ax.set(xlim=(0, 1), ylim=(0, 1))
-    for ax in axes[1, 1:]:
-        arrow = {"arrowstyle": "-|>", "linewidth": 1.5, "shrinkA": 0, "shrinkB": 0}
-        ax.annotate("", (0.1, 0.65), (-0.17, 0.65), arrowprops=arrow, annotation_clip=False)
-    for ax in axes.flat:
-        ax.set_axis_off()
-    return figure
 
 
 def outline(ax: Axes, cores: Mapping[tuple[int, int], bool | None], side: float, scale: float = 1.0) -> None:
@@ -177,7 +124,7 @@ def stitched(maps: np.ndarray, tiles: Tiles, size: tuple[int, int], shrink: floa
     side = max(round(tiles.step / shrink), 1)
     index = np.arange(side) * maps.shape[-1] // side
     placed = ((tuple(c), m[index][:, index]) for c, m in zip(tiles.coords.tolist(), maps, strict=True))
-    scores, there = heatmaps.stitch(placed, size, shrink)
+    scores, there = stitch(placed, size, shrink)
     return np.where(there, scores, np.nan)
 
 

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import rearrange
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ...errors import BadCheckpoint, BadParameter
-from ...ops.recorded import Recorded, made_by, recorded
+from ...ops.recorded import Recorded, recorded
 from .frozen import frozen_copy
 from .precision import without_autocast
 from .state_dicts import check_names, load_official, official_state
@@ -63,9 +64,10 @@ def encode_image(clip: CLIP, images: Tensor, first: Tensor | None = None, deep: 
     if first is None:
         return clip.encode_image(images)
     visual, b, n = clip.visual, len(images), first.shape[-2]
-    patches = visual.conv1(images).flatten(2).mT
-    x = torch.cat([visual.class_embedding.to(patches.dtype).expand(b, 1, -1), patches], dim=1)
-    x = visual.ln_pre(torch.cat([x + visual.positional_embedding, first.to(x.dtype).expand(b, -1, -1)], dim=1))
+    patches = rearrange(visual.conv1(images), "b c h w -> b (h w) c")
+    x = torch.cat([visual.class_embedding.to(patches.dtype).expand(b, 1, -1), patches], dim=1)  # (b, 1 + N, Wv)
+    x = torch.cat([x + visual.positional_embedding, first.to(x.dtype).expand(b, -1, -1)], dim=1)  # (b, 1 + N + n, Wv)
+    x = visual.ln_pre(x)
     for i, block in enumerate(visual.transformer.resblocks):
         if deep is not None and 1 <= i <= len(deep):
             x = torch.cat([x[:, :-n], deep[i - 1].to(x.dtype).expand(b, -1, -1)], dim=1)
@@ -83,14 +85,14 @@ def encode_text(clip: CLIP, x: Tensor, ends: Tensor, deep: Tensor | None = None)
             shallower tower are left out.
     """
     lead, length = x.shape[:-2], x.shape[-2]
-    x = (x + clip.positional_embedding[:length]).flatten(0, -3)
+    x = (x + clip.positional_embedding[:length]).flatten(0, -3)  # (... C, L, Wt)
     mask = clip.attn_mask[:length, :length]
     for i, block in enumerate(clip.transformer.resblocks):
         if deep is not None and 1 <= i <= len(deep):
             prompt = deep[i - 1].to(x.dtype).expand(len(x), -1, -1)
             x = torch.cat([x[:, :1], prompt, x[:, 1 + deep.shape[1] :]], dim=1)
         x = _run(clip.transformer, block, x, attn_mask=mask)
-    x = x[torch.arange(len(x), device=x.device), ends.expand(lead).flatten()]
+    x = x[torch.arange(len(x), device=x.device), ends.expand(lead).flatten()]  # (... C, Wt)
     return (clip.ln_final(x) @ clip.text_projection).unflatten(0, lead)
 
 
@@ -196,7 +198,7 @@ class PromptedCLIP(Recorded, nn.Module):
 
     def set_classes(self, classes: Classes) -> None:
         """Exchange the class names, for instance for novel ones after training; the parameters are unchanged."""
-        given = made_by(classes)
+        self.record(classes=classes)
         if not isinstance(classes, Texts):
             if self.tokenizer is None:
                 raise BadParameter("classes", classes, "embedded Texts: this model was made without a tokenizer")
@@ -205,7 +207,6 @@ class PromptedCLIP(Recorded, nn.Module):
             texts = [self.template.replace("{}", name.replace("_", " ")) for name in classes]
             classes = embed_texts(self.tokenizer, self.clip, texts, self.free)
         device = self.clip.positional_embedding.device
-        self._made["args"]["classes"] = given
         self.embedded, self.ends = classes.embedded.to(device), classes.ends.to(device)
         self.length = int(classes.ends.max()) + 1
 
@@ -261,7 +262,7 @@ class PromptLearner(PromptedCLIP):
         """The class texts with a context in them, truncated after the last end: ctx (n, Wt) to (C, length, Wt), one
         context per image (b, n, Wt) to (b, C, length, Wt)."""
         texts, n = self.embedded[:, : self.length], ctx.shape[-2]
-        ctx = ctx.to(texts.dtype)[..., None, :, :].expand(*ctx.shape[:-2], len(texts), -1, -1)
+        ctx = ctx.to(texts.dtype)[..., None, :, :].expand(*ctx.shape[:-2], len(texts), -1, -1)  # (..., C, n, Wt)
         before, after = (part.expand(*ctx.shape[:-2], -1, -1) for part in (texts[:, :1], texts[:, 1 + n :]))
         return torch.cat([before, ctx, after], dim=-2)
 
@@ -276,9 +277,10 @@ class PromptLearner(PromptedCLIP):
         """The options of the class, from the shapes of a prompt learner; a `KeyError` names a missing tensor."""
         return {"tokens": len(learner["ctx"])}
 
-    _unused: tuple[str, ...] = ()  # official names, by how they start, that no forward pass reads
+    unused: tuple[str, ...] = ()  # official names, by how they start, that no forward pass reads
 
-    def _names(self) -> dict[str, str | list]:
+    def learner_names(self) -> dict[str, str | list]:
+        """Our trained parameters to the authors' names."""
         learner = self._learner_names()
 
         def nested(names: str | list) -> str | list:
@@ -335,10 +337,10 @@ class PromptLearner(PromptedCLIP):
         towers = any(name.startswith(("image_encoder.", "text_encoder.")) for name in state)
         # the model shares the tensors of the CLIP, which keeps its weights
         model = cls(copy.deepcopy(clip) if towers else clip, classes, tokenizer, **(sizes | options)).eval()
-        names = model._names()
+        names = model.learner_names()
         if towers:
-            names |= _tower_names(model)
-        ignored = (prefix + "token_", "logit_scale", *cls._unused)
+            names |= tower_names(model)
+        ignored = (prefix + "token_", "logit_scale", *cls.unused)
         load_official(model, state, names, what, ignored)
         return model
 
@@ -346,11 +348,11 @@ class PromptLearner(PromptedCLIP):
         """The whole state dict under the authors' names, the texts of the classes among it."""
         n = len(self.ctx)
         texts = {"token_prefix": self.embedded[:, :1], "token_suffix": self.embedded[:, 1 + n :]}
-        own = official_state(self.state_dict(), self._names() | _tower_names(self))
+        own = official_state(self.state_dict(), self.learner_names() | tower_names(self))
         return own | {"prompt_learner." + name: value.clone() for name, value in texts.items()}
 
 
-def _tower_names(model: nn.Module) -> dict[str, str]:
+def tower_names(model: nn.Module) -> dict[str, str]:
     """The frozen towers: OpenAI's names, under the authors' two modules. The token embedding is in neither."""
     names = {}
     for ours in model.state_dict():

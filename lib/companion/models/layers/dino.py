@@ -8,36 +8,29 @@ distributions with those of the teacher, which receives them unmasked. One modul
     model = SelfDistillation(encoder, outputs=65_536)
     fit(model, lambda model, batch: model(views(batch[0])), data, callbacks=[model.ema(steps), ...], ...)
 
-`pretrain` is DINO's whole recipe. H-ViT's two lower levels (ViTs on patches of pixels, and on grids of patch
-embeddings) are trained by it; only the crops differ (`ImageViews`, `GridViews`).
+The crops are those of images (`ImageViews`) or of grids of patch embeddings (`GridViews`).
 
 Reimplemented from facebookresearch/dino at 7c446df, bytedance/ibot at da316d8 and computationalpathologygroup/
-hvit at 444bb72 (sections 4 and 5 of its description), and checked against outputs recorded from them.
+hvit at 444bb72, and checked against outputs recorded from them.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import TensorDataset
 from torchvision.transforms import InterpolationMode, v2
 
 from ...errors import BadParameter
-from ...training.callbacks import EMA, Callback, ClipNorm, ema_copy
-from ...training.checkpoints import Checkpoint
-from ...training.fit import AUTO, Hardware, History, Loop, average_over_devices, fit
-from ...training.schedules import adamw, learning_rates
+from ...training.callbacks import EMA, Callback, ema_copy
+from ...training.fit import Loop, average_over_devices
+from ...training.schedules import learning_rates
 from .state_dicts import load_official
-
-Views = Callable[[Tensor], list[Tensor]]
-
 
 # --- head and loss ----------------------------------------------------------------------------------------------------
 
@@ -288,7 +281,7 @@ class FreezeLastLayer(Callback):
 
 
 class ImageViews:
-    """Two large crops and some small ones of each image, with colour jitter (section 5.1).
+    """Two large crops and some small ones of each image, with colour jitter.
 
     Args:
         sizes: sides of the large and the small crops, in pixels.
@@ -327,7 +320,7 @@ class ImageViews:
 
 
 class GridViews:
-    """Two large square crops of each grid and some small ones, flipped left to right or not (section 5.2).
+    """Two large square crops of each grid and some small ones, flipped left to right or not.
 
     Args:
         patches: side n of the grids.
@@ -352,73 +345,3 @@ class GridViews:
             crop = grids[image, :, rows[:, :, None].to(grids.device), columns[:, None].to(grids.device)]
             views.append(crop.movedim(-1, 1))
         return views
-
-
-# --- DINO's recipe ----------------------------------------------------------------------------------------------------
-
-
-def pretrain(
-    encoder: nn.Module,
-    images: Tensor,
-    views: Views,
-    *,
-    epochs: int = 100,
-    batch: int = 128,
-    lr: float | None = None,
-    warmup: int = 10,
-    weight_decay: tuple[float, float] = (0.04, 0.4),
-    momentum: float = 0.996,
-    clip: float = 3.0,
-    frozen_epochs: int = 1,
-    seed: int = 0,
-    checkpoint: Checkpoint | None = None,
-    hardware: Hardware = AUTO,
-    name: str = "DINO",
-    **head: Any,
-) -> tuple[nn.Module, History]:
-    """Train a copy of `encoder` by DINO; return the teacher's encoder, in eval mode on the CPU, and the history.
-
-    Args:
-        encoder: the student, see `SelfDistillation`, with stochastic depth as it was built.
-        images: (N, 3, H, W) uint8 or float in [0, 1], or (N, D, n, n) grids of patch embeddings.
-        views: from a batch of them to crops, the two large ones first.
-        epochs, batch: passes, and images per step; the last partial batch is dropped.
-        lr: by default 5e-4 for each 256 images of a batch. Warmed up over `warmup` epochs, then a cosine to 1e-6.
-        weight_decay: at the start and the end of a cosine; vectors and biases do not decay.
-        momentum: of the teacher, rising to 1 by a cosine.
-        clip: maximum norm of each tensor's gradient.
-        frozen_epochs: epochs with a fixed last layer of the head.
-        checkpoint, hardware: as in `fit`.
-        head: `outputs`, `hidden` and `bottleneck` of the head.
-
-    Raises `BadParameter`, `CorruptFile`: as `fit`; or an encoder without a parameter that requires a gradient.
-    """
-    if not any(p.requires_grad for p in encoder.parameters()):
-        raise BadParameter("encoder", "a frozen one", "one with parameters that require a gradient")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = SelfDistillation(encoder, **head)
-
-    def loss(model: nn.Module, batch: tuple[Tensor, ...]) -> Mapping[str, Tensor]:
-        return model(views(batch[0].float() / 255 if batch[0].dtype == torch.uint8 else batch[0]))
-
-    history = fit(
-        model,
-        loss,
-        TensorDataset(images),
-        epochs=epochs,
-        batch=batch,
-        optimizer=adamw(5e-4 * batch / 256 if lr is None else lr, weight_decay[0]),
-        schedule=lambda base, steps, per_epoch: cosine(base, 1e-6, epochs, per_epoch, warmup),
-        callbacks=[
-            WeightDecay(*weight_decay),
-            FreezeLastLayer(model.student["head"], frozen_epochs),
-            ClipNorm(clip, per_tensor=True),
-            model.ema(epochs * (len(images) // max(batch, 1)), momentum),
-        ],
-        checkpoint=checkpoint,
-        seed=seed,
-        hardware=hardware,
-        name=name,
-    )
-    return model.export(), history

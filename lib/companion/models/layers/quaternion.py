@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from ...errors import BadParameter
@@ -35,7 +36,7 @@ def hamilton(p: Tensor, q: Tensor) -> Tensor:
 
 def modulus(q: Tensor) -> Tensor:
     """The norm of every quaternion: (..., 4 d) to (..., d)."""
-    return q.unflatten(-1, (4, -1)).norm(dim=-2)
+    return rearrange(q, "... (c d) -> ... c d", c=4).norm(dim=-2)
 
 
 def real_matrix(weight: Tensor) -> Tensor:
@@ -69,8 +70,6 @@ class QuaternionLinear(nn.Module):
         for name, size in (("inputs", inputs), ("outputs", outputs)):
             if size < 4 or size % 4:
                 raise BadParameter(name, size, "a positive multiple of 4: a quaternion has four components")
-        if layers is not None and layers < 0:
-            raise BadParameter("layers", layers, "None or a whole number from 0 on")
         self.inputs, self.outputs, self.layers = inputs, outputs, layers
         stack = () if layers is None else (layers,)
         self.weight = nn.Parameter(torch.empty(*stack, 4, inputs // 4, outputs // 4))
@@ -95,10 +94,10 @@ class QuaternionLinear(nn.Module):
         self.bias.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
-        matrix = real_matrix(self.weight)
+        matrix = real_matrix(self.weight)  # (..., inputs, outputs)
         if self.layers is None:
             return x @ matrix + self.bias
-        y = torch.baddbmm(self.bias[:, None], x.flatten(1, -2), matrix)
+        y = torch.baddbmm(self.bias[:, None], x.flatten(1, -2), matrix)  # (layers, ..., outputs)
         return y.unflatten(1, x.shape[1:-1])
 
     def extra_repr(self) -> str:

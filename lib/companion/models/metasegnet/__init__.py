@@ -1,12 +1,16 @@
 """MetaSegNet (arXiv 2312.12735), reconstructed: land-cover segmentation with a text on the climate zone."""
 
-from .model import MetaSegNet, augmented, bands, joint_loss, segment, swin
+from .climate import Prompts
+from .inference import augmented, bands, segment
+from .losses import joint_loss
+from .model import MetaSegNet, swin
 from .text import BertText, ClipText, TextEncoder, Words
 
 __all__ = [
     "BertText",
     "ClipText",
     "MetaSegNet",
+    "Prompts",
     "TextEncoder",
     "Words",
     "augmented",

@@ -1,4 +1,4 @@
-"""Figures of MetaSegNet alone: the architecture, maps of land cover, and the attention of positions to words."""
+"""Figures of MetaSegNet alone: maps of land cover, and the attention of positions to words."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from einops import rearrange
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize, to_rgb
 from matplotlib.figure import Figure
@@ -16,74 +17,12 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from ...viz import plots
+from ...viz.attention import Recorder
 from ...viz.style import COLOURS, HEAT, method_colours, styled
+from .model import MetaSegNet
 
-AUTHORS, OURS = ("#cfe3f3", COLOURS[0]), ("#fbe3b5", COLOURS[1])
-"""Face and edge of a module: read from the author's image-only code; reconstruction."""
 ONLY = method_colours(["MetaSegNet", "unimodal"])
 """Colours of the pixels that one network alone predicts correctly."""
-
-
-@styled
-def architecture(image: np.ndarray, labels: np.ndarray, classes: Mapping[str, str], prompt: str) -> Figure:
-    """The network, with the numbers of its equations: the author's modules blue, the reconstruction orange.
-
-    Args:
-        image, labels: (H, W, 3) uint8 and (H, W), a synthetic example.
-        classes: colour of each class.
-        prompt: the text of the example, broken into lines.
-    """
-    figure, ax = plt.subplots(figsize=(8.8, 4.6))
-
-    def box(x: float, y: float, width: float, text: str, kind: tuple[str, str]) -> None:
-        ax.add_patch(Rectangle((x, y - 0.24), width, 0.48, facecolor=kind[0], edgecolor=kind[1]))
-        ax.text(x + width / 2, y, text, ha="center", va="center", fontsize=8.5)
-
-    def arrow(*points: tuple[float, float], colour: str = "#333333") -> None:
-        *before, last = points
-        for start, end in itertools.pairwise(before):
-            ax.plot(*zip(start, end, strict=True), color=colour, linewidth=1.1)
-        style = {"arrowstyle": "-|>", "color": colour, "linewidth": 1.1, "shrinkA": 0, "shrinkB": 0}
-        ax.annotate("", last, before[-1], arrowprops=style)
-
-    ys = (4.3, 3.55, 2.8, 2.05)
-    decoder = ("FRH (8)", "WF, GLTB (7)", "WF, GLTB (7)", "GLTB (7)")
-    ax.imshow(image, extent=(0, 1.25, 3.675, 4.925))
-    ax.imshow(painted(labels, classes).permute(1, 2, 0).numpy(), extent=(9.15, 10.4, 3.675, 4.925))
-    for k, (y, name) in enumerate(zip(ys, decoder, strict=True), 1):
-        box(1.75, y, 1.35, f"Swin {k}, LN (2)", AUTHORS)
-        box(4.0, y, 1.25, "fusion (3)–(6)", OURS)
-        box(6.15, y, 1.35, name, AUTHORS)
-        arrow((3.1, y), (4.0, y))
-        arrow((5.25, y), (6.15, y))
-        ax.text(3.53, y + 0.1, f"$X_{k}$", ha="center", fontsize=8.5)
-        ax.text(5.7, y + 0.1, f"$r_{k}$", ha="center", fontsize=8.5)
-        ax.text(3.53, y - 0.22, f"H/{2 ** (k + 1)}", ha="center", fontsize=8, color="#555555")
-    for above, below in itertools.pairwise(ys):
-        arrow((2.42, above - 0.24), (2.42, below + 0.24))
-        arrow((6.82, below + 0.24), (6.82, above - 0.24))
-    arrow((1.25, ys[0]), (1.75, ys[0]))
-    box(7.85, ys[0], 0.95, "head (9)", AUTHORS)
-    arrow((7.5, ys[0]), (7.85, ys[0]))
-    arrow((8.8, ys[0]), (9.15, ys[0]))
-    ax.text(9.77, 3.5, "land cover", ha="center", va="center", fontsize=8.5)
-    ax.text(0.62, 3.5, "image (synthetic)", ha="center", va="center", fontsize=8.5)
-    ax.text(0.0, 0.75, "41.90° N\n12.50° E", va="center", fontsize=8.5)
-    box(1.25, 0.75, 1.05, "climate zone", OURS)
-    ax.text(5.05, 0.75, prompt, ha="center", va="center", fontsize=8.5)
-    box(7.75, 0.75, 1.45, "text encoder (1)", OURS)
-    arrow((0.95, 0.75), (1.25, 0.75))
-    arrow((2.3, 0.75), (3.2, 0.75))
-    arrow((6.9, 0.75), (7.75, 0.75))
-    for y in ys:  # the same words go to each fusion
-        arrow((8.47, 0.99), (8.47, 1.4), (3.82, 1.4), (3.82, y - 0.14), (4.0, y - 0.14), colour=OURS[1])
-    ax.text(6.6, 1.5, "$T$: one state a word, to every fusion", ha="center", fontsize=8.5)
-    handles = [Rectangle((0, 0), 1, 1, facecolor=face, edgecolor=edge) for face, edge in (AUTHORS, OURS)]
-    names = ["read from the author's image-only code", "reconstruction (ours)"]
-    figure.legend(handles, names, loc="outside lower center", ncols=2)
-    ax.set(xlim=(-0.1, 10.5), ylim=(0.3, 5.0), aspect="equal")
-    ax.set_axis_off()
-    return figure
 
 
 def painted(image: np.ndarray | Tensor, classes: Mapping[str, str]) -> Tensor:
@@ -126,6 +65,17 @@ def legend(figure: Figure, colours: Mapping[str, str]) -> None:
     points = sum(5.4 * len(name) + 34 for name in colours)  # letters, square and gap
     columns = math.ceil(len(colours) / math.ceil(points / (72 * figure.get_figwidth())))
     figure.legend(handles, list(colours), loc="outside lower center", ncols=columns, handlelength=1, columnspacing=1)
+
+
+@torch.no_grad()
+def attention(model: MetaSegNet, images: Tensor, texts: Sequence[str] | Tensor) -> dict[int, Tensor]:
+    """The attention (B, h, w, L) of each position to each word by stage, mean over heads; texts as in `forward`."""
+    with Recorder(model, ["fusions.*"]) as record:
+        _, out = model.eval().forward_intermediates(images, texts)
+    return {
+        int(k): rearrange(each.mean(1), "b (h w) l -> b h w l", h=out["fused"][int(k) - 1].shape[-2])
+        for k, each in zip(model.fusions, record.maps, strict=True)
+    }
 
 
 @styled

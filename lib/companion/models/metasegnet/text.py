@@ -14,8 +14,7 @@ states of each text are cached, since a data set has at most one text for each o
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,15 +24,13 @@ from torch import Tensor, nn
 from ...errors import BadParameter
 from ...ops.recorded import Recorded
 
-_HEADER = "climate zone "  # the beginning of a zone's text in `climate.Prompts`
-
 
 class TextEncoder(Recorded, nn.Module):
-    """The shared interface: equal texts are encoded once per batch; the states of a frozen encoder are cached."""
+    """The shared interface; equal texts of a batch are encoded once."""
 
     width: int
     pad = 0
-    frozen = False
+    unknown = "unknown"  # a word outside the vocabulary
 
     def ids(self, texts: Sequence[str]) -> Tensor:
         """Ids (n, L) of texts."""
@@ -53,27 +50,31 @@ class TextEncoder(Recorded, nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """States (n, L, width) of ids (n, L); those of padding are to be masked with `mask`."""
-        if not self.frozen:
-            unique, back = ids.unique(dim=0, return_inverse=True)
-            return self.states(unique, self.mask(unique))[back]
-        rows = [tuple(row) for row in ids.tolist()]  # the only synchronisation with a GPU
-        if new := list({row: i for i, row in enumerate(rows) if row not in self._known}.values()):
-            with torch.no_grad():
-                found = self.states(ids[new], self.mask(ids[new]))
-            self._known |= {rows[i]: state for i, state in zip(new, found, strict=True)}
-        return torch.stack([self._known[row].to(ids.device) for row in rows])
+        unique, back = ids.unique(dim=0, return_inverse=True)
+        return self.states(unique, self.mask(unique))[back]
 
-    def _freeze(self) -> None:
-        self.frozen = True
+
+class FrozenText(TextEncoder):
+    """A text encoder that is not trained; the states of each text are computed once."""
+
+    def freeze(self) -> None:
+        """At the end of a constructor."""
         self._known: dict[tuple[int, ...], Tensor] = {}
         self.requires_grad_(False).eval()
 
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = [tuple(row) for row in ids.tolist()]  # the only synchronisation with a GPU
+        if new := list({row: i for i, row in enumerate(rows) if row not in self._known}.values()):
+            with torch.no_grad():
+                states = self.states(ids[new], self.mask(ids[new]))
+            self._known |= {rows[i]: state for i, state in zip(new, states, strict=True)}
+        return torch.stack([self._known[row].to(ids.device) for row in rows])
+
     def train(self, mode: bool = True):
-        return super().train(mode and not self.frozen)
+        return super().train(False)
 
     def _load_from_state_dict(self, *args, **kwargs):
-        if self.frozen:
-            self._known.clear()  # the cached states are those of the old weights
+        self._known.clear()  # the cached states are those of the old weights
         super()._load_from_state_dict(*args, **kwargs)
 
 
@@ -81,7 +82,7 @@ class Words(TextEncoder):
     """A small encoder of whole words, trained with the network: embedding + position, transformer layers, norm.
 
     Args:
-        vocabulary: the words, lower case; ids 0 and 1 are padding and unknown.
+        vocabulary: the words, lower case, each once; ids 0 and 1 are padding and unknown.
         width: of the states.
         length: the longest text, in words.
         layers: pre-norm transformer layers. With 0 and one word per zone this is a one-hot zone embedding.
@@ -100,8 +101,6 @@ class Words(TextEncoder):
         hidden: int = 96,
     ):
         super().__init__()
-        if isinstance(vocabulary, str) or not vocabulary or len(set(vocabulary)) != len(vocabulary):
-            raise BadParameter("vocabulary", vocabulary, "a list of one or more words, each once")
         self.width, self.length = width, length
         self.vocabulary = ("<padding>", self.UNKNOWN, *vocabulary)
         self._id = {word: i for i, word in enumerate(self.vocabulary)}
@@ -125,41 +124,38 @@ class Words(TextEncoder):
         """Ids (n, length); a text without words is one unknown word, since attention needs at least one.
 
         Raises `BadParameter` for a text of more than `length` words."""
-        found = torch.full((len(texts), self.length), self.pad)
-        for row, text in zip(found, _checked(texts), strict=True):
+        ids = torch.full((len(texts), self.length), self.pad)
+        for row, text in zip(ids, _checked(texts), strict=True):
             if len(split(text)) > self.length:
                 raise BadParameter("texts", text, f"texts of at most {self.length} words")
-            ids = [self._id[word] for word in self.words(text)]
-            row[: len(ids)] = torch.tensor(ids)
-        return found
+            words = [self._id[word] for word in self.words(text)]
+            row[: len(words)] = torch.tensor(words)
+        return ids
 
     def states(self, ids: Tensor, mask: Tensor) -> Tensor:
-        x = self.embedding(ids) + self.positions[: ids.shape[1]]
+        x = self.embedding(ids) + self.positions[: ids.shape[1]]  # (n, L, width)
         for layer in self.layers:
             x = layer(x, src_key_padding_mask=~mask)
         return self.norm(x)
 
 
-class ClipText(TextEncoder):
+class ClipText(FrozenText):
     """A frozen copy of the text tower of an open_clip CLIP: states of all tokens before pooling (ViT-B-16: D = 512).
 
     Args:
         clip: from `backbones.build("openclip:ViT-B-16/openai")`.
         tokenizer: the CLIP's own; from texts to ids (n, L): the end token has the largest id, zeros follow it.
-        decode: from an id to its word; None: the tokenizer's own `decode`.
     """
 
-    def __init__(self, clip: CLIP, tokenizer: Any, decode: Callable[[int], str] | None = None):
+    def __init__(self, clip: CLIP, tokenizer: Any):
         super().__init__()
-        if not isinstance(clip, CLIP):
-            raise BadParameter("clip", type(clip).__name__, "an open_clip CLIP with its own text tower")
-        self.tokenizer, self.decode = tokenizer, decode or (lambda i: tokenizer.decode([i]))
+        self.tokenizer = tokenizer
         parts = (clip.token_embedding, clip.transformer, clip.ln_final)
         self.embedding, self.transformer, self.norm = (copy.deepcopy(part) for part in parts)
         self.positions = nn.Parameter(clip.positional_embedding.detach().clone())
         self.register_buffer("causal", clip.attn_mask, persistent=False)
         self.width = self.embedding.embedding_dim
-        self._freeze()
+        self.freeze()
 
     def ids(self, texts: Sequence[str]) -> Tensor:
         return self.tokenizer(list(_checked(texts)))
@@ -170,14 +166,14 @@ class ClipText(TextEncoder):
 
     def words(self, text: str) -> list[str]:
         ids = self.ids([text])
-        return [self.decode(i).strip() for i in ids[self.mask(ids)].tolist()]
+        return [self.tokenizer.decode([i]).strip() for i in ids[self.mask(ids)].tolist()]
 
     def states(self, ids: Tensor, mask: Tensor) -> Tensor:
-        x = self.embedding(ids) + self.positions[: ids.shape[1]]
+        x = self.embedding(ids) + self.positions[: ids.shape[1]]  # (n, L, width)
         return self.norm(self.transformer(x, attn_mask=self.causal))
 
 
-class BertText(TextEncoder):
+class BertText(FrozenText):
     """A frozen copy of a text encoder of `transformers`: its last hidden states (BERT-base: D = 768).
 
     Args:
@@ -186,11 +182,13 @@ class BertText(TextEncoder):
         length: tokens of the longest text; longer ones are truncated.
     """
 
+    unknown = "[UNK]"
+
     def __init__(self, model: nn.Module, tokenizer: Any, length: int = 128):
         super().__init__()
         self.model, self.tokenizer, self.length = copy.deepcopy(model), tokenizer, length
         self.width, self.pad = model.config.hidden_size, tokenizer.pad_token_id
-        self._freeze()
+        self.freeze()
 
     def ids(self, texts: Sequence[str]) -> Tensor:
         options = {"padding": "max_length", "max_length": self.length, "truncation": True, "return_tensors": "pt"}
@@ -209,26 +207,7 @@ def split(text: str) -> list[str]:
     return "".join(c if c.isalnum() or c == "-" else " " for c in text.lower()).split()
 
 
-def headless(text: str, unknown: str = "unknown") -> str:
-    """A text of `climate.Prompts` with every word of the zone's code and name replaced by `unknown`.
-
-    "climate zone Cfa, humid subtropical. bare soil ..." -> "climate zone unknown, unknown unknown. bare soil ...".
-    Half of the training images have such a text (header dropout, section 14), so that the description has to be used.
-    Texts with another beginning are not changed.
-
-    Args:
-        unknown: a word outside the encoder's vocabulary; for BERT its "[UNK]".
-    """
-    head, point, description = text.partition(".")
-    if not head.lower().startswith(_HEADER):
-        return text
-    zone = "".join(
-        unknown if re.match(r"[\w-]", part) else part for part in re.split(r"([\w-]+)", head[len(_HEADER) :])
-    )
-    return head[: len(_HEADER)] + zone + point + description
-
-
 def _checked(texts: Sequence[str]) -> Sequence[str]:
-    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+    if isinstance(texts, str):  # each letter would be a text
         raise BadParameter("texts", texts, "a list of texts")
     return texts

@@ -1,5 +1,5 @@
 """PromptPAR: Pedestrian Attribute Recognition via CLIP based Prompt Vision-Language Fusion."""
 
-from .model import Maps, Output, PromptPAR, loss, read_checkpoint
+from .model import Maps, Output, PromptPAR, Settings, loss, read_checkpoint
 
-__all__ = ["Maps", "Output", "PromptPAR", "loss", "read_checkpoint"]
+__all__ = ["Maps", "Output", "PromptPAR", "Settings", "loss", "read_checkpoint"]

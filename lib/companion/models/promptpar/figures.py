@@ -1,4 +1,4 @@
-"""Figures of PromptPAR alone: architecture, mask and strips, label weights, maps of region and attribute tokens."""
+"""Figures of PromptPAR alone: mask and strips, label weights, maps of region and attribute tokens."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
@@ -17,49 +16,6 @@ from ...viz.style import COLOURS, HEAT, styled
 
 HALF = (0.5, 0.5, 0.5)  # mean and std of PromptPAR's normalisation of images
 _VISIBLE = ListedColormap(["#e3e3e3", COLOURS[0]])  # not attended to; attended to
-
-
-def architecture(image: np.ndarray, spans: Sequence[tuple[float, float]]) -> Figure:
-    """The method from the image and the sentences to the logits, and the similarity of the loss.
-
-    Args:
-        image: (H, W, 3) uint8, synthetic.
-        spans: top and bottom of each strip, as shares of the height.
-    """
-    groups = [f"$LC_{r}, P_{r}$" for r in range(1, len(spans) + 1)]
-    rows = [0.8, *(1.9 + 0.62 * r for r in range(len(spans)))]
-    middle, last = rows[2] + 0.31, rows[-1]
-    nodes = {"all\npatches": (1.15, rows[0], "tensor"), "CLS (frozen), $P_0$": (2.3, rows[0], "trained")}
-    for r, (name, y) in enumerate(zip(groups, rows[1:], strict=True), 1):
-        nodes |= {f"strip {r}": (1.15, y, "tensor"), name: (2.3, y, "trained")}
-    tower, fusion, head = "CLIP\nimage\ntower (3)", "ViT block\n(5)", "a head for\neach attribute\n(6)"
-    similarity = "softmax over\nattributes, pick\n(7), (8)"
-    nodes |= {
-        tower: (3.6, middle, "frozen"),
-        "$v$": (4.45, middle, "tensor"),
-        "“a pedestrian in red shoes”, …": (2.1, 0.1, "tensor"),
-        "CLIP text tower": (4.15, 0.1, "frozen"),
-        "$T$": (5.45, 0.1, "tensor"),
-        "$T$ ": (5.45, last, "tensor"),
-        "$W_t$": (5.45, 0.95, "trained"),
-        fusion: (5.45, middle, "frozen"),
-        head: (6.85, middle, "trained"),
-        "logits $z$": (8.05, middle, "tensor"),
-        similarity: (6.85, last, "operation"),
-        "$q$, in the\nloss alone": (8.05, last, "tensor"),
-    }
-    arrows = [("all\npatches", "CLS (frozen), $P_0$"), *((f"strip {r}", name) for r, name in enumerate(groups, 1))]
-    arrows += [(name, tower) for name in ("CLS (frozen), $P_0$", *groups)] + [(tower, "$v$"), ("$v$", fusion)]
-    arrows += [("“a pedestrian in red shoes”, …", "CLIP text tower"), ("CLIP text tower", "$T$"), ("$T$", "$W_t$")]
-    arrows += [("$W_t$", fusion), (fusion, head), (head, "logits $z$")]
-    arrows += [("$v$", similarity), ("$T$ ", similarity), (similarity, "$q$, in the\nloss alone")]
-    figure = plots.diagram({name: (x, y + 0.35, kind) for name, (x, y, kind) in nodes.items()}, arrows)
-    ax, height = figure.axes[0], len(image)
-    shown = [image, *(image[round(a * height) : round(b * height)] for a, b in spans)]
-    for y, part in zip(rows, shown, strict=True):
-        small = OffsetImage(part, zoom=1.25, interpolation="nearest")
-        ax.add_artist(AnnotationBbox(small, (0.4, y + 0.35), pad=0.1, bboxprops={"edgecolor": "#767676"}))
-    return figure
 
 
 @styled

@@ -8,8 +8,8 @@ head are trained.
 Written from the equations, and checked against outputs recorded from the authors' code (github tommy-xq/SA2VP, commit
 35674e7, MIT). The backbones are timm's, by Ross Wightman. Section numbers are those of the method in the notebook.
 
-Shapes: b images, N tokens (token 0 is the [CLS] token of a ViT, then the patches in raster order), D channels, r the
-width of the bottleneck, s the weight of the fusion.
+Shapes: b images, N tokens (token 0 is the [CLS] token of a ViT, then the patches in raster order), of which n are
+computed, D channels, h heads of e channels, r the width of the bottleneck, s the weight of the fusion.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
+from einops import rearrange
 from timm.layers import Mlp
 from timm.layers.attention import Attention
 from timm.models.swin_transformer import SwinTransformer
@@ -29,27 +30,27 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ...errors import BadCheckpoint, BadParameter, check_choice
-from ..layers.attend import attention_map
+from ..layers.attend import Attend
 from ..layers.frozen import frozen_copy
 from ..layers.state_dicts import Names, OfficialModel, depth, load_official, renamed
 from ..layers.vpt import PLAIN_VIT, plain_vit
 
 ATTENTION = ("aligned", "padded")
-DIRECTIONS = ("both", "prompt to image", "image to prompt", "none")
 PROMPT_WEIGHT = 0.2  # of the prompt pathway in the loss, as released
 DROPOUT = 0.1
 LEAST = 6  # interacting blocks: the first of each third is image to prompt, the others are prompt to image
 
 Pathways = tuple[Tensor, Tensor]  # of the image and of the prompt
+Named = dict[str, Tensor]  # intermediate results by name
 
 
-def _last(pathways: Iterator[Pathways]) -> Pathways:
-    return deque(pathways, maxlen=1).pop()  # intermediate maps are freed immediately
+def _last(steps: Iterator[tuple[Pathways, Named]]) -> tuple[Pathways, Named]:
+    return deque(steps, maxlen=1).pop()  # what the blocks before it return is freed at once
 
 
 def _halves(x: Tensor) -> Pathways:
     """The two halves of a batch (2b, ...), of any b: `split` and `chunk` would fix it in an exported model."""
-    first, second = x.unflatten(0, (2, -1)).unbind()
+    first, second = rearrange(x, "(two b) ... -> two b ...", two=2).unbind()
     return first, second
 
 
@@ -98,10 +99,10 @@ def padded_mask(mask: Tensor, radius: int, class_token: bool) -> Tensor:
     return torch.cat([torch.zeros(mask.shape).masked_fill(~mask, -math.inf), outside.float().log()], dim=1)
 
 
-class AlignedAttention(nn.Module):
-    """Cross-attention (3.2) as ONE masked attention: q, k, v, each (b, heads, N, d), to (b, N, D).
+class AlignedAttention(Attend):
+    """Cross-attention (3.2) as ONE masked attention: q (b, h, n, e), k and v (b, h, N, e), to (b, n, D).
 
-    Queries fewer than N are the first ones. `viz.attention.Recorder` records the maps.
+    Queries fewer than N are the first ones.
 
     Args:
         mask: boolean (N, N), see `neighbourhood`, or the additive `padded_mask` (N, N + 1). With the latter the heads
@@ -112,21 +113,18 @@ class AlignedAttention(nn.Module):
         super().__init__()
         self.register_buffer("mask", mask, persistent=False)
 
-    def _arguments(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        mask = self.mask[: q.shape[2]]
+    def _masked(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        mask = self.mask[: q.shape[2]]  # (n, N)
         if mask.dtype != torch.bool:
-            q, k, v = (x.transpose(1, 2).flatten(2).unsqueeze(1) for x in (q, k, v))
-            k, v, mask = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1)), mask.to(q.dtype)
+            q, k, v = (rearrange(x, "b h n e -> b 1 n (h e)") for x in (q, k, v))
+            k, v, mask = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1)), mask.to(q.dtype)  # a key more
         return q, k, v, mask
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v, mask = self._arguments(q, k, v)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]  # it has its own mask
+        return rearrange(super().forward(*self._masked(q, k, v)), "b h n e -> b n (h e)")
 
-    def attention_map(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The map (b, heads, queries, keys) of a call with these arguments."""
-        q, k, _, mask = self._arguments(q, k, v)
-        return attention_map(q, k, mask)
+    def attention_map(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+        return super().attention_map(*self._masked(q, k, v))
 
 
 class Adapter(nn.Module):
@@ -152,8 +150,6 @@ class TwoPathways(OfficialModel):
         grid: rows and columns of the interacting tokens.
         class_token: whether a [CLS] token comes before them.
         attention: "aligned", the plain file that gave the paper's numbers, or "padded", the `_acc` file added later.
-        radius: reach of the alignment in patches: 1 is 3x3, 0 the same position only, None everything (a control).
-        direction: which interactions run (a control; the paper's is "both").
         dropout: probability after the cross-attention and in the adapters.
         frozen_dropout: whether dropout is active in the frozen blocks during training (as in the released code, unlike
             VPT's).
@@ -167,24 +163,17 @@ class TwoPathways(OfficialModel):
         class_token: bool,
         *,
         attention: str = "aligned",
-        radius: int | None = 1,
-        direction: str = "both",
         dropout: float = DROPOUT,
         frozen_dropout: bool = True,
     ):
         super().__init__()
         check_choice("attention", attention, ATTENTION)
-        check_choice("direction", direction, DIRECTIONS)
         self.backbone = frozen_copy(backbone)
-        self.scale, self.direction, self.grid = scale, direction, tuple(grid)
+        self.scale, self.grid = scale, (grid[0], grid[1])
         self.frozen_dropout, self.grad_checkpointing = frozen_dropout, False
         self.dropout = nn.Dropout(dropout)
-        mask = neighbourhood(grid, radius, class_token)
-        if attention == "padded":
-            if radius is None:
-                raise BadParameter("radius", radius, "a whole number when attention = 'padded'")
-            mask = padded_mask(mask, radius, class_token)
-        self.cross = AlignedAttention(mask)
+        mask = neighbourhood(grid, 1, class_token)
+        self.cross = AlignedAttention(mask if attention == "aligned" else padded_mask(mask, 1, class_token))
 
     def train(self, mode: bool = True):
         """Training or eval mode; with `frozen_dropout=False` the backbone stays in eval mode."""
@@ -206,14 +195,23 @@ class TwoPathways(OfficialModel):
         image, prompt = self.forward_features(images)
         return self.head(image), self.head(prompt)
 
-    def _run(self, step: Callable[..., Pathways], *args) -> Pathways:
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(step, *args, use_reentrant=False)
-        return step(*args)
+    def interaction(self, i: int, proj: nn.Linear, q: Tensor, k: Tensor, v: Tensor, query: Tensor) -> Tensor:
+        """F (3.3), (b, n, D): the attended neighbourhood plus the query itself, through adapter i."""
+        return self.adapters[i](query + self.dropout(proj(self.cross(q, k, v))))
 
-    def _interact(self, i: int, proj: nn.Linear, q: Tensor, k: Tensor, v: Tensor, query: Tensor) -> Tensor:
-        """Bilateral interaction (3.3), times s: the attended neighbourhood plus the query itself, through adapter i."""
-        return self.scale * self.adapters[i](query + self.dropout(proj(self.cross(q, k, v))))
+    def step(self, i: int, image: Tensor, prompt: Tensor, keep: int | None = None) -> tuple[Pathways, Named]:
+        """Block i on both pathways, and the interaction of their inputs (3.4): the pathways, and F as "fusion"."""
+        raise NotImplementedError
+
+    def _steps(self, image: Tensor, prompt: Tensor, keep: int | None = None) -> Iterator[tuple[Pathways, Named]]:
+        """All blocks; of the last one only the first `keep` tokens, which the head reads."""
+        for i in range(len(self.adapters)):
+            kept = keep if i == len(self.adapters) - 1 else None
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                (image, prompt), out = checkpoint(self.step, i, image, prompt, kept, use_reentrant=False)
+            else:
+                (image, prompt), out = self.step(i, image, prompt, kept)
+            yield (image, prompt), out
 
     # --- the authors' names ---
 
@@ -235,8 +233,8 @@ class TwoPathways(OfficialModel):
         for name in list(state):
             if name.endswith(("relative_position_index", "attn_mask", "num_batches_tracked")):
                 del state[name]
-            elif found := re.fullmatch(r"(.*)cross_attn\.(\d+)\.(attn\.\w+|attention_norm)\.(\w+)", name):
-                stem, number, part, kind = found.groups()
+            elif match := re.fullmatch(r"(.*)cross_attn\.(\d+)\.(attn\.\w+|attention_norm)\.(\w+)", name):
+                stem, number, part, kind = match.groups()
                 source, copied = f"{stem}{copies['block']}.{number}.{copies[part]}.{kind}", state.pop(name)
                 if source in state and not torch.equal(copied, state[source]):
                     differ.append(f"{name} is no copy of {source}")
@@ -256,8 +254,8 @@ class SA2VP(TwoPathways):
         scale: s, the weight of the fusion.
         new_maps: how many new prompt maps join along the depth (2; a comment in the released code states 1 for Stanford
             Cars, but not at which block: here the first of the two).
-        options: `attention`, `radius`, `direction`, `dropout` and `frozen_dropout` of `TwoPathways`. As released,
-            `dropout` also acts after the embeddings and in the MLPs of the frozen blocks.
+        options: `attention`, `dropout` and `frozen_dropout` of `TwoPathways`. As released, `dropout` also acts after
+            the embeddings and in the MLPs of the frozen blocks.
 
     Raises `BadParameter`: an option outside its choices, or a backbone that is not such a ViT.
     """
@@ -282,6 +280,7 @@ class SA2VP(TwoPathways):
         check_choice("new_maps", new_maps, (0, 1, 2))
         super().__init__(backbone, scale, backbone.patch_embed.grid_size, True, **options)
         dim, tokens, self.period = backbone.embed_dim, 1 + math.prod(self.grid), len(blocks) // 3
+        self.attends = nn.ModuleList(Attend() for _ in blocks)
         for block in self.backbone.blocks:
             block.mlp.drop1.p = block.mlp.drop2.p = self.dropout.p
 
@@ -306,88 +305,67 @@ class SA2VP(TwoPathways):
 
         The prompt tokens do not depend on the image: (1, N, D), or (b, N, D) when dropout draws for each image.
         """
-        vit = self.backbone
-        patches = vit.patch_embed(images)
-        tokens = torch.cat([vit.cls_token.expand(len(images), -1, -1), patches], dim=1) + vit.pos_embed
-        prompt = self.prompt_proj(self.prompt) + vit.pos_embed
-        if self._dropping(self.dropout):
-            prompt = prompt.expand(len(images), -1, -1)
-        return self.dropout(tokens), self.dropout(prompt)
+        vit, b = self.backbone, len(images)
+        patches = vit.patch_embed(images)  # (b, N - 1, D)
+        image = torch.cat([vit.cls_token.expand(b, -1, -1), patches], dim=1) + vit.pos_embed  # (b, N, D)
+        prompt = self.prompt_proj(self.prompt) + vit.pos_embed  # (1, N, D)
+        return self.dropout(image), self.dropout(self._for_each(b, prompt))
 
     def forward_features(self, images: Tensor) -> Pathways:
-        """Input of the head: the [CLS] token of both pathways after the last norm, two (b, D)."""
-        image, prompt = _last(self._pathways(images, keep=1))
+        """Input of the head (3.5): the [CLS] token of both pathways after the last norm, two (b, D)."""
+        (image, prompt), _ = _last(self._steps(*self.embed(images), keep=1))
         norm = self.backbone.norm
         return norm(image[:, 0]), norm(prompt[:, 0]).expand(len(images), -1)
 
-    def forward_intermediates(self, images: Tensor) -> list[Pathways]:
-        """Image and prompt tokens after each block, two (b, N, D)."""
-        return [(image, prompt.expand(len(images), -1, -1)) for image, prompt in self._pathways(images)]
+    def forward_intermediates(self, images: Tensor) -> tuple[Pathways, list[Named]]:
+        """Both pathways' tokens after the last block, two (b, N, D), and of each block its tokens and F.
 
-    def _pathways(self, images: Tensor, keep: int | None = None) -> Iterator[Pathways]:
-        """Both pathways after each block; after the last one only the first `keep` tokens, which the head reads."""
-        image, prompt = self.embed(images)
-        last = len(self.backbone.blocks) - 1
-        for i in range(last + 1):
-            image, prompt = self._run(self._step, i, image, prompt, keep if i == last else None)
-            yield image, prompt
+        The entries of a block are "image" and "prompt", the tokens after it, and "fusion", each (b, N, D).
+        """
+        steps = list(self._steps(*self.embed(images)))
+        b = len(images)
+        return steps[-1][0], [out | {"image": x, "prompt": y.expand(b, -1, -1)} for (x, y), out in steps]
 
-    def _step(self, i: int, image: Tensor, prompt: Tensor, keep: int | None) -> Pathways:
-        """Block i on both pathways, and the interaction of their inputs (3.4)."""
-        block, b, to_prompt = self.backbone.blocks[i], len(image), i % self.period == 0
-        # T_i on both pathways as one batch, except in the first block, where the image pathway depends on no trainable
-        # parameter (no autograd) and the prompts may still be one map for all images
-        if i == 0:
-            qkv_image, next_image = self._block(block, image, keep)
-            qkv_prompt, next_prompt = self._block(block, prompt, keep)
-        else:
-            qkv, both = self._block(block, torch.cat([image, prompt.expand(b, -1, -1)]), keep)
-            next_image, next_prompt = _halves(both)
-            qkv_image, qkv_prompt = zip(*map(_halves, qkv), strict=True)
+    def attention(self, i: int, x: Tensor, keep: int | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The attention half of the frozen block T_i for the first `keep` tokens of x (b, N, D), and its q, k, v."""
+        block, attn = self.backbone.blocks[i], self.backbone.blocks[i].attn
+        qkv = attn.qkv(block.norm1(x))  # (b, N, 3 D)
+        q, k, v = rearrange(qkv, "b n (c h e) -> c b h n e", c=3, h=attn.num_heads)  # each (b, h, N, e)
+        q, k = attn.q_norm(q), attn.k_norm(k)
+        a = rearrange(self.attends[i](q[:, :, :keep], k, v), "b h n e -> b n (h e)")  # (b, n, D)
+        return x[:, :keep] + block.drop_path1(block.ls1(attn.proj(a))), (q, k, v)
+
+    def mlp(self, i: int, x: Tensor) -> Tensor:
+        """The MLP half of the frozen block T_i."""
+        block = self.backbone.blocks[i]
+        return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+
+    def step(self, i: int, image: Tensor, prompt: Tensor, keep: int | None = None) -> tuple[Pathways, Named]:
+        b, proj, to_prompt = len(image), self.backbone.blocks[i].attn.proj, i % self.period == 0
+        if i == 0:  # apart: no autograd through the image yet, and the prompts may still be one map for all images
+            x, (q, k, v) = self.attention(i, image, keep)
+            y, (q_prompt, k_prompt, v_prompt) = self.attention(i, prompt, keep)
+            next_image, next_prompt = self.mlp(i, x), self.mlp(i, self._for_each(b, y))
+        else:  # as one batch
+            both, qkv = self.attention(i, torch.cat([image, prompt.expand(b, -1, -1)]), keep)  # (2 b, n, D)
+            next_image, next_prompt = _halves(self.mlp(i, both))
+            (q, q_prompt), (k, k_prompt), (v, v_prompt) = map(_halves, qkv)
 
         new = i // self.period - 1
         if to_prompt and 0 <= new < len(self.new_projs):
-            fresh = self.new_projs[new](self.new_prompts[new])
-            next_prompt = next_prompt + self.gains[new] * self._block(block, fresh, keep, batch=b)[1]
-        # the interaction reads the block's inputs, through the q, k, v that T_i has already computed
-        if to_prompt and self.direction in ("both", "image to prompt"):
-            q = qkv_prompt[0].expand(b, -1, -1, -1)[:, :, :keep]
-            _, k, v = qkv_image
-            next_prompt = next_prompt + self._interact(i, block.attn.proj, q, k, v, prompt[:, :keep])
-        elif not to_prompt and self.direction in ("both", "prompt to image"):
-            q = qkv_image[0][:, :, :keep]
-            _, k, v = qkv_prompt
-            next_image = next_image + self._interact(i, block.attn.proj, q, k, v, image[:, :keep])
-        return next_image, next_prompt
+            fresh, _ = self.attention(i, self.new_projs[new](self.new_prompts[new]), keep)  # (1, n, D)
+            next_prompt = next_prompt + self.gains[new] * self.mlp(i, self._for_each(b, fresh))
+        # F reads the block's inputs, through the q, k, v that T_i has computed
+        if to_prompt:
+            q = q_prompt.expand(b, -1, -1, -1)[:, :, :keep]
+            fusion = self.interaction(i, proj, q, k, v, prompt[:, :keep])
+            return (next_image, next_prompt + self.scale * fusion), {"fusion": fusion}
+        fusion = self.interaction(i, proj, q[:, :, :keep], k_prompt, v_prompt, image[:, :keep])
+        return (next_image + self.scale * fusion, next_prompt), {"fusion": fusion}
 
-    def _block(self, block: Block, x: Tensor, keep: int | None, batch: int = 1) -> tuple[tuple[Tensor, ...], Tensor]:
-        """The q, k, v of the frozen block T_i, each (b, heads, N, d), and its output for the first `keep` tokens of x.
-
-        The block's own attention is called, so that hooks fire, and a hook captures its q, k, v. Only if `keep` is
-        given and no hook is registered, their attention alone is computed. With dropout on, an x of one map is expanded
-        to `batch` maps before the MLP, the first dropout.
-        """
-        attn, normed, caught = block.attn, block.norm1(x), []
-        # torch.export does not trace hooks registered during the call
-        whole = not torch.compiler.is_exporting() and (keep is None or attn._forward_hooks)
-        if whole:
-            with attn.qkv.register_forward_hook(lambda module, args, output: caught.append(output)):
-                attended = attn(normed)[:, :keep]
-        else:
-            caught.append(attn.qkv(normed))
-        q, k, v = caught[0].unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
-        q, k = attn.q_norm(q), attn.k_norm(k)
-        if not whole:
-            attended = F.scaled_dot_product_attention(q[:, :, :keep], k, v)
-            attended = attn.proj(attended.transpose(1, 2).flatten(2))
-        y = x[:, :keep] + block.drop_path1(block.ls1(attended))
-        if len(x) < batch and self._dropping(block.mlp.drop1):
-            y = y.expand(batch, -1, -1)
-        return (q, k, v), y + block.drop_path2(block.ls2(block.mlp(block.norm2(y))))
-
-    @staticmethod
-    def _dropping(layer: nn.Dropout) -> bool:
-        return layer.training and layer.p > 0
+    def _for_each(self, images: int, x: Tensor) -> Tensor:
+        """One map (1, n, D) for each image (b, n, D) where dropout draws for each; else as it is."""
+        return x.expand(images, -1, -1) if self.dropout.training and self.dropout.p > 0 else x
 
     @classmethod
     def from_official(cls, state: Mapping[str, Tensor], *, heads: int | None = None, patch: int = 16, **options):
@@ -490,46 +468,51 @@ class SA2VPSwin(TwoPathways):
 
     def forward_features(self, images: Tensor) -> Pathways:
         """Input of the head: the mean of the tokens of both pathways after the last norm, two (b, D)."""
-        x = torch.cat(_last(self._pathways(images)))
+        both, _ = _last(self._steps(*self.embed(images)))
+        x = torch.cat(both)  # (2 b, rows, columns, D)
         for layer in self.backbone.layers[self.stage + 1 :]:
             x = layer(x)
         return _halves(self.backbone.norm(x).mean((1, 2)))
 
-    def forward_intermediates(self, images: Tensor) -> list[Pathways]:
-        """Image and prompt tokens after each block of the interacting stage, two (b, N, D)."""
-        return [(image.flatten(1, 2), prompt.flatten(1, 2)) for image, prompt in self._pathways(images)]
+    def forward_intermediates(self, images: Tensor) -> tuple[Pathways, list[Named]]:
+        """Both pathways' tokens after the interacting stage, two (b, N, D), and of each of its blocks the tokens and F.
 
-    def _pathways(self, images: Tensor) -> Iterator[Pathways]:
-        """Both pathways (b, rows, columns, D) after each block of the interacting stage."""
+        The entries of a block are "image" and "prompt", the tokens after it, and "fusion", each (b, N, D).
+        """
+        found = []
+        for (image, prompt), out in self._steps(*self.embed(images)):
+            tokens = {"image": image.flatten(1, 2), "prompt": prompt.flatten(1, 2)}
+            found.append(out | tokens)
+        return (found[-1]["image"], found[-1]["prompt"]), found
+
+    def embed(self, images: Tensor) -> Pathways:
+        """Image and prompt tokens before the interacting stage, two (b, rows, columns, D)."""
         swin = self.backbone
         image = swin.patch_embed(images)
         prompt = swin.patch_embed.norm(self.prompt_proj(self.prompt)).view(1, *image.shape[1:]).expand_as(image)
         for layer in swin.layers[: self.stage]:  # the image pathway depends on no trainable parameter yet: no autograd
             image, prompt = layer(image), layer(prompt)
-        stage = swin.layers[self.stage]
-        image, prompt = stage.downsample(image), stage.downsample(prompt)
-        for i in range(len(stage.blocks)):
-            image, prompt = self._run(self._step, i, image, prompt)
-            yield image, prompt
+        downsample = swin.layers[self.stage].downsample
+        return downsample(image), downsample(prompt)
 
-    def _step(self, i: int, image: Tensor, prompt: Tensor) -> Pathways:
-        """Block i of the stage on both pathways, and the interaction of their inputs."""
-        block = self.backbone.layers[self.stage].blocks[i]
+    def step(self, i: int, image: Tensor, prompt: Tensor, keep: int | None = None) -> tuple[Pathways, Named]:
+        block, attn = self.backbone.layers[self.stage].blocks[i], self.backbone.layers[self.stage].blocks[i].attn
         next_image, next_prompt = _halves(block(torch.cat([image, prompt])))
         to_prompt = i % self.period == 0
-        if self.direction not in ("both", "image to prompt" if to_prompt else "prompt to image"):
-            return next_image, next_prompt
         source, query = (image, prompt) if to_prompt else (prompt, image)
-        attn, norm = block.attn, block.norm1
         # the released code copies LN1 with eps 1e-6 where Swin's own has 1e-5, so q, k, v cannot be shared here
+        norm = block.norm1
         normed = F.layer_norm(torch.cat([query, source]), norm.normalized_shape, norm.weight, norm.bias, 1e-6)
-        query_normed, source_normed = _halves(normed.flatten(1, 2))
+        query_normed, source_normed = _halves(normed.flatten(1, 2))  # (b, N, D)
         d = attn.qkv.in_features
-        q = F.linear(query_normed, attn.qkv.weight[:d], attn.qkv.bias[:d])
-        kv = F.linear(source_normed, attn.qkv.weight[d:], attn.qkv.bias[d:])
-        q, k, v = (x.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for x in (q, *kv.chunk(2, -1)))
-        fusion = self._interact(i, attn.proj, q, k, v, query.flatten(1, 2)).view_as(image)
-        return (next_image, next_prompt + fusion) if to_prompt else (next_image + fusion, next_prompt)
+        q = F.linear(query_normed, attn.qkv.weight[:d], attn.qkv.bias[:d])  # (b, N, D)
+        kv = F.linear(source_normed, attn.qkv.weight[d:], attn.qkv.bias[d:])  # (b, N, 2 D)
+        q = rearrange(q, "b n (h e) -> b h n e", h=attn.num_heads)
+        k, v = rearrange(kv, "b n (c h e) -> c b h n e", c=2, h=attn.num_heads)
+        fusion = self.interaction(i, attn.proj, q, k, v, query.flatten(1, 2))  # (b, N, D)
+        added = self.scale * fusion.view_as(image)
+        both = (next_image, next_prompt + added) if to_prompt else (next_image + added, next_prompt)
+        return both, {"fusion": fusion}
 
     @classmethod
     def from_official(

@@ -1,4 +1,4 @@
-"""The figures of SIC-CADS' notebook: architecture, scenes, image-level scores, boxes before and after, sweeps."""
+"""The figures of SIC-CADS' notebook: scenes, image-level scores, boxes before and after, sweeps."""
 
 from __future__ import annotations
 
@@ -13,41 +13,13 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 from torchvision.ops import box_iou, nms
 
-from ...viz import plots
 from ...viz.style import HEAT, method_colours, styled
 from .model import windows
-from .recipe import BRANCHES, Predictions, Setting, refined
+from .predictions import BRANCHES, Predictions, Setting, refined
 
 BASE, NOVEL = "#5a5a5a", "#D55E00"  # of classes; no branch has these colours
 CORRECT, WRONG = "#00c060", "#ff3030"
 RELEASED = {"gamma": (0.5, 0.7), "lambda_base": (0.8,), "lambda_novel": (0.5, 0.8)}  # LVIS and COCO
-
-
-def architecture() -> Figure:
-    """The recogniser, the frozen detector, and where the scores of one refine those of the other."""
-    nodes = {
-        "image": (0.4, 1.5, "tensor"),
-        "open-vocabulary\ndetector": (1.9, 0.4, "frozen"),
-        "ResNet-50, FPN,\nmax pooling, linear": (1.9, 1.5, "trained"),
-        "CLIP image encoder,\n5 crops": (1.9, 2.7, "frozen"),
-        "text head\n$e^{text}$": (3.8, 1.15, "trained"),
-        "visual head\n$e^{image}$": (3.8, 1.85, "trained"),
-        "distillation loss": (3.8, 2.45, "operation"),
-        "cosine, pool,\nz-score: $p^{text}$": (5.5, 1.15, "operation"),
-        "CLIP text encoder\nof class names: $t$": (5.5, 1.95, "frozen"),
-        "cosine, pool,\nz-score: $p^{image}$": (5.5, 2.75, "operation"),
-        "fuse (Eq. 6)\n$p^{mmlr}$": (7.2, 1.95, "operation"),
-        "refine (Eq. 7)\n$p^{cads}$": (7.2, 0.4, "operation"),
-        "threshold,\nNMS, top-k": (8.6, 0.4, "operation"),
-    }
-    image, detector, body, clip, text, visual, distillation, p_text, names, p_image, fuse, refine, last = nodes
-    arrows = [(image, detector), (image, body), (image, clip), (body, text), (body, visual), (text, p_text)]
-    arrows += [(visual, distillation), (clip, distillation), (clip, p_image), (names, p_text), (names, p_image)]
-    arrows += [(p_text, fuse), (p_image, fuse), (fuse, refine), (detector, refine), (refine, last)]
-    return plots.diagram(nodes, arrows)
-
-
-# --- images and boxes -------------------------------------------------------------------------------------------------
 
 
 def _names(setting: Setting, labels: Iterable[int], most: int = 4) -> str:

@@ -19,16 +19,17 @@ Shapes: B images, C classes, P patches (1, or 1 + 4 on two levels), D CLIP's sha
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from open_clip.model import CLIP
 from open_clip.transformer import QuickGELU, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models.detection._utils import BoxCoder
-from torchvision.ops import FeaturePyramidNetwork, batched_nms, clip_boxes_to_image
+from torchvision.ops import FeaturePyramidNetwork, batched_nms
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from ...backbones import Input, build, per_channel
@@ -41,8 +42,6 @@ from ..layers.state_dicts import OfficialModel, check_names, depth, load_officia
 PROMPT = "There is a {}"  # as released: no article choice, no stop, the class name exactly as in the annotation file
 IMAGENET = Input(416, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # 416: the shorter side at test
 OPENAI = Input(224, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-OVER = ("image", "batch", "none")
-ACTIVATIONS = ("sigmoid", "softmax")
 CROSS_DATASET = 0.8  # weight of the text branch for every class of a foreign vocabulary, constant in the code
 
 
@@ -76,16 +75,13 @@ def pool(cosines: Tensor, levels: int) -> Tensor:
     return torch.stack([part.amax(-2) for part in parts]).mean(0)
 
 
-def normalise(scores: Tensor, over: str = "image", scale: float = 1.0) -> Tensor:
+def normalise(scores: Tensor, over: str = "image") -> Tensor:
     """Probabilities sigmoid((s - mean) / std) of scores (B, C), with the unbiased std.
 
-    Args:
-        over: "image", the paper's formula; "batch", mean and std over all B · C scores, as in the released code (which
-            tests one image at a time, where the two are equal); "none", sigmoid(scale · s), a control of ours.
+    `over`: "image", the paper's formula; "batch", mean and std over all B · C scores, as in the released code (which
+    tests one image at a time, where the two are equal).
     """
-    check_choice("over", over, OVER)
-    if over == "none":
-        return (scale * scores).sigmoid()
+    check_choice("over", over, ("image", "batch"))
     if over == "batch":
         return ((scores - scores.mean()) / scores.std()).sigmoid()
     return ((scores - scores.mean(-1, keepdim=True)) / scores.std(-1, keepdim=True)).sigmoid()
@@ -129,13 +125,18 @@ def rank_loss(scores: Tensor, positives: Tensor, columns: Tensor | None = None) 
     Args:
         scores: (B, C), cosines times the logit scale.
         positives: (B, C) bool.
-        columns: (C,) bool or indices, the classes used, as positives too: the base ones for boxes. None: all.
+        columns: (C,) bool, the classes used, as positives too: the base ones for boxes. None: all.
     """
-    if columns is not None:
-        scores, positives = scores[:, columns], positives[:, columns]
-    image, label = positives.nonzero(as_tuple=True)
-    each = (1 + scores[image] - scores[image, label, None]).clamp_min(0).mean(1)
-    return (each / positives.sum(1).clamp_min(1)[image]).sum() / len(scores)
+    columns = torch.ones_like(positives[0]) if columns is None else columns
+    # The k that count for p are those with s_k >= s_p - 1, the last ones in order: their number and their sum suffice.
+    # All classes are taken for p, and weigh 0 if they are no positives: to select these would wait for the GPU.
+    ordered = scores.masked_fill(~columns, -torch.inf).sort(-1).values  # (B, C)
+    count = (scores.shape[1] - torch.searchsorted(ordered, scores.detach() - 1)).clamp_min(1)  # (B, C)
+    sums = ordered.flip(-1).cumsum(-1).gather(-1, count - 1)  # (B, C), of the `count` largest
+    hinge = (count * (1 - scores) + sums) / columns.sum()  # (B, C), of each class p the mean over k
+    positives = (positives & columns).to(scores.dtype)
+    weights = positives / positives.sum(1, keepdim=True).clamp_min(1)
+    return (weights * hinge).sum() / len(scores)
 
 
 def distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -162,17 +163,17 @@ class Heads(nn.Module):
 
     def pooled(self, maps: Sequence[Tensor]) -> Tensor:
         """The maxima (B, P, sum of widths) of maps (B, width, h, w), one or more, concatenated on the channels."""
-        levels = [
-            torch.cat([F.adaptive_max_pool2d(m, level + 1).flatten(2).mT for m in maps], -1)
-            for level in range(self.levels)
-        ]
+        levels = []
+        for side in range(1, self.levels + 1):
+            maxima = [rearrange(F.adaptive_max_pool2d(m, side), "b w i j -> b (i j) w") for m in maps]
+            levels.append(torch.cat(maxima, -1))  # (B, side², sum of widths)
         return torch.cat(levels, 1)
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """The embeddings e_text and e_image, (B, P, D) each, of length 1."""
-        pooled = self.pooled(maps)
+        pooled = self.pooled(maps)  # (B, P, sum of widths)
         with without_autocast(pooled.device):
-            x = self.shared(pooled.float())
+            x = self.shared(pooled.float())  # (B, P, D)
             return F.normalize(self.to_text(x), dim=-1), F.normalize(self.to_image(x), dim=-1)
 
 
@@ -189,6 +190,36 @@ class Recognition(NamedTuple):
     p: Tensor  # (B, C) both fused: the input of `refine`, one row an image
 
 
+@dataclass(frozen=True)
+class Settings:
+    """Sizes and constants of a recogniser; the defaults are those of OV-LVIS.
+
+    Attributes:
+        indices: which maps of the body; 2, 3, 4 are strides 8, 16, 32 of a ResNet.
+        width: of the pyramid.
+        levels: of patches; 1 is the whole image alone, as in the paper, 2 what all released configurations use.
+        lambda_base, lambda_novel: see `text_share`. 0.8 and 0.8 for LVIS, 0.8 and 0.5 for COCO.
+        tau: logit scale of the rank loss: 50 for LVIS, 20 for COCO. Not used in testing.
+        distill: weight of the distillation loss.
+        image_input: normalisation of the body's input, `size` being the shorter side at test; sides are padded to
+            multiples of 32.
+        teacher_input: size and normalisation of the teacher's crops.
+        freeze_norms: the body's batch norms keep their statistics, weights and biases. A body of random weights needs
+            them trained.
+    """
+
+    indices: tuple[int, ...] = (2, 3, 4)
+    width: int = 256
+    levels: int = 2
+    lambda_base: float = 0.8
+    lambda_novel: float = 0.8
+    tau: float = 50.0
+    distill: float = 0.01
+    image_input: Input = IMAGENET
+    teacher_input: Input = OPENAI
+    freeze_norms: bool = True
+
+
 class MLR(OfficialModel):
     """Multi-modal multi-label recognition on a backbone of any size. Body and teacher are copied, not changed in place.
 
@@ -198,85 +229,45 @@ class MLR(OfficialModel):
         p = fuse(normalise(s_text), normalise(s_image))
 
     Args:
-        body: a timm model with intermediate feature maps, ResNet-50 as published; with `channels`, any module from
-            images to a list of maps, such as a detector's own backbone.
+        body: a timm model with intermediate feature maps, ResNet-50 as published.
         text: embedded class names (C, D), from `vocabulary`; used as they are, and frozen.
         novel: (C,) bool: classes without boxes in training.
         teacher: CLIP's image tower, crops (N, 3, s, s) to (N, D), frozen. None: only the student's scores are
             available, and the distillation needs cached embeddings.
-        channels: of the body's maps, when it is not timm's.
-        indices: which of a timm body's maps; 2, 3, 4 are strides 8, 16, 32 of a ResNet.
-        width: of the pyramid.
-        extra: P6 and P7 on top of the pyramid.
-        levels: of patches; 1 is the whole image alone, as in the paper, 2 what all released configurations use.
-        lambda_base, lambda_novel: see `text_share`. 0.8 and 0.8 for LVIS, 0.8 and 0.5 for COCO.
-        tau: logit scale of the rank loss: 50 for LVIS, 20 for COCO. Not used in testing.
-        distill: weight of the distillation loss.
-        over: see `normalise`.
-        image_input: normalisation of the body's input, `size` being the shorter side at test; sides are padded to
-            multiples of 32.
-        teacher_input: size and normalisation of the teacher's crops.
-        antialias: of the resizing of crops. False as released; newer torchvision would smooth, which changes scores.
-        freeze_norms: the body's batch norms keep their statistics, weights and biases. A body of random weights needs
-            them trained.
     """
+
+    top: Callable[[int, int], nn.Module] | None = LastLevelP6P7  # P6 and P7 on top of the pyramid
 
     def __init__(
         self,
         body: nn.Module,
         text: Tensor,
         novel: Tensor,
+        settings: Settings = Settings(),
         *,
         teacher: nn.Module | None = None,
-        channels: Sequence[int] | None = None,
-        indices: Sequence[int] = (2, 3, 4),
-        width: int = 256,
-        extra: bool = True,
-        levels: int = 2,
-        lambda_base: float = 0.8,
-        lambda_novel: float = 0.8,
-        tau: float = 50.0,
-        distill: float = 0.01,
-        over: str = "image",
-        image_input: Input = IMAGENET,
-        teacher_input: Input = OPENAI,
-        antialias: bool = False,
-        freeze_norms: bool = True,
     ):
         super().__init__()
         if text.ndim != 2 or len(text) < 2:
             raise BadParameter("text", tuple(text.shape), "embeddings (C, D) of two classes or more")
         if novel.shape != text.shape[:1] or novel.dtype != torch.bool:
             raise BadParameter("novel", (tuple(novel.shape), novel.dtype), f"one bool for each of {len(text)} classes")
-        if levels < 1:
-            raise BadParameter("levels", levels, "1 or more")
-        check_choice("over", over, OVER)
-        self.indices = None if channels else tuple(indices)
-        if channels is None:
-            if not hasattr(body, "forward_intermediates") or max(indices) >= len(body.feature_info):
-                raise BadParameter(
-                    "body", type(body).__name__, f"a timm model with maps {tuple(indices)}, or `channels`"
-                )
-            channels = [body.feature_info[i]["num_chs"] for i in indices]
-        self.body, self.freeze_norms = copy.deepcopy(body), freeze_norms
-        self.pyramid = FeaturePyramidNetwork(list(channels), width, LastLevelP6P7(width, width) if extra else None)
-        self.heads = Heads(width * (len(channels) + 2 * extra), text.shape[1], levels)
+        if not hasattr(body, "forward_intermediates"):
+            raise BadParameter("body", type(body).__name__, "a timm model")
+        self.settings = s = settings
+        text_share(novel, s.lambda_base, s.lambda_novel)  # refuses values outside 0 to 1 now, not at the first image
+        self.body = copy.deepcopy(body)
+        channels = [body.feature_info[i]["num_chs"] for i in s.indices]
+        top = self.top and self.top(s.width, s.width)
+        self.pyramid = FeaturePyramidNetwork(channels, s.width, top)
+        self.heads = Heads(s.width * (len(channels) + 2 * (top is not None)), text.shape[1], s.levels)
         self.text = nn.Parameter(text.detach().float().clone(), requires_grad=False)
         self.register_buffer("novel", novel.clone(), persistent=False)
-        self._base: Tensor | None = None
         self.teacher = None if teacher is None else copy.deepcopy(teacher).requires_grad_(False)
-        self.lambda_base, self.lambda_novel = lambda_base, lambda_novel
-        text_share(novel, lambda_base, lambda_novel)  # refuses values outside 0 to 1 now, not at the first image
-        self.tau, self.distill, self.over = tau, distill, over
-        self.image_input, self.teacher_input, self.antialias = image_input, teacher_input, antialias
-        if freeze_norms:
+        if s.freeze_norms:
             for norm in self._norms():
                 norm.requires_grad_(False)
         self.train(self.training)
-
-    @property
-    def levels(self) -> int:
-        return self.heads.levels
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """As in timm, for the body."""
@@ -285,9 +276,10 @@ class MLR(OfficialModel):
     def _norms(self) -> list[nn.Module]:
         return [m for m in self.body.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> MLR:
+        """As `nn.Module.train`, but frozen norms and the teacher stay in eval mode."""
         super().train(mode)
-        if self.freeze_norms:
+        if self.settings.freeze_norms:
             for norm in self._norms():
                 norm.eval()
         if self.teacher is not None:
@@ -300,51 +292,43 @@ class MLR(OfficialModel):
         """The body's input from images (B, 3, H, W), uint8, RGB: resized to the nearest pixel so that the shorter side
         is `image_input.size` (not in training), normalised, padded right and below with zeros."""
         _check_pixels(images)
+        target = self.settings.image_input
         if resize:
-            scale = self.image_input.size / min(images.shape[-2:])
+            scale = target.size / min(images.shape[-2:])
             images = F.interpolate(images, scale_factor=scale, recompute_scale_factor=True)
         height, width = images.shape[-2:]
-        return F.pad(_standardised(images, self.image_input), (0, -width % 32, 0, -height % 32))
+        return F.pad(_standardised(images, target), (0, -width % 32, 0, -height % 32))
 
     def crops(self, images: Tensor) -> Tensor:
-        """The teacher's crops (B, P, 3, s, s) of images (B, 3, H, W), uint8: resized to a square, bilinear, rounded to
-        whole grey values as released, normalised."""
+        """The teacher's crops (B, P, 3, s, s) of images (B, 3, H, W), uint8: resized to a square, bilinear without
+        antialiasing, rounded to whole grey values as released, normalised."""
         _check_pixels(images)
-        size, found = self.teacher_input.size, []
+        target, found = self.settings.teacher_input, []
         height, width = images.shape[-2:]
-        for left, top, right, bottom in windows(height, width, self.levels):
+        for left, top, right, bottom in windows(height, width, self.settings.levels):
             crop = images[..., top:bottom, left:right].float()
-            options = {"mode": "bilinear", "antialias": self.antialias, "align_corners": False}
-            found.append(F.interpolate(crop, (size, size), **options))
-        return _standardised(torch.stack(found, 1).round_(), self.teacher_input)
+            found.append(F.interpolate(crop, (target.size, target.size), mode="bilinear", align_corners=False))
+        return _standardised(torch.stack(found, 1).round_(), target)
 
     @torch.no_grad()
     def teacher_embeddings(self, images: Tensor) -> Tensor:
         """CLIP's embeddings (B, P, D), of length 1, of the crops of images (B, 3, H, W), in one pass of the tower."""
         if self.teacher is None:
             raise BadParameter("teacher", None, "CLIP's image tower: the model was made without one")
-        return F.normalize(self.teacher(self.crops(images).flatten(0, 1)), dim=-1).unflatten(0, (len(images), -1))
+        crops = rearrange(self.crops(images), "b p c h w -> (b p) c h w")
+        return rearrange(F.normalize(self.teacher(crops), dim=-1), "(b p) d -> b p d", b=len(images))
 
     # --- outputs
 
     def forward_features(self, x: Tensor) -> list[Tensor]:
         """The pyramid's maps, finest first, of prepared images."""
-        if self.indices is None:
-            found = self.body(x)
-        else:
-            found = self.body.forward_intermediates(x, indices=list(self.indices), intermediates_only=True)
-        return list(self.pyramid({str(i): m for i, m in enumerate(found)}).values())
+        indices = list(self.settings.indices)
+        maps = self.body.forward_intermediates(x, indices=indices, intermediates_only=True)
+        return list(self.pyramid({str(i): m for i, m in enumerate(maps)}).values())
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The embeddings e_text and e_image, (B, P, D) each, of prepared images."""
         return self.heads(self.forward_features(x))
-
-    @property
-    def base(self) -> Tensor:
-        """The indices of the base classes: unlike a mask, a step can select by them without a wait for the GPU."""
-        if self._base is None or self._base.device != self.novel.device:
-            self._base = (~self.novel).nonzero().flatten()
-        return self._base
 
     def cosines(self, embeddings: Tensor) -> Tensor:
         """The cosines (B, P, C) of embeddings (B, P, D) and the texts, in float32 also under autocast."""
@@ -354,10 +338,10 @@ class MLR(OfficialModel):
     def recognised(self, e_text: Tensor, e_image: Tensor, share: Tensor | float | None = None) -> Recognition:
         """Both branches' embeddings (B, P, D) to scores. `share`: see `fuse`; `CROSS_DATASET` for a vocabulary that
         the text branch was not trained for; None: `text_share` with the model's lambdas."""
-        text, image = self.cosines(e_text), self.cosines(e_image)
-        p_text, p_image = (normalise(pool(s, self.levels), self.over, self.tau) for s in (text, image))
+        s, text, image = self.settings, self.cosines(e_text), self.cosines(e_image)
+        p_text, p_image = (normalise(pool(cosines, s.levels)) for cosines in (text, image))  # (B, C) each
         if share is None:
-            share = text_share(self.novel, self.lambda_base, self.lambda_novel)
+            share = text_share(self.novel, s.lambda_base, s.lambda_novel)
         return Recognition(text, image, p_text, p_image, fuse(p_text, p_image, share))
 
     @torch.no_grad()
@@ -373,27 +357,35 @@ class MLR(OfficialModel):
         return self.recognised(e_text, e_image if student else self.teacher_embeddings(images), share)
 
     def loss(
-        self, images: Tensor, positives: Tensor, *, boxes: bool = True, teacher: Tensor | None = None
+        self, images: Tensor, positives: Tensor, *, boxes: Tensor | bool = True, teacher: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """The rank and the distillation loss of one batch, weighted; training minimises their sum.
 
         Args:
             images: (B, 3, H, W) uint8, augmented, of the training size.
             positives: (B, C) bool.
-            boxes: whether the labels are those of boxes, which rank over the base classes alone. Image labels
-                (captions, ImageNet) rank over all classes, novel names included, as in the released configurations.
+            boxes: whether the labels are those of boxes, which rank over the base classes alone; (B,) bool where images
+                differ. Image labels (captions, ImageNet) rank over all classes, novel names included, as in the
+                released configurations.
             teacher: the teacher's embeddings (B, P, D) of these images, where they were cached.
         """
         e_text, e_image = self(self.prepared(images, resize=False))
-        scores = self.tau * pool(self.cosines(e_text), self.levels)
-        ranked = rank_loss(scores, positives, self.base if boxes else None)
+        scores = self.settings.tau * pool(self.cosines(e_text), self.settings.levels)  # (B, C)
+        ranked = self.ranked(scores, positives, boxes)
         teacher = self.teacher_embeddings(images) if teacher is None else teacher
-        return ranked, self.distill * distillation_loss(e_image, teacher)
+        return ranked, self.settings.distill * distillation_loss(e_image, teacher)
+
+    def ranked(self, scores: Tensor, positives: Tensor, boxes: Tensor | bool) -> Tensor:
+        """The rank loss of scores (B, C); arguments as in `loss`."""
+        if isinstance(boxes, bool):
+            return rank_loss(scores, positives, ~self.novel if boxes else None)
+        own = rank_loss(scores, positives & boxes[:, None], ~self.novel)  # an image without positives counts with 0
+        return own + rank_loss(scores, positives & ~boxes[:, None])
 
     # --- the authors' files
 
     @classmethod
-    def from_official(cls, state: Mapping[str, Tensor], novel: Tensor, **options):
+    def from_official(cls, state: Mapping[str, Tensor], novel: Tensor, settings: Settings = Settings()) -> MLR:
         """The model of a state dict of the authors' code (ResNet-50, CLIP's image tower when it is there).
 
         A merged file, in which the names start with "ovmlr_model.", is accepted; the detector in it is not read. The
@@ -405,9 +397,9 @@ class MLR(OfficialModel):
         state, what = merged or state, "SIC-CADS' image-level model (ResNet-50)"
         check_names(state, {"text_embedding.weight", "mlr_lin.weight"}, what)
         tower = {n.removeprefix("clip_model."): t for n, t in state.items() if n.startswith("clip_model.")}
-        body = build("resnet50", "random")
         teacher = _tower(tower) if tower else None
-        model = cls(body, state["text_embedding.weight"], novel, teacher=teacher, **options).eval()
+        text = state["text_embedding.weight"]
+        model = cls(build("resnet50", "random"), text, novel, settings, teacher=teacher).eval()
         load_official(model, state, model.official_names(), what, ignored=("backbone.bottom_up.base.fc.",))
         return model
 
@@ -469,59 +461,6 @@ def vocabulary(clip: CLIP, tokenizer: Tokenizer, names: Sequence[str], prompt: s
 
 
 # --- the detector -----------------------------------------------------------------------------------------------------
-
-
-class ZeroShotClassifier(nn.Module):
-    """The classifier of open-vocabulary detectors of Detic's family: scale · cos(linear(x), class), background 0.
-
-    Args:
-        inputs: width of a box's feature.
-        classes: (C, D), any length.
-        scale: of the cosines; 50 in Detic.
-        bias: initial value of a learned bias on all logits; None for no bias, as released.
-    """
-
-    def __init__(self, inputs: int, classes: Tensor, scale: float = 50.0, bias: float | None = None):
-        super().__init__()
-        self.linear = nn.Linear(inputs, classes.shape[1])
-        self.register_buffer("classes", F.normalize(classes.float(), dim=-1))
-        self.scale = scale
-        self.bias = None if bias is None else nn.Parameter(torch.tensor(float(bias)))
-
-    def forward(self, x: Tensor, classes: Tensor | None = None) -> Tensor:
-        """Logits (R, C + 1) of features (R, inputs), the last column the background's; of other `classes` (K, D),
-        of any length, (R, K) without one. The cosines are in float32 also under autocast."""
-        with without_autocast(x.device):
-            x = self.scale * F.normalize(self.linear(x.float()), dim=-1)
-            logits = x @ (self.classes if classes is None else F.normalize(classes.float(), dim=-1)).mT
-        logits = logits if self.bias is None else logits + self.bias
-        return F.pad(logits, (0, 1)) if classes is None else logits
-
-
-def detector_scores(stages: Sequence[Tensor], objectness: Tensor | None = None, activation: str = "sigmoid") -> Tensor:
-    """Probabilities (R, C + 1) of a detector with one or more stages of logits (R, C + 1): the mean over the stages.
-
-    With `objectness` (R,), the proposals' scores, the root of the product (CenterNet2 on OV-LVIS); without, as Faster
-    R-CNN on OV-COCO. `activation`: "sigmoid", as the released detectors; "softmax", the paper's Eq. 1. Drop the last
-    column, the background's, before `refine`.
-    """
-    check_choice("activation", activation, ACTIVATIONS)
-    given = [logits.sigmoid() if activation == "sigmoid" else logits.softmax(-1) for logits in stages]
-    mean = sum(given) / len(given)
-    return mean if objectness is None else (mean * objectness[:, None]).sqrt()
-
-
-def cascade_boxes(
-    proposals: Tensor, deltas: Sequence[Tensor], weights: Sequence[Sequence[float]], image_size: tuple[int, int]
-) -> Tensor:
-    """Boxes (R, 4), xyxy in pixels, after one or more stages of offsets (R, 4), each on the clipped boxes before it.
-
-    `weights`: what each stage divides its offsets by, ((10, 10, 5, 5),) in Faster R-CNN. `image_size`: height, width.
-    """
-    boxes = proposals
-    for offsets, stage in zip(deltas, weights, strict=True):
-        boxes = clip_boxes_to_image(BoxCoder(tuple(stage)).decode(offsets, [boxes])[:, 0], image_size)
-    return boxes
 
 
 class Detections(NamedTuple):

@@ -2,13 +2,12 @@
 
 from .model import TIP, Adaptor, fuse, loss
 from .pipeline import TIPPipeline, build, load_adaptor, save_adaptor
-from .text import WordText, clip_tokenizer, tokenize
+from .text import clip_tokenizer, tokenize
 
 __all__ = [
     "TIP",
     "Adaptor",
     "TIPPipeline",
-    "WordText",
     "build",
     "clip_tokenizer",
     "fuse",

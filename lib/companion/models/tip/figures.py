@@ -1,71 +1,41 @@
-"""Figures of TIP alone: its architecture, and where and when the adaptor acts."""
+"""Figures of TIP alone: where and when the adaptor acts."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
-from typing import Any
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
+from torch import Tensor
 
 from ...viz.style import HEAT, styled
-
-FROZEN = {"facecolor": "#dddddd", "edgecolor": "#999999"}
-TRAINED = {"facecolor": "#fbd9b5", "edgecolor": "#d55e00"}
-NO_WEIGHTS = {"facecolor": "white", "edgecolor": "black"}
-ARROW = {"arrowstyle": "-|>", "color": "black", "shrinkA": 0, "shrinkB": 0}
+from .model import Adaptor
 
 
-@styled
-def architecture() -> Figure:
-    """The two networks and their fusion: frozen modules grey, trained ones orange, operations without weights white."""
-    figure, ax = plt.subplots(figsize=(8.6, 3.7))
+@contextlib.contextmanager
+def watched(adaptor: Adaptor) -> Iterator[list[dict]]:
+    """A list that gets a row for each call of an adaptor and each site: {"step", "t", "site", "gamma", "beta"}, the
+    mean magnitudes of the maps; gamma is None where it is added."""
+    rows: list[dict] = []
 
-    def box(x: float, y: float, width: float, text: str, kind: dict[str, Any]) -> None:
-        ax.add_patch(plt.Rectangle((x, y - 0.3), width, 0.6, **kind))
-        ax.text(x + width / 2, y, text, ha="center", va="center", fontsize=8.5)
+    def watch(module: Adaptor, inputs: tuple, maps: Sequence[Tensor | None]) -> None:
+        step = rows[-1]["step"] + 1 if rows else 0
+        for i, m in enumerate(maps):
+            site = "middle" if i == len(maps) - 1 else f"skip {i}"
+            both = module.config.fusion == "modulate" and not (site == "middle" and module.config.mid == "add")
+            if m is not None:
+                *gamma, beta = (float(half.abs().mean()) for half in m.chunk(1 + both, 1))
+                row = {"step": step, "t": int(inputs[1]), "site": site, "gamma": gamma[0] if gamma else None}
+                rows.append(row | {"beta": beta})
 
-    def arrow(*points: tuple[float, float]) -> None:
-        *before, last = points
-        for start, end in itertools.pairwise(before):
-            ax.plot(*zip(start, end, strict=True), color="black", linewidth=1.2)
-        ax.annotate("", xy=last, xytext=before[-1], arrowprops=ARROW)
-
-    for y, text in ((3.6, "semantic prompt $c_s$"), (2.45, "noisy latent $z_t$"), (1.3, "degraded image $y$")):
-        ax.text(0, y, text, va="center")
-    ax.text(0, 0.3, "restoration prompt $c_r$", va="center")
-    box(2.9, 3.6, 1.7, "text encoder", FROZEN)
-    box(2.9, 0.3, 1.7, "text encoder", FROZEN)
-    box(2.9, 1.3, 1.7, "embedding $E(y)$", TRAINED)
-    box(5.9, 3.6, 2.2, "UNet: encoder, middle", FROZEN)
-    box(5.9, 0.3, 2.2, "adaptor: their copy", TRAINED)
-    box(6.0, 1.3, 2.0, "1×1 conv. $M_i$", TRAINED)
-    box(8.9, 2.45, 2.6, r"$\hat f_i = (1 + s\,\gamma_i)\,f_i + s\,\beta_i$", NO_WEIGHTS)
-    box(9.3, 3.6, 1.8, "UNet: decoder", FROZEN)
-    for y in (3.6, 0.3):
-        arrow((2.5, y), (2.9, y))
-        arrow((4.6, y), (5.9, y))
-    arrow((2.15, 1.3), (2.9, 1.3))
-    arrow((2.0, 2.45), (5.4, 2.45), (5.4, 3.45), (5.9, 3.45))
-    ax.text(5.2, 1.3, "+", ha="center", va="center", bbox={"boxstyle": "circle,pad=0.15", "facecolor": "white"})
-    arrow((5.2, 2.45), (5.2, 1.52))
-    arrow((4.6, 1.3), (4.98, 1.3))
-    arrow((5.2, 1.08), (5.2, 0.45), (5.9, 0.45))
-    arrow((7.0, 0.6), (7.0, 1.0))
-    ax.text(7.1, 0.8, "$h_i$", va="center", fontsize=8.5)
-    arrow((8.0, 1.3), (10.2, 1.3), (10.2, 2.15))
-    ax.text(9.1, 1.47, r"$\gamma_i,\ \beta_i$ at each site", ha="center", fontsize=8.5)
-    arrow((7.0, 3.3), (7.0, 2.45), (8.9, 2.45))
-    ax.text(7.95, 2.6, "features $f_i$", ha="center", fontsize=8.5)
-    arrow((10.2, 2.75), (10.2, 3.3))
-    arrow((11.1, 3.6), (11.6, 3.6))
-    ax.text(11.65, 3.6, r"$\hat\epsilon$ or $\hat z_0$", va="center")
-    ax.set(xlim=(0, 12.7), ylim=(-0.1, 4.0), title="Frozen modules are grey, trained modules orange")
-    ax.axis("off")
-    return figure
+    handle = adaptor.register_forward_hook(watch)
+    try:
+        yield rows
+    finally:
+        handle.remove()
 
 
 @styled
@@ -73,7 +43,7 @@ def adaptor_maps(trace: Sequence[dict], title: str = "") -> Figure:
     """Mean magnitude of gamma and of beta at each site and sampling step, on logarithmic colour scales.
 
     Args:
-        trace: of `TIPPipeline.__call__`.
+        trace: see `watched`.
         title: of the figure.
     """
     frame = pd.DataFrame(trace)

@@ -5,14 +5,14 @@
     f_hat_i = (1 + s gamma_i) f_i + s beta_i --frozen UNet: decoder--> prediction
 
 Neither the paper's text nor its code is available; this is a RECONSTRUCTION from its pipeline figure and diffusers'
-ControlNet (section 3). Sources of the parts:
+ControlNet. Sources of the parts:
 
 * figure: two prompts, each read by one part alone; UNet and text encoder frozen; the degraded image is added to z_t in
   the adaptor alone; each skip times gamma plus beta, both from the adaptor's feature of that level.
 * diffusers' `ControlNetModel`: the adaptor is a copy of the UNet's encoder and middle with a small network that embeds
   the image; its 13 sites; zero convolutions.
 * ours: the 1 next to gamma (without it a zero initialisation would erase the frozen features); gamma before beta in the
-  channels; and, each a named argument, `mid`, `scale`, guidance, sampler, training.
+  channels; and `mid`, `scale`, guidance, sampler, training.
 
 Whether the paper adds or concatenates the image makes no difference: a convolution of two concatenated inputs is the
 sum of a convolution of each, which is conv_in(z_t) + conditioning(y).
@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from diffusers import AutoencoderKL, ConfigMixin, ControlNetModel, DDIMScheduler, ModelMixin, UNet2DConditionModel
@@ -110,7 +110,7 @@ def decode(unet: UNet2DConditionModel, x: Encoded, states: Tensor) -> Tensor:
 
 
 def fuse(feature: Tensor, control: Tensor | None, scale: float | Tensor = 1.0) -> Tensor:
-    """(1 + s gamma) f + s beta, element by element: the modulation fusion layer (section 3.4).
+    """(1 + s gamma) f + s beta, element by element: the modulation fusion layer.
 
     Args:
         feature: f (B, C, h, w) of the frozen UNet.
@@ -137,22 +137,13 @@ class Adaptor(ModelMixin, ConfigMixin):
         controlnet: configuration of the `ControlNetModel`; `Adaptor.of` makes it from a UNet.
         fusion: "modulate" (figure), or "add", a plain ControlNet (the baseline).
         mid: fusion of the middle, which the figure does not draw (ours): "modulate", "add", or "none".
-        unshuffle: factor of a pixel-unshuffle of the image before its network (ours, for the `pocket` profile).
-        conditioning_zero: zero-initialise the last convolution of the image's network, as ControlNet does; the fusion
-            always is.
     """
 
     _supports_gradient_checkpointing = True
+    channels = 3  # of the image that its network reads
 
     @register_to_config
-    def __init__(
-        self,
-        controlnet: dict,
-        fusion: str = "modulate",
-        mid: str = "modulate",
-        unshuffle: int = 1,
-        conditioning_zero: bool = True,
-    ):
+    def __init__(self, controlnet: dict, fusion: str = "modulate", mid: str = "modulate"):
         super().__init__()
         check_choice("fusion", fusion, FUSIONS)
         if mid not in MIDS or (fusion == "add" and mid == "modulate"):
@@ -165,8 +156,6 @@ class Adaptor(ModelMixin, ConfigMixin):
             net.controlnet_mid_block = _zero_conv(net.controlnet_mid_block.in_channels, 2)
         elif mid == "none":
             net.mid_block, net.controlnet_mid_block = None, nn.Identity()
-        if not conditioning_zero:
-            net.controlnet_cond_embedding.conv_out.reset_parameters()
 
     @classmethod
     def of(
@@ -176,9 +165,7 @@ class Adaptor(ModelMixin, ConfigMixin):
         *,
         fusion: str = "modulate",
         mid: str | None = None,
-        unshuffle: int = 1,
-        conditioning_zero: bool = True,
-    ) -> Adaptor:
+    ) -> Self:
         """An adaptor that starts as a copy of a UNet's encoder and middle.
 
         Args:
@@ -187,9 +174,9 @@ class Adaptor(ModelMixin, ConfigMixin):
         """
         check_unet(unet)
         with torch.device("meta"):  # for its configuration alone
-            stock = ControlNetModel.from_unet(unet, "rgb", tuple(conditioning_channels), False, 3 * unshuffle**2)
+            stock = ControlNetModel.from_unet(unet, "rgb", tuple(conditioning_channels), False, cls.channels)
         config = {k: v for k, v in stock.config.items() if not k.startswith("_")}
-        adaptor = cls(config, fusion, fusion if mid is None else mid, unshuffle, conditioning_zero)
+        adaptor = cls(config, fusion, fusion if mid is None else mid)
         for name in ("conv_in", "time_embedding", "down_blocks", "mid_block"):
             if (part := getattr(adaptor.branch, name)) is not None:
                 part.load_state_dict(getattr(unet, name).state_dict())
@@ -198,7 +185,7 @@ class Adaptor(ModelMixin, ConfigMixin):
     @property
     def factor(self) -> int:
         """Pixels of the degraded image per position of z_t, along a side."""
-        return self.config.unshuffle * 2 ** (len(self.config.controlnet["conditioning_embedding_out_channels"]) - 1)
+        return 2 ** (len(self.config.controlnet["conditioning_embedding_out_channels"]) - 1)
 
     def forward(self, z: Tensor, t: Tensor, states: Tensor, degraded: Tensor) -> tuple[Tensor | None, ...]:
         """A map for each skip and, last, for the middle: (B, 2 C_i, h_i, w_i), gamma first; (B, C_i, ...) where added.
@@ -209,8 +196,6 @@ class Adaptor(ModelMixin, ConfigMixin):
             states: (B, M, d) of the restoration prompt.
             degraded: the degraded image, (B, 3, H, W) in [-1, 1] as for the VAE (ours; ControlNet's are in [0, 1]).
         """
-        if self.config.unshuffle > 1:
-            degraded = F.pixel_unshuffle(degraded, self.config.unshuffle)
         skips, mid = self.branch(z, t, states, degraded, return_dict=False)
         return (*skips, None if self.config.mid == "none" else mid)
 
@@ -303,22 +288,19 @@ def loss(
     model: nn.Module,
     batch: tuple[Tensor, Tensor, Tensor, Tensor],
     scheduler: DDIMScheduler,
-    power: float = 1.0,
     t: Tensor | None = None,
     noise: Tensor | None = None,
 ) -> Tensor:
-    """Mean squared error of the prediction: the standard loss of latent diffusion (inferred, section 4).
+    """Mean squared error of the prediction: the standard loss of latent diffusion (inferred).
 
     Args:
         model: a `TIP`, or a wrapper of one.
         batch: clean latents (B, L, h, w), scaled; degraded images (B, 3, H, W) in [-1, 1]; ids or states of c_s, c_r.
-        power: t is 1000 u^power with u uniform in [0, 1); less than 1 draws noisy times more often (section 14).
-        t, noise: fixed values instead of random ones.
+        t, noise: given instead of drawn, t from all timesteps alike.
     """
     z, degraded, semantic, restoration = batch
     if t is None:
-        u = torch.rand(len(z), device=z.device) ** power
-        t = (u * scheduler.config.num_train_timesteps).long()
+        t = (torch.rand(len(z), device=z.device) * scheduler.config.num_train_timesteps).long()
     if noise is None:
         noise = torch.randn_like(z)
     predicted = model(scheduler.add_noise(z, noise, t), t, semantic, restoration, degraded)
@@ -326,13 +308,12 @@ def loss(
 
 
 @torch.no_grad()
-def to_latents(vae: AutoencoderKL, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def to_latents(vae: AutoencoderKL, images: Tensor) -> Tensor:
     """Scaled latents (B, L, h, w) of images (B, 3, H, W) in [-1, 1], without a graph.
 
-    The mean of the VAE's posterior, so that latents can be cached (ours); with `generator` a sample of it.
+    The mean of the VAE's posterior, so that latents can be cached (ours).
     """
-    posterior = vae.encode(images.to(vae.dtype)).latent_dist
-    return (posterior.mode() if generator is None else posterior.sample(generator)) * vae.config.scaling_factor
+    return vae.encode(images.to(vae.dtype)).latent_dist.mode() * vae.config.scaling_factor
 
 
 @torch.no_grad()

@@ -1,18 +1,18 @@
 """TIP as a diffusers pipeline: degraded images and two prompts to restored images; sizes, saving, loading.
 
-    pipe = build("pocket", vocabulary)                   or TIPPipeline.from_stable_diffusion()
+    pipe = TIPPipeline.from_stable_diffusion()
     pipe(image, "A zebra on grass", "Deblur with sigma 3.0; Denoise with sigma 0.08").images
     pipe.save_pretrained("tip"); TIPPipeline.from_pretrained("tip")
 
-Sampler, guidance and sizes are choices of ours (section 5.1); the routing of the two prompts and the prompt of the
-blind mode are the paper's (figure, project page).
+Sampler, guidance and sizes are choices of ours; which part reads which prompt, and the prompt of the blind mode, are
+the paper's (figure, project page).
 """
 
 from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,11 +33,9 @@ from ...backbones import unreachable
 from ...errors import BadCheckpoint, BadParameter, CorruptFile, MissingWeights, check_choice
 from ...ops.files import atomic_folder
 from ...ops.progress import progress
+from .degradations import BLIND
 from .model import TIP, Adaptor, Encoded, check_unet, frozen, to_images
-from .text import END, WordText, clip_tokenizer, tokenize
-
-ROUTES = ("decoupled", "swapped", "joined")
-BLIND = "Remove all degradation"  # figure: the restoration prompt that names no degradation
+from .text import END, clip_tokenizer, tokenize
 
 # --- sizes: from configurations, without weights ----------------------------------------------------------------------
 
@@ -60,15 +58,11 @@ _SD_NOISE = {
 SIZES: dict[str, dict[str, Any]] = {
     "sd15": {
         "unet": {"cross_attention_dim": 768, "attention_head_dim": 8},
-        "vae": _SD_VAE,
         "text": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
-        "scheduler": _SD_NOISE,
-        "conditioning_channels": (16, 32, 96, 256),
         "pad": END,
     },
     "sd21": {
         "unet": {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True},
-        "vae": _SD_VAE,
         # 24 layers were trained, the last one is left out
         "text": {
             "hidden_size": 1024,
@@ -77,59 +71,12 @@ SIZES: dict[str, dict[str, Any]] = {
             "num_attention_heads": 16,
             "hidden_act": "gelu",
         },
-        "scheduler": _SD_NOISE,
-        "conditioning_channels": (16, 32, 96, 256),
         "pad": "!",
-    },
-    # ours, section 3.6: trains in a minute on two CPU cores
-    "pocket": {
-        "unet": {
-            "in_channels": 4,
-            "out_channels": 4,
-            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-            "block_out_channels": (32, 48),
-            "layers_per_block": 1,
-            "cross_attention_dim": 32,
-            "attention_head_dim": 2,
-            "norm_num_groups": 8,
-        },
-        "vae": {
-            "block_out_channels": (16, 32, 32),
-            "down_block_types": ("DownEncoderBlock2D",) * 3,
-            "up_block_types": ("UpDecoderBlock2D",) * 3,
-            "layers_per_block": 1,
-            "latent_channels": 4,
-            "norm_num_groups": 8,
-        },
-        "text": {"width": 32, "length": 32},
-        # x0 prediction and a last step of pure noise learn faster at this size (section 14)
-        "scheduler": {
-            "beta_schedule": "scaled_linear",
-            "beta_start": 0.00085,
-            "beta_end": 0.012,
-            "clip_sample": False,
-            "prediction_type": "sample",
-            "rescale_betas_zero_snr": True,
-            "timestep_spacing": "trailing",
-        },
-        "conditioning_channels": (16, 24, 32),
     },
 }
 
 
 # --- the pipeline -----------------------------------------------------------------------------------------------------
-
-
-def routed(semantic: str, restoration: str, route: str = "decoupled") -> tuple[str, str]:
-    """The prompts of the UNet and of the adaptor.
-
-    "decoupled": c_s and c_r (figure). Controls of ours: "swapped", c_r and c_s; "joined": both get both, as in a stock
-    ControlNet pipeline with one prompt.
-    """
-    check_choice("route", route, ROUTES)
-    both = "; ".join(text for text in (semantic, restoration) if text)
-    return {"decoupled": (semantic, restoration), "swapped": (restoration, semantic), "joined": (both, both)}[route]
 
 
 @dataclass
@@ -161,8 +108,8 @@ class TIPPipeline(DiffusionPipeline):
 
     Args:
         vae: `AutoencoderKL`.
-        text_encoder: CLIP's of transformers, or a `WordText`.
-        tokenizer: CLIP's; None with a `WordText`, which has its own.
+        text_encoder: CLIP's of transformers, or another with its interface.
+        tokenizer: CLIP's; None with a text encoder that has a method `ids`.
         unet: `UNet2DConditionModel`.
         adaptor: the `Adaptor` of that UNet.
         scheduler: `DDIMScheduler`.
@@ -258,13 +205,9 @@ class TIPPipeline(DiffusionPipeline):
         scale: float = 1.0,
         guidance: float = 1.0,
         restoration_guidance: float = 1.0,
-        negative: str = "",
-        negative_restoration: str = BLIND,
-        route: str = "decoupled",
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
         output: str = "pt",
-        trace: list[dict] | None = None,
     ) -> Restored:
         """Restore images, from pure noise, in `steps` steps of DDIM (ours; the paper's sampler is not known).
 
@@ -273,16 +216,12 @@ class TIPPipeline(DiffusionPipeline):
             prompt: c_s, the content of the clean image; one prompt, or one per image.
             restoration: c_r, the degradations to undo. The defaults are the blind mode of the project's page.
             scale: s of the fusion; 0 is the frozen model, which does not depend on `image`.
-            guidance: w of c_s: prediction(negative) + w (prediction(c_s) - prediction(negative)); 1 is off.
-            restoration_guidance: the same for c_r, against `negative_restoration`. With both, the two differences are
-                added. In any case the adaptor and each half of the UNet are called once per step.
-            negative, negative_restoration: negative prompts of the two guidances.
-            route: see `routed`.
+            guidance: w of c_s: prediction("") + w (prediction(c_s) - prediction("")); 1 is off.
+            restoration_guidance: the same for c_r, against `BLIND`. With both, the two differences are added. In any
+                case the adaptor and each half of the UNet are called once per step.
             generator: of the initial noise; a list has one for each image.
             latents: the initial noise (B, L, h, w); (1, L, h, w) is the same for all images.
             output: "pt", (B, 3, H, W) in [0, 1]; "pil", a list of PIL images; or "latent".
-            trace: a list that gets a row for each step and site: {"step", "t", "site", "gamma", "beta"}, the mean
-                magnitudes of the maps, gamma None where it is added.
 
         Raises `BadParameter`.
         """
@@ -298,13 +237,11 @@ class TIPPipeline(DiffusionPipeline):
         y = F.pad(image, (0, -width % self.multiple, 0, -height % self.multiple), mode="replicate")
         y = (2 * y - 1).to(device, self.adaptor.dtype)
 
-        pairs = zip(_each("prompt", prompt, count), _each("restoration", restoration, count), strict=True)
-        texts = [routed(s, r, route) for s, r in pairs]
-        semantic, control, y_all = [s for s, _ in texts], [r for _, r in texts], y
+        semantic, control, y_all = _each("prompt", prompt, count), _each("restoration", restoration, count), y
         if guidance != 1:
-            semantic = semantic + [negative] * count
+            semantic = semantic + [""] * count
         if restoration_guidance != 1:
-            control, y_all = control + [negative_restoration] * count, torch.cat([y, y])
+            control, y_all = control + [BLIND] * count, torch.cat([y, y])
         semantic, control = self.states(semantic), self.states(control).to(self.adaptor.dtype)
 
         size = (count, self.unet.config.in_channels, y.shape[-2] // self.multiple, y.shape[-1] // self.multiple)
@@ -317,12 +254,10 @@ class TIPPipeline(DiffusionPipeline):
         z = z * self.scheduler.init_noise_sigma
         self.scheduler.set_timesteps(steps, device=device)
         self.scheduler.alphas_cumprod = self.scheduler.alphas_cumprod.to(device)  # it may have trained on another
-        for step, t in enumerate(progress(self.scheduler.timesteps, "restoring")):
+        for t in progress(self.scheduler.timesteps, "restoring"):
             seen = self.scheduler.scale_model_input(z, t)
             x = model.encode(_repeat(seen, len(semantic)), t, semantic)
             maps = model.adaptor(_repeat(seen, len(control)), t, control, y_all)
-            if trace is not None:
-                trace += _magnitudes(maps, x, step, int(t), count)
             found = _guided(model, x, maps, semantic, scale, count, guidance, restoration_guidance)
             z = self.scheduler.step(found.to(z.dtype), t, z).prev_sample
         if output == "latent":
@@ -414,63 +349,38 @@ def _guided(
     return found + sum((w - 1) * (found - other) for w, other in zip(weights, others, strict=True))
 
 
-def _magnitudes(maps: Sequence[Tensor | None], x: Encoded, step: int, t: int, count: int) -> list[dict]:
-    rows = []
-    sites = (*(f"skip {i}" for i in range(len(x.skips))), "middle")
-    for site, m, f in zip(sites, maps, (*x.skips, x.mid), strict=True):
-        if m is not None:
-            *gamma, beta = m[:count].abs().split(f.shape[1], 1)
-            mean = float(gamma[0].mean()) if gamma else None
-            rows.append({"step": step, "t": t, "site": site, "gamma": mean, "beta": float(beta.mean())})
-    return rows
-
-
 # --- from a size ------------------------------------------------------------------------------------------------------
 
 
 def build(
     size: str = "sd15",
-    vocabulary: Sequence[str] = (),
     *,
     fusion: str = "modulate",
     mid: str | None = None,
-    prediction: str | None = None,
-    unet: dict | None = None,
-    vae: dict | None = None,
-    text: dict | None = None,
-    conditioning_channels: Sequence[int] | None = None,
-    unshuffle: int = 1,
-    conditioning_zero: bool = True,
+    unet: Mapping[str, Any] = {},
+    vae: Mapping[str, Any] = {},
+    text: Mapping[str, Any] = {},
+    conditioning_channels: Sequence[int] = (16, 32, 96, 256),
 ) -> TIPPipeline:
     """A pipeline of a size, with random weights (torch's current seed), offline.
 
     Args:
-        size: one of `SIZES`: "sd15" and "sd21", substitutes for the paper's unknown model; "pocket".
-        vocabulary: of the pocket text encoder.
-        fusion, mid, unshuffle, conditioning_zero: of the `Adaptor`.
-        prediction: "epsilon", "sample" or "v_prediction"; None: the size's own.
+        size: one of `SIZES`, "sd15" and "sd21", substitutes for the paper's unknown model.
+        fusion, mid: of the `Adaptor`.
         unet, vae, text: entries of their configurations to change.
-        conditioning_channels: widths of the image's network; None: the size's own.
+        conditioning_channels: widths of the image's network.
 
     Works on torch's meta device (`with torch.device("meta")`), to count parameters.
     """
     check_choice("size", size, SIZES)
     sizes = SIZES[size]
-    net = UNet2DConditionModel(**{**sizes["unet"], **(unet or {})})
-    words = {**sizes["text"], **(text or {})}
-    if size == "pocket":
-        encoder, tokenizer = WordText(list(vocabulary), **words), None
-    else:
-        encoder = CLIPTextModel(CLIPTextConfig(max_position_embeddings=77, vocab_size=49408, **words))
-        tokenizer = clip_tokenizer(sizes["pad"])
-    changes = {} if prediction is None else {"prediction_type": prediction}
-    channels = sizes["conditioning_channels"] if conditioning_channels is None else conditioning_channels
-    options = {"fusion": fusion, "mid": mid, "unshuffle": unshuffle, "conditioning_zero": conditioning_zero}
+    net = UNet2DConditionModel(**{**sizes["unet"], **unet})
+    encoder = CLIPTextModel(CLIPTextConfig(max_position_embeddings=77, vocab_size=49408, **{**sizes["text"], **text}))
     return TIPPipeline(
-        AutoencoderKL(**{**sizes["vae"], **(vae or {})}),
+        AutoencoderKL(**{**_SD_VAE, **vae}),
         encoder,
         net,
-        Adaptor.of(net, channels, **options),
-        DDIMScheduler(**{**sizes["scheduler"], **changes}),
-        tokenizer,
+        Adaptor.of(net, conditioning_channels, fusion=fusion, mid=mid),
+        DDIMScheduler(**_SD_NOISE),
+        clip_tokenizer(sizes["pad"]),
     )

@@ -1,7 +1,7 @@
 """TIP: training and evaluation of the `paper` profile, on Stable Diffusion.
 
-The paper's recipe is not known; the one here is ours (section 5 of the spec): the constants below, and the arguments of
-`data.restoration.Degraded`.
+The paper's recipe is not known; the one here is ours: the constants below, and the arguments of
+`degradations.Degraded`.
 """
 
 from __future__ import annotations
@@ -10,32 +10,30 @@ import functools
 import inspect
 import math
 import os
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset
 
 from ...data import DATASETS, restoration
-from ...data.degradations import BLIND, KINDS, Recipe
-from ...data.restoration import Degraded, Sample
 from ...errors import BadParameter
 from ...evaluation.metrics.restoration import perceptual, psnr, ssim
-from ...evaluation.tables import upsert_rows
-from ...ops.papers import paper
+from ...evaluation.tables import Cells, Results
+from ...ops import papers
 from ...training import checkpoints
 from ...training.callbacks import ClipNorm
-from ...training.checkpoints import Checkpoint
-from ...training.fit import CPU, Hardware, History, device, evaluating, fit
+from ...training.fit import CPU, Hardware, History, device, evaluating
+from ...training.recipe import Training, run
 from ...training.schedules import adamw, schedule
 from . import model as tip
+from .degradations import BLIND, KINDS, TASKS, Degraded, Recipe, Sample
+from .degradations import texts as texts_by_kind
 from .pipeline import TIPPipeline, build, load_adaptor, save_adaptor
 from .text import tokenize
 
@@ -57,9 +55,30 @@ WORKERS = min(16, os.cpu_count() or 1)
 BASES = {"sd15": "stable-diffusion-v1-5", "sd21": "stable-diffusion-2-1-base"}
 HUB = {"sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5", "sd21": "stabilityai/stable-diffusion-2-1-base"}
 DRY_SIZE, DRY_STEPS = 128, 2
-USUAL = {"size": 512, "steps": 50, "seed": 0}  # the notebook's defaults
-KEYS = ("base", "mid", "dataset", "degradation", "method", "texts", "guidance", "scale", *USUAL)
 SCORES = ("PSNR", "SSIM", "LPIPS", "FID")
+
+
+class Parameters(Protocol):
+    """The notebook's parameters that are read here, see paper.yaml."""
+
+    dry_run: bool
+    seed: int
+    task: str
+    dataset: str
+    degradation: str
+    method: str
+    texts: str
+    base: str
+    mid: str
+    checkpoint: str
+    size: int
+    steps: int
+    guidance: float
+    scale: float
+    data_root: str
+    weights: str
+    accelerator: str
+    devices: int
 
 
 @dataclass(frozen=True)
@@ -86,32 +105,13 @@ class Setting:
 
 def protocol() -> dict[str, str]:
     """What the `paper` profile runs, a fact a row. The paper's own settings could not be found: these are ours."""
-    drawn, dice = Recipe(), inspect.signature(Degraded).parameters
-    blind, own, empty = (dice[name].default for name in ("share_blind", "blind_prompt", "no_caption"))
-    ranges = (f"{kind} {' to '.join(f'{end:g}' for end in getattr(drawn, kind))}" for kind in KINDS)
-    return {
-        "source": "the paper's settings were not found; these are ours but for the order of the degradations (figure)",
-        "optimiser": f"AdamW, betas 0.9 and 0.999, {LEARNING_RATE:g}, decay {WEIGHT_DECAY:g} on all tensors",
-        "schedule": f"linear from 0 over {WARMUP} steps, then constant",
-        "gradients": f"clipped to a norm of {MAX_NORM:g}",
-        "batch": f"{BATCH}, in parts of {MICRO_BATCH}",
-        "epochs": f"{EPOCHS}",
-        "last images of an epoch": "left out, too few for a batch; others in each epoch",
-        "loss": "mean squared error of the predicted noise, or of the scheduler's prediction type",
-        "precision": f"{paper('tip')['precision']} on a GPU",
-        "images": "the parameter size (512), a random square and a flip in training, the middle square in the test",
-        "degradations": f"{drawn.passes} passes, each operation left out with {drawn.skip:g}; {', '.join(ranges)}",
-        "blind samples": f"{blind:g} by Real-ESRGAN's pipeline",
-        "prompts": f'"{BLIND}" for {own:g} of the other samples; no semantic prompt for {empty:g}',
-        "sampler": "DDIM, the parameters steps and guidance, noise fixed by the seed and the sample",
-        "selection": "the last step",
-        "seeds": "the parameter seed; how many runs the paper averages was not found",
-        "sweep": "none found",
-        "metric": ", ".join(SCORES),
-    }
+    drawn, dice = Recipe(), {name: p.default for name, p in inspect.signature(Degraded).parameters.items()}
+    ranges = ", ".join(f"{kind} {' to '.join(f'{end:g}' for end in getattr(drawn, kind))}" for kind in KINDS)
+    facts = {"drawn": drawn, "dice": dice, "ranges": ranges, "blind": BLIND, "scores": ", ".join(SCORES)}
+    return papers.protocol("tip", **facts, precision=papers.paper("tip")["precision"], **globals())
 
 
-def setting(p: SimpleNamespace, out: Path) -> Setting:
+def setting(p: Parameters, out: Path) -> Setting:
     """The setting of the `paper` profile for the notebook's parameters, which are checked.
 
     COCO, DIV2K or a folder of one's own ("folder": `data_root` itself), on a released Stable Diffusion. A dry run
@@ -123,52 +123,50 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
 
     Raises `BadParameter`, `MissingData`, `MissingWeights`, `CorruptFile`, `BadCheckpoint`: with what to change or get.
     """
-    if p.task != "train" and not (p.checkpoint or p.dry_run):
-        raise BadParameter("checkpoint", p.checkpoint, f"the folder of a trained adaptor for task = {p.task!r}")
-    # before, not after, days of training
-    if p.texts == "wrong restoration prompt" and p.degradation == "real-esrgan":
-        raise BadParameter("texts", p.texts, "others: all restoration prompts of Real-ESRGAN's images are the same")
-    if p.texts == "wrong semantic prompt" and p.dataset == "restoration/div2k":
-        raise BadParameter("texts", p.texts, "others: the images of DIV2K have no captions")
-    if p.dry_run:
-        title, size, steps = "generated images (dry run: losses and scores mean nothing)", DRY_SIZE, DRY_STEPS
-        images: Dataset | None = Generated(4, size, p.seed)
-        test: Dataset = Generated(2, size, p.seed + 1)
-    else:
-        (title, images, test), size, steps = _datasets(p), p.size, p.steps
-        few = len(test) < 2 if p.texts == "wrong restoration prompt" else len(set(test.captions)) < 2
-        if p.texts.startswith("wrong") and few:
-            found = f"{p.texts!r} of {len(test)} test images with {len(set(test.captions))} different captions"
-            raise BadParameter("texts", found, "others, or two test images of different captions")
-
-    hardware = Hardware.of(p, "tip")
+    _check(p)
+    size, steps = (DRY_SIZE, DRY_STEPS) if p.dry_run else (p.size, p.steps)
+    title, images, test = _datasets(p)
 
     def learn(pipe: TIPPipeline, method: str, **changes: Any) -> History:
-        data = samples(images, size, method, p.seed)
         listed = None
         if isinstance(images, restoration.Captioned):
             listed = {"images": [*map(str, images.sources)], "captions": [*images.captions]}
-        return train(p, pipe, data, None if p.dry_run else out, name=method, listed=listed, **changes)
+        data, folder = samples(images, size, method, p.seed), None if p.dry_run else out
+        return train(p, pipe, data, folder, name=method, listed=listed, **changes)
 
+    options: dict[str, Any] = {"steps": steps, "guidance": p.guidance, "scale": p.scale, "seed": p.seed}
     return Setting(
         title=title,
         learning_rates={p.method: LEARNING_RATE},
         build=functools.partial(_pipeline, p),
         train=None if images is None else learn,
-        test=Degraded(test, size, seed=p.seed, **restoration.TASKS[p.degradation]),
-        restore=functools.partial(
-            restore, steps=steps, guidance=p.guidance, scale=p.scale, seed=p.seed, hardware=hardware
-        ),
+        test=Degraded(test, size, seed=p.seed, **TASKS[p.degradation]),
+        restore=functools.partial(restore, hardware=hardware(p), **options),
     )
 
 
-def base(p: SimpleNamespace) -> str:
+def hardware(p: Parameters, **options: int) -> Hardware:
+    """The hardware of trainings and tests; options as in `Hardware.of`."""
+    return Hardware.of(p, "tip", **options)  # type: ignore[arg-type]  # it reads the same parameters
+
+
+def _check(p: Parameters) -> None:
+    """Raise `BadParameter` before, not after, days of training."""
+    if p.task != "train" and not (p.checkpoint or p.dry_run):
+        raise BadParameter("checkpoint", p.checkpoint, f"the folder of a trained adaptor for task = {p.task!r}")
+    if p.texts == "wrong restoration prompt" and p.degradation == "real-esrgan":
+        raise BadParameter("texts", p.texts, "others: all restoration prompts of Real-ESRGAN's images are the same")
+    if p.texts == "wrong semantic prompt" and p.dataset == "restoration/div2k":
+        raise BadParameter("texts", p.texts, "others: the images of DIV2K have no captions")
+
+
+def base(p: Parameters) -> str:
     """Where the frozen model is: the parameter `weights`, the usual folder below `data_root`, or the hub's cache."""
     usual = Path(p.data_root) / "weights" / BASES[p.base]
     return p.weights or (str(usual) if usual.is_dir() else HUB[p.base])
 
 
-def _pipeline(p: SimpleNamespace, method: str) -> TIPPipeline:
+def _pipeline(p: Parameters, method: str) -> TIPPipeline:
     fusion = METHODS[method].get("fusion", "modulate")
     options = {"fusion": fusion, "mid": "add" if fusion == "add" and p.mid == "modulate" else p.mid}
     torch.manual_seed(p.seed)
@@ -188,14 +186,23 @@ def _pipeline(p: SimpleNamespace, method: str) -> TIPPipeline:
     return pipe if p.task == "train" and not p.checkpoint else pipe.to(device(p.accelerator))
 
 
-def _datasets(p: SimpleNamespace) -> tuple[str, restoration.Captioned | None, restoration.Captioned]:
+def _datasets(p: Parameters) -> tuple[str, Dataset | None, Dataset]:
     """Title, training images (None with a trained adaptor) and test images."""
+    if p.dry_run:
+        title = "generated images (dry run: losses and scores mean nothing)"
+        return title, Generated(4, DRY_SIZE, p.seed), Generated(2, DRY_SIZE, p.seed + 1)
     if p.dataset == "folder":
-        own = restoration.own_folder(p.data_root)
-        return f"images of {p.data_root}", *((None, own) if p.checkpoint else halves(own))
-    test = restoration.load(p.dataset, p.data_root, "test")
-    train = None if p.checkpoint else restoration.load(p.dataset, p.data_root, "train")
-    return DATASETS[p.dataset].title, train, test
+        own, title = restoration.own_folder(p.data_root), f"images of {p.data_root}"
+        train, test = (None, own) if p.checkpoint else halves(own)
+    else:
+        test = restoration.load(p.dataset, p.data_root, "test")
+        train = None if p.checkpoint else restoration.load(p.dataset, p.data_root, "train")
+        title = DATASETS[p.dataset].title
+    few = len(test) < 2 if p.texts == "wrong restoration prompt" else len(set(test.captions)) < 2
+    if p.texts.startswith("wrong") and few:
+        made = f"{p.texts!r} of {len(test)} test images with {len(set(test.captions))} different captions"
+        raise BadParameter("texts", made, "others, or two test images of different captions")
+    return title, train, test
 
 
 def halves(own: restoration.Captioned) -> tuple[restoration.Captioned, restoration.Captioned]:
@@ -277,7 +284,7 @@ class Learner(nn.Module):
 
 
 def train(
-    p: SimpleNamespace,
+    p: Parameters,
     pipe: TIPPipeline,
     data: Dataset,
     out: Path | None = None,
@@ -305,43 +312,27 @@ def train(
     steps = max(1, round(epochs * (len(data) // batch)))
     warmup = (0 if p.dry_run else min(WARMUP, steps // 2)) if warmup is None else warmup
     parts = math.ceil(batch / (p.devices * micro_batch))
-    hardware = Hardware.of(p, "tip", workers=WORKERS, accumulate=parts)
-    checkpoint = None
+    options: dict[str, Any] = {
+        "epochs": epochs,
+        "batch": batch,
+        "optimizer": adamw(LEARNING_RATE, WEIGHT_DECAY, decay="all"),
+        "schedule": schedule("constant", warmup / steps),
+        "callbacks": [ClipNorm(MAX_NORM)],
+        "seed": p.seed,
+        "hardware": hardware(p, workers=WORKERS, accumulate=parts),
+    }
     if out is not None:
         where = {"weights": base(p), "dataset": p.dataset, "data_root": Path(p.data_root), "size": p.size}
         facts = where | {"adaptor": pipe.adaptor, "micro-batches": parts, "listed": listed}
-        checkpoint = Checkpoint.of(out / "checkpoints", f"{name}, seed {p.seed}", 500, **facts)
-    history = fit(
-        Learner(pipe),
-        lambda model, items: model(*items),
-        Tensors(data, pipe),
-        epochs=epochs,
-        batch=batch,
-        optimizer=adamw(LEARNING_RATE, WEIGHT_DECAY, decay="all"),
-        schedule=schedule("constant", warmup / steps),
-        callbacks=[ClipNorm(MAX_NORM)],
-        checkpoint=checkpoint,
-        seed=p.seed,
-        hardware=hardware,
-        name=name,
-    )
-    pipe.to(device(hardware.accelerator))  # for the test
-    if out is not None:
+        file = f"{name}, seed {p.seed}"
+        options["checkpoint"] = checkpoints.Checkpoint.of(out / "checkpoints", file, 500, **facts)
+    items = Tensors(data, pipe)
+    _, history = run(Training(name, lambda: Learner(pipe), lambda model, batch: model(*batch), lambda: items, options))
+    pipe.to(device(p.accelerator))  # for the test
+    if out is not None:  # in diffusers' layout
         told = f"{name}, {p.base}, middle {p.mid}, {p.dataset}, seed {p.seed}"
         save_adaptor(pipe.adaptor, checkpoints.file(out / "trained", told, ""))
     return history
-
-
-@torch.no_grad()
-def cached(pipe: TIPPipeline, data: Sequence[Sample], batch: int = 32) -> TensorDataset:
-    """Samples encoded in advance, as `tip.loss` reads them: latents, degraded images in [-1, 1], states of c_s, c_r."""
-    parts = []
-    for start in range(0, len(data), batch):
-        some = [data[i] for i in range(start, min(start + batch, len(data)))]
-        clean, degraded = (2 * torch.stack([s[i] for s in some]) - 1 for i in (0, 1))
-        z = tip.to_latents(pipe.vae, clean.to(pipe.vae.device)).cpu()
-        parts.append((z, degraded, pipe.states([s.semantic for s in some]), pipe.states([s.restoration for s in some])))
-    return TensorDataset(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
 
 # --- the test ---------------------------------------------------------------------------------------------------------
@@ -358,11 +349,11 @@ def restore(
     hardware: Hardware = CPU,
     **options,
 ) -> Tensor:
-    """Restored images (B, 3, S, S) in [0, 1] of samples, their prompts by `data.restoration.texts`.
+    """Restored images (B, 3, S, S) in [0, 1] of samples, their prompts by `degradations.texts`.
 
     The initial noise of a sample depends only on `seed` and its index, counted from `first`, not on the prompts.
     """
-    semantic, prompts = restoration.texts(data, kind)
+    semantic, prompts = texts_by_kind(data, kind)
     restored = []
     with evaluating(hardware, pipe.vae, pipe.text_encoder, pipe.unet, pipe.adaptor):
         for start in range(0, len(data), batch):
@@ -421,60 +412,30 @@ def score(pairs: Iterable[tuple[Tensor, Tensor]], download: bool = False) -> tup
     return values | {name: float(metric.compute()) for name, metric in metrics.items()}, reasons
 
 
-# dataset and degradation of each published table; None: any
-TABLES = {
-    "comparison-parameterised": ("restoration/coco", "parameterised"),
-    "comparison-real-esrgan": ("restoration/coco", "real-esrgan"),
-    "comparison-div2k": ("restoration/div2k", None),
-    "ablations": ("restoration/coco", "parameterised"),
-}
-# methods as the rows of the table of ablations name them
-ABLATIONS = {
-    "plain ControlNet": "fusion by addition (ControlNet)",
-    "TIP": "fusion by modulation (TIP)",
-    "restoration only": "without the semantic prompt",
-    "semantic only": "without the restoration prompt",
-}
+# --- results ----------------------------------------------------------------------------------------------------------
+
+RESULTS = Results.of("tip")
+KEYS, measured = RESULTS.keys, RESULTS.measured  # which `companion adopt` reads
 
 
-def cells(rows: pd.DataFrame, table: str) -> dict[tuple[str, str], float]:
+def results(p: Parameters, out: Path, values: Mapping[str, float] | None = None) -> pd.DataFrame:
+    """The real results of all runs into `out`; with `values`, those of this run are added."""
+    new = [{key: getattr(p, key) for key in KEYS} | dict(values)] if values else []
+    return measured(out / "measured.csv", *new)
+
+
+def cells(rows: pd.DataFrame, table: str) -> Cells:
     """The real results that belong in a published table, by (method, score): own prompts, no guidance, scale 1; means
     over seeds.
 
     A method's name includes what is not the default: the diffusion model, the middle, the size of the images, the steps
     of sampling, on DIV2K the degradation.
     """
-    dataset, degradation = TABLES[table]
-    found: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
-    for row in rows.to_dict("records"):
-        plain = row["texts"] == "own" and row["guidance"] == 1 and row["scale"] == 1
-        if row["dataset"] != dataset or not plain or degradation not in (None, row["degradation"]):
-            continue
-        if table == "ablations" and row["method"] not in ABLATIONS:
-            continue
-        name = ABLATIONS[row["method"]] if table == "ablations" else row["method"]
-        changed = [row["base"] * (row["base"] != "sd15"), f"middle: {row['mid']}" * (row["mid"] != "modulate")]
-        changed += [row["degradation"] * (degradation is None and row["degradation"] != "parameterised")]
-        units = {"size": "px", "steps": "steps"}
-        changed += [f"{row[key]} {unit}" * (row[key] != USUAL[key]) for key, unit in units.items()]
-        name = ", ".join([name, *filter(None, changed)])
-        for score in SCORES:
-            if pd.notna(row.get(score)):
-                found[name, score].append(row[score])
-    return {key: float(np.mean(values)) for key, values in found.items()}
+    usual = {"base": "{}", "mid": "middle: {}", "size": "{} px", "steps": "{} steps"}
+    defaults = {"base": "sd15", "mid": "modulate", **RESULTS.usual}
 
+    def changed(row: Mapping[str, Any]) -> str:
+        return "".join(f", {text.format(row[key])}" for key, text in usual.items() if row[key] != defaults[key])
 
-def measured(path: str | Path, *new: Mapping[str, object]) -> pd.DataFrame:
-    """The scores on real data in the CSV `path`; `new` rows, `KEYS` and `SCORES`, are added or replace equal ones.
-
-    Rows of older code, without size, steps and seed, are of the defaults."""
-    rows = upsert_rows(path, KEYS, SCORES, new)
-    for name, usual in USUAL.items():
-        rows[name] = rows[name].fillna(usual).astype(int) if name in rows else usual
-    return rows.drop_duplicates([*KEYS], keep="last")
-
-
-def results(p: SimpleNamespace, out: Path, values: Mapping[str, float] | None = None) -> pd.DataFrame:
-    """The real results of all runs into `out`; with `values`, those of this run are added."""
-    new = [{key: getattr(p, key) for key in KEYS} | dict(values)] if values else []
-    return measured(out / "measured.csv", *new)
+    rows = rows.assign(changed=[changed(row) for row in rows.to_dict("records")], ablation=rows.method)
+    return RESULTS.filled(rows, RESULTS.cells[table])

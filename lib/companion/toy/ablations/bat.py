@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from ...data import tracking as data
 from ...evaluation.metrics.tracking import evaluate, iou
-from ...models.bat import BAT, HigherPeak, OSTrack, SingleStream, losses, recipe
+from ...models.bat import BAT, FeatureFusion, FullFineTuning, HigherPeak, OSTrack, SingleStream, losses, recipe
+from ...models.bat.model import Adapter, halves
 from ...training.callbacks import ClipNorm
 from ...training.fit import CPU, Batch, History, fit
 from ...training.schedules import adamw
@@ -37,23 +38,82 @@ WIDTH = 8
 STD = 0.02 * (768 / 64) ** 0.5  # the released 0.02 at width 768, scaled to width 64
 
 
-def _ours(**changes) -> Callable[[OSTrack], nn.Module]:
-    return lambda tracker: BAT(tracker, **({"width": WIDTH, "std": STD} | changes))
+class _Into(Adapter):
+    """An adapter whose output reaches one stream alone, 0 or 1."""
+
+    def __init__(self, stream: int, *sizes: Any):
+        super().__init__(*sizes)
+        self.stream = stream
+
+    def forward(self, h: Tensor) -> Tensor:
+        received = [torch.zeros_like(x) for x in halves(h)]
+        received[self.stream] = super().forward(halves(h)[self.stream])
+        return torch.cat(received)
+
+
+class OneDirection(BAT):
+    """BAT whose adapters pass features into one stream alone, 0 or 1."""
+
+    def __init__(self, tracker: OSTrack, into: int, **options: Any):
+        self.into = into
+        super().__init__(tracker, **options)
+
+    def adapter(self, stage: str, *sizes: Any) -> nn.Module:
+        return _Into(self.into, *sizes)
+
+
+class _Nothing(nn.Module):
+    def forward(self, h: Tensor) -> Tensor:
+        return torch.zeros_like(h)
+
+
+class OneStage(BAT):
+    """BAT with adapters at one stage alone, "attention" or "mlp"."""
+
+    def __init__(self, tracker: OSTrack, stage: str, **options: Any):
+        self.stage = stage
+        super().__init__(tracker, **options)
+
+    def adapter(self, stage: str, *sizes: Any) -> nn.Module:
+        return Adapter(*sizes) if stage == self.stage else _Nothing()
+
+
+class _OneEach(nn.Module):
+    """An adapter for each direction."""
+
+    def __init__(self, *sizes: Any):
+        super().__init__()
+        self.into_second, self.into_first = Adapter(*sizes), Adapter(*sizes)
+
+    def forward(self, h: Tensor) -> Tensor:
+        second, first = halves(h)  # what the first stream receives, and the second
+        return torch.cat([self.into_first(second), self.into_second(first)])
+
+
+class SeparateAdapters(BAT):
+    """BAT with an adapter for each direction."""
+
+    def adapter(self, stage: str, *sizes: Any) -> nn.Module:
+        return _OneEach(*sizes)
+
+
+def _ours(kind: type[BAT] = BAT, **changes: Any) -> Callable[[OSTrack], nn.Module]:
+    return lambda tracker: kind(tracker, **({"width": WIDTH, "std": STD} | changes))
 
 
 METHODS: dict[str, Callable[[OSTrack], nn.Module]] = {
     "RGB only": functools.partial(SingleStream, stream=0),
     "thermal only": functools.partial(SingleStream, stream=1),
-    "sum of features": _ours(width=0),
-    "mean of features": _ours(width=0, fusion="mean"),
+    "sum of features": FeatureFusion,
+    "mean of features": functools.partial(FeatureFusion, fusion="mean"),
     "higher peak": HigherPeak,
-    "RGB to thermal": _ours(directions="first to second"),
-    "thermal to RGB": _ours(directions="second to first"),
+    "RGB to thermal": _ours(OneDirection, into=1),
+    "thermal to RGB": _ours(OneDirection, into=0),
     "BAT": _ours(),
-    "full fine-tuning": _ours(tuned="all"),
-    "BAT, beside attention only": _ours(stages=("attention",)),
-    "BAT, beside the MLP only": _ours(stages=("mlp",)),
-    "BAT, one adapter a direction": _ours(shared=False),
+    "full fine-tuning": _ours(FullFineTuning),
+    "BAT, beside attention only": _ours(OneStage, stage="attention"),
+    "BAT, beside the MLP only": _ours(OneStage, stage="mlp"),
+    "BAT, one adapter a direction": _ours(SeparateAdapters),
     "BAT, width 2": _ours(width=2),
     "BAT, width 16": _ours(width=16),
     "BAT, from zeros": _ours(std=0),

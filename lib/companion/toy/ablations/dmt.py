@@ -20,9 +20,9 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from ...models.dmt import cache as dmt_cache
-from ...models.dmt.model import DMT, Teachers, loss
-from ...models.dmt.teachers import MAE
-from ...models.dmt.vit import DECODERS, ViT, build
+from ...models.dmt.model import DECODERS, DMT, Teachers, loss
+from ...models.dmt.vit import ViT, build
+from ...models.layers.mae import MAE
 from ...training.fit import CPU, History, fit
 from ...training.schedules import adamw
 from .. import encoders

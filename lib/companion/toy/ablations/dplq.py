@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 
 from ... import backbones
@@ -24,6 +25,7 @@ from ...models.dplq import DPLQ
 from ...models.dplq.model import CLIPFeatures, NoFeatures, loss
 from ...models.dplq.recipe import TEST_BATCH, UNTRAINED
 from ...models.layers import clip_prompting as prompting
+from ...models.layers.quaternion import QuaternionLinear
 from ...ops.files import read_json
 from ...training.fit import CPU, History, fit, predict
 from ...training.schedules import MakeOptimizer, adamw
@@ -60,13 +62,35 @@ INPUTS = {
     "DPLQ, mean 1, noise off": ("images", "domain, mean 1"),
 }
 OPTIONS: dict[str, dict[str, Any]] = {
-    "DPLQ, real layers": {"language": "real", "vision": "real"},
-    "DPLQ, an axis each": {"axes": "i, j"},
     "DPLQ, mean 1, noise in training only": {"noise": "train"},
     "DPLQ, mean 1, noise off": {"noise": "off"},
 }
 METHODS = tuple(INPUTS)
 TASKS = {"remote": list(METHODS), "medical": list(METHODS)[: METHODS.index("DPLQ, real layers") + 1]}
+
+
+class RealLayers(DPLQ):
+    """A control: real linear layers on the sum of prompt and bias."""
+
+    def mixing_layer(self, inputs: int, outputs: int, layers: int | None = None) -> nn.Module:
+        return nn.Linear(inputs, outputs) if layers is None else prompting.LinearStack(inputs, outputs, layers)
+
+    def mixed(self, layer: nn.Module, prompt: Tensor, bias: Tensor) -> Tensor:
+        return layer(prompt + bias)
+
+
+class AxisEach(DPLQ):
+    """Not the authors': the prompt is the component i of a quaternion, the bias its component j."""
+
+    def mixing_layer(self, inputs: int, outputs: int, layers: int | None = None) -> nn.Module:
+        return QuaternionLinear(4 * inputs, outputs, layers)
+
+    def mixed(self, layer: nn.Module, prompt: Tensor, bias: Tensor) -> Tensor:
+        width = prompt.shape[-1]
+        return layer(F.pad(torch.cat(torch.broadcast_tensors(prompt, bias), -1), (width, width)))
+
+
+KINDS = {"DPLQ, real layers": RealLayers, "DPLQ, an axis each": AxisEach}
 
 
 @functools.cache
@@ -87,8 +111,8 @@ def build(method: str, classes: tuple[str, ...], seed: int, features: int) -> pr
         return prompting.CoCoOp(*common, template=TEMPLATE, hidden=HIDDEN)
     if method == "MaPLe":
         return prompting.MaPLe(*common, depth=DEPTH, template=TEMPLATE)
-    options = OPTIONS.get(method, {})
-    return DPLQ(*common, features, depth=DEPTH, template=TEMPLATE, hidden=HIDDEN, **options)
+    kind, options = KINDS.get(method, DPLQ), OPTIONS.get(method, {})
+    return kind(*common, features, depth=DEPTH, template=TEMPLATE, hidden=HIDDEN, **options)
 
 
 def encoder(what: str, task: str, seed: int) -> nn.Module:

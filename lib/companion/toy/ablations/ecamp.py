@@ -26,6 +26,7 @@ from ...evaluation.metrics import radiology
 from ...models.ecamp import model as ecamp
 from ...models.ecamp.heads import MapDecoder, segmentation_loss
 from ...models.ecamp.text import Pairs, Vocabulary
+from ...models.ecamp.variants import METHODS as VARIANTS
 from ...training.fit import CPU, History, fit, predict
 from ...training.schedules import adamw
 from ..datasets import chests as pocket
@@ -41,10 +42,10 @@ BUDGET = f"{RECIPE['epochs']} epochs, batch {RECIPE['batch']}"
 LENGTH, PATCHES, WINDOW = 20, 64, 6
 
 NOT_HERE = ("ECAMP, whole image", "ECAMP, mean token", "ECAMP, patch attention")  # full size only
-METHODS: dict[str, tuple[dict, dict]] = {
-    "raw pixels": ({}, {}),
-    "random init": ({}, {}),
-    **{name: options for name, options in ecamp.METHODS.items() if name not in NOT_HERE},
+METHODS: dict[str, tuple[type[ecamp.ECAMP], dict, dict]] = {
+    "raw pixels": (ecamp.ECAMP, {}, {}),
+    "random init": (ecamp.ECAMP, {}, {}),
+    **{name: options for name, options in VARIANTS.items() if name not in NOT_HERE},
 }
 UNTRAINED = ("raw pixels", "random init")
 TASKS = {"chests": list(METHODS)}
@@ -78,7 +79,7 @@ def pairs(method: str, root: str, seed: int) -> Pairs:
     """The training pairs of a method."""
     data = part(str(root), seed, "train")
     options = {"patches": PATCHES, "length": LENGTH, "window": WINDOW, "statements": data.distilled}
-    return Pairs(colours(data.images), data.reports, vocabulary(root, seed), **(options | METHODS[method][1]))
+    return Pairs(colours(data.images), data.reports, vocabulary(root, seed), **(options | METHODS[method][2]))
 
 
 def colours(images: Tensor) -> Tensor:
@@ -93,21 +94,26 @@ def build(method: str, seed: int, words: int) -> ecamp.ECAMP:
     """The model of a method for a vocabulary of `words`; its initial weights are those of the full ECAMP."""
     torch.manual_seed(seed)
     whole = ecamp.build("pocket", words=words)
-    if not (options := METHODS[method][0]):
+    kind, options, _ = METHODS[method]
+    if kind is ecamp.ECAMP and not options:
         return whole
-    model = ecamp.build("pocket", words=words, **options)
+    model = kind.build("pocket", words=words, **options)
     own = model.state_dict()
     model.load_state_dict({name: t for name, t in whole.state_dict().items() if name in own}, strict=False)
     return model
+
+
+def fit_options(lr: float, seed: int, epochs: float = RECIPE["epochs"]) -> dict[str, Any]:
+    """The arguments of `fit` for a pre-training."""
+    optimizer = adamw(lr, RECIPE["weight_decay"])
+    return {"epochs": epochs, "batch": RECIPE["batch"], "optimizer": optimizer, "seed": seed, "hardware": CPU}
 
 
 def train_model(
     model: ecamp.ECAMP, data: Pairs, lr: float, seed: int, epochs: float = RECIPE["epochs"], name: str = "pre-training"
 ) -> History:
     """Pre-train `model` in place; the history has the losses "mim", "sr" and "mlm"."""
-    optimizer = adamw(lr, RECIPE["weight_decay"])
-    settings: dict[str, Any] = {"epochs": epochs, "batch": RECIPE["batch"], "seed": seed, "hardware": CPU, "name": name}
-    return fit(model, ecamp.pretraining_loss, data, optimizer=optimizer, **settings)
+    return fit(model, ecamp.pretraining_loss, data, **fit_options(lr, seed, epochs), name=name)
 
 
 def train(
@@ -183,8 +189,8 @@ class Segmenter(MapDecoder):
     def __init__(self, width: int):
         super().__init__(width, (32, 16, 8))
 
-    def forward(self, x: Tensor, trace: list[Tensor] | None = None) -> Tensor:
-        return super().forward(x.mT.unflatten(2, (8, 8)), trace)
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.mT.unflatten(2, (8, 8)))
 
 
 def segmenter(model: ecamp.ECAMP, train: pocket.Part, seed: int) -> Segmenter:
@@ -277,7 +283,7 @@ def looks(model: ecamp.ECAMP, data: pocket.Part, vocabulary: Vocabulary, hide: b
 def lesion_share(model: ecamp.ECAMP, data: pocket.Part, vocabulary: Vocabulary) -> dict[str, float]:
     """The share of the finding's attention inside the lesion's box, the box's share of the image, and the difference,
     with the word visible and masked; empty for a model whose words do not attend to patches."""
-    if model.text is None or model.fusion not in ("both", "patch"):
+    if model.text is None or not hasattr(model.text.fusion, "cross"):
         return {}
     inside = cells(data.boxes)
     area = 100 * float(inside.mean())

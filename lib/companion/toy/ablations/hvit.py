@@ -20,8 +20,8 @@ from torch.utils.data import TensorDataset
 from ...data import slides as data
 from ...models.hvit import model as hvit
 from ...models.hvit.recipe import kappa, voted
+from ...models.hvit.slides import Slide, tensor, tile
 from ...ops.files import atomic
-from ...slides import Slide, tensor, tile
 from ...training.fit import CPU, History, fit, predict
 from ...training.schedules import adamw
 from ..datasets import slides as pocket

@@ -33,7 +33,7 @@ from torchvision.transforms import v2
 from ... import backbones
 from ...data import decoding, real
 from ...errors import CorruptFile
-from ...models.hvit.pretrained import patch_level
+from ...models.hvit import PatchEncoder
 from ...training.fit import CPU, fit
 from ...training.schedules import adamw
 from . import reader
@@ -124,7 +124,7 @@ def _embedded(embedding: str) -> Tensor:
         for block in vit.blocks:
             nn.init.ones_(block.ls1.gamma)
             nn.init.ones_(block.ls2.gamma)
-    seen, level = backbones.input_of(vit), patch_level(vit)
+    seen, level = backbones.input_of(vit), PatchEncoder.from_timm(vit)
     with torch.inference_mode():
         found = [level(v2.functional.normalize(x, list(seen.mean), list(seen.std))) for x in patches.split(50)]
     return torch.cat(found).clone()

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from ... import backbones
-from ...climate import Prompts
 from ...evaluation.metrics import landcover as metrics
+from ...models.metasegnet.climate import Prompts, headless
 from ...models.metasegnet.model import MetaSegNet
-from ...models.metasegnet.text import BertText, TextEncoder, Words, headless
+from ...models.metasegnet.text import BertText, TextEncoder, Words
 from ...training.fit import CPU, History, fit
 from ...training.schedules import adamw
 from ..datasets import landcover as pocket
@@ -97,7 +97,7 @@ def level(network: str) -> str:
 
 
 def texts(zones: tuple[str, ...], kind: str, seed: int) -> list[str]:
-    """A text for each zone: of a level of `climate.Prompts`, or "wrong": of a zone of another moisture and style, which
+    """A text for each zone: of a level of `Prompts`, or "wrong": of a zone of another moisture and style, which
     is not the one left out (unless the image's own is)."""
     if kind == "wrong":
         return [prompts().text(pocket.other_zone(zone, avoid=left_out(seed))) for zone in zones]
@@ -144,8 +144,7 @@ def train_model(
     tensors = [data.images, data.labels]
     if model.text is not None:
         given = prompts().texts(data.zones, level(network))
-        unknown = "[UNK]" if isinstance(model.text, BertText) else "unknown"
-        tensors += [model.text.ids(given), model.text.ids([headless(text, unknown) for text in given])]
+        tensors += [model.text.ids(given), model.text.ids([headless(text, model.text.unknown) for text in given])]
     dropped = (NETWORKS[network] or {}).get("dropped", DROPPED if level(network) == "full" else 0.0)
 
     def loss(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:

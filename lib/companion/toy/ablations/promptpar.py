@@ -17,7 +17,7 @@ from torch.utils.data import TensorDataset
 
 from ...data import attributes as data
 from ...evaluation.metrics.attributes import evaluate
-from ...models.promptpar import PromptPAR, loss
+from ...models.promptpar import PromptPAR, Settings, loss
 from ...training.callbacks import ClipNorm
 from ...training.fit import CPU, Batch, History, fit, predict
 from ...training.schedules import adamw
@@ -55,7 +55,7 @@ def build(method: str, seed: int) -> PromptPAR:
     options = {"prompts": PROMPTS, "text_prompts": 0} | METHODS[method]
     options.pop("similarity", None)
     clip, fusion = encoders.build("pocket_pedestrian_clip"), encoders.build("pocket_vit")
-    return PromptPAR(clip, list(toy.SENTENCES.values()), tokenizer(), fusion, **options)
+    return PromptPAR(clip, list(toy.SENTENCES.values()), tokenizer(), fusion, Settings(**options))
 
 
 def prepare(root: str | Path, seed: int) -> None:

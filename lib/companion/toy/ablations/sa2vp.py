@@ -21,7 +21,8 @@ from ... import backbones
 from ...data import classification
 from ...models.layers import vpt
 from ...models.sa2vp import SA2VP, recipe
-from ...training.fit import CPU, History
+from ...models.sa2vp.model import AlignedAttention, neighbourhood
+from ...training.fit import CPU, Hardware, History, fit, predict
 from .. import encoders
 from ..datasets import classification as pocket
 from . import last_loss, reader, study_root
@@ -32,7 +33,18 @@ BUDGET = f"{OPTIONS['epochs']} epochs, batch {OPTIONS['batch']}"
 WIDTH, SCALE, TOKENS = 8, 1.5, 8
 
 
-def _ours(**changes) -> Callable[[nn.Module, int], nn.Module]:
+def _reach(radius: int | None) -> Callable[[nn.Module, int], SA2VP]:
+    """SA²VP whose tokens attend to the tokens at most `radius` away: 0 the same position only, None all (a control)."""
+
+    def build(backbone: nn.Module, classes: int) -> SA2VP:
+        model = _ours()(backbone, classes)
+        model.cross = AlignedAttention(neighbourhood(model.grid, radius))
+        return model
+
+    return build
+
+
+def _ours(**changes) -> Callable[[nn.Module, int], SA2VP]:
     options = dict(width=WIDTH, scale=SCALE, dropout=0.0) | changes
     return lambda backbone, classes: SA2VP(backbone, classes, **options)
 
@@ -43,9 +55,9 @@ METHODS: dict[str, Callable[[nn.Module, int], nn.Module]] = {
     "VPT-shallow": functools.partial(vpt.VPT, tokens=TOKENS, deep=False, dropout=0.0),
     "VPT-deep": functools.partial(vpt.VPT, tokens=TOKENS, deep=True, dropout=0.0),
     "SA²VP": _ours(),
-    "SA²VP, global attention": _ours(radius=None),
+    "SA²VP, global attention": _reach(None),
     "SA²VP, s = 0.1": _ours(scale=0.1),
-    "SA²VP, same position only": _ours(radius=0),
+    "SA²VP, same position only": _reach(0),
     "SA²VP, no new maps": _ours(new_maps=0),
 }
 MAIN = list(METHODS)[:7]
@@ -81,8 +93,21 @@ def train(
     train_on, test_on = ("train", "val") if split == "select" else ("trainval", "test")
     data, held_out = (images(task, str(root), seed, name) for name in (train_on, test_on))
     model = build(method, len(pocket.TASKS[task].classes), seed)
-    history = recipe.train_model(model, data, learning_rate, **OPTIONS | {"seed": seed, "name": method} | options)
-    return row(model, held_out, history)
+    return row(
+        model, held_out, fitted(model, data, learning_rate, **OPTIONS | {"seed": seed, "name": method} | options)
+    )
+
+
+def fitted(model: nn.Module, data: TensorDataset, learning_rate: float, **options: Any) -> History:
+    """Train a method in place by the published recipe; `options` go to `fit`. A linear probe trains its head alone, on
+    features computed once, since its encoder is frozen."""
+    options = recipe.fit_options(learning_rate, options["hardware"]) | options
+    if isinstance(model, vpt.LinearProbe):
+        features = predict(model.backbone, data, hardware=Hardware(options["hardware"].accelerator))
+        history = fit(model.head, recipe.loss, TensorDataset(features, data.tensors[1]), **options)
+        model.eval()
+        return history
+    return fit(model, recipe.loss, data, **options)
 
 
 def row(model: nn.Module, held_out: TensorDataset, history: History) -> dict:

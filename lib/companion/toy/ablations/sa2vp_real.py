@@ -27,7 +27,7 @@ from torch.utils.data import TensorDataset
 
 from ... import backbones
 from ...data import classification, real
-from ...models.sa2vp import SA2VP, recipe
+from ...models.sa2vp import SA2VP
 from ...training.fit import Hardware
 from . import reader, sa2vp
 
@@ -87,5 +87,5 @@ def train(
     data, held_out = (images(task, seed, name) for name in ("train", "val" if split == "select" else "test"))
     model = build(method, task, seed)
     with sdpa_kernel(SDPBackend.MATH):
-        history = recipe.train_model(model, data, learning_rate, **OPTIONS | {"seed": seed, "name": method} | options)
+        history = sa2vp.fitted(model, data, learning_rate, **OPTIONS | {"seed": seed, "name": method} | options)
     return sa2vp.row(model, held_out, history)

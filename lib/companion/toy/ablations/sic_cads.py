@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,10 @@ from torchvision.ops import box_iou
 
 from ...backbones import Input
 from ...data import detection as data
-from ...detectors import rows as coco_rows
 from ...evaluation.metrics.detection import evaluate
 from ...models.sic_cads import model as sic_cads
-from ...models.sic_cads.recipe import BRANCHES, recognition
+from ...models.sic_cads.detectors import rows as coco_rows
+from ...models.sic_cads.predictions import BRANCHES, recognition
 from ...training.fit import CPU, History, fit
 from ...training.schedules import adamw
 from ..datasets import detection as pocket
@@ -57,7 +57,7 @@ METHODS: dict[str, dict] = {
     "SIC-CADS, gamma 0.7": {"gamma": 0.7},
     "SIC-CADS, lambdas of LVIS": {"lambda_novel": 0.8},
     "SIC-CADS, one level": {"levels": 1},
-    "SIC-CADS, no z-score": {"over": "none"},
+    "SIC-CADS, no z-score": {"z_score": False},
     "SIC-CADS, on finished results": {"where": "finished"},
     "SIC-CADS, one class a box": {"where": "one class"},
     "another image's scores": {"control": "other"},
@@ -124,44 +124,58 @@ def pixels(images: Tensor) -> Tensor:
 # --- the recogniser ---------------------------------------------------------------------------------------------------
 
 
-def build(task: str, seed: int, levels: int = 2) -> sic_cads.MLR:
+class MLR(sic_cads.MLR):
+    """The recogniser without P6 and P7; its rank loss is that of the committed study, bit by bit."""
+
+    top = None
+
+    @functools.cached_property
+    def base(self) -> Tensor:
+        """The indices of the base classes."""
+        return (~self.novel).nonzero().flatten()
+
+    def ranked(self, scores: Tensor, positives: Tensor, boxes: Tensor | bool) -> Tensor:
+        """The rank loss of boxes, summed over the positives alone."""
+        scores, positives = scores[:, self.base], positives[:, self.base]
+        image, label = positives.nonzero(as_tuple=True)
+        each = (1 + scores[image] - scores[image, label, None]).clamp_min(0).mean(1)
+        return (each / positives.sum(1).clamp_min(1)[image]).sum() / len(scores)
+
+
+SETTINGS = sic_cads.Settings(
+    indices=(1, 2, 3),
+    width=WIDTH,
+    lambda_base=LAMBDA_BASE,
+    lambda_novel=LAMBDA_NOVEL,
+    tau=TAU,
+    distill=DISTILL,
+    image_input=INPUT,
+    teacher_input=INPUT,
+    freeze_norms=False,
+)
+
+
+def build(task: str, seed: int, levels: int = 2) -> MLR:
     """The recogniser of a task on a small body, its initial weights drawn from `seed`."""
     clip, _ = foundation(task, seed)
     novel = torch.tensor([index in pocket.NOVEL for index in range(len(pocket.CLASSES))])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return sic_cads.MLR(
-            made.Stages(),
-            made.texts(clip),
-            novel,
-            teacher=clip.visual,
-            channels=made.Stages.channels[1:],
-            width=WIDTH,
-            extra=False,
-            levels=levels,
-            lambda_base=LAMBDA_BASE,
-            lambda_novel=LAMBDA_NOVEL,
-            tau=TAU,
-            distill=DISTILL,
-            image_input=INPUT,
-            teacher_input=INPUT,
-            freeze_norms=False,
-        )
+        settings = replace(SETTINGS, levels=levels)
+        return MLR(made.Stages(), made.texts(clip), novel, settings, teacher=clip.visual)
 
 
-def training_data(model: sic_cads.MLR, found: data.Boxes, images: Tensor) -> TensorDataset:
+def training_data(model: MLR, found: data.Boxes, images: Tensor) -> TensorDataset:
     """Images, the base classes that they show, and the teacher's embeddings of their crops."""
     return TensorDataset(images, found.positives, teacher_embeddings(model, images))
 
 
-def teacher_embeddings(model: sic_cads.MLR, images: Tensor) -> Tensor:
+def teacher_embeddings(model: MLR, images: Tensor) -> Tensor:
     """CLIP's embeddings (n, P, D) of the crops of all images."""
     return torch.cat([model.teacher_embeddings(part) for part in images.split(100)])
 
 
-def train_model(
-    model: sic_cads.MLR, dataset: TensorDataset, learning_rate: float, seed: int, **changes: Any
-) -> History:
+def train_model(model: MLR, dataset: TensorDataset, learning_rate: float, seed: int, **changes: Any) -> History:
     """Train the recogniser in place; return its history. `changes`: arguments of `fit` that differ."""
 
     def loss(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
@@ -193,13 +207,13 @@ class Embedded:
 
 
 @torch.no_grad()
-def embed(model: sic_cads.MLR, images: Tensor) -> Embedded:
+def embed(model: MLR, images: Tensor) -> Embedded:
     """The embeddings of images (n, 3, 64, 64), uint8."""
     model.eval()
     learned = [model(model.prepared(part)) for part in images.split(100)]
     text, visual = (torch.cat(column) for column in zip(*learned, strict=True))
     teacher = teacher_embeddings(model, images)
-    return Embedded(text, visual, teacher, model.text.detach(), model.novel, model.levels)
+    return Embedded(text, visual, teacher, model.text.detach(), model.novel, model.settings.levels)
 
 
 @functools.lru_cache(maxsize=4)
@@ -224,7 +238,7 @@ def scores(
     branch: str = "SIC-CADS",
     lambda_base: float = LAMBDA_BASE,
     lambda_novel: float = LAMBDA_NOVEL,
-    over: str = "image",
+    z_score: bool = True,
     control: str = "",
 ) -> Tensor:
     """The image-level probabilities (n, C).
@@ -232,12 +246,14 @@ def scores(
     Args:
         branch: "text", "visual" (the student), "visual+" (CLIP's own crops), "fused" (text and student) or "SIC-CADS"
             (text and CLIP's own).
-        lambda_base, lambda_novel, over: see `models.sic_cads`.
+        lambda_base, lambda_novel: see `models.sic_cads`.
+        z_score: False: sigmoid(tau s) in place of the normalised scores.
         control: "other", those of the next image; "average", the mean over all images; "" for none.
     """
 
     def p(embedding: Tensor) -> Tensor:
-        return sic_cads.normalise(sic_cads.pool(embedding @ given.table.mT, given.levels), over, TAU)
+        pooled = sic_cads.pool(embedding @ given.table.mT, given.levels)
+        return sic_cads.normalise(pooled) if z_score else (TAU * pooled).sigmoid()
 
     if branch in ("text", "visual", "visual+"):
         found = p({"text": given.text, "visual": given.visual, "visual+": given.teacher}[branch])
@@ -344,7 +360,7 @@ def train(method: str, task: str, learning_rate: float, seed: int, root: str, sp
 
 def _choice(options: Mapping) -> dict:
     """The part of a method's options that `scores` takes."""
-    return {k: v for k, v in options.items() if k in ("branch", "lambda_base", "lambda_novel", "over", "control")}
+    return {k: v for k, v in options.items() if k in ("branch", "lambda_base", "lambda_novel", "z_score", "control")}
 
 
 def curves(method: str, given: Detected, embedded: Embedded, found: data.Boxes) -> dict[str, float]:

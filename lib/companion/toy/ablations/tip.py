@@ -2,11 +2,11 @@
 
 The diffusion model is trained once and frozen. Each seed has its own images, degraded once, and for each network its
 own adaptor. All networks are trained for the same number of steps on the same images; their learning rate is chosen
-from one grid by PSNR on validation images with their own prompts, averaged over the tasks. Tasks (section 14):
+from one grid by PSNR on validation images with their own prompts, averaged over the tasks. Tasks:
 "heavy" images have lost their texture, "mild" ones can be distinguished only by the restoration prompt, "parameterised"
 ones are degraded as in training.
 
-The prompts at test are those of `data.restoration.texts`: a network is trained once, for all of them.
+The prompts at test are those of `degradations.texts`: a network is trained once, for all of them.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import TensorDataset
 
-from ...data.degradations import Op, degrade, prompt
-from ...data.restoration import Degraded, Sample, texts
 from ...evaluation.metrics.restoration import psnr, ssim
 from ...models.tip import model as tip
 from ...models.tip import recipe
+from ...models.tip.degradations import Degraded, Op, Sample, degrade, prompt, texts
 from ...models.tip.pipeline import TIPPipeline
 from ...training.fit import CPU, History, fit
 from ...training.schedules import adamw
@@ -35,13 +35,13 @@ from . import last_loss, reader, study_root
 
 LEARNING_RATES = [1e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2]
 METRIC = "PSNR"
-STEPS, BATCH, WEIGHT_DECAY = 350, 48, 0.01  # section 14
+STEPS, BATCH, WEIGHT_DECAY = 350, 48, 0.01
 BUDGET = f"{STEPS} steps, batch {BATCH}"
 BLIND_PROMPT, NO_CAPTION = 0.15, 0.15  # shares of training images whose c_r is blind, whose c_s is empty
 DRAWS = 2  # degradations of each training image
 SAMPLING = 10  # steps of DDIM
 EACH = 96  # test images of a task
-LOSS_TIMES = (300, 1000)  # t of the held-out loss: at smaller t the prompts make no difference (section 14)
+LOSS_TIMES = (300, 1000)  # t of the held-out loss: at smaller t the prompts make no difference
 
 NETWORKS = ("TIP", "no text", "semantic only", "restoration only", "plain ControlNet", "no skipping")
 # a trained TIP with other prompts at test
@@ -126,12 +126,12 @@ def train_model(pipe: TIPPipeline, data: Sequence[Sample], learning_rate: float,
     """Train the adaptor of a pipeline in place; return its history."""
 
     def loss(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
-        return tip.loss(model, batch, pipe.scheduler, prior.POWER)
+        return tip.loss(model, batch, pipe.scheduler, prior.times(len(batch[0]), batch[0].device))
 
     return fit(
         pipe.model,
         loss,
-        recipe.cached(pipe, data, batch=len(data)),
+        cached(pipe, data),
         epochs=STEPS / (len(data) // BATCH),
         batch=BATCH,
         optimizer=adamw(learning_rate, WEIGHT_DECAY),
@@ -139,6 +139,14 @@ def train_model(pipe: TIPPipeline, data: Sequence[Sample], learning_rate: float,
         hardware=CPU,
         name=name,
     )
+
+
+@torch.no_grad()
+def cached(pipe: TIPPipeline, data: Sequence[Sample]) -> TensorDataset:
+    """Samples encoded in advance, as `tip.loss` reads them: latents, degraded images in [-1, 1], states of c_s, c_r."""
+    clean, degraded = (2 * torch.stack([s[i] for s in data]) - 1 for i in (0, 1))
+    states = (pipe.states([s.semantic for s in data]), pipe.states([s.restoration for s in data]))
+    return TensorDataset(tip.to_latents(pipe.vae, clean), degraded, *states)
 
 
 # --- the tests --------------------------------------------------------------------------------------------------------
@@ -151,12 +159,12 @@ def noise(count: int, seed: int, side: int = pocket.SIZE) -> Tensor:
 
 
 def texts_of(method: str) -> str:
-    """The kind of prompts that a method is tested with, one of `data.restoration.TEXTS`."""
+    """The kind of prompts that a method is tested with, one of `degradations.TEXTS`."""
     return method if method in MISLED else recipe.texts_of(method)
 
 
 def restore(pipe: TIPPipeline, given: Sequence[Sample], kind: str = "own", *, seed: int, **options) -> Tensor:
-    """Restored images (n, 3, 16, 16) of samples, their prompts by `data.restoration.texts`."""
+    """Restored images (n, 3, 16, 16) of samples, their prompts by `degradations.texts`."""
     semantic, restoration = texts(given, kind)
     images = torch.stack([s.degraded for s in given])
     settings = {"steps": SAMPLING, "latents": noise(len(given), seed, images.shape[-1])} | options

@@ -31,8 +31,8 @@ from PIL import Image
 from torch import Tensor
 
 from ...data import restoration
-from ...data.degradations import Op, Recipe
 from ...errors import BadParameter, CorruptFile, check_choice
+from ...models.tip.degradations import Op, Recipe
 from . import scenes, write_once
 from .scenes import SPLITS
 

@@ -32,8 +32,8 @@ import numpy as np
 from PIL import Image
 
 from ...errors import check_choice
+from ...models.hvit.slides import Tiling, write_pyramid
 from ...ops.files import read_json
-from ...slides import Tiling, write_pyramid
 from . import write_once, write_table
 from .scenes import SPLITS, photograph, quantise, tiles
 

@@ -28,8 +28,9 @@ from torchvision.ops import box_convert, box_iou, complete_box_iou_loss, nms, ro
 
 from ... import backbones
 from ...errors import BadParameter
+from ...models.layers.precision import without_autocast
 from ...models.layers.state_dicts import load_official
-from ...models.sic_cads.model import PROMPT, ZeroShotClassifier
+from ...models.sic_cads.model import PROMPT
 from ...training.schedules import schedule
 from .. import encoders
 from ..datasets.detection import BASE, CLASSES, NOVEL, SIDE, THINGS, VERSION, Scene, scenes
@@ -64,18 +65,23 @@ class Stages(nn.Module):
     """Four stages of one convolution each, which halve the image: maps of strides 2, 4, 8 and 16."""
 
     channels = (24, 48, 72, 96)
+    feature_info = tuple({"num_chs": width} for width in channels)  # as timm's
 
     def __init__(self):
         super().__init__()
         self.stages = nn.ModuleList(_stage(a, b) for a, b in zip((3, *self.channels), self.channels, strict=False))
 
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """Images (b, 3, H, W) to the maps of the last three stages, (b, C, H / s, W / s) for s in 4, 8, 16."""
+    def forward_intermediates(self, images: Tensor, indices: Sequence[int], intermediates_only: bool) -> list[Tensor]:
+        """Images (b, 3, H, W) to the maps of some stages, as timm's models."""
         maps = []
         for stage in self.stages:
             images = stage(images)
             maps.append(images)
-        return maps[1:]
+        return [maps[i] for i in indices]
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Images (b, 3, H, W) to the maps of the last three stages, (b, C, H / s, W / s) for s in 4, 8, 16."""
+        return self.forward_intermediates(images, (1, 2, 3), True)
 
 
 class ImageTower(nn.Module):
@@ -210,6 +216,33 @@ def measure_clip(model: SceneCLIP, count: int = TESTED, seed: int = 1) -> dict[s
 
 
 # --- the detector -----------------------------------------------------------------------------------------------------
+
+
+class ZeroShotClassifier(nn.Module):
+    """The classifier of open-vocabulary detectors of Detic's family: scale · cos(linear(x), class), background 0.
+
+    Args:
+        inputs: width of a box's feature.
+        classes: (C, D), any length.
+        scale: of the cosines; 50 in Detic.
+        bias: initial value of a learned bias on all logits; None for no bias, as released.
+    """
+
+    def __init__(self, inputs: int, classes: Tensor, scale: float = 50.0, bias: float | None = None):
+        super().__init__()
+        self.linear = nn.Linear(inputs, classes.shape[1])
+        self.register_buffer("classes", F.normalize(classes.float(), dim=-1))
+        self.scale = scale
+        self.bias = None if bias is None else nn.Parameter(torch.tensor(float(bias)))
+
+    def forward(self, x: Tensor, classes: Tensor | None = None) -> Tensor:
+        """Logits (R, C + 1) of features (R, inputs), the last column the background's; of other `classes` (K, D),
+        of any length, (R, K) without one. The cosines are in float32 also under autocast."""
+        with without_autocast(x.device):
+            x = self.scale * F.normalize(self.linear(x.float()), dim=-1)
+            logits = x @ (self.classes if classes is None else F.normalize(classes.float(), dim=-1)).mT
+        logits = logits if self.bias is None else logits + self.bias
+        return F.pad(logits, (0, 1)) if classes is None else logits
 
 
 class Detector(nn.Module):

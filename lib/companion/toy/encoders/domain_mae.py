@@ -17,13 +17,15 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from timm.layers import build_sincos2d_pos_embed
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from ... import backbones
 from ...errors import BadParameter, check_choice
-from ...models.dplq import MAE
-from ...models.dplq.model import CLIPFeatures
+from ...models.dplq.model import CLIPFeatures, MAEFeatures
+from ...models.layers import mae
 from ...training.fit import CPU, predict
 from .. import encoders
 from ..datasets.domains import VERSION, unlabelled
@@ -32,21 +34,13 @@ from .training import fit_steps
 from .vit_and_clip import pixels
 
 NAMES = {"remote": "pocket_mae_remote", "medical": "pocket_mae_medical"}
-SHAPE: dict[str, Any] = {
-    "image_size": 32,
-    "patch": 8,
-    "width": 48,
-    "depth": 3,
-    "heads": 4,
-    "decoder_width": 48,
-    "decoder_depth": 2,
-    "decoder_heads": 4,
-}
+SHAPE: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 4}
+DECODER = (48, 2, 4)  # width, depth, heads
 RECIPE: dict[str, Any] = {"images": 6000, "steps": 2400, "batch": 64, "learning_rate": 3e-3, "masked": 0.5}
 SHOTS = 128  # images that a probe is fitted on, as many as the prompts have
 
 
-def load(domain: str, weights: str = "pocket") -> MAE:
+def load(domain: str, weights: str = "pocket") -> MAEFeatures:
     """The shipped domain model of "remote" or "medical" in eval mode, or with `weights` "random" an untrained one.
 
     Images are normalised for the small CLIP, to [-1, 1].
@@ -57,21 +51,26 @@ def load(domain: str, weights: str = "pocket") -> MAE:
     """
     check_choice("domain", domain, NAMES)
     if weights == "random":
-        return MAE(**SHAPE).eval()
+        options: dict[str, Any] = {"mask_ratio": RECIPE["masked"], "normalise": False, "xavier": False}
+        model = mae.MAE(mae.encoder(**SHAPE), DECODER, **options)
+        for part in (model.encoder, model.decoder):  # of the shipped models: timm's table, MAE's in another order
+            table = build_sincos2d_pos_embed(model.encoder.patch_embed.grid_size, part.pos_embed.shape[2])
+            part.pos_embed.data = F.pad(table, (0, 0, 1, 0))[None]
+        return MAEFeatures(model).eval()
     if weights != "pocket":
         raise BadParameter("weights", weights, ("pocket", "random"))
     state = backbones.read_state(encoders.weights_file(NAMES[domain]))
-    return MAE.from_official(state, heads=SHAPE["heads"], decoder_heads=SHAPE["decoder_heads"])
+    return MAEFeatures(mae.MAE.from_official(state, SHAPE["num_heads"], DECODER[2]))
 
 
-def train(domain: str, count: int = RECIPE["images"], steps: int = RECIPE["steps"], seed: int = 0) -> MAE:
+def train(domain: str, count: int = RECIPE["images"], steps: int = RECIPE["steps"], seed: int = 0) -> MAEFeatures:
     """Pre-train the model of a domain from scratch on `count` unlabelled images; returned in eval mode."""
     images, _ = unlabelled(domain, count, "train", seed)
     torch.manual_seed(seed)
     model = load(domain, "random")
 
     def loss(model: nn.Module, batch: tuple[Tensor]) -> Tensor:
-        return model.loss(batch[0], RECIPE["masked"])
+        return model.model(batch[0])
 
     data = TensorDataset(pixels(images))
     fit_steps(model, loss, data, steps, RECIPE["batch"], RECIPE["learning_rate"], seed, NAMES[domain])
@@ -121,7 +120,8 @@ def ship(domain: str, folder: str | Path = encoders.WEIGHTS, seed: int = 0) -> P
     model = train(domain, seed=seed)
     seconds = time.monotonic() - start
     recipe = RECIPE | {"seed": seed}
-    return card.save(folder, NAMES[domain], model.to_official(), measure(domain, model), recipe, seconds, world=VERSION)
+    state, quality = model.model.to_official(), measure(domain, model)
+    return card.save(folder, NAMES[domain], state, quality, recipe, seconds, world=VERSION)
 
 
 if __name__ == "__main__":

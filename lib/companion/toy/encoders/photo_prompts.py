@@ -12,7 +12,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -24,7 +23,7 @@ from ... import backbones
 from ...models.layers.vpt import VPT
 from ...models.sa2vp import SA2VP, recipe
 from ...training.checkpoints import trained_state
-from ...training.fit import CPU
+from ...training.fit import CPU, fit
 from .. import encoders
 from ..datasets import scenes
 from . import card
@@ -94,8 +93,9 @@ def ship(folder: Path = encoders.WEIGHTS, seed: int = 0) -> Path:
     data, held_out = crops(int(RECIPE["crops"]), "train", seed, seen), crops(TESTED, "test", seed + 1, seen)
     for method in METHODS:
         model = build(method, backbones.build(ENCODER, img_size=SIZE), seed)
-        options: dict[str, Any] = {"epochs": RECIPE["epochs"], "batch": int(RECIPE["batch"]), "seed": seed}
-        history = recipe.train_model(model, data, RECIPE["learning rate"], name=method, hardware=CPU, **options)
+        options = recipe.fit_options(RECIPE["learning rate"], CPU)
+        options |= {"epochs": RECIPE["epochs"], "batch": int(RECIPE["batch"]), "seed": seed, "name": method}
+        history = fit(model, recipe.loss, data, **options)
         state |= {f"{method}.{name}": x.half() for name, x in trained_state(model).items()}
         accuracy = recipe.accuracy(model, held_out, CPU, batch=int(RECIPE["batch"]))
         losses = {name: round(history[i]["loss"], 3) for name, i in (("first loss", 0), ("last loss", -1))}

@@ -21,9 +21,10 @@ from torch import Tensor
 from ... import backbones
 from ...errors import check_choice
 from ...models.hvit import model as hvit
+from ...models.hvit.pretrain import pretrain
+from ...models.hvit.slides import tensor
 from ...models.layers import dino
 from ...models.layers.state_dicts import load_official
-from ...slides import tensor
 from ...training.fit import CPU, History
 from .. import encoders
 from ..datasets import slides as pocket
@@ -104,12 +105,12 @@ def train(seed: int = 0) -> tuple[hvit.PatchEncoder, hvit.RegionEncoder, dict[st
     histories = {}
     # crops are taken of pixels in [0, 1] and then normalised
     pixels = patches[order] * 0.5 + 0.5
-    patch, histories["patch"] = dino.pretrain(patch, pixels, crops, epochs=1, name="DINO, patches", **options)
+    patch, histories["patch"] = pretrain(patch, pixels, crops, epochs=1, name="DINO, patches", **options)
     standardise(patch, seed)
     grids = embed(patch, regions).mT.unflatten(2, (pocket.SIDE, pocket.SIDE))
     epochs = STEPS["region"] // (len(grids) // BATCH)
     views = dino.GridViews(pocket.SIDE, small=4, shares=(0.875, 0.5))
-    region, histories["region"] = dino.pretrain(region, grids, views, epochs=epochs, name="DINO, regions", **options)
+    region, histories["region"] = pretrain(region, grids, views, epochs=epochs, name="DINO, regions", **options)
     return patch, region, histories
 
 

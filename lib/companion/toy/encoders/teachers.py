@@ -13,6 +13,7 @@ All are ViTs of one shape, trained on the same unlabelled collages. The factor t
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -27,11 +28,11 @@ from torch.utils.data import TensorDataset
 from ... import backbones
 from ...errors import check_choice
 from ...models.dmt.downstream import Features, ridge
-from ...models.dmt.model import grey
-from ...models.dmt.teachers import MAE, MoCo
+from ...models.dmt.teachers import contrastive_loss, mlp
 from ...models.dmt.vit import ViT, build
-from ...models.layers.dino import SelfDistillation
-from ...training.callbacks import Callback, ClipNorm
+from ...models.layers.dino import SelfDistillation, half_cosine
+from ...models.layers.mae import MAE
+from ...training.callbacks import EMA, Callback, ClipNorm, ema_copy
 from ...training.fit import CPU, History, fit, predict
 from ...training.schedules import adamw
 from .. import encoders
@@ -79,6 +80,12 @@ def load() -> dict[str, ViT]:
     return found
 
 
+def grey(images: Tensor) -> Tensor:
+    """Images (B, 3, H, W) without their colour: the weighted mean of the channels (ITU-R 601), three times."""
+    weights = backbones.per_channel((0.299, 0.587, 0.114), images.device).flatten().to(images.dtype)
+    return torch.einsum("bchw,c->bhw", images, weights)[:, None].expand_as(images)
+
+
 def crops(images: Tensor, share: tuple[float, float]) -> Tensor:
     """A crop of each image (B, 3, S, S) at the same size: `share` of the area, mirrored either way or not."""
     count, (low, high), device = len(images), share, images.device
@@ -99,6 +106,33 @@ def light(images: Tensor, contrast: tuple[float, float], level: float) -> Tensor
     return images + change * grey(images) + each.uniform_(-level, level)
 
 
+class MoCo(nn.Module):
+    """MoCo v3 with a trained patch projection (the released code freezes it): two views of each image to the loss."""
+
+    def __init__(self, encoder: ViT, hidden: int, outputs: int):
+        super().__init__()
+        self.encoder = copy.deepcopy(encoder)
+        self.projector, self.predictor = mlp(encoder.width, hidden, outputs, 3), mlp(outputs, hidden, outputs, 2)
+        self.key_encoder, self.key_projector = ema_copy(self.encoder), ema_copy(self.projector)
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        """The symmetric loss of two views (B, 3, S, S)."""
+        views = (first, second)
+        q = [self.predictor(self.projector(self.encoder(x)[:, 0])) for x in views]
+        with torch.no_grad():
+            k = [self.key_projector(self.key_encoder(x)[:, 0]) for x in views]
+        return contrastive_loss(q[0], k[1]) + contrastive_loss(q[1], k[0])
+
+    def ema(self, steps: int, momentum: float) -> EMA:
+        """The callback that updates the key encoder, its momentum rising to 1 over `steps`.
+
+        The released code updates it before the keys of a step are computed, with the momentum of that step. An update
+        after the previous step is equivalent: at the first step both encoders are equal.
+        """
+        pairs = [(self.key_encoder, self.encoder), (self.key_projector, self.projector)]
+        return EMA(pairs, lambda step: half_cosine(momentum, 1.0, step, steps))
+
+
 def objective(name: str, encoder: ViT, steps: int) -> tuple[nn.Module, Callable, list[Callback]]:
     """The model that trains an encoder, its loss of a batch of images (the views are drawn here), and its callbacks."""
     if name == "MAE":
@@ -109,7 +143,7 @@ def objective(name: str, encoder: ViT, steps: int) -> tuple[nn.Module, Callable,
         def grey_view(images: Tensor) -> Tensor:
             return light(grey(crops(images, (0.3, 1.0))), (0.6, 1.4), 0.2)
 
-        model = MoCo(encoder, 128, 64, frozen_patches=False)
+        model = MoCo(encoder, 128, 64)
         return model, lambda model, batch: model(grey_view(batch[0]), grey_view(batch[0])), [model.ema(steps, 0.98)]
 
     def view(images: Tensor) -> Tensor:

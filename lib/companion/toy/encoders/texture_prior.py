@@ -23,17 +23,17 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from ... import backbones
-from ...data.degradations import BLIND, Op, prompt
 from ...errors import BadParameter, check_choice
 from ...evaluation.metrics.restoration import psnr
 from ...models.tip import model as tip
-from ...models.tip.pipeline import SIZES, TIPPipeline
-from ...models.tip.text import WordText
+from ...models.tip.degradations import BLIND, Op, prompt
+from ...models.tip.pipeline import TIPPipeline
 from ...training.fit import CPU, History, Loss, fit
 from ...training.schedules import adamw
 from .. import encoders
 from ..datasets import restoration as pocket
 from . import card
+from .words import WordText
 
 NAME = "pocket_texture_prior"
 PATCH, CHANNELS = 4, 12
@@ -41,12 +41,41 @@ SEED = 1  # of the shipped images and weights; the ablations' images have others
 STEPS, BATCH, LEARNING_RATE, WEIGHT_DECAY = 1500, 64, 3e-3, 0.01
 NO_CAPTION, POWER = 0.1, 0.7  # share of images without their caption; t is 1000 u^0.7
 CONDITIONING_CHANNELS = (48,)  # widths of the adaptor's network for the image, after a pixel-unshuffle by 4
+UNET = {
+    "in_channels": CHANNELS,
+    "out_channels": CHANNELS,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "block_out_channels": (32, 48),
+    "layers_per_block": 1,
+    "cross_attention_dim": 32,
+    "attention_head_dim": 2,
+    "norm_num_groups": 8,
+}
+KL = {  # diffusers' small KL autoencoder, for comparison
+    "block_out_channels": (16, 32, 32),
+    "down_block_types": ("DownEncoderBlock2D",) * 3,
+    "up_block_types": ("UpDecoderBlock2D",) * 3,
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "norm_num_groups": 8,
+}
+# x0 prediction and a last step of pure noise learn faster at this size
+NOISE = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "clip_sample": False,
+    "prediction_type": "sample",
+    "rescale_betas_zero_snr": True,
+    "timestep_spacing": "trailing",
+}
 
 
 class PatchPCA(ModelMixin, ConfigMixin):
     """Whitened principal components of patches of pixels, with the interface of an `AutoencoderKL`.
 
-    A choice of ours for the `pocket` profile (section 14): linear, in closed form, exact on the components it keeps.
+    A choice of ours for the `pocket` profile: linear, in closed form, exact on the components it keeps.
 
     Args:
         patch: side of a patch, p.
@@ -110,18 +139,38 @@ def text() -> WordText:
 
 
 def scheduler() -> DDIMScheduler:
-    """Zero terminal signal, x0 predicted, "trailing" steps (ours, section 14)."""
-    return DDIMScheduler(**SIZES["pocket"]["scheduler"])
+    """Zero terminal signal, x0 predicted, "trailing" steps (ours)."""
+    return DDIMScheduler(**NOISE)
 
 
 def unet() -> UNet2DConditionModel:
     """The toy UNet on latents of 12 channels, untrained (torch's current seed)."""
-    return UNet2DConditionModel(**SIZES["pocket"]["unet"] | {"in_channels": CHANNELS, "out_channels": CHANNELS})
+    return UNet2DConditionModel(**UNET)
 
 
-def adaptor(net: UNet2DConditionModel, fusion: str = "modulate", mid: str | None = None) -> tip.Adaptor:
+class PatchAdaptor(tip.Adaptor):
+    """An adaptor whose network reads the image's patches of 4x4 pixels, a pixel-unshuffle, as the autoencoder does."""
+
+    channels = 3 * PATCH**2
+
+    @property
+    def factor(self) -> int:
+        """Pixels of the degraded image per position of z_t, along a side."""
+        return PATCH * super().factor
+
+    def forward(self, z: Tensor, t: Tensor, states: Tensor, degraded: Tensor) -> tuple[Tensor | None, ...]:
+        """As an `Adaptor`."""
+        return super().forward(z, t, states, F.pixel_unshuffle(degraded, PATCH))
+
+
+def adaptor(net: UNet2DConditionModel, fusion: str = "modulate", mid: str | None = None) -> PatchAdaptor:
     """An adaptor of the UNet before training; its network for the image is initialised from torch's current seed."""
-    return tip.Adaptor.of(net, CONDITIONING_CHANNELS, fusion=fusion, mid=mid, unshuffle=PATCH, conditioning_zero=False)
+    return PatchAdaptor.of(net, CONDITIONING_CHANNELS, fusion=fusion, mid=mid)
+
+
+def times(count: int, device: torch.device) -> Tensor:
+    """Timesteps (count,), 1000 u^0.7 with u uniform in [0, 1): noisy ones more often."""
+    return (1000 * torch.rand(count, device=device) ** POWER).long()
 
 
 def build(fusion: str = "modulate", mid: str | None = None, seed: int = 0, prior: str = "trained") -> TIPPipeline:
@@ -193,18 +242,18 @@ def train(seed: int = SEED, steps: int = STEPS) -> tuple[PatchPCA, UNet2DConditi
     def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         z, semantic = batch
         semantic = torch.where(torch.rand(len(z), 1, 1, device=z.device) < NO_CAPTION, empty.to(z.device), semantic)
-        return tip.loss(model, (z, z, semantic, semantic), noise, POWER)
+        return tip.loss(model, (z, z, semantic, semantic), noise, times(len(z), z.device))
 
     data, optimizer = TensorDataset(tip.to_latents(vae, images), states), adamw(LEARNING_RATE, WEIGHT_DECAY)
     return vae, net, _fit(Prior(net), loss, data, steps, seed, "prior", optimizer=optimizer), share
 
 
 def train_kl(seed: int = SEED, steps: int = STEPS) -> AutoencoderKL:
-    """diffusers' small KL autoencoder (section 3.6) on the same images, for comparison: squared error, KL by 1e-6."""
+    """diffusers' small KL autoencoder on the same images, for comparison: squared error, KL by 1e-6."""
     images, _ = shown("train", seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        vae = AutoencoderKL(**SIZES["pocket"]["vae"])
+        vae = AutoencoderKL(**KL)
 
     def loss(model: nn.Module, batch: tuple[Tensor]) -> Tensor:
         posterior = model.encode(batch[0]).latent_dist

@@ -18,7 +18,8 @@ from ...evaluation import ablations
 from ...evaluation.claims import check_range
 from ...evaluation.metrics.tracking import Scores, evaluate
 from ...models.bat import figures, recipe
-from ...models.bat.model import OSTrack, streams
+from ...models.bat.model import streams
+from ...models.bat.ostrack import OSTrack
 from ...ops.files import atomic_folder
 from ...training.fit import CPU, History
 from ...viz import plots
@@ -220,7 +221,7 @@ def check_or_record(p: SimpleNamespace, out: Path, scored: Mapping[str, Scores])
     elif not p.dry_run:
         source = f"weights of {Path(p.checkpoint).name}" if p.checkpoint else "trained here"
         facts = {"method": p.method, "weights": source, "dataset": p.dataset, "seed": p.seed}
-        recipe.measured(out / "measured.csv", facts | scored[p.method].totals)
+        recipe.RESULTS.measured(out / "measured.csv", facts | scored[p.method].totals)
 
 
 def reasons(found: pd.DataFrame, rows: pd.DataFrame) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,9 +23,9 @@ from ...evaluation import ablations
 from ...evaluation.claims import check_range
 from ...models.dmt import downstream, recipe, vit
 from ...models.dmt.model import DMT
-from ...models.dmt.recipe import Setting
 from ...models.dmt.vit import ViT
 from ...training.fit import CPU, History, fit, predict
+from ...training.recipe import run
 from ...training.schedules import adamw
 from ...viz import plots
 from ...viz.attention import photograph_maps, token_pca
@@ -42,21 +42,42 @@ OWN_PROBE = {"MAE": "quadrant", "MoCo v3": "texture", "iBOT": "hue"}  # the fact
 PAIR = "MoCo v3 + iBOT"
 
 
+@dataclass(frozen=True)
+class Setting:
+    """The trainings of a run.
+
+    Attributes:
+        title: of the data.
+        learning_rates: by method; none where the `paper` profile runs another task.
+        train: from a method to its trained model and the history.
+        trained: the student's file at the `paper` profile, the parameter `weights`.
+    """
+
+    title: str
+    learning_rates: Mapping[str, float]
+    train: Callable[[str], tuple[DMT, History]]
+    trained: Path | None = None
+
+
 def setting(p: SimpleNamespace, out: Path, learning_rates: Mapping[tuple[str, str], float]) -> Setting:
     """The setting of the notebook's parameters; without methods where the `paper` profile runs another task."""
     if p.profile != "pocket":
-        if p.task == "distil":
-            return recipe.setting(p, out)
-        return Setting(p.task, {}, lambda method: recipe.build(p, recipe.teachers(p)), lambda model, method: [])
+        if p.task != "distil":
+            return Setting(p.task, {}, lambda method: recipe.distil(p, out))
+        title, training = recipe.distillation(p, out)
+        r = recipe.published("distil")
+        lr = r["lr"] if p.dry_run else r["lr"] * training.fit["batch"] / r["batch"]
+        trained = None if p.dry_run else recipe.student_file(training, out)
+        return Setting(title, {"DMT": lr}, lambda method: recipe.distil(p, out), trained)
     root = str(out / "data")
     study.write(root, p.seed)
     chosen = {method: learning_rates[study.TASK, method] for method in METHODS}
 
-    def learn(model: DMT, method: str, **changes: Any) -> History:
-        data = study.assemble(method, p.seed, root)[2]
-        return study.fit_student(model, study.loss, data, method, chosen[method], p.seed, STEPS, **changes)
+    def train(method: str) -> tuple[DMT, History]:
+        model, loss, data = study.assemble(method, p.seed, root)
+        return model, study.fit_student(model, loss, data, method, chosen[method], p.seed, STEPS)
 
-    return Setting("synthetic collages", chosen, lambda method: study.assemble(method, p.seed, root)[0], learn)
+    return Setting("synthetic collages", chosen, train)
 
 
 def data(p: SimpleNamespace, out: Path) -> dict[str, collage.Part]:
@@ -140,12 +161,11 @@ def downstream_tasks(p: SimpleNamespace, out: Path) -> pd.DataFrame:
     )
     found = []
     for task in tasks:
-        work = recipe.downstream(SimpleNamespace(**(vars(p) | {"task": task})), out)
-        model = work.build()
-        steps = len(work.learn(model))
-        found += [(work.title, steps, metric, score) for metric, score in work.score(model).items()]
+        work = recipe.downstream(SimpleNamespace(**(vars(p) | {"task": task})))
+        model, history = run(work.training, None if p.dry_run else out)
+        found += [(work.title, len(history), metric, score) for metric, score in work.score(model).items()]
     if found and not p.dry_run:
-        settings = {key: getattr(p, key) for key in recipe.KEYS if key != "metric"}
+        settings = {key: getattr(p, key) for key in ("task", "encoder", "seed", *recipe.DISTILLED)}
         recipe.measured(out / "measured.csv", *(settings | {"metric": m, "score": s} for *_, m, s in found))
     return pd.DataFrame(found, columns=["task", "steps", "metric", "test"])
 

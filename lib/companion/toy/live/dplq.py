@@ -24,6 +24,7 @@ from ...models.dplq import recipe
 from ...models.dplq.model import DPLQ, Prompts
 from ...models.dplq.recipe import Setting
 from ...models.layers.clip_prompting import PromptedCLIP, encode_text, similarity
+from ...training.recipe import Training
 from ...viz.attention import Recorder
 from ...viz.style import COLOURS
 from ..ablations import dplq as study
@@ -53,19 +54,26 @@ def setting(p: SimpleNamespace, out: Path, learning_rates: Mapping[tuple[str, st
     def inputs(method: str, part: str) -> TensorDataset:
         return study.inputs(method, TASK, root, p.seed, part if part == "train" else f"test {part}")
 
-    def build(method: str) -> PromptedCLIP:
-        return study.build(method, classes["train"], p.seed, inputs(method, "train").tensors[-1].shape[-1])
+    rates = {method: learning_rates[TASK, method] for method in LIVE if method not in study.UNTRAINED}
+
+    def training(method: str) -> Training:
+        width = inputs(method, "train").tensors[-1].shape[-1]
+        options = study.TRAINING | {"seed": p.seed, "name": method}
+        return Training(
+            name=method,
+            build=lambda: study.build(method, classes["train"], p.seed, width),
+            loss=dplq.loss,
+            data=(lambda: inputs(method, "train")) if method in rates else None,
+            fit=options | ({"optimizer": study.optimizer(rates[method])} if method in rates else {}),
+        )
 
     return Setting(
         title=f"{TASK} (synthetic), base to novel",
         classes=classes["train"],
         test_classes={half: classes[f"test {half}"] for half in ("base", "novel")},
-        methods=LIVE,
-        learning_rates={method: learning_rates[TASK, method] for method in LIVE if method not in study.UNTRAINED},
-        build=build,
+        trainings={method: training(method) for method in LIVE},
+        learning_rates=rates,
         inputs=inputs,
-        optimizer=study.optimizer,
-        options=study.TRAINING | {"seed": p.seed},
         accuracy=functools.partial(study.accuracy, seed=p.seed),
     )
 
@@ -117,7 +125,7 @@ def results(
         for name, (low, high) in EXPECTED.items():
             check_range(f"{name}, HM (%)", scored[name]["HM"], low, high)
     elif not p.dry_run:
-        recipe.measured(out / "measured.csv", recipe.rows(p, scored[p.method]))
+        recipe.measured(out / "measured.csv", *recipe.rows(p, scored[p.method]))
     return frame
 
 
@@ -304,15 +312,15 @@ def drawn_model(p: SimpleNamespace, models: Mapping[str, PromptedCLIP], found: S
 def shown(p: SimpleNamespace, out: Path, model: DPLQ, found: Setting, half: str) -> Shown:
     """Every eighth of the first 320 test images; at the `paper` profile the first six."""
     count, step = (320, 8) if p.profile == "pocket" else (6, 1)
-    name = "DPLQ" if "DPLQ" in found.methods else found.methods[0]
-    images, labels, *feature = (x[::step] for x in recipe.first(found, name, half, count))
+    name = "DPLQ" if "DPLQ" in found.trainings else next(iter(found.trainings))
+    images, labels, *feature = (x[::step] for x in found.items(name, half, count))
     model.set_classes(found.test_classes[half])
     known = sensors(p, out, half)
     side = known[:count:step] if len(known) else torch.zeros(len(images), dtype=torch.long)
     domain = feature[0] if feature else model.domain_features(images)
     prompts = model.prompts(domain, torch.zeros(len(images), model.ctx.shape[1]))
     _, texts = model.encode(images, prompts)
-    context = model.mix_text(torch.cat([torch.zeros_like(model.ctx), model.ctx], -1))
+    context = model.mixed(model.mix_text, model.ctx, torch.zeros_like(model.ctx))
     unbiased = encode_text(model.clip, model.prompted(context), model.ends, model.deep_text)
     return Shown(images, labels, side, domain, prompts, texts, unbiased, found.test_classes[half])
 
@@ -393,7 +401,8 @@ def pairs(shown: Shown, each: int = 3) -> tuple[Tensor, Tensor]:
 
 def halves(model: DPLQ, shown: Shown) -> pd.DataFrame:
     """Cosine of the two halves of P_l + β in each layer, which the authors' code logs; mean and std over images."""
-    cosine = dplq.halves_cosine(model.deep_text.detach()[:, None] + shown.prompts.bias[:, None]).flatten(1)
+    total = model.deep_text.detach()[:, None] + shown.prompts.bias[:, None]  # (J - 1, b, n, Wt)
+    cosine = F.cosine_similarity(*total.chunk(2, -1), dim=-1).flatten(1)  # of the components j and k
     return pd.DataFrame(
         {
             "layer": range(1, len(cosine) + 1),

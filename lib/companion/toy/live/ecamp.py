@@ -23,13 +23,14 @@ from ...models.ecamp import text as report_text
 from ...models.ecamp.model import ECAMP, Batch
 from ...models.ecamp.recipe import Setting
 from ...models.ecamp.text import Pairs, Vocabulary
-from ...training.fit import History
+from ...training.recipe import Training, run
 from ..ablations import ecamp as study
 from ..ablations import study_root
 from ..datasets import chests
 from ..encoders import chest_ecamp
 
 TASK, LIVE = "chests", ("MIM only", "ECAMP")
+BATCH = study.RECIPE["batch"]
 STEPS = 150  # enough to see the losses fall; the ablations take four times as many
 MAIN = ("raw pixels", "random init", "MIM only", "MRM-like", "ECAMP")
 VARIANTS = tuple(name for name in study.METHODS if name.startswith("ECAMP"))
@@ -120,19 +121,18 @@ def setting(p: SimpleNamespace, out: Path, learning_rates: Mapping[tuple[str, st
         return recipe.setting(p, out)
     root = str(out / "data")
     chests.write(study_root(root, p.seed), p.seed)
-    chosen = {method: learning_rates[TASK, method] for method in LIVE}
-    epochs = STEPS / (chests.COUNTS["train"] // study.RECIPE["batch"])
+    words = len(study.vocabulary(root, p.seed))
 
-    def learn(model: ECAMP, method: str) -> History:
-        return study.train_model(model, study.pairs(method, root, p.seed), chosen[method], p.seed, epochs, method)
+    def training(method: str) -> Training:
+        return Training(
+            name=method,
+            build=lambda: study.build(method, p.seed, words),
+            loss=ecamp.pretraining_loss,
+            data=lambda: study.pairs(method, root, p.seed),
+            fit=study.fit_options(learning_rates[TASK, method], p.seed, STEPS / (chests.COUNTS["train"] // BATCH)),
+        )
 
-    return Setting(
-        title="synthetic chests",
-        learning_rates=chosen,
-        pairs=functools.partial(study.pairs, root=root, seed=p.seed),
-        build=functools.partial(study.build, seed=p.seed, words=len(study.vocabulary(root, p.seed))),
-        learn=learn,
-    )
+    return Setting("synthetic chests", functools.partial(study.pairs, root=root, seed=p.seed), training)
 
 
 @dataclass(frozen=True)
@@ -153,9 +153,9 @@ def train(p: SimpleNamespace, out: Path, learning_rates: Mapping[tuple[str, str]
         return Trained(None, {}, {})
     found = setting(p, out, learning_rates)
     models, curves = {}, {}
-    for method in found.learning_rates:
-        models[method] = found.build(method)
-        history = pd.DataFrame(found.learn(models[method], method)).rename(columns={"loss": "total"})
+    for method in LIVE if p.profile == "pocket" else (p.method,):
+        models[method], rows = run(found.training(method), None if p.profile == "pocket" or p.dry_run else out)
+        history = pd.DataFrame(rows).rename(columns={"loss": "total"})
         smooth = history[["total", "mim", "sr", "mlm"]].rolling(10, min_periods=1).mean()
         curves[method] = smooth.loc[:, smooth.abs().sum() > 0].to_dict("list")
     return Trained(found, models, curves)
@@ -174,13 +174,12 @@ def downstream(p: SimpleNamespace, out: Path) -> pd.DataFrame:
     rows = []
     for task, dataset in tasks.items():
         own = vars(p) | {"task": task, "dataset": dataset} | ({"devices": 1} if p.task == "pre-train" else {})
-        work = recipe.downstream(SimpleNamespace(**own), out)  # on one device
-        model = work.build()
-        history = work.learn(model)
+        work = recipe.downstream(SimpleNamespace(**own))  # on one device
+        model, history = run(work.training, None if p.dry_run else out)
         rows.append((work.title, len(history), work.metric, work.score(model, work.data["test"])))
         if not p.dry_run:
-            facts = {key: getattr(p, key) for key in recipe.KEYS}
-            recipe.measured(out / "measured.csv", facts | {"score": rows[-1][-1]})
+            facts = {key: getattr(p, key) for key in recipe.RESULTS.keys} | {"labels": int(p.labels)}
+            recipe.RESULTS.measured(out / "measured.csv", facts | {"score": rows[-1][-1]})
     return pd.DataFrame(rows, columns=["task", "steps", "metric", "score"])
 
 
@@ -311,10 +310,7 @@ def attention_maps(model: ECAMP, chosen: Shown, seed: int) -> tuple[dict[str, Te
         for name, ids in (("masked", masked), ("visible", chosen.ids))
     }  # (4, heads, 64)
     order = torch.rand(len(low), model.patches, generator=torch.Generator().manual_seed(seed)).argsort(1)
-    trace: dict[str, Tensor] = {}
-    z = model.get_submodule("project")(model.forward_features(low, order)[:, 1:])
-    model.get_submodule("text")(chosen.ids, chosen.attention, z, trace)
-    released = trace["attention"][rows, :, chosen.finding]
+    released = model.attention(low, chosen.ids, chosen.attention, order)[rows, :, chosen.finding]
     back = released.take_along_dim(order.argsort(1)[:, None], 2)
     panels = {name: found.mean(1).unflatten(1, (8, 8)) for name, found in maps.items()}
     panels["visible, released recipe"] = torch.stack([ecamp.heat(own) for own in maps["visible"]])

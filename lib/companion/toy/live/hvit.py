@@ -15,12 +15,12 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ... import backbones, slides
+from ... import backbones
 from ...data import slides as data
 from ...evaluation import ablations
 from ...evaluation.claims import within
+from ...models.hvit import features, heatmaps, recipe, slides
 from ...models.hvit import model as hvit
-from ...models.hvit import pretrained, recipe
 from ...models.layers import dino
 from ...training.fit import History
 from ..ablations import hvit as ablation
@@ -114,7 +114,7 @@ def shown(p: SimpleNamespace, out: Path, found: recipe.Setting) -> Shown:
     file = Path(p.data_root) / "weights" / "vit256_small_dino.pth"
     if not p.dry_run and file.is_file() and isinstance(found.test, data.Features):
         item = found.test.items[0]
-        return Shown(item.path, tiling, recipe.patch_encoder(file), p.normalise, item.name)
+        return Shown(item.path, tiling, features.patch_encoder(file), p.normalise, item.name)
     side = min(p.region, 2048)  # 4096 px take a CPU minutes
     pixels = np.full((side + 512, side + 512, 3), 255, np.uint8)
     grey = np.random.default_rng(p.seed).integers(90, 200, (side, side, 1), np.uint8)
@@ -158,20 +158,20 @@ def own_slides(folder: Path, seed: int, count: int = 6) -> Path:
         slides.write_pyramid(path, rows, slide.image.shape[1::-1], synthetic.MPP, (1, 4))
         stored = folder / "features" / f"{path.stem}.h5"
         options = {"tiling": synthetic.TILING, "encoder": patch, "normalise": slide_dino.NORMALISE}
-        slides.extract(path, whole.embed_patches, stored, **options)
+        features.extract(path, whole.embed_patches, stored, **options)
         lines.append(f"{path.stem},{slide.grade}")
     (folder / "labels.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
 
 
-def attention(models: Mapping[str, list[nn.Module]], of: Shown) -> dict[str, recipe.AttentionMaps]:
+def attention(models: Mapping[str, list[nn.Module]], of: Shown) -> dict[str, heatmaps.AttentionMaps]:
     """The attention of the three levels on a slide, by method, of the first fold's models that read `of.patch`."""
     found = {}
     with slides.Slide(of.path) as slide:
         tiles = slides.tile(slide, of.tiling)
         for name, (model, *_) in models.items():
             if isinstance(model, hvit.HViT) and model.region is not None and of.patch.dim == model.region.inputs:
-                found[name] = recipe.attention_maps(model, of.patch, slide, tiles, of.normalise)
+                found[name] = heatmaps.attention_maps(model, of.patch, slide, tiles, of.normalise)
     return found
 
 
@@ -186,9 +186,9 @@ def on_tissue(p: SimpleNamespace, of: Shown) -> tuple[hvit.PatchEncoder, str]:
         return of.patch, of.normalise
     vit = backbones.build("vit_small_patch14_dinov2", img_size=224)
     print(vit.pretrained_cfg.get("description", "the released DINOv2"))
-    level, x = pretrained.patch_level(vit), torch.randn(1, 3, 224, 224)
+    level, x = hvit.PatchEncoder.from_timm(vit), torch.randn(1, 3, 224, 224)
     with torch.no_grad():
-        apart = (level.forward_features(x) - vit.forward_features(x)).abs().max()
+        apart = (level.forward_intermediates(x)[1]["tokens"] - vit.forward_features(x)).abs().max()
     print("H-ViT's patch level equal to the ViT:", within({"tokens": apart}, 1e-3)[1])
     return level, "imagenet"
 

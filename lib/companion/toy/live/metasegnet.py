@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,14 +16,15 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from ... import climate
+from ...data import climate
 from ...data import landcover as data
 from ...evaluation import ablations
 from ...evaluation.metrics import landcover as metrics
 from ...models.metasegnet import figures, recipe
+from ...models.metasegnet.climate import headless
 from ...models.metasegnet.model import MetaSegNet
-from ...models.metasegnet.recipe import Setting, Test
-from ...models.metasegnet.text import BertText, headless, split
+from ...models.metasegnet.recipe import Test, confusion
+from ...models.metasegnet.text import split
 from ...training.fit import History
 from ...viz import plots
 from ..ablations import metasegnet as study
@@ -35,9 +37,38 @@ CLASSES = dict(zip(landcover.CLASSES, landcover.PAINT, strict=True))
 BY_ZONE = ("bareland", "rangeland", "developed", "agriculture", "building")  # classes whose colour depends on the zone
 
 
-def setting(p: SimpleNamespace, out: Path, learning_rates: Mapping[tuple[str, str], float]) -> Setting:
-    """The training and the tests of the notebook's checked parameters."""
-    return toy(p.seed, out, learning_rates) if p.profile == "pocket" else recipe.setting(p, out)
+@dataclass(frozen=True)
+class Setting:
+    """A training and its tests, at toy scale.
+
+    Attributes:
+        title: of the data.
+        learning_rates: of each trained method.
+        tests: by name.
+        texts: (method, zones, kind) to a text for each zone.
+        build: the network of a method, before training.
+        learn: trains a network in place: (network, method) to the history.
+    """
+
+    title: str
+    learning_rates: dict[str, float]
+    tests: dict[str, Test]
+    texts: Callable[..., list[str] | None]
+    build: Callable[[str], MetaSegNet]
+    learn: Callable[[MetaSegNet, str], History]
+
+
+def train(setting: Setting, method: str) -> tuple[MetaSegNet, History]:
+    """The network of a method, trained, and the history."""
+    model = setting.build(method)
+    history = setting.learn(model, method)
+    return model.eval(), history
+
+
+def matrix(setting: Setting, model: MetaSegNet, method: str, test: str, kind: str = "") -> Tensor:
+    """The confusion matrix (C, C) of a network on a test, with the texts of its method or those of `kind`."""
+    part = setting.tests[test]
+    return confusion(model, part, setting.texts(method, part.zones, kind))
 
 
 def toy(seed: int, out: Path, learning_rates: Mapping[tuple[str, str], float]) -> Setting:
@@ -51,7 +82,7 @@ def toy(seed: int, out: Path, learning_rates: Mapping[tuple[str, str], float]) -
     def learn(model: MetaSegNet, method: str) -> History:
         return study.train_model(method, model, train, chosen[method], seed)
 
-    def texts(method: str, zones: Sequence[str], kind: str = "", own: object = None) -> list[str] | None:
+    def texts(method: str, zones: Sequence[str], kind: str = "") -> list[str] | None:
         if method == "unimodal":
             return None
         return study.texts(tuple(zones), kind or study.level(method), seed)
@@ -71,30 +102,12 @@ def toy(seed: int, out: Path, learning_rates: Mapping[tuple[str, str], float]) -
     )
 
 
-def full_size(p: SimpleNamespace, out: Path, learning_rates: Mapping[tuple[str, str], float]) -> pd.DataFrame:
-    """Train, test or predict at the `paper` profile as the parameters ask, record the scores, and return them.
-
-    At the `pocket` profile the table has one row, which states that nothing was run.
-    """
-    if p.profile == "pocket":
-        return pd.DataFrame({"full size": ["not run at the `pocket` profile"]})
-    found = setting(p, out, learning_rates)
-    model, history = recipe.train(found, p.method)
-    facts = {"data": found.title, "method": p.method, "steps": len(history)}
-    facts["trainable parameters"] = f"{sum(t.numel() for t in model.trained().values()):,}"
-    kind = p.prompt if p.method == "MetaSegNet" else ""
-    if p.task == "predict" and not p.dry_run:
-        whole = data.own(p.data_root, data.read_classes(p.data_root))
-        given = found.texts(p.method, whole.zones(), kind, whole.texts())
-        options = {"tile": p.tile, "overlap": p.overlap, "augmentation": p.augmentation, "hardware": found.hardware}
-        return pd.DataFrame(
-            [facts | {"maps written": len(recipe.predict(model, whole, given, out / "maps", **options))}]
-        )
-    counted = {name: recipe.matrix(found, model, p.method, name, kind) for name in found.tests}
-    if not p.dry_run:
-        recipe.record(out / "measured.csv", p, found, counted)
-    scores = {name: recipe.scores(found.tests[name], matrix) for name, matrix in counted.items()}
-    return pd.DataFrame([facts | {"test": n, "mIoU": s.miou, "mF1": s.mf1, "OA": s.oa} for n, s in scores.items()])
+def full_size(p: SimpleNamespace, out: Path) -> pd.DataFrame:
+    """What `recipe.run` returns at the `paper` profile; at the `pocket` profile one row, which states that nothing was
+    run."""
+    if p.profile == "paper":
+        return recipe.run(p, out)
+    return pd.DataFrame({"full size": ["not run at the `pocket` profile"]})
 
 
 # --- predictions of the live networks ---------------------------------------------------------------------------------
@@ -114,7 +127,7 @@ def scores(
     asked |= {f"MetaSegNet, {kind} prompt": ("MetaSegNet", kind) for kind in kinds}
     rows = []
     for label, (name, kind) in asked.items():
-        each = {t: metrics.scores(recipe.matrix(found, models[name], name, t, kind)) for t in found.tests}
+        each = {t: metrics.scores(matrix(found, models[name], name, t, kind)) for t in found.tests}
         row = {"network": label} | {f"mIoU, {t}": own.miou for t, own in each.items()}
         rows.append(row | dict(zip(landcover.CLASSES, each[test].iou.tolist(), strict=True)))
     return pd.DataFrame(rows)
@@ -200,10 +213,8 @@ def attended(model: MetaSegNet, test: landcover.Part, indices: Sequence[int]) ->
     """The words of a zone's text, and by stage the attention (n, h, w, L) of test images of that zone to them."""
     given = text(test.zones[indices[0]])
     words = model.text.words(given) if model.text is not None else []
-    trace: dict[str, dict[int, Tensor]] = {}
-    with torch.no_grad():
-        model.eval()(test.images[list(indices)], model.ids([given]), trace)
-    return words, {k: a[..., : len(words)].cpu() for k, a in trace["attention"].items()}
+    attention = figures.attention(model, test.images[list(indices)], [given])
+    return words, {k: a[..., : len(words)] for k, a in attention.items()}
 
 
 def attention_by_class(
@@ -221,8 +232,7 @@ def pooled(model: MetaSegNet) -> np.ndarray:
     """The mean state (zones, D) of each zone's description in a network's text encoder, code and name hidden."""
     encoder = model.text
     assert encoder is not None
-    unknown = "[UNK]" if isinstance(encoder, BertText) else "unknown"
-    ids = encoder.ids([headless(text(zone), unknown) for zone in landcover.ZONES])
+    ids = encoder.ids([headless(text(zone), encoder.unknown) for zone in landcover.ZONES])
     ids = ids.to(next(model.parameters()).device)
     mask = encoder.mask(ids)[..., None]
     with torch.no_grad():

@@ -77,7 +77,7 @@ def check(p: SimpleNamespace, out: Path, found: recipe.Setting, scores: Mapping[
         for name, (low, high) in EXPECTED.items():
             check_range(f"{name}, mA (%)", scores[name].totals["mA"], low, high)
     elif not p.dry_run:
-        recipe.measured(out / "measured.csv", recipe.row(p, scores[p.method], found.epochs))
+        recipe.RESULTS.measured(out / "measured.csv", recipe.row(p, scores[p.method], found.epochs))
 
 
 def short(names: Sequence[str], width: int = 26) -> list[str]:
@@ -97,7 +97,7 @@ def by_attribute(found: recipe.Setting, scores: Mapping[str, Scores], most: int 
 
 def test_images(p: SimpleNamespace, found: recipe.Setting) -> tuple[Tensor, Tensor]:
     """The test images (n, 3, H, W) that the maps are made of, and their labels (n, A)."""
-    return found.first("test", SHOWN[p.profile])
+    return found.examples("test", SHOWN[p.profile])
 
 
 def _parts(images: Tensor) -> Iterator[Tensor]:

@@ -28,6 +28,8 @@ from ...evaluation.claims import SYNTHETIC, check_range
 from ...models.sa2vp import SA2VP, recipe
 from ...models.sa2vp.recipe import Setting
 from ...ops.papers import paper
+from ...training.fit import History
+from ...training.recipe import run
 from ...viz import plots
 from ...viz.attention import Recorder, class_token_map, photograph_maps
 from .. import encoders
@@ -52,20 +54,29 @@ def setting(p: SimpleNamespace, out: Path, learning_rates: Mapping[tuple[str, st
         test=study.images(TASK, root, p.seed, "test"),
         classes=classes,
         input=backbones.input_of(encoders.build("pocket_vit", "random")),
+        hardware=study.OPTIONS["hardware"],
         learning_rates={method: learning_rates[TASK, method] for method in LIVE},
-        build=lambda method: study.build(method, len(classes), p.seed),
-        options=study.OPTIONS | {"seed": p.seed},
+        trainings={},
     )
+
+
+def train(p: SimpleNamespace, found: Setting, method: str) -> tuple[nn.Module, History]:
+    """A trained method and its history: of the synthetic task, or at the `paper` profile of the real data."""
+    if method in found.trainings:
+        return run(found.trainings[method], found.folder)
+    model = study.build(method, len(found.classes), p.seed)
+    options = study.OPTIONS | {"seed": p.seed, "name": method}
+    return model, study.fitted(model, found.train, found.learning_rates[method], **options)
 
 
 def samples(p: SimpleNamespace, out: Path, found: Setting, count: int = 6) -> tuple[Tensor, list[str]]:
     """Test images (n, 3, H, W) and titles: `count` of each synthetic task, or of the dataset of the `paper` profile."""
     if p.profile == "paper":
-        images, labels = recipe.first(found.test, 2 * count)
+        images, labels = recipe.items(found.test, 2 * count)
         return images, [found.classes[int(y)] for y in labels]
     shown, titles = [], []
     for task in study.TASKS:
-        images, labels = recipe.first(study.images(task, str(out / "data"), p.seed, "test"), count)
+        images, labels = recipe.items(study.images(task, str(out / "data"), p.seed, "test"), count)
         shown.append(images)
         titles += [f"{task}: {pocket.TASKS[task].classes[int(y)]}" for y in labels]
     return torch.cat(shown), titles
@@ -73,7 +84,7 @@ def samples(p: SimpleNamespace, out: Path, found: Setting, count: int = 6) -> tu
 
 def contrasting(found: Setting, count: int = 5) -> tuple[Tensor, list[str]]:
     """Test images (count, 3, H, W) of as many classes, those of the highest contrast, and their class names."""
-    images, labels = recipe.first(found.test, 64)
+    images, labels = recipe.items(found.test, 64)
     order = images.flatten(1).std(1).argsort(descending=True).tolist()
     best: dict[int, int] = {}
     for i in order:
@@ -90,14 +101,14 @@ def results(p: SimpleNamespace, out: Path, models: Mapping[str, nn.Module], foun
     """
     rows = []
     for name, model in models.items():
-        accuracy = recipe.accuracy(model, found.test, found.options["hardware"])
+        accuracy = recipe.accuracy(model, found.test, found.hardware)
         trained = sum(t.numel() for n, t in model.named_parameters() if t.requires_grad and "head" not in n)
         rows.append((name, accuracy, f"{found.learning_rates[name]:g}", trained))
         if p.profile == "pocket":
             check_range(f"{name}, accuracy (%)", accuracy, *EXPECTED[name])
         elif not p.dry_run:
             key = {"backbone": p.backbone, "method": recipe.label(p), "dataset": p.dataset, "seed": p.seed}
-            recipe.measured(out / "measured.csv", key | {"accuracy": accuracy})
+            recipe.RESULTS.measured(out / "measured.csv", key | {"accuracy": accuracy})
     columns = ["method", f"accuracy (%), seed {p.seed}", "learning rate", "trainable parameters without the head"]
     return pd.DataFrame(rows, columns=columns)
 
@@ -176,12 +187,10 @@ class Trace:
 
 def trace(model: SA2VP, images: Tensor, layers: Sequence[str] | None = None) -> Trace:
     """Run `images` (b, 3, H, W) through the model and record its attention maps; `layers` as `Recorder` takes them."""
-    found = Trace([])
-    hooks = [a.register_forward_hook(lambda _, args, F: found.fusion.append(model.scale * F)) for a in model.adapters]
     with Recorder(model, layers) as recorder, torch.no_grad():
-        found.tokens = model.forward_intermediates(images)
-    for hook in hooks:
-        hook.remove()
+        _, blocks = model.forward_intermediates(images)
+    found = Trace([(out["image"], out["prompt"]) for out in blocks])
+    found.fusion = [model.scale * out["fusion"] for out in blocks]
     own: dict[str, Tensor] = {}
     for name, attention in zip(recorder.names, recorder.maps, strict=True):
         if name == "cross":
@@ -290,7 +299,11 @@ def prompted(
     """
     if p.profile == "paper" and isinstance(ours := models.get("SA²VP"), SA2VP):
         print(f"The photographs go through {p.backbone}, with the prompts that this run trained: {found.title}.")
-        return _through(ours.backbone, photos.names, found.input), {"SA²VP": ours}, found.build("SA²VP").eval()
+        return (
+            _through(ours.backbone, photos.names, found.input),
+            {"SA²VP": ours},
+            found.trainings["SA²VP"].build().eval(),
+        )
     if p.profile == "paper":
         print("This run trained no SA²VP on a ViT: the photographs go through the encoder of the first figure.")
     before = {method: photo_prompts.build(method, photos.encoder, p.seed) for method in photo_prompts.METHODS}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,10 +15,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.ops import box_iou
 
-from ... import detectors
 from ...evaluation.claims import check_range
 from ...evaluation.metrics.detection import evaluate
-from ...models.sic_cads import MLR, recipe
+from ...models.sic_cads import detectors, predictions, recipe
 from ...ops.files import write_json
 from ...ops.recorded import recorded
 from ...training.fit import History
@@ -37,18 +37,20 @@ GROUPS = {  # of the bar charts: label -> task, metric
 }
 
 
-def setting(p: SimpleNamespace, out: Path, learning_rates: Mapping[tuple[str, str], float]) -> recipe.Setting:
+def setting(p: SimpleNamespace, out: Path, learning_rates: Mapping[tuple[str, str], float]) -> predictions.Setting:
     """The setting of the notebook's parameters."""
     if p.profile != "pocket":
         return recipe.setting(p, out)
     root, learning_rate = str(out / "data"), learning_rates[TASK, METHOD]
     synthetic.write(study_root(root, p.seed), p.seed)
 
-    def train(model: MLR, **changes: Any) -> History:
+    def train(**changes: Any) -> tuple[ablation.MLR, History]:
+        model = ablation.build(TASK, p.seed)
         data = ablation.training_data(model, *ablation.images_of(root, p.seed, "train"))
-        return ablation.train_model(model, data, learning_rate, p.seed, **changes)
+        history = ablation.train_model(model, data, learning_rate, p.seed, **changes)
+        return model.eval(), history
 
-    return recipe.Setting(
+    return predictions.Setting(
         title="synthetic scenes",
         test=ablation.images_of(root, p.seed, "test")[0],
         build=functools.partial(ablation.build, TASK, p.seed),
@@ -94,40 +96,37 @@ def clip() -> nn.Module:
     return encoders.clip()
 
 
-def recogniser(text: Tensor, novel: Tensor, teacher: nn.Module) -> MLR:
+def recogniser(text: Tensor, novel: Tensor, teacher: nn.Module) -> ablation.MLR:
     """The recogniser at toy scale for a vocabulary of one's own, see `MLR`."""
-    options: dict[str, Any] = {"channels": encoders.Stages.channels[1:], "width": ablation.WIDTH, "extra": False}
-    options |= {"image_input": ablation.INPUT, "teacher_input": ablation.INPUT, "freeze_norms": False}
-    options |= {"lambda_base": ablation.LAMBDA_BASE, "lambda_novel": ablation.LAMBDA_NOVEL}
-    return MLR(body(), text, novel, teacher=teacher, tau=ablation.TAU, distill=ablation.DISTILL, **options)
+    return ablation.MLR(body(), text, novel, ablation.SETTINGS, teacher=teacher)
 
 
 # --- the live run -----------------------------------------------------------------------------------------------------
 
 
-def meaningful(p: SimpleNamespace, history: History, found: recipe.Predictions) -> list[str]:
+def meaningful(p: SimpleNamespace, history: History, found: predictions.Predictions) -> list[str]:
     """The branches whose scores come from trained weights: without a training CLIP's own alone."""
     return [name for name in found.p if history or p.checkpoint or name == "visual+"]
 
 
-def scores(setting: recipe.Setting, found: recipe.Predictions, branches: Sequence[str]) -> pd.DataFrame:
+def scores(setting: predictions.Setting, found: predictions.Predictions, branches: Sequence[str]) -> pd.DataFrame:
     """mAP of the image-level scores alone, and AP50 of the detector refined by them, a row for each branch."""
     rows = []
     for name in ("", *branches):
-        boxes = recipe.ap50(setting, found, name, None if name else 0.0)
+        boxes = predictions.ap50(setting, found, name, None if name else 0.0)
         row: dict[str, Any] = {"image-level scores": name or "none: the detector alone"}
         if name:
-            alone = recipe.recognition(setting.test, found.p[name])
+            alone = predictions.recognition(setting.test, found.p[name])
             row |= {f"mAP {group}": alone[group] for group in ("novel", "base")}
         rows.append(row | {f"AP50 {group}": value for group, value in boxes.items()})
     columns = ["image-level scores", "mAP novel", "mAP base", "AP50 novel", "AP50 base", "AP50 all"]
     return pd.DataFrame(rows, columns=columns)
 
 
-def check(p: SimpleNamespace, out: Path, setting: recipe.Setting, found: recipe.Predictions) -> None:
+def check(p: SimpleNamespace, out: Path, setting: predictions.Setting, found: predictions.Predictions) -> None:
     """Check that the scores at toy scale are in their expected ranges; add those on real data to `out`/measured.csv."""
     if p.profile == "pocket":
-        alone, ours = recipe.ap50(setting, found, gamma=0.0), recipe.ap50(setting, found)
+        alone, ours = predictions.ap50(setting, found, gamma=0.0), predictions.ap50(setting, found)
         check_range("detector alone, AP50 novel (%)", alone["novel"], 35, 75)
         check_range("gain of AP50 novel (points)", ours["novel"] - alone["novel"], 4, 30)
         check_range("gain of AP50 base (points)", ours["base"] - alone["base"], -2, 5)
@@ -135,14 +134,15 @@ def check(p: SimpleNamespace, out: Path, setting: recipe.Setting, found: recipe.
         recipe.record(out / "measured.csv", p, setting, found)
 
 
-def most_refined(setting: recipe.Setting, found: recipe.Predictions, count: int) -> list[int]:
+def most_refined(setting: predictions.Setting, found: predictions.Predictions, count: int) -> list[int]:
     """The images where refinement corrects the class of most novel objects, less the objects that it spoils."""
     gain = []
     for index, boxes in enumerate(found.boxes[: len(found.probabilities)]):
         target = setting.test.target(index)
         best = box_iou(target.boxes, boxes).argmax(1)
         before, after = (
-            recipe.refined(setting, found, index, gamma=gamma)[best].argmax(1) == target.labels for gamma in (0.0, None)
+            predictions.refined(setting, found, index, gamma=gamma)[best].argmax(1) == target.labels
+            for gamma in (0.0, None)
         )
         gain.append(int((setting.novel[target.labels] & after & ~before).sum()) - int((before & ~after).sum()))
     best_first = np.argsort(-np.array(gain), kind="stable").tolist()
@@ -151,14 +151,14 @@ def most_refined(setting: recipe.Setting, found: recipe.Predictions, count: int)
 
 def measured(out: Path) -> dict[str, pd.DataFrame]:
     """The paper's tables of results by title, those in which something was measured on real data."""
-    tables = recipe.tables(out / "measured.csv")
+    tables = recipe.RESULTS.tables(recipe.RESULTS.measured(out / "measured.csv"))
     return {title: frame for title, frame in tables.items() if (frame["measured here"] != "not run").any()}
 
 
 # --- diagnostics ------------------------------------------------------------------------------------------------------
 
 
-def lookalikes(setting: recipe.Setting, found: recipe.Predictions) -> pd.DataFrame:
+def lookalikes(setting: predictions.Setting, found: predictions.Predictions) -> pd.DataFrame:
     """How novel objects are mistaken for the base class that they look like, a row for each look.
 
     The share of objects that the detector alone assigns to their own class and to the look-alike, and medians: how many
@@ -183,26 +183,45 @@ def lookalikes(setting: recipe.Setting, found: recipe.Predictions) -> pd.DataFra
     return groups.agg(kinds).reindex([look for look in synthetic.LOOKS if look in groups.groups]).reset_index()
 
 
-def above_threshold(setting: recipe.Setting, found: recipe.Predictions, most: int = 100) -> pd.DataFrame:
+def above_threshold(setting: predictions.Setting, found: predictions.Predictions, most: int = 100) -> pd.DataFrame:
     """The mean number of (box, class) scores of an image above the detectors' own and the released thresholds."""
     thresholds = (0.02, 0.05, 0.15, 0.2)
     table: dict[str, list] = {"threshold": [f"{low:g}" for low in thresholds]}
     for name, gamma in (("detector alone", 0.0), ("refined, gamma 0.5", 0.5)):
-        each = [recipe.refined(setting, found, i, gamma=gamma) for i in range(min(most, len(found.boxes)))]
+        each = [predictions.refined(setting, found, i, gamma=gamma) for i in range(min(most, len(found.boxes)))]
         table[name] = [float(np.mean([(matrix > low).sum() for matrix in each])) for low in thresholds]
     return pd.DataFrame(table)
 
 
-def finished_results(setting: recipe.Setting, found: recipe.Predictions) -> pd.DataFrame:
+def limits(results: Sequence[Mapping]) -> dict[str, float]:
+    """What was removed from the results and cannot be recovered by refinement.
+
+    Returns:
+        "lowest score": a threshold. "most rows an image": a top-k, when "images with that many" (%) is not small.
+        "boxes with one class" (%): at 100 the other classes of each box were dropped, so refinement can lower the score
+        of a box but not change its class.
+    """
+    counts = Counter(row["image_id"] for row in results)
+    boxes = Counter((row["image_id"], *map(float, row["bbox"])) for row in results)
+    most = max(counts.values())
+    return {
+        "lowest score": min(row["score"] for row in results),
+        "most rows an image": most,
+        "images with that many": 100 * float(np.mean([n == most for n in counts.values()])),
+        "boxes with one class": 100 * float(np.mean([n == 1 for n in boxes.values()])),
+    }
+
+
+def finished_results(setting: predictions.Setting, found: predictions.Predictions) -> pd.DataFrame:
     """What is missing from the detector's finished results, and AP50 when they are refined, next to the full matrix."""
-    finished = recipe.detections(setting, found, gamma=0.0)
+    finished = predictions.detections(setting, found, gamma=0.0)
     p = dict(zip(setting.test.image_ids, found.p[setting.branch], strict=True))
     rescaled = detectors.refine_results(finished, p, setting.test.categories, gamma=setting.gamma)
     facts: dict[str, float] = {}
-    facts |= detectors.limits(finished)
+    facts |= limits(finished)
     for what, given in (("as they are", finished), ("rescaled", rescaled)):
         facts[f"AP50 novel, {what}"] = evaluate(setting.test.truth, given, top=setting.top).mean(setting.test.novel)
-    facts["AP50 novel, full matrix"] = recipe.ap50(setting, found)["novel"]
+    facts["AP50 novel, full matrix"] = predictions.ap50(setting, found)["novel"]
     return pd.DataFrame(facts.items(), columns=["of the finished results", "value"])
 
 

@@ -21,13 +21,12 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as F
 
-from ...data.degradations import BLIND, Op, degrade, prompt
-from ...data.restoration import Sample
 from ...errors import BadParameter
 from ...evaluation.metrics.restoration import psnr, ssim
 from ...evaluation.tables import published_table
 from ...models.tip import model as tip
 from ...models.tip import recipe
+from ...models.tip.degradations import BLIND, Op, Sample, degrade, prompt
 from ...models.tip.pipeline import TIPPipeline
 from ...models.tip.recipe import Setting
 from ...training.fit import History
@@ -100,7 +99,7 @@ class Examples:
 
     Attributes:
         samples: images with their true prompts.
-        kinds: the prompts that are compared, of `data.restoration.texts`.
+        kinds: the prompts that are compared, of `degradations.texts`.
         semantic, restoration: the prompts of a grid of all combinations.
         walked: blurred and noisy images.
         denoise, deblur: restoration prompts with one number that grows.

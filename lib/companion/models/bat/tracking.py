@@ -1,0 +1,313 @@
+"""Tracking through a video: the test-time loop of the OSTrack family, on folders, video files or frames in memory.
+
+    track = follow(model, [video], [box])[0]                 one video, or several as one batch
+    run(model, sequences, "results/BAT")                     a benchmark: one text file per sequence; resumes
+    track("visible.mp4", "thermal.mp4", box, model)          your own pair of files or folders
+
+The first frame's box is given. In each next frame the tracker searches around the last box, in a crop of four times its
+width; the score map is weighted by a Hann window; the template is never updated (SparkTempest/BAT, lib/test/tracker).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import cv2
+import numpy as np
+import torch
+from torch import nn
+
+from ...data.tracking import box_from_crop, clip_box, crop, normalise, read_frame, read_results, write_results
+from ...errors import BadParameter, CorruptFile
+from ...ops.files import read_json, write_json
+from ...ops.progress import progress
+from ...training.checkpoints import checkpoint_key
+from ...training.fit import Hardware, evaluating
+from .ostrack import decode, hann
+
+TEMPLATE_FACTOR, SEARCH_FACTOR = 2.0, 4.0
+READERS = 8  # threads that read the next frames of several videos
+IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")
+
+
+class Video(Protocol):
+    """A video to track in: frames (H, W, 6) uint8, RGB and then the second stream, read in order."""
+
+    def __len__(self) -> int: ...
+
+    def frame(self, i: int) -> np.ndarray: ...
+
+
+class Track(NamedTuple):
+    """Boxes (n, 4) x, y, w, h in pixels, the first as given, and scores (n,): the windowed peaks, 1 at first."""
+
+    boxes: np.ndarray
+    scores: np.ndarray
+
+
+class Frames:
+    """Frames in memory as a `Video`."""
+
+    def __init__(self, frames: Sequence[np.ndarray]):
+        self.frames = frames
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def frame(self, i: int) -> np.ndarray:
+        """Frame `i`, (H, W, 6) uint8."""
+        return self.frames[i]
+
+
+class Folders:
+    """Two folders of images as a `Video`, paired in the order of the numbers in their names."""
+
+    def __init__(self, visible: str | Path, infrared: str | Path):
+        first, second = _images(visible), _images(infrared)
+        if not first:
+            raise BadParameter("visible", str(visible), f"a folder with images ({', '.join(IMAGES)})")
+        if len(first) != len(second):
+            accepted = f"a folder of {len(first)} images, as many as {visible} has; it has {len(second)}"
+            raise BadParameter("infrared", str(infrared), accepted)
+        self.pairs = list(zip(first, second, strict=True))
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def frame(self, i: int) -> np.ndarray:
+        """Frame `i`, (H, W, 6) uint8."""
+        return read_frame(*self.pairs[i])
+
+
+class Files:
+    """Two video files as a `Video`, decoded frame by frame, so frames are read in order."""
+
+    def __init__(self, visible: str | Path, infrared: str | Path):
+        self.paths = Path(visible), Path(infrared)
+        self._open = [cv2.VideoCapture(str(path)) for path in self.paths]
+        for path, capture in zip(self.paths, self._open, strict=True):
+            if not capture.isOpened():
+                raise CorruptFile(path, "not a video that OpenCV can decode")
+        # the container's count may be off by a few: the shorter stream ends the video
+        counts = [int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) for capture in self._open]
+        self.count = min(counts)
+        if 0 < self.count < 0.9 * max(counts):
+            names = " and ".join(f"{path} has {n}" for path, n in zip(self.paths, counts, strict=True))
+            raise CorruptFile(self.paths[counts.index(self.count)], f"it ends early: {names} frames")
+        if self.count < 1:
+            path = self.paths[counts.index(self.count)]
+            raise CorruptFile(path, "its container has no number of frames: convert it to another one")
+        self._next, self._last = 0, np.empty(0)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def frame(self, i: int) -> np.ndarray:
+        """Frame `i`, (H, W, 6) uint8: the last one that was read, or a later one."""
+        if i < self._next - 1:
+            raise BadParameter("frame", i, f"{self._next - 1} or later: a file is decoded forwards")
+        while self._next <= i:
+            parts = []
+            for path, capture in zip(self.paths, self._open, strict=True):
+                read, image = capture.read()
+                if not read:
+                    raise CorruptFile(path, f"frame {self._next} of {self.count} cannot be decoded")
+                parts.append(cv2.cvtColor(image, cv2.COLOR_BGR2RGB))
+            if parts[0].shape != parts[1].shape:
+                raise BadParameter("infrared", str(self.paths[1]), f"frames of {parts[0].shape[:2]} pixels, as RGB has")
+            self._last, self._next = np.concatenate(parts, 2), self._next + 1
+        return self._last
+
+
+def open_video(visible: str | Path, infrared: str | Path) -> Video:
+    """Two folders of images, or two video files, as one video.
+
+    Raises:
+        BadParameter: neither of them, one of each, or different numbers of frames.
+        CorruptFile: a file that cannot be decoded.
+    """
+    paths = Path(visible), Path(infrared)
+    for name, path in zip(("visible", "infrared"), paths, strict=True):
+        if not path.exists():
+            raise BadParameter(name, str(path), "a folder of images or a video file that exists")
+    if all(path.is_dir() for path in paths):
+        return Folders(*paths)
+    if any(path.is_dir() for path in paths):
+        raise BadParameter("infrared", str(infrared), "a folder when `visible` is one, a video file when it is one")
+    return Files(*paths)
+
+
+def follow(
+    model: nn.Module,
+    videos: Sequence[Video],
+    boxes: Sequence[Sequence[float]],
+    *,
+    window: bool = True,
+    hardware: Hardware = Hardware(),
+    name: str = "tracking",
+) -> list[Track]:
+    """Track one target through each video; frame by frame, the videos are one batch.
+
+    The tokens of a template are computed once per video.
+
+    Args:
+        model: `BAT`, or a baseline with the same `embed_template` and `locate`.
+        videos: of any lengths.
+        boxes: the target in the first frame of each, (x, y, w, h) in pixels.
+        window: weight the score map by a Hann window, as released.
+        hardware: accelerator and precision.
+        name: of the progress bar, which counts frames.
+
+    Raises:
+        BadParameter: a first box without area, outside the image, or not four finite numbers; not one box per video.
+        CorruptFile: a frame that cannot be read.
+    """
+    tracker = model.tracker
+    if len(videos) != len(boxes) or not videos:
+        raise BadParameter("boxes", f"{len(boxes)} for {len(videos)} videos", "a box for each of one or more videos")
+    found = [[_checked(box, video)] for video, box in zip(videos, boxes, strict=True)]
+    scores = [[1.0] for _ in videos]
+    # inference mode inside: a model moved within it could not be trained any more
+    with (
+        evaluating(hardware, model) as device,
+        torch.inference_mode(),
+        ThreadPoolExecutor(min(READERS, len(videos))) as readers,
+    ):
+        response = (hann(tracker.f) if window else torch.ones(1, 1, tracker.f, tracker.f)).to(device)
+
+        def batch(patches: list[np.ndarray]) -> torch.Tensor:
+            return normalise(torch.from_numpy(np.stack(patches)).movedim(-1, 1).contiguous().to(device))
+
+        templates = [
+            crop(video.frame(0), track[0], TEMPLATE_FACTOR, tracker.template)[0]
+            for video, track in zip(videos, found, strict=True)
+        ]
+        tokens = model.embed_template(batch(templates)).unflatten(0, (-1, len(videos)))
+
+        def read(t: int) -> dict[int, Future]:
+            return {i: readers.submit(video.frame, t) for i, video in enumerate(videos) if t < len(video)}
+
+        before: list[int] = []
+        ahead = read(1)
+        for t in progress(range(1, max(map(len, videos))), name):
+            active, frames = list(ahead), [frame.result() for frame in ahead.values()]
+            ahead = read(t + 1)  # while the network processes these
+            if active != before:
+                before, shown = active, tokens[:, active].flatten(0, 1)
+            crops = [crop(f, found[i][-1], SEARCH_FACTOR, tracker.search) for f, i in zip(frames, active, strict=True)]
+            output = model.locate(shown, batch([patch for patch, _ in crops]))
+            weighted = output.score.float() * response
+            decoded = decode(weighted, output.size.float(), output.offset.float())
+            # the host waits for the GPU here, once per frame
+            rows = torch.cat([decoded, weighted.flatten(1).amax(1, keepdim=True)], 1).cpu().double().numpy()
+            for i, image, (_, scale), row in zip(active, frames, crops, rows, strict=True):
+                there = box_from_crop(row[:4], found[i][-1], scale, tracker.search)
+                found[i].append(clip_box(there, *image.shape[:2]))
+                scores[i].append(float(row[4]))
+    return [Track(np.array(b, dtype=np.float64), np.array(s)) for b, s in zip(found, scores, strict=True)]
+
+
+def run(
+    model: nn.Module, sequences: Sequence, folder: str | Path, *, together: int = 1, **options: Any
+) -> dict[str, np.ndarray]:
+    """Track the sequences of a benchmark; write `folder`/<name>.txt in the toolkits' text format.
+
+    A sequence whose file is complete is not tracked again. `tracker.json` in the folder identifies the weights, so that
+    results of another model are not reused.
+
+    Args:
+        sequences: of `companion.data.tracking`; each starts from its first RGB box.
+        together: number of sequences in one batch, grouped by similar length.
+        options: of `follow`.
+
+    Returns:
+        Boxes (n, 4) by sequence.
+
+    Raises `BadParameter`: `folder` holds results of another model.
+    """
+    folder, facts = Path(folder), {"weights": fingerprint(model), "window": options.get("window", True)}
+    record = folder / "tracker.json"
+    if record.exists() and read_json(record) != facts:
+        raise BadParameter("folder", str(folder), "results of this model, or a new folder: these are another model's")
+    if not record.exists() and any(folder.glob("*.txt")):
+        raise BadParameter("folder", str(folder), "a new folder: it holds results without a tracker.json")
+    write_json(record, facts)
+    todo = [sequence for sequence in sequences if not _complete(folder, sequence)]
+    if together > 1:  # videos of similar length, so that none waits for the others
+        todo.sort(key=len)
+    for start in range(0, len(todo), together):
+        part = todo[start : start + together]
+        done = len(sequences) - len(todo) + start + len(part)
+        name = f"{part[0].name} ({done} of {len(sequences)})"
+        tracks = follow(model, part, [sequence.boxes[0] for sequence in part], name=name, **options)
+        for sequence, one in zip(part, tracks, strict=True):
+            write_results(folder / f"{sequence.name}.txt", one.boxes)
+    return read_results(folder, [sequence.name for sequence in sequences])
+
+
+def track(
+    visible: str | Path,
+    infrared: str | Path,
+    box: Sequence[float],
+    model: nn.Module,
+    out: str | Path | None = None,
+    **options: Any,
+) -> Track:
+    """Track the target `box` (x, y, w, h in the first frame) through your own video; write a result file `out`.
+
+    Args:
+        visible, infrared: two folders of images, or two video files, aligned in time and space.
+        options: of `follow`.
+
+    Raises `BadParameter`, `CorruptFile`: see `open_video` and `follow`.
+    """
+    found = follow(model, [open_video(visible, infrared)], [box], **options)[0]
+    if out is not None:
+        write_results(out, found.boxes)
+    return found
+
+
+def _images(folder: str | Path) -> list[Path]:
+    """Sorted by the numbers in their names: 9.png precedes 10.png."""
+    images = [path for path in Path(folder).iterdir() if path.suffix.lower() in IMAGES and path.name[0] != "."]
+    return sorted(images, key=lambda path: ([int(number) for number in re.findall(r"\d+", path.stem)], path.name))
+
+
+def _checked(box: Sequence[float], video: Video) -> np.ndarray:
+    height, width = video.frame(0).shape[:2]
+    name = f"box of {video.name}" if hasattr(video, "name") else "box"
+    try:
+        given = np.asarray(box, dtype=np.float64)
+    except (TypeError, ValueError):
+        given = np.empty(0)
+    accepted = f"x, y, w, h in pixels, w and h above 0, meeting the {width} x {height} image"
+    if given.shape != (4,) or not np.isfinite(given).all() or (given[2:] <= 0).any():
+        raise BadParameter(name, box, accepted)
+    x, y, w, h = given
+    if x >= width or y >= height or x + w <= 0 or y + h <= 0:
+        raise BadParameter(name, box, accepted)
+    return given
+
+
+def _complete(folder: Path, sequence: Any) -> bool:
+    path = folder / f"{sequence.name}.txt"
+    return path.exists() and path.read_bytes().count(b"\n") == len(sequence)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of a model's tensors and settings, because the RGB-only and thermal-only models have the same tensors."""
+    settings = {
+        name or "model": {
+            k: v for k, v in vars(module).items() if k[0] != "_" and isinstance(v, str | int | float | dict)
+        }
+        for name, module in model.named_modules()
+        if type(module).__module__ == type(model).__module__
+    }
+    for own in settings.values():
+        own.pop("training")
+        own.pop("grad_checkpointing", None)  # changes the memory, not the result
+    return checkpoint_key(kind=type(model).__name__, settings=settings, weights=model)

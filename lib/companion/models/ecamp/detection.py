@@ -1,0 +1,231 @@
+"""Detector on ECAMP's pre-trained ViT (section 5.4): YOLOv3's heads on a pyramid of three levels, loss and boxes.
+
+The encoder is frozen, and its last norm is left out; see `heads`.
+
+Shapes: B images of S x S pixels, D the ViT's width, g = S / patch, h cells on a side of a level: g / 2, g, 2 g.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+
+import torch
+from einops import rearrange
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models.resnet import Bottleneck
+from torchvision.ops import batched_nms
+
+from ..layers.heads import vit_sizes
+from ..layers.state_dicts import OfficialModel, check_names, load_official
+from . import official
+from .heads import COUNTERS, PatchMap
+
+# pixels at 416, three for each level, coarse to fine (YOLOv3's)
+ANCHORS = (((116, 90), (156, 198), (373, 326)), ((30, 61), (62, 45), (59, 119)), ((10, 13), (16, 30), (33, 23)))
+
+
+class Pyramid(nn.Module):
+    """A map (B, D, g, g) to three: (B, 2048, g/2, g/2), (B, 1024, g, g), (B, 512, 2g, 2g), coarse to fine.
+
+    Each ends in a residual bottleneck of C / e channels.
+    """
+
+    def __init__(self, width: int, e: int, channels: Sequence[int] = (2048, 1024, 512)):
+        super().__init__()
+        coarse, middle, fine = channels
+        self.inputs = nn.ModuleList(
+            [nn.Conv2d(width, coarse, 1, stride=2, bias=False), nn.Conv2d(width, middle, 1), nn.Conv2d(width, fine, 1)]
+        )
+        # torchvision's, whose inner width is a quarter at base_width 64
+        self.levels = nn.ModuleList(Bottleneck(c, c // 4, base_width=256 // e) for c in channels)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        coarse, middle, fine = (conv(x) for conv in self.inputs)
+        fine = F.interpolate(fine, scale_factor=2, mode="bilinear", align_corners=True)
+        return [level(y) for level, y in zip(self.levels, (coarse, middle, fine), strict=True)]
+
+
+def _conv(inputs: int, outputs: int, side: int) -> nn.Sequential:
+    conv = nn.Conv2d(inputs, outputs, side, padding=side // 2, bias=False)
+    return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(outputs), activation=nn.LeakyReLU(0.1)))
+
+
+class Branch(nn.Module):
+    """YOLOv3's head of one level: six convolutions, then (B, outputs, h, h), and what the next finer level receives."""
+
+    def __init__(self, inputs: int, width: int, outputs: int):
+        super().__init__()
+        narrow, wide = width // 4, width // 2
+        self.steps = nn.Sequential(
+            _conv(inputs, narrow, 1),
+            _conv(narrow, wide, 3),
+            _conv(wide, narrow, 1),
+            _conv(narrow, wide, 3),
+            _conv(wide, narrow, 1),
+        )
+        self.last, self.output = _conv(narrow, wide, 3), nn.Conv2d(wide, outputs, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        below = self.steps(x)  # (B, width / 4, h, h)
+        return self.output(self.last(below)), below
+
+
+class Detector(OfficialModel):
+    """Images (B, 3, S, S) to the raw outputs of three heads, coarse to fine, each (B, 3 (5 + classes), h, h).
+
+    Args:
+        encoder: `ECAMP.encoder`, or any ViT of timm; it is copied.
+        classes: of boxes.
+        expansion: e of the bottlenecks: 4 with all labels, 8 with 1 or 10 % of them.
+        channels: of the three levels; the heads' widths follow.
+        frozen: do not train the encoder, as released.
+    """
+
+    def __init__(
+        self,
+        encoder: VisionTransformer,
+        classes: int = 1,
+        expansion: int = 4,
+        channels: Sequence[int] = (2048, 1024, 512),
+        frozen: bool = True,
+    ):
+        super().__init__()
+        self.classes, self.size = classes, encoder.patch_embed.img_size[0]
+        self.map, self.pyramid = PatchMap(encoder, frozen), Pyramid(encoder.embed_dim, expansion, channels)
+        below = [0, channels[0] // 8, channels[1] // 8]  # channels from the coarser level
+        widths = list(zip(channels, below, strict=True))
+        self.branches = nn.ModuleList(Branch(width + more, width, 3 * (5 + classes)) for width, more in widths)
+        self.reductions = nn.ModuleList(_conv(2 * more, more, 1) for more in below[1:])
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        coarse, middle, fine = self.pyramid(self.map(images))
+        first, below = self.branches[0](coarse)
+        below = F.interpolate(self.reductions[0](below), scale_factor=2)
+        second, below = self.branches[1](torch.cat([below, middle], 1))
+        below = F.interpolate(self.reductions[1](below), scale_factor=2)
+        third, _ = self.branches[2](torch.cat([below, fine], 1))
+        return [first, second, third]
+
+    def anchors(self) -> Tensor:
+        """See `anchors`."""
+        return anchors(self.size)
+
+    def decode(self, outputs: Sequence[Tensor], confidence: float = 0.5, overlap: float = 0.5) -> list[Tensor]:
+        """The boxes (n, 7) of each image from the outputs of `forward`, see `suppress`."""
+        decoded = [yolo_decode(x, a, self.size) for x, a in zip(outputs, self.anchors(), strict=True)]
+        return suppress(torch.cat(decoded, 1), confidence, overlap)
+
+    def official_names(self) -> dict[str, str]:
+        """Our names -> the authors'."""
+        return official.names("detector", self.state_dict())
+
+    @classmethod
+    def from_official(cls, state: Mapping[str, Tensor], heads: int | None = None) -> Detector:
+        """The detector of a state dict of the authors, in eval mode.
+
+        Raises `BadCheckpoint`: names that are missing, unknown or of another shape, all of them listed.
+        """
+        start, layers = "backbone.encoder.", "backbone.layers."
+        reduced, logits = f"{layers}layer1.conv1.weight", "embedding0.conv_out.weight"
+        coarse, fine = f"{layers}downsample.weight", f"{layers}transpose1.weight"
+        check_names(state, {reduced, logits, coarse, fine}, "ECAMP's detector")
+        vit = vit_sizes({n.removeprefix(start): t for n, t in state.items() if n.startswith(start)}, heads)
+        inner, middle = state[reduced].shape[:2]
+        channels = (len(state[coarse]), middle, len(state[fine]))
+        encoder = VisionTransformer(**vit, num_classes=0)
+        model = cls(encoder, len(state[logits]) // 3 - 5, middle // inner, channels).eval()
+        load_official(model, state, model.official_names(), "ECAMP's detector", optional=COUNTERS)
+        return model
+
+
+def anchors(size: int) -> Tensor:
+    """(3 levels, 3, 2) widths and heights in pixels of an image of side `size`."""
+    return torch.tensor(ANCHORS, dtype=torch.float32) * size / 416
+
+
+def detection_loss(outputs: Sequence[Tensor], boxes: Tensor, size: int) -> Tensor:
+    """The sum over the heads, coarse to fine, of `yolo_loss`; boxes (B, T, 5) as there, for images of side `size`."""
+    return torch.stack([yolo_loss(x, boxes, a, size)[0] for x, a in zip(outputs, anchors(size), strict=True)]).sum()
+
+
+def _cells(head: Tensor, anchors: Tensor, size: int) -> tuple[Tensor, Tensor, float]:
+    """A head's output as (B, anchors, h, h, 5 + classes), its anchors in cells, and the side of a cell in pixels."""
+    cell = size / head.shape[-1]
+    return rearrange(head, "b (a k) y x -> b a y x k", a=len(anchors)), anchors.to(head.device) / cell, cell
+
+
+def yolo_loss(head: Tensor, boxes: Tensor, anchors: Tensor, size: int) -> tuple[Tensor, ...]:
+    """YOLOv3's loss of one head: total, x, y, w, h, confidence, class.
+
+        total = 2.5 (x + y + w + h) + confidence + class        all of them means over ALL cells, empty ones too
+
+    Every box is assigned to the best anchor of every head. Anchors with an IoU above 0.5 with a box have no objectness
+    loss. That IoU adds 1 to all extents, in cells, as released.
+
+    Args:
+        head: (B, 3 (5 + classes), h, h), raw.
+        boxes: (B, T, 5) class, centre and size as fractions of the image; rows of zeros are padding.
+        anchors: (3, 2) in pixels.
+        size: S.
+    """
+    p, anchors, _ = _cells(head, anchors, size)
+    cells = head.shape[-1]
+    mask, empty = torch.zeros_like(p[..., 0]), torch.ones_like(p[..., 0])
+    target = torch.zeros_like(p)
+    b, every = torch.arange(len(p), device=p.device), torch.arange(len(anchors), device=p.device)
+    for t in range(boxes.shape[1]):  # in order: of two boxes in one cell the later one counts
+        there = boxes[:, t].abs().sum(-1) > 0  # no mask as index, which would synchronise with a GPU
+        kind, centre, extent = boxes[:, t, 0].long(), boxes[:, t, 1:3] * cells, boxes[:, t, 3:] * cells
+        i, j = centre.long().clamp(max=cells - 1).unbind(1)
+        inter = (torch.minimum(extent[:, None], anchors) + 1).prod(-1)
+        iou = inter / ((extent[:, None] + 1).prod(-1) + (anchors + 1).prod(-1) - inter)
+        around, cell = (b[:, None], every, j[:, None], i[:, None]), (b, iou.argmax(1), j, i)
+        empty[around] = torch.where((iou > 0.5) & there[:, None], 0, empty[around])
+        mask[cell] = torch.where(there, 1, mask[cell])
+        box = target[cell]
+        box[:, :2] = (centre - torch.stack([i, j], 1)).to(box.dtype)
+        box[:, 2:4] = (extent / anchors[cell[1]]).log().to(box.dtype)
+        box[:, 5:] = F.one_hot(kind, p.shape[-1] - 5).to(box.dtype)
+        target[cell] = torch.where(there[:, None], box, target[cell])
+
+    def bce(n: slice | int) -> Tensor:
+        each = F.binary_cross_entropy_with_logits(p[..., n], target[..., n], reduction="none")
+        return (each * (mask if isinstance(n, int) else mask[..., None])).mean()
+
+    x, y = bce(0), bce(1)
+    w, h = (((p[..., n] - target[..., n]) * mask).square().mean() for n in (2, 3))
+    confidence = (F.softplus(-p[..., 4]) * mask).mean() + 0.5 * (F.softplus(p[..., 4]) * empty).mean()
+    kinds = bce(slice(5, None))
+    return 2.5 * (x + y + w + h) + confidence + kinds, x, y, w, h, confidence, kinds
+
+
+def yolo_decode(head: Tensor, anchors: Tensor, size: int) -> Tensor:
+    """Boxes (B, 3 h h, 5 + classes) of one head: centre and size in pixels, objectness, the classes' probabilities."""
+    p, anchors, cell = _cells(head, anchors, size)
+    position = torch.arange(head.shape[-1], device=head.device)
+    grid = torch.stack(torch.meshgrid(position, position, indexing="xy"), -1)  # (h, h, 2): x, y
+    centre = (p[..., :2].sigmoid() + grid) * cell
+    extent = p[..., 2:4].exp() * anchors[:, None, None] * cell
+    return torch.cat([centre, extent, p[..., 4:].sigmoid()], -1).flatten(1, 3)
+
+
+def suppress(decoded: Tensor, confidence: float = 0.5, overlap: float = 0.5) -> list[Tensor]:
+    """Non-maximum suppression, by class, of boxes (B, n, 5 + classes) with an objectness of at least `confidence`.
+
+    Returns:
+        For each image (m, 7), best first: x1, y1, x2, y2 in pixels, objectness, the class's probability, the class.
+        The IoU takes a box as one pixel wider and higher, as released.
+    """
+    found = []
+    for boxes in decoded:
+        boxes = boxes[boxes[:, 4] >= confidence]
+        half = boxes[:, 2:4] / 2
+        corners = torch.cat([boxes[:, :2] - half, boxes[:, :2] + half], 1)
+        share, kind = boxes[:, 5:].max(1)
+        keep = batched_nms(corners + corners.new_tensor([0, 0, 1, 1]), boxes[:, 4], kind, overlap)
+        rest = torch.stack([boxes[:, 4], share, kind.to(share.dtype)], 1)
+        found.append(torch.cat([corners, rest], 1)[keep])
+    return found

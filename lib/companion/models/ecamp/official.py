@@ -1,0 +1,72 @@
+"""The names of ECAMP's tensors in the authors' code, and the sizes that a state dict of theirs shows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...ops.papers import paper
+from ..layers.heads import vit_sizes
+from ..layers.state_dicts import check_names, depth, load_official, renamed
+
+WHAT = "ECAMP: the pre-training model, decoders and BERT included"
+BERT, HEAD = "bert_encoder.model.bert.", "bert_encoder.model.cls.predictions."
+
+
+def names(model: str, ours: Iterable[str]) -> dict[str, str]:
+    """Our tensor names -> the authors', by the patterns of paper.yaml; of "pre-training", "segmenter", "detector"."""
+    return renamed(ours, paper("ecamp")["official_names"][model])
+
+
+def as_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict with the names of the release; older files call the fusion layer `cross_attn_layer`.
+
+    transformers stores the bias of the word head under two names, and a counter `position_ids` in older releases.
+    """
+    state = {name.replace("cross_attn_layer", "context_fusion_layer"): tensor for name, tensor in state.items()}
+    bias = state.pop(f"{HEAD}bias", None)
+    if bias is not None:
+        state.setdefault(f"{HEAD}decoder.bias", bias)
+    state.pop(f"{BERT}embeddings.position_ids", None)
+    return state
+
+
+def with_both_biases(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict with the bias of the word head, if it has one, under both of its names."""
+    bias = f"{HEAD}decoder.bias"
+    return state | ({f"{HEAD}bias": state[bias]} if bias in state else {})
+
+
+def sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The sizes that the tensors show. Raises `BadCheckpoint`: tensors that show them are missing."""
+    words, positions = f"{BERT}embeddings.word_embeddings.weight", f"{BERT}embeddings.position_embeddings.weight"
+    wide = f"{BERT}context_fusion_layer.intermediate.dense.weight"
+    check_names(state, {"pos_embed", "decoder_pos_embed", words, positions, wide}, WHAT)
+    vit = vit_sizes(state)
+    return {
+        "image": vit["img_size"],
+        "patch": vit["patch_size"],
+        "width": vit["embed_dim"],
+        "depth": vit["depth"],
+        "decoder width": state["decoder_pos_embed"].shape[2],
+        "decoder depth": depth(state, "decoder_blocks."),
+        "text": {
+            "words": len(state[words]),
+            "length": len(state[positions]),
+            "width": state[words].shape[1],
+            "depth": depth(state, f"{BERT}encoder.layer."),
+            "hidden": len(state[wide]),
+            "pooler": f"{BERT}pooler.dense.weight" in state,
+        },
+    }
+
+
+def load_vit(vit: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
+    """Load the encoder of a state dict, under timm's names, into a ViT; other tensors, such as decoders, are not read.
+
+    Raises `BadCheckpoint`: tensors that are missing or of another shape.
+    """
+    names = {name: name for name in vit.state_dict()}
+    load_official(vit, {name: tensor for name, tensor in state.items() if name in names}, names, what)

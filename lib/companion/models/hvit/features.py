@@ -1,0 +1,201 @@
+"""Patch embeddings of whole slides, stored as HDF5, one file a slide: what the levels above the patch level train on.
+
+    extract("slide.tiff", model.embed_patches, "slide.h5", encoder=model.patch)    # resumes after a kill
+    store(p, patch_encoder("vit256_small_dino.pth"))                               # all slides of a data set
+
+`data.slides.Features` reads the files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+from torch import Tensor, nn
+
+from ...data import slides as data
+from ...errors import BadParameter, CompanionError
+from ...ops.files import atomic, read_json, write_json
+from ...ops.progress import progress
+from ...training.checkpoints import checkpoint_key
+from ...training.fit import Hardware, evaluating
+from . import official
+from .model import HViT, PatchEncoder, RegionEncoder, SlideTransformer
+from .slides import PANDA, Slide, Tiles, Tiling, tensor, tile
+
+READERS = 4  # threads that read regions ahead, each for one step
+
+
+@torch.inference_mode()
+def extract(
+    path: str | Path,
+    encode: Callable[[Tensor], Tensor],
+    out: str | Path,
+    *,
+    tiling: Tiling = PANDA,
+    encoder: nn.Module | None = None,
+    normalise: str = "unit",
+    batch: int = 1,
+    mpp: float | None = None,
+    mask: np.ndarray | None = None,
+    device: str | torch.device = "cpu",
+) -> Path:
+    """Features of a slide's regions, as HDF5: `features` (M, ...) float32, `coords` (M, 2), the settings as attributes.
+
+    Threads read the next regions while the current ones are encoded. Each step's features are written to a folder next
+    to `out` and merged at the end: a run killed at any moment resumes and gives the same file. A slide without tissue
+    gives a file without rows.
+
+    Args:
+        encode: regions (b, 3, R, R) to features (b, ...): for H-ViT, `embed_patches`, or `embed_regions` after it.
+        encoder: the module used by `encode`; a hash of its tensors and the numbers of attention heads distinguish the
+            features of two encoders.
+        batch: regions per step.
+        mpp, mask: see `Slide` and `tile`.
+
+    Raises:
+        BadParameter: `out` or its unfinished parts were made with other settings.
+        CorruptFile: the slide cannot be read.
+    """
+    if batch < 1:
+        raise BadParameter("batch", batch, "1 or more")
+    out, parts = Path(out), Path(f"{out}.parts")
+    with Slide(path, mpp) as slide:
+        tiles = tile(slide, tiling, mask)
+        settings = {
+            "slide": slide.path.name,
+            "size": list(slide.size),
+            "slide_mpp": slide.mpp,
+            "encoder": "" if encoder is None else checkpoint_key(encoder=encoder),
+            "heads": _heads(encoder),
+            "normalise": normalise,
+            "step": tiles.step,
+            "level": tiles.level,
+            "pixels": tiles.pixels,
+            "coords": hashlib.sha256(tiles.coords.tobytes()).hexdigest()[:16],
+            **dataclasses.asdict(tiling),
+        }
+        if out.is_file():
+            _same(settings, json.loads(data.read_features(out)["settings"]), out)
+            return out
+        plan = parts / "plan.json"
+        if plan.is_file():
+            _same(settings | {"batch": batch}, read_json(plan), parts)
+        else:
+            write_json(plan, settings | {"batch": batch})
+        starts = [i for i in range(0, len(tiles), batch) if not (parts / f"{i:06d}.safetensors").is_file()]
+
+        def pixels(start: int) -> np.ndarray:
+            return np.stack([slide.region(x, y, tiles) for x, y in tiles.coords[start : start + batch]])
+
+        threads = READERS if slide.backend == "openslide" else 1  # declared safe for several threads
+        with ThreadPoolExecutor(threads) as reader:
+            ahead = deque(reader.submit(pixels, start) for start in starts[:threads])
+            shown = progress(starts, slide.path.stem, -(-len(tiles) // batch), -(-len(tiles) // batch) - len(starts))
+            for i, start in enumerate(shown):
+                regions = ahead.popleft().result()
+                ahead += [reader.submit(pixels, following) for following in starts[i + threads : i + threads + 1]]
+                features = encode(tensor(regions, normalise, device)).float().cpu().numpy()
+                with atomic(parts / f"{start:06d}.safetensors") as temporary:
+                    save_file({"features": np.ascontiguousarray(features)}, temporary)
+    _assemble(out, parts, tiles, batch, settings)
+    shutil.rmtree(parts)
+    return out
+
+
+def _heads(encoder: nn.Module | None) -> list[int]:
+    """The attention heads of each block: no tensor depends on their number, so the encoder's hash does not either."""
+    return [] if encoder is None else [part.num_heads for part in encoder.modules() if hasattr(part, "num_heads")]
+
+
+def _same(settings: dict, written: dict, where: Path) -> None:
+    # files of earlier versions lack these
+    written = {"jpeg": False, "heads": settings["heads"], "slide_mpp": settings["slide_mpp"]} | written
+    for key, value in settings.items():
+        if written.get(key) != value:
+            raise BadParameter(key, value, f"{written.get(key)!r}, as in {where}; delete that to start from scratch")
+
+
+def _assemble(out: Path, parts: Path, tiles: Tiles, batch: int, settings: dict) -> None:
+    import h5py  # imported here: an extra
+
+    with atomic(out) as temporary, h5py.File(temporary, "w") as file:
+        file.create_dataset("coords", data=tiles.coords)
+        file.create_dataset("shares", data=tiles.shares)
+        file.attrs["settings"] = json.dumps(settings)
+        if not len(tiles):
+            file.create_dataset("features", shape=(0,), dtype="float32")
+        for start in range(0, len(tiles), batch):
+            features = load_file(parts / f"{start:06d}.safetensors")["features"]
+            if not start:
+                shape = (len(tiles), *features.shape[1:])
+                file.create_dataset("features", shape=shape, dtype="float32", chunks=(1, *features.shape[1:]))
+            file["features"][start : start + len(features)] = features
+
+
+def stored_in(features: str, data_root: str) -> Path:
+    """The folder of the stored patch embeddings: `features`, else the usual one."""
+    return Path(features or Path(data_root) / "features")
+
+
+def patch_encoder(weights: str | Path, heads: int | None = None) -> PatchEncoder:
+    """The frozen patch level of a file of HIPT's or the authors', or of a file of several levels, "patch." first.
+
+    Args:
+        heads: attention heads; by default one for each 64 channels.
+    """
+    state = official.read_checkpoint(weights)
+    return PatchEncoder.from_official(official.part(state, "patch.", "vit_patch.") or state, heads)
+
+
+def store(
+    p: SimpleNamespace,
+    patch: PatchEncoder,
+    part: tuple[int, int] = (0, 1),
+    batch: int = 1,
+    tiling: Tiling = PANDA,
+    mpp: float | None = None,
+) -> Iterator[tuple[str, Path | CompanionError]]:
+    """Patch embeddings of the slides of `dataset`, as the paper profile reads them; a killed run is resumed.
+
+    Args:
+        p: `dataset`, `data_root`, `features`, `region`, `normalise` and `accelerator` of the notebook's parameters.
+        patch: see `patch_encoder`.
+        part: (i, n): every n-th slide from the i-th on, so that n jobs do them all.
+        batch: regions a step.
+        tiling: how regions are found; its size of a region is `p.region`.
+        mpp: microns per pixel of level 0, where the slides do not state it, or are wrong.
+
+    Yields:
+        The name of each slide as it is done, and its file, or the error: one slide that cannot be read does not stop
+        the others.
+    """
+    i, n = part
+    if not 0 <= i < n:
+        raise BadParameter("part", f"{i}/{n}", "i/n, i from 0 to n - 1")
+    if p.region % patch.image:
+        raise BadParameter("region", p.region, f"a multiple of the {patch.image} pixels of a patch")
+    if p.dataset == "folder":
+        named = list(data.unlabelled(p.data_root).items())
+    else:
+        named = [(item.name, item.path) for item in data.load(p.dataset, p.data_root)]
+    # `embed_patches` belongs to the whole model; the levels above are not run
+    whole = HViT(SlideTransformer(192), RegionEncoder(p.region // patch.image, patch.dim), patch)
+    options = {"tiling": dataclasses.replace(tiling, region=p.region), "encoder": patch, "normalise": p.normalise}
+    with evaluating(Hardware(p.accelerator), whole) as device:
+        for name, path in named[i::n]:
+            target = stored_in(p.features, p.data_root) / f"{name}.h5"
+            try:
+                yield name, extract(path, whole.embed_patches, target, device=device, batch=batch, mpp=mpp, **options)
+            except CompanionError as error:
+                yield name, error

@@ -1,0 +1,89 @@
+"""H-ViT's checkpoints: tensors under the authors' names, sizes read from them, and the weights of timm's ViTs."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from ...backbones import read_state
+from ...errors import BadParameter
+from ...ops import unpickle
+from ..layers.state_dicts import check_names, depth
+
+# our names to the authors'
+NAMES = (
+    (r"^(patch|region)\.", r"vit_\1."),
+    (r"^slide\.(phi|rho)\.", r"global_\1."),
+    (r"^slide\.transformer\.", "global_transformer."),
+    (r"^slide\.pool\.content\.", "global_attn_pool.attention_a.0."),
+    (r"^slide\.pool\.gate\.", "global_attn_pool.attention_b.0."),
+    (r"^slide\.pool\.score\.", "global_attn_pool.attention_c."),
+    (r"^slide\.classifier\.", "classifier."),
+    (r"^slide\.thresholds$", "b"),
+    (r"^slide\.position\.embedder\.", "pos_encoder.embedder."),
+)
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of HIPT's or the authors' file without the prefixes of wrappers; of a DINO checkpoint, the teacher.
+
+    Raises `CorruptFile` for a file that cannot be read.
+    """
+    saved = None if Path(path).suffix == ".safetensors" else unpickle.load_torch(path)
+    teacher = saved.get("teacher") if isinstance(saved, dict) else None
+    state = teacher if isinstance(teacher, dict) else read_state(path)
+    return {re.sub(r"^(module\.)?(backbone\.)?", "", name): value for name, value in state.items()}
+
+
+def part(state: Mapping[str, Tensor], *prefixes: str) -> dict[str, Tensor]:
+    """The tensors whose names start with one of the prefixes, without it."""
+    return {name.removeprefix(p): value for name, value in state.items() for p in prefixes if name.startswith(p)}
+
+
+def encoder_sizes(state: Mapping[str, Tensor], first: str, heads: int | None = None) -> dict[str, Any]:
+    """The sizes of an encoder, as arguments of its class.
+
+    Args:
+        first: the name of its first layer's weight, of the patch or of the region level.
+        heads: None: one for 64 channels at the patch level, 32 at the region level.
+
+    Raises `BadCheckpoint`: a state dict without such an encoder.
+    """
+    check_names(state, [first, "pos_embed", "cls_token", "blocks.0.mlp.fc1.weight"], "an encoder of H-ViT")
+    side, dim = math.isqrt(state["pos_embed"].shape[1] - 1), state["cls_token"].shape[-1]
+    if first == "phi.0.weight":
+        own, width = {"inputs": state[first].shape[1]}, 32
+    else:  # a position embedding of 14 x 14 is made for patches of 16 x 16 tokens, see LARGEST_CROP
+        token, width = state[first].shape[-1], 64
+        own = {"image": math.ceil(side / 0.875) * token, "token": token}
+    mlp_ratio, count = len(state["blocks.0.mlp.fc1.weight"]) / dim, max(dim // width, 1) if heads is None else heads
+    return {**own, "side": side, "dim": dim, "depth": depth(state, "blocks."), "heads": count, "mlp_ratio": mlp_ratio}
+
+
+def timm_encoder(vit: VisionTransformer) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The arguments of a `PatchEncoder` that gives the outputs of a timm ViT, and its tensors.
+
+    LayerScale, which H-ViT's blocks lack, multiplies the output of a linear layer: it is folded into that layer.
+
+    Raises `BadParameter`: a ViT with register tokens, without a [CLS] token, or for images that are not square.
+    """
+    side, columns = vit.patch_embed.grid_size
+    token = vit.patch_embed.patch_size[0]
+    if vit.num_prefix_tokens != 1 or columns != side:
+        made = f"{vit.num_prefix_tokens} prefix tokens, grid {(side, columns)}"
+        raise BadParameter("vit", made, "one [CLS] token and a square grid of patches")
+    state = {name: value for name, value in vit.state_dict().items() if ".ls" not in name and "head." not in name}
+    for i, block in enumerate(vit.blocks):
+        for layer, scale in (("attn.proj", block.ls1), ("mlp.fc2", block.ls2)):
+            gamma = getattr(scale, "gamma", torch.ones(vit.embed_dim)).detach()
+            state[f"blocks.{i}.{layer}.weight"] = gamma[:, None] * state[f"blocks.{i}.{layer}.weight"]
+            state[f"blocks.{i}.{layer}.bias"] = gamma * state[f"blocks.{i}.{layer}.bias"]
+    sizes = encoder_sizes(state, "patch_embed.proj.weight", vit.blocks[0].attn.num_heads)
+    return sizes | {"image": side * token}, state

@@ -1,0 +1,109 @@
+"""The pre-training of H-ViT's two lower levels without labels: DINO's recipe (Caron et al., ICCV 2021).
+
+    patch, _ = pretrain(PatchEncoder(), images, dino.ImageViews())
+    region, _ = pretrain(RegionEncoder(), grids, dino.GridViews(8))    # grids of patch embeddings
+
+Both levels are trained alike; only the crops differ. Written from computationalpathologygroup/hvit at 444bb72 and
+facebookresearch/dino at 7c446df.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from ...errors import BadParameter
+from ...training.callbacks import ClipNorm
+from ...training.fit import AUTO, Batch, Hardware, History
+from ...training.recipe import Training, run
+from ...training.schedules import adamw
+from ..layers.dino import FreezeLastLayer, SelfDistillation, WeightDecay, cosine
+
+
+@dataclass(frozen=True)
+class Settings:
+    """DINO's settings, by default the released ones.
+
+    Attributes:
+        epochs, batch: passes, and images per step; the last partial batch is dropped.
+        lr: by default 5e-4 for each 256 images of a batch. Warmed up over `warmup` epochs, then a cosine to 1e-6.
+        weight_decay: at the start and the end of a cosine; vectors and biases do not decay.
+        momentum: of the teacher, rising to 1 by a cosine.
+        clip: maximum norm of each tensor's gradient.
+        frozen_epochs: epochs with a fixed last layer of the head.
+        outputs, hidden, bottleneck: sizes of the head.
+    """
+
+    epochs: int = 100
+    batch: int = 128
+    lr: float | None = None
+    warmup: int = 10
+    weight_decay: tuple[float, float] = (0.04, 0.4)
+    momentum: float = 0.996
+    clip: float = 3.0
+    frozen_epochs: int = 1
+    outputs: int = 65_536
+    hidden: int = 2048
+    bottleneck: int = 256
+
+
+def pretrain(
+    encoder: nn.Module,
+    images: Tensor,
+    views: Callable[[Tensor], list[Tensor]],
+    *,
+    seed: int = 0,
+    out: Path | None = None,
+    hardware: Hardware = AUTO,
+    name: str = "DINO",
+    **settings: Any,
+) -> tuple[nn.Module, History]:
+    """Train a copy of `encoder` by DINO; return the teacher's encoder, in eval mode on the CPU, and the history.
+
+    Args:
+        encoder: the student, see `SelfDistillation`, with stochastic depth as it was built.
+        images: (N, 3, H, W) uint8 or float in [0, 1], or (N, D, n, n) grids of patch embeddings.
+        views: from a batch of them to crops, the two large ones first.
+        out: folder of the run, see `training.recipe.run`; None: nothing is written.
+        settings: those of `Settings` that differ.
+
+    Raises `BadParameter`: an encoder without a parameter that requires a gradient.
+    """
+    if not any(p.requires_grad for p in encoder.parameters()):
+        raise BadParameter("encoder", "a frozen one", "one with parameters that require a gradient")
+    s = Settings(**settings)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = SelfDistillation(encoder, s.outputs, s.hidden, s.bottleneck)
+
+    def loss(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        return model(views(batch[0].float() / 255 if batch[0].dtype == torch.uint8 else batch[0]))
+
+    options = {
+        "epochs": s.epochs,
+        "batch": s.batch,
+        "optimizer": adamw(5e-4 * s.batch / 256 if s.lr is None else s.lr, s.weight_decay[0]),
+        "schedule": lambda base, steps, per_epoch: cosine(base, 1e-6, s.epochs, per_epoch, s.warmup),
+        "callbacks": [
+            WeightDecay(*s.weight_decay),
+            FreezeLastLayer(model.student["head"], s.frozen_epochs),
+            ClipNorm(s.clip, per_tensor=True),
+            model.ema(s.epochs * (len(images) // max(s.batch, 1)), s.momentum),
+        ],
+        "seed": seed,
+        "hardware": hardware,
+    }
+    facts = {"images": images, "views": type(views).__name__}
+    training = Training(name, lambda: model, loss, lambda: TensorDataset(images), options, facts, _teacher)
+    _, history = run(training, out)
+    return model.export(), history
+
+
+def _teacher(model: SelfDistillation) -> dict[str, Tensor]:
+    return model.export().state_dict()

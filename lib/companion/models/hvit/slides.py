@@ -1,0 +1,467 @@
+"""Whole slides: image pyramids, tissue detection, regions at given microns per pixel.
+
+    with Slide("slide.tiff") as slide:
+        tiles = tile(slide, PANDA)                       # regions with tissue, in the order of their file names
+        region = slide.region(*tiles.coords[0], tiles)   # uint8 (2048, 2048, 3)
+
+Slides are read by openslide, or by tiffslide where openslide is not installed or refuses a file. Both and OpenCV come
+with the extra `slides`. Tiling follows HS2P at f51b276, which H-ViT's authors use: the same tissue, the same regions.
+Memory holds a thumbnail and one region, for slides of any size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import io
+import itertools
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ...errors import BadParameter, CompanionError, CorruptFile, check_choice
+from ...ops.files import atomic
+
+BACKENDS = ("openslide", "tiffslide")
+NORMALISATIONS = {
+    "unit": (0.0, 1.0),  # only scaled to [0, 1], as in the authors' extraction of PANDA
+    "half": (0.5, 0.5),  # HIPT's
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+EXTRA = "pip install -e '.[slides]'"
+LARGEST_THUMBNAIL = 64_000_000  # pixels; a level with more is reduced band by band
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+class Slide:
+    """A slide's pyramid, read in rectangles. Pixels outside the slide, or not scanned, are white.
+
+    Args:
+        path: a file of any format that openslide or tiffslide reads.
+        mpp: microns per pixel of level 0; overrides the file's value or supplies a missing one.
+        backend: one of `BACKENDS`; "auto" uses the first that is installed and opens the file.
+
+    Raises:
+        CorruptFile: missing, truncated, or of an unsupported format.
+        CompanionError: neither library is installed.
+    """
+
+    def __init__(self, path: str | Path, mpp: float | None = None, backend: str = "auto"):
+        check_choice("backend", backend, ("auto", *BACKENDS))
+        if mpp is not None and not 0 < mpp < math.inf:  # NaN too
+            raise BadParameter("mpp", mpp, "microns per pixel, more than 0")
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise CorruptFile(self.path, "there is no such file")
+        installed = [b for b in BACKENDS if backend in ("auto", b) and importlib.util.find_spec(b)]
+        if not installed:
+            raise CompanionError(f"slides are read by openslide or tiffslide, which are not installed: {EXTRA}")
+        reasons = []
+        for name in installed:
+            try:
+                self._slide = _open(name, self.path)
+                break
+            except Exception as error:  # each library has its own errors, and damaged files raise others
+                reasons.append(f"{name}: {error}")
+        else:
+            raise CorruptFile(self.path, "; ".join(reasons))
+        self.backend = name
+        self.size: tuple[int, int] = tuple(self._slide.dimensions)
+        self.levels: list[tuple[int, int]] = [tuple(size) for size in self._slide.level_dimensions]
+        self.downsamples: list[float] = [float(d) for d in self._slide.level_downsamples]
+        self._mpp = mpp
+
+    def __enter__(self) -> Slide:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._slide.close()
+
+    @property
+    def mpp(self) -> float:
+        """Microns per pixel of level 0, the mean of both axes. Raises `BadParameter` when it is unknown."""
+        if self._mpp is not None:
+            return self._mpp
+        said = [self._slide.properties.get(f"{prefix}.mpp-{axis}") for prefix in BACKENDS[::-1] for axis in "xy"]
+        values = [float(value) for value in said if value is not None and float(value) > 0]
+        if not values:
+            accepted = f"the microns per pixel of level 0 (`companion slides --mpp`): {self.path} does not contain them"
+            raise BadParameter("mpp", None, accepted)
+        return sum(values) / len(values)
+
+    def level(self, downsample: float) -> int:
+        """The level whose downsample is nearest to `downsample`."""
+        return int(np.abs(np.array(self.downsamples) - downsample).argmin())
+
+    def read(self, x: int, y: int, level: int, width: int, height: int) -> np.ndarray:
+        """A rectangle of a level, its corner (x, y) in pixels of level 0: uint8 (height, width, 3).
+
+        Raises `CorruptFile` when the file is damaged there.
+        """
+        out = np.full((height, width, 3), 255, np.uint8)
+        scale, (wide, high) = self.downsamples[level], self.levels[level]
+        left, top = int(x / scale), int(y / scale)
+        x0, y0, x1, y1 = max(left, 0), max(top, 0), min(left + width, wide), min(top + height, high)
+        if x0 >= x1 or y0 >= y1:
+            return out
+        corner = (x if left >= 0 else 0, y if top >= 0 else 0)
+        try:
+            image = self._slide.read_region(corner, level, (x1 - x0, y1 - y0))
+            pixels = np.asarray(image)
+        except Exception as error:  # as above
+            raise CorruptFile(self.path, f"level {level} at ({x}, {y}): {error}") from error
+        if pixels.shape[-1] == 4 and pixels[..., 3].min() < 255:  # not scanned: transparent
+            alpha = pixels[..., 3:].astype(np.uint16)
+            pixels = (pixels[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255
+        elif pixels.shape[-1] == 4:
+            cv2 = _opencv()
+            pixels = cv2.cvtColor(pixels, cv2.COLOR_RGBA2RGB)  # a tenth of the time of a slice
+        out[y0 - top : y1 - top, x0 - left : x1 - left] = pixels[..., :3]
+        return out
+
+    def region(self, x: int, y: int, tiles: Tiles) -> np.ndarray:
+        """The region of `tiles` with its corner at (x, y): uint8 (region, region, 3)."""
+        pixels = self.read(int(x), int(y), tiles.level, tiles.pixels, tiles.pixels)
+        if tiles.pixels != tiles.region:
+            size = (tiles.region, tiles.region)
+            pixels = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR))
+        return as_jpeg(pixels) if tiles.jpeg else pixels
+
+    def thumbnail(self, downsample: float) -> tuple[np.ndarray, float]:
+        """The level nearest to `downsample`, whole, and its downsample.
+
+        A level of more than `LARGEST_THUMBNAIL` pixels, in a file without smaller ones, is reduced by an integer
+        factor, band by band.
+        """
+        level = self.level(downsample)
+        (wide, high), scale = self.levels[level], self.downsamples[level]
+        if wide * high <= LARGEST_THUMBNAIL:
+            return self.read(0, 0, level, wide, high), scale
+        factor = max(int(downsample / scale), int(np.ceil((wide * high / LARGEST_THUMBNAIL) ** 0.5)), 2)
+        bands = []
+        for top in range(0, high, factor * 16):
+            height = min(factor * 16, high - top)
+            bands.append(reduce(self.read(0, int(top * scale), level, wide, height), factor))
+        return np.concatenate(bands), scale * factor
+
+
+def as_jpeg(pixels: np.ndarray) -> np.ndarray:
+    """An image uint8 (h, w, 3) after JPEG compression at PIL's default quality."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG")
+    return np.asarray(Image.open(buffer))
+
+
+def _open(backend: str, path: Path) -> Any:
+    if backend == "openslide":
+        import openslide  # imported here: an extra
+
+        return openslide.OpenSlide(path)
+    import tiffslide  # imported here: an extra
+
+    return tiffslide.TiffSlide(path)
+
+
+def reduce(pixels: np.ndarray, factor: int) -> np.ndarray:
+    """The mean of each square of factor x factor pixels of (h, w, 3), uint8; at an edge, of the existing pixels."""
+    wide = np.arange(0, pixels.shape[1], factor)
+    columns = np.diff(wide, append=pixels.shape[1])[:, None]
+    rows = []
+    for top in range(0, len(pixels), factor):
+        band = pixels[top : top + factor]
+        total = np.add.reduceat(band.sum(0, dtype=np.uint32), wide, axis=0)
+        count = columns * len(band)
+        rows.append(((total + count // 2) // count).astype(np.uint8))
+    return np.stack(rows)
+
+
+# --- tissue and tiles -------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """Settings of the tiling. The defaults are HS2P's; `PANDA` has the authors' for that set.
+
+    Attributes:
+        region: side of a region in pixels at `mpp`.
+        mpp: requested microns per pixel. The nearest level is read unchanged (0.45 remains 0.45), or resampled to `mpp`
+            with `resample`.
+        tolerance: maximum relative difference of the nearest level from `mpp` without resampling.
+        downsample: of the level in which tissue is detected.
+        saturation, otsu: threshold on the saturation (0 to 255), or Otsu's threshold instead.
+        median, close: sizes in pixels of the median blur before it and of the closing after it.
+        area, hole_area: least area of tissue, and of a hole, in patches of 256 px at the level that is read.
+        drop_holes: exclude holes from the tissue, at most `holes` per contour. The released code intends this but draws
+            them at the coordinates of another level.
+        least: minimum share of tissue in a region.
+        padding: keep regions that extend beyond the slide.
+        jpeg: compress each region as JPEG before it is encoded: HS2P writes regions to disk at PIL's default quality
+            (its `source/utils.py`, line 193), and H-ViT's authors encode those files.
+    """
+
+    region: int = 2048
+    mpp: float = 0.5
+    resample: bool = False
+    tolerance: float = 0.25
+    downsample: float = 64
+    saturation: int = 8
+    otsu: bool = False
+    median: int = 7
+    close: int = 4
+    area: float = 16
+    hole_area: float = 4
+    holes: int = 8
+    drop_holes: bool = False
+    least: float = 0.1
+    padding: bool = True
+    jpeg: bool = False
+
+    def __post_init__(self):
+        if self.region < 1 or self.mpp <= 0 or self.downsample < 1:
+            raise BadParameter("region, mpp, downsample", (self.region, self.mpp, self.downsample), "positive numbers")
+        if self.median % 2 == 0:
+            raise BadParameter("median", self.median, "an odd number")
+        if not 0 <= self.least <= 1:
+            raise BadParameter("least", self.least, "0 to 1")
+
+
+PANDA = Tiling(downsample=16, otsu=True, close=10, area=4, hole_area=2, jpeg=True)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tiles:
+    """The regions of a slide with tissue, in the order of their file names x_y, which all arrays share.
+
+    Attributes:
+        coords: (M, 2) int64, x and y of the upper left corners in pixels of level 0.
+        shares: (M,) share of tissue, to 3 decimals.
+        contours: (M,) the piece of tissue of each region.
+        step: side of a region in pixels of level 0.
+        level, pixels: the level that is read, and the side in its pixels.
+        region: the side after resampling.
+        jpeg: as in `Tiling`.
+    """
+
+    coords: np.ndarray
+    shares: np.ndarray
+    contours: np.ndarray
+    step: int
+    level: int
+    pixels: int
+    region: int
+    jpeg: bool = False
+
+    def __len__(self) -> int:
+        return len(self.coords)
+
+
+def tissue_mask(rgb: np.ndarray, tiling: Tiling) -> np.ndarray:
+    """Tissue mask of a thumbnail uint8 (h, w, 3): uint8 (h, w), 0 or 255."""
+    cv2 = _opencv()
+    saturation = cv2.medianBlur(cv2.cvtColor(np.ascontiguousarray(rgb), cv2.COLOR_RGB2HSV)[..., 1], tiling.median)
+    kind = cv2.THRESH_BINARY + (cv2.THRESH_OTSU if tiling.otsu else 0)
+    _, mask = cv2.threshold(saturation, 0 if tiling.otsu else tiling.saturation, 255, kind)
+    return cv2.morphologyEx(mask, cv2.MORPH_CLOSE, np.ones((tiling.close, tiling.close), np.uint8))
+
+
+def axis_factors(size: tuple[int, int], mask: np.ndarray) -> tuple[float, float]:
+    """Level-0 pixels per pixel of a mask (h, w) that covers a slide of `size` (width, height): along x, along y."""
+    return size[0] / mask.shape[1], size[1] / mask.shape[0]
+
+
+def find_tiles(
+    mask: np.ndarray,
+    downsample: float | tuple[float, float],
+    size: tuple[int, int],
+    step: int,
+    tiling: Tiling,
+    unit: float,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Regions with tissue, in the order found: coordinates (M, 2), shares and contours (M,).
+
+    Each piece of tissue has its own grid, which starts at the upper left of its bounding box, columns first; two grids
+    may overlap. As in HS2P, contours are scaled to level 0 and back with truncation: where a side of the slide is not a
+    multiple of the mask's downsample, a piece loses a row or a column of the mask.
+
+    Args:
+        mask: uint8 (h, w), see `tissue_mask`.
+        downsample: level-0 pixels per pixel of the mask, for both axes or (x, y).
+        size: (width, height) of the slide.
+        step: side of a region in pixels of level 0.
+        unit: side in level-0 pixels of the patch that is the unit of areas.
+    """
+    cv2 = _opencv()
+    contours, hierarchy = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    across, down = (downsample, downsample) if isinstance(downsample, int | float) else downsample
+    reference = int(unit**2 / (across * down))
+    found, piece = [], 0
+    side = max(int(step / across), 1)
+    parents = [] if hierarchy is None else hierarchy[0][:, 3].tolist()
+    inner: dict[int, list[np.ndarray]] = {}  # -1 means none: a contour with a parent is a hole in it
+    for contour, parent in zip(contours, parents, strict=True):
+        inner.setdefault(parent, []).append(contour)
+    for i, (contour, parent) in enumerate(zip(contours, parents, strict=True)):
+        if parent != -1:
+            continue
+        holes = inner.get(i, [])
+        areas = [cv2.contourArea(hole) for hole in holes]
+        if cv2.contourArea(contour) - sum(areas) <= tiling.area * reference:
+            continue
+        outline = (contour * (across, down)).astype(np.int32)  # at level 0
+        inside = np.zeros_like(mask)
+        cv2.drawContours(inside, [(outline * (1 / across, 1 / down)).astype(np.int32)], 0, 255, -1)
+        if tiling.drop_holes:
+            largest = sorted(zip(areas, range(len(holes)), strict=True), reverse=True)[: tiling.holes]
+            kept = [holes[j] for area, j in largest if area > tiling.hole_area * reference]
+            cv2.drawContours(inside, kept, -1, 0, -1)
+        tissue = (mask > 0) & (inside > 0)
+        left, top, width, height = cv2.boundingRect(outline)
+        for x, y in itertools.product(range(left, left + width, step), range(top, top + height, step)):
+            if not tiling.padding and (x + step > size[0] or y + step > size[1]):
+                continue
+            column, row = int(x / across), int(y / across)  # by a single factor, as in HS2P
+            share = round(float(tissue[row : row + side, column : column + side].sum() / side**2), 3)
+            if share >= tiling.least:
+                found.append((x, y, share, piece))
+        piece += 1
+    columns = np.array(found, float).reshape(-1, 4)
+    return columns[:, :2].astype(np.int64), columns[:, 2], columns[:, 3].astype(np.int64)
+
+
+def file_order(coords: np.ndarray) -> np.ndarray:
+    """Indices that sort regions by their file names x_y, "1024_512" before "752_5840"; duplicates removed."""
+    return np.unique([f"{x}_{y}" for x, y in coords.tolist()], return_index=True)[1]
+
+
+def tile(slide: Slide, tiling: Tiling, mask: np.ndarray | None = None) -> Tiles:
+    """The regions of a slide with tissue; empty when there is none.
+
+    Args:
+        mask: tissue mask (h, w) of any size that covers the slide; replaces detection by colour.
+
+    Raises `BadParameter`: the file states no microns per pixel, or has no level near the requested one.
+    """
+    level = slide.level(tiling.mpp / slide.mpp)
+    mpp = slide.mpp * slide.downsamples[level]
+    if not tiling.resample and abs(mpp / tiling.mpp - 1) > tiling.tolerance:
+        have = ", ".join(f"{slide.mpp * d:.3g}" for d in slide.downsamples)
+        raise BadParameter("mpp", tiling.mpp, f"one near those of {slide.path} ({have}); or resample = True")
+    pixels = round(tiling.region * tiling.mpp / mpp) if tiling.resample else tiling.region
+    if mask is None:
+        mask = tissue_mask(slide.thumbnail(tiling.downsample)[0], tiling)
+    else:
+        if mask.ndim != 2 or abs(slide.size[1] / mask.shape[0] / (slide.size[0] / mask.shape[1]) - 1) > 0.05:
+            raise BadParameter("mask", mask.shape, f"(h, w) in the proportions of the slide, {slide.size[::-1]}")
+        mask = np.where(mask > 0, 255, 0).astype(np.uint8)
+    step = int(pixels * slide.downsamples[level])
+    unit = 256 * pixels / tiling.region * slide.downsamples[level]
+    coords, shares, contours = find_tiles(mask, axis_factors(slide.size, mask), slide.size, step, tiling, unit)
+    order = file_order(coords)
+    return Tiles(coords[order], shares[order], contours[order], step, level, pixels, tiling.region, tiling.jpeg)
+
+
+def _opencv():
+    if importlib.util.find_spec("cv2") is None:
+        raise CompanionError(f"tissue is found with OpenCV, which is not installed: {EXTRA}")
+    import cv2  # imported here: an extra
+
+    return cv2
+
+
+def tensor(pixels: np.ndarray, normalise: str = "unit", device: str | torch.device = "cpu") -> Tensor:
+    """Regions uint8 (..., R, R, 3) as float32 (..., 3, R, R) on `device`, by one of `NORMALISATIONS`."""
+    check_choice("normalise", normalise, NORMALISATIONS)
+    mean, std = (torch.tensor(v, dtype=torch.float32).reshape(-1, 1, 1).to(device) for v in NORMALISATIONS[normalise])
+    whole = torch.from_numpy(np.ascontiguousarray(pixels)).to(device)
+    return (whole.movedim(-1, -3).float() / 255 - mean) / std
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def write_pyramid(
+    path: str | Path,
+    rows: Callable[[int, int], np.ndarray],
+    size: tuple[int, int],
+    mpp: float | None,
+    downsamples: Sequence[int] = (1, 4, 16),
+    tile: int = 256,
+) -> Path:
+    """Write a tiled pyramidal TIFF that openslide and tiffslide open, band by band.
+
+    Args:
+        rows: returns rows y0 to y1 of level 0, uint8 (y1 - y0, width, 3); called once for each band, from the top.
+        size: (width, height) of level 0.
+        mpp: microns per pixel of level 0; None writes none.
+        downsamples: of the levels, each a multiple of the previous one.
+        tile: side of the file's tiles.
+    """
+    import tifffile
+
+    if downsamples[0] != 1 or any(b % a or b <= a for a, b in itertools.pairwise(downsamples)):
+        raise BadParameter("downsamples", tuple(downsamples), "1 first, then each a multiple of the one before")
+    width, height = size
+    big = width * height * 4 > 2**31
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        atomic(path) as temporary,
+        tifffile.TiffWriter(temporary, bigtiff=big) as writer,
+    ):
+        for i, downsample in enumerate(downsamples):
+            w, h = -(-width // downsample), -(-height // downsample)
+            below = None
+            if i + 1 < len(downsamples):  # the next level is also on disk while this one is written
+                factor = downsamples[i + 1] // downsample
+                shape = (-(-h // factor), -(-w // factor), 3)
+                below = np.memmap(Path(folder) / str(i), np.uint8, "w+", shape=shape)
+            resolution: dict[str, Any] = {}
+            if mpp is not None:
+                resolution = {"resolution": (1e4 / mpp / downsample,) * 2, "resolutionunit": "CENTIMETER"}
+            writer.write(
+                _tiles(rows, w, h, tile, below, factor if below is not None else 1),
+                shape=(h, w, 3),
+                dtype=np.uint8,
+                tile=(tile, tile),
+                photometric="rgb",
+                compression="deflate",
+                metadata=None,
+                subfiletype=1 if i else 0,  # without it openslide finds one level only
+                **resolution,
+            )
+            if below is not None:
+                rows = partial(_rows, below)
+    return Path(path)
+
+
+def _rows(kept: np.ndarray, y0: int, y1: int) -> np.ndarray:
+    return kept[y0:y1]
+
+
+def _tiles(
+    rows: Callable[[int, int], np.ndarray], width: int, height: int, tile: int, below: np.ndarray | None, factor: int
+) -> Iterator[np.ndarray]:
+    """The tiles of a level, row by row, white at the edges; `below` is filled with the level reduced by `factor`."""
+    band = tile * factor
+    for top in range(0, height, band):
+        strip = rows(top, min(top + band, height))
+        if below is not None:
+            small = reduce(strip, factor)
+            below[top // factor : top // factor + len(small)] = small
+        for y in range(0, len(strip), tile):
+            for x in range(0, width, tile):
+                piece = strip[y : y + tile, x : x + tile]
+                if piece.shape[:2] != (tile, tile):
+                    piece = np.pad(
+                        piece, ((0, tile - len(piece)), (0, tile - piece.shape[1]), (0, 0)), constant_values=255
+                    )
+                yield np.ascontiguousarray(piece)

@@ -1,0 +1,70 @@
+"""A pre-trained ViT of timm under a new head: its copy, its sizes in a state dict, and MAE's classifier."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from timm.layers import DropPath
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from .state_dicts import check_names, depth
+
+
+def like(encoder: VisionTransformer, drop_path: float = 0.0) -> VisionTransformer:
+    """A copy of a ViT of timm in training mode, every tensor trainable; the encoder itself is not changed.
+
+    Whatever its blocks have is copied: LayerScale, registers, norms of queries and keys, other heads in a block.
+
+    Args:
+        drop_path: stochastic depth, rising linearly from 0 to this probability in the last block.
+    """
+    model = copy.deepcopy(encoder).train().requires_grad_(True)
+    last = max(len(model.blocks) - 1, 1)
+    for i, block in enumerate(model.blocks):
+        dropped = drop_path * i / last
+        block.drop_path1, block.drop_path2 = (DropPath(dropped) if dropped else nn.Identity() for _ in range(2))
+    return model
+
+
+def vit_sizes(state: Mapping[str, Tensor], heads: int | None = None) -> dict[str, Any]:
+    """The arguments of timm's ViT for the encoder in a state dict; `heads` None: one for 64 channels.
+
+    Raises `BadCheckpoint`: the state dict has no encoder.
+    """
+    check_names(state, {"patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight"}, "a ViT")
+    width, _, _, patch = state["patch_embed.proj.weight"].shape
+    return {
+        "img_size": math.isqrt(state["pos_embed"].shape[1] - 1) * patch,
+        "patch_size": patch,
+        "embed_dim": width,
+        "depth": depth(state, "blocks."),
+        "num_heads": heads or max(1, width // 64),
+        "mlp_ratio": len(state["blocks.0.mlp.fc1.weight"]) / width,
+    }
+
+
+def classifier(
+    encoder: VisionTransformer, classes: int, *, probe: bool = False, drop_path: float = 0.1
+) -> VisionTransformer:
+    """MAE's classifier on a copy of a ViT: images (B, 3, S, S) to logits (B, classes) of the mean patch token.
+
+    The encoder's own last norm is dropped; `fc_norm` starts at 1 and 0, the last layer at N(0, 2e-5). A paper calls it
+    in a `recorded` function of its own, by whose name `predict` knows what the logits are.
+
+    Args:
+        encoder: any ViT of timm, for instance `ECAMP.encoder`; it is copied.
+        probe: train the last layer alone; `fc_norm` then keeps 1 and 0.
+        drop_path: see `like`.
+    """
+    model = like(encoder, drop_path).requires_grad_(not probe)
+    model.num_classes, model.global_pool, model.attn_pool = classes, "avg", None
+    model.norm, model.fc_norm = nn.Identity(), nn.LayerNorm(model.embed_dim, eps=1e-6)
+    model.fc_norm.requires_grad_(not probe)
+    model.head = nn.Linear(model.embed_dim, classes)
+    nn.init.trunc_normal_(model.head.weight, std=2e-5)
+    nn.init.zeros_(model.head.bias)
+    return model

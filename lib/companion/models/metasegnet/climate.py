@@ -1,0 +1,117 @@
+"""MetaSegNet's prompts: a text for each climate zone.
+
+    prompts = Prompts.read()                        the included texts, or those of your own file
+    prompts.texts(["Cfb", "Aw"])                    one text for each image, by its zone
+
+The climate zone as metadata is the paper's idea; its texts are not known (section 3.4), and these are ours.
+`data.climate` finds the zone of a location.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from ...data.climate import OCEAN
+from ...errors import CorruptFile, check_choice
+
+PROMPTS = Path(__file__).with_name("climate_prompts.yaml")
+PLAIN = ("full", "name", "code", "constant", "empty")
+EXCHANGED = ("wrong", "shuffled")
+LEVELS = PLAIN + EXCHANGED
+_HEADER = "climate zone "
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The texts of the zones.
+
+    `zones`: code -> (name, text); `constant` and `unknown`: see the file. `read` makes one from a file.
+    """
+
+    zones: dict[str, tuple[str, str]]
+    constant: str
+    unknown: str
+
+    @classmethod
+    def read(cls, path: str | Path = PROMPTS) -> Prompts:
+        """The texts of a YAML file of the form of the included one; a file may have fewer zones, or more.
+
+        Raises `CorruptFile` for a file that cannot be read, or with an entry missing, which it names."""
+        try:
+            raw = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
+            zones = {str(code): (entry["name"], entry["text"]) for code, entry in raw["zones"].items()}
+            made = cls(zones, raw["constant"], raw["unknown"])
+        except KeyError as error:
+            detail = f"{error} is missing; needed are constant, unknown, zones with name, text"
+            raise CorruptFile(path, detail) from error
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, TypeError) as error:
+            raise CorruptFile(path, f"no texts of climate zones ({type(error).__name__}: {error})") from error
+        texts = [made.constant, made.unknown, *(text for entry in zones.values() for text in entry)]
+        if not zones or not all(isinstance(text, str) for text in texts):
+            raise CorruptFile(path, "one or more zones are needed, and every entry must be a text")
+        return made
+
+    def text(self, zone: str | None, level: str = "full") -> str:
+        """The text of one zone; of None, an unknown location, `unknown`.
+
+        Levels: "full" code, name and description; "name" code and name; "code" the code; "constant" the same text for
+        every zone; "empty" no word. Raises `BadParameter` for a zone without a text.
+        """
+        check_choice("level", level, PLAIN)
+        if level in ("constant", "empty"):
+            return self.constant if level == "constant" else ""
+        if zone is None:
+            return self.unknown
+        check_choice("zone", zone, self.zones)
+        name, description = self.zones[zone]
+        head = zone if level == "code" else f"{_HEADER}{zone}, {name}"
+        return f"{head}. {description}" if level == "full" else head
+
+    def texts(self, zones: Sequence[str | None], level: str = "full", seed: int = 0) -> list[str]:
+        """One text for each image's zone: of a level of `text`, or the full text of an `exchanged` zone."""
+        check_choice("level", level, LEVELS)
+        if level in EXCHANGED:
+            zones, level = self.exchanged(zones, level, seed), "full"
+        return [self.text(zone, level) for zone in zones]
+
+    def exchanged(self, zones: Sequence[str | None], kind: str, seed: int = 0) -> list[str | None]:
+        """The zones of images, exchanged as a control; None stays None.
+
+        Args:
+            kind: "shuffled": in random order, so that some remain right. "wrong": for all images of a zone another one
+                of `zones`; where there is only one zone, another one that has a text.
+        """
+        generator = np.random.default_rng(seed)
+        if kind == "shuffled":
+            return [zones[i] for i in generator.permutation(len(zones))]
+        known = sorted({zone for zone in zones if zone is not None})
+        if len(known) == 1:
+            others = sorted(set(self.zones) - {*known, OCEAN})
+            following = {known[0]: others[generator.integers(len(others))]}
+        else:
+            order = generator.permutation(len(known))  # each zone gets the next in a ring
+            following = {known[a]: known[b] for a, b in zip(order, np.roll(order, -1), strict=True)}
+        return [following[zone] if zone is not None else None for zone in zones]
+
+
+def headless(text: str, unknown: str = "unknown") -> str:
+    """A text of `Prompts` with every word of the zone's code and name replaced by `unknown`.
+
+    "climate zone Cfa, humid subtropical. bare soil ..." -> "climate zone unknown, unknown unknown. bare soil ...".
+    Half of the training images have such a text (header dropout, section 14), so that the description has to be used.
+    Texts with another beginning are not changed.
+
+    Args:
+        unknown: a word outside the encoder's vocabulary; for BERT its "[UNK]".
+    """
+    head, point, description = text.partition(".")
+    if not head.lower().startswith(_HEADER):
+        return text
+    hidden = re.sub(r"[\w-]+", lambda _: unknown, head[len(_HEADER) :])
+    return head[: len(_HEADER)] + hidden + point + description

@@ -1,0 +1,155 @@
+"""The networks of the `paper` profile: text encoder, texts and weights of each method.
+
+The text encoder is a RECONSTRUCTION. Neither the paper's weights nor its texts were released.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import open_clip
+import torch
+
+from ... import backbones
+from ...errors import MissingWeights
+from ...ops.papers import paper
+from ...training.checkpoints import trained_state
+from ..layers.state_dicts import load_official
+from . import official
+from .climate import EXCHANGED, Prompts
+from .model import SIZES, MetaSegNet, swin
+from .text import BertText, ClipText, TextEncoder, Words
+
+SWIN = "swin_base_patch4_window7_224.ms_in22k_ft_in1k"
+CLIP = "ViT-B-16/openai"
+LEVELS = {
+    "MetaSegNet": "full",
+    "unimodal": None,
+    "constant text": "constant",
+    "zone names": "name",
+    "one-hot zone": "code",
+}
+"""Of each method the level of its texts in training; None: no text."""
+
+
+def texts(
+    prompts: Prompts,
+    method: str,
+    zones: Sequence[str | None],
+    kind: str = "",
+    own: Sequence[str | None] | None = None,
+    seed: int = 0,
+) -> list[str] | None:
+    """A text for each zone, of the method's training or of another `kind`; None for the unimodal network.
+
+    Args:
+        kind: a level of `Prompts.text`; "wrong" and "shuffled": texts of the method's level for exchanged zones.
+        own: texts that replace the full text of the right zone.
+    """
+    level = LEVELS[method]
+    if level is None:
+        return None
+    if kind in EXCHANGED:
+        zones, own = prompts.exchanged(zones, kind, seed), None
+    elif kind:
+        level = kind
+    if level == "code":
+        return [zone or "unknown" for zone in zones]
+    right = prompts.texts(zones, level)
+    return right if own is None or level != "full" else [mine or text for mine, text in zip(own, right, strict=True)]
+
+
+def text_encoder(
+    method: str, prompts: Prompts, kind: str = "bert", data_root: str | Path = "data", *, random: bool = False
+) -> TextEncoder | None:
+    """The text encoder of a method: BERT-base or CLIP's, frozen; for "one-hot zone" a trained vector for each zone;
+    None for the unimodal network.
+
+    Args:
+        kind: "bert" or "clip".
+        random: random weights, for a dry run.
+
+    Raises `MissingWeights`: BERT's folder is not below `<data_root>/weights`, or CLIP is not cached."""
+    level = LEVELS[method]
+    if level is None:
+        return None
+    if level == "code":
+        return Words.of(list(prompts.zones), layers=0, length=1)
+    if kind == "clip":
+        clip = backbones.build(f"openclip:{CLIP}", "random" if random else "pretrained")
+        return ClipText(clip, open_clip.get_tokenizer(CLIP.partition("/")[0]))
+    if random:
+        return _random_bert([*prompts.texts([*prompts.zones, None]), prompts.constant])
+    entry = next(w for w in paper("metasegnet")["weights"] if w["name"] == "bert")
+    folder = (Path(data_root) / "weights" / entry["file"]).parent
+    if not folder.joinpath("config.json").is_file():
+        ways = [f"put the files of the hub's google-bert/bert-base-uncased into {folder}", "text_encoder = 'clip'"]
+        raise MissingWeights(entry["what"], folder, ways)
+    return BertText(*backbones.read_bert(folder))
+
+
+def _random_bert(texts: Sequence[str]) -> BertText:
+    """BERT-base with random weights. Its vocabulary, a file, is replaced by that of our texts."""
+    import transformers as hf  # imported here because it takes seconds
+
+    words = sorted({word for text in texts for word in hf.BasicTokenizer().tokenize(text)})
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
+    tokenizer = hf.BertTokenizer(vocab={word: i for i, word in enumerate(vocabulary)})
+    return BertText(hf.BertModel(hf.BertConfig()), tokenizer)
+
+
+def network(
+    method: str,
+    prompts: Prompts,
+    classes: int,
+    *,
+    text: str = "bert",
+    data_root: str | Path = "data",
+    weights: str = "",
+    checkpoint: str = "",
+    seed: int = 0,
+    random: bool = False,
+) -> MetaSegNet:
+    """The network of a method: on the Swin-B of `weights`, or all of it from `checkpoint`.
+
+    Args:
+        text: "bert" or "clip".
+        weights: empty for timm's released Swin-B from the cache, or a file of it, or the author's `stseg_*.pth`.
+        checkpoint: weights that a training saved, or of GeoSeg's FT-UNetFormer for the unimodal network.
+        random: random weights, for a dry run.
+
+    Raises `MissingWeights`, `CorruptFile`, `BadCheckpoint`: with the change or download needed.
+    """
+    torch.manual_seed(seed)
+    words, encoder = text_encoder(method, prompts, text, data_root, random=random), swin(**SIZES["paper"]["swin"])
+    state = backbones.read_state(weights) if weights and not (random or checkpoint) else {}
+    state = {f"backbone.{name.removeprefix('backbone.')}": t for name, t in state.items()}
+    authors = any(name.startswith("backbone.norm0.") for name in state)
+    if not (authors or random or checkpoint):  # timm's, or Swin's own release
+        encoder.load_state_dict(backbones.build(SWIN, weights or "pretrained").state_dict())
+    model = MetaSegNet(encoder, classes, words, **SIZES["paper"]["model"])
+    if authors:
+        names = {ours: theirs for ours, theirs in model.official_names().items() if theirs.startswith("backbone.")}
+        load_official(model, official.cleaned(state), names, "the author's Swin")
+    if checkpoint:
+        load(model, checkpoint)
+    return model.eval()
+
+
+def load(model: MetaSegNet, path: str | Path) -> None:
+    """Load the weights that a training saved; a frozen text encoder is not among them.
+
+    The unimodal network also loads checkpoints of GeoSeg's FT-UNetFormer.
+
+    Raises `MissingWeights`, `CorruptFile`, `BadCheckpoint`."""
+    if not Path(path).is_file():
+        ways = ["train one (task = 'train', no checkpoint); the paper's was never released"]
+        raise MissingWeights("a trained MetaSegNet", path, ways)
+    state = backbones.read_state(path)
+    if model.text is None and any(name.removeprefix("net.").startswith("backbone.") for name in state):
+        names, what = model.official_names(), f"{official.WHAT} of these classes"
+        load_official(model, official.cleaned(state), names, what)
+    else:
+        names = {name: name for name in trained_state(model)}
+        load_official(model, state, names, "a MetaSegNet of these classes and texts")

@@ -1,0 +1,325 @@
+"""Open-vocabulary detectors that return all boxes with all class probabilities, for the refinement of SIC-CADS.
+
+    detector = build("google/owlvit-base-patch32", boxes.class_names)
+    found = detector(image)                     # boxes (R, 4), probabilities (R, C), before any threshold
+    best = refined(found, p, gamma=0.5)         # p (C,): the image-level scores of this image
+
+Any callable from an image to an `Output` is a detector: to plug one in, return its boxes and the whole matrix of
+probabilities *before* its own threshold, suppression and top-k. The libraries' `post_process` functions keep one class
+per box: their results cannot be refined.
+
+`google/owlvit-*`, `google/owlv2-*` and `IDEA-Research/grounding-dino-*` are transformers' (Apache-2.0 by their model
+cards). Their training data had boxes with the names of many of COCO's "novel" classes: their results are not zero-shot
+in the sense of OV-COCO, and only the gain by refinement is meaningful.
+
+For a detector that cannot be run here, `read_results` reads its results in COCO's format, and `refine_results` rescales
+them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from open_clip import SimpleTokenizer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.ops import box_convert, clip_boxes_to_image
+
+from ...backbones import quiet, unreachable
+from ...data.detection import check_results
+from ...errors import BadParameter, CorruptFile, MissingWeights, check_choice
+from ...ops.files import read_json
+from .model import Detections, detect, refine
+
+NAMES = (
+    *("google/owlvit-base-patch32", "google/owlvit-base-patch16", "google/owlvit-large-patch14"),
+    *("google/owlv2-base-patch16", "google/owlv2-base-patch16-ensemble", "google/owlv2-large-patch14-ensemble"),
+    *("IDEA-Research/grounding-dino-tiny", "IDEA-Research/grounding-dino-base"),
+)
+"""Usual names; others of the three families load too."""
+
+TOKENS = ("max", "mean")
+FLOOR = 1e-3  # lower bound of scores: a set predictor has R · C of them
+
+
+class Output(NamedTuple):
+    """A detector's output for one image, before threshold, suppression and top-k."""
+
+    boxes: Tensor  # (R, 4) xyxy, pixels of the image
+    probabilities: Tensor  # (R, C), each in 0 to 1: every class of every box
+    size: tuple[int, int]  # height and width of the image
+
+
+class Detector(Protocol):
+    """An image (3, H, W), uint8, RGB, to an `Output`."""
+
+    def __call__(self, image: Tensor) -> Output: ...
+
+
+def refined(
+    found: Output,
+    p: Tensor | None = None,
+    gamma: float = 0.5,
+    *,
+    threshold: float = FLOOR,
+    nms: float | None = 0.5,
+    top: int = 300,
+) -> Detections:
+    """The best boxes of an image: refinement by p (C,), then threshold, suppression within each class, top-k.
+
+    Args:
+        found: of the detector.
+        p: the image-level scores of the same image; None for the detector alone.
+        gamma, threshold, nms, top: see `models.sic_cads.refine` and `detect`. Set predictors (the three families here)
+            need no suppression, and 0.5 changes little.
+
+    Raises `BadParameter`: shapes that do not match, or probabilities outside 0 to 1.
+    """
+    boxes, probabilities = found.boxes, found.probabilities
+    if boxes.ndim != 2 or boxes.shape[1] != 4 or probabilities.ndim != 2 or len(boxes) != len(probabilities):
+        raise BadParameter(
+            "found", (tuple(boxes.shape), tuple(probabilities.shape)), "boxes (R, 4), probabilities (R, C)"
+        )
+    if probabilities.numel() and not (probabilities.min() >= 0 and probabilities.max() <= 1):
+        accepted = "probabilities in 0 to 1: take the sigmoid of logits first"
+        raise BadParameter("found", f"{probabilities.min():g} to {probabilities.max():g}", accepted)
+    scores = probabilities if p is None else refine(probabilities, p.to(probabilities), gamma)
+    return detect(boxes, scores, threshold, nms, top)
+
+
+def rows(found: Detections, image_id: int | str, categories: Sequence[int]) -> list[dict]:
+    """Detections as rows of COCO's result format; `categories`: the id of each class."""
+    boxes = box_convert(found.boxes, "xyxy", "xywh").tolist()
+    return [
+        {"image_id": image_id, "category_id": categories[label], "bbox": box, "score": score}
+        for box, score, label in zip(boxes, found.scores.tolist(), found.classes.tolist(), strict=True)
+    ]
+
+
+# --- the families of transformers -------------------------------------------------------------------------------------
+
+
+class Owl(nn.Module):
+    """OWL-ViT and OWLv2 (Minderer et al., ECCV 2022 and NeurIPS 2023): a sigmoid for every box and class.
+
+    The class names are embedded once, so that an image costs one pass of the image tower for any C.
+
+    Args:
+        model: `OwlViTForObjectDetection` or `Owlv2ForObjectDetection` of transformers; it is copied.
+        processor: the image processor of the same family.
+        names: of the classes; underscores are read as spaces.
+        prompt: template of the prompts; OWL's default.
+    """
+
+    def __init__(self, model: nn.Module, processor: Any, names: Sequence[str], prompt: str = "a photo of a {}"):
+        super().__init__()
+        self.model, self.processor = copy.deepcopy(model).requires_grad_(False).eval(), processor
+        self.square = model.config.model_type == "owlv2"  # it pads the image to a square first
+        self.tower = self.model.owlv2 if self.square else self.model.owlvit
+        length = model.config.text_config.max_position_embeddings
+        texts = [prompt.format(_spaced(name)) for name in _checked(names)]
+        ids = SimpleTokenizer(context_length=length)(texts)  # CLIP's, as OWL's own is
+        if ids.max() >= model.config.text_config.vocab_size:
+            raise BadParameter("model", model.config.text_config.vocab_size, "a vocabulary of CLIP's 49,408 words")
+        with torch.no_grad():
+            queries = torch.cat([self._embedded(part) for part in ids.split(64)])
+        self.register_buffer("queries", queries)
+
+    def _embedded(self, ids: Tensor) -> Tensor:
+        pooled = self.tower.text_model(input_ids=ids).pooler_output
+        return F.normalize(self.tower.text_projection(pooled), dim=-1)
+
+    @torch.inference_mode()
+    def forward(self, image: Tensor) -> Output:
+        """All boxes of an image (3, H, W), uint8."""
+        height, width = _size(image)
+        pixels = self.processor(images=image, return_tensors="pt")["pixel_values"].to(self.queries.device)
+        maps, _ = self.model.image_embedder(pixels)
+        features = maps.flatten(1, 2)
+        logits, _ = self.model.class_predictor(features, self.queries[None])
+        boxes = box_convert(self.model.box_predictor(features, maps)[0], "cxcywh", "xyxy")
+        sides = (max(height, width),) * 2 if self.square else (width, height)
+        boxes = clip_boxes_to_image(boxes * boxes.new_tensor(sides).repeat(2), (height, width))
+        return Output(boxes, logits[0].float().sigmoid(), (height, width))
+
+
+class GroundingDino(nn.Module):
+    """Grounding DINO (Liu et al., ECCV 2024): every box has a logit for every *token* of a prompt "cat. dog. ...".
+
+    A class has the largest (or the mean) probability of its tokens. A prompt has 256 tokens at most, so many classes
+    need several passes, each with its own boxes: R is 900 per pass, with probability 0 for the classes of other passes.
+
+    Args:
+        model: `GroundingDinoForObjectDetection` of transformers; it is copied.
+        processor: its image processor.
+        tokenizer: its BERT tokenizer.
+        names: of the classes; underscores are read as spaces.
+        tokens: "max" or "mean" over the tokens of a name.
+    """
+
+    def __init__(self, model: nn.Module, processor: Any, tokenizer: Any, names: Sequence[str], tokens: str = "max"):
+        super().__init__()
+        check_choice("tokens", tokens, TOKENS)
+        self.model, self.processor = copy.deepcopy(model).requires_grad_(False).eval(), processor
+        self.tokens = tokens
+        self.classes = len(_checked(names))
+        stop = tokenizer.convert_tokens_to_ids(".")
+        self.chunks: list[tuple[list[int], dict[int, range]]] = []
+        ids: list[int] = []
+        spans: dict[int, range] = {}
+        for number, name in enumerate(names):
+            own = tokenizer(_spaced(name).lower(), add_special_tokens=False)["input_ids"]
+            if len(own) + 3 > model.config.max_text_len:
+                raise BadParameter("names", name, f"a name of at most {model.config.max_text_len - 3} tokens")
+            if len(ids) + len(own) + 3 > model.config.max_text_len:  # start, end and the full stop after the name
+                self.chunks.append((ids, spans))
+                ids, spans = [], {}
+            spans[number] = range(len(ids) + 1, len(ids) + 1 + len(own))
+            ids = [*ids, *own, stop]
+        self.chunks.append((ids, spans))
+        self.ends = (tokenizer.cls_token_id, tokenizer.sep_token_id)
+
+    @torch.inference_mode()
+    def forward(self, image: Tensor) -> Output:
+        """All boxes of an image (3, H, W), uint8, of all passes."""
+        height, width = _size(image)
+        device, boxes, scores = self.model.device, [], []
+        given = self.processor(images=image, return_tensors="pt").to(device)
+        for ids, spans in self.chunks:
+            text = torch.tensor([[self.ends[0], *ids, self.ends[1]]], device=device)
+            found = self.model(pixel_values=given["pixel_values"], pixel_mask=given["pixel_mask"], input_ids=text)
+            each = found.logits[0].float().sigmoid()
+            own = each.new_zeros(len(each), self.classes)
+            for number, span in spans.items():
+                part = each[:, span.start : span.stop]
+                own[:, number] = part.amax(1) if self.tokens == "max" else part.mean(1)
+            sides = each.new_tensor([width, height, width, height])
+            boxes.append(
+                clip_boxes_to_image(box_convert(found.pred_boxes[0], "cxcywh", "xyxy") * sides, (height, width))
+            )
+            scores.append(own)
+        return Output(torch.cat(boxes), torch.cat(scores), (height, width))
+
+
+def build(
+    name: str, names: Sequence[str], weights: str | Path = "pretrained", *, download: bool = False, **options: Any
+) -> Owl | GroundingDino:
+    """A detector of the three families, ready for the classes `names`.
+
+    Args:
+        name: the name on the hub, see `NAMES`.
+        names: of the classes.
+        weights: "pretrained", from the hub's local cache; a folder with the files of the hub's repository; or "random",
+            full-size and offline (torch's current seed), for the OWLs.
+        download: download files that are not cached.
+        options: of `Owl` or `GroundingDino`.
+
+    Raises:
+        BadParameter: an unknown name, no class, or "random" for Grounding DINO, whose tokenizer is a file.
+        MissingWeights: not found; the message lists the ways to get them.
+        CorruptFile: a folder whose files cannot be read.
+    """
+    import transformers as hf  # imported here: it takes seconds, and only these detectors need it
+
+    kind = next((k for k in ("owlvit", "owlv2", "grounding-dino") if f"/{k}-" in f"/{name.rpartition('/')[2]}"), None)
+    if kind is None:
+        raise BadParameter("detector", name, NAMES)
+    _checked(names)
+    if kind == "grounding-dino":
+        if weights == "random":
+            raise BadParameter("weights", weights, "'pretrained' or a folder: its tokenizer is a file")
+        model = _loaded(hf.GroundingDinoForObjectDetection, name, weights, download)
+        tokenizer = _loaded(hf.AutoTokenizer, name, weights, download)
+        return GroundingDino(model, hf.GroundingDinoImageProcessor(), tokenizer, names, **options)
+    family, config, processor = {
+        "owlvit": (hf.OwlViTForObjectDetection, hf.OwlViTConfig, hf.OwlViTImageProcessor),
+        "owlv2": (hf.Owlv2ForObjectDetection, hf.Owlv2Config, hf.Owlv2ImageProcessor),
+    }[kind]
+    model = family(config()) if weights == "random" else _loaded(family, name, weights, download)
+    side = model.config.vision_config.image_size
+    return Owl(model, processor(size={"height": side, "width": side}), names, **options)
+
+
+def _loaded(kind: Any, name: str, weights: str | Path, download: bool) -> Any:
+    """One part of a hub repository, from the cache or from a folder."""
+    folder = None if weights == "pretrained" else Path(weights)
+    ways = [
+        "on a machine with a network: detectors.build(..., download=True)",
+        f"all files of the hub's '{name}' in a folder: detectors.build(..., weights='<folder>')",
+    ]
+    if folder is not None and not (folder / "config.json").is_file():
+        raise MissingWeights(name, folder, ways[1:])
+    reason = unreachable() if folder is None and download else ""
+    # no pickles: every one of them has its weights as safetensors
+    safe = {} if kind.__name__ == "AutoTokenizer" else {"use_safetensors": True}
+    with quiet():
+        try:
+            return kind.from_pretrained(folder or name, local_files_only=bool(reason) or not download, **safe)
+        except Exception as error:  # many kinds: not cached, no network, truncated, other tensors
+            if folder is not None:
+                raise CorruptFile(folder, f"not the files of {name} ({type(error).__name__}: {error})") from error
+            from huggingface_hub import constants
+
+            raise MissingWeights(name, constants.HF_HUB_CACHE, ways, reason) from error
+
+
+def _checked(names: Sequence[str]) -> Sequence[str]:
+    if isinstance(names, str) or not names:
+        raise BadParameter("names", names, "a list of one or more class names")
+    return names
+
+
+def _spaced(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _size(image: Tensor) -> tuple[int, int]:
+    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
+        raise BadParameter("image", (tuple(image.shape), image.dtype), "one image (3, H, W) of uint8, RGB")
+    return image.shape[1], image.shape[2]
+
+
+# --- finished results -------------------------------------------------------------------------------------------------
+
+
+def read_results(path: str | Path) -> list[dict]:
+    """Finished results in COCO's format: a list of {"image_id", "category_id", "bbox": [x, y, w, h], "score"}.
+
+    Raises `CorruptFile` with the row and the field.
+    """
+    found = check_results(read_json(path), path)
+    for number, row in enumerate(found):
+        if not 0 <= row["score"] <= 1:
+            raise CorruptFile(path, f"row {number}: 'score' is {row['score']!r}, not a probability")
+    return found
+
+
+def refine_results(
+    results: Sequence[Mapping], p: Mapping[object, Tensor], categories: Sequence[int], gamma: float = 0.5
+) -> list[dict]:
+    """Finished results rescaled: the score s of class c becomes p_c ** gamma * s ** (1 - gamma).
+
+    Args:
+        results: rows as of `read_results`.
+        p: the image-level scores (C,) of each image, by image_id.
+        categories: the id of each class.
+
+    Raises `BadParameter`: an image without scores, or a class that is not among `categories`.
+    """
+    if not 0 <= gamma <= 1:
+        raise BadParameter("gamma", gamma, "0 to 1")
+    index = {category: i for i, category in enumerate(categories)}
+    values = {image: scores.tolist() for image, scores in p.items()}
+    new = []
+    for number, row in enumerate(results):
+        if row["image_id"] not in values:
+            raise BadParameter("p", f"nothing for image_id {row['image_id']!r} of row {number}", "scores of all images")
+        if row["category_id"] not in index:
+            raise BadParameter("categories", f"without {row['category_id']!r} of row {number}", "ids of all classes")
+        scale = values[row["image_id"]][index[row["category_id"]]]
+        new.append({**row, "score": scale**gamma * row["score"] ** (1 - gamma)})
+    return new

@@ -1,0 +1,77 @@
+"""Images of GIS: windows, locations, no-data, world files, broken files."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+from PIL import Image
+from rasterio.transform import Affine, from_origin
+
+from companion.data.climate import zone
+from companion.data.rasters import Raster, quiet
+from companion.errors import CorruptFile
+from tests.models.common import refuses
+
+UTM = "EPSG:32633"  # zone 33 north: Potsdam
+CORNER = from_origin(367_000, 5_806_000, 0.5, 0.5)
+
+
+def noise(height: int = 70, width: int = 90, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (3, height, width), dtype=np.uint8)
+
+
+def written(path: Path, image: np.ndarray, **profile) -> Path:
+    count, height, width = image.shape
+    facts = dict(driver="GTiff", count=count, height=height, width=width, dtype=image.dtype, crs=UTM, transform=CORNER)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with quiet(), rasterio.open(path, "w", **facts | profile) as file:
+        file.write(image)
+    return path
+
+
+def test_windows_and_the_location(tmp_path):
+    image = noise()
+    with Raster(written(tmp_path / "a.tif", np.concatenate([image, image[:1]]), photometric="MINISBLACK")) as raster:
+        assert raster.size == (70, 90) and np.array_equal(raster.read(), image)  # infrared is left alone
+        assert np.array_equal(raster.read(10, 20, 30, 40), image[:, 10:40, 20:60])
+        assert raster.valid(0, 0, 70, 90).all() and raster.colours == {}
+        latitude, longitude = raster.place
+    assert (round(latitude, 1), round(longitude, 1)) == (52.4, 13.0) and zone(latitude, longitude) == "Cfb"
+    with Raster(written(tmp_path / "b.tif", image, crs=None, transform=Affine.identity())) as raster:
+        assert raster.place is None and raster.crs is None
+
+
+def test_a_png_with_a_world_file(tmp_path):
+    image = noise()
+    Image.fromarray(image.transpose(1, 2, 0)).save(tmp_path / "a.png")
+    (tmp_path / "a.pgw").write_text("0.5\n0\n0\n-0.5\n367000.25\n5805999.75\n")  # of the first pixel's middle
+    with Raster(tmp_path / "a.png") as raster:
+        assert np.array_equal(raster.read(), image) and raster.transform == CORNER
+        assert raster.crs is None and raster.place is None  # a world file has no coordinate system
+    with Raster(tmp_path / "a.png", UTM) as raster:
+        given = raster.place
+    (tmp_path / "a.prj").write_text(rasterio.crs.CRS.from_string(UTM).to_wkt())
+    with Raster(tmp_path / "a.png") as raster:
+        assert raster.place == given and given[0] == pytest.approx(52.4, abs=0.1)
+    (tmp_path / "a.prj").write_text("nowhere")
+    refuses((lambda: Raster(tmp_path / "a.png"), r"a\.prj"), error=CorruptFile)
+
+
+def test_a_photograph_in_four_inks_has_its_colours(tmp_path):
+    Image.new("RGB", (16, 16), (220, 0, 0)).convert("CMYK").save(tmp_path / "inks.jpg", quality=100)
+    with Raster(tmp_path / "inks.jpg") as image:
+        assert np.abs(image.read().astype(int).mean((1, 2)) - [220, 0, 0]).max() < 8
+
+
+def test_what_cannot_be_read_is_refused(tmp_path):
+    (tmp_path / "text.tif").write_text("no image")
+    paths = [tmp_path / "nowhere.tif", tmp_path / "text.tif", written(tmp_path / "grey.tif", noise()[:1])]
+    paths.append(written(tmp_path / "deep.tif", noise().astype(np.uint16)))
+    cut = [written(tmp_path / "cut.tif", noise(400, 400)), tmp_path / "cut.png", tmp_path / "cut.jpg"]
+    for path in cut:
+        if path.suffix != ".tif":
+            Image.fromarray(noise(400, 400).transpose(1, 2, 0)).save(path)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    refuses(*((lambda p=path: Raster(p).read(), re.escape(path.name)) for path in [*paths, *cut]), error=CorruptFile)
