@@ -13,9 +13,9 @@ from companion import data
 from companion.data import detection
 from companion.data.detection import OV_COCO_BASE, OV_COCO_NOVEL, load, own_folder, splits
 from companion.errors import BadParameter, CorruptFile, MissingData
-from tests.parity.runner import ROOT as FIXTURES
 from companion.ops.files import read_json, write_json
 from tests.data.conftest import expect, picture, refused, unreadable
+from tests.parity.runner import ROOT as FIXTURES
 
 SIZE = (12, 8)  # width, height
 

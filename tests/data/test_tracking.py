@@ -14,9 +14,9 @@ from companion.data import DATASETS, tracking
 from companion.data.tracking import Pairs, Sequence, crop, ground_truth, load, read_frame, read_results
 from companion.data.tracking_sets import ATTRIBUTES
 from companion.errors import BadParameter, CompanionError, CorruptFile, MissingData
-from tests.parity import fill
 from companion.ops.files import read_json
 from tests.data.conftest import expect, picture, refused, unreadable
+from tests.parity import fill
 
 PARITY = Path(__file__).parents[1] / "parity" / "bat"
 BOXES = [[4, 3, 8, 6], [5, 3, 8, 6], [0, 0, 0, 0], [7, 4, 8, 6]]

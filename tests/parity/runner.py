@@ -92,10 +92,6 @@ class Case:
         """The official state dict. BatchNorm's integer counters are zero."""
         if self.given is not None:
             return self.given
-        if not (ROOT.parents[1] / "tools" / "cases" / f"{self.paper}.py").exists():  # TODO goes with legacy.py
-            from . import legacy
-
-            return legacy.Case(self.folder).state
         counters = {n for n in self.names if n.endswith("num_batches_tracked")}
         filled = fill.state_dict({n: s for n, s in self.names.items() if n not in counters}, self.seed)
         state = {n: torch.tensor(0) if n in counters else torch.as_tensor(filled[n]) for n in self.names}
@@ -265,10 +261,6 @@ def checkpoint(paper: str, path: str | Path) -> Mapping[str, Tensor]:
 
 def compare(case: Case, device: str = "cpu") -> list[Difference]:
     """Every recorded output of `case` against ours, computed on `device`, in the order of case.json."""
-    if not (ROOT.parents[1] / "tools" / "cases" / f"{case.paper}.py").exists():  # TODO goes with legacy.py
-        from . import legacy
-
-        return legacy.compare(case.paper, legacy.Case(case.folder, case.given), device)
     with torch.device(device), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         ours = {name: value.cpu() for name, value in outputs(case).items()}
         all_recorded = case.recorded

@@ -3,14 +3,11 @@ the order in which items are read."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import torch
-from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
@@ -20,17 +17,6 @@ from tests.recipes.runner import Row, near, same
 Step = tuple[str, list[float], str]  # its name, its numbers, its interpolation
 ATTRIBUTES = {"Resize": ["size"], "RandomCrop": ["size"], "RandomResizedCrop": ["size", "scale", "ratio"]}
 ATTRIBUTES |= {"Pad": ["padding", "fill"], "RandomHorizontalFlip": ["p"], "Normalize": ["mean", "std"]}
-
-
-def told(text: str) -> Step:
-    """The step that a recorded sentence names, such as "Resize((224, 224)), bilinear"."""
-    name, text = text.partition("(")[0].split()[0], text.replace("black", "0")
-    numbers = [float(Fraction(number)) for number in re.findall(r"\d+(?:\.\d+)?(?:/\d+)?", text)]
-    if "CLIP's" in text:
-        numbers = [*OPENAI_DATASET_MEAN, *OPENAI_DATASET_STD]
-    if name == "RandomCrop" and len(numbers) == 1:
-        numbers *= 2
-    return name, numbers, next((kind for kind in ("bicubic", "bilinear") if kind in text), "")
 
 
 def done(transform: v2.Compose) -> list[Step]:
@@ -62,23 +48,6 @@ class Watched(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
         self.asked.append(int(index))
         return tuple(tensor[index] for tensor in self.tensors)
-
-
-def number(text: str, after: str = "") -> float:
-    """The first number of a sentence that is followed by `after`, such as "1e-3 relative"."""
-    return float(re.findall(rf"(\d+(?:\.\d+)?(?:e-?\d+)?)\s*{after}", text)[0])
-
-
-def seed(text: str) -> int:
-    """The seed of the filled weights."""
-    return int(re.findall(r"seed=(\d+)", text)[0])
-
-
-def drawn(generator: str, *arrays: str) -> list[Tensor]:
-    """Normal arrays that NumPy's generator draws one after the other, all given in words."""
-    rng = np.random.default_rng(int(re.findall(r"default_rng\((\d+)\)", generator)[0]))
-    shapes = [re.findall(r"standard_normal\(\(([\d, ]+)\)", text)[0].split(",") for text in arrays]
-    return [torch.from_numpy(rng.standard_normal([int(n) for n in shape], dtype=np.float32)) for shape in shapes]
 
 
 def normal(*arrays: Mapping[str, Any]) -> Any:

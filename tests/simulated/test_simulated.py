@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.parity import runner
 from companion.ops.papers import paper, slugs
 from tests.conftest import ROOT
+from tests.parity import runner
 
 ALLOWED: dict[str, dict[str, int]] = {
     # torchvision's Mask R-CNN, eight images: boxes by score, suppression, matches
     "dmt": {"models/dmt/downstream.py": 250},
-    # which texts of a batch are equal; the trajectory that a recorded case compares
-    "metasegnet": {"models/metasegnet/text.py": 1, "models/metasegnet/parity.py": 1},
+    # which texts of a batch are equal
+    "metasegnet": {"models/metasegnet/text.py": 1},
     # the notebook's example of own data: the shares of two attributes are copied to the GPU, as in the README
     "promptpar": {"<cell 33 of promptpar>": 1},
     # the positives of the rank loss, at toy scale alone

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from companion.models.dmt import Teachers
-from companion.toy.encoders.teachers import grey
 from companion.toy.ablations import dmt as study
 from companion.toy.datasets import collage
 from companion.toy.encoders import teachers as taught
+from companion.toy.encoders.teachers import grey
 
 SEED = 5
 

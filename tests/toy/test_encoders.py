@@ -7,7 +7,6 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 
 from companion.errors import BadCheckpoint, BadParameter, CorruptFile, MissingWeights
-from companion.toy.encoders.teachers import grey
 from companion.toy import encoders
 from companion.toy.datasets import collage, restoration
 from companion.toy.encoders import (
@@ -22,6 +21,7 @@ from companion.toy.encoders import (
     texture_prior,
     tracker,
 )
+from companion.toy.encoders.teachers import grey
 from companion.training.checkpoints import trained_state
 from tests.models.common import refuses
 

@@ -1,5 +1,6 @@
 """Checkpoints and weights of a run are identified by their training and data alone; a killed recipe resumes."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from companion.training.checkpoints import Checkpoint, checkpoint_key, save, trained_state
+from companion.training.checkpoints import checkpoint_key, save, trained_state
 from companion.training.recipe import run
 from tests.conftest import interrupted, parameters
 from tests.small import shrink
@@ -21,10 +22,10 @@ def test_a_killed_recipe_resumes_to_the_same_weights_and_a_finished_one_is_only_
 
     def train(out):
         p = parameters("sa2vp", profile="paper", accelerator="cpu", dataset="folder", data_root=images, batch=4)
-        return run(recipe.setting(p, tmp_path / out).trainings[p.method], tmp_path / out, epochs=2)
+        training = recipe.setting(p, tmp_path / out).trainings[p.method]
+        return run(replace(training, every=2), tmp_path / out, epochs=2)
 
     recipe, images = shrink("sa2vp", monkeypatch), str(tmp_path / "images")
-    monkeypatch.setattr(Checkpoint.of.__func__, "__defaults__", (2,))  # steps between two checkpoints
     rng = np.random.default_rng(0)
     for label in "ab":
         (tmp_path / "images" / label).mkdir(parents=True)

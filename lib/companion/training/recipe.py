@@ -16,7 +16,7 @@ from .fit import History, Loss, fit
 
 @dataclass(frozen=True)
 class Training:
-    """One training of a recipe, written down before anything is built or read.
+    """One training of a recipe, written down before anything is built or read. It runs once: callbacks have a state.
 
     Attributes:
         name: of the training, its checkpoint and its file of final weights.
@@ -26,6 +26,8 @@ class Training:
         fit: the other arguments of `fit`: optimizer, schedule, epochs, batch, last, callbacks, seed, hardware.
         facts: identity of data and settings: a checkpoint with other facts is not resumed.
         weights: the tensors of the model to save at the end.
+        metadata: text to save with them.
+        every: steps between two checkpoints.
     """
 
     name: str
@@ -35,6 +37,8 @@ class Training:
     fit: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     weights: Callable[[nn.Module], Mapping[str, Tensor]] = trained_state
+    metadata: Callable[[nn.Module], Mapping[str, str]] | None = None
+    every: int = 200
 
 
 def run(training: Training, out: str | Path | None = None, **changes: Any) -> tuple[nn.Module, History]:
@@ -49,9 +53,10 @@ def run(training: Training, out: str | Path | None = None, **changes: Any) -> tu
     if training.data is None:
         return model.eval(), []
     if out:
-        checkpoint = Checkpoint.of(Path(out) / "checkpoints", training.name, model=model, **training.facts)
-        options["checkpoint"] = checkpoint
+        folder, facts = Path(out) / "checkpoints", {**training.facts, "model": model}
+        options["checkpoint"] = Checkpoint.of(folder, training.name, training.every, **facts)
     history = fit(model, training.loss, training.data(), **options)
     if out:
-        save(Path(out) / "trained", training.name, training.weights(model))
+        metadata = training.metadata(model) if training.metadata else None
+        save(Path(out) / "trained", training.name, training.weights(model), metadata)
     return model.eval(), history

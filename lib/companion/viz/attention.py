@@ -270,8 +270,9 @@ class Recorder:
     Knows the attention of timm's ViTs, of EVA-02 and DINOv3 (`Eva`), BEiT, Swin, SwinV2 and Hiera (of the last three
     the batch is batch * windows, in timm's order; Hiera's queries may be fewer than its keys), `nn.MultiheadAttention`
     (open_clip), the attention of transformers models under "sdpa" or "eager", and every layer with a method
-    `attention_map`, as the papers' own (`HasMap`). The model runs unchanged and gives the same bits. A map is softmax(q k^T / sqrt(d) + masks and biases), before any dropout; for a
-    layer in eval mode it is checked by computing the layer's output from it.
+    `attention_map`, as the papers' own (`HasMap`). The model runs unchanged and gives the same bits. A map is
+    softmax(q k^T / sqrt(d) + masks and biases), before any dropout; for a layer of another library in eval mode it is
+    checked by computing the layer's output from it.
 
     Args:
         model: the module whose forward passes are watched.
@@ -287,11 +288,7 @@ class Recorder:
             whose output is not the one that its map gives; at the end of the block, when no layer ran.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        layers: Sequence[int | str] | None = None,
-    ):
+    def __init__(self, model: nn.Module, layers: Sequence[int | str] | None = None):
         self.maps: list[Tensor] = []
         self.names: list[str] = []
         self._kind = type(model).__name__
@@ -324,10 +321,7 @@ class Recorder:
         self._handles.clear()
         if error is None and not self.maps:
             raise BadParameter(
-                "model",
-                self._kind,
-                "a model that calls its attention layers inside the `with` block: none of them ran. A model that uses "
-                "only their weights (SA2VP) returns its maps itself",
+                "model", self._kind, "a model that calls its attention layers inside the `with` block: none of them ran"
             )
 
     @torch.no_grad()

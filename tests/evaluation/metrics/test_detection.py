@@ -12,8 +12,8 @@ from faster_coco_eval.core import mask
 from companion.errors import CorruptFile
 from companion.evaluation.metrics import detection
 from companion.evaluation.metrics.detection import evaluate
-from tests.parity.runner import ROOT as PARITY
 from tests.models.common import refuses
+from tests.parity.runner import ROOT as PARITY
 
 BOX = [10, 10, 20, 20]
 

@@ -17,7 +17,7 @@ from companion.errors import BadCheckpoint, MissingData, MissingWeights
 from companion.models.dmt import recipe as runs
 from companion.models.dmt.model import DMT, Teachers, loss
 from companion.models.dmt.vit import ViT
-from companion.training import fit
+from companion.training import checkpoints, fit
 from companion.training.recipe import run
 from companion.training.schedules import schedule
 from tests.conftest import parameters
@@ -163,7 +163,8 @@ def test_the_heads_of_a_student_that_learned_relations_are_saved(tmp_path):
     torch.manual_seed(0)
     student = ViT(32, 8, 48, 4, 3, last_heads=12)
     model = DMT(student, Teachers({"MAE": ViT(32, 8, 48, 1, 12)}), relation_weight=1.0, decoder="pocket")
-    path = runs.save_student(model, tmp_path / "student.safetensors")
+    saved = model.export()
+    path = checkpoints.save(tmp_path, "student", saved.to_official(), runs.metadata(saved))
     loaded, images = runs.encoder(given(weights=str(path))), torch.randn(2, 3, 32, 32)
     assert [block.attn.num_heads for block in loaded.blocks] == [3] * 3 + [12]
     assert torch.equal(loaded(images), model.export()(images))
@@ -174,7 +175,8 @@ def test_a_students_file_names_its_choices_and_its_size(tmp_path):
     """Its results would be filed under the parameters."""
     taught, file = given(teachers="DINO", fusion="mean", cached=True), str(tmp_path / "student.safetensors")
     model = runs.build(taught, runs.teachers(taught))
-    runs.save_student(model, file, {name: getattr(taught, name) for name in runs.DISTILLED})
+    choices, saved = {name: getattr(taught, name) for name in runs.DISTILLED}, model.export()
+    checkpoints.save(tmp_path, "student", saved.to_official(), runs.metadata(saved, choices))
     mine = {name: getattr(taught, name) for name in runs.DISTILLED} | {"weights": file}
     assert runs.encoder(given(**mine)).width == 48
     torch.save(ViT(32, 8, 64, 4, 4).to_official(), tmp_path / "wide.pth")

@@ -191,6 +191,7 @@ def distillation(p: SimpleNamespace, out: Path) -> tuple[str, Training]:
         fit=stage(p, len(images)),
         facts=facts,
         weights=lambda model: model.export().to_official(),
+        metadata=lambda model: metadata(model.export(), {name: getattr(p, name) for name in DISTILLED}),
     )
 
 
@@ -221,10 +222,7 @@ def distil(p: SimpleNamespace, out: Path, **changes: Any) -> tuple[DMT, History]
     `changes` are arguments of `fit`.
     """
     _, training = distillation(p, out)
-    model, history = run(training, None if p.dry_run else out, **changes)
-    if not p.dry_run:
-        save_student(model, student_file(training, out), {name: getattr(p, name) for name in DISTILLED})
-    return model, history
+    return run(training, None if p.dry_run else out, **changes)
 
 
 def student_file(training: Training, out: Path) -> Path:
@@ -232,16 +230,14 @@ def student_file(training: Training, out: Path) -> Path:
     return checkpoints.file(out / "trained", training.name, ".safetensors")
 
 
-def save_student(model: DMT, path: str | Path, choices: Mapping[str, object] | None = None) -> Path:
-    """Write the student alone, under the official names of MAE, MoCo v3, iBOT and DINO: the parameter `weights`.
+def metadata(student: ViT, choices: Mapping[str, object] | None = None) -> dict[str, str]:
+    """What a student's file says beside its tensors, which have the official names of MAE, MoCo v3, iBOT and DINO.
 
-    Heads are not in the tensors but in the file's metadata; after a relation loss the last block has as many as the
-    teachers. `choices`: the parameters `DISTILLED`, which go there too, and which `encoder` compares."""
-    student, path = model.export(), Path(path)
-    metadata = {"heads": str(student.blocks[0].attn.num_heads), "last_heads": str(student.heads)}
-    if choices is not None:
-        metadata["distilled"] = json.dumps(dict(choices))
-    return checkpoints.save(path.parent, path.stem, student.to_official(), metadata)
+    Heads are not in the tensors; after a relation loss the last block has as many as the teachers. `choices`: the
+    parameters `DISTILLED`, which `encoder` compares.
+    """
+    facts = {"heads": str(student.blocks[0].attn.num_heads), "last_heads": str(student.heads)}
+    return facts | ({} if choices is None else {"distilled": json.dumps(dict(choices))})
 
 
 def augment(size: int = 224) -> v2.Transform:

@@ -369,8 +369,9 @@ def training(
             "seed": p.seed,
             "hardware": on,
         },
-        facts=facts | {"every": 1000},  # steps between two checkpoints
+        facts=facts,
         weights=lambda module: trained_weights(module.model),
+        every=1000,
     )
 
 
