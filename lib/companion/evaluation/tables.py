@@ -123,7 +123,7 @@ class Results:
         rows = upsert_rows(path, self.keys, self.values, new)
         for name, usual in self.usual.items():
             rows[name] = rows[name].fillna(usual) if name in rows else usual
-        return rows
+        return rows.drop_duplicates([key for key in self.keys if key in rows], keep="last")
 
     def filled(self, rows: pd.DataFrame, spec: Mapping[str, Any]) -> Cells:
         """Means over the rows of one cell, which differ in their seed, by (row, column); an entry of `cells`."""

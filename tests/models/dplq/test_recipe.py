@@ -64,7 +64,7 @@ def test_a_model_is_carried_over_to_other_sets(protocol, pocket, sets, tmp_path)
     assert len(found.inputs("DPLQ", "medical/ccbtm")) == 4 * (12 if protocol == "cross-dataset" else EACH)
     assert found.scores(p.method, model) == scores, "the noise is drawn from the seed"
     assert len(model.embedded) == 4 and model.length == model.ends.max() + 1, "the classes trained on are back"
-    table = recipe.measured(tmp_path / "measured.csv", *recipe.rows(p, scores))
+    table = recipe.RESULTS.measured(tmp_path / "measured.csv", *recipe.rows(p, scores))
     here = recipe.cells(table, protocol)
     name = "DPLQ, domain model clip, trained on BTMRI"
     assert here == {(name, "BTMRI"): scores["source"], (name, "CCBTM"): scores["medical/ccbtm"]}
@@ -195,10 +195,10 @@ def test_a_domain_model_of_large_images_takes_them_one_by_one(monkeypatch):
 
 def test_results_are_means_over_seeds_in_the_published_tables(tmp_path):
     path, p = tmp_path / "measured.csv", given(dataset="remote/aid")
-    recipe.measured(path, *recipe.rows(p, {"base": 90.0, "novel": 60.0, "HM": 72.0}))
+    recipe.RESULTS.measured(path, *recipe.rows(p, {"base": 90.0, "novel": 60.0, "HM": 72.0}))
     p.seed = 2
-    recipe.measured(path, *recipe.rows(p, {"base": 10.0, "novel": 10.0}))
-    table = recipe.measured(path, *recipe.rows(p, {"base": 80.0, "novel": 80.0}))
+    recipe.RESULTS.measured(path, *recipe.rows(p, {"base": 10.0, "novel": 10.0}))
+    table = recipe.RESULTS.measured(path, *recipe.rows(p, {"base": 80.0, "novel": 80.0}))
     assert len(table) == 4
     found = recipe.cells(table, "base to novel")
     # HM for each seed, 72 and 80, then the mean
@@ -212,12 +212,12 @@ def test_results_are_means_over_seeds_in_the_published_tables(tmp_path):
 def test_claims_are_judged_by_whole_domains_without_the_set_trained_on(tmp_path):
     path, medical = tmp_path / "measured.csv", ("medical/btmri", "medical/chmnist", "medical/ccbtm")
     for name, value in zip(medical, (50.0, 60.0, 70.0), strict=True):
-        table = recipe.measured(path, *recipe.rows(given(dataset=name), {"base": value, "novel": value}))
+        table = recipe.RESULTS.measured(path, *recipe.rows(given(dataset=name), {"base": value, "novel": value}))
         assert len(recipe.claim_cells(table)) == (name == medical[-1])
     assert recipe.claim_cells(table) == {("DPLQ", "base to novel, medical"): pytest.approx(60.0)}
     p = given(protocol="cross-dataset", dataset=recipe.SOURCES["medical"])
     found = {"source": 99.0, "medical/chmnist": 40.0, "medical/ccbtm": 60.0}
-    here = recipe.claim_cells(recipe.measured(path, *recipe.rows(p, found)))
+    here = recipe.claim_cells(recipe.RESULTS.measured(path, *recipe.rows(p, found)))
     assert here["DPLQ", "cross-dataset, medical"] == 50.0
 
 

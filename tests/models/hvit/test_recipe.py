@@ -143,8 +143,8 @@ def test_folds_are_trained_on_stored_features_and_vote(tmp_path, stored):
     assert recipe.scores(found, p.method, models) == pytest.approx(kappas)
     row = {"method": p.method, "dataset": "slides/panda", "region": 2048, "head": "regression"}
     for seed, kappa in ((0, 1.0), (0, 90.0), (1, 80.0)):
-        table = recipe.results.measured(tmp_path / "measured.csv", row | {"seed": seed, "kappa": kappa, "fold": 0.0})
-    assert recipe.results.claimed(table) == {("mean pooling", "PANDA 2048 regression"): 85.0}
+        table = recipe.RESULTS.measured(tmp_path / "measured.csv", row | {"seed": seed, "kappa": kappa, "fold": 0.0})
+    assert recipe.RESULTS.claimed(table) == {("mean pooling", "PANDA 2048 regression"): 85.0}
 
 
 @pytest.mark.parametrize("method", ["Local", "mean pooling"])

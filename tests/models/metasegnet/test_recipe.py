@@ -20,7 +20,6 @@ from companion.data.landcover_sets import LOVEDA, OEM, POTSDAM
 from companion.data.rasters import pixels
 from companion.errors import BadCheckpoint, MissingData, MissingWeights
 from companion.evaluation.metrics import landcover as metrics
-from companion.evaluation.tables import Results
 from companion.models.metasegnet import Prompts, geotiff, networks, recipe, segment
 from companion.models.metasegnet.model import SIZES, MetaSegNet, swin
 from companion.models.metasegnet.text import Words
@@ -234,7 +233,7 @@ def test_openearthmap_with_a_zone_left_out(quick, tmp_path):
     assert shown.steps.tolist() == [1, 1]  # three images are left, of two a step
     (file,) = (out / "trained").iterdir()
     assert file.name == "MetaSegNet, landcover-openearthmap, without Aw, bert, seed 0.safetensors"
-    results = Results.of("metasegnet")
+    results = recipe.RESULTS
     rows = results.measured(out / "measured.csv")
     assert rows[results.keys].values.tolist() == [
         ["MetaSegNet", OEM, test, "full", "bert", "climate_prompts.yaml", "lr", "Aw", "last", "ignored", 0]
@@ -340,11 +339,7 @@ def test_settings_that_leak_or_mix_up_data_are_refused(tmp_path):
 
 
 def test_rows_of_the_settings_closest_to_the_authors_stand_next_to_his_and_judge_the_claim(tmp_path):
-    results, path, twin = (
-        Results.of("metasegnet"),
-        tmp_path / "measured.csv",
-        {"dataset": POTSDAM, "method": "unimodal"},
-    )
+    results, path, twin = (recipe.RESULTS, tmp_path / "measured.csv", {"dataset": POTSDAM, "method": "unimodal"})
     test = recipe.Test(part(), ["Cfb"] * 4, list(landcover.CLASSES[POTSDAM]), landcover.LEFT_OUT[POTSDAM])
     eye, accuracies, cell = torch.eye(6, dtype=torch.int64), [], ("unimodal", "Potsdam OA")
     for percent, changes in (

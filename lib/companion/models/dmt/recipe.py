@@ -583,12 +583,7 @@ class _Generated(Dataset):
 # --- results ----------------------------------------------------------------------------------------------------------
 
 
-def measured(path: Path, *new: Mapping[str, object]) -> pd.DataFrame:
-    """The scores on real data in the CSV `path`; `new` rows are added or replace those of equal keys."""
-    results = Results.of("dmt")
-    rows = results.measured(path, *new).reindex(columns=[*results.keys, *results.values])
-    rows.attrs["keys"] = list(results.keys)
-    return rows.drop_duplicates(list(results.keys), keep="last")
+RESULTS = Results.of("dmt")
 
 
 def label(row: Mapping[str, Any]) -> str:

@@ -375,9 +375,7 @@ def rows(p: SimpleNamespace, scores: Mapping[str, float]) -> list[dict[str, Any]
     return [same | {"test": n, "seed": p.seed, "accuracy": a} for n, a in scores.items() if n != "HM"]
 
 
-def measured(path: Path, *new: Mapping[str, object]) -> pd.DataFrame:
-    """The real results in `path`, one row per (method, protocol, dataset, test, seed); `new` are added."""
-    return Results.of("dplq").measured(path, *new)
+RESULTS = Results.of("dplq")
 
 
 def cells(table: pd.DataFrame, protocol: str) -> dict[tuple[str, str], float]:
@@ -386,7 +384,7 @@ def cells(table: pd.DataFrame, protocol: str) -> dict[tuple[str, str], float]:
     Base to novel has the columns "AID base", "AID novel" and "AID HM" for every set; HM is taken for each seed. The
     other protocols have one column per set, and one row per training set.
     """
-    results, one_run = Results.of("dplq"), ["method", "protocol", "dataset", "seed"]
+    one_run = ["method", "protocol", "dataset", "seed"]
     both = table[table.test.isin(["base", "novel"])].pivot_table(index=one_run, columns="test", values="accuracy")
     if {"base", "novel"} <= set(both):
         pairs = both.dropna().reset_index()
@@ -394,7 +392,7 @@ def cells(table: pd.DataFrame, protocol: str) -> dict[tuple[str, str], float]:
         table = pd.concat([table, pairs[one_run].assign(test="HM", accuracy=harmonic)])
     test = table.test.where(table.test != "source", table.dataset)
     named = table.assign(dataset=table.dataset.map(_column), test=test.map(_column))
-    return results.filled(named, results.cells[protocol])
+    return RESULTS.filled(named, RESULTS.cells[protocol])
 
 
 def over_seeds(table: pd.DataFrame) -> pd.DataFrame:

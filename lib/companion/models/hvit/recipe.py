@@ -418,8 +418,7 @@ def kappa(truth: Tensor, predicted: Tensor) -> float:
 
 # --- results ----------------------------------------------------------------------------------------------------------
 
-results = Results.of("hvit")
-measured = results.measured  # which `companion adopt` reads
+RESULTS = Results.of("hvit")
 
 
 def label(p: Parameters) -> str:

@@ -55,6 +55,7 @@ LOOKAHEAD: dict[str, Any] = {"k": 5, "alpha": 0.5}
 LAST = "drop"  # the last images of an epoch, see `fit`
 DROPPED = 0.5  # header dropout of full texts (section 14)
 TEST_SPLIT = {OEM: "val", LOVEDA: "val", POTSDAM: "test"}  # other test labels are not public
+RESULTS = Results.of("metasegnet")
 WORKERS = min(8, os.cpu_count() or 1)
 TEST_BATCH = 4  # images of 1,024 pixels
 DRY_SIDE, DRY_STEPS = 512, 2
@@ -477,7 +478,7 @@ def run(p: SimpleNamespace, out: Path) -> pd.DataFrame:
     }
     if not p.dry_run:
         rows = [row(p, name, asked.tests[name], matrix) for name, matrix in matrices.items()]
-        Results.of("metasegnet").measured(out / "measured.csv", *rows)
+        RESULTS.measured(out / "measured.csv", *rows)
     found = {name: scores(asked.tests[name], matrix) for name, matrix in matrices.items()}
     return pd.DataFrame([facts | {"test": n, "mIoU": s.miou, "mF1": s.mf1, "OA": s.oa} for n, s in found.items()])
 

@@ -415,13 +415,12 @@ def score(pairs: Iterable[tuple[Tensor, Tensor]], download: bool = False) -> tup
 # --- results ----------------------------------------------------------------------------------------------------------
 
 RESULTS = Results.of("tip")
-KEYS, measured = RESULTS.keys, RESULTS.measured  # which `companion adopt` reads
 
 
 def results(p: Parameters, out: Path, values: Mapping[str, float] | None = None) -> pd.DataFrame:
     """The real results of all runs into `out`; with `values`, those of this run are added."""
-    new = [{key: getattr(p, key) for key in KEYS} | dict(values)] if values else []
-    return measured(out / "measured.csv", *new)
+    new = [{key: getattr(p, key) for key in RESULTS.keys} | dict(values)] if values else []
+    return RESULTS.measured(out / "measured.csv", *new)
 
 
 def cells(rows: pd.DataFrame, table: str) -> Cells:

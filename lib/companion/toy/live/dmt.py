@@ -166,7 +166,7 @@ def downstream_tasks(p: SimpleNamespace, out: Path) -> pd.DataFrame:
         found += [(work.title, len(history), metric, score) for metric, score in work.score(model).items()]
     if found and not p.dry_run:
         settings = {key: getattr(p, key) for key in ("task", "encoder", "seed", *recipe.DISTILLED)}
-        recipe.measured(out / "measured.csv", *(settings | {"metric": m, "score": s} for *_, m, s in found))
+        recipe.RESULTS.measured(out / "measured.csv", *(settings | {"metric": m, "score": s} for *_, m, s in found))
     return pd.DataFrame(found, columns=["task", "steps", "metric", "test"])
 
 

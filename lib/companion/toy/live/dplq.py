@@ -125,7 +125,7 @@ def results(
         for name, (low, high) in EXPECTED.items():
             check_range(f"{name}, HM (%)", scored[name]["HM"], low, high)
     elif not p.dry_run:
-        recipe.measured(out / "measured.csv", *recipe.rows(p, scored[p.method]))
+        recipe.RESULTS.measured(out / "measured.csv", *recipe.rows(p, scored[p.method]))
     return frame
 
 
