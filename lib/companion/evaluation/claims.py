@@ -156,7 +156,7 @@ def judge_measured(conditions: Iterable[Mapping], cells: Mapping[tuple[str, str]
     Args:
         conditions: `measured` of a claim in the paper's YAML. Each has `of`, [method, column]; either `at_least`, or
             `over`, [method, column], and `by`, the smallest lead in points (0: any lead).
-        cells: by (method, column), of `claim_cells` of the paper's recipe.
+        cells: measurements by (method, column), such as those of `tables.Results.claimed`.
     """
     parts, met, missing = [], True, False
     for condition in conditions:
