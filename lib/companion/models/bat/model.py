@@ -53,7 +53,7 @@ def halves(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def swap(x: Tensor) -> Tensor:
     """The batch (2b, ...) with its two streams swapped."""
-    return x.roll(x.shape[0] // 2, 0)
+    return rearrange(rearrange(x, "(two b) ... -> two b ...", two=2).flip(0), "two b ... -> (two b) ...")
 
 
 def mhsa(attn: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -407,7 +407,7 @@ def quadratic_kappa(truth: Tensor, predicted: Tensor) -> float:
     from sklearn.metrics import cohen_kappa_score  # here: it takes a second to import
 
     labels = list(range(max(data.GRADES, 1 + int(truth.max()), 1 + int(predicted.max()))))
-    value = cohen_kappa_score(truth.numpy(), predicted.numpy(), weights="quadratic", labels=labels)
+    value = cohen_kappa_score(truth.cpu().numpy(), predicted.cpu().numpy(), weights="quadratic", labels=labels)
     return 0.0 if math.isnan(value) else float(value)
 
 

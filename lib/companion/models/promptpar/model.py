@@ -305,7 +305,8 @@ class PromptPAR(state_dicts.OfficialModel):
     def tower(self, x: Tensor) -> tuple[Tensor, Out]:
         """The prompted layers of the image tower: (b, 1 + R + N, W), [CLS] tokens first, after CLIP's first norm, to
         (b, L, W) in the layout of the paper; and `out` of the last layer, see `tower_map`."""
-        out, depth, run = Out(), len(self.prompts), prompted_block
+        depth, run = len(self.prompts), prompted_block
+        out: Out = {}
         if self.grad_checkpointing and torch.is_grad_enabled():
             run = functools.partial(checkpoint, prompted_block, use_reentrant=False)
         for i, block in enumerate(self.clip.visual.transformer.resblocks, 1):
