@@ -22,8 +22,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -48,6 +47,19 @@ LAST = ("drop", "train", "carry")
 Batch = tuple[Tensor, ...]
 Loss = Callable[[nn.Module, Batch], "Tensor | Mapping[str, Tensor]"]
 History = list[dict[str, float]]
+
+
+class RunParameters(Protocol):
+    """The parameters that every notebook has; a recipe's own `Parameters` adds those that it reads."""
+
+    profile: str
+    dry_run: bool
+    accelerator: str
+    devices: int
+    precision: str
+    seed: int
+    data_root: str
+    weights: str
 
 
 @dataclass(frozen=True)
@@ -75,15 +87,15 @@ class Hardware:
     compile: bool = False
 
     @classmethod
-    def of(cls, p: SimpleNamespace, slug: str, *, workers: int = 0, accumulate: int = 1) -> Hardware:
+    def of(cls, p: RunParameters, slug: str, *, workers: int = 0, accumulate: int = 1) -> Hardware:
         """The `Hardware` of a notebook's parameters, for every training and evaluation of its paper.
 
         The precision "paper" is resolved: to the authors', `precision` of models/<slug>/paper.yaml, in the `paper`
         profile on a CUDA GPU, else to "32-true". A dry run has no `workers`.
 
         Args:
-            p: the checked parameters; `profile`, `dry_run`, `accelerator`, `devices` and `precision` are read, and
-                `accumulate` (0: the recipe's), `grad_checkpointing` and `compile` if the notebook has them.
+            p: the checked parameters; `accumulate` (0: the recipe's), `grad_checkpointing` and `compile` are read if
+                the notebook has them.
         """
         precision, on_gpu = p.precision, device(p.accelerator) == "cuda"
         if precision == "paper":
