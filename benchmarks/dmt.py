@@ -91,8 +91,8 @@ def epoch(cached: bool) -> Step:
     data = TensorDataset(views.images)
     if cached:
         folder = tempfile.TemporaryDirectory()
-        data = dmt_cache.Distilled(views, dmt_cache.build(Path(folder.name), found, views, batch=IMAGES))
-        data.folder = folder  # deleted with the data
+        data = dmt_cache.build(Path(folder.name), found, views, batch=IMAGES)
+        data.temporary = folder  # deleted with the data
 
     def run() -> None:
         for batch in DataLoader(data, IMAGES):

@@ -24,7 +24,8 @@ from companion import backbones
 from companion.data.domains_sets import CLASSES
 from companion.data.fewshot import halves
 from companion.models.dplq import DPLQ, domain_model
-from companion.models.layers.clip_prompting import MaPLe, PromptedCLIP
+from companion.models.layers.clip_prompting import PromptedCLIP
+from companion.models.layers.coop import MaPLe
 
 BATCH, DEPTH = 2, 9
 NAMES, _ = halves(tuple(CLASSES["remote/aid"].values()))  # the 15 base classes of AID

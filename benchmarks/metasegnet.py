@@ -56,7 +56,7 @@ def forward(text: bool, once: bool = True) -> Step:
     @torch.no_grad()
     def step() -> None:
         if not once:
-            model.text.states(*given, model.text.mask(*given))
+            model.text.model(input_ids=given[0], attention_mask=model.text.mask(given[0]).long())
         model(images, *given)
 
     return step

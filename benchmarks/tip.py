@@ -125,7 +125,9 @@ def pocket() -> TIPPipeline:
     torch.manual_seed(0)
     unet = texture_prior.UNET | {"in_channels": 4, "out_channels": 4}
     text = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return build("sd15", unet=unet, vae=texture_prior.KL, text=text, conditioning_channels=(16, 24, 32))
+    vae = {"block_out_channels": (16, 32, 32), "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 8}
+    vae |= {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+    return build("sd15", unet=unet, vae=vae, text=text, conditioning_channels=(16, 24, 32))
 
 
 def our_pocket() -> Step:

@@ -330,7 +330,7 @@ def findings_page(papers: dict[str, dict], runs: dict[str, dict]) -> str:
     for slug, rows in found.items():
         code = papers[slug].get("code", {})
         notebook = f" ([notebook](notebooks/{slug}.ipynb))" if slug in runs else ""
-        parts.append(f"## {papers[slug]['name']}\n")
+        parts.append(f"(findings-{slug})=\n## {papers[slug]['name']}\n")
         parts.append(f"Code: {cell(code['repository'])}; commit: {cell(code['commit'])}.{notebook}\n")
         cells = [
             [
@@ -427,6 +427,7 @@ def write_notebook(slug: str, run: dict, folder: Path) -> None:
     cells, appendix = [], False
     for part in notebook.cells:
         appendix |= part.cell_type == "markdown" and part.source.startswith("## Appendix")
+        part.source = part.source.replace(f"../lib/companion/models/{slug}/findings.yaml", f"#findings-{slug}")
         if part.cell_type == "code":
             if appendix:  # diagnostics for specialists, opened by a click
                 part.metadata["tags"] = [*part.metadata.get("tags", ()), "hide-cell"]

@@ -136,7 +136,7 @@ def cached_teachers(folder: Path) -> str:
     torch.manual_seed(1)
     teachers = Teachers({"MAE": build("pocket teacher"), "iBOT": build("pocket teacher", width=64)})
     views = dmt_cache.Views(torch.rand(96, 3, 32, 32, generator=torch.Generator().manual_seed(0)), slowly)
-    cache = dmt_cache.build(folder / "tokens", teachers, views, batch=2, every=3, hardware=CPU)
+    cache = dmt_cache.build(folder / "tokens", teachers, views, batch=2, hardware=CPU)
     return digest(tokens.contiguous().numpy().tobytes() for tokens in cache.tensors())
 
 

@@ -5,17 +5,19 @@ synthetic datasets.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg, set_model_preprocess_cfg
 from timm.models.vision_transformer import VisionTransformer
 
-from companion.toy import encoders
-from companion.toy.datasets import collage, detection, domains, pedestrians, slides, tracking
+from companion.toy import bat, encoders
+from companion.toy.datasets import collage, detection, domains, pedestrians, slides
 from companion.toy.datasets.tokens import Tokenizer
 
 
@@ -25,7 +27,7 @@ def few_images(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(module, "COUNTS", {"train": 160, "val": 40, "test": 40})
     patch.setattr(slides, "COUNTS", {"train": 24, "val": 6, "test": 6})
     patch.setattr(domains, "EACH", {"train": 16, "val": 2, "test": 4})  # of each of 16 classes
-    patch.setattr(tracking, "SEQUENCES", {"train": 3, "val": 1, "test": 2})
+    patch.setattr(bat, "VIDEOS", {"train": 3, "val": 1, "test": 2})
 
 
 def shrink(slug: str, patch: pytest.MonkeyPatch) -> ModuleType:
@@ -59,7 +61,7 @@ def _dplq(recipe: ModuleType, patch: pytest.MonkeyPatch) -> None:
     """The toy CLIP, whose image tower has 6 blocks."""
     published = recipe.published_settings
     patch.setattr(recipe, "published_settings", lambda protocol: published(protocol) | {"prompt depth": 3})
-    patch.setattr(recipe, "_clip", lambda p, weights: encoders.build("pocket_clip"))
+    patch.setattr(recipe, "_clip", lambda weights: encoders.build("pocket_clip"))
     patch.setattr(recipe.open_clip, "get_tokenizer", lambda name: Tokenizer())
     domain = recipe._domain_model
     # a dry run's have random weights
@@ -189,3 +191,15 @@ def small_pipe(size: str = "sd15", **options: object) -> torch.nn.Module:
 def _tip(recipe: ModuleType, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(recipe, "build", small_pipe)
     patch.setattr(recipe, "DRY_SIZE", 32)
+
+
+def pinned(*values: object) -> str:
+    """A hash of arrays, tensors (to three decimals) and other values."""
+    digest = hashlib.sha256()
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            value = (value.double() * 1000).round().long().numpy()
+        array = isinstance(value, np.ndarray)
+        digest.update(repr((str(value.dtype), value.shape) if array else value).encode())
+        digest.update(np.ascontiguousarray(value).tobytes() if array else b"")
+    return digest.hexdigest()[:12]

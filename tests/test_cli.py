@@ -135,7 +135,7 @@ def made_elsewhere(tmp_path, monkeypatch):
 
 
 def closed(out, table):
-    run = report.start("sa2vp", profile="paper", seed=0, out=str(out))
+    run = report.start("sa2vp", {"profile": "paper", "seed": 0, "out": str(out)})
     run.table(table, pd.DataFrame({"a": [1]}))
     run.close()
 

@@ -20,7 +20,7 @@ def imports(path: Path) -> Iterator[tuple[int, list[str]]]:
             names = [".".join((*base, *filter(None, [node.module]), alias.name)) for alias in node.names]
         else:
             continue
-        assert not any(name.split(".")[0] == "tests" for name in names), f"{path}: the library imports no test"
+        assert not any(name.split(".")[0] in ("tests", "tools") for name in names), f"{path}: no test, no tool"
         yield from ((node.lineno, name.split(".")[1:]) for name in names if name.split(".")[0] == "companion")
 
 

@@ -24,7 +24,7 @@ from companion.data import attributes, classification, domains, xrays
 from companion.errors import BadCheckpoint, CompanionError, CorruptFile
 from companion.models import bat, dmt, dplq, ecamp, hvit, metasegnet, promptpar, sa2vp, sic_cads
 from companion.models.dmt import downstream
-from companion.models.layers import clip_prompting, vpt
+from companion.models.layers import clip_prompting, coop, vpt
 from companion.toy import encoders
 from companion.toy.datasets.tokens import Tokenizer
 from tests.models.common import refuses
@@ -78,7 +78,7 @@ def prompted(kind: type, **options: Any) -> nn.Module:
 
 
 def domain() -> nn.Module:
-    return dplq.domain_model("vit_tiny_patch16_224", "random", clip=encoders.build("pocket_clip"), normalise="own")
+    return dplq.domain_model("vit_tiny_patch16_224", "random", clip=encoders.build("pocket_clip"))
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -91,8 +91,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "fine-tuning": lambda: vpt.FineTuning(vit(), 3),
     "DPLQ": lambda: prompted(dplq.DPLQ, domain=domain(), depth=3, noise="off"),
     "DPLQ, other classes": lambda: _with_classes(prompted(dplq.DPLQ, domain=64, depth=3, noise="off")),
-    "CoOp": lambda: prompted(clip_prompting.CoOp, tokens=4),
-    "zero-shot": lambda: prompted(clip_prompting.ZeroShot),
+    "CoOp": lambda: prompted(coop.CoOp, tokens=4),
+    "zero-shot": lambda: prompted(coop.ZeroShot),
     "PromptPAR": people,
     "PromptPAR, embedded": lambda: promptpar.PromptPAR(
         encoders.build("pocket_clip"),
@@ -105,8 +105,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "MLR": recogniser,
     "MetaSegNet": land,
     "MetaSegNet with BERT": land_with_bert,
-    "DMT's student": lambda: dmt.build("pocket", last_heads=2),
-    "DMT's classifier": lambda: downstream.classifier(dmt.build("pocket", last_heads=2), 3),
+    "DMT's student": lambda: dmt.build("pocket", heads=2),
+    "DMT's classifier": lambda: downstream.classifier(dmt.build("pocket", heads=2), 3),
     "H-ViT": lambda: hvit.build("pocket", classes=3, levels=("region", "slide")),
     "ECAMP": lambda: ecamp.build("pocket"),
     **{f"ECAMP's {kind}": lambda kind=kind: chest(kind) for kind in ("classifier", "segmenter", "detector")},

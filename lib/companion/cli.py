@@ -88,7 +88,6 @@ def commands() -> dict[str, argparse.ArgumentParser]:
     sub.add_argument("--checkpoint", required=True, help="trained weights, <out>/trained/<name>.safetensors")
     for name, default, what in (
         ("method", "MetaSegNet", "the trained model"),
-        ("text_encoder", "bert", "the text encoder it was trained with"),
         ("augmentation", "none", "test-time augmentation of a tile"),
     ):
         choices = metasegnet[name]["choices"]

@@ -194,7 +194,7 @@ def _chest_features(model, images, names, transform) -> list[Tensor]:
 def _features(model, images, names, transform) -> list[Tensor]:
     from .models.dmt.downstream import test_transform
 
-    transform = transform or test_transform(model.image)
+    transform = transform or test_transform(model.patch_embed.img_size[0])
     return list(torch.cat([x.float().cpu() for x in _outputs(model, images, transform, run=model.features)]))
 
 
@@ -248,7 +248,7 @@ def _grades(model, images, names) -> list[Any]:
     from .data.slides import read_features
     from .models.hvit import predict as grade
 
-    device, slide, found = next(model.parameters()).device, getattr(model, "slide", model), []
+    device, slide, found = next(model.parameters()).device, model.slide, []
     for regions in images:
         x = regions if isinstance(regions, Tensor) else read_features(regions)["features"]
         i = int(grade(slide.head, model(x[None].to(device)).float().cpu(), slide.classes))
@@ -284,7 +284,7 @@ _PREDICT: dict[str, Callable[..., Any]] = {
     "ECAMP": _chest_features,
     "MetaSegNet": _land_cover,
     "MLR": _recognised,
-    **dict.fromkeys(("HViT", "PatchBag"), _grades),
+    "HViT": _grades,
     **dict.fromkeys(("BAT", "FullFineTuning", "SingleStream", "FeatureFusion", "HigherPeak"), _track),
     "TIPPipeline": _restored,
 }

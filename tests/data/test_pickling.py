@@ -28,6 +28,7 @@ from companion.data import (
 )
 from companion.models.dmt import cache, downstream
 from companion.models.dmt import recipe as dmt
+from companion.models.dplq import recipe as dplq
 from companion.models.ecamp.text import Pairs, Vocabulary
 from companion.models.hvit import recipe as hvit
 from companion.models.metasegnet import recipe as metasegnet
@@ -82,7 +83,7 @@ def datasets(folder: Path) -> list[Dataset]:
     features = slides.Features([item], folder)
     views = cache.Views(tensors, dmt.augment(8))
     np.save(folder / "0.npy", np.zeros((2, 5, 4), "float16"))
-    stored = cache.Cache(folder, {"rows": 2, "teachers": ["a"], "tokens": 5, "widths": [4], "dtype": "float16"})
+    stored = cache.Cache(views, folder, 1)
     words = Vocabulary.from_words(["a", "b"])
     pairs = Pairs(torch.rand(2, 3, 8, 8), ["a.", "b."], words, patches=196, length=8)
     pairs[0]
@@ -99,17 +100,16 @@ def datasets(folder: Path) -> list[Dataset]:
         degraded,
         tip.Tensors(degraded, SimpleNamespace(tokenizer=None, text_encoder=WordText(["a"]))),
         tip.Generated(1, 8, 0),
+        dplq.Generated(torch.zeros(1, 3, 8, 8), ("a",)),
         land,
         mosaic,
         metasegnet.Prompted(mosaic, Words.of(["a b"]), ["a b"]),
         tracking.Pairs(videos, 2),
         features,
         hvit.ClassBalanced(features),
-        hvit.Noised(features, 0.1),
         views,
-        cache.Distilled(views, stored),
+        stored,
         dmt.Augmented(images[0], dmt.augment(8)),
-        dmt._Generated("detect", 1, 8, 0),
         downstream.Crops(boxes, 8),
         downstream.SceneCrops(tensors, 8),
         pairs,

@@ -143,22 +143,6 @@ def test_visevent_one_means_present_and_tests_start_with_the_object(tmp_path, mo
         refused(MissingData, path.name, load, "rgbe/visevent", tmp_path)
 
 
-def test_pocket_lists_and_attributes(tmp_path):
-    root = tmp_path / "pocket" / "rgbt"
-    for name in ("a", "b"):
-        video(root / "TrainingSet" / name, STREAMS, {"init.txt": BOXES})
-    video(root / "TestingSet" / "c", STREAMS, TEST_FILES)
-    for split, name in {"train": "a", "val": "b", "test": "c"}.items():
-        rows(root / f"{split}.txt", [[name]])
-    (root / "attributes.txt").write_text("c,dark,crossover\n")
-    found = [[s.name for s in load("pocket/rgbt", tmp_path, split)] for split in ("train", "val", "trainval", "test")]
-    assert found == [["a"], ["b"], ["a", "b"], ["c"]]
-    assert [s.attributes for s in load("pocket/rgbt", tmp_path, attribute="dark")] == [{"dark", "crossover"}]
-    refused(MissingData, "attributes", load, "pocket/rgbt", tmp_path, "train", attribute="dark")
-    unreadable(root / "attributes.txt", lambda: load("pocket/rgbt", tmp_path), {"c,foggy\n": "'foggy'"})
-    unreadable(root / "test.txt", lambda: load("pocket/rgbt", tmp_path), {"../../secret\n": "../../secret"})
-
-
 def test_parts_that_are_missing_or_damaged_are_named(lasher, tmp_path, monkeypatch):
     bike = lasher / "TestingSet/bike"
     bad = {"5,6,x,8\n1,2,3,4\n": "line 1", "1,2,3,4\n5,6,7\n": "line 2", "1,2,3,nan\n": "line 1", "\n": ""}

@@ -98,7 +98,7 @@ def barely(claim: dict) -> dict[tuple[str, str], float]:
 @pytest.mark.parametrize("slug", slugs())
 def test_the_conditions_of_every_paper_result_can_be_met_and_missed(slug, tmp_path):
     def status(cells):
-        run = report.start(slug, profile="pocket", out=str(tmp_path))
+        run = report.start(slug, {"profile": "pocket", "out": str(tmp_path)})
         run.claims_from_measured(cells)
         return {row["id"]: row["status"] for row in run.ledger()}
 

@@ -135,7 +135,7 @@ def test_the_committed_record_is_that_of_the_refreshed_notebook(
     for name in ("COMPANION_PROGRESS", "COMPANION_RUNS"):
         monkeypatch.setenv(name, "")
     report = (
-        "import pandas as pd\nfrom companion.ops import report\nrun = report.start('sa2vp', seed=seed)\n"
+        "import pandas as pd\nfrom companion.ops import report\nrun = report.start('sa2vp', globals())\n"
         "run.table('own', pd.DataFrame({'a': [1]}))\nprint(run.study().relative_to(run.root))\nrun.close();"
     )
     path = write(tmp_path / "notebooks" / "sa2vp.ipynb", report)

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from companion.models.dmt import teachers
-from companion.models.dmt.model import relation_loss, relation_maps
 from companion.models.dmt.vit import ViT, encoder_state
 from companion.models.layers.mae import MAE, visible_tokens
 from companion.models.layers.state_dicts import load_official
@@ -124,14 +123,16 @@ def dmae(case: Case) -> dict[str, Tensor]:
 @torch.no_grad()
 def tinymim(case: Case) -> dict[str, Tensor]:
     """Nothing is masked; the student's last block learns the relations of the teacher's, with as many heads."""
-    heads, states = case.facts["settings"], {name: _named(case.state, f"{name}.") for name in ("teacher", "student")}
-    teacher = ViT.from_official(states["teacher"], heads["teacher"])
-    student = ViT.from_official(states["student"], heads["student"], last_heads=teacher.heads)
-    qkv = {"teacher": teacher.last_block(case.input("image"))[0], "student": student.last_block(case.input("image"))[0]}
-    rows = {
-        f"{name}_{kind}_row": maps[0, :, 0].softmax(-1)
-        for name, own in qkv.items()
-        for kind, maps in zip(("qk", "vv"), relation_maps(own), strict=True)
-    }
-    qk, vv = relation_loss(qkv["student"], qkv["teacher"])
-    return rows | {"loss_qk": qk, "loss_vv": vv, "loss": qk + vv}
+    heads, found, relations = case.facts["settings"], {}, {}
+    vits = {name: ViT.from_official(_named(case.state, f"{name}."), heads[name]) for name in ("teacher", "student")}
+    for name, vit in vits.items():
+        x, last = vit.blocks[:-1](visible_tokens(vit, case.input("image"))), vit.blocks[-1]
+        qkv = last.attn.qkv(last.norm1(x)).unflatten(2, (3, vits["teacher"].blocks[-1].attn.num_heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, d)
+        relations[name] = {"qk": q @ k.mT / q.shape[-1] ** 0.5, "vv": v @ v.mT / v.shape[-1] ** 0.5}
+        found |= {f"{name}_{kind}_row": maps[0, :, 0].softmax(-1) for kind, maps in relations[name].items()}
+    for kind, own in relations["student"].items():
+        target = relations["teacher"][kind].log_softmax(-1)
+        divergence = F.kl_div(own.log_softmax(-1), target, reduction="none", log_target=True)
+        found[f"loss_{kind}"] = divergence.sum(-1).mean()
+    return found | {"loss": found["loss_qk"] + found["loss_vv"]}

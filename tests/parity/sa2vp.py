@@ -8,7 +8,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn import functional as F
 
-from companion.models.sa2vp.model import SA2VP, SA2VPSwin
+from companion.models.sa2vp import SA2VP, SA2VPSwin
 
 from .runner import Case
 

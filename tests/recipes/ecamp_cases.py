@@ -75,17 +75,21 @@ def _sha(names: list[str]) -> str:
     return sha256("\n".join(names).encode()).hexdigest()
 
 
+def _optimizer(task: str, model: nn.Module) -> torch.optim.Optimizer:
+    numbers = {"lr": 1.0, "warmup_steps": 0, "steps": 1, "batch": 1}
+    return recipe.downstream_fit(_given(task), 1, recipe.selection(_given(task), float), numbers)["optimizer"](model)
+
+
 def _groups_downstream(case: Case) -> list[Row]:
     rows = []
     for title, expected in case.expected.items():
         task = case.settings["tasks"][title]
-        head = functools.partial(recipe._head, kind=recipe.KINDS[task])
         with torch.device("meta"):
-            model = head(_given(task))
-            levels = {n: head(_given(task, labels=n)).pyramid.levels[0] for n in expected.get("expansion", ())}
+            model = recipe.head(_given(task))
+            levels = {n: recipe.head(_given(task, labels=n)).pyramid.levels[0] for n in expected.get("expansion", ())}
         every = _official(model)
         trained = [name for name, p in every.items() if p.requires_grad]
-        optimizer = recipe.downstream_optimizer(task, 1.0)(model)
+        optimizer = _optimizer(task, model)
         group, frozen = optimizer.param_groups[0], [name for name in every if name not in trained]
         shares = [g["weight_decay"] for g in optimizer.param_groups for _ in g["params"]]
         ours = {
@@ -105,9 +109,8 @@ def _groups_downstream(case: Case) -> list[Row]:
             ours |= _classifier(task)
         for key, value in expected.items():
             if key == "frozen" and isinstance(value, Mapping):  # the names within a part, but for one
-                value = [
-                    name for name in every if name.startswith(value["within"]) and not name.startswith(value["but"])
-                ]
+                within, but = value["within"], value["but"]
+                value = [name for name in every if name.startswith(within) and not name.startswith(but)]
             if key == "head_weight":
                 rows.append(near(f"{title} {key}", [value, 0], ours[key], relative=0.1))
             else:
@@ -133,7 +136,8 @@ def _groups_pretraining(case: Case) -> list[Row]:
     with torch.device("meta"):
         model = ecamp.build("paper", text=Bert(pooler=True))  # theirs has one, which has no gradient
     every = _official(model)
-    optimizer, names = recipe.pretraining_optimizer(recipe.published())(model), {id(p): n for n, p in every.items()}
+    options = recipe.pretraining_fit(_given("pre-train"), 8192, recipe.published())
+    optimizer, names = options["optimizer"](model), {id(p): n for n, p in every.items()}
     groups = {"frozen": sorted(n for n, p in every.items() if not p.requires_grad)}
     for group in optimizer.param_groups:
         title = f"decay {group['weight_decay']:g}" if group["weight_decay"] else "no decay"
@@ -244,22 +248,20 @@ def _metrics(case: Case) -> list[Row]:
     masks, mask_logits = data["in.mask"][:, None], data["in.mask_logits"][:, None]
     outputs, rule, loss = _outputs(case), said["detection"], heads.classification_loss
     size = 32 * outputs[0].shape[-1]
-    pairs = zip(outputs, detection.anchors(size), strict=True)
-    decoded = torch.cat([detection.yolo_decode(head, a, size) for head, a in pairs], 1)
-    boxes = detection.suppress(decoded, rule["confidence"], rule["nms"])
-    dice = recipe.image_dice(mask_logits, masks)[0]
-    segmented = mean_of_batches("segmentation", heads.segmentation_loss, mask_logits, masks)
+    boxes = detection.decode(outputs, size, rule["confidence"], rule["nms"])
     ours = {
-        "mean_auroc": recipe.classification_score(data["in.logits"], labels) / 100,
+        "mean_auroc": recipe.score("classification", [(data["in.logits"], labels)]) / 100,
         "mean_loss_of_batches_multilabel": mean_of_batches("classification", loss, data["in.logits"], labels),
-        "accuracy": recipe.classification_score(data["in.logits_one_of"], one_of) / 100,
+        "accuracy": recipe.score("classification", [(data["in.logits_one_of"], one_of)]) / 100,
         "mean_loss_of_batches_one_of": mean_of_batches("classification", loss, data["in.logits_one_of"], one_of),
-        "dice": dice.mean(),
-        "dice_sorted": dice.sort().values,
-        "mean_loss_of_batches_segmentation": segmented,
+        "dice": recipe.score("segmentation", [(mask_logits, masks)]) / 100,
+        "dice_sorted": radiology.dice(mask_logits.sigmoid(), masks).sort().values,
+        "mean_loss_of_batches_segmentation": mean_of_batches(
+            "segmentation", heads.segmentation_loss, mask_logits, masks
+        ),
         "boxes_kept_of_each_picture": [len(one) for one in boxes],
     }
-    name, precision = said["map"], recipe.detection_score(boxes, data["in.targets"], size) / 100
+    name, precision = said["map"], radiology.mean_precision(boxes, data["in.targets"], size) / 100
     return [
         *(near(key, wanted[key], value, **room) for key, value in ours.items()),
         near(name, wanted[name], precision, **_room(case, "map")),
@@ -400,7 +402,7 @@ def _schedule_downstream(case: Case) -> list[Row]:
             name = case.settings["datasets"][one["task"]]
             numbers: dict[str, Any] = recipe.downstream_recipe(task, name, one["share"])
             what = f"{title} {one['task']} {one['share']} %"
-            group = recipe.downstream_optimizer(task, numbers["lr"])(nn.Linear(1, 1)).param_groups[0]
+            group = _optimizer(task, nn.Linear(1, 1)).param_groups[0]
             ours = numbers | {"num_steps": numbers["steps"], "train_batch_size": numbers["batch"]}
             ours |= {"weight_decay": group["weight_decay"], "num_classes": str(len(CLASSES[name]))}
             ours |= {"start_eval": str(recipe.FIRST[one["share"]])} if "start_eval" in one else {}
@@ -412,62 +414,50 @@ def _schedule_downstream(case: Case) -> list[Row]:
 
 
 class _Toy(nn.Module):
-    """One weight; records how many images each forward pass has, and gives outputs of the right shape."""
+    """One weight, which each step moves; records how many images each forward pass has."""
 
-    def __init__(self, task: str):
+    def __init__(self) -> None:
         super().__init__()
-        self.weight, self.task, self.sizes = nn.Parameter(torch.ones(())), task, list[int]()
+        self.weight, self.sizes = nn.Parameter(torch.ones(())), list[int]()
 
-    def forward(self, images: Any) -> Any:
-        if self.task == "pre-train":
-            self.sizes.append(len(images.images))
-            return Losses(*(self.weight * one for one in (3.0, 1.0, 1.0, 1.0)))
+    def forward(self, images: Tensor) -> Tensor:
         self.sizes.append(len(images))
-        if self.task == "detect":
-            return [self.weight.expand(len(images), 18, side, side) for side in (1, 2, 4)]
-        return self.weight.expand(len(images), *((1, 8, 8) if self.task == "segment" else (1,)))
+        return 1.0 * self.weight
 
-
-def _train(model: nn.Module, p: SimpleNamespace, data: Any, best: Any, numbers: Mapping[str, float]) -> list[dict]:
-    """A downstream training by the recipe."""
-    loss = functools.partial(recipe.downstream_loss, p.task)
-    return fit(model, loss, data, **recipe.downstream_fit(p, len(data), best, numbers))
-
-
-def _toy_data(task: str, count: int) -> TensorDataset:
-    truth = {"detect": (1, 5), "segment": (1, 8, 8)}.get(task, (1,))
-    return TensorDataset(torch.zeros(count, 1, 1, 32), torch.zeros(count, *truth))
+    def trained(self, images: int, options: Mapping[str, Any]) -> list[dict]:
+        """The history of a training by the recipe's `options`."""
+        return fit(self, lambda model, batch: model(batch[0]), TensorDataset(torch.zeros(images, 1)), **options)
 
 
 def _schedule_last_batch(case: Case) -> list[Row]:
     rows = []
     for one in case.expected["fine_tuning"]:
-        task = one["task"]
-        p, model = _given(task), _Toy(task)
+        p, model = _given(one["task"]), _Toy()
         # steps of 1: the training ends with its first epoch
         numbers = {"lr": 0.0, "warmup_steps": 0, "steps": 1, "batch": one["batch"]}
-        _train(model, p, _toy_data(task, one["pictures"]), recipe.selection(p, lambda _: 1.0), numbers)
+        best = recipe.selection(p, lambda _: 1.0)
+        model.trained(one["pictures"], recipe.downstream_fit(p, one["pictures"], best, numbers))
         seen = [one["steps_of_an_epoch"], one["pictures_in_the_last_step"]]
-        what = f"fine_tuning {task}, {one['pictures']} of {one['batch']}"
+        what = f"fine_tuning {one['task']}, {one['pictures']} of {one['batch']}"
         rows.append(same(what, seen, [len(model.sizes), model.sizes[-1]]))
-    model, data = _Toy("pre-train"), TensorDataset(*torch.zeros(7, 7, 1))
-    few = recipe.published(gpus=1, batch_per_gpu=2, accumulation=1, stop_epoch=1)
-    fit(model, ecamp.pretraining_loss, data, **recipe.pretraining_fit(_given("pre-train"), 7, few))
+    few, model = recipe.published(gpus=1, batch_per_gpu=2, accumulation=1, stop_epoch=1), _Toy()
+    model.trained(7, recipe.pretraining_fit(_given("pre-train"), 7, few))
     return [*rows, same("pre_training", case.expected["pre_training"], model.sizes == [2, 2, 2])]
 
 
 def _schedule_pretraining(case: Case) -> list[Row]:
     r, images, wanted = recipe.published(**case.settings["published"]), case.settings["pictures"], case.expected
-    cut, learning_rates = recipe.pretraining_epoch(images, r), recipe.pretraining_learning_rates(images, r)
+    iterations, steps, batch = recipe.pretraining_epoch(images, r)
+    learning_rates = recipe.pretraining_learning_rates(images, r)
     ours = {
         "pictures_per_gpu": -(-images // int(r["gpus"])),
-        "iterations_of_each_epoch": cut.iterations,
-        "steps_of_each_epoch": cut.steps,
-        "iterations_left_over_and_dropped": cut.iterations - int(r["accumulation"]) * cut.steps,
-        "pictures_of_a_step": cut.batch,
-        "last_epoch": len(learning_rates) // cut.steps - 1,
+        "iterations_of_each_epoch": iterations,
+        "steps_of_each_epoch": steps,
+        "iterations_left_over_and_dropped": iterations - int(r["accumulation"]) * steps,
+        "pictures_of_a_step": batch,
+        "last_epoch": len(learning_rates) // steps - 1,
     }
-    rates = [learning_rates[one["epoch"] * cut.steps + one["step_in_epoch"]] for one in wanted["rates"]]
+    rates = [learning_rates[one["epoch"] * steps + one["step_in_epoch"]] for one in wanted["rates"]]
     return [
         *(same(name, wanted[name], value) for name, value in ours.items()),
         near("rates", [one["lr"] for one in wanted["rates"]], rates, **_room(case)),
@@ -482,7 +472,7 @@ def _selected(run: Mapping[str, Any]) -> dict[str, Any]:
     """What becomes of a made-up sequence of scores, seen in a training of one weight that each step moves."""
     task = run["task"]
     changes = {} if run.get("is_multilabel", True) else {"dataset": ONE_OF[0]}
-    p, model, values = _given(task, dry_run=False, **changes), _Toy(task), iter(map(float, run["values"]))
+    p, model, values = _given(task, dry_run=False, **changes), _Toy(), iter(map(float, run["values"]))
     kept: list[float] = []
     looks: list[float] = []
 
@@ -493,10 +483,12 @@ def _selected(run: Mapping[str, Any]) -> dict[str, Any]:
             return value
         raise _RanOut
 
-    best = recipe.selection(p, score, run.get("start_eval"))
+    best = recipe.selection(p, score)
+    best.first_step = 1 + run.get("start_eval", best.first_step - 1)
     numbers, ended = {"lr": 1e-3, "warmup_steps": 0, "steps": run["num_steps"], "batch": 1}, True
     try:
-        _train(model, p, _toy_data(task, run["steps_of_an_epoch"]), best, numbers)
+        images = run["steps_of_an_epoch"]
+        model.trained(images, recipe.downstream_fit(p, images, best, numbers))
     except _RanOut:
         ended = False
     kept.extend(map(float, best.best.values()))
@@ -518,13 +510,16 @@ def _selection(case: Case) -> list[Row]:
 # --- trajectories -----------------------------------------------------------------------------------------------------
 
 
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors by the authors' names."""
+    return model.to_official() if hasattr(model, "to_official") else model.state_dict()
+
+
 def _filled(model: nn.Module, seed: int) -> dict[str, Tensor]:
     """The state of `fill` for a model, by the authors' names; BatchNorm's counters are left out."""
-    state = model.to_official() if hasattr(model, "to_official") else model.state_dict()
-    shapes = {name: list(t.shape) for name, t in state.items() if t.is_floating_point()}
-    return {
-        name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in fill.state_dict(shapes, seed).items()
-    }
+    shapes = {name: list(t.shape) for name, t in _state(model).items() if t.is_floating_point()}
+    filled = fill.state_dict(shapes, seed)
+    return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in filled.items()}
 
 
 Run = tuple[list[Any], list[float], dict[str, Tensor]]
@@ -577,44 +572,39 @@ def _images(name: str, shape: tuple[int, ...], seed: int, n: int) -> Tensor:
     return torch.from_numpy(np.nextafter(values, np.float32(n * np.inf)) if n else values)
 
 
-def _trained(task: str) -> Callable[[Case], list[Row]]:
-    """The kind of cases that train a small model of a downstream task."""
+def _model(task: str, said: Mapping[str, Any]) -> Any:
+    """A small model of a downstream task with the recorded initial weights."""
+    base, facts = VisionTransformer(**said["vit"], num_classes=0, global_pool=""), said["model"]
+    attention, seed = said["vit"]["num_heads"], said["seed"]
+    if task == "fine-tune":
+        return heads.classifier_from_official(_filled(heads.classifier(base, facts["num_classes"]), seed), attention)
+    if task == "segment":
+        segmenter = heads.Segmenter(base, channels=facts["decode_features"])
+        return heads.Segmenter.from_official(_filled(segmenter, seed), attention)
+    detector = detection.Detector(base, facts["classes"], facts["expansion"])
+    return detection.Detector.from_official(_filled(detector, seed), attention)
 
-    def model_of(said: Mapping[str, Any]) -> Any:
-        base, facts = VisionTransformer(**said["vit"], num_classes=0, global_pool=""), said["model"]
-        attention, seed = said["vit"]["num_heads"], said["seed"]
-        if task == "fine-tune":
-            start = heads.classifier(base, facts["num_classes"])
-            return heads.classifier_from_official(_filled(start, seed), attention)
-        if task == "segment":
-            segmenter = heads.Segmenter(base, channels=facts["decode_features"])
-            return heads.Segmenter.from_official(_filled(segmenter, seed), attention)
-        detector = detection.Detector(base, facts["classes"], facts["expansion"])
-        return detection.Detector.from_official(_filled(detector, seed), attention)
 
-    def train(case: Case, n: int) -> Run:
-        said, model = case.settings, model_of(case.settings)
-        truth = case.data.get("in.labels")
-        if truth is None:
-            truth = torch.zeros(len(said["boxes"]), 1, *said["shape"][2:])
-            for i, (top, left, bottom, right) in enumerate(said["boxes"]):
-                truth[i, :, top:bottom, left:right] = 1
-        images, batches = _images("input:images", tuple(said["shape"]), said["seed"], n), said["batches"]
-        epochs = -(-said["num_steps"] // len(batches))
+def _trajectory_downstream(task: str, case: Case) -> list[Row]:
+    said, what, truth = case.settings, "loss_of_each_step", case.data.get("in.labels")
+    if truth is None:
+        truth = torch.zeros(len(said["boxes"]), 1, *said["shape"][2:])
+        for i, (top, left, bottom, right) in enumerate(said["boxes"]):
+            truth[i, :, top:bottom, left:right] = 1
+    batches, epochs = said["batches"], -(-said["num_steps"] // len(said["batches"]))
+    numbers = {"lr": said["optimiser"]["lr"], "warmup_steps": said["warmup_steps"], "steps": said["num_steps"]}
+
+    def train(n: int) -> Run:
+        model, p, rising = _model(task, said), _given(task), itertools.count(1)
+        images = _images("input:images", tuple(said["shape"]), said["seed"], n)
         items = [(images[i], truth[i]) for _ in range(epochs) for batch in batches for i in batch]
-        numbers = {"lr": said["optimiser"]["lr"], "warmup_steps": said["warmup_steps"], "steps": said["num_steps"]}
-        p, rising = _given(task), itertools.count(1)
         best = recipe.selection(p, lambda _: float(next(rising)))  # the last weights are the best
         data = InOrder(items, len(items) // epochs)
-        history = _train(model, p, data, best, numbers | {"batch": len(batches[0])})
-        state = model.to_official() if hasattr(model, "to_official") else model.state_dict()
-        return [row["loss"] for row in history], [row["lr"] for row in history], state
+        options = recipe.downstream_fit(p, len(data), best, numbers | {"batch": len(batches[0])})
+        history = fit(model, functools.partial(recipe.downstream_loss, task), data, **options)
+        return [row["loss"] for row in history], [row["lr"] for row in history], _state(model)
 
-    def run(case: Case) -> list[Row]:
-        what = "loss_of_each_step"
-        return _trajectory(case, what, case.expected[what], lambda n: train(case, n))
-
-    return run
+    return _trajectory(case, what, case.expected[what], train)
 
 
 def _trajectory_pretraining(case: Case) -> list[Row]:
@@ -634,9 +624,9 @@ def _trajectory_pretraining(case: Case) -> list[Row]:
         ),
     )
     weights = _filled(start, seed) | {n: t for n, t in start.to_official().items() if n.endswith("pos_embed")}
-    per_epoch = said["iterations_of_each_epoch"]
+    per_epoch, patches = said["iterations_of_each_epoch"], (facts["img_size"] // facts["patch"]) ** 2
     r = recipe.published(**said["published"] | {"gpus": 1, "batch_per_gpu": pairs})
-    steps = recipe.pretraining_epoch(per_epoch * pairs, r).steps
+    steps = recipe.pretraining_epoch(per_epoch * pairs, r)[1]
     done = [e * per_epoch + (s + 1) * accumulate for e in range(said["epochs"]) for s in range(steps)]
     used = [i for end in done for i in range(end - accumulate, end)]
     stored = {name.removeprefix("in."): value for name, value in case.data.items()}
@@ -645,7 +635,7 @@ def _trajectory_pretraining(case: Case) -> list[Row]:
     def items(n: int) -> Iterator[tuple[Tensor, ...]]:
         for i in used:
             images = _images(f"input:image{i}", (pairs, 3, facts["high_res"], facts["high_res"]), seed, n)
-            noise = torch.from_numpy(fill.values(f"input:noise{i}", (pairs, start.patches), seed))
+            noise = torch.from_numpy(fill.values(f"input:noise{i}", (pairs, patches), seed))
             texts = [stored[name][i].long() for name in ("ids", "labels", "attention_mask")]
             yield from zip(images, *texts, stored["weights"][i], noise, corners[i], strict=True)
 
@@ -653,7 +643,7 @@ def _trajectory_pretraining(case: Case) -> list[Row]:
         sizes = {"heads": facts["heads"], "decoder_heads": facts["decoder_heads"]}
         sizes |= {"text_heads": bert["num_attention_heads"], "dropout": bert["dropout"]}
         model, data = ECAMP.from_official(weights, **sizes), InOrder(items(n), per_epoch * pairs)
-        options = recipe.pretraining_fit(_given("pre-train"), len(data), r, micro_batch=pairs)
+        options = recipe.pretraining_fit(_given("pre-train", accumulate=accumulate), len(data), r)
         history = fit(model, ecamp.pretraining_loss, data, **options)
         losses = [[row[name] for name in said["losses"]] for row in history]
         return losses, [row["lr"] for row in history], model.to_official()
@@ -683,8 +673,8 @@ KINDS: dict[str, Callable[[Case], list[Row]]] = {
     "schedule_last_batch": _schedule_last_batch,
     "schedule_pretraining": _schedule_pretraining,
     "selection": _selection,
-    "trajectory_detection": _trained("detect"),
-    "trajectory_finetune": _trained("fine-tune"),
+    "trajectory_detection": functools.partial(_trajectory_downstream, "detect"),
+    "trajectory_finetune": functools.partial(_trajectory_downstream, "fine-tune"),
     "trajectory_pretraining": _trajectory_pretraining,
-    "trajectory_segmentation": _trained("segment"),
+    "trajectory_segmentation": functools.partial(_trajectory_downstream, "segment"),
 }

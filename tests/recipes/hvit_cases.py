@@ -20,7 +20,7 @@ from companion.models.hvit import model as hvit
 from companion.models.hvit import recipe, slides
 from companion.models.layers.state_dicts import load_official
 from companion.training.fit import CPU, History
-from companion.training.recipe import run
+from companion.training.recipe import Training, run
 from tests.conftest import parameters
 from tests.parity import fill
 from tests.recipes.runner import Case, InOrder, Row, near, same
@@ -97,17 +97,23 @@ def _slides(count: int) -> TensorDataset:
     return TensorDataset(torch.ones(count, 1, 1, 1), torch.ones(count, 1, dtype=torch.bool), torch.ones(count).long())
 
 
-def _bag() -> nn.Module:
-    """A bag of patches whose output is 0, so that each slide's loss is 1."""
-    bag = hvit.PatchBag(1, 6, "regression", "mean", dim=2, dropout=0.0)
-    for parameter in bag.parameters():
-        nn.init.zeros_(parameter)
-    return bag
+class _Constant(nn.Module):
+    """A regression whose output is a weight, at first 0: each slide's loss is 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, 1))
+
+    def forward(self, x: Tensor, present: Tensor) -> Tensor:
+        return self.weight.expand(len(x), 1)
 
 
-def _trained(model: nn.Module, part: Dataset, head: str = "regression", classes: int = 6, **options) -> History:
+def _trained(
+    model: nn.Module, part: Dataset, *callbacks, head: str = "regression", classes: int = 6, **options
+) -> History:
     """The history of the recipe's training of a model, in place."""
-    return run(recipe.training("case", lambda: model, part, head, classes, **options), hardware=CPU)[1]
+    loss, fit = functools.partial(recipe.batch_loss, head, classes), recipe.fit_options(part, *callbacks, **options)
+    return run(Training("case", lambda: model, loss, lambda: part, fit), hardware=CPU)[1]
 
 
 def _schedule(case: Case) -> list[Row]:
@@ -117,7 +123,7 @@ def _schedule(case: Case) -> list[Row]:
         case.expected,
         case.settings["gradient_accumulation"] * case.settings["batch_size"],
     )
-    history = _trained(_bag(), _slides(s["slides"]), epochs=2, batch=step, optimizer=recipe.adam(0.0, 0.0))
+    history = _trained(_Constant(), _slides(s["slides"]), epochs=2, batch=step, optimizer=recipe.adam(0.0, 0.0))
     per_epoch = len(history) // 2
     # the second epoch's first step has the slides left over too, and their losses of 1 are divided by a whole batch
     left = round((history[per_epoch]["loss"] - history[0]["loss"]) * step)
@@ -157,10 +163,10 @@ def _scripted(losses: Iterator[float], seen: list[Tensor], model: nn.Module) -> 
 def _selection(case: Case) -> list[Row]:
     s, rows = case.settings, []
     for name, recorded in s["tuning_loss_of_each_epoch"].items():
-        losses, seen, model = [float(value) for value in recorded], list[Tensor](), hvit.PatchBag(1, dim=2, dropout=0.0)
+        losses, seen, model = [float(value) for value in recorded], list[Tensor](), _Constant()
         loss = functools.partial(_scripted, iter(losses), seen)
         selection = recipe.Selection(loss, s["patience"] if s["enabled"] else 0)
-        history = _trained(model, _slides(1), selection=selection, epochs=len(losses), batch=1)
+        history = _trained(model, _slides(1), selection, epochs=len(losses), batch=1)
         last = nn.utils.parameters_to_vector(model.parameters())
         ours = {
             "kept_epoch": next(i for i, weights in enumerate(seen) if torch.equal(weights, last)),
@@ -266,8 +272,8 @@ def _trajectory(case: Case) -> list[Row]:
     history = _trained(
         model,
         InOrder((items[i] for i in s["order"]), s["slides"]),
-        s["head"],
-        s["num_classes"],
+        head=s["head"],
+        classes=s["num_classes"],
         epochs=s["epochs"],
         batch=s["gradient_accumulation"],
         schedule=functools.partial(recipe.halved, every=s["scheduler"]["step_size"]),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -31,11 +30,7 @@ from companion.training.callbacks import Callback
 from companion.training.fit import CPU, Loop, fit
 from companion.training.schedules import sgd
 from tests.parity import fill
-from tests.recipes.runner import Case, InOrder, Row, near, same
-
-
-def _digest(lines: list[str]) -> str:
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+from tests.recipes.runner import Case, InOrder, Row, lines, near, same
 
 
 def groups(case: Case) -> list[Row]:
@@ -52,19 +47,21 @@ def groups(case: Case) -> list[Row]:
         for one in expected:
             what = f"groups {dataset} lr {one['lr']} decay {one['weight_decay']}"
             (group,) = (g for g in made if (g["lr"], g["weight_decay"]) == (one["lr"], one["weight_decay"]))
-            tensors, numbers = sorted(names[id(t)] for t in group["params"]), sum(t.numel() for t in group["params"])
-            ours = [len(tensors), numbers, _digest(tensors)]
-            rows.append(same(what, [one["tensors"], one["numbers"], one["names_sha256"]], ours))
+            rows.append(_named(what, one, [names[id(t)] for t in group["params"]]))
+            rows.append(same(f"{what} numbers", one["numbers"], sum(t.numel() for t in group["params"])))
             rows.append(near(f"{what} multiplier", one["lr_multiplier"], group["lr"] / r.lr, relative=1e-6))
-    vectors = sorted(names[id(t)] for g in made if g["weight_decay"] for t in g["params"] if t.ndim == 1)
-    want = e["vectors_that_decay"]
-    rows.append(same("vectors_that_decay", [want["tensors"], want["names_sha256"]], [len(vectors), _digest(vectors)]))
+    vectors = [names[id(t)] for g in made if g["weight_decay"] for t in g["params"] if t.ndim == 1]
+    rows.append(_named("vectors_that_decay", e["vectors_that_decay"], vectors))
     encoder = {names[id(t)] for g in made if g["lr"] == r.encoder_lr for t in g["params"]}
     there = all(f"backbone.norm{k}.{kind}" in encoder for k in range(4) for kind in ("weight", "bias"))
     return [
         *rows,
         Row("backbone_norms", e["backbone_norms"], "in the encoder's group" if there else "not there", there),
     ]
+
+
+def _named(what: str, recorded: Mapping, names: list[str]) -> Row:
+    return lines(what, {"count": recorded["tensors"], "sha256_of_lines": recorded["names_sha256"]}, sorted(names))
 
 
 class _Source:
@@ -138,7 +135,7 @@ def metric(case: Case) -> list[Row]:
     """Scores of a test; means with and without the last class."""
     e, classes, room = case.expected, case.settings["classes"], case.facts["tolerance"]
     truth, predicted = case.data["in.labels"], case.data["in.predictions"]
-    whole, part = (recipe.Test([], [], [""] * classes, left) for left in ((), (classes - 1,)))
+    whole, part = (recipe.Part([], [], [""] * classes, left) for left in ((), (classes - 1,)))
     matrix = metrics.confusion(truth, predicted, classes)
     every, some = recipe.scores(whole, matrix), recipe.scores(part, matrix)
     means = {"mean_f1_loveda": every.mf1, "mean_iou_loveda": every.miou, "oa": every.oa}

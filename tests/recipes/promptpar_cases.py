@@ -27,18 +27,13 @@ from companion.models.layers.state_dicts import official_state
 from companion.models.promptpar import recipe
 from companion.models.promptpar.model import Output, PromptPAR, Settings, loss, weighted_loss
 from companion.training.recipe import run
+from tests.conftest import parameters as notebook
 from tests.data import test_attributes as files
 from tests.parity import fill
 from tests.recipes.runner import Case, InOrder, Row, lines, near, parameters, same
 from tests.recipes.steps import Watched, done, initial
 
-
-def _p(**options: Any) -> SimpleNamespace:
-    """The parameters of the `paper` profile that the recipe reads."""
-    usual: dict[str, Any] = {"profile": "paper", "method": "PromptPAR", "dataset": "par/peta", "texts": "released"}
-    usual |= {"select": "last", "seed": 0, "dry_run": True, "accelerator": "cpu", "devices": 1, "quirks": True}
-    usual |= {"precision": "32-true", "checkpoint": "", "clip": recipe.CLIP, "release": "2023"}
-    return SimpleNamespace(**usual | options)
+_p = partial(notebook, "promptpar", profile="paper", dry_run=True, accelerator="cpu")
 
 
 def _official(model: PromptPAR, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -55,27 +50,26 @@ def groups(case: Case) -> list[Row]:
     p = _p(dataset=s["dataset"], release=s["release"])
     model = recipe.build(p, SENTENCES[s["dataset"]], clip, fusion)
     labels = torch.zeros(16, s["attributes"])
-    optimizer = recipe.training(p, lambda: model, Watched(labels), labels[0], epochs=1, batch=16).fit["optimizer"](
-        model
-    )
-    own, found, text = {id(t): name for name, t in model.trained().items()}, {}, []
-    for group in optimizer.param_groups:
-        names = [own[id(t)] for t in group["params"]]
-        tensors = _official(model, {n: t for n, t in model.named_parameters() if n in names})
-        if group["name"] == "prompts":  # the authors' optimiser has the text prompts too, see `recipe.decayed`
+    training = recipe.training(p, lambda: model, Watched(labels), labels[0], epochs=1, batch=16)
+    by_name = {group["name"]: group for group in training.fit["optimizer"](model).param_groups}
+    names, rows, text, trained = {id(t): n for n, t in model.named_parameters()}, list[Row](), [], dict[str, Tensor]()
+    everything = _official(model, dict(model.named_parameters()))
+    for part, kind in (("clip_model", "prompts"), ("model", "heads")):
+        group = by_name[kind]
+        tensors = _official(model, {names[id(t)]: t for t in group["params"]})
+        if kind == "prompts":  # the authors' optimiser has the text prompts too, see `recipe.decayed`
             tensors[recipe.TEXT_PROMPTS] = model.text_prompts
         text += [f"{name}\tbase lr {group['lr']:g} decay {group['weight_decay']:g}" for name in tensors]
-        found[group["name"]] = (tensors, [group["momentum"], group["nesterov"]])
-    rows = [lines("trained_lines", e["trained_lines"], sorted(text))]
-    everything = {name: t.numel() for name, t in _official(model, dict(model.named_parameters())).items()}
-    for part, kind in (("clip_model", "prompts"), ("model", "heads")):
-        want, (tensors, options) = e[part], found[kind]
-        ours = [len(tensors), sum(t.numel() for t in tensors.values())]
-        ours.append(sum(count for name, count in everything.items() if name.startswith(f"{part}.")))
-        sizes = ("trained_tensors", "trained_numbers", "all_numbers")
-        rows.append(same(f"{part} sizes", [want[name] for name in sizes], ours))
-        rows.append(same(f"{part} optimiser", [want["momentum"], want["nesterov"]], options))
-    trained = found["prompts"][0] | found["heads"][0]
+        ours = {
+            "trained_tensors": len(tensors),
+            "trained_numbers": sum(t.numel() for t in tensors.values()),
+            "all_numbers": sum(t.numel() for name, t in everything.items() if name.startswith(f"{part}.")),
+            "momentum": group["momentum"],
+            "nesterov": group["nesterov"],
+        }
+        rows.append(same(part, {name: e[part][name] for name in ours}, ours))
+        trained |= tensors
+    rows.append(lines("trained_lines", e["trained_lines"], sorted(text)))
     rows.append(same("names", [], [name for name in e["names"] if name not in trained]))
     for name, want in e["initial_values"].items():
         what, value = f"initial_values {name}", trained[name].detach()
@@ -118,15 +112,15 @@ def labels(case: Case) -> list[Row]:
 
 def losses(case: Case) -> list[Row]:
     """The total loss, its parts and gradients."""
-    logits, similarity = (case.data[f"in.{name}"].clone().requires_grad_() for name in ("logits", "similarity"))
-    labels, ratio = case.data["in.labels"], case.data["in.ratio"]
-    total, room = loss(Output(logits, similarity), labels, ratio, recipe.SIMILARITY), case.facts["tolerance"]
+    given = [case.data[f"in.{name}"].clone().requires_grad_() for name in ("logits", "similarity")]
+    labels, ratio, room = case.data["in.labels"], case.data["in.ratio"], case.facts["tolerance"]
+    total = loss(Output(*given), labels, ratio, recipe.SIMILARITY)
     total.backward()
-    found = {"total": total, "heads": weighted_loss(logits, labels, ratio)}
-    found["similarity"] = weighted_loss(similarity, labels, ratio)
-    rows = [near(name, case.expected[name], value.detach(), relative=room["losses"]) for name, value in found.items()]
-    for name, value in (("logits", logits.grad), ("similarity", similarity.grad)):
-        rows.append(near(f"out.grad_{name}", case.data[f"out.grad_{name}"], value, absolute=room["gradients"]))
+    rows = [near("total", case.expected["total"], total.detach(), relative=room["losses"])]
+    for name, x, of in zip(("heads", "similarity"), given, ("logits", "similarity"), strict=True):
+        part = weighted_loss(x, labels, ratio).detach()
+        rows.append(near(name, case.expected[name], part, relative=room["losses"]))
+        rows.append(near(f"out.grad_{of}", case.data[f"out.grad_{of}"], x.grad, absolute=room["gradients"]))
     return rows
 
 
@@ -134,11 +128,18 @@ def metric(case: Case) -> list[Row]:
     """Scores of a test."""
     labels, probabilities = case.data["in.labels"].numpy(), case.data["in.probabilities"].numpy()
     found = evaluate(labels, probabilities, case.settings["threshold"])
-    totals = {"mA": "mA", "accuracy": "Acc", "precision": "Prec", "recall": "Rec", "F1": "F1"}
-    ours: dict[str, Any] = {name: found.totals[own] / 100 for name, own in totals.items()}
-    ours |= {"mA_of_attributes": found.balanced / 100, "f1_of_attributes": found.f1 / 100}
-    f1 = found.f1 / 100
-    ours |= {"precision_of_attributes": found.precision / 100, "jaccard_of_attributes": f1 / (2 - f1)}
+    totals, f1 = found.totals, found.f1 / 100
+    ours = {
+        "mA": totals["mA"] / 100,
+        "accuracy": totals["Acc"] / 100,
+        "precision": totals["Prec"] / 100,
+        "recall": totals["Rec"] / 100,
+        "F1": totals["F1"] / 100,
+        "mA_of_attributes": found.balanced / 100,
+        "f1_of_attributes": f1,
+        "precision_of_attributes": found.precision / 100,
+        "jaccard_of_attributes": f1 / (2 - f1),
+    }
     room = case.facts["tolerance"]["values"]
     return [near(name, case.expected[name], value, absolute=room) for name, value in ours.items()]
 
@@ -147,20 +148,20 @@ def picture(case: Case) -> list[Row]:
     """What the network gets of a tested image."""
     s, e, room = case.settings, case.expected, case.facts["tolerance"]
     image = Image.fromarray(case.data["in.image"].numpy())
-    transform = attributes.square_transform(s["size"][0])
-    x = (v2.Compose(transform.transforms[1:]) if s["padded"] else transform)(image)
+    pad, *steps = attributes.square_transform(s["size"][0]).transforms
+    x = v2.Compose(steps)(image if s["padded"] else pad(image))
     grid = x[:, e["rows"]][:, :, e["columns"]]
     close = float(((grid - torch.tensor(e["grid"])).abs() <= room["grid"]).float().mean())
     rows = [
         same("shape", e["shape"], x.shape),
         Row("grid", f"{s['share']:.0%} within {room['grid']}", f"{close:.1%}", close >= s["share"]),
+        same("rows", len(e["rows"]), grid.shape[1]),
+        same("columns", len(e["columns"]), grid.shape[2]),
         near("mean", e["mean"], x.mean((1, 2)), absolute=room["mean"]),
         near("std", e["std"], x.flatten(1).std(1, correction=0), absolute=room["std"]),
-        *(same(name, len(e[name]), grid.shape[axis]) for name, axis in (("rows", 1), ("columns", 2))),
     ]
     if "padded_size" in e:
-        padded = attributes.PadToSquare(s["size"][0])(image)
-        rows.append(same("padded_size", e["padded_size"], list(padded.size)[::-1]))
+        rows.append(same("padded_size", e["padded_size"], pad(image).size[::-1]))
     return rows
 
 

@@ -22,8 +22,8 @@ from torch.utils.data import TensorDataset
 
 from companion import backbones
 from companion.data import DATASETS, classification
-from companion.models.sa2vp import recipe
-from companion.models.sa2vp.model import SA2VP, SA2VPSwin, TwoPathways, two_pathway_loss
+from companion.models.sa2vp import SA2VP, SA2VPSwin, recipe
+from companion.models.sa2vp.model import TwoPathways, two_pathway_loss
 from companion.ops.papers import paper
 from companion.training.callbacks import Callback
 from companion.training.fit import CPU, fit
@@ -33,9 +33,6 @@ from tests.conftest import parameters as defaults
 from tests.parity import fill
 from tests.recipes.runner import Case, InOrder, Row, lines, near, parameters, same
 from tests.recipes.steps import done, initial, normal
-
-STEM = "vit_base.transformer."
-
 
 USUAL = vars(defaults("sa2vp", profile="paper", accelerator="cpu"))
 
@@ -47,49 +44,47 @@ def _parameters(**changes: Any) -> SimpleNamespace:
 # --- parameter groups, and the tensors at the start -------------------------------------------------------------------
 
 
+# a block's attention or first norm, of which the authors' interactions hold frozen copies; and the names of the copies
+COPIED = r"(.*encoder\.|.*layers\.2\.)(?:layer|blocks)\.(\d+)\.(?:attn\.(\w+)|attention_norm|norm1)\.(weight|bias)"
+COPIES = {"query": "to_q", "key": "to_k", "value": "to_v", "out": "to_out", "qkv": "qkv", "proj": "to_out"}
+
+
 def _groups(case: Case) -> list[Row]:
     """The frozen copies that their model holds and ours shares have the status of what they are copies of."""
     settings, expected = case.settings, case.expected
-    swin, width = settings["swin"], settings.get("inter_dim", 0)
-    p = _parameters(backbone="swin_b" if swin else "vit_b16", dataset=settings["data_set"], width=width)
+    backbone, width = "swin_b" if settings["swin"] else "vit_b16", settings.get("inter_dim", 0)
+    p = _parameters(backbone=backbone, dataset=settings["data_set"], width=width)
     model = recipe.build(p, "SA²VP", settings["classes"], "random")
     optimizer = adamw(settings["lr"], settings["weight_decay"])(model)
-    of = {id(t): group["weight_decay"] for group in optimizer.param_groups for t in group["params"]}
-    official, ours = model.official_names(), dict(model.named_parameters())
-    status = {}
-    for name, value in ours.items():
-        decay = of.get(id(value))
-        for theirs in [official[name]] if isinstance(official[name], str) else official[name]:
-            status[theirs] = "frozen" if decay is None else f"decay {decay:g} lr_scale 1"
-    copied = r"layers\.2\.blocks" if swin else r"encoder\.layer"
-    parts = {"attn.qkv": "attn.qkv", "attn.proj": "attn.to_out", "norm1": "attention_norm"}
-    parts |= {"attn.query": "attn.to_q", "attn.key": "attn.to_k", "attn.value": "attn.to_v", "attn.out": "attn.to_out"}
-    parts |= {"attention_norm": "attention_norm"}
-    stem = "vit_base.layers.2." if swin else f"{STEM}encoder."
+    decays = {id(t): group["weight_decay"] for group in optimizer.param_groups for t in group["params"]}
+    official, status = model.official_names(), {}
+    for ours, value in model.named_parameters():
+        decay = decays.get(id(value))
+        for name in np.ravel(official[ours]):
+            status[str(name)] = "frozen" if decay is None else f"decay {decay:g} lr_scale 1"
     for name in list(status):
-        found = re.fullmatch(rf".*{copied}\.(\d+)\.(.+)\.(weight|bias)", name)
-        if found and found[2] in parts:
-            status[f"{stem}cross_attn.{found[1]}.{parts[found[2]]}.{found[3]}"] = status[name]
+        if match := re.fullmatch(COPIED, name):
+            stem, number, part, kind = match.groups()
+            copy = f"attn.{COPIES[part]}" if part else "attention_norm"
+            status[f"{stem}cross_attn.{number}.{copy}.{kind}"] = status[name]
     starts = {"frozen": "frozen", "no_decay": "decay 0 ", "decay": f"decay {settings['weight_decay']:g} "}
     counts = {kind: sum(one.startswith(start) for one in status.values()) for kind, start in starts.items()}
-    numbers = {"with_head": model.count(head=True), "without_head": model.count()}
-    numbers["decay"] = sum(value.numel() for value in ours.values() if of.get(id(value)))
+    decayed = sum(value.numel() for value in model.parameters() if decays.get(id(value)))
+    options = {key: optimizer.defaults[key] for key in ("betas", "eps")} | {"groups": len(optimizer.param_groups)}
+    found = {
+        "optimizer": {"class": type(optimizer).__name__} | options,
+        "tensors": {"all": len(status)} | counts,
+        "numbers_trained": {"with_head": model.count(head=True), "without_head": model.count(), "decay": decayed},
+        "examples": {name: status.get(name) for name in expected["examples"]},
+    }
+    rows = [same(what, expected[what], ours) for what, ours in found.items()]
     text = [f"{name}\t{status[name]}" for name in sorted(status)]
-    found_optimizer = {"class": type(optimizer).__name__} | {key: optimizer.defaults[key] for key in ("betas", "eps")}
-    rows = [
-        same("optimizer", expected["optimizer"], found_optimizer | {"groups": len(optimizer.param_groups)}),
-        same("tensors", expected["tensors"], {"all": len(status)} | counts),
-        same("numbers_trained", expected["numbers_trained"], numbers),
-        lines("sorted_lines", expected["sorted_lines"], text),
-        same("line_format", expected["sorted_lines"]["first"], text[: len(expected["sorted_lines"]["first"])]),
-        same("examples", expected["examples"], {name: status.get(name) for name in expected["examples"]}),
-    ]
+    rows.append(lines("sorted_lines", expected["sorted_lines"], text))
+    rows.append(same("line_format", expected["sorted_lines"]["first"], text[: len(expected["sorted_lines"]["first"])]))
     state = model.to_official()
-    return rows + [
-        row
-        for name, facts in expected["initial_values"].items()
-        for row in initial(f"initial_values {name}", facts, state[name])
-    ]
+    for name, facts in expected["initial_values"].items():
+        rows += initial(f"initial_values {name}", facts, state[name])
+    return rows
 
 
 # --- images -----------------------------------------------------------------------------------------------------------
@@ -98,7 +93,7 @@ def _groups(case: Case) -> list[Row]:
 def _seen(backbone: str) -> backbones.Input:
     """What the profile makes of images for a backbone, at its size and normalisation."""
     with torch.device("meta"):
-        return recipe.input_of(_parameters(backbone=backbone), backbones.build(backbone, "random"))
+        return recipe.input_of(backbones.build(backbone, "random"))
 
 
 def _preprocess(case: Case) -> list[Row]:
@@ -356,11 +351,10 @@ def _loss(case: Case) -> list[Row]:
     labels = case.data["in.labels"]
     value = recipe.loss(_Logits(*logits), (torch.arange(len(labels)), labels))
     value.backward()
-    return [
-        near("loss", case.expected["loss"], value.detach(), relative=1e-5),
-        *(near(f"out.grad_{name}", case.data[f"out.grad_{name}"], one.grad, absolute=1e-5)
-          for name, one in zip(("image", "prompt"), logits, strict=True)),
-    ]  # fmt: skip
+    rows = [near("loss", case.expected["loss"], value.detach(), relative=1e-5)]
+    for name, x in zip(("image", "prompt"), logits, strict=True):
+        rows.append(near(f"out.grad_{name}", case.data[f"out.grad_{name}"], x.grad, absolute=1e-5))
+    return rows
 
 
 def _metric(case: Case) -> list[Row]:

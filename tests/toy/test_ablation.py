@@ -224,7 +224,6 @@ def quick(monkeypatch):
     monkeypatch.setattr(restoration, "COUNTS", {"train": (60, 4), "val": (60, 4), "test": (60, 4)})
     monkeypatch.setattr(slides, "COUNTS", {"train": 12, "val": 3, "test": 3})
     modules = {slug: importlib.import_module(f"companion.toy.ablations.{slug}") for slug in STUDIES}
-    monkeypatch.setattr(modules["bat"], "PAIRS", 64)
     monkeypatch.setattr(modules["ecamp"], "PROBES", dict.fromkeys(modules["ecamp"].PROBES, 1))
     monkeypatch.setattr(modules["hvit"], "BATCH", 6)
     monkeypatch.setattr(modules["tip"], "EACH", 8)

@@ -1,21 +1,19 @@
 """All synthetic datasets: pinned by a hash, drawn from tiles of their own split, written once."""
 
-import hashlib
 import itertools
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
-import torch
 from skimage.color import rgb2hsv
 
 from companion.data import attributes as attributes_data
 from companion.data import detection as detection_data
 from companion.data import domains as domains_data
 from companion.data import slides as slides_data
-from companion.data import tracking as tracking_data
 from companion.errors import CorruptFile, MissingData
 from companion.ops.files import read_json
+from companion.toy import bat
 from companion.toy.ablations import hvit
 from companion.toy.datasets import (
     chests,
@@ -28,26 +26,14 @@ from companion.toy.datasets import (
     restoration,
     scenes,
     slides,
-    tracking,
     write_once,
 )
 from companion.toy.datasets.tokens import END, FIRST, START, UNKNOWN, Tokenizer
 from tests.models.common import refuses
+from tests.small import pinned
 
 SEED = 7
 FEW = {"train": 5, "val": 3, "test": 4}
-
-
-def pinned(*values):
-    """A hash of arrays, tensors (to three decimals) and other values."""
-    found = hashlib.sha256()
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            value = (value.double() * 1000).round().long().numpy()
-        array = isinstance(value, np.ndarray)
-        found.update(repr((str(value.dtype), value.shape) if array else value).encode())
-        found.update(np.ascontiguousarray(value).tobytes() if array else b"")
-    return found.hexdigest()[:12]
 
 
 def task(name, split, root):
@@ -109,26 +95,12 @@ def small(monkeypatch):
     monkeypatch.setattr(restoration, "COUNTS", {"train": (6, 4), "val": (4, 2), "test": (4, 2)})
     monkeypatch.setattr(slides, "COUNTS", {"train": 3, "val": 2, "test": 2})
     monkeypatch.setattr(domains, "EACH", dict.fromkeys(FEW, 1))
-    monkeypatch.setattr(tracking, "SEQUENCES", {"train": 2, "val": 1, "test": 1})
 
 
 @pytest.mark.parametrize("name", READ)
 def test_what_a_study_reads_follows_the_seed_to_the_bit(name, small, tmp_path):
     read, expected = READ[name]
     assert " ".join(pinned(*read(split, tmp_path)) for split in FEW) == expected
-
-
-def test_videos_follow_the_seed(small, tmp_path):
-    """Boxes to the bit; pixels within a tolerance: OpenCV's last bits depend on the processor."""
-    tracking.write(tmp_path, SEED)
-    found = {split: tracking_data.load("pocket/rgbt", tmp_path, split) for split in ("trainval", "test")}
-    videos = found["trainval"] + found["test"]
-    names = ["000_moon_on_rocket", "001_retina_on_motorcycle", "002_stars_on_brick", "003_grass_on_cat"]
-    assert [video.name for video in videos] == names
-    assert pinned(*(video.boxes for video in videos), videos[3].boxes_infrared) == "715f8748e37b"
-    assert [video.frame(20).mean() for video in videos] == pytest.approx([98.26, 103.91, 104.51, 110.11], abs=0.1)
-    words = tracking.situations(tmp_path, "test")[videos[3].name]
-    assert len(words) == tracking.FRAMES and videos[3].attributes == set(words) - {"clear"}
 
 
 DRAWN = {
@@ -138,13 +110,12 @@ DRAWN = {
     "collage": lambda split: [each.image for each in collage.collages(6, split)],
     "detection": lambda split: [each.image for each in detection.scenes(4, split)],
     "domains": lambda split: [domains.unlabelled(name, 4, split)[0] for name in domains.DOMAINS],
-    "foundation pairs": lambda split: tracking.foundation_pairs(4, 0, split)[:2],
     "landcover": lambda split: [image for image, _ in landcover.pictures("Am", 3, split)],
     "pedestrians": lambda split: [pedestrians.people(4, split, "street")[0]],
     "restoration": lambda split: [each.image for each in restoration.pictures(split, 0, (0, 8))],
     "scenes": lambda split: [each.image for each in scenes.scenes(6, split)],
     "slides": lambda split: [each.image for each in slides.slides(2, "place", split)],
-    "tracking": lambda split: list(next(iter(tracking.frames(split, 0)))),
+    "videos": lambda split: [bat.Clip(bat.plan(split, 0), np.random.default_rng(0)).frame(0)],
 }
 ORIGINALS = {name: scenes.photograph(name) for name in scenes.PHOTOGRAPHS}
 

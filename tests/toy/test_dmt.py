@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from companion.models.dmt import Teachers
 from companion.toy.ablations import dmt as study
@@ -59,16 +60,32 @@ def test_all_students_start_alike_and_differ_in_what_their_names_say(root):
     for method, model in models.items():
         encoder = model.student if method in study.STUDENTS else model.encoder
         assert all(torch.equal(first[name], value) for name, value in encoder.state_dict().items()), method
-    assert [len(models[m].widths) for m in ("DMT", "MAE only", "MAE + iBOT", "gate")] == [3, 1, 2, 3]
-    assert [models[m].fusion for m in ("gate", "averaged teachers", "DMT")] == ["gate", "mean", "separate"]
+    assert [len(models[m].target_norms) for m in ("DMT", "MAE only", "MAE + iBOT", "gate")] == [3, 1, 2, 3]
+    assert [len(models[m].adapters) for m in ("DMT", "averaged teachers", "gate")] == [3, 1, 1]
     assert models["LN targets"].target_norms[0].kind == "ln" and models["DMT"].target_norms[0].kind == "channel"
-    assert models["token loss only"].decoder is None and models["map loss only"].adapters is None
-    assert models["same view"].teachers.view == "same" and models["DMT"].teachers is None
+    assert models["token loss only"].decoder is None and not models["map loss only"].adapters
+    assert list(models["same view"].teachers.models) == list(taught.TEACHERS) and models["DMT"].teachers is None
+
+
+def test_fused_targets_and_narrow_views():
+    """Cosines with the student 1, 0, 0.71; mean ones with the other two teachers 0.35, 0.35, 0.71; temperature 0.1."""
+    gate, mean = (kind(study.student(0), [48] * 3, **study.SETTINGS) for kind in (study.Gated, study.Averaged))
+    targets = torch.tensor([[3.0, 0.0], [0.0, 3.0], [3.0, 3.0]])[:, None, None]
+    weights = torch.tensor([np.exp(10 * 0.5**1.5), 1, np.exp(5)]).float()
+    expected = (weights[:, None] / weights.sum() * targets[:, 0, 0]).sum(0)
+    student = torch.tensor([[[7.0, 0.0]]])
+    torch.testing.assert_close(gate.fused(targets, student)[0, 0], expected)
+    torch.testing.assert_close(mean.fused(targets, student)[0, 0], torch.tensor([2.0, 2.0]))
+    images, noise = torch.rand(2, 3, 32, 32), torch.rand(2, 16)
+    same = study.SameView(study.student(0), Teachers(taught.load()), mask_ratio=0.5, decoder="pocket")
+    hidden = F.interpolate(noise.argsort(1).argsort(1).ge(8).float().view(2, 1, 4, 4), scale_factor=8)
+    losses = [same(x, noise=noise).total for x in (images, images + hidden)]
+    torch.testing.assert_close(*losses)  # teachers and student do not see the hidden patches
 
 
 def test_cached_tokens_are_those_of_the_teachers(root):
     cache, data = study.cached_tokens(root, SEED), study.part(root, SEED, "train")
-    for cached, tokens in zip(cache.tensors(), Teachers(taught.load())(data.images[:20]).tokens, strict=True):
+    for cached, tokens in zip(cache.tensors(), Teachers(taught.load())(data.images[:20]), strict=True):
         assert cached.shape == (320, 17, 48)
         torch.testing.assert_close(cached[:20], tokens, rtol=1e-4, atol=1e-4)
     pair = study.assemble("MAE + iBOT", SEED, root)[2].tensors

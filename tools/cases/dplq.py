@@ -115,7 +115,7 @@ def _trained(old: Old) -> dict[str, Any]:
 
 def _baseline(kind: str, old: Old) -> dict[str, Any]:
     made = _trained(old)
-    made["steps"] = [_learner(old, f"layers.clip_prompting:{kind}"), call("logits", "$model", "$image"), *made["steps"]]
+    made["steps"] = [_learner(old, f"layers.coop:{kind}"), call("logits", "$model", "$image"), *made["steps"]]
     return made
 
 

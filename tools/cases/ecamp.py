@@ -275,7 +275,7 @@ def _detector(old: Old) -> dict[str, Any]:
         "inputs": {"image": old.input("image")} | _stored(old),
         "steps": [
             call("model", f"{DETECTION}Detector.from_official", "$state", _heads(old, "heads")),
-            call("anchors", "$model.anchors"),
+            call("anchors", f"{DETECTION}anchors", "$model.size"),
             call("map", "$model.map", "$image"),
             call("levels", "$model.pyramid", "$map"),
             call("heads", "$model", "$image"),

@@ -204,8 +204,8 @@ def _swin(old: Old) -> dict[str, Any]:
     """Both pathways pass the embedding and what is before the interaction one after the other, later as one batch."""
     config = old.config
     build = call(
-        "model", f"{MODEL}SA2VPSwin.from_official", "$state", image_size=config["image"], heads=config["heads"],
-        scale=config["add_scale"],
+        "model", "models.sa2vp.swin:SA2VPSwin.from_official", "$state",
+        image_size=config["image"], heads=config["heads"], scale=config["add_scale"],
     )  # fmt: skip
     made = _trained(old.input("image"), build, old.facts["targets"])
     stages, images = len(config["depths"]), old.shape("image")[0]

@@ -1,4 +1,4 @@
-"""Tracking with two streams: the videos of LasHeR, RGBT234, GTOT, VisEvent and the pocket set, and crops of them.
+"""Tracking with two streams: the videos of LasHeR, RGBT234, GTOT and VisEvent, and crops of them.
 
     videos = load("rgbt/lasher", "data", "test")
     image = videos[0].frame(0)                             # uint8 (H, W, 6): RGB, then the second stream
@@ -22,6 +22,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -39,6 +40,23 @@ STD = (0.229, 0.224, 0.225)
 
 
 # --- videos ------------------------------------------------------------------------------------------------------
+
+
+class Annotated(Protocol):
+    """What training pairs and metrics read of a video, in files or in memory; see `Sequence`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def boxes(self) -> np.ndarray: ...
+    @property
+    def boxes_infrared(self) -> np.ndarray | None: ...
+    @property
+    def absent(self) -> np.ndarray: ...
+    @property
+    def attributes(self) -> frozenset[str]: ...
+    def __len__(self) -> int: ...
+    def frame(self, index: int, /) -> np.ndarray: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +138,6 @@ _TWO_PARTS = _Layout(
 )
 _LAYOUTS = {
     "rgbt/lasher": _TWO_PARTS,
-    "pocket/rgbt": _TWO_PARTS,
     "rgbt/rgbt234": _Layout(parts={"test": ("",)}),
     "rgbt/gtot": _Layout(
         parts={"test": ("",)},
@@ -139,7 +156,6 @@ _LAYOUTS = {
 _LISTS = Path(__file__).parent  # LasHeR comes without lists of training and validation sequences
 SPLITS = {
     "rgbt/lasher": ("train", "val", "trainval", "test"),
-    "pocket/rgbt": ("train", "val", "trainval", "test"),
     "rgbt/rgbt234": ("test",),
     "rgbt/gtot": ("test",),
     "rgbe/visevent": ("train", "test"),
@@ -154,7 +170,7 @@ def load(name: str, root: str | Path, split: str = "test", attribute: str | None
     if one of them has less than nine tenths of another's length, the copy counts as damaged.
 
     Args:
-        name: "rgbt/lasher", "rgbt/rgbt234", "rgbt/gtot", "rgbe/visevent" or "pocket/rgbt".
+        name: "rgbt/lasher", "rgbt/rgbt234", "rgbt/gtot" or "rgbe/visevent".
         root: the data folder; searched for `DATASETS[name].folders`.
         split: one of `SPLITS[name]`. A test video of VisEvent starts at the first frame with the object.
         attribute: only videos with this attribute; one of `ATTRIBUTES[name]`.
@@ -197,12 +213,10 @@ def _names(dataset: DataSet, root: Path, split: str) -> list[str]:
     halves = ("train", "val") if split == "trainval" else (split,)
     if dataset.name == "rgbt/lasher":
         names = [name for half in halves for name in lasher_list(half)]
-    elif dataset.name in ("pocket/rgbt", "rgbe/visevent"):
-        listing = dataset.folder(root) if dataset.name == "pocket/rgbt" else part
-        suffix = ".txt" if dataset.name == "pocket/rgbt" else "list.txt"
-        if lost := [half + suffix for half in halves if not (listing / (half + suffix)).is_file()]:
-            raise dataset.missing(root, f"no list {listing / lost[0]}")
-        names = [name for half in halves for name in _lines(listing / (half + suffix))]
+    elif dataset.name == "rgbe/visevent":
+        if not (listing := part / f"{split}list.txt").is_file():
+            raise dataset.missing(root, f"no list {listing}")
+        names = _lines(listing)
     else:
         names = [name for name in there if (part / name / _LAYOUTS[dataset.name].streams[0]).is_dir()]
     expected = dataset.sizes.get(split)
@@ -404,12 +418,6 @@ def _check_attribute(name: str, attribute: str | None) -> None:
 def _attributes(dataset: DataSet, folder: Path, names: Iterable[str]) -> dict[str, frozenset[str]]:
     """Sequence -> its attributes, from the set's own files or those of `rgbt`; empty if neither is available."""
     known, names = ATTRIBUTES[dataset.name], list(names)
-    if dataset.name == "pocket/rgbt":
-        listing = folder / "attributes.txt"
-        rows = [line.split(",") for line in _lines(listing)] if listing.is_file() else []
-        if strange := {attribute for _, *found in rows for attribute in found} - set(known):
-            raise CorruptFile(listing, f"{min(strange)!r} is none of {', '.join(known)}")
-        return {name: frozenset(found) for name, *found in rows}
     if not known:
         return {}
     shipped, title = _shipped(), Path(dataset.folders[0]).name
@@ -567,7 +575,7 @@ class Pairs(Dataset):
 
     def __init__(
         self,
-        sequences: Iterable[Sequence],
+        sequences: Iterable[Annotated],
         samples: int,
         template: tuple[float, int] = (2, 128),
         search: tuple[float, int] = (4, 256),
@@ -582,11 +590,11 @@ class Pairs(Dataset):
         self.sequences, self.shown = [], []
         for sequence in sequences:
             shown = np.flatnonzero(~sequence.absent & (sequence.boxes[:, 2:] > min_side).all(1))
-            if sequence.visible and len(sequence) >= min_frames and len(shown) > SHOWN:
+            if len(sequence) >= min_frames and len(shown) > SHOWN:
                 self.sequences.append(sequence)
                 self.shown.append(shown)
         if not self.sequences:
-            rule = f"at least one with frames, {min_frames} of them or more, and the object in more than {SHOWN}"
+            rule = f"at least one with {min_frames} frames or more, and the object in more than {SHOWN}"
             raise BadParameter("sequences", "none to draw from", rule)
 
     def __len__(self) -> int:

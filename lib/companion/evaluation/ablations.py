@@ -116,7 +116,8 @@ def bar_tables(
 def stale(paper: str, folder: str | Path) -> bool:
     """Whether the current code neither produced the rows of the study nor reproduced some of them."""
     facts = read_json(Path(folder) / "study.json")
-    today = code_hash(sources(PACKAGE / "toy" / "ablations" / f"{paper}.py"))
+    module = PACKAGE / "toy" / f"{paper}.py"
+    today = code_hash(sources(module if module.exists() else PACKAGE / "toy" / "ablations" / module.name))
     return today not in (facts.get("code"), facts.get("rechecked", {}).get("code"))
 
 

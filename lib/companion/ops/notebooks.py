@@ -18,8 +18,8 @@ import time
 from pathlib import Path
 
 import nbformat
-from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError, DeadKernelError
+from nbclient.exceptions import DeadKernelError
+from papermill import PapermillExecutionError, execute_notebook
 
 from ..errors import CompanionError
 from ..evaluation.claims import KINDS, counts
@@ -49,15 +49,13 @@ def refresh(path: str | Path) -> None:
     Raises `BadNotebook`, and leaves the file unchanged, when a cell fails or the result breaks a rule of `problems`.
     """
     path = Path(path)
-    notebook = _read(path)
-    client = NotebookClient(
-        notebook, kernel_name="python3", timeout=None, resources={"metadata": {"path": path.parent}}
-    )
-    client.record_timing = False
-    try:
-        client.execute()
-    except (CellExecutionError, DeadKernelError) as error:
-        raise BadNotebook(path, str(error).splitlines()) from error
+    with tempfile.TemporaryDirectory() as folder:
+        draft = Path(folder) / path.name
+        try:
+            execute_notebook(path, draft, kernel_name="python3", cwd=path.parent, progress_bar=False)
+        except (PapermillExecutionError, DeadKernelError) as error:
+            raise BadNotebook(path, str(error).strip().splitlines()) from error
+        notebook = _read(draft)
     strip(notebook)
     if found := problems(notebook):
         raise BadNotebook(path, found)

@@ -1,11 +1,11 @@
 """What a notebook shows and leaves behind: checked parameters, tables next to the published ones, claims, the record.
 
 report.opening("sa2vp")                                          # what was found, by the committed study
-run = report.start("sa2vp", profile=profile, seed=seed, ...)     # validates, prints what this run will do
+run = report.start("sa2vp", globals())                           # checks the parameters of the notebook
 run.table("study", frame)                                        # shows it, writes tables/study.csv
 run.figure("rollout", figure)                                    # shows it, writes figures/rollout.png
 print(run.claim("identity", *within({"logits": difference}, 1e-5)))    # judged and worded by evaluation.claims
-run.close()                                                      # shows the ledger, writes claims.json and run.json
+run.close()                                                      # writes claims.json and run.json
 """
 
 from __future__ import annotations
@@ -106,30 +106,25 @@ def _image(figure: Figure) -> tuple[Image, bytes]:
     return Image(shown, width=round(100 * figure.get_figwidth())), full
 
 
-def start(slug: str, **parameters: Any) -> Run:
-    """Check the notebook's parameters, print what the run will do, and return the `Run` that keeps its results.
+def start(slug: str, namespace: Mapping[str, Any]) -> Run:
+    """Check the notebook's parameters and return the `Run` that keeps its results.
 
-    Raises `BadParameter`: an unknown parameter, or a value that is not accepted; also of those that papermill injected,
-    which only warns of an unknown name.
+    Args:
+        namespace: the notebook's `globals()`, or any values by name: those that are parameters of `slug` are read.
+
+    Raises `BadParameter`: a value that is not accepted, or papermill injected an unknown parameter, of which it only
+    warns.
     """
-    known, values = rules(slug), {}
-    for name in _injected() - parameters.keys():
-        raise BadParameter("parameter", name, sorted(parameters))
-    for name, value in parameters.items():
-        if name not in known:
-            raise BadParameter("parameter", name, sorted(known))
-        values[name] = convert(name, value, known[name])
+    known = rules(slug)
+    for name in sorted(_injected() - known.keys()):
+        raise BadParameter("parameter", name, sorted(known.keys() & namespace.keys()))
+    values = {name: convert(name, namespace[name], rule) for name, rule in known.items() if name in namespace}
     if values.get("study") and values.get("profile") == "paper":
         raise BadParameter("study", True, "False with profile = 'paper': the study is at pocket scale")
     if values.get("dry_run") and values.get("profile") == "pocket":
         raise BadParameter("dry_run", True, "False with profile = 'pocket', which is quick as it is")
     run = Run(slug, SimpleNamespace(**values))
     check_folder("out", run.out)
-    plan = pd.DataFrame(
-        [(n, "(empty)" if v == "" else str(v), known[n]["help"]) for n, v in values.items()],
-        columns=["parameter", "value", "meaning"],
-    )
-    display(show_table(plan))
     # JupyterLab runs a notebook in its own folder, the shell's commands (`companion fetch`) in the checkout's
     below = run.root / values.get("data_root", "")
     if values.get("data_root") and not Path(values["data_root"]).exists() and below.exists():
@@ -197,17 +192,19 @@ class Run:
         self.claims[name] = {"status": status, "value": value, "seeds": list(seeds), "why": why, "evidence": evidence}
         return f"{name} {status}: {value}"
 
-    def claims_from_study(self, rows: pd.DataFrame, why: Mapping[str, str] = {}) -> None:
-        """Judge every synthetic result by the rows of an ablation, see `evaluation.claims.judge`.
+    def claims_from_study(self, rows: pd.DataFrame, why: Mapping[str, str] = {}) -> HTML:
+        """Judge every synthetic result by the rows of an ablation, see `evaluation.claims.judge`; return their table.
 
-        `why` gives the reason, by claim, where one was found for a claim that fails.
+        A claim that fails is given its `why` of the paper's YAML, the reason that was found, or that of the argument.
         """
         facts = paper(self.slug)
         for claim in facts["claims"]:
             if claim["kind"] == SYNTHETIC:
                 wins, value, seeds = judge(claim, rows)
                 found = evidence(claim, facts["data_built_for"], rows)
-                self.claim(claim["id"], wins, value, seeds, "" if wins else why.get(claim["id"], ""), found)
+                reason = why.get(claim["id"], claim.get("why", ""))
+                self.claim(claim["id"], wins, value, seeds, "" if wins else reason, found)
+        return self._judged(SYNTHETIC)
 
     def claims_from_measured(self, cells: Mapping[tuple[str, str], float]) -> None:
         """Judge the paper's results by ours on real data, see `evaluation.claims.judge_measured`.
@@ -230,7 +227,7 @@ class Run:
         return [{k: c[k] for k in ("id", "text", "kind")} | self.claims.get(c["id"], blank(c)) for c in claims]
 
     def close(self) -> HTML:
-        """Write `claims.json` and `run.json`; return the ledger to show."""
+        """Write `claims.json`, the ledger, and `run.json`; return how many claims of each kind hold."""
         ledger, given = self.ledger(), vars(self.parameters)
         write_json(self.out / "claims.json", ledger)
         self._files.append(self.out / "claims.json")
@@ -256,22 +253,21 @@ class Run:
         if (folder / "study.json").exists():
             facts["study"] = {"sha256": sha256(folder / "study.csv"), "stale": stale(self.slug, folder)}
         write_json(self.out / "run.json", facts)
-        parts = []
-        for kind, said in counts(ledger).items():
-            own, title = [c for c in ledger if c["kind"] == kind], f"{kind}s: {said}".capitalize()
-            rows = [
-                {
-                    "claim": c["text"],
-                    "here": LOUD[c["status"]],
-                    "measured": c["value"].removesuffix(SPREAD) + (f" — {c['why']}" if c["why"] else ""),
-                    "evidence": c["evidence"],
-                }
-                for c in own
-            ]
-            if seeds := sorted({seed for c in own for seed in c["seeds"]}):
-                title += (
-                    f"; leads in {_unit(paper(self.slug))} over seeds {', '.join(map(str, seeds))} [95 % t interval]"
-                )
-            columns = ["claim", "here", "measured", *(["evidence"] if kind == SYNTHETIC else [])]
-            parts.append(show_table(pd.DataFrame(rows, columns=columns), title=title).data)
-        return HTML("".join(parts))
+        return HTML("<br>".join(f"{kind}s: {said}".capitalize() for kind, said in counts(ledger).items()))
+
+    def _judged(self, kind: str) -> HTML:
+        """The claims of a kind, with this run's verdict on each, as a table."""
+        ledger = [claim for claim in self.ledger() if claim["kind"] == kind]
+        title = f"{kind}s: {counts(ledger)[kind]}".capitalize()
+        if seeds := sorted({seed for claim in ledger for seed in claim["seeds"]}):
+            title += f"; leads in {_unit(paper(self.slug))} over seeds {', '.join(map(str, seeds))} [95 % t interval]"
+        rows = [
+            {
+                "claim": claim["text"],
+                "here": LOUD[claim["status"]],
+                "measured": claim["value"].removesuffix(SPREAD) + (f" — {claim['why']}" if claim["why"] else ""),
+                "evidence": claim["evidence"],
+            }
+            for claim in ledger
+        ]
+        return show_table(pd.DataFrame(rows, columns=["claim", "here", "measured", "evidence"]), title=title)

@@ -1,7 +1,5 @@
 """BAT's recipe: what is trained and how, weights and results by name, scores of result files."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -9,9 +7,10 @@ import torch
 from companion import backbones
 from companion.data import tracking as data
 from companion.errors import CompanionError, CorruptFile, MissingData, MissingWeights
-from companion.models.bat import BAT, FullFineTuning, OSTrack, recipe
+from companion.models.bat import BAT, OSTrack, recipe, tracking
 from companion.toy.encoders import tracker as pocket
 from companion.training import recipe as training
+from companion.training.fit import CPU
 from tests.conftest import parameters
 from tests.models.common import refuses
 
@@ -20,11 +19,14 @@ def given(**changes):
     return parameters("bat", **{"profile": "paper", "accelerator": "cpu"} | changes)
 
 
+def trained(out, **changes):
+    return training.run(recipe.training(given(**changes), CPU), out)
+
+
 @pytest.fixture
 def videos(monkeypatch) -> list:
     """Every dataset is one generated video of 24 frames; the list holds the sets and splits asked for."""
     video, asked = recipe.Generated("one", np.random.default_rng(0), 24), []
-    video.visible = ("a frame",) * 24  # only its length is read
     monkeypatch.setattr(data, "load", lambda name, root, split: asked.append((name, split)) or [video])
     return asked
 
@@ -41,14 +43,14 @@ def small(videos, monkeypatch) -> list:
 
 def test_the_paper_profile_names_what_is_missing(tmp_path, videos, monkeypatch):
     refuses(
-        (lambda: recipe.setting(given(data_root=str(tmp_path)), tmp_path), r"OSTrack_ep0300\.pth\.tar"),
-        (lambda: recipe.setting(given(checkpoint=str(tmp_path / "none.pth")), tmp_path), r"BAT_rgbt\.pth"),
+        (lambda: recipe.run(given(data_root=str(tmp_path)), tmp_path), r"OSTrack_ep0300\.pth\.tar"),
+        (lambda: recipe.run(given(checkpoint=str(tmp_path / "none.pth")), tmp_path), r"BAT_rgbt\.pth"),
         error=MissingWeights,
     )
     # a checkpoint holds BAT's weights, whatever the method's name
-    refuses((lambda: recipe.setting(given(checkpoint="x.pth", method="RGB only"), tmp_path), "RGB only"))
+    refuses((lambda: recipe.run(given(checkpoint="x.pth", method="RGB only"), tmp_path), "RGB only"))
     monkeypatch.undo()
-    refuses((lambda: recipe.setting(given(data_root=str(tmp_path)), tmp_path), "LasHeR"), error=MissingData)
+    refuses((lambda: recipe.run(given(data_root=str(tmp_path)), tmp_path), "LasHeR"), error=MissingData)
 
 
 def test_results_are_means_over_seeds_and_the_authors_weights_have_a_row_of_their_own(tmp_path):
@@ -81,70 +83,53 @@ def test_the_published_training(dataset, read, batch, min_side, tmp_path, videos
     monkeypatch.setattr(training, "fit", lambda model, loss, pairs, **options: seen.update(options) or [])
     pairs = data.Pairs
     monkeypatch.setattr(data, "Pairs", lambda *args, **options: drawn.update(options) or pairs(*args, **options))
-    recipe.setting(given(data_root=str(tmp_path), dataset=dataset), tmp_path).train("BAT")
+    monkeypatch.setattr(tracking, "run", lambda model, videos, folder, **options: {"one": videos[0].boxes})
+    recipe.run(given(data_root=str(tmp_path), dataset=dataset), tmp_path)
     assert asked == [file] and videos == [(dataset, "test"), (read, "train")]
     assert drawn == {"min_side": min_side, "template": (2, 32), "search": (4, 64)}
     assert (seen["epochs"], seen["batch"], seen["seed"], seen["hardware"].workers) == (60, batch, 0, 8)
 
 
-def test_the_methods_are_those_of_the_paper_and_two_of_them_are_trained(tmp_path, small):
-    found = {}
-    for name in recipe.METHODS:
-        setting = recipe.setting(given(method=name), tmp_path)
-        model, history = setting.train(name)
-        found[name] = (
-            len(history),
-            *(getattr(model, option) for option in ("fusion", "stream") if hasattr(model, option)),
-        )
-        assert isinstance(model, BAT) == (name in recipe.TRAINED) and isinstance(model, FullFineTuning) == (
-            "full" in name
-        )
-    assert found == {
-        "BAT": (2,),
-        "full fine-tuning": (2,),
-        "sum of features": (0, "sum"),
-        "mean of features": (0, "mean"),
-        "higher peak": (0,),
-        "RGB only": (0, 0),
-        "thermal only": (0, 1),
-    }
-    assert {file.stem.partition(",")[0] for file in (tmp_path / "trained").iterdir()} == set(recipe.TRAINED)
-    boxes = recipe.follow_in_memory(model, setting.videos, name, recipe.Hardware("cpu"))
-    assert boxes["one"].shape == (24, 4) and set(setting.scores(boxes).totals) == {"PR", "NPR", "SR"}
-
-
-def test_crops_are_normalised_where_the_loss_is_computed():
-    model, generator = BAT(pocket.build()).eval(), torch.Generator().manual_seed(0)
-    crops = [torch.randint(256, (2, 6, side, side), dtype=torch.uint8, generator=generator) for side in (32, 64)]
-    boxes = torch.tensor([[0.4, 0.4, 0.2, 0.2]]).repeat(2, 1)
-    found = [recipe.loss(model, (*batch, boxes))["loss"] for batch in (crops, map(data.normalise, crops))]
-    assert torch.equal(*found) and found[0].isfinite()
+@pytest.mark.parametrize("name", recipe.METHODS)
+def test_methods_with_something_to_train_are_trained_and_saved(name, tmp_path, small):
+    tested = recipe.run(given(method=name), tmp_path)
+    has_weights = (tmp_path / "trained").exists()
+    assert (name in recipe.TRAINED) == isinstance(tested.model, BAT) == has_weights
+    assert tested.boxes["one"].shape == (24, 4) and set(tested.scores.totals) == {"PR", "NPR", "SR"}
+    (row,) = recipe.RESULTS.measured(tmp_path / "measured.csv").to_dict("records")
+    assert (row["method"], row["weights"], row["SR"]) == (name, "trained here", tested.scores.totals["SR"])
 
 
 def test_trained_weights_are_a_checkpoint_and_belong_to_their_foundation(tmp_path, small, monkeypatch):
-    model, history = recipe.setting(given(), tmp_path).train("BAT")
+    model, history = trained(tmp_path)
     assert len(history) == 2
     file = tmp_path / "trained" / "BAT, rgbt, seed 0.safetensors"
     assert backbones.read_state(file).keys() == model.to_official().keys()
     official = BAT.from_official
     monkeypatch.setattr(BAT, "from_official", lambda state: official(state, heads=4))
-    read, none = recipe.setting(given(checkpoint=str(file)), tmp_path).train("BAT")
+    read, none = trained(tmp_path, checkpoint=str(file))
     assert none == [] and all(torch.equal(t, read.state_dict()[n]) for n, t in model.state_dict().items())
     other: OSTrack = pocket.build()
     with torch.no_grad():
         other.vit.blocks[0].mlp.fc1.weight.mul_(0.5)
     monkeypatch.setattr(recipe, "foundation", lambda weights: other)
-    recipe.setting(given(), tmp_path).train("BAT")
+    trained(tmp_path)
     assert len(list((tmp_path / "checkpoints").glob("*.pt"))) == 2, "another foundation is another training"
 
 
 def test_seeds_and_released_weights_have_results_of_their_own(tmp_path, small, monkeypatch):
     folders = []
-    monkeypatch.setattr(recipe.tracking, "run", lambda model, videos, folder, **options: folders.append(folder))
+
+    def track(model, videos, folder, **options):
+        folders.append(folder)
+        return {"one": videos[0].boxes}
+
+    monkeypatch.setattr(tracking, "run", track)
     (tmp_path / "BAT.pth").touch()
     monkeypatch.setattr(backbones, "read_state", lambda path: {})
+    monkeypatch.setattr(BAT, "from_official", lambda state: BAT(pocket.build()))
     for changes in ({}, {"seed": 1, "dataset": "rgbe/visevent"}, {"checkpoint": str(tmp_path / "BAT.pth")}):
-        recipe.setting(given(**changes), tmp_path).track("BAT", SimpleNamespace())
+        recipe.run(given(**changes), tmp_path)
     assert [str(folder.relative_to(tmp_path / "results")) for folder in folders] == [
         "LasHeR/BAT, rgbt, seed 0",
         "VisEvent/BAT, rgbe, seed 1",

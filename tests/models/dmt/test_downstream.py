@@ -7,14 +7,12 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
+from torchvision.transforms import v2
 
-from companion.errors import BadParameter
 from companion.models.dmt import downstream as down
-from companion.models.dmt.downstream import Crops, SceneCrops, Segmenter
 from companion.models.dmt.vit import build
 from companion.training import fit
 from companion.training.schedules import sgd
-from tests.models.common import numbers
 
 CPU = {"hardware": fit.CPU}
 
@@ -31,50 +29,41 @@ def images():
 
 @pytest.mark.parametrize(
     ("where", "make"),
-    [("", lambda: down.classifier(vit(), 5)), ("backbone.vit.", lambda: down.detector(vit(), 2, size=32, channels=16))],
+    [("", lambda: down.classifier(vit(), 5)), ("backbone.vit.", lambda: down.detector(vit(), 2, size=32))],
 )
 def test_learning_rates_fall_downwards(where, make):
     model, rates = make(), np.linspace(1, 0.5, 10)
-    found = down.layer_decayed(rates, where, 0.65, 0.3)
-    own = {id(p): group for group in found["optimizer"](model).param_groups for p in group["params"]}
+    options = down.layer_decayed(rates, where, 0.65, 0.3)
+    group_of = {id(p): group for group in options["optimizer"](model).param_groups for p in group["params"]}
     layers = dict.fromkeys(("cls_token", "pos_embed", "patch_embed.proj.weight"), 0)
     layers |= {"blocks.0.mlp.fc1.weight": 1, "blocks.1.norm1.bias": 2}
     outside = "head.weight" if not where else "roi_heads.box_predictor.bbox_pred.weight"
     layers = {f"{where}{name}": layer for name, layer in layers.items()} | {outside: 3}
     for name, layer in layers.items():
-        group = own[id(model.get_parameter(name))]
-        np.testing.assert_allclose(found["schedule"](group["lr"], 10, 1), rates * 0.65 ** (3 - layer))
+        group = group_of[id(model.get_parameter(name))]
+        np.testing.assert_allclose(options["schedule"](group["lr"], 10, 1), rates * 0.65 ** (3 - layer))
         plain = name.endswith(("cls_token", "pos_embed", "bias"))
         assert group["weight_decay"] == (0 if plain else 0.3), name
-    assert own.keys() == {id(p) for p in model.parameters() if p.requires_grad}
+    assert group_of.keys() == {id(p) for p in model.parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize(("positions", "last_heads"), [("mocov3", 8), ("learned", None)])
-def test_a_classifier_sees_what_the_encoder_saw(positions, last_heads, images):
-    encoder = vit(positions=positions, masked=True, last_heads=last_heads)
+def test_a_classifier_sees_what_the_encoder_saw(images):
+    encoder = vit(positions="learned", masked=True)
     model = down.classifier(encoder, 5).eval()
     expected = F.layer_norm(encoder.hidden(images)[0][:, 1:].mean(1), (32,), eps=1e-6)
-    found = model.forward_head(model.forward_features(images), pre_logits=True)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    pooled = model.forward_head(model.forward_features(images), pre_logits=True)
+    torch.testing.assert_close(pooled, expected, atol=1e-5, rtol=1e-4)
     assert model(images).shape == (4, 5) and all(p.requires_grad for p in model.parameters())
-    assert model.head.weight.abs().max() < 1e-3
-
-
-def test_parameters_of_the_fine_tuned_models_are_the_usual_ones():
-    for size, count in (("tiny", 5_717_416), ("small", 22_050_664), ("base", 86_567_656)):
-        with torch.device("meta"):
-            assert numbers(down.classifier(build(size), 1000)) == count
+    assert model.masked_embed is None and model.head.weight.abs().max() < 1e-3
 
 
 def test_mixing_repeats_and_leaves_its_input_alone(images):
     model, labels, loss = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 5)), torch.arange(4), down.mixed_loss(5)
-    before, found = images.clone(), []
+    before, losses = images.clone(), []
     for seed in (4, 4, 5):
         torch.manual_seed(seed)
-        found.append(loss(model, (images, labels)))
-    assert found[0] == found[1] and not torch.isclose(found[0], found[2]) and torch.equal(images, before)
-    expected = F.cross_entropy(model(images[:3]), labels[:3], label_smoothing=0.1)  # pairs need an even number
-    torch.testing.assert_close(loss(model, (images[:3], labels[:3])), expected)
+        losses.append(loss(model, (images, labels)))
+    assert losses[0] == losses[1] and not torch.isclose(losses[0], losses[2]) and torch.equal(images, before)
 
 
 def test_probes_learn_from_the_features_of_an_encoder_that_stays_as_it_was():
@@ -91,10 +80,10 @@ def test_probes_learn_from_the_features_of_an_encoder_that_stays_as_it_was():
 
 def test_fine_tuning_has_maes_learning_rates_and_drop_path():
     data = TensorDataset(torch.rand(8, 3, 32, 32), torch.arange(8) % 2)
-    model, rows = down.fine_tune(vit(), 2, data, epochs=5, batch=4, warmup=0.3, **CPU)
-    assert len(rows) == 10 and model.blocks[-1].drop_path1.drop_prob == pytest.approx(0.1)
+    model, rows = down.fine_tune(vit(), 2, data, epochs=20, batch=4, **CPU)
+    assert len(rows) == 40 and model.blocks[-1].drop_path1.drop_prob == pytest.approx(0.1)
     assert max(row["lr"] for row in rows) == pytest.approx(5e-4 * 4 / 256 * 0.65**3)  # of the lowest layer
-    assert [row["lr"] for row in rows].index(max(row["lr"] for row in rows)) == 2
+    assert [row["lr"] for row in rows].index(max(row["lr"] for row in rows)) == 1  # 5 % of the steps
 
 
 def test_ridge_is_scikit_learns():
@@ -126,30 +115,36 @@ def squares(count=8, side=64):
     return items
 
 
-def test_the_pyramid_has_five_scales_on_a_copy_that_trains_its_table_too(images):
+def test_the_pyramid_has_five_scales_of_a_copy_that_trains_its_table_too(images):
     encoder = vit(masked=True)
-    model = down.like(encoder, 0.1)
-    assert model.pos_embed.requires_grad and not encoder.pos_embed.requires_grad
-    assert torch.equal(model.norm.weight, encoder.norm.weight) and model.masked_embed is None
-    assert model.blocks[-1].drop_path1.drop_prob == pytest.approx(0.1)
-    maps = down.SimplePyramid(vit(), 16)(images)
-    assert {name: tuple(m.shape) for name, m in maps.items()} == {
-        name: (4, 16, side, side) for name, side in zip(["0", "1", "2", "3", "pool"], (16, 8, 4, 2, 1), strict=True)
-    }
-    pooled = down._maps(vit(), images, (-1,))[0]
-    assert torch.equal(pooled[0, :, 1, 2], vit().hidden(images)[0][0, 1 + 4 + 2])
+    pyramid = down.SimplePyramid(encoder, 0.1).eval()
+    assert pyramid.vit.pos_embed.requires_grad and not encoder.pos_embed.requires_grad
+    assert pyramid.vit.masked_embed is None and pyramid.vit.blocks[-1].drop_path1.drop_prob == pytest.approx(0.1)
+    shapes = {name: tuple(m.shape) for name, m in pyramid(images).items()}
+    sides = zip(["0", "1", "2", "3", "pool"], (16, 8, 4, 2, 1), strict=True)
+    assert shapes == {name: (4, 256, side, side) for name, side in sides}
+    same = pyramid.maps(images)[2]
+    assert torch.equal(same[0, :, 1, 2], encoder.hidden(images)[0][0, 1 + 4 + 2])
 
 
-def test_crops_stack_and_unpack():
-    data = Crops(squares(), 64, most=3, jitter=None)
+def unjittered(items, size=64):
+    """`Crops` that leave images as they are."""
+    crops = down.Crops(items, size)
+    crops.transform = v2.SanitizeBoundingBoxes()
+    return crops
+
+
+def test_crops_stack_and_unpack(monkeypatch):
+    monkeypatch.setattr(down.Crops, "MOST", 1)
+    data = unjittered(squares())
     image, boxes, labels, bits = data[1]
-    assert image.shape == (3, 64, 64) and image.max() <= 1 and labels.tolist() == [2, 0, 0]
-    assert boxes[0].tolist() == squares()[1][1]["boxes"][0].tolist() and bits.shape == (3, 512)
+    assert image.shape == (3, 64, 64) and image.max() <= 1 and labels.tolist() == [2]
+    assert boxes[0].tolist() == squares()[1][1]["boxes"][0].tolist() and bits.shape == (1, 512)
     image, target = squares()[1]
     two = {"boxes": torch.tensor([[0.0, 0, 8, 8], [20, 30, 50, 40]]), "labels": torch.tensor([1, 2])}
     two |= {"masks": torch.zeros(2, 64, 64, dtype=torch.uint8)}
     two["masks"][0, :8, :8] = two["masks"][1, 30:40, 20:50] = 1
-    _, boxes, labels, _ = Crops([(image, target | two)], 64, most=1, jitter=None)[0]
+    _, boxes, labels, _ = unjittered([(image, target | two)])[0]
     assert boxes.tolist() == [[20, 30, 50, 40]] and labels.tolist() == [2]  # the smallest are left out
     seen = []
 
@@ -165,19 +160,12 @@ def test_crops_stack_and_unpack():
 
 def test_an_image_without_instances_is_trained_on_too():
     items = [(image, {k: v[:0] for k, v in target.items() if k != "image_id"}) for image, target in squares(2)]
-    batch = tuple(map(torch.stack, zip(*Crops(items, 64, most=2, jitter=None), strict=True)))
-    few = {"rpn_post_nms_top_n_train": 50, "box_batch_size_per_image": 32}
-    model = down.detector(vit(image=64), 2, size=64, channels=16, drop_path=0.0, anchor=4.0, **few).train()
-    assert model.rpn.anchor_generator.sizes == ((8,), (16,), (32,), (64,), (128,))  # 4 x the strides
-    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long), "masks": torch.zeros(0, 64, 64)}
-    torch.manual_seed(0)
-    losses = model(list(batch[0]), [nothing, nothing])
-    assert {name for name, loss in losses.items() if loss > 0} == {"loss_classifier", "loss_objectness"}
-    torch.manual_seed(0)
+    batch = tuple(map(torch.stack, zip(*unjittered(items), strict=True)))
+    model = down.detector(vit(image=64), 2, size=64).train()
+    assert model.rpn.anchor_generator.sizes == ((16,), (32,), (64,), (128,), (256,))  # 8 x the strides
     total = down.detection_loss(model, batch)
-    torch.testing.assert_close(total, losses["loss_classifier"] + losses["loss_objectness"])
     total.backward()
-    assert all(p.grad.any() for p in model.roi_heads.box_predictor.cls_score.parameters())
+    assert total > 0 and all(p.grad.any() for p in model.roi_heads.box_predictor.cls_score.parameters())
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -205,27 +193,17 @@ def test_detections_are_rows_of_coco_in_the_order_of_the_images(batch):
     assert [int(rle.area(row["segmentation"])) for row in rows[:2]] == [32 * 64, 28 * 64]
 
 
-def small_segmenter(**options):
+def test_a_segmenter_gives_logits_of_every_pixel_and_its_loss_passes_over_ignored_ones(images):
+    model, truth = down.Segmenter(vit(depth=4), 3, layers=(0, 1, 2, 3), drop_path=0.0), torch.randint(3, (4, 32, 32))
+    assert model.eval()(images).shape == (4, 3, 32, 32)
     torch.manual_seed(0)
-    usual = {"layers": (0, 1, 2, 3), "auxiliary": 8, "drop_path": 0.0, "pools": (1, 2)}
-    return Segmenter(vit(depth=4), 3, **usual | options)
-
-
-def test_a_segmenter_gives_logits_of_every_pixel(images):
-    model = small_segmenter().eval()
-    assert model(images).shape == (4, 3, 32, 32)
-    assert [x.shape for x in model.train()(images)] == [(4, 3, 32, 32)] * 2
-    assert small_segmenter(auxiliary=0).train()(images).shape == (4, 3, 32, 32)
-    with pytest.raises(BadParameter, match="11"):
-        small_segmenter(layers=(3, 5, 7, 11))
-
-
-def test_the_loss_passes_over_what_counts_for_nothing(images):
-    model, truth = small_segmenter().train(), torch.randint(3, (4, 32, 32))
+    logits = model.train()(images)
+    assert [x.shape for x in logits] == [(4, 3, 32, 32)] * 2
     truth[:, 16:] = 255
-    expected = [F.cross_entropy(x[:, :, :16], truth[:, :16]) for x in model(images)]
-    found = down.segmentation_loss(model, (images, truth))
-    torch.testing.assert_close(found, expected[0] + 0.4 * expected[1], atol=1e-5, rtol=1e-5)
+    expected = [F.cross_entropy(x[:, :, :16], truth[:, :16]) for x in logits]
+    torch.manual_seed(0)
+    loss = down.segmentation_loss(model, (images, truth))
+    torch.testing.assert_close(loss, expected[0] + 0.4 * expected[1], atol=1e-5, rtol=1e-5)
 
 
 def test_scene_crops():
@@ -234,12 +212,12 @@ def test_scene_crops():
     truth[:2] = 255
     torch.manual_seed(0)
     for size in (32, 64):
-        crop, labels = SceneCrops([(image, truth)], size)[0]
+        crop, labels = down.SceneCrops([(image, truth)], size)[0]
         assert crop.shape == (3, size, size) and crop.dtype == torch.float32
         assert labels.dtype == torch.long and set(labels.unique().tolist()) <= {0, 1, 255}
 
 
-@pytest.mark.parametrize("shape", [(3, 32, 32), (3, 50, 71), (3, 20, 90)])
+@pytest.mark.parametrize("shape", [(3, 32, 32), (3, 50, 71)])
 def test_sliding_covers_everything_once_over(shape):
     image, seen = torch.rand(shape), []
 
@@ -248,4 +226,4 @@ def test_sliding_covers_everything_once_over(shape):
         return x[:, :2] * 2
 
     torch.testing.assert_close(down.slide(double, image, 32, 21), image[:2] * 2)
-    assert seen == [({32: 1, 50: 2, 20: 1}[shape[1]] * {32: 1, 71: 3, 90: 4}[shape[2]], 3, 32, 32)]
+    assert seen == [({32: 1, 50: 2}[shape[1]] * {32: 1, 71: 3}[shape[2]], 3, 32, 32)]

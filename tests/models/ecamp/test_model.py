@@ -9,7 +9,6 @@ from torch.nn import functional as F
 
 from companion import backbones
 from companion.errors import BadCheckpoint
-from companion.models.ecamp import figures
 from companion.models.ecamp import model as ecamp
 from companion.models.ecamp.model import Batch
 from companion.models.ecamp.variants import METHODS
@@ -54,10 +53,6 @@ def test_losses_by_hand(model):
     each = F.cross_entropy(out["logits"].mT, batch.labels, reduction="none")
     torch.testing.assert_close(losses.mlm, (each * batch.weights).mean())
     torch.testing.assert_close(losses.total, losses.mim + losses.sr + losses.mlm)
-    rows = figures.reconstructed(model, batch, out)
-    seen = ~rows["visible patches"].isnan()
-    assert seen.float().mean() == 0.25 and torch.equal(rows["visible patches"][seen], out["low"][seen])
-    assert torch.equal(ecamp.patchify(rows["reconstruction"], 4), out["pixels"])
 
 
 def test_attention_maps_are_shares_and_the_recipe_of_the_heat_map(model):
@@ -74,14 +69,12 @@ def test_attention_maps_are_shares_and_the_recipe_of_the_heat_map(model):
 @pytest.mark.parametrize("method", METHODS)
 def test_variants_train_all_they_have(method):
     torch.manual_seed(0)
-    kind, options, _ = METHODS[method]
-    model = kind.build("pocket", **options).train()
+    model = METHODS[method][0]("pocket").train()
     losses = model(pairs())
     losses.total.backward()
     without = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
     assert without == {"encoder.pos_embed", "decoder.pos_embed"}
-    has = (True, model.super_resolution is not None, model.text is not None)
-    assert tuple(bool(loss) for loss in (losses.mim, losses.sr, losses.mlm)) == has
+    assert losses.mim > 0 and losses.mlm > 0 and bool(losses.sr) == (method != "ECAMP, no super-resolution")
 
 
 def test_initial_weights():
@@ -91,7 +84,7 @@ def test_initial_weights():
         if isinstance(module, torch.nn.Linear):
             bound = (6 / sum(module.weight.shape)) ** 0.5
             assert 0.9 * bound < module.weight.abs().max() <= bound and not module.bias.any(), name
-    words, kernel = model.text.embeddings.words.weight, model.encoder.patch_embed.proj.weight.detach()
+    words, kernel = model.text.embeddings.word_embeddings.weight, model.encoder.patch_embed.proj.weight.detach()
     assert not words[0].any() and words.std().item() == pytest.approx(0.02, rel=0.1)
     assert 0.1 < kernel.std() < kernel.abs().max() <= (6 / (96 + 48)) ** 0.5
 
@@ -118,15 +111,15 @@ def test_a_checkpoint_that_does_not_fit_is_told_by_name(model):
 
 
 def test_starts_from_mae(model):
+    """MAE's decoder is deeper: its first blocks are loaded."""
     mae = {n: t + 1 for n, t in model.to_official().items() if not n.startswith(("bert", "super"))}
-    mae |= {"decoder_blocks.7.norm1.weight": torch.ones(48)}  # MAE's decoder is deeper
     fresh = copy.deepcopy(model)
-    filled = fresh.load_mae(mae)
-    assert "encoder.pos_embed" in filled and "decoder.blocks.0.norm1.weight" in filled
-    assert torch.equal(fresh.encoder.pos_embed, model.encoder.pos_embed + 1)
-    assert all(torch.equal(a, b) for a, b in zip(fresh.text.parameters(), model.text.parameters(), strict=True))
+    fresh.load_mae(mae | {"decoder_blocks.7.norm1.weight": torch.ones(48)})
+    for name, tensor in fresh.state_dict().items():
+        added = 1 if name.startswith(("encoder", "decoder")) else 0
+        assert torch.equal(tensor, model.state_dict()[name] + added), name
     encoder_only = {n: t for n, t in mae.items() if not n.startswith(("decoder", "mask"))}
-    assert all(n.startswith("encoder.") for n in copy.deepcopy(model).load_mae(encoder_only))
+    copy.deepcopy(model).load_mae(encoder_only)
     del encoder_only["norm.bias"]
     with pytest.raises(BadCheckpoint, match=r"norm\.bias"):
         model.load_mae(encoder_only)
@@ -140,5 +133,5 @@ def test_the_paper_size_has_the_released_parameters_and_takes_timms_mae():
     assert {n for n in mae if not n.startswith("fc_norm")} <= set(model.official_names().values())
 
 
-def test_what_would_be_silently_wrong_is_refused():
-    refuses((lambda: ecamp.build("pocket", window=9), "9"), (lambda: ecamp.build("tiny"), "pocket"))
+def test_a_window_larger_than_the_image_is_refused():
+    refuses((lambda: ecamp.build("pocket", window=9), "9"))

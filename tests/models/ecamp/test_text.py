@@ -32,12 +32,11 @@ def test_draws_as_recorded():
     """Every draw is asked for, none beyond; descriptors in the order in which they are found."""
     (case,) = (c for c in parity.cases("ecamp") if c.name == "text_masking")
     settings = case.facts["settings"]
-    known = Vocabulary.from_words(settings["vocabulary"])
+    words = Vocabulary.from_words(settings["vocabulary"])
     for example in settings["examples"]:
         ids, draws = np.array(example["ids"]), iter(example["draws_used"])
-        assert text.mask(ids, known, draws.__next__).tolist() == example["masked_ids"]
-        assert text.descriptors(ids, known) == example["descriptor_positions"]
-        assert next(draws, None) is None
+        text.mask(ids, words, draws.__next__)  # its result is compared in tests/parity
+        assert text.descriptors(ids, words) == example["descriptor_positions"] and next(draws, None) is None
     for example in settings["insertion_examples"]:
         draws = iter(example["draws"])
         spliced = text.splice(example["report"], example["llm_output"], draws.__next__)
@@ -118,5 +117,6 @@ def test_texts_of_other_images_are_refused(vocabulary):
         (lambda: pairs(vocabulary, masking="all")[0], "intended"),
         (lambda: pairs(vocabulary, statements=["X."]), "statements"),
         (lambda: pairs(vocabulary, windows=[(0, 0)]), "windows"),
+        (lambda: pairs(vocabulary, windows=[(0, 3)] * 3), "0 to 2"),
         (lambda: Vocabulary.from_words({"a": 0, "[UNK]": 1}), r"\[CLS\]"),
     )

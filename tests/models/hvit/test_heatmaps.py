@@ -1,10 +1,8 @@
-"""Heatmaps: ranks, weighed levels, maps on their regions, alignment of shifted windows, colours."""
+"""Heatmaps: ranks, weighed levels, maps on their regions, alignment of shifted windows."""
 
 import numpy as np
-import pytest
 
-from companion.errors import BadParameter
-from companion.models.hvit import figures, heatmaps
+from companion.models.hvit import heatmaps
 from companion.models.hvit.slides import Tiles
 
 
@@ -16,8 +14,6 @@ def test_ranks_are_shares_of_what_is_lower_and_maps_of_patches_are_laid_row_by_r
     assert laid.shape == (2, 6, 6)
     np.testing.assert_array_equal(laid[1, :3, 3:], heatmaps.ranks(attention[1, 1]))
     assert heatmaps.region_map(attention[:2, 0], 6).shape == (2, 6, 6)
-    with pytest.raises(BadParameter, match="7"):
-        heatmaps.region_map(attention[0], 7)
 
 
 def test_factorised_maps_weigh_the_levels():
@@ -35,23 +31,27 @@ def test_factorised_maps_weigh_the_levels():
         np.testing.assert_allclose(found, expected)
 
 
-def test_overlapping_maps_are_averaged():
-    maps = [((0, 0), np.full((4, 4), 0.2)), ((16, 0), np.full((4, 4), 0.8)), ((-8, 24), np.full((4, 4), 0.4))]
-    scores, there = heatmaps.stitch(maps, (8, 10), 8)
-    assert scores[0].tolist() == pytest.approx([0.2, 0.2, 0.5, 0.5, 0.8, 0.8, 0, 0, 0, 0])  # overlaps are averaged
-    assert there[:, 9].sum() == 0 and there[3, 0] and scores[3, 0] == pytest.approx(0.3)
+def placed(*corners: tuple[int, int]) -> Tiles:
+    count = len(corners)
+    return Tiles(np.array(corners), np.ones(count), np.zeros(count), step=32, level=0, pixels=32, region=32)
 
 
 def test_maps_lie_on_their_regions():
-    corners = np.array([[8, 4], [40, 4], [8, 36]])
-    tiles = Tiles(corners, np.ones(3), np.zeros(3), step=32, level=0, pixels=32, region=32)
+    corners = (8, 4), (40, 4), (8, 36)
     maps = np.arange(3 * 4).reshape(3, 2, 2) / 12
-    found = figures.stitched(maps, tiles, (80, 90))
+    found = heatmaps.stitched(maps, placed(*corners), (80, 90))
     assert found.shape == (80, 90) and np.isnan(found[:4]).all() and np.isnan(found[36:68, 40:]).all()
     for (x, y), values in zip(corners, maps, strict=True):
         np.testing.assert_allclose(found[y : y + 32, x : x + 32][::31, ::31], values, atol=1e-6)
-    half = figures.stitched(np.stack([maps] * 3, -1), tiles, (40, 45), 2)
+    half = heatmaps.stitched(np.stack([maps] * 3, -1), placed(*corners), (40, 45), 2)
     np.testing.assert_allclose(half[2:18:15, 4:20:15, 1], maps[0], atol=1e-6)
+
+
+def test_overlapping_maps_are_averaged_and_cropped():
+    maps = np.full((3, 1, 1), [[[0.2]], [[0.8]], [[0.4]]])
+    scores = heatmaps.stitched(maps, placed((0, 0), (16, 0), (-8, 24)), (8, 10), 8)
+    assert scores[0, :6].tolist() == np.float32([0.2, 0.2, 0.5, 0.5, 0.8, 0.8]).tolist()
+    assert np.isnan(scores[:, 6:]).all() and np.isclose(scores[3, 0], 0.3)
 
 
 def test_the_map_of_a_shifted_window_is_laid_where_it_belongs():
@@ -62,9 +62,3 @@ def test_the_map_of_a_shifted_window_is_laid_where_it_belongs():
     assert np.argwhere(found).tolist() == [[2, 2], [2, 5]]
     # of the two maps of one level of three, all of the same weight
     assert np.isclose(found[2, 2], 1 / 2 / 3) and np.isclose(found[2, 5], 0.5 / 2 / 3)
-
-
-def test_scores_at_the_threshold_are_coloured():
-    tissue, scores = np.full((1, 3, 3), 200, np.uint8), np.array([[0.4, 0.5, 0.6]])
-    coloured = heatmaps.overlay(tissue, scores, np.ones((1, 3), bool), threshold=0.5)
-    assert (coloured != tissue).any(-1).tolist() == [[False, True, True]]

@@ -8,9 +8,9 @@ import torch
 
 from companion.errors import BadCheckpoint, CorruptFile
 from companion.models.hvit import model as hvit
-from companion.models.hvit.model import HViT, PatchBag, PatchEncoder, RegionEncoder, SlideTransformer
+from companion.models.hvit.model import HViT, PatchEncoder, RegionEncoder, SlideTransformer
 from companion.models.hvit.official import read_checkpoint
-from tests.models.common import assert_recomputed_gradients_are_equal, misfits, numbers, refuses
+from tests.models.common import assert_recomputed_gradients_are_equal, misfits, refuses
 
 
 def pocket(variant: str = "local", head: str = "regression", seed: int = 0, **options) -> HViT:
@@ -24,14 +24,6 @@ def draw(*shape: int) -> torch.Tensor:
 
 def pixels(slides: int = 1, regions: int = 2) -> torch.Tensor:
     return draw(slides, regions, 3, 128, 128)
-
-
-def test_parameters_at_paper_scale():
-    """All, and what Local trains, by the patches along a region's side; counted on the authors' code."""
-    for patches, expected in ((4, (25_007_047, 3_341_383)), (16, (25_042_951, 3_377_287))):
-        with torch.device("meta"):
-            model = hvit.build("paper", "local", "classification", patches=patches)
-        assert (numbers(model), numbers(model, trained=True)) == expected
 
 
 @pytest.mark.parametrize(
@@ -72,20 +64,6 @@ def test_every_level_starts_the_same_pass():
     torch.testing.assert_close(frozen(x), whole)
 
 
-@torch.no_grad()
-def test_intermediate_results_are_those_of_the_pass():
-    model, x = pocket(), pixels(1, 2)[0]
-    level, patches, keep = model.patch, hvit.patches_of(x, 32), torch.rand(32, 64) > 0.3
-    e, out = level.forward_intermediates(patches, keep)
-    torch.testing.assert_close(e, level(patches, keep))
-    torch.testing.assert_close(out["tokens"][:, 0], e)
-    assert out["attention"].shape == (32, 3, 65) and not out["attention"].mean(1)[:, 1:][~keep].any()
-    torch.testing.assert_close(out["attention"].sum(-1), torch.ones(32, 3))
-    regions = model.embed_regions(model.embed_patches(x))[None]
-    logits, out = model.slide.forward_intermediates(regions)
-    assert torch.equal(logits, model.slide(regions)) and out["pooling"].shape == (1, 2)
-
-
 @pytest.mark.parametrize(("position", "invariant"), [("none", True), ("sine", False), ("learned", False)])
 def test_the_order_of_regions_counts_with_positions_only(position, invariant):
     torch.manual_seed(0)
@@ -113,18 +91,15 @@ def test_background_is_no_key_in_any_block():
 
 
 def test_the_padding_of_short_slides_changes_nothing():
-    x = draw(2, 4, 16, 48)
+    model, x = pocket(), draw(2, 4, 16, 48)
     present = torch.tensor([[True, True, True, True], [True, True, False, False]])
     changed = x.clone()
     changed[1, 2:] = 100
-    for model in (pocket(), PatchBag(48, pooling="mean").eval(), PatchBag(48).eval()):
-        both = model(changed, present=present)
-        torch.testing.assert_close(both[:1], model(x[:1]))
-        torch.testing.assert_close(both[1:], model(x[1:, :2]))
-    bag = PatchBag(48).eval()  # it has no order
-    torch.testing.assert_close(bag(x), bag(x.flip(2)))
-    assert (pocket()(x) - pocket()(x.flip(2))).abs().max() > 1e-4
-    refuses((lambda: pocket()(x, present=present & False), "present"))
+    both = model(changed, present=present)
+    torch.testing.assert_close(both[:1], model(x[:1]))
+    torch.testing.assert_close(both[1:], model(x[1:, :2]))
+    assert (model(x) - model(x.flip(2))).abs().max() > 1e-4  # patches have positions
+    refuses((lambda: model(x, present=present & False), "present"))
 
 
 def test_what_would_be_silently_wrong_is_refused():
@@ -136,7 +111,7 @@ def test_what_would_be_silently_wrong_is_refused():
     )
 
 
-@pytest.mark.parametrize("head", hvit.HEADS)
+@pytest.mark.parametrize("head", ["ordinal", "coral"])
 def test_the_authors_names_there_and_back(head):
     slide = SlideTransformer(192, head=head, position="learned", longest=8)
     model = HViT(slide, RegionEncoder(4, depth=2), PatchEncoder(depth=1), "local").eval()

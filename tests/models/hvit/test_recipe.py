@@ -28,7 +28,7 @@ from tests.models.common import refuses
 
 
 def given(**changes) -> SimpleNamespace:
-    few = {"profile": "paper", "dry_run": True, "seed": 1, "method": "mean pooling", "region": 1024, "folds": 2}
+    few = {"profile": "paper", "dry_run": True, "seed": 1, "method": "Local", "region": 1024, "folds": 2}
     plain = {"sampling": "uniform", "patience": 0, "data_root": "nowhere", "accelerator": "cpu"}
     return parameters("hvit", **few | plain | changes)
 
@@ -43,27 +43,13 @@ def one_slide_each(monkeypatch):
     monkeypatch.setattr(synthetic, "COUNTS", {"train": 1, "val": 1, "test": 1})
 
 
-@pytest.mark.parametrize(("noise", "sampling"), [(0.0, "uniform"), (0.0, "weighted"), (0.5, "weighted")])
-def test_sampling_and_noise_are_what_the_parameters_say(noise, sampling):
-    """Noise is drawn for each access and spares the padding."""
-    features, present = torch.zeros(8, 3, 16, 384), torch.tensor([[True, True, False]] * 8)
-    part = TensorDataset(features, present, torch.tensor([0] * 7 + [5]))
-    shown = recipe.of_fold(given(noise=noise, sampling=sampling), "mean pooling", 0, (part, None), 6).data()
+@pytest.mark.parametrize("sampling", ["uniform", "weighted"])
+def test_sampling_is_what_the_parameter_says(sampling):
+    part = TensorDataset(torch.zeros(8, 3, 16, 384), torch.ones(8, 3) > 0, torch.tensor([0] * 7 + [5]))
+    shown = recipe.of_fold(given(sampling=sampling), "Local", 0, (part, None), 6).data()
     torch.manual_seed(0)
-    items = [shown[i % 8] for i in range(64)]
-    high = sum(int(grade) == 5 for _, _, grade in items)
+    high = sum(int(shown[i % 8][2]) == 5 for i in range(64))
     assert len(shown) == 8 and (high == 8 if sampling == "uniform" else 16 < high < 48)
-    drawn = torch.stack([x for x, _, _ in items])
-    assert not drawn[:, 2].any() and drawn[:, :2].std() == pytest.approx(noise, abs=0.02)
-    assert torch.equal(drawn[0], drawn[8]) == (noise == 0)
-
-
-def test_kappa_is_quadratic_and_0_for_a_constant():
-    truth = torch.arange(6)
-    for predicted, expected in ((truth, 100), (torch.zeros(6, dtype=torch.long), 0), (5 - truth, -100)):
-        assert recipe.kappa(truth, predicted) == expected
-    seven = torch.arange(8)  # more grades than PANDA's
-    assert recipe.kappa(seven, 7 - seven) == -100
 
 
 def test_hipts_region_level_is_loaded_with_its_positions_resized(tmp_path):
@@ -84,7 +70,7 @@ def test_hipts_region_level_is_loaded_with_its_positions_resized(tmp_path):
     assert torch.equal(model.region.pos_embed, resize_pos_embed(saved.pos_embed, (7, 7)))
 
 
-@pytest.mark.parametrize("method", list(recipe.METHODS))
+@pytest.mark.parametrize("method", ["Local", "Global"])
 def test_a_dry_run_takes_two_steps(method, tmp_path):
     found = recipe.setting(given(method=method), tmp_path)
     models, history = recipe.train(found, method)
@@ -141,27 +127,20 @@ def test_folds_are_trained_on_stored_features_and_vote(tmp_path, stored):
     vote = recipe.voted(grades, [item.name for item in found.test.items])
     kappas = {"kappa": recipe.kappa(truth, vote), "fold": np.mean([recipe.kappa(truth, one) for one in grades])}
     assert recipe.scores(found, p.method, models) == pytest.approx(kappas)
-    row = {"method": p.method, "dataset": "slides/panda", "region": 2048, "head": "regression"}
-    for seed, kappa in ((0, 1.0), (0, 90.0), (1, 80.0)):
-        table = recipe.RESULTS.measured(tmp_path / "measured.csv", row | {"seed": seed, "kappa": kappa, "fold": 0.0})
-    assert recipe.RESULTS.claimed(table) == {("mean pooling", "PANDA 2048 regression"): 85.0}
 
 
-@pytest.mark.parametrize("method", ["Local", "mean pooling"])
-def test_the_weights_of_each_fold_are_saved_under_the_authors_names(tmp_path, stored, method):
-    stored.method = method
-    models, _ = recipe.train(recipe.setting(stored, tmp_path), method, epochs=1, batch=6)
+def test_the_weights_of_each_fold_are_saved_under_the_authors_names(tmp_path, stored):
+    models, _ = recipe.train(recipe.setting(stored, tmp_path), "Local", epochs=1, batch=6)
     files = sorted((tmp_path / "trained").iterdir())
-    assert [f.stem.startswith(method) and f.stem.endswith(f", fold {k}, seed 1") for k, f in enumerate(files)] == [
-        True
-    ] * 2
-    saved = [read_checkpoint(file) for file in files]
-    if method == "Local":
-        saved = [hvit.HViT.from_official(state).state_dict() for state in saved]
-    for model, state in zip(models, saved, strict=True):
-        assert not model.training and all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
+    assert [(f.stem.startswith("Local"), f.stem.rpartition(", fold ")[2]) for f in files] == [
+        (True, "0, seed 1"),
+        (True, "1, seed 1"),
+    ]
+    for model, file in zip(models, files, strict=True):
+        saved = hvit.HViT.from_official(read_checkpoint(file)).state_dict()
+        assert not model.training and all(torch.equal(t, saved[n]) for n, t in model.state_dict().items())
     stored.sampling = "weighted"  # another training
-    recipe.train(recipe.setting(stored, tmp_path), method, epochs=1, batch=6)
+    recipe.train(recipe.setting(stored, tmp_path), "Local", epochs=1, batch=6)
     assert len(list((tmp_path / "trained").iterdir())) == 4
 
 
@@ -182,12 +161,12 @@ def test_leaks_and_features_that_do_not_fit_are_refused(tmp_path, stored):
     refuses((setting(region=2048), "2048"), (setting(devices=2), "2"))
     refuses((setting(method="Global"), "vit4k_xs_dino"), error=MissingWeights)  # no random level is frozen unasked
     store(tmp_path, 192)  # of whole regions: only the slide level can be trained on them
-    refuses((setting(method="Local"), "Global"))
+    refuses((setting(), "Global"))
     whole = setting(method="Global", weights="random")()
     model, _ = recipe.train(whole, "Global", epochs=1, batch=6)[0]  # without a region level that it would not use
     assert not any(name.startswith("region") for name, _ in model.named_parameters())
     store(tmp_path, 16, 768)
-    refuses((setting(method="gated attention"), "768"))
+    refuses((setting(), "768"))
     store(tmp_path, 384)
     refuses((setting(method="Global", weights="random"), "384"))
     refuses((setting(features=str(tmp_path / "elsewhere")), "companion slides"), error=MissingData)
@@ -205,7 +184,7 @@ def own(tmp_path):
             pixels[128:384, 128:384] = np.random.default_rng(i).integers(-9, 9, (256, 256, 1)) + np.array(colour)
             path = tmp_path / "own" / name / f"{name}_{i}.tiff"
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_pyramid(path, lambda y0, y1, p=pixels: p[y0:y1], (640, 512), 0.5)
+            write_pyramid(path, pixels, 0.5)
     return tmp_path / "own"
 
 
@@ -219,10 +198,6 @@ def test_slides_of_ones_own_are_stored_in_parts_and_trained_on(own, tmp_path, mo
     assert sorted(found) == sorted(item.name for item in data.folder(own))
     stored = read_features(found["benign_0"])["features"]
     assert stored.shape == (4, 4, 384)  # 2 x 2 regions of 2 x 2 patches
-    # the same in one go, and with more regions a step
-    elsewhere = SimpleNamespace(**vars(p) | {"features": str(tmp_path / "g")})
-    again = dict(features.store(elsewhere, patch, (0, 10), batch=3, tiling=tiling))
-    torch.testing.assert_close(read_features(again["benign_0"])["features"], stored, rtol=1e-4, atol=1e-5)
     # a file that is there stays, and features of another encoder are refused
     before = found["benign_0"].stat().st_mtime_ns
     assert dict(features.store(p, patch, (0, 10), tiling=tiling))["benign_0"].stat().st_mtime_ns == before
@@ -232,7 +207,7 @@ def test_slides_of_ones_own_are_stored_in_parts_and_trained_on(own, tmp_path, mo
     sizes = [(len(train), len(tune)) for train, tune in setting.folds]
     assert len(setting.test) == 2 and len(sizes) == 2 and all(sum(pair) == 8 for pair in sizes)
     models, _ = recipe.train(setting, p.method, epochs=2, batch=4)
-    assert set(recipe.scores(setting, p.method, models)) == {"kappa", "fold"} and models[0].classes == 2
+    assert set(recipe.scores(setting, p.method, models)) == {"kappa", "fold"} and models[0].slide.classes == 2
 
 
 @pytest.fixture
@@ -261,7 +236,7 @@ def test_one_bad_slide_does_not_stop_the_others(own, command, capsys):
 def test_slides_in_one_folder_need_no_classes_and_may_be_given_their_scale(tmp_path, command, capsys):
     (tmp_path / "flat").mkdir()
     pixels = np.full((256, 256, 3), (200, 60, 120), np.uint8)
-    write_pyramid(tmp_path / "flat" / "a.tiff", lambda y0, y1: pixels[y0:y1], (256, 256), None)
+    write_pyramid(tmp_path / "flat" / "a.tiff", pixels, None)
     assert command(tmp_path / "flat", "128") == 1
     assert "a.tiff" in (error := capsys.readouterr().err) and "--mpp" in error
     assert command(tmp_path / "flat", "128", "--mpp", "0.5") == 0

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from companion.models.layers.mae import masked_pixel_loss, normalised, patchify, random_mask, unpatchify
-from companion.models.layers.pos_embed import KINDS, resize_pos_embed, sincos_table
+from companion.models.layers.pos_embed import KINDS, sincos_table
 from tests.models.common import refuses
 
 
@@ -18,20 +18,6 @@ def test_tables_code_columns_and_rows_apart(kind):
     angles = torch.tensor([1.0, 10000 ** (-3 / (16 if kind == "ecamp" else 4))])  # the fastest and the slowest
     torch.testing.assert_close(row[1, 0, [0, 3, 4, 7]], torch.cat([angles.sin(), angles.cos()]))
     refuses((lambda: sincos_table(18, 3), "18"))
-
-
-@pytest.mark.parametrize("offset", [0.0, 0.1])
-def test_a_resized_table_keeps_the_cls_token_and_what_is_linear(offset):
-    table = torch.zeros(1, 1 + 64, 2)
-    table[0, 0] = 5.0
-    table[0, 1:, 0] = torch.arange(8.0).repeat_interleave(8)
-    assert resize_pos_embed(table, (8, 8), offset=offset) is table
-    found = resize_pos_embed(table, (16, 4), offset=offset)
-    assert found.shape == (1, 65, 2) and (found[0, 0] == 5).all()
-    rows = found[0, 1:, 0].view(16, 4)
-    torch.testing.assert_close(rows[:, 0], rows[:, 3])
-    samples = (torch.arange(4, 12) + 0.5) * 8 / (16 + offset) - 0.5  # centres of the new rows, in old ones
-    torch.testing.assert_close(rows[4:12, 0], samples, rtol=0, atol=0.06)  # aligned corners would be 0.12 off
 
 
 def test_patches_round_trip_in_order_and_the_loss_reads_hidden_ones_alone():

@@ -65,19 +65,12 @@ def folder(tmp_path) -> str:
     return str(tmp_path)
 
 
-def few(folder: str, count: int) -> None:
-    """Keep `count` training images and two test images."""
-    file = Path(folder) / "labels.csv"
-    lines = file.read_text().splitlines()
-    file.write_text("\n".join([*lines[: 1 + count], *lines[-2:]]))
-
-
 @pytest.mark.parametrize("method", recipe.METHODS)
 def test_methods_are_trained_and_scored(method, small, folder):
     found = setting(data_root=folder, method=method)
     model, history = found.train(method)
     assert len(history) == 2 and all(np.isfinite(row["loss"]) for row in history)
-    expected = {"deep prompts": (0, 50), "heads only": (0, 0), "full fine-tuning": (0, 0)}.get(method, (4, 50))
+    expected = {"deep prompts": (0, 50), "heads only": (0, 0)}.get(method, (4, 50))
     prompts = model.prompts.shape[1] if len(model.prompts) else 0
     assert (len(model.region_tokens), prompts) == expected
     assert (model.mask is None) == (method not in ("PromptPAR", "regions, no similarity loss"))
@@ -88,19 +81,12 @@ def test_methods_are_trained_and_scored(method, small, folder):
     assert len(scores.per_attribute(found.names)) == 3
 
 
-def test_training_images_are_varied_and_test_images_are_not(networks, folder):
-    parts = setting(data_root=folder).parts
-    assert not all(torch.equal(parts["train"][0][0], parts["train"][0][0]) for _ in range(5))  # random crops and flips
-    assert torch.equal(parts["test"][0][0], parts["test"][0][0])
-
-
-@pytest.mark.parametrize(
-    ("count", "accumulate", "steps"),
-    [(5, 1, 1), (19, 1, 2), (17, 1, 1), (20, 2, 2), (19, 2, 1), (23, 4, 1), (24, 4, 2)],
-)
+@pytest.mark.parametrize(("count", "accumulate", "steps"), [(17, 1, 1), (20, 2, 2), (19, 2, 1)])
 def test_the_last_images_of_an_epoch_are_trained_on_where_each_part_has_two(count, accumulate, steps, small, folder):
     """A step is split into micro-batches; a single image is none for a batch norm."""
-    few(folder, count)
+    file = Path(folder) / "labels.csv"
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([*lines[: 1 + count], *lines[-2:]]))
     _, history = setting(data_root=folder, accumulate=accumulate).train("PromptPAR")
     assert len(history) == steps and all(np.isfinite(row["loss"]) for row in history)
 
@@ -119,7 +105,7 @@ def test_trained_weights_are_a_checkpoint(small, folder, tmp_path):
 
 def test_the_authors_weights_are_tested_without_training(small, folder, tmp_path):
     clip, fusion = small_backbones()
-    state = PromptPAR(clip, SENTENCES, Tokenizer(), fusion, Settings(official_quirks=True)).eval().to_official()
+    state = PromptPAR(clip, SENTENCES, Tokenizer(), fusion, Settings(official_quirks=True)).to_official()
     parts = {p: {n.removeprefix(p): t for n, t in state.items() if n.startswith(p)} for p in ("clip_model.", "model.")}
     torch.save({"ViT_model": parts["clip_model."], "model_state_dict": parts["model."]}, tmp_path / "c.pth")
     found = setting(data_root=folder, checkpoint=str(tmp_path / "c.pth"))
@@ -131,10 +117,10 @@ def test_the_authors_weights_are_tested_without_training(small, folder, tmp_path
 
 
 def test_releases_and_quirks(small, folder):
-    later = setting(data_root=folder, release="2025", quirks=False).build("PromptPAR")
-    assert any(name.startswith("visual_embed.") for name in later.trained()) and not later.settings.official_quirks
-    first = setting(data_root=folder).build("PromptPAR")
-    assert not any(name.startswith("visual_embed.") for name in first.trained()) and first.settings.official_quirks
+    for release, quirks in (("2025", False), ("2023", True)):
+        model = setting(data_root=folder, release=release, quirks=quirks).build("PromptPAR")
+        embedded = any(name.startswith("visual_embed.") for name in model.trained())
+        assert embedded == (release == "2025") and model.settings.official_quirks == quirks
 
 
 def test_what_is_missing_or_does_not_fit_is_refused(folder, tmp_path, monkeypatch):
@@ -150,9 +136,7 @@ def test_what_is_missing_or_does_not_fit_is_refused(folder, tmp_path, monkeypatc
     monkeypatch.setattr(recipe.open_clip, "get_tokenizer", lambda name: Tokenizer())
     monkeypatch.setattr(recipe, "_backbones", lambda p, clip, fusion: small_backbones(embed=32))
     refuses(
-        (lambda: setting(dataset="par/peta", texts="phrases"), "par/rapv1"),
         (lambda: setting(data_root=folder, checkpoint="x.pth", method="heads only"), "heads only"),
-        (lambda: setting(data_root=folder, accumulate=9, release="2025").train("PromptPAR"), "accumulate = 9"),
         (lambda: setting(data_root=folder).build("PromptPAR"), "'2025'"),
     )
 
@@ -171,10 +155,10 @@ def test_results_are_means_over_seeds_next_to_the_published_ones(tmp_path):
     path = tmp_path / "measured.csv"
     totals = {"mA": 87.0, "Acc": 82.0, "Prec": 89.0, "Rec": 90.0, "F1": 89.1, "F1 of means": 89.5}
     for seed in (0, 1):
-        scores = SimpleNamespace(totals={name: value + seed for name, value in totals.items()})
+        scores = SimpleNamespace(totals=totals | {"mA": 87.0 + seed})
         rows = recipe.RESULTS.measured(path, recipe.row(given(dataset="par/peta", seed=seed), scores))
     found = recipe.RESULTS.claimed(rows)
-    assert (found["PromptPAR", "PETA mA"], found["PromptPAR", "PETA Recall"]) == (87.5, 90.5)
+    assert (found["PromptPAR", "PETA mA"], found["PromptPAR", "PETA Recall"]) == (87.5, 90.0)
     table = next(iter(recipe.RESULTS.tables(rows).values())).set_index("method")
     assert table.loc["PromptPAR", ["PETA mA", "PA100K mA"]].tolist() == ["88.76 / 87.50", "87.47 / not run"]
     assert table.loc["VTB", "PETA mA"] == "85.31"
@@ -185,10 +169,8 @@ def test_results_are_means_over_seeds_next_to_the_published_ones(tmp_path):
     [
         ({"texts": "sentences"}, "PromptPAR"),
         ({"texts": "sentences", "dataset": "par/rapv1"}, "PromptPAR, sentences"),
-        ({"texts": "phrases", "dataset": "par/rapv1"}, "PromptPAR"),
         ({"release": "2025", "quirks": False}, "PromptPAR, code of 2025, as meant"),
-        ({"select": "maxima"}, "PromptPAR, maxima over epochs"),
-        ({"clip": "ViT-B-16-quickgelu/openai"}, "PromptPAR, ViT-B-16-quickgelu/openai"),
+        ({"select": "maxima", "clip": "x"}, "PromptPAR, x, maxima over epochs"),
         ({"checkpoint": "a/x.pth", "release": "2025"}, "PromptPAR, weights of x.pth"),
     ],
 )
@@ -209,9 +191,7 @@ def test_maxima_over_epochs_are_those_that_the_authors_print(small, folder, tmp_
 
 def test_clip_is_in_half_precision_where_the_authors_precision_runs(small, folder, monkeypatch):
     monkeypatch.setattr(recipe, "device", lambda accelerator: "cuda")
-    assert [recipe.hardware(given(method=m)).precision for m in ("PromptPAR", "full fine-tuning")] == [
-        "32-true", "16-mixed",
-    ]  # fmt: skip
+    assert recipe.hardware(given()).precision == "32-true"
     assert not recipe.half(given(precision="32-true"))
     found = setting(data_root=folder)
     model, history = found.train("PromptPAR")
@@ -219,10 +199,6 @@ def test_clip_is_in_half_precision_where_the_authors_precision_runs(small, folde
     assert visual.conv1.weight.dtype == visual.proj.dtype == torch.float16
     assert visual.ln_pre.weight.dtype == model.prompts.dtype == torch.float32
     assert all(np.isfinite(row["loss"]) for row in history)
-    images = found.examples("test", 2)[0]
-    half = model(images).logits
-    model.clip.float()
-    assert (half - model(images).logits).abs().max() < 0.05 and model.maps(images).cosines.shape[0] == 2
 
 
 def test_unclear_labels_of_rap_count_as_released_or_not_at_all():

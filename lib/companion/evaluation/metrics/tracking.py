@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from ...data.tracking import Sequence
+from ...data.tracking import Annotated
 from ...errors import BadParameter, CompanionError, check_choice
 
 RULES = {
@@ -136,7 +136,7 @@ class Scores:
 
 
 def evaluate(
-    results: Mapping[str, np.ndarray], sequences: Iterable[Sequence], rules: str, pixels: float | None = None
+    results: Mapping[str, np.ndarray], sequences: Iterable[Annotated], rules: str, pixels: float | None = None
 ) -> Scores:
     """Score the boxes of one tracker.
 
@@ -221,7 +221,7 @@ def _average(values: np.ndarray | pd.Series, weights: pd.Series) -> np.ndarray:
     return np.average(values, axis=0, weights=weights)
 
 
-def _one_stream(boxes: np.ndarray, sequence: Sequence, rules: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+def _one_stream(boxes: np.ndarray, sequence: Annotated, rules: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     """Distances in pixels and in box sizes, overlaps, and the number of frames to divide by."""
     truth = sequence.boxes
     boxes = boxes[: len(truth)]
@@ -241,7 +241,7 @@ def _one_stream(boxes: np.ndarray, sequence: Sequence, rules: str) -> tuple[np.n
     return distance, normalised, overlap, len(sequence)
 
 
-def _both_streams(boxes: np.ndarray, sequence: Sequence, rules: str) -> tuple[np.ndarray, None, np.ndarray, int]:
+def _both_streams(boxes: np.ndarray, sequence: Annotated, rules: str) -> tuple[np.ndarray, None, np.ndarray, int]:
     """As `_one_stream`, by the better of the two annotations."""
     truths = [np.asarray(truth, np.float32) for truth in (sequence.boxes, sequence.boxes_infrared)]
     boxes = np.rint(boxes[: len(sequence)].astype(np.float32))
@@ -250,7 +250,7 @@ def _both_streams(boxes: np.ndarray, sequence: Sequence, rules: str) -> tuple[np
     return distance, None, np.maximum(*(iou(boxes, truth) for truth in truths)), len(sequence)
 
 
-def _check(results: Mapping[str, np.ndarray], truth: Mapping[str, Sequence], rules: str) -> None:
+def _check(results: Mapping[str, np.ndarray], truth: Mapping[str, Annotated], rules: str) -> None:
     if not truth:
         raise CompanionError("there are no sequences to score")
     problems = []

@@ -19,10 +19,10 @@ def checked(shares: Mapping[int, float], depth: int) -> dict[int, float]:
 
     Raises `BadParameter`: a block or a share that does not exist.
     """
-    found = {int(i): share for i, share in shares.items()}  # in a JSON file they are text
-    if any(i not in range(depth) or not 0 < share <= 1 for i, share in found.items()):
+    remaining = {int(i): share for i, share in shares.items()}  # in a JSON file they are text
+    if any(i not in range(depth) or not 0 < share <= 1 for i, share in remaining.items()):
         raise BadParameter("elimination", dict(shares), f"blocks 0 to {depth - 1}, shares above 0 and up to 1")
-    return {i: share for i, share in found.items() if share < 1}
+    return {i: share for i, share in remaining.items() if share < 1}
 
 
 def eliminate(x: Tensor, kept: Tensor, attention: Tensor, share: float) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ...errors import BadCheckpoint, BadParameter
+from ...errors import BadParameter
 from ..layers import state_dicts
 from ..layers.attend import attention_map
 from ..layers.frozen import frozen_copy
@@ -214,10 +214,9 @@ class BAT(state_dicts.OfficialModel):
 
         Raises `BadCheckpoint`: names that are missing, unknown, or of another shape.
         """
-        first = "backbone.blocks.0.adap_t.adapter_down.weight"
-        if first not in state:
-            raise BadCheckpoint("BAT (an OSTrack checkpoint has no adapters: OSTrack.from_official)", missing=[first])
-        model = cls(OSTrack.like(state, heads), len(state[first]), **options)
+        down = "backbone.blocks.0.adap_t.adapter_down.weight"
+        state_dicts.check_names(state, [down], "BAT (an OSTrack checkpoint has no adapters: OSTrack.from_official)")
+        model = cls(OSTrack.like(state, heads), len(state[down]), **options)
         state_dicts.load_official(model, state, model.official_names(), "BAT", optional=COUNTERS)
         return model.eval()
 

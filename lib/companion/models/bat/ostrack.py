@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ... import backbones
 from ...errors import BadParameter, MissingWeights
 from ..layers import state_dicts
+from ..layers.heads import vit_sizes
 from ..layers.pos_embed import resize_pos_embed
 
 BRANCHES = {"ctr": 1, "offset": 2, "size": 2}  # of the head: output channels
@@ -174,31 +175,15 @@ class OSTrack(state_dicts.OfficialModel):
     @classmethod
     def like(cls, state: Mapping[str, Tensor], heads: int | None = None) -> OSTrack:
         """An OSTrack of the sizes of the authors' tensors, in eval mode; see `from_official`."""
-        needed = [
-            "backbone.patch_embed.proj.weight",
-            "backbone.pos_embed_z",
-            "backbone.pos_embed_x",
-            "backbone.blocks.0.mlp.fc1.weight",
-            "box_head.conv1_ctr.0.weight",
-        ]
+        needed = ["backbone.pos_embed_z", "backbone.pos_embed_x", "box_head.conv1_ctr.0.weight"]
         state_dicts.check_names(state, needed, "OSTrack or BAT")
-        kernel, z, x, fc1, conv = (state[name] for name in needed)
-        dim, patch, table = kernel.shape[0], kernel.shape[-1], state.get("backbone.pos_embed")
-        unused = table is not None or "backbone.cls_token" in state
-        vit = VisionTransformer(
-            img_size=patch if table is None else patch * math.isqrt(table.shape[1] - 1),
-            patch_size=patch,
-            embed_dim=dim,
-            depth=state_dicts.depth(state, "backbone.blocks."),
-            num_heads=heads or dim // 64,
-            mlp_ratio=len(fc1) / dim,
-            num_classes=0,
-            class_token=unused,
-            pos_embed="learn" if unused else "none",
-            global_pool="",
-            drop_path_rate=0.1,
-        )
-        template, search = (patch * math.isqrt(positions.shape[1]) for positions in (z, x))
+        z, x, conv = (state[name] for name in needed)
+        # the released files have a [CLS] token and a position embedding, which are not used
+        unused = {"backbone.pos_embed", "backbone.cls_token"} & state.keys()
+        sizes = vit_sizes({"backbone.pos_embed": x, **state}, heads, "backbone.")
+        options = {"class_token": bool(unused), "pos_embed": "learn" if unused else "none", "drop_path_rate": 0.1}
+        vit = VisionTransformer(**sizes, **options, num_classes=0, global_pool="")
+        template, search = (sizes["patch_size"] * math.isqrt(positions.shape[1]) for positions in (z, x))
         return cls(vit, template, search, head_channels=len(conv)).eval()
 
     def load_official(self, state: Mapping[str, Tensor]) -> None:
@@ -235,6 +220,6 @@ def foundation(weights: str | Path = "pretrained") -> OSTrack:
     vit = backbones.build("vit_base_patch16_224.mae", "pretrained" if mae else "random", drop_path_rate=0.1)
     tracker = OSTrack(vit)
     if mae:
-        for own, f in ((tracker.position_template, tracker.f_template), (tracker.position_search, tracker.f)):
-            own.data = resize_pos_embed(vit.pos_embed, (f, f))[:, 1:].contiguous()
+        for table, f in ((tracker.position_template, tracker.f_template), (tracker.position_search, tracker.f)):
+            table.data = resize_pos_embed(vit.pos_embed, (f, f))[:, 1:].contiguous()
     return tracker.eval()

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pandas as pd
@@ -24,7 +22,7 @@ from ...evaluation.tables import Results
 from ...ops.papers import paper
 from ...ops.papers import protocol as filled
 from ...training.callbacks import ClipNorm
-from ...training.fit import Batch, Hardware, History
+from ...training.fit import Batch, Hardware, RunParameters, device
 from ...training.recipe import Training
 from ...training.recipe import run as train
 from ...training.schedules import MakeOptimizer, adamw, learning_rates
@@ -56,85 +54,79 @@ METHODS: dict[str, Callable[[OSTrack], nn.Module]] = {
 TRAINED = ("BAT", "full fine-tuning")
 
 
-@dataclass(frozen=True)
-class Setting:
-    """The methods of a run, their training, and the videos they are tested on.
+class Parameters(RunParameters, Protocol):
+    """The notebook's parameters."""
 
-    Attributes:
-        train: builds a method and trains it: from its name to the model and the history, empty where nothing is
-            trained.
-        track: from a method's name and its model to the boxes (n, 4) of every video.
-        rules, pixels: of `companion.evaluation.metrics.tracking.evaluate`.
-    """
+    method: str
+    dataset: str
+    checkpoint: str
+
+
+class Tested(NamedTuple):
+    """A model of the `paper` profile, and the boxes (n, 4) of the test videos by name, with their scores."""
 
     title: str
+    model: nn.Module
     videos: Sequence
-    methods: tuple[str, ...]
-    train: Callable[[str], tuple[nn.Module, History]]
-    track: Callable[[str, nn.Module], dict[str, np.ndarray]]
-    rules: str
-    pixels: float | None = None
-
-    def scores(self, boxes: Mapping[str, np.ndarray]) -> Scores:
-        """The scores of a method's boxes by the benchmark's rules."""
-        return evaluate(boxes, self.videos, self.rules, self.pixels)
+    boxes: dict[str, np.ndarray]
+    scores: Scores
 
 
-def setting(p: SimpleNamespace, out: Path) -> Setting:
-    """The setting of the `paper` profile: the published training, released weights, or a dry run.
+def run(p: Parameters, out: Path) -> Tested:
+    """Train and test as published; the scores become a row of `out`/measured.csv. A dry run writes nothing.
 
     A training resumes from its checkpoint in `out`/checkpoints; its weights are saved under the authors' names as
-    `out`/trained/<method>, <rgbt or rgbe>, seed <n>.safetensors, for the parameter `checkpoint`.
-
-    Args:
-        p: the checked parameters of the notebook: `dry_run`, `method`, `dataset`, `checkpoint`, `seed`, `data_root`,
-            `weights` and the hardware are read.
-        out: the run's folder.
+    `out`/trained/<method>, <rgbt or rgbe>, seed <n>.safetensors, for the parameter `checkpoint`. Tracks of finished
+    videos are kept in `out`/results.
 
     Raises `BadParameter`, `MissingData`, `MissingWeights`, with the change or download needed.
     """
     hardware = Hardware.of(p, "bat", workers=WORKERS)
-    name, released = p.method, bool(p.checkpoint) and not p.dry_run
-    trained = p.method in TRAINED and not released
-    make: Callable[[], nn.Module]
-    videos: Sequence
+    if p.dry_run:
+        title, videos = "generated videos (dry run: the scores mean nothing)", generated_videos(p)
+        model, _ = train(training(p, hardware))
+        boxes = follow_in_memory(model, videos, p.method, hardware)
+        return Tested(title, model, videos, boxes, evaluate(boxes, videos, "lasher"))
+    title, sequences = TITLES[p.dataset], data.load(p.dataset, p.data_root, "test")
+    chosen = training(p, hardware)
+    model, _ = train(chosen, out)
+    boxes = tracking.run(model, sequences, out / "results" / title / chosen.name, together=TOGETHER, hardware=hardware)
+    scores = evaluate(boxes, sequences, RULES[p.dataset])
+    source = f"weights of {Path(p.checkpoint).name}" if p.checkpoint else "trained here"
+    row = {"method": p.method, "weights": source, "dataset": p.dataset, "seed": p.seed}
+    RESULTS.measured(out / "measured.csv", row | scores.totals)
+    return Tested(title, model, sequences, boxes, scores)
+
+
+def training(p: Parameters, hardware: Hardware) -> Training:
+    """The training of `p.method`: as published, of two steps in a dry run, or none with a checkpoint or a baseline."""
     pairs: Any = None
     if p.dry_run:
-        title, rules, tracker = "generated videos (dry run: the scores mean nothing)", "lasher", foundation("random")
-        make = partial(build, p.method, tracker, p.seed)
-        videos, pairs, batch = generated(p, tracker)
+        name, make = p.method, partial(build, p.method, tracker := foundation("random"), p.seed)
+        pairs, batch = generated_pairs(p, tracker)
+    elif p.checkpoint:
+        name, make, batch = p.method, partial(BAT.from_official, official_state(p)), 0
     else:
-        title, rules, batch = TITLES[p.dataset], RULES[p.dataset], batch_of(p.dataset)
-        videos = data.load(p.dataset, p.data_root, "test")
-        if released:
-            make = partial(BAT.from_official, official_state(p))
-        else:
-            make = partial(build, p.method, tracker := foundation(weights(p)), p.seed)
-        if trained:  # RGB-T and RGB-E have different training sets
-            pairs, name = train_pairs(p, tracker), f"{p.method}, {p.dataset.partition('/')[0]}, seed {p.seed}"
+        make, batch = partial(build, p.method, tracker := foundation(weights(p)), p.seed), batch_of(p.dataset)
+        # RGB-T and RGB-E have different training sets
+        name = f"{p.method}, {p.dataset.partition('/')[0]}, seed {p.seed}" if p.method in TRAINED else p.method
+        pairs = train_pairs(p, tracker) if p.method in TRAINED else None
     options = {"epochs": 1 if p.dry_run else EPOCHS, "batch": batch, "seed": p.seed, "hardware": hardware}
-    training = Training(
+    return Training(
         name=name,
         build=make,
         loss=loss,
-        data=(lambda: pairs) if trained else None,
+        data=(lambda: pairs) if pairs is not None and p.method in TRAINED else None,
         fit=fit_options() | options | {"name": p.method},
         facts={"videos": [video.name for video in getattr(pairs, "sequences", ())]},
         weights=BAT.to_official,
     )
 
-    def track(method: str, model: nn.Module) -> dict[str, np.ndarray]:
-        if p.dry_run:
-            return follow_in_memory(model, videos, method, hardware)
-        return tracking.run(model, videos, out / "results" / title / name, together=TOGETHER, hardware=hardware)
-
-    return Setting(title, videos, (p.method,), lambda method: train(training, None if p.dry_run else out), track, rules)
-
 
 # --- data -------------------------------------------------------------------------------------------------------------
 
 
-def train_pairs(p: SimpleNamespace, tracker: OSTrack) -> data.Pairs:
+def train_pairs(p: Parameters, tracker: OSTrack) -> data.Pairs:
     """The training pairs of a benchmark; RGBT234 and GTOT have no training videos: the authors trained on LasHeR."""
     name = p.dataset if p.dataset.startswith("rgbe/") else "rgbt/lasher"
     videos = data.load(name, p.data_root, "train")
@@ -142,13 +134,18 @@ def train_pairs(p: SimpleNamespace, tracker: OSTrack) -> data.Pairs:
     return data.Pairs(videos, PAIRS, min_side=min_side(p.dataset), template=template, search=search)
 
 
-def generated(p: SimpleNamespace, tracker: OSTrack) -> tuple[list[Generated], TensorDataset, int]:
-    """Two videos of 4 frames, and pairs for two optimiser steps of a batch: the published one needs a GPU."""
-    batch = BATCH if p.accelerator != "cpu" and torch.cuda.is_available() else 2
-    rng, generator = np.random.default_rng(p.seed), torch.Generator().manual_seed(p.seed)
-    videos = [Generated(f"generated {i}", rng) for i in (1, 2)]
+def generated_videos(p: Parameters) -> list[Generated]:
+    """Two videos of 4 frames."""
+    rng = np.random.default_rng(p.seed)
+    return [Generated(f"generated {i}", rng) for i in (1, 2)]
+
+
+def generated_pairs(p: Parameters, tracker: OSTrack) -> tuple[TensorDataset, int]:
+    """Pairs for two optimiser steps, and the batch: the published one needs a GPU."""
+    batch = BATCH if device(p.accelerator) == "cuda" else 2
+    generator = torch.Generator().manual_seed(p.seed)
     crops = [torch.randn(2 * batch, 6, s, s, generator=generator) for s in (tracker.template, tracker.search)]
-    return videos, TensorDataset(*crops, torch.tensor([[0.4, 0.4, 0.2, 0.2]]).repeat(2 * batch, 1)), batch
+    return TensorDataset(*crops, torch.tensor([[0.4, 0.4, 0.2, 0.2]]).repeat(2 * batch, 1)), batch
 
 
 def min_side(dataset: str) -> float:
@@ -211,13 +208,13 @@ def batch_of(dataset: str) -> int:
 # --- weights ----------------------------------------------------------------------------------------------------------
 
 
-def weights(p: SimpleNamespace) -> str | Path:
+def weights(p: Parameters) -> str | Path:
     """The weights of `foundation` at the `paper` profile: the parameter, or OSTrack's file in `<data_root>/weights`."""
     usual = Path(p.data_root) / "weights" / "OSTrack_ep0300.pth.tar"
     return p.weights or (usual if usual.is_file() else "pretrained")
 
 
-def official_state(p: SimpleNamespace) -> dict[str, torch.Tensor]:
+def official_state(p: Parameters) -> dict[str, torch.Tensor]:
     """The tensors of the file `checkpoint`."""
     if p.method != "BAT":
         raise BadParameter("method", p.method, ["BAT with a checkpoint: it holds BAT's weights"])
@@ -259,6 +256,15 @@ def rescore(folder: str | Path) -> dict[str, Scores]:
     return scores
 
 
+def rescored(folder: str | Path) -> dict[tuple[str, str], float]:
+    """The totals of `rescore`, as cells of the published table and of the claims."""
+    return {
+        ("result files, scored here", f"{TITLES[name]}_{metric}"): value
+        for name, scores in rescore(folder).items()
+        for metric, value in scores.totals.items()
+    }
+
+
 def attributes(scores: Scores, name: str) -> pd.DataFrame:
     """Scores by challenge, in the benchmark's own order."""
     return scores.per_attribute(ATTRIBUTES[name])
@@ -266,5 +272,17 @@ def attributes(scores: Scores, name: str) -> pd.DataFrame:
 
 def protocol() -> dict[str, str]:
     """The settings of the `paper` profile, one per row."""
-    last = EPOCHS - EPOCHS // 5 + 1
-    return filled("bat", **globals(), jitter=data.JITTER, last=last, precision=paper("bat")["precision"])
+    return filled(
+        "bat",
+        EPOCHS=EPOCHS,
+        PAIRS=PAIRS,
+        BATCH=BATCH,
+        EVENT_BATCH=EVENT_BATCH,
+        LEARNING_RATE=LEARNING_RATE,
+        LAST_LEARNING_RATE=LAST_LEARNING_RATE,
+        WEIGHT_DECAY=WEIGHT_DECAY,
+        CLIP=CLIP,
+        last=EPOCHS - EPOCHS // 5 + 1,
+        jitter=data.JITTER,
+        precision=paper("bat")["precision"],
+    )

@@ -67,13 +67,13 @@ class Folders:
     """Two folders of images as a `Video`, paired in the order of the numbers in their names."""
 
     def __init__(self, visible: str | Path, infrared: str | Path):
-        first, second = _images(visible), _images(infrared)
-        if not first:
+        rgb, thermal = _images(visible), _images(infrared)
+        if not rgb:
             raise BadParameter("visible", str(visible), f"a folder with images ({', '.join(IMAGES)})")
-        if len(first) != len(second):
-            accepted = f"a folder of {len(first)} images, as many as {visible} has; it has {len(second)}"
+        if len(rgb) != len(thermal):
+            accepted = f"a folder of {len(rgb)} images, as many as {visible} has; it has {len(thermal)}"
             raise BadParameter("infrared", str(infrared), accepted)
-        self.pairs = list(zip(first, second, strict=True))
+        self.pairs = list(zip(rgb, thermal, strict=True))
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -146,7 +146,6 @@ def follow(
     videos: Sequence[Video],
     boxes: Sequence[Sequence[float]],
     *,
-    window: bool = True,
     hardware: Hardware = Hardware(),
     name: str = "tracking",
 ) -> list[Track]:
@@ -158,7 +157,6 @@ def follow(
         model: `BAT`, or a baseline with the same `embed_template` and `locate`.
         videos: of any lengths.
         boxes: the target in the first frame of each, (x, y, w, h) in pixels.
-        window: weight the score map by a Hann window, as released.
         hardware: accelerator and precision.
         name: of the progress bar, which counts frames.
 
@@ -169,7 +167,7 @@ def follow(
     tracker = model.tracker
     if len(videos) != len(boxes) or not videos:
         raise BadParameter("boxes", f"{len(boxes)} for {len(videos)} videos", "a box for each of one or more videos")
-    found = [[_checked(box, video)] for video, box in zip(videos, boxes, strict=True)]
+    tracks = [[_checked(box, video)] for video, box in zip(videos, boxes, strict=True)]
     scores = [[1.0] for _ in videos]
     # inference mode inside: a model moved within it could not be trained any more
     with (
@@ -177,14 +175,14 @@ def follow(
         torch.inference_mode(),
         ThreadPoolExecutor(min(READERS, len(videos))) as readers,
     ):
-        response = (hann(tracker.f) if window else torch.ones(1, 1, tracker.f, tracker.f)).to(device)
+        window = hann(tracker.f).to(device)  # (1, 1, f, f)
 
         def batch(patches: list[np.ndarray]) -> torch.Tensor:
             return normalise(torch.from_numpy(np.stack(patches)).movedim(-1, 1).contiguous().to(device))
 
         templates = [
             crop(video.frame(0), track[0], TEMPLATE_FACTOR, tracker.template)[0]
-            for video, track in zip(videos, found, strict=True)
+            for video, track in zip(videos, tracks, strict=True)
         ]
         tokens = model.embed_template(batch(templates)).unflatten(0, (-1, len(videos)))
 
@@ -198,17 +196,17 @@ def follow(
             ahead = read(t + 1)  # while the network processes these
             if active != before:
                 before, shown = active, tokens[:, active].flatten(0, 1)
-            crops = [crop(f, found[i][-1], SEARCH_FACTOR, tracker.search) for f, i in zip(frames, active, strict=True)]
+            crops = [crop(f, tracks[i][-1], SEARCH_FACTOR, tracker.search) for f, i in zip(frames, active, strict=True)]
             output = model.locate(shown, batch([patch for patch, _ in crops]))
-            weighted = output.score.float() * response
+            weighted = output.score.float() * window
             decoded = decode(weighted, output.size.float(), output.offset.float())
             # the host waits for the GPU here, once per frame
             rows = torch.cat([decoded, weighted.flatten(1).amax(1, keepdim=True)], 1).cpu().double().numpy()
             for i, image, (_, scale), row in zip(active, frames, crops, rows, strict=True):
-                there = box_from_crop(row[:4], found[i][-1], scale, tracker.search)
-                found[i].append(clip_box(there, *image.shape[:2]))
+                there = box_from_crop(row[:4], tracks[i][-1], scale, tracker.search)
+                tracks[i].append(clip_box(there, *image.shape[:2]))
                 scores[i].append(float(row[4]))
-    return [Track(np.array(b, dtype=np.float64), np.array(s)) for b, s in zip(found, scores, strict=True)]
+    return [Track(np.array(b, dtype=np.float64), np.array(s)) for b, s in zip(tracks, scores, strict=True)]
 
 
 def run(
@@ -229,7 +227,7 @@ def run(
 
     Raises `BadParameter`: `folder` holds results of another model.
     """
-    folder, facts = Path(folder), {"weights": fingerprint(model), "window": options.get("window", True)}
+    folder, facts = Path(folder), {"weights": fingerprint(model)}
     record = folder / "tracker.json"
     if record.exists() and read_json(record) != facts:
         raise BadParameter("folder", str(folder), "results of this model, or a new folder: these are another model's")
@@ -265,10 +263,10 @@ def track(
 
     Raises `BadParameter`, `CorruptFile`: see `open_video` and `follow`.
     """
-    found = follow(model, [open_video(visible, infrared)], [box], **options)[0]
+    (tracked,) = follow(model, [open_video(visible, infrared)], [box], **options)
     if out is not None:
-        write_results(out, found.boxes)
-    return found
+        write_results(out, tracked.boxes)
+    return tracked
 
 
 def _images(folder: str | Path) -> list[Path]:
@@ -278,19 +276,13 @@ def _images(folder: str | Path) -> list[Path]:
 
 
 def _checked(box: Sequence[float], video: Video) -> np.ndarray:
-    height, width = video.frame(0).shape[:2]
-    name = f"box of {video.name}" if hasattr(video, "name") else "box"
-    try:
-        given = np.asarray(box, dtype=np.float64)
-    except (TypeError, ValueError):
-        given = np.empty(0)
-    accepted = f"x, y, w, h in pixels, w and h above 0, meeting the {width} x {height} image"
-    if given.shape != (4,) or not np.isfinite(given).all() or (given[2:] <= 0).any():
+    (height, width), xywh = video.frame(0).shape[:2], np.asarray(box, dtype=np.float64)
+    sound = xywh.shape == (4,) and np.isfinite(xywh).all() and (xywh[2:] > 0).all()
+    if not sound or (xywh[:2] >= (width, height)).any() or (xywh[:2] + xywh[2:] <= 0).any():
+        name = f"box of {video.name}" if hasattr(video, "name") else "box"
+        accepted = f"x, y, w, h in pixels, w and h above 0, meeting the {width} x {height} image"
         raise BadParameter(name, box, accepted)
-    x, y, w, h = given
-    if x >= width or y >= height or x + w <= 0 or y + h <= 0:
-        raise BadParameter(name, box, accepted)
-    return given
+    return xywh
 
 
 def _complete(folder: Path, sequence: Any) -> bool:
@@ -307,7 +299,7 @@ def fingerprint(model: nn.Module) -> str:
         for name, module in model.named_modules()
         if type(module).__module__ == type(model).__module__
     }
-    for own in settings.values():
-        own.pop("training")
-        own.pop("grad_checkpointing", None)  # changes the memory, not the result
+    for attributes in settings.values():
+        attributes.pop("training")
+        attributes.pop("grad_checkpointing", None)  # changes the memory, not the result
     return checkpoint_key(kind=type(model).__name__, settings=settings, weights=model)

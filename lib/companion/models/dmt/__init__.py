@@ -9,8 +9,8 @@ Several frozen self-supervised ViTs distilled into one student:
 """
 
 from ..layers.mae import MAE
-from .model import DMT, TeacherOutput, Teachers, loss
+from .model import DMT, Teachers, loss
 from .teachers import released
 from .vit import ViT, build
 
-__all__ = ["DMT", "MAE", "TeacherOutput", "Teachers", "ViT", "build", "loss", "released"]
+__all__ = ["DMT", "MAE", "Teachers", "ViT", "build", "loss", "released"]

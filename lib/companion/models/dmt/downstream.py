@@ -14,6 +14,7 @@ Shapes: B images of S x S pixels, D the ViT's width, g = S / patch.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from einops import rearrange
-from timm.data import Mixup, create_transform
+from timm.data import create_transform
 from timm.layers import LayerNorm2d
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
@@ -31,10 +32,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops import MultiScaleRoIAlign, box_convert
 from torchvision.transforms import InterpolationMode, v2
 
-from ...errors import BadParameter
+from ...ops.progress import progress
 from ...ops.recorded import recorded
 from ...training.fit import AUTO, Hardware, History, evaluating, fit, same_shapes
 from ...training.schedules import adamw, learning_rates
@@ -110,30 +111,21 @@ def train_transform(size: int = 224) -> Callable:
 
 
 @recorded()
-def test_transform(size: int = 224, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> v2.Transform:
+def test_transform(size: int = 224) -> v2.Transform:
     """The centre of an image whose short side is size x 256 / 224, bicubic."""
     cubic = InterpolationMode.BICUBIC
     steps = [v2.Resize(round(size * 256 / 224), cubic, antialias=True), v2.CenterCrop(size), v2.PILToTensor()]
-    return v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))])
+    return v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(MEAN), list(STD))])
 
 
 def mixed_loss(classes: int) -> Callable:
-    """For `fit`: cross-entropy of smoothed labels, images mixed in pairs by timm.
-
-    The mix is drawn for each batch from torch's generator, so that a resumed run mixes alike.
-    """
-    mix = Mixup(MIXUP, CUTMIX, label_smoothing=SMOOTHING, num_classes=classes)
+    """For `fit`: cross-entropy of smoothed labels, images mixed in pairs by mixup or cutmix, as MAE's."""
+    mixes = [v2.MixUp(alpha=MIXUP, num_classes=classes), v2.CutMix(alpha=CUTMIX, num_classes=classes)]
+    mix = v2.RandomChoice(mixes)  # drawn from torch's generator: a resumed run mixes alike
 
     def loss(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
-        images, labels = batch
-        if len(images) % 2:  # pairs need an even number
-            return F.cross_entropy(model(images).float(), labels, label_smoothing=SMOOTHING)
-        state = np.random.get_state()  # noqa: NPY002 - timm draws from it
-        np.random.seed(int(torch.randint(2**31, ())))  # noqa: NPY002
-        # timm writes into its input
-        images, soft = mix(images.clone(), labels)
-        np.random.set_state(state)  # noqa: NPY002
-        return -(soft * model(images).float().log_softmax(-1)).sum(-1).mean()
+        images, soft = mix(*batch)  # (B, 3, S, S), (B, C)
+        return F.cross_entropy(model(images).float(), soft, label_smoothing=SMOOTHING)
 
     return loss
 
@@ -146,24 +138,18 @@ def fine_tune(
     epochs: float = 100,
     batch: int = 1024,
     lr: float | None = None,
-    layer_decay: float = 0.65,
-    warmup: float = 0.05,
-    drop_path: float = 0.1,
-    weight_decay: float = 0.05,
     **options: Any,
 ) -> tuple[ViT, History]:
-    """A trained classifier and its history. Defaults are MAE's for ViT-B.
+    """A trained classifier and its history, by MAE's settings for ViT-B: warm-up in 5 % of the steps, then cosine.
 
     Args:
         data: of (image, label).
         lr: by default 5e-4 for each 256 images of a batch.
-        warmup: a share of the steps (MAE: 5 of 100 epochs).
         options: of `fit`.
     """
-    model = classifier(vit, classes, drop_path=drop_path)
-    steps = max(1, round(epochs * (len(data) // batch)))
-    rates = learning_rates("cosine", 5e-4 * batch / 256 if lr is None else lr, steps, round(warmup * steps), 1e-6)
-    options |= layer_decayed(rates, "", layer_decay, weight_decay)
+    model, steps = classifier(vit, classes), max(1, round(epochs * (len(data) // batch)))
+    rates = learning_rates("cosine", 5e-4 * batch / 256 if lr is None else lr, steps, round(0.05 * steps), 1e-6)
+    options |= layer_decayed(rates)
     return model, fit(model, mixed_loss(classes), data, epochs=epochs, batch=batch, **options)
 
 
@@ -210,65 +196,67 @@ def ridge(features: Tensor, labels: Tensor, classes: int, others: Tensor, penalt
 FACTORS = (4, 2, 1, 0.5)  # sides of the maps over that of the grid
 
 
-def _scales(width: int) -> tuple[list[nn.Module], list[int]]:
-    """From a map (B, width, g, g) to maps of the `FACTORS`, and the channels of these."""
-    half, quarter = width // 2, width // 4
-    larger = (nn.ConvTranspose2d(width, half, 2, 2), LayerNorm2d(half), nn.GELU())
-    largest = nn.Sequential(*larger, nn.ConvTranspose2d(half, quarter, 2, 2))
-    twice, same, smaller = nn.ConvTranspose2d(width, half, 2, 2), nn.Identity(), nn.MaxPool2d(2)
-    return [largest, twice, same, smaller], [quarter, half, width, width]
+class Scales(nn.Module):
+    """The patch tokens of four blocks as maps of four scales, the `FACTORS`, without the final norm.
 
+    Args:
+        vit: the encoder; copied.
+        layers: the blocks.
 
-def _maps(vit: ViT, images: Tensor, layers: Sequence[int]) -> list[Tensor]:
-    """The patch tokens of some blocks as maps (B, D, h, w), without the final norm."""
-    rows = images.shape[2] // vit.patch
-    return [rearrange(x[:, 1:], "b (h w) d -> b d h w", h=rows) for x in vit.hidden(images, layers)]
-
-
-class SimplePyramid(nn.Module):
-    """ViTDet's: the last block's map at 4, 2, 1 and 1/2 times its side, each separately, and a coarser one by pooling.
-
-    The encoder is copied. All but four of ViTDet's blocks attend within windows, to save memory; ours attend globally.
+    Attributes:
+        widths: the channels of the maps.
     """
 
-    def __init__(self, vit: ViT, channels: int = 256, drop_path: float = 0.0):
+    def __init__(self, vit: ViT, layers: Sequence[int], drop_path: float):
         super().__init__()
-        self.vit, self.out_channels = like(vit, drop_path), channels
+        self.vit, self.layers = like(vit, drop_path), layers
         self.vit.norm.requires_grad_(False)  # the maps are taken before it
+        width, half, quarter = vit.width, vit.width // 2, vit.width // 4
+        larger = (nn.ConvTranspose2d(width, half, 2, 2), LayerNorm2d(half), nn.GELU())
+        largest = nn.Sequential(*larger, nn.ConvTranspose2d(half, quarter, 2, 2))
+        self.scales = nn.ModuleList([largest, nn.ConvTranspose2d(width, half, 2, 2), nn.Identity(), nn.MaxPool2d(2)])
+        self.widths = [quarter, half, width, width]
+
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """Maps (B, C, f g, f g) of images (B, 3, S, S)."""
+        rows = images.shape[2] // self.vit.patch_embed.patch_size[0]
+        tokens = self.vit.hidden(images, self.layers)  # each (B, 1 + L, D)
+        grids = [rearrange(x[:, 1:], "b (h w) d -> b d h w", h=rows) for x in tokens]
+        return [scale(x) for scale, x in zip(self.scales, grids, strict=True)]
+
+
+class SimplePyramid(Scales):
+    """ViTDet's: the last block's map at four scales, each separately, and a coarser one by pooling.
+
+    All but four of ViTDet's blocks attend within windows, to save memory; ours attend globally.
+    """
+
+    out_channels = 256  # read by torchvision's Mask R-CNN
+
+    def __init__(self, vit: ViT, drop_path: float = 0.0):
+        super().__init__(vit, (-1,) * 4, drop_path)
         self.levels = nn.ModuleList(
             nn.Sequential(
-                scale,
-                nn.Conv2d(width, channels, 1, bias=False),
-                LayerNorm2d(channels),
-                nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-                LayerNorm2d(channels),
+                nn.Conv2d(width, 256, 1, bias=False),
+                LayerNorm2d(256),
+                nn.Conv2d(256, 256, 3, padding=1, bias=False),
+                LayerNorm2d(256),
             )
-            for scale, width in zip(*_scales(vit.width), strict=True)
+            for width in self.widths
         )
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
-        """Maps (B, channels, f g, f g) by name: "0", "1", ..., and "pool"."""
-        x = _maps(self.vit, images, (-1,))[0]
-        maps = OrderedDict((str(i), level(x)) for i, level in enumerate(self.levels))
-        maps["pool"] = F.max_pool2d(next(reversed(maps.values())), 1, 2)
+        """Maps (B, 256, f g, f g) by name: "0", "1", ..., and "pool"."""
+        pairs = zip(self.levels, self.maps(images), strict=True)
+        maps = OrderedDict((str(i), level(x)) for i, (level, x) in enumerate(pairs))
+        maps["pool"] = F.max_pool2d(maps["3"], 1, 2)
         return maps
 
 
 # --- detection --------------------------------------------------------------------------------------------------------
 
 
-def detector(
-    vit: ViT,
-    classes: int,
-    *,
-    size: int = 1024,
-    channels: int = 256,
-    drop_path: float = 0.1,
-    anchor: float = 8.0,
-    mean: Sequence[float] = MEAN,
-    std: Sequence[float] = STD,
-    **options: Any,
-) -> MaskRCNN:
+def detector(vit: ViT, classes: int, *, size: int = 1024, drop_path: float = 0.1) -> MaskRCNN:
     """Mask R-CNN of torchvision on a simple pyramid of the encoder.
 
     torchvision's heads are simpler than ViTDet's (two layers for boxes, no norms), which G2SD has.
@@ -276,52 +264,49 @@ def detector(
     Args:
         classes: without the background.
         size: images are resized to this side, in training and at test.
-        anchor: side of a level's anchors over its stride.
-        options: of torchvision's `MaskRCNN`.
     """
-    strides = [vit.patch / factor for factor in (*FACTORS, FACTORS[-1] / 2)]
-    anchors = AnchorGenerator(tuple((anchor * s,) for s in strides), ((0.5, 1.0, 2.0),) * len(strides))
-    names = [str(i) for i in range(len(FACTORS))]
+    patch = vit.patch_embed.patch_size[0]
+    strides, names = [patch / factor for factor in (*FACTORS, 0.25)], ["0", "1", "2", "3"]
     return MaskRCNN(
-        SimplePyramid(vit, channels, drop_path),
+        SimplePyramid(vit, drop_path),
         classes + 1,
         min_size=size,
         max_size=size,
-        image_mean=list(mean),
-        image_std=list(std),
-        size_divisible=2 * vit.patch,
-        rpn_anchor_generator=anchors,
+        image_mean=list(MEAN),
+        image_std=list(STD),
+        size_divisible=2 * patch,
+        rpn_anchor_generator=AnchorGenerator(
+            tuple((8.0 * stride,) for stride in strides), ((0.5, 1.0, 2.0),) * len(strides)
+        ),
         box_roi_pool=MultiScaleRoIAlign(names, 7, 2),
         mask_roi_pool=MultiScaleRoIAlign(names, 14, 2),
-        **options,
     )
 
 
 class Crops(Dataset):
     """Instances under large-scale jitter (0.1 to 2, ViTDet's), cropped to size x size, in tensors that stack.
 
-    An item is (image float in [0, 1], boxes (most, 4), labels (most,), masks packed to bits), rows beyond an image's
-    instances with label 0.
+    An item is (image float in [0, 1], boxes (MOST, 4), labels (MOST,), masks packed to bits), rows beyond an image's
+    instances with label 0; of more than MOST the smallest are left out.
 
     Args:
         data: items (uint8 image, target) as `data.pretraining.Instances`.
         size: of the crop.
-        most: largest number of instances; the smallest are left out.
-        jitter: range of the scale; None: images are left unchanged and must be size x size.
     """
 
-    def __init__(
-        self, data: Dataset, size: int = 1024, most: int = 100, jitter: tuple[float, float] | None = (0.1, 2.0)
-    ):
-        self.data, self.size, self.most = data, size, most
-        steps = []
-        if jitter is not None:
-            steps = [
-                v2.ScaleJitter((size, size), jitter, antialias=True),
+    MOST = 100
+
+    def __init__(self, data: Dataset, size: int = 1024):
+        self.data, self.size = data, size
+        self.transform = v2.Compose(
+            [
+                v2.ScaleJitter((size, size), (0.1, 2.0), antialias=True),
                 v2.RandomCrop((size, size), pad_if_needed=True),
                 v2.RandomHorizontalFlip(),
+                v2.ClampBoundingBoxes(),
+                v2.SanitizeBoundingBoxes(),
             ]
-        self.transform = v2.Compose([*steps, v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes()])
+        )
 
     def __len__(self) -> int:
         return len(self.data)
@@ -329,15 +314,13 @@ class Crops(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         image, target = self.data[index]
         boxes = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=image.shape[1:])
-        given = {"boxes": boxes, "labels": target["labels"], "masks": tv_tensors.Mask(target["masks"])}
-        image, kept = self.transform(tv_tensors.Image(image), given)
-        if image.shape[1:] != (self.size, self.size):
-            raise BadParameter("size", self.size, f"{tuple(image.shape[1:])}, as the images; or a jitter")
+        instances = {"boxes": boxes, "labels": target["labels"], "masks": tv_tensors.Mask(target["masks"])}
+        image, kept = self.transform(tv_tensors.Image(image), instances)
         area = kept["masks"].flatten(1).sum(1)
-        largest = torch.argsort(area, descending=True)[: self.most]
+        largest = torch.argsort(area, descending=True)[: self.MOST]
         largest = largest[area[largest] > 0]
-        boxes, labels = torch.zeros(self.most, 4), torch.zeros(self.most, dtype=torch.long)
-        bits = np.zeros((self.most, -(-(self.size**2) // 8)), np.uint8)
+        boxes, labels = torch.zeros(self.MOST, 4), torch.zeros(self.MOST, dtype=torch.long)
+        bits = np.zeros((self.MOST, -(-(self.size**2) // 8)), np.uint8)
         boxes[: len(largest)], labels[: len(largest)] = kept["boxes"][largest], kept["labels"][largest]
         bits[: len(largest)] = np.packbits(kept["masks"][largest].flatten(1).numpy(), 1)
         return image.as_subclass(Tensor).float() / 255, boxes, labels, torch.from_numpy(bits)
@@ -348,11 +331,11 @@ def detection_loss(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
     images, boxes, labels, bits = batch
     size, targets = images.shape[-1], []
     shifts = torch.arange(7, -1, -1, device=bits.device, dtype=torch.uint8)
-    for own, label, mask in zip(boxes, labels, bits, strict=True):
+    for box, label, mask in zip(boxes, labels, bits, strict=True):
         there = label > 0
         unpacked = (mask[there][..., None] >> shifts) & 1
-        unpacked = unpacked.flatten(1)[:, : size * size].view(-1, size, size)
-        targets.append({"boxes": own[there], "labels": label[there], "masks": unpacked})
+        unpacked = unpacked.flatten(1)[:, : size * size].view(-1, size, size)  # (n, S, S)
+        targets.append({"boxes": box[there], "labels": label[there], "masks": unpacked})
     return sum(model(list(images), targets).values())
 
 
@@ -362,108 +345,71 @@ def _without_masks(items: list[tuple[Tensor, dict]]) -> list[tuple[Tensor, Any]]
 
 @torch.no_grad()
 def detections(
-    model: MaskRCNN,
-    data: Dataset,
-    categories: Sequence[int],
-    *,
-    batch: int = 1,
-    hardware: Hardware = AUTO,
-    progress: Callable = iter,
+    model: MaskRCNN, data: Dataset, categories: Sequence[int], *, batch: int = 1, hardware: Hardware = AUTO
 ) -> list[dict]:
     """Rows for `metrics.detection.evaluate`, kinds "bbox" and "segm", of all images of `data.pretraining.Instances`.
 
     Args:
         categories: category ids in the order of the labels.
         batch: images at once, of one size: the ViT would process padding.
-        progress: wraps the loader, which returns four batches at a time.
     """
     from faster_coco_eval.core import mask as rle  # the extra "detection"
 
     rows = []
     with evaluating(hardware, model) as device:
         options = {"num_workers": hardware.workers, "pin_memory": device.type == "cuda", "collate_fn": _without_masks}
-        for items in progress(DataLoader(data, 4 * batch, **options)):
+        stream = DataLoader(data, 4 * batch, **options)
+        for items in progress(stream, "detection", len(stream)):
             outputs: dict[int, dict[str, Tensor]] = {}
             for some in same_shapes([image for image, _ in items], batch):
                 images = [items[i][0].to(device, non_blocking=True).float() / 255 for i in some]
                 outputs |= zip(some, model(images), strict=True)
             for i, (_, image_id) in enumerate(items):
-                boxes, labels, scores = (outputs[i][name].cpu() for name in ("boxes", "labels", "scores"))
-                sides = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1)
-                masks = (outputs[i]["masks"][:, 0] > 0.5).cpu().numpy().astype(np.uint8)
-                for box, label, score, mask in zip(sides, labels, scores, masks, strict=True):
-                    run = rle.encode(np.asfortranarray(mask))
-                    rows.append(
-                        {
-                            "image_id": image_id,
-                            "category_id": categories[int(label) - 1],
-                            "score": float(score),
-                            "bbox": box.tolist(),
-                            "segmentation": {**run, "counts": run["counts"].decode()},
-                        }
-                    )
+                boxes, labels, scores, masks = (outputs[i][key].cpu() for key in ("boxes", "labels", "scores", "masks"))
+                pixels = (masks[:, 0] > 0.5).permute(1, 2, 0).numpy().astype(np.uint8)  # (H, W, n)
+                runs = rle.encode(np.asfortranarray(pixels))
+                sides = box_convert(boxes, "xyxy", "xywh").tolist()
+                for box, label, score, run in zip(sides, labels.tolist(), scores.tolist(), runs, strict=True):
+                    row = {"image_id": image_id, "category_id": categories[label - 1], "score": score, "bbox": box}
+                    rows.append(row | {"segmentation": {**run, "counts": run["counts"].decode()}})
     return rows
 
 
 # --- segmentation -----------------------------------------------------------------------------------------------------
 
 
-class Segmenter(nn.Module):
-    """UPerNet: four blocks' maps at 4, 2, 1 and 1/2 times the grid's side, pooled, added up, to logits (B, C, H, W).
+class Segmenter(Scales):
+    """UPerNet: four blocks' maps at four scales, pooled and added up, to logits (B, C, H, W).
 
     Args:
         vit: the encoder; copied.
         classes: C.
         layers: the blocks, counted from 0 (3, 5, 7, 11 of 12).
-        auxiliary: channels of a second, simpler head on the third map, in training; 0 for none.
     """
 
-    def __init__(
-        self,
-        vit: ViT,
-        classes: int,
-        *,
-        layers: Sequence[int] = (3, 5, 7, 11),
-        auxiliary: int = 256,
-        drop_path: float = 0.1,
-        pools: Sequence[int] = (1, 2, 3, 6),
-    ):
+    def __init__(self, vit: ViT, classes: int, *, layers: Sequence[int] = (3, 5, 7, 11), drop_path: float = 0.1):
         from transformers import UperNetConfig  # the extra "detection"
         from transformers.models.upernet.modeling_upernet import UperNetFCNHead, UperNetHead
 
-        super().__init__()
-        if len(layers) != 4 or any(not -len(vit.blocks) <= i < len(vit.blocks) for i in layers):
-            raise BadParameter("layers", tuple(layers), f"four of {len(vit.blocks)} blocks, counted from 0")
-        self.vit, self.layers = like(vit, drop_path), tuple(layers)
-        self.vit.norm.requires_grad_(False)  # the maps are taken before it
-        scales, widths = _scales(vit.width)
-        self.scales = nn.ModuleList(scales)
-        config = UperNetConfig(
-            hidden_size=vit.width,  # as in G2SD
-            pool_scales=list(pools),
-            num_labels=classes,
-            auxiliary_channels=auxiliary or 1,
-            auxiliary_in_channels=widths[2],
-        )
-        self.head = UperNetHead(config, widths)
-        self.auxiliary = UperNetFCNHead(config, widths) if auxiliary else None
+        super().__init__(vit, layers, drop_path)
+        # as G2SD
+        sizes = {"hidden_size": vit.width, "auxiliary_channels": 256, "auxiliary_in_channels": self.widths[2]}
+        config = UperNetConfig(pool_scales=[1, 2, 3, 6], num_labels=classes, **sizes)
+        self.head, self.auxiliary = UperNetHead(config, self.widths), UperNetFCNHead(config, self.widths)
 
-    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits (B, C, H, W); in training, with an auxiliary head, its logits next to them."""
-        maps = _maps(self.vit, images, self.layers)
-        levels = [scale(x) for scale, x in zip(self.scales, maps, strict=True)]
-        heads = [self.head, self.auxiliary] if self.training and self.auxiliary is not None else [self.head]
-        logits = [F.interpolate(head(levels), images.shape[2:], mode="bilinear", align_corners=False) for head in heads]
-        return logits[0] if len(logits) == 1 else (logits[0], logits[1])
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Logits (B, C, H, W); in training those of the auxiliary head, on the third map, next to them."""
+        maps, size = self.maps(images), images.shape[2:]
+        heads = [self.head, self.auxiliary] if self.training else [self.head]
+        logits = tuple(F.interpolate(head(maps), size, mode="bilinear", align_corners=False) for head in heads)
+        return logits if self.training else logits[0]
 
 
 def segmentation_loss(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
     """For `fit` on `SceneCrops`: cross-entropy, and 0.4 of the auxiliary head's."""
     images, truth = batch
-    logits = model(images)
-    parts = logits if isinstance(logits, tuple) else (logits,)
-    losses = [F.cross_entropy(part.float(), truth, ignore_index=IGNORED) for part in parts]
-    return losses[0] + (0.4 * losses[1] if len(losses) > 1 else 0)
+    main, auxiliary = (F.cross_entropy(x.float(), truth, ignore_index=IGNORED) for x in model(images))
+    return main + 0.4 * auxiliary
 
 
 class SceneCrops(Dataset):
@@ -478,14 +424,15 @@ class SceneCrops(Dataset):
 
     def __init__(self, data: Dataset, size: int = 512):
         self.data, self.size = data, size
-        filled = {tv_tensors.Image: 0, tv_tensors.Mask: IGNORED}
         self.transform = v2.Compose(
             [
-                v2.RandomCrop((size, size), pad_if_needed=True, fill=filled),
+                v2.RandomResize(size // 2, 2 * size + 1, antialias=True),
+                v2.RandomCrop((size, size), pad_if_needed=True, fill={tv_tensors.Image: 0, tv_tensors.Mask: IGNORED}),
                 v2.RandomHorizontalFlip(),
                 v2.RandomPhotometricDistort(),
-                v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True),
+                v2.ToDtype({tv_tensors.Image: torch.float32, tv_tensors.Mask: torch.long, "others": None}, scale=True),
                 v2.Normalize(list(MEAN), list(STD)),
+                v2.ToPureTensor(),
             ]
         )
 
@@ -494,23 +441,17 @@ class SceneCrops(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         image, truth = self.data[index]
-        factor = self.size / min(image.shape[1:]) * float(torch.empty(()).uniform_(0.5, 2.0))
-        side = [max(1, round(n * factor)) for n in image.shape[1:]]
-        image = v2.functional.resize(tv_tensors.Image(image), side, antialias=True)
-        image, truth = self.transform(image, v2.functional.resize(tv_tensors.Mask(truth), side))
-        return image.as_subclass(Tensor), truth.as_subclass(Tensor).long()
+        return self.transform(tv_tensors.Image(image), tv_tensors.Mask(truth))
 
 
 @torch.no_grad()
 def slide(model: nn.Module, image: Tensor, size: int = 512, stride: int = 341) -> Tensor:
-    """Logits (C, H, W) of one normalised image (3, H, W) of any size, the mean over overlapping windows."""
-    height, width = (max(n, size) for n in image.shape[1:])
-    padded = F.pad(image, (0, width - image.shape[2], 0, height - image.shape[1]))
-    starts = [sorted({min(i, n - size) for i in range(0, n - size + stride, stride)}) for n in (height, width)]
-    corners = [(y, x) for y in starts[0] for x in starts[1]]
-    windows = model(torch.stack([padded[:, y : y + size, x : x + size] for y, x in corners])).float()
-    total, count = windows.new_zeros(windows.shape[1], height, width), windows.new_zeros(height, width)
+    """Logits (C, H, W) of one normalised image (3, H, W), sides at least `size`: means over overlapping windows."""
+    starts = [sorted({min(i, n - size) for i in range(0, n - size + stride, stride)}) for n in image.shape[1:]]
+    corners = list(itertools.product(*starts))
+    windows = model(torch.stack([image[:, y : y + size, x : x + size] for y, x in corners])).float()  # (n, C, S, S)
+    total, count = windows.new_zeros(windows.shape[1], *image.shape[1:]), windows.new_zeros(image.shape[1:])
     for (y, x), logits in zip(corners, windows, strict=True):
         total[:, y : y + size, x : x + size] += logits
         count[y : y + size, x : x + size] += 1
-    return (total / count)[:, : image.shape[1], : image.shape[2]]
+    return total / count

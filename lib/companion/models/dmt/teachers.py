@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...backbones import check_state, find_weights, hub_file, read_state
-from ...errors import BadParameter, CorruptFile, MissingWeights, check_choice
+from ...errors import CorruptFile, MissingWeights
 from ...ops import unpickle
 from .vit import ViT, build
 
@@ -43,22 +43,17 @@ def released(name: str, weights: str | Path = "pretrained", *, download: bool = 
         download: download weights that are not in the cache.
 
     Raises:
-        BadParameter: unknown name, or a missing file.
         MissingWeights: they are not cached, and downloading is off or fails.
-        CorruptFile, BadCheckpoint: the file cannot be read, or is of another model.
+        CorruptFile, BadCheckpoint: the file is missing, cannot be read, or is of another model.
     """
-    check_choice("teacher", name, RELEASED)
     positions, pretrained, source = RELEASED[name]
     if weights == "random":
         return build("base", positions=positions).eval()
     if weights != "pretrained":
-        if not Path(weights).is_file():
-            raise BadParameter("weights", str(weights), "'pretrained', 'random' or an existing file")
-        return ViT.from_official(read(weights), what=f"{name}, ViT-Base/16")
-    if not pretrained:
-        way = f"the file of {source}: give its path as weights"
-        raise MissingWeights(f"{name}, ViT-Base/16", Path(), [way])
-    if pretrained.startswith("vit_"):
+        path = Path(weights)
+    elif not pretrained:
+        raise MissingWeights(f"{name}, ViT-Base/16", Path(), [f"the file of {source}: give its path as weights"])
+    elif pretrained.startswith("vit_"):
         path = find_weights(pretrained, download=download)
     else:
         path = hub_file(name, pretrained, ["model.safetensors"], download)
@@ -70,16 +65,12 @@ def read(path: str | Path) -> dict[str, Tensor]:
     DINO's full checkpoint (its "teacher"), or a plain state dict. Raises `CorruptFile`."""
     try:
         return read_state(path)
-    except CorruptFile as error:
-        if Path(path).suffix == ".safetensors":
+    except CorruptFile:
+        whole = {} if Path(path).suffix == ".safetensors" else unpickle.load_torch(path)
+        if not isinstance(whole, dict) or not isinstance(whole.get("teacher"), dict):
             raise
-        reason = error.reason
-    whole = unpickle.load_torch(path)
-    state = whole.get("teacher") if isinstance(whole, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CorruptFile(path, f"{reason}; no 'model', 'state_dict' or 'teacher' with named tensors in it")
-    check_state(path, state)
-    return state
+    check_state(path, whole["teacher"])
+    return whole["teacher"]
 
 
 # --- MoCo v3's heads and loss -----------------------------------------------------------------------------------------
@@ -96,13 +87,6 @@ def mlp(inputs: int, hidden: int, outputs: int, layers: int) -> nn.Sequential:
 
 
 def contrastive_loss(queries: Tensor, keys: Tensor, temperature: float = 0.2) -> Tensor:
-    """Cross-entropy of each query (B, E) with its key among all of the batch, of all workers, times 2 T."""
+    """Cross-entropy of each query (B, E) with its key among all of the batch, times 2 T."""
     q, k = F.normalize(queries.float(), dim=1), F.normalize(keys.float(), dim=1).detach()
-    rank = 0
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        rank = torch.distributed.get_rank()
-        parts = [torch.empty_like(k) for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather(parts, k.contiguous())
-        k = torch.cat(parts)
-    labels = torch.arange(len(q), device=q.device) + rank * len(q)
-    return F.cross_entropy(q @ k.T / temperature, labels) * (2 * temperature)
+    return F.cross_entropy(q @ k.T / temperature, torch.arange(len(q), device=q.device)) * (2 * temperature)

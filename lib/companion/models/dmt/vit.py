@@ -1,4 +1,4 @@
-"""The plain ViT of DMT's teachers (MAE, MoCo v3, iBOT, DINO) and students.
+"""The plain ViT of DMT's teachers (MAE, MoCo v3, iBOT, DINO) and students: timm's, with visible and masked patches.
 
 Shapes: B images, L patches (V of them visible), N = 1 + L tokens, the [CLS] token first, of dimension D.
 """
@@ -17,15 +17,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ...errors import check_choice
 from ...ops.recorded import Recorded
 from ..layers import state_dicts
 from ..layers.attend import attention_map
 from ..layers.heads import vit_sizes
 from ..layers.mae import initialise, visible_tokens
 from ..layers.pos_embed import sincos_table
-
-POSITIONS = ("mae", "mocov3", "learned")
 
 # students [paper: tiny, small, base]; with the usual widths. Pocket: ours, for a CPU (section 14)
 SIZES: dict[str, dict[str, Any]] = {
@@ -38,17 +35,16 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 class ViT(Recorded, VisionTransformer):
-    """timm's ViT as MAE, MoCo v3, iBOT and DINO have it, and the students: images to tokens, MAE's initial weights.
+    """timm's ViT with the position embeddings of MAE, MoCo v3, iBOT and DINO, and MAE's initial weights.
 
-    It also takes visible patches alone (MAE), masked patches (iBOT), and images of another size. Tensors are named as
-    in all four official codes.
+    Images to tokens after the final norm, also of visible patches alone (MAE), with masked patches (iBOT), and of
+    images of another size (DINO, iBOT). Tensors are named as in all four official codes.
 
     Args:
         image, patch: sides in pixels; `image` fixes the position embedding, other sizes resize it.
         width, depth, heads, mlp_ratio: D, blocks, heads, and the MLP's width over D.
         positions: "mae" or "mocov3", fixed sines and cosines; "learned", trained, as iBOT's and DINO's.
         masked: has iBOT's `masked_embed`, which replaces masked patches.
-        last_heads: heads of the last block, where a relation loss needs as many as the teacher has [anc: TinyMIM].
     """
 
     def __init__(
@@ -62,39 +58,23 @@ class ViT(Recorded, VisionTransformer):
         *,
         positions: str = "mae",
         masked: bool = False,
-        last_heads: int | None = None,
     ):
-        check_choice("positions", positions, POSITIONS)
         any_size = partial(PatchEmbed, strict_img_size=False)
         sizes = {"embed_dim": width, "depth": depth, "num_heads": heads, "mlp_ratio": mlp_ratio, "num_classes": 0}
         super().__init__(
             image, patch, **sizes, global_pool="", pos_embed="none", weight_init="skip", embed_layer=any_size
         )
-        self.image, self.patch, self.width, self.positions = image, patch, width, positions
-        self.grid, self.patches = image // patch, (image // patch) ** 2
+        self.width, self.patches, self.positions = width, self.patch_embed.num_patches, positions
         fixed = positions != "learned"
-        table = sincos_table(width, self.grid, positions) if fixed else torch.empty(1, 1 + self.patches, width)
+        table = sincos_table(width, image // patch, positions) if fixed else torch.empty(1, 1 + self.patches, width)
         self.pos_embed = nn.Parameter(table, requires_grad=not fixed)
         self.masked_embed = nn.Parameter(torch.zeros(1, width)) if masked else None
-        if last_heads:
-            attn = self.blocks[-1].attn
-            attn.num_heads, attn.head_dim = last_heads, width // last_heads
-            attn.scale = attn.head_dim**-0.5
         self.apply(initialise)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.data.flatten(1))
         nn.init.zeros_(self.patch_embed.proj.bias)
         nn.init.normal_(self.cls_token, std=0.02)
         if not fixed:
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
-
-    @property
-    def heads(self) -> int:
-        """Heads of the last block."""
-        return self.blocks[-1].attn.num_heads
-
-    def _run(self, block: nn.Module, x: Tensor) -> Tensor:
-        recomputed = self.grad_checkpointing and self.training
-        return checkpoint(block, x, use_reentrant=False) if recomputed else block(x)
 
     def hidden(
         self, images: Tensor, layers: Sequence[int] = (-1,), keep: Tensor | None = None, masked: Tensor | None = None
@@ -106,19 +86,13 @@ class ViT(Recorded, VisionTransformer):
             keep, masked: (B, V) and (B, L), see `mae.visible_tokens`. Tokens come in the order of `keep`.
         """
         wanted = [range(len(self.blocks))[layer] for layer in layers]
-        x, found = visible_tokens(self, images, keep, masked), {}
+        x, outputs = visible_tokens(self, images, keep, masked), {}  # (B, N, D)
         for i, block in enumerate(self.blocks[: max(wanted) + 1]):
-            x = self._run(block, x)
+            recomputed = self.grad_checkpointing and self.training
+            x = checkpoint(block, x, use_reentrant=False) if recomputed else block(x)
             if i in wanted:
-                found[i] = x
-        return [found[i] for i in wanted]
-
-    def last_block(self, images: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Queries, keys and values (3, B, heads, N, d) of the last block, and its output (B, N, D)."""
-        x = visible_tokens(self, images, keep)
-        for block in self.blocks[:-1]:
-            x = self._run(block, x)
-        return self.qkv(x), self.blocks[-1](x)
+                outputs[i] = x
+        return [outputs[i] for i in wanted]
 
     def forward_features(self, images: Tensor, keep: Tensor | None = None, masked: Tensor | None = None) -> Tensor:
         """Tokens (B, N, D) after the final norm; see `hidden`."""
@@ -133,29 +107,16 @@ class ViT(Recorded, VisionTransformer):
         x = self.forward_features(images)
         return torch.cat([x[:, 0], x[:, 1:].mean(1)], 1)
 
-    def qkv(self, x: Tensor, layer: int = -1) -> Tensor:
-        """Queries, keys and values (3, B, heads, N, d) of a block, from its input (B, N, D)."""
-        block = self.blocks[layer]
-        return rearrange(block.attn.qkv(block.norm1(x)), "b n (c h e) -> c b h n e", c=3, h=block.attn.num_heads)
-
     @torch.no_grad()
-    def attention(self, images: Tensor, layer: int = -1) -> Tensor:
-        """Attention of the [CLS] token to the patches in a block: (B, heads, L); its attention to itself is left
-        out."""
-        layer %= len(self.blocks)
-        x = self.hidden(images, (layer - 1,))[0] if layer else visible_tokens(self, images)
-        q, k, _ = self.qkv(x, layer)
+    def attention(self, images: Tensor) -> Tensor:
+        """Attention of the [CLS] token to the patches in the last block: (B, heads, L), without that to itself."""
+        last = self.blocks[-1]
+        x = last.norm1(self.blocks[:-1](visible_tokens(self, images)))  # (B, N, D)
+        q, k, _ = rearrange(last.attn.qkv(x), "b n (c h e) -> c b h n e", c=3, h=last.attn.num_heads)
         return attention_map(q[:, :, :1], k)[:, :, 0, 1:]
 
     @classmethod
-    def from_official(
-        cls,
-        state: Mapping[str, Tensor],
-        heads: int | None = None,
-        what: str = "a ViT teacher",
-        *,
-        last_heads: int | None = None,
-    ) -> ViT:
+    def from_official(cls, state: Mapping[str, Tensor], heads: int | None = None, what: str = "a ViT teacher") -> ViT:
         """The encoder in a released state dict of MAE, MoCo v3, iBOT, DINO or timm, in eval mode (section 3.2).
 
         Prefixes are removed (`module.base_encoder.`, `backbone.`, `module.backbone.`); heads, momentum encoders and
@@ -165,31 +126,30 @@ class ViT(Recorded, VisionTransformer):
         Args:
             heads: not in the tensors. None: one for 64 channels, as ViT-T, -S and -B of all but MoCo v3's ViT-S, which
                 has 12.
-            last_heads: of the last block, where they differ.
 
         Raises `BadCheckpoint`: names that are missing, unknown or of another shape.
         """
         state = encoder_state(state)
-        sizes = vit_sizes(state, heads).values()
-        table, kind = state["pos_embed"], "learned"
-        side, width = math.isqrt(table.shape[1] - 1), table.shape[2]
-        for fixed in ("mae", "mocov3") if side**2 + 1 == table.shape[1] and not width % 4 else ():
-            if torch.allclose(sincos_table(width, side, fixed).cpu(), table.float().cpu(), atol=1e-4):
-                kind = fixed
-        model = cls(*sizes, positions=kind, masked="masked_embed" in state, last_heads=last_heads)
+        sizes, table = vit_sizes(state, heads), state["pos_embed"].float().cpu()
+        side, positions = math.isqrt(table.shape[1] - 1), "learned"
+        for kind in ("mae", "mocov3"):
+            known = sincos_table(table.shape[2], side, kind).cpu()
+            if table.shape == known.shape and torch.allclose(known, table, atol=1e-4):
+                positions = kind
+        model = cls(*sizes.values(), positions=positions, masked="masked_embed" in state)
         state_dicts.load_official(model, state, {name: name for name in model.state_dict()}, what)
         return model.eval()
 
-    def to_official(self, prefix: str = "") -> dict[str, Tensor]:
-        """The state dict under the official names, after a prefix such as "module.base_encoder."."""
-        return {prefix + name: value.clone() for name, value in self.state_dict().items()}
+    def to_official(self) -> dict[str, Tensor]:
+        """The state dict under the official names."""
+        return {name: value.clone() for name, value in self.state_dict().items()}
 
 
 def encoder_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The encoder's tensors of a released state dict, without prefix; other tensors are left out."""
     for prefix in ("module.", "base_encoder.", "backbone."):
-        own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-        state = own or state
+        within = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        state = within or state
     others = ("head.", "decoder_", "momentum_encoder.", "predictor.", "fc_norm.")
     # MAE's mask token is the decoder's; DINO's and iBOT's position embeddings are the encoder's
     return {name: value for name, value in state.items() if not name.startswith(others) and name != "mask_token"}
@@ -197,5 +157,4 @@ def encoder_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def build(size: str = "small", **options: Any) -> ViT:
     """A random ViT (torch's current seed) of one of `SIZES`; `options` as in `ViT`."""
-    check_choice("size", size, SIZES)
     return ViT(**{**SIZES[size], **options})

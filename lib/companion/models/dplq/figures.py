@@ -1,14 +1,13 @@
-"""Figures of DPLQ alone: quaternion blocks, class texts, attention of the prompts, noise."""
+"""Figures of DPLQ alone: quaternion blocks, class texts, predicted probabilities."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -23,22 +22,19 @@ MARKERS = ("s", "D", "*")  # of texts for the first sensor, for the second, and 
 
 @styled
 def blocks(matrix: Tensor) -> Figure:
-    """Which of the four matrices stands in which block of a quaternion layer, and its real matrix (inputs, outputs)."""
-    figure, axes = plt.subplots(1, 2, figsize=(6.6, 3.1), width_ratios=[1, 1.1])
-    colours = dict(zip("RIJK", COLOURS, strict=False))
-    for (row, column), text in np.ndenumerate(np.array(BLOCKS)):
-        alpha = 0.35 if "−" in text else 0.85
-        axes[0].add_patch(Rectangle((column, 3 - row), 0.96, 0.96, facecolor=colours[text[-1]], alpha=alpha))
-        axes[0].text(column + 0.48, 3.48 - row, text, ha="center", va="center", fontsize=11)
-    axes[0].set(xlim=(0, 4), ylim=(0, 4), aspect="equal", title="matrix and sign of each block", xticks=[], yticks=[])
-    inputs, outputs = matrix.shape
-    top = float(matrix.abs().max())
-    shown = axes[1].imshow(np.asarray(matrix), cmap="RdBu", vmin=-top, vmax=top, aspect="auto")
+    """The real matrix (inputs, outputs) of a quaternion layer, and which of its four matrices each block is."""
+    (inputs, outputs), top = matrix.shape, float(matrix.abs().max())
+    figure, ax = plt.subplots(figsize=(4.4, 3.4))
+    image = ax.imshow(np.asarray(matrix), cmap="RdBu", vmin=-top, vmax=top, aspect="auto")
+    for (row, column), name in np.ndenumerate(np.array(BLOCKS)):
+        at = (column + 0.5) * outputs / 4 - 0.5, (row + 0.5) * inputs / 4 - 0.5
+        box = {"facecolor": "white", "linewidth": 0, "pad": 1.5}
+        ax.text(*at, name, ha="center", va="center", fontsize=12, bbox=box)
     for edge in (1, 2, 3):
-        axes[1].axhline(inputs * edge / 4 - 0.5, color="black", linewidth=0.8)
-        axes[1].axvline(outputs * edge / 4 - 0.5, color="black", linewidth=0.8)
-    axes[1].set(title=f"weights, {inputs} × {outputs}", xlabel="output channel", ylabel="input channel")
-    figure.colorbar(shown, ax=axes[1], label="weight")
+        ax.axhline(inputs * edge / 4 - 0.5, color="black", linewidth=0.8)
+        ax.axvline(outputs * edge / 4 - 0.5, color="black", linewidth=0.8)
+    ax.set(title=f"weights, {inputs} × {outputs}", xlabel="output channel", ylabel="input channel")
+    figure.colorbar(image, ax=ax, label="weight")
     return figure
 
 
@@ -80,54 +76,6 @@ def texts(
     handles = [plt.Line2D([], [], marker=m, linestyle="", color=c, label=name) for m, c, name in legend]
     ax.legend(handles=handles, loc="center left", bbox_to_anchor=(1, 0.5))
     ax.set(xticks=[], yticks=[])
-    return figure
-
-
-@styled
-def axes_of_opposites(spots: Sequence[np.ndarray], titles: Sequence[str]) -> Figure:
-    """Image features on the axes between the text features of opposite colours, a panel for each sensor.
-
-    Args:
-        spots: for each sensor (n, 3): the projection on the first sensor's axis, on the second's, and 1 or -1 for the
-            class at the positive or negative end.
-        titles: of the panels.
-    """
-    figure, panels = plt.subplots(1, 2, figsize=(8.4, 3.5), sharex=True, sharey=True)
-    for ax, points, title in zip(panels, spots, titles, strict=True):
-        for sign, name, marker, colour in ((1, "red, green", "o", COLOURS[6]), (-1, "cyan, violet", "^", COLOURS[1])):
-            x, y, _ = points[points[:, 2] == sign].T
-            ax.scatter(x, y, s=14, marker=marker, color=colour, label=name)
-        ax.axhline(0, color="#888888", linewidth=0.8)
-        ax.axvline(0, color="#888888", linewidth=0.8)
-        ax.set_title(title, fontsize=9)
-        ax.set_xlabel("axis of the text features, first sensor")
-    panels[0].set_ylabel("the same, second sensor")
-    panels[1].legend(title="true colour", loc="center left", bbox_to_anchor=(1, 0.5))
-    return figure
-
-
-@styled
-def attention_share(shares: Mapping[str, Sequence[float]], uniform: float) -> Figure:
-    """The [CLS] token's attention to the prompts, by block; dotted: the share of uniform attention."""
-    figure, ax = plt.subplots(figsize=(5.4, 2.6))
-    for (name, values), line in zip(shares.items(), ("o-", "s--"), strict=False):
-        ax.plot(range(len(values)), values, line, label=name)
-    ax.axhline(uniform, color="#888888", linewidth=1, linestyle=":", label="uniform")
-    ax.set(xlabel="block of the image encoder", ylabel="share of attention\nto the prompts", ylim=(0, None))
-    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    return figure
-
-
-@styled
-def noise(sizes: Sequence[float], curves: Mapping[str, Sequence[float]]) -> Figure:
-    """Percentages by the size of the noise at test time, one line each."""
-    figure, ax = plt.subplots(figsize=(5.6, 2.8))
-    for (name, values), line in zip(curves.items(), ("o-", "s--"), strict=False):
-        ax.plot(range(len(sizes)), values, line, label=name)
-    ax.set_xticks(range(len(sizes)), [f"{size:g}" for size in sizes])
-    ax.set(xlabel="noise at test time, |μ|", ylabel="%", ylim=(0, 100))
-    ax.grid(axis="y")
-    ax.legend()
     return figure
 
 

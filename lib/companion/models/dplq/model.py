@@ -16,9 +16,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from open_clip.model import CLIP
@@ -30,7 +29,7 @@ from ...errors import BadParameter, MissingWeights, check_choice
 from ...ops.recorded import Recorded
 from ..layers import mae
 from ..layers.clip_prompting import (
-    META_NET,
+    LEARNER,
     Classes,
     ImageFeatures,
     PromptLearner,
@@ -38,12 +37,13 @@ from ..layers.clip_prompting import (
     check_depth,
     encode_image,
     encode_text,
-    meta_net,
     similarity,
 )
+from ..layers.coop import DEEP_PROJECTIONS, DEEP_TEXT, META_NET, meta_net
 from ..layers.frozen import frozen_copy
 from ..layers.quaternion import QuaternionLinear
-from ..layers.state_dicts import load_official
+from ..layers.state_dicts import depth as depth_of
+from ..layers.state_dicts import load_official, renamed
 
 NOISE = ("always", "train", "off")
 PROMPT = "a photo of a {}."
@@ -105,13 +105,11 @@ class DPLQ(PromptLearner):
         super().__init__(clip, classes, tokenizer, tokens, template)
         check_depth(clip, depth)
         check_choice("noise", noise, NOISE)
-        known = domain if isinstance(domain, int) else getattr(domain, "num_features", 0)
-        if known < 1:
-            raise BadParameter("domain", domain, "a module with `num_features`, or the width of the features")
         self.domain = frozen_copy(domain) if isinstance(domain, nn.Module) else None
         self.noise = noise
+        features: int = domain if isinstance(domain, int) else domain.num_features
         text, image = self.ctx.shape[1], clip.visual.conv1.out_channels
-        self.meta_net = meta_net(known, hidden or max(1, clip.visual.output_dim // 16), text)
+        self.meta_net = meta_net(features, hidden or max(1, clip.visual.output_dim // 16), text)
         self.mix_text = self.mixing_layer(text, text)
         self.proj = nn.Linear(text, image)
         self.deep_text = nn.Parameter(torch.randn(depth - 1, tokens, text) * 0.02)
@@ -144,8 +142,6 @@ class DPLQ(PromptLearner):
 
     def prompts(self, features: Tensor, eps: Tensor | None = None) -> Prompts:
         """The prompts for a batch of domain features (b, F); `eps` (b, Wt) replaces the random draw."""
-        if features.ndim != 2:
-            raise BadParameter("domain", tuple(features.shape), "a batch of features (b, F)")
         bias = noisy = self.meta_net(features)  # β (b, Wt)
         if eps is None and (self.noise == "always" or (self.noise == "train" and self.training)):
             eps = torch.randn_like(bias)
@@ -165,46 +161,42 @@ class DPLQ(PromptLearner):
         image = encode_image(self.clip, images, prompts.first_image, prompts.deep_image)
         return image, encode_text(self.clip, self.prompted(prompts.context), self.ends, prompts.deep_text)
 
-    def _learner_names(self) -> dict[str, Any]:
+    def learner_names(self) -> dict[str, str | list]:
         layers, parts = range(len(self.deep_text)), [f"{part}_weight" for part in "rijk"]
-        project = "compound_prompt_projections"
-        return {name: name for name in ("ctx", "proj.weight", "proj.bias", *META_NET)} | {
-            "mix_text.weight": [f"visual_net_orthogonality.{part}" for part in parts],
-            "mix_text.bias": "visual_net_orthogonality.bias",
-            "deep_text": [f"compound_prompts_text.{i}" for i in layers],
-            "mix_image.weight": [[f"{project}.{i}.{part}" for part in parts] for i in layers],
-            "mix_image.bias": [f"{project}.{i}.bias" for i in layers],
+        names = dict[str, str | list]()
+        names |= {name: LEARNER + name for name in ("ctx", "proj.weight", "proj.bias", *META_NET)}
+        return names | {
+            "mix_text.weight": [f"{LEARNER}visual_net_orthogonality.{part}" for part in parts],
+            "mix_text.bias": f"{LEARNER}visual_net_orthogonality.bias",
+            "deep_text": [f"{DEEP_TEXT}.{i}" for i in layers],
+            "mix_image.weight": [[f"{DEEP_PROJECTIONS}.{i}.{part}" for part in parts] for i in layers],
+            "mix_image.bias": [f"{DEEP_PROJECTIONS}.{i}.bias" for i in layers],
         }
 
     @staticmethod
-    def _sizes(learner: Mapping[str, Tensor]) -> dict[str, int]:
-        hidden, features = learner["meta_net.linear1.weight"].shape
-        deep = sum(name.startswith("compound_prompts_text.") for name in learner)
-        return {"tokens": len(learner["ctx"]), "depth": deep + 1, "hidden": hidden, "domain": features}
+    def _sizes(state: Mapping[str, Tensor]) -> dict[str, int]:
+        hidden, features = state[LEARNER + "meta_net.linear1.weight"].shape
+        depth = 1 + depth_of(state, f"{DEEP_TEXT}.")
+        return {"tokens": len(state[LEARNER + "ctx"]), "depth": depth, "hidden": hidden, "domain": features}
 
 
 # --- domain models ----------------------------------------------------------------------------------------------------
 
 
 class MAEFeatures(Recorded, nn.Module):
-    """The domain feature (b, F) of a masked autoencoder with nothing masked: the mean of its patches' tokens.
+    """The domain feature (b, F) of a masked autoencoder with nothing masked: the mean of its patches' decoder tokens.
 
-    Args:
-        tap: the tokens that are averaged: "decoder", 512 wide, before the pixel head, or "encoder", 768 wide. The file
-            with this pass is missing from DPLQ's repository: "decoder" is inferred from a comment with its shape.
-
-    `num_features` is F.
+    The file with this pass is missing from DPLQ's repository: that the tokens are the decoder's, 512 wide, before the
+    pixel head is inferred from a comment with their shape. `num_features` is F.
     """
 
-    def __init__(self, model: mae.MAE, tap: str = "decoder"):
+    def __init__(self, model: mae.MAE):
         super().__init__()
-        check_choice("tap", tap, ("decoder", "encoder"))
-        self.model, self.tap = model, tap
-        self.num_features = model.pixels.in_features if tap == "decoder" else model.encoder.embed_dim
+        self.model, self.num_features = model, model.pixels.in_features
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.model.encode(images)  # (b, 1 + N, D)
-        return (self.model.decoder(x) if self.tap == "decoder" else x)[:, 1:].mean(1)
+        tokens = self.model.decoder(self.model.encode(images))  # (b, 1 + N, F)
+        return tokens[:, 1:].mean(1)
 
 
 class CLIPFeatures(ImageFeatures):
@@ -226,31 +218,17 @@ class NoFeatures(Recorded, nn.Module):
 
 
 class DomainModel(Recorded, nn.Module):
-    """A frozen encoder for images that are normalised for another model.
+    """A frozen encoder for images of another size, normalised for CLIP as in the released code.
 
     Args:
         encoder: images to (b, F), with `num_features` F; a frozen copy is kept.
         size: images are resized to this (nearest neighbour, as released); None: unchanged.
-        given, wanted: the normalisation of the images and of the encoder; with None images are unchanged.
     """
 
-    def __init__(
-        self,
-        encoder: nn.Module,
-        size: int | None = None,
-        given: backbones.Input | None = None,
-        wanted: backbones.Input | None = None,
-    ):
+    def __init__(self, encoder: nn.Module, size: int | None = None):
         super().__init__()
         self.encoder, self.size = frozen_copy(encoder), size
         self.num_features = encoder.num_features
-        scale, shift = torch.ones(3), torch.zeros(3)
-        if given and wanted:
-            std = torch.tensor(wanted.std)
-            scale = torch.tensor(given.std) / std
-            shift = (torch.tensor(given.mean) - torch.tensor(wanted.mean)) / std
-        self.register_buffer("scale", scale.view(3, 1, 1), persistent=False)
-        self.register_buffer("shift", shift.view(3, 1, 1), persistent=False)
 
     def train(self, mode: bool = True):
         super().train(mode)
@@ -260,24 +238,13 @@ class DomainModel(Recorded, nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """The feature (b, F) of images (b, 3, H, W)."""
-        x = images * self.scale + self.shift
-        return self.encoder(x if self.size is None else F.interpolate(x, self.size))
+        return self.encoder(images if self.size is None else F.interpolate(images, self.size))
 
 
-IMAGENET = backbones.Input(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-MAE_FILE = "vit-b-checkpoint-1599.pth"
 MEDSAM = "wanglab/medsam-vit-base"
 
 
-def domain_model(
-    name: str,
-    weights: str | Path = "pretrained",
-    *,
-    clip: CLIP,
-    tap: str = "decoder",
-    normalise: str = "clip",
-    download: bool = False,
-) -> nn.Module:
+def domain_model(name: str, weights: str | Path = "pretrained", *, clip: CLIP, download: bool = False) -> nn.Module:
     """A frozen domain model by name, images to features (b, F), for DPLQ's `domain`.
 
     Args:
@@ -288,80 +255,66 @@ def domain_model(
         weights: "pretrained", "random", or a file.
         clip: the CLIP that is prompted; images have its size and its normalisation, and are resized (nearest neighbour)
             where the domain model has another size.
-        tap: for "remote-sensing", see `MAEFeatures`.
-        normalise: "clip", as released: the domain model receives CLIP's input tensor; or "own".
         download: download weights that are not cached.
 
     Raises:
-        BadParameter: an unknown name or option.
+        BadParameter: an unknown name.
         MissingWeights: weights that are not found, with the ways to get them.
         CorruptFile, BadCheckpoint: a file that cannot be read, or is of another model.
     """
-    check_choice("normalise", normalise, ("clip", "own"))
     if name == "clip":
         return CLIPFeatures(clip)
     if name == "none":
         return NoFeatures(clip.visual.output_dim)
     if name == "remote-sensing":
-        encoder = _remote_sensing(weights, tap)
-        wanted = replace(IMAGENET, size=encoder.model.encoder.patch_embed.img_size[0])
+        encoder = MAEFeatures(_remote_sensing(weights)).eval()
+        size = encoder.model.encoder.patch_embed.img_size[0]
     elif name == "medical":
-        encoder, wanted = _medical(weights, download), replace(IMAGENET, size=1024)
+        encoder, size = _medical(weights, download), 1024
     else:
         encoder = backbones.build(name, weights, download=download)
-        wanted = backbones.input_of(encoder)
-    seen = backbones.input_of(clip)
-    size = None if wanted.size == seen.size else wanted.size
-    return DomainModel(encoder, size, seen if normalise == "own" else None, wanted)
+        size = backbones.input_of(encoder).size
+    return DomainModel(encoder, None if size == backbones.input_of(clip).size else size)
 
 
-def _state(path: str | Path) -> dict[str, Tensor]:
-    if not Path(path).is_file():
-        raise BadParameter("weights", str(path), "'pretrained', 'random' or an existing file")
-    return backbones.read_state(path)
-
-
-def _remote_sensing(weights: str | Path, tap: str) -> MAEFeatures:
-    if weights == "pretrained":
-        ways = [
-            f"{MAE_FILE} from the README of github.com/ViTAE-Transformer/Remote-Sensing-RVSA (MIT, on a personal cloud "
-            "drive; no copy on a hub was found), then weights='<file>'",
-            "a stand-in trained on natural images: domain_model('vit_base_patch16_224.mae', download=True, ...)",
-        ]
-        raise MissingWeights("remote-sensing MAE ViT-B/16", Path.cwd(), ways)
-    random = weights == "random"
-    return MAEFeatures(mae.MAE(mae.encoder()) if random else mae.MAE.from_official(_state(weights)), tap).eval()
+def _remote_sensing(weights: str | Path) -> mae.MAE:
+    if weights == "random":
+        return mae.MAE(mae.encoder())
+    if weights != "pretrained":
+        return mae.MAE.from_official(backbones.read_state(weights))
+    ways = [
+        "vit-b-checkpoint-1599.pth from the README of github.com/ViTAE-Transformer/Remote-Sensing-RVSA (MIT, on a "
+        "personal cloud drive; no copy on a hub was found), then weights='<file>'",
+        "a stand-in trained on natural images: domain_model('vit_base_patch16_224.mae', download=True, ...)",
+    ]
+    raise MissingWeights("remote-sensing MAE ViT-B/16", Path.cwd(), ways)
 
 
 def _medical(weights: str | Path, download: bool) -> nn.Module:
     """MedSAM's image encoder as timm has it: (b, 3, 1024, 1024) to the mean over 64x64 positions, (b, 256)."""
+    encoder = backbones.build("samvit_base_patch16", "random")
     if weights == "pretrained":
         weights = backbones.hub_file(MEDSAM, MEDSAM, ["model.safetensors", "pytorch_model.bin"], download)
-    encoder = backbones.build("samvit_base_patch16", "random")
     if weights != "random":
-        state, own = sam_state(_state(weights)), encoder.state_dict()
-        load_official(encoder, state, {name: name for name in own}, "SAM ViT-B's image encoder")
+        names = {name: name for name in encoder.state_dict()}
+        load_official(encoder, sam_state(backbones.read_state(weights)), names, "SAM ViT-B's image encoder")
     return encoder
+
+
+SAM_NAMES = [  # from transformers' and the original release's to timm's
+    (r"^(image|vision)_encoder\.", ""),
+    ("patch_embed.projection", "patch_embed.proj"),
+    (r"^layers\.", "blocks."),
+    (r"neck\.conv1", "neck.0"),
+    (r"neck\.layer_norm1", "neck.1"),
+    (r"neck\.conv2", "neck.2"),
+    (r"neck\.layer_norm2", "neck.3"),
+    (r"\.layer_norm", ".norm"),
+    (r"mlp\.lin", "mlp.fc"),
+]
 
 
 def sam_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The image encoder in a state dict of SAM, of the original release or of transformers, under timm's names."""
-    original, other = "image_encoder.", "vision_encoder."
-    renames = (
-        ("patch_embed.projection", "patch_embed.proj"),
-        ("layers.", "blocks."),
-        ("neck.conv1", "neck.0"),
-        ("neck.layer_norm1", "neck.1"),
-        ("neck.conv2", "neck.2"),
-        ("neck.layer_norm2", "neck.3"),
-        (".layer_norm", ".norm"),
-        ("mlp.lin", "mlp.fc"),
-    )
-    found = {}
-    for name, value in state.items():
-        if name.startswith((original, other)):
-            name = name.removeprefix(original).removeprefix(other)
-            for old, new in renames:
-                name = name.replace(old, new)
-            found[name] = value
-    return found or dict(state)
+    of_encoder = [name for name in state if name.startswith(("image_encoder.", "vision_encoder."))]
+    return {new: state[name] for name, new in renamed(of_encoder or state, SAM_NAMES).items()}

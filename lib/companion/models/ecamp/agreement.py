@@ -38,30 +38,11 @@ def agreement(rows: pd.DataFrame) -> pd.DataFrame:
     Args:
         rows: of `statements`.
 
-    Columns: entity; coded, positive, negated (reports); precision, recall, and the fraction of negated ones that are
-    coded, in percent (NaN if there are none).
+    Columns: entity; coded, positive, negated (reports); precision and recall in percent (NaN if there are none).
     """
     positive, negated = rows.stated.isin(["is", "may be"]), rows.stated == "is no"
-    counts = pd.DataFrame({"coded": rows.coded, "positive": positive, "negated": negated})
-    counts = counts.assign(hit=positive & rows.coded, wrong=negated & rows.coded).groupby(rows.entity).sum()
-    counts = counts.sort_values("coded", ascending=False, kind="stable")
+    counts = pd.DataFrame({"coded": rows.coded, "positive": positive, "negated": negated, "hit": positive & rows.coded})
+    counts = counts.groupby(rows.entity).sum().sort_values("coded", ascending=False, kind="stable")
     counts.loc["all"] = counts.sum()
-    rates = {
-        "precision": 100 * counts.hit / counts.positive,
-        "recall": 100 * counts.hit / counts.coded,
-        "negated, yet coded": 100 * counts.wrong / counts.negated,
-    }
-    return counts[["coded", "positive", "negated"]].assign(**rates).reset_index()
-
-
-def misses(rows: pd.DataFrame) -> pd.DataFrame:
-    """The reasons why coded entities are not stated as positive, by entity, the most frequent first.
-
-    Columns: entity, `not named` (the report has no word of `ENTITIES` for it) and `negated` (its sentence has a
-    negation, possibly of another finding), in reports.
-    """
-    missed = rows[rows.coded & ~rows.stated.isin(["is", "may be"])]
-    names = {"": "not named", "is no": "negated"}
-    table = pd.crosstab(missed.entity, missed.stated.map(names)).reindex(columns=[*names.values()], fill_value=0)
-    order = table.sum(axis=1).sort_values(ascending=False, kind="stable").index
-    return table.loc[order].rename_axis(columns=None).reset_index()
+    hit = 100 * counts.pop("hit")
+    return counts.assign(precision=hit / counts.positive, recall=hit / counts.coded).reset_index()

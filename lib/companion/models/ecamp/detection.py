@@ -7,8 +7,8 @@ Shapes: B images of S x S pixels, D the ViT's width, g = S / patch, h cells on a
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from einops import rearrange
@@ -16,7 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.resnet import Bottleneck
-from torchvision.ops import batched_nms
+from torchvision.ops import Conv2dNormActivation, batched_nms, box_convert, box_iou
 
 from ..layers.heads import vit_sizes
 from ..layers.state_dicts import OfficialModel, check_names, load_official
@@ -25,6 +25,8 @@ from .heads import COUNTERS, PatchMap
 
 # pixels at 416, three for each level, coarse to fine (YOLOv3's)
 ANCHORS = (((116, 90), (156, 198), (373, 326)), ((30, 61), (62, 45), (59, 119)), ((10, 13), (16, 30), (33, 23)))
+
+conv_bn = partial(Conv2dNormActivation, activation_layer=partial(nn.LeakyReLU, negative_slope=0.1))
 
 
 class Pyramid(nn.Module):
@@ -48,29 +50,28 @@ class Pyramid(nn.Module):
         return [level(y) for level, y in zip(self.levels, (coarse, middle, fine), strict=True)]
 
 
-def _conv(inputs: int, outputs: int, side: int) -> nn.Sequential:
-    conv = nn.Conv2d(inputs, outputs, side, padding=side // 2, bias=False)
-    return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(outputs), activation=nn.LeakyReLU(0.1)))
-
-
-class Branch(nn.Module):
+class Branch(nn.Sequential):
     """YOLOv3's head of one level: six convolutions, then (B, outputs, h, h), and what the next finer level receives."""
 
     def __init__(self, inputs: int, width: int, outputs: int):
-        super().__init__()
         narrow, wide = width // 4, width // 2
-        self.steps = nn.Sequential(
-            _conv(inputs, narrow, 1),
-            _conv(narrow, wide, 3),
-            _conv(wide, narrow, 1),
-            _conv(narrow, wide, 3),
-            _conv(wide, narrow, 1),
+        super().__init__(
+            conv_bn(inputs, narrow, 1),
+            conv_bn(narrow, wide, 3),
+            conv_bn(wide, narrow, 1),
+            conv_bn(narrow, wide, 3),
+            conv_bn(wide, narrow, 1),
+            conv_bn(narrow, wide, 3),
+            nn.Conv2d(wide, outputs, 1),
         )
-        self.last, self.output = _conv(narrow, wide, 3), nn.Conv2d(wide, outputs, 1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        below = self.steps(x)  # (B, width / 4, h, h)
-        return self.output(self.last(below)), below
+        below = x
+        for i, layer in enumerate(self):
+            x = layer(x)
+            if i == 4:
+                below = x  # (B, width / 4, h, h)
+        return x, below
 
 
 class Detector(OfficialModel):
@@ -81,7 +82,6 @@ class Detector(OfficialModel):
         classes: of boxes.
         expansion: e of the bottlenecks: 4 with all labels, 8 with 1 or 10 % of them.
         channels: of the three levels; the heads' widths follow.
-        frozen: do not train the encoder, as released.
     """
 
     def __init__(
@@ -90,15 +90,14 @@ class Detector(OfficialModel):
         classes: int = 1,
         expansion: int = 4,
         channels: Sequence[int] = (2048, 1024, 512),
-        frozen: bool = True,
     ):
         super().__init__()
-        self.classes, self.size = classes, encoder.patch_embed.img_size[0]
-        self.map, self.pyramid = PatchMap(encoder, frozen), Pyramid(encoder.embed_dim, expansion, channels)
+        self.size = encoder.patch_embed.img_size[0]
+        self.map, self.pyramid = PatchMap(encoder), Pyramid(encoder.embed_dim, expansion, channels)
         below = [0, channels[0] // 8, channels[1] // 8]  # channels from the coarser level
-        widths = list(zip(channels, below, strict=True))
+        widths = zip(channels, below, strict=True)
         self.branches = nn.ModuleList(Branch(width + more, width, 3 * (5 + classes)) for width, more in widths)
-        self.reductions = nn.ModuleList(_conv(2 * more, more, 1) for more in below[1:])
+        self.reductions = nn.ModuleList(conv_bn(2 * more, more, 1) for more in below[1:])
 
     def forward(self, images: Tensor) -> list[Tensor]:
         coarse, middle, fine = self.pyramid(self.map(images))
@@ -109,14 +108,9 @@ class Detector(OfficialModel):
         third, _ = self.branches[2](torch.cat([below, fine], 1))
         return [first, second, third]
 
-    def anchors(self) -> Tensor:
-        """See `anchors`."""
-        return anchors(self.size)
-
     def decode(self, outputs: Sequence[Tensor], confidence: float = 0.5, overlap: float = 0.5) -> list[Tensor]:
         """The boxes (n, 7) of each image from the outputs of `forward`, see `suppress`."""
-        decoded = [yolo_decode(x, a, self.size) for x, a in zip(outputs, self.anchors(), strict=True)]
-        return suppress(torch.cat(decoded, 1), confidence, overlap)
+        return decode(outputs, self.size, confidence, overlap)
 
     def official_names(self) -> dict[str, str]:
         """Our names -> the authors'."""
@@ -128,17 +122,18 @@ class Detector(OfficialModel):
 
         Raises `BadCheckpoint`: names that are missing, unknown or of another shape, all of them listed.
         """
-        start, layers = "backbone.encoder.", "backbone.layers."
-        reduced, logits = f"{layers}layer1.conv1.weight", "embedding0.conv_out.weight"
-        coarse, fine = f"{layers}downsample.weight", f"{layers}transpose1.weight"
-        check_names(state, {reduced, logits, coarse, fine}, "ECAMP's detector")
-        vit = vit_sizes({n.removeprefix(start): t for n, t in state.items() if n.startswith(start)}, heads)
+        layers, logits = "backbone.layers.", "embedding0.conv_out.weight"
+        coarse, reduced, fine = (f"{layers}{name}.weight" for name in ("downsample", "layer1.conv1", "transpose1"))
+        check_names(state, {coarse, reduced, fine, logits}, "ECAMP's detector")
         inner, middle = state[reduced].shape[:2]
         channels = (len(state[coarse]), middle, len(state[fine]))
-        encoder = VisionTransformer(**vit, num_classes=0)
+        encoder = VisionTransformer(**vit_sizes(official.below(state, "backbone.encoder."), heads), num_classes=0)
         model = cls(encoder, len(state[logits]) // 3 - 5, middle // inner, channels).eval()
         load_official(model, state, model.official_names(), "ECAMP's detector", optional=COUNTERS)
         return model
+
+
+# --- loss -------------------------------------------------------------------------------------------------------------
 
 
 def anchors(size: int) -> Tensor:
@@ -172,34 +167,30 @@ def yolo_loss(head: Tensor, boxes: Tensor, anchors: Tensor, size: int) -> tuple[
         size: S.
     """
     p, anchors, _ = _cells(head, anchors, size)
-    cells = head.shape[-1]
-    mask, empty = torch.zeros_like(p[..., 0]), torch.ones_like(p[..., 0])
-    target = torch.zeros_like(p)
-    b, every = torch.arange(len(p), device=p.device), torch.arange(len(anchors), device=p.device)
-    for t in range(boxes.shape[1]):  # in order: of two boxes in one cell the later one counts
-        there = boxes[:, t].abs().sum(-1) > 0  # no mask as index, which would synchronise with a GPU
-        kind, centre, extent = boxes[:, t, 0].long(), boxes[:, t, 1:3] * cells, boxes[:, t, 3:] * cells
+    cells, images = head.shape[-1], torch.arange(len(p), device=p.device)
+    target, empty = torch.zeros_like(p), torch.ones_like(p[..., 4])
+    for box in boxes.unbind(1):  # in order: of two boxes in one cell the later one counts
+        there = box.abs().sum(-1, keepdim=True) > 0  # (B, 1), no mask as index, which would synchronise with a GPU
+        centre, extent = cells * box[:, 1:3], cells * box[:, 3:]
         i, j = centre.long().clamp(max=cells - 1).unbind(1)
-        inter = (torch.minimum(extent[:, None], anchors) + 1).prod(-1)
-        iou = inter / ((extent[:, None] + 1).prod(-1) + (anchors + 1).prod(-1) - inter)
-        around, cell = (b[:, None], every, j[:, None], i[:, None]), (b, iou.argmax(1), j, i)
-        empty[around] = torch.where((iou > 0.5) & there[:, None], 0, empty[around])
-        mask[cell] = torch.where(there, 1, mask[cell])
-        box = target[cell]
-        box[:, :2] = (centre - torch.stack([i, j], 1)).to(box.dtype)
-        box[:, 2:4] = (extent / anchors[cell[1]]).log().to(box.dtype)
-        box[:, 5:] = F.one_hot(kind, p.shape[-1] - 5).to(box.dtype)
-        target[cell] = torch.where(there[:, None], box, target[cell])
+        iou = box_iou(F.pad(extent + 1, (2, 0)), F.pad(anchors + 1, (2, 0)))  # (B, anchors)
+        best = iou.argmax(1)
+        offset, scale = centre - torch.stack([i, j], 1), (extent / anchors[best]).log()
+        kind = F.one_hot(box[:, 0].long(), p.shape[-1] - 5)
+        row = torch.cat([offset, scale, torch.ones_like(offset[:, :1]), kind], 1).to(p.dtype)  # (B, 5 + classes)
+        target[images, best, j, i] = torch.where(there, row, target[images, best, j, i])
+        empty[images, :, j, i] = torch.where((iou > 0.5) & there, 0, empty[images, :, j, i])
 
-    def bce(n: slice | int) -> Tensor:
-        each = F.binary_cross_entropy_with_logits(p[..., n], target[..., n], reduction="none")
-        return (each * (mask if isinstance(n, int) else mask[..., None])).mean()
-
-    x, y = bce(0), bce(1)
-    w, h = (((p[..., n] - target[..., n]) * mask).square().mean() for n in (2, 3))
-    confidence = (F.softplus(-p[..., 4]) * mask).mean() + 0.5 * (F.softplus(p[..., 4]) * empty).mean()
-    kinds = bce(slice(5, None))
+    objects = target[..., 4:5]
+    bce = objects * F.binary_cross_entropy_with_logits(p, target, reduction="none")
+    squared = (objects * (p - target)).square()
+    (x, y), (w, h) = bce[..., :2].mean((0, 1, 2, 3)), squared[..., 2:4].mean((0, 1, 2, 3))
+    confidence = bce[..., 4].mean() + 0.5 * (F.softplus(p[..., 4]) * empty).mean()
+    kinds = bce[..., 5:].mean()
     return 2.5 * (x + y + w + h) + confidence + kinds, x, y, w, h, confidence, kinds
+
+
+# --- boxes ------------------------------------------------------------------------------------------------------------
 
 
 def yolo_decode(head: Tensor, anchors: Tensor, size: int) -> Tensor:
@@ -219,13 +210,17 @@ def suppress(decoded: Tensor, confidence: float = 0.5, overlap: float = 0.5) -> 
         For each image (m, 7), best first: x1, y1, x2, y2 in pixels, objectness, the class's probability, the class.
         The IoU takes a box as one pixel wider and higher, as released.
     """
-    found = []
+    kept = []
     for boxes in decoded:
         boxes = boxes[boxes[:, 4] >= confidence]
-        half = boxes[:, 2:4] / 2
-        corners = torch.cat([boxes[:, :2] - half, boxes[:, :2] + half], 1)
-        share, kind = boxes[:, 5:].max(1)
-        keep = batched_nms(corners + corners.new_tensor([0, 0, 1, 1]), boxes[:, 4], kind, overlap)
-        rest = torch.stack([boxes[:, 4], share, kind.to(share.dtype)], 1)
-        found.append(torch.cat([corners, rest], 1)[keep])
-    return found
+        corners = box_convert(boxes[:, :4], "cxcywh", "xyxy")
+        probability, kind = boxes[:, 5:].max(1, keepdim=True)
+        keep = batched_nms(corners + corners.new_tensor([0, 0, 1, 1]), boxes[:, 4], kind[:, 0], overlap)
+        kept.append(torch.cat([corners, boxes[:, 4:5], probability, kind], 1)[keep])
+    return kept
+
+
+def decode(outputs: Sequence[Tensor], size: int, confidence: float = 0.5, overlap: float = 0.5) -> list[Tensor]:
+    """The boxes (n, 7) of each image of side `size` from the outputs of a detector, see `suppress`."""
+    levels = [yolo_decode(x, a, size) for x, a in zip(outputs, anchors(size), strict=True)]
+    return suppress(torch.cat(levels, 1), confidence, overlap)

@@ -8,18 +8,19 @@ offline. Every answer is checked: one of another form, or with words that are no
 finally refused. Answers are cached in a file, so that a killed run resumes.
 
     cache = "distilled.sqlite"
-    found = distil(reports, Rules(), cache)                                  # or Generator("lmsys/vicuna-7b-v1.5")
-    found.statements[0], found.refused                                       # "" where no answer was accepted
+    distilled = distil(reports, Rules(), cache)                              # or Generator("lmsys/vicuna-7b-v1.5")
+    distilled.statements[0], distilled.refused                               # "" where no answer was accepted
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import re
 import shutil
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -85,17 +86,20 @@ class Distilled:
 def entities_in(report: str, entities: Sequence[str] = ENTITIES) -> list[str]:
     """The entities that a report names, in order, each once. Plurals count: "opacities" names "opacity"."""
     forms = {form: entity for entity in entities for form in _forms(entity)}
-    words = re.findall(r"[a-z]+", report.lower())
-    return list(dict.fromkeys(forms[word] for word in words if word in forms))
+    return list(dict.fromkeys(forms[word] for word in _words(report) if word in forms))
 
 
-def _forms(entity: str) -> tuple[str, ...]:
+def _words(text: str) -> list[str]:
+    return re.findall(r"[a-z]+", text.lower())
+
+
+def _forms(entity: str) -> tuple[str, str]:
+    """Singular and plural."""
     word = entity.lower()
-    if word.endswith("y"):
-        return (word, word[:-1] + "ies")
-    if word.endswith("is"):
-        return (word, word[:-2] + "es")
-    return (word, word + ("es" if word.endswith(("s", "x")) else "s"))
+    for ending, plural in (("y", "ies"), ("is", "es"), ("s", "ses"), ("x", "xes")):
+        if word.endswith(ending):
+            return word, word.removesuffix(ending) + plural
+    return word, word + "s"
 
 
 def check(answer: str, report: str, entities: Sequence[str]) -> str:
@@ -105,26 +109,21 @@ def check(answer: str, report: str, entities: Sequence[str]) -> str:
         Malformed: text of another form; an entity that is missing or named twice; a sentence without an entity;
             descriptions with words that are not in the report.
     """
-    text = " ".join(answer.split())
+    text, named = " ".join(answer.split()), []
     if not text:
         raise Malformed("the answer is empty")
-    rest = FORM.sub("", text)
-    if rest:
+    if rest := FORM.sub("", text):
         raise Malformed(f"not of the form 'There is X.', 'There may be X.' or 'There is no X.': {rest[:60]!r}")
-    known, found = set(re.findall(r"[a-z]+", report.lower())), []
     for _, what in FORM.findall(text):
-        words = re.findall(r"[a-z]+", what.lower())
-        named = [entity for entity in entities if set(_forms(entity)) & set(words)]
-        if len(named) != 1:
-            raise Malformed(f"{what!r} names {len(named)} of the entities, not one")
-        invented = [w for w in words if w not in known and w not in _forms(named[0])]
-        if invented:
-            raise Malformed(f"{what!r} has words that the report has not: {', '.join(invented)}")
-        found += named
-    if twice := sorted({entity for entity in found if found.count(entity) > 1}):
-        raise Malformed(f"named twice: {', '.join(twice)}")
-    if missing := [entity for entity in entities if entity not in found]:
-        raise Malformed(f"left out: {', '.join(missing)}")
+        words = _words(what)
+        of = [entity for entity in entities if {*_forms(entity)} & {*words}]
+        if len(of) != 1:
+            raise Malformed(f"{what!r} names {len(of)} of the entities, not one")
+        if invented := set(words) - {*_words(report), *_forms(of[0])}:
+            raise Malformed(f"{what!r} has words that the report has not: {', '.join(sorted(invented))}")
+        named += of
+    if sorted(named) != sorted(entities):
+        raise Malformed(f"it names {', '.join(named)}, not each of {', '.join(entities)} once")
     return text
 
 
@@ -141,28 +140,26 @@ class Rules:
 
     def _statement(self, report: str, entity: str, entities: Sequence[str]) -> str:
         """An entity in several sentences is present if it is in one of them."""
-        found: dict[str, str] = {}
+        described: dict[str, str] = {}  # the entity with its descriptors, by kind of statement
         # in "no consolidation, effusion or pneumothorax" none describes another
         ends = _UNDESCRIBING | {form for other in entities for form in _forms(other)}
         # a conjunction ends a negation: "no pneumothorax, but a small effusion"
         for sentence in re.split(r"[.;\n]|\b(?:but|however|although|though|except)\b", report.lower()):
-            words = re.findall(r"[a-z]+", sentence)
+            words = _words(sentence)
             at = next((i for i, word in enumerate(words) if word in _forms(entity)), None)
             if at is None:
                 continue
-            first = at
-            while first and at - first < 3 and words[first - 1] not in ends:
-                first -= 1
-            sides = " ".join(words[:at]), " ".join(words[at + 1 :])
-            absent, doubtful = (
-                any(re.search(pattern, side) for pattern, side in zip(patterns, sides, strict=True))
-                for patterns in (ABSENT, DOUBTFUL)
-            )
+            before, after = " ".join(words[:at]), " ".join(words[at + 1 :])
             # "cannot be excluded" contains "not", so uncertainty is tested before absence
-            kind = "may be" if doubtful else "is no" if absent else "is"
-            found.setdefault(kind, " ".join([*words[first:at], entity]))
-        kind = next(k for k in ("is", "may be", "is no") if k in found)
-        return f"There {kind} {found[kind]}."
+            kind = "is"
+            for negation, (earlier, later) in (("may be", DOUBTFUL), ("is no", ABSENT)):
+                if re.search(earlier, before) or re.search(later, after):
+                    kind = negation
+                    break
+            nearest = itertools.takewhile(lambda word: word not in ends, words[max(0, at - 3) : at][::-1])
+            described.setdefault(kind, " ".join([*[*nearest][::-1], entity]))
+        kind = next(k for k in ("is", "may be", "is no") if k in described)
+        return f"There {kind} {described[kind]}."
 
 
 class Generator:
@@ -192,88 +189,70 @@ class Generator:
             ways = [f"Generator({name!r}, download=True), on a machine with a network", "a folder that holds the model"]
             raise MissingWeights(name, constants.HF_HUB_CACHE, ways, reason) from error
         # of the cached answers: a longer one may be complete where this one was refused
-        self.name, self.tokens, self.device = f"{name}, {tokens} tokens", tokens, device
+        self.name, self.tokens = f"{name}, {tokens} tokens", tokens
 
     def __call__(self, report: str, entities: Sequence[str], attempt: int = 0) -> str:
         import torch
 
         text = PROMPT.format(entities=", ".join(entities), report=report)
-        if self.tokenizer.chat_template:
-            chat = [{"role": "user", "content": text}]
-            text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        # a chat template has written the special tokens already
-        special = not self.tokenizer.chat_template
-        given = self.tokenizer(text, return_tensors="pt", return_token_type_ids=False, add_special_tokens=special)
-        given = given.to(self.device)
+        if chat := self.tokenizer.chat_template is not None:  # it writes the special tokens
+            messages = [{"role": "user", "content": text}]
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        prompt = self.tokenizer(text, return_tensors="pt", return_token_type_ids=False, add_special_tokens=not chat)
+        prompt = prompt.to(self.model.device)
         sampling = {"do_sample": True, "temperature": 0.7} if attempt else {"do_sample": False}
         with torch.random.fork_rng(devices=[]), torch.inference_mode():
             torch.manual_seed(attempt)
-            out = self.model.generate(
-                **given, max_new_tokens=self.tokens, pad_token_id=self.tokenizer.eos_token_id, **sampling
-            )
-        return self.tokenizer.decode(out[0, given["input_ids"].shape[1] :], skip_special_tokens=True)
+            end = self.tokenizer.eos_token_id
+            out = self.model.generate(**prompt, max_new_tokens=self.tokens, pad_token_id=end, **sampling)
+        return self.tokenizer.decode(out[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 # --- all reports ------------------------------------------------------------------------------------------------------
 
 
-def distil(
-    reports: Sequence[str],
-    back_end: BackEnd,
-    cache: str | Path,
-    *,
-    entities: Sequence[str] = ENTITIES,
-    tries: int = TRIES,
-) -> Distilled:
+def distil(reports: Sequence[str], back_end: BackEnd, cache: str | Path) -> Distilled:
     """The statements of each report; of a report without entities there are none.
 
     Args:
         cache: an SQLite file, created when it does not exist. Answers, refused ones too, are cached by the report's
-            text, the back end, the prompt, the entities and `tries`.
-        tries: answers that are generated before the last one is refused.
+            text, the back end, the prompt and the entities.
 
     Raises `CorruptFile`: `cache` is another kind of file.
     """
     statements, refused = [], {}
-    with _open(cache) as file:
-        for i, report in enumerate(progress(reports, "distilling", len(reports))):
-            named = entities_in(report, entities)
-            if not named:
-                statements.append("")
-                continue
-            key = hashlib.sha256("\0".join([back_end.name, PROMPT, str(tries), *named, report]).encode()).hexdigest()
-            row = file.execute("SELECT text, why FROM answers WHERE key = ?", (key,)).fetchone()
-            if row is None:
-                row = _ask(back_end, report, named, tries)
-                with file:  # written completely or not at all
-                    file.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?)", (key, *row))
-            statements.append(row[0])
-            if row[1]:
-                refused[i] = row[1]
+    Path(cache).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with contextlib.closing(sqlite3.connect(cache)) as file:
+            file.execute(
+                "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, text TEXT NOT NULL, why TEXT NOT NULL)"
+            )
+            for i, report in enumerate(progress(reports, "distilling", len(reports))):
+                entities, row = entities_in(report), ("", "")
+                if entities:
+                    facts = "\0".join([back_end.name, PROMPT, str(TRIES), *entities, report])
+                    key = hashlib.sha256(facts.encode()).hexdigest()
+                    row = file.execute("SELECT text, why FROM answers WHERE key = ?", (key,)).fetchone()
+                if row is None:
+                    row = _ask(back_end, report, entities)
+                    with file:  # written completely or not at all
+                        file.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?)", (key, *row))
+                statements.append(row[0])
+                if row[1]:
+                    refused[i] = row[1]
+    except sqlite3.DatabaseError as error:
+        if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+            raise CannotWrite(cache, shutil.disk_usage(Path(cache).parent).free) from error
+        raise CorruptFile(cache, f"not a file of distilled reports ({error})") from error
     return Distilled(statements, refused)
 
 
-def _ask(back_end: BackEnd, report: str, entities: Sequence[str], tries: int) -> tuple[str, str]:
+def _ask(back_end: BackEnd, report: str, entities: Sequence[str]) -> tuple[str, str]:
     """The accepted text and "", or "" and the reason why the last answer was refused."""
     why = ""
-    for attempt in range(tries):
+    for attempt in range(TRIES):
         try:
             return check(back_end(report, entities, attempt), report, entities), ""
         except Malformed as error:
             why = str(error)
     return "", why
-
-
-@contextlib.contextmanager
-def _open(path: str | Path) -> Iterator[sqlite3.Connection]:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    file = sqlite3.connect(path)
-    try:
-        file.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, text TEXT NOT NULL, why TEXT NOT NULL)")
-        yield file
-    except sqlite3.DatabaseError as error:
-        if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
-            raise CannotWrite(path, shutil.disk_usage(Path(path).parent).free) from error
-        raise CorruptFile(path, f"not a file of distilled reports ({error})") from error
-    finally:
-        file.close()

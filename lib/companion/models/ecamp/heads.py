@@ -13,7 +13,7 @@ Shapes: B images of S x S pixels, D the ViT's width, g = S / patch.
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
+import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
@@ -23,11 +23,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...errors import BadCheckpoint, BadParameter
+from ...errors import BadCheckpoint
 from ...ops.recorded import recorded
 from ..layers import heads as shared
 from ..layers.heads import like, vit_sizes
-from ..layers.state_dicts import OfficialModel, depth, load_official
+from ..layers.state_dicts import OfficialModel, load_official
 from . import official
 
 RIGA = ("decoder_disc", "decoder_cup")
@@ -89,12 +89,12 @@ class MapDecoder(nn.Sequential):
     """(B, D, g, g) to logits (B, classes, S, S): for each of `channels` a 3x3 conv, norm, ReLU, x2; then a 3x3 conv."""
 
     def __init__(self, inputs: int, channels: Sequence[int], classes: int = 1):
-        steps: OrderedDict[str, nn.Module] = OrderedDict()
+        super().__init__()
         for i, (a, b) in enumerate(pairwise([inputs, *channels]), 1):
             upsample = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)
-            steps[f"decoder_{i}"] = nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU(), upsample)
-        steps["final_out"] = nn.Conv2d(channels[-1], classes, 3, padding=1)
-        super().__init__(steps)
+            step = nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU(), upsample)
+            self.add_module(f"decoder_{i}", step)
+        self.add_module("final_out", nn.Conv2d(channels[-1], classes, 3, padding=1))
 
 
 class Segmenter(OfficialModel):
@@ -107,8 +107,6 @@ class Segmenter(OfficialModel):
             many as the patch needs.
         frozen: as released; False is the README's description, and the authors' setting for a random encoder on RIGA.
         classes: logits of a decoder; more than 1 only to load a file that has them.
-
-    Raises `BadParameter`: steps that do not lead back to the side of the images.
     """
 
     def __init__(
@@ -120,15 +118,10 @@ class Segmenter(OfficialModel):
         classes: int = 1,
     ):
         super().__init__()
-        steps = int(math.log2(encoder.patch_embed.patch_size[0]))
-        channels = (512, 256, 128, 64)[-steps:] if channels is None else channels
-        if len(channels) != steps:
-            raise BadParameter("channels", tuple(channels), f"{steps}, which double the side back to the image's")
-        names = ("decoder",) if outputs == 1 else RIGA
+        channels = channels or (512, 256, 128, 64)[-int(math.log2(encoder.patch_embed.patch_size[0])) :]
         self.map = PatchMap(encoder, frozen)
-        self.decoders = nn.ModuleDict(
-            {name: MapDecoder(encoder.embed_dim, channels, classes) for name in names[:outputs]}
-        )
+        names = ("decoder",) if outputs == 1 else RIGA
+        self.decoders = nn.ModuleDict({name: MapDecoder(encoder.embed_dim, channels, classes) for name in names})
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.map(images)  # (B, D, g, g)
@@ -144,15 +137,12 @@ class Segmenter(OfficialModel):
 
         Raises `BadCheckpoint`: names that are missing, unknown or of another shape, all of them listed.
         """
-        vit = vit_sizes({n.removeprefix("encoder."): t for n, t in state.items() if n.startswith("encoder.")}, heads)
-        outputs = 2 if any(name.startswith(f"{RIGA[1]}.") for name in state) else 1
-        start = RIGA[0] if outputs == 2 else "decoder"
-        steps = depth(state, f"{start}.decoder_")
-        channels = [len(state[name]) for i in range(steps) if (name := f"{start}.decoder_{i + 1}.0.weight") in state]
-        if 2 ** len(channels) != vit["patch_size"]:
-            raise BadCheckpoint("ECAMP's segmenter", [f"{start}.decoder_{len(channels) + 1}.0.weight"])
-        classes = len(state.get(f"{start}.final_out.bias", torch.zeros(1)))
-        model = cls(VisionTransformer(**vit, num_classes=0), outputs, channels, classes=classes).eval()
+        encoder = VisionTransformer(**vit_sizes(official.below(state, "encoder."), heads), num_classes=0)
+        outputs = 2 if official.below(state, f"{RIGA[1]}.") else 1
+        decoder = official.below(state, f"{RIGA[0] if outputs == 2 else 'decoder'}.")
+        biases = sorted(name for name in decoder if re.fullmatch(r"decoder_\d\.0\.bias", name))
+        classes = len(decoder.get("final_out.bias", [0]))
+        model = cls(encoder, outputs, [len(decoder[name]) for name in biases], classes=classes).eval()
         load_official(model, state, model.official_names(), "ECAMP's segmenter", optional=COUNTERS)
         return model
 
@@ -171,7 +161,5 @@ def soft_dice(logits: Tensor, target: Tensor) -> Tensor:
 
 def segmentation_loss(logits: Tensor, target: Tensor) -> Tensor:
     """10 focal - log(soft Dice), the mean over outputs; logits and target (B, outputs, S, S), target in 0 ... 1."""
-    each = [
-        10 * focal_loss(x, t) - soft_dice(x, t).log() for x, t in zip(logits.unbind(1), target.unbind(1), strict=True)
-    ]
-    return torch.stack(each).mean()
+    pairs = zip(logits.unbind(1), target.unbind(1), strict=True)
+    return torch.stack([10 * focal_loss(x, t) - soft_dice(x, t).log() for x, t in pairs]).mean()

@@ -32,12 +32,15 @@ from timm.models import checkpoint_seq
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import BertConfig
+from transformers.models.bert import modeling_bert as bert
 
-from ...errors import BadParameter, check_choice
+from ...errors import BadParameter
 from ..layers.attend import attention_map
-from ..layers.mae import Decoder, patchify, random_mask, unpatchify, visible, visible_tokens
+from ..layers.heads import vit_sizes
+from ..layers.mae import Decoder, initialise, patchify, random_mask, unpatchify, visible, visible_tokens
 from ..layers.pos_embed import sincos_table
-from ..layers.state_dicts import OfficialModel, load_official
+from ..layers.state_dicts import OfficialModel, depth, load_official
 from . import official
 
 MASKED = 0.75  # fraction of hidden patches
@@ -110,65 +113,58 @@ class Losses(NamedTuple):
 # --- words ------------------------------------------------------------------------------------------------------------
 
 
-class Attention(nn.Module):
-    """Multi-head attention without an output projection: in BERT `AddNorm` has it, the fusion layer has none."""
+def bert_config(sizes: Bert) -> BertConfig:
+    """The sizes under transformers' names; its defaults are BERT's: GELU, two token types, norms with 1e-12."""
+    return BertConfig(
+        vocab_size=sizes.words,
+        max_position_embeddings=sizes.length,
+        hidden_size=sizes.width,
+        num_attention_heads=sizes.heads,
+        intermediate_size=sizes.hidden,
+        hidden_dropout_prob=sizes.dropout,
+        attention_probs_dropout_prob=sizes.dropout,
+        attn_implementation="sdpa",
+    )
 
-    def __init__(self, width: int, heads: int, dropout: float):
+
+class BertEmbeddings(bert.BertEmbeddings):
+    """BERT's embeddings: word, position and type (always the first of the two types)."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.word_embeddings(ids) + self.position_embeddings.weight[: ids.shape[1]]  # (B, L, H)
+        return self.dropout(self.LayerNorm(x + self.token_type_embeddings.weight[0]))
+
+
+class BertLayer(bert.BertLayer):
+    """A layer of BERT: a = LN(W_o SelfAttention(x) + x), LN(W_2 GELU(W_1 a) + a)."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.feed_forward_chunk(self.attention(x, mask)[0])
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of words to patches, without an output projection."""
+
+    def __init__(self, sizes: Bert):
         super().__init__()
-        self.heads, self.dropout = heads, dropout
-        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+        self.heads, self.dropout = sizes.heads, sizes.dropout
+        self.query, self.key, self.value = (nn.Linear(sizes.width, sizes.width) for _ in range(3))
 
     def _heads(self, x: Tensor) -> Tensor:
         return rearrange(x, "b n (h d) -> b h n d", h=self.heads)
 
-    def forward(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, L, H) of queries x (B, L, H), keys and values y (B, M, H); mask (B, 1, 1, M), False on padding."""
-        q, k, v = self._heads(self.query(x)), self._heads(self.key(y)), self._heads(self.value(y))
-        out = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0)
+    def forward(self, a: Tensor, z: Tensor) -> Tensor:
+        """(B, L, H) of words a (B, L, H) and patches z (B, K, H)."""
+        q, k, v = self._heads(self.query(a)), self._heads(self.key(z)), self._heads(self.value(z))
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
         return rearrange(out, "b h n d -> b n (h d)")
 
-    def attention_map(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The probabilities (B, heads, L, M) of a call with these arguments."""
-        return attention_map(self._heads(self.query(x)), self._heads(self.key(y)), mask)
+    def attention_map(self, a: Tensor, z: Tensor) -> Tensor:
+        """The probabilities (B, heads, L, K) of a call with these arguments."""
+        return attention_map(self._heads(self.query(a)), self._heads(self.key(z)))
 
 
-class AddNorm(nn.Module):
-    """LN(dropout(W x) + residual), the end of both halves of a BERT layer."""
-
-    def __init__(self, inputs: int, width: int, dropout: float):
-        super().__init__()
-        self.dense, self.norm, self.dropout = nn.Linear(inputs, width), nn.LayerNorm(width, 1e-12), nn.Dropout(dropout)
-
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        return self.norm(self.dropout(self.dense(x)) + residual)
-
-
-class PostNorm(nn.Module):
-    """Both halves of a post-norm transformer layer."""
-
-    def __init__(self, sizes: Bert):
-        super().__init__()
-        width, dropout = sizes.width, sizes.dropout
-        self.attention, self.attended = Attention(width, sizes.heads, dropout), AddNorm(width, width, dropout)
-        self.wide, self.narrow = nn.Linear(width, sizes.hidden), AddNorm(sizes.hidden, width, dropout)
-
-    def attend(self, x: Tensor, mask: Tensor) -> Tensor:
-        """LN(W_o SelfAttention(x) + x)"""
-        return self.attended(self.attention(x, x, mask), x)
-
-    def mlp(self, x: Tensor) -> Tensor:
-        """LN(W_2 GELU(W_1 x) + x)"""
-        return self.narrow(F.gelu(self.wide(x)), x)
-
-
-class BertLayer(PostNorm):
-    """A layer of BERT."""
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        return self.mlp(self.attend(x, mask))
-
-
-class Fusion(PostNorm):
+class Fusion(bert.BertLayer):
     """Multi-scale context fusion: a BERT layer with cross-attention to the image tokens in its middle (section 3.5).
 
     a = LN(W_o SelfAttention(x) + x)                                                                                 (5)
@@ -179,10 +175,11 @@ class Fusion(PostNorm):
     """
 
     def __init__(self, sizes: Bert):
-        super().__init__(sizes)
-        self.cross = Attention(sizes.width, sizes.heads, sizes.dropout)
+        config = bert_config(sizes)
+        super().__init__(config)
+        self.cross = CrossAttention(sizes)
         self.mean = nn.Linear(sizes.width, sizes.width)
-        self.mix = AddNorm(sizes.width, sizes.width, sizes.dropout)
+        self.mix = bert.BertSelfOutput(config)
 
     def context(self, a: Tensor, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """c (B, L, H) of words a (B, L, H) and patches z (B, K, H); its terms "fine" and "coarse"."""
@@ -191,36 +188,21 @@ class Fusion(PostNorm):
 
     def forward(self, x: Tensor, mask: Tensor, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """f (B, L, H) of embedded words x (B, L, H) and patches z (B, K, H); the terms by name."""
-        a = self.attend(x, mask)  # (5)
+        a = self.attention(x, mask)[0]  # (5)
         c, out = self.context(a, z)  # (6)
         m = self.mix(c, a)
-        return self.mlp(m), out | {"attended": a, "mixed": m}  # (7)
+        return self.feed_forward_chunk(m), out | {"attended": a, "mixed": m}  # (7)
 
 
-class Embeddings(nn.Module):
-    """BERT's embeddings: word, position and type (always the first of the two types)."""
-
-    def __init__(self, sizes: Bert):
-        super().__init__()
-        self.words = nn.Embedding(sizes.words, sizes.width, padding_idx=0)
-        self.positions, self.types = nn.Embedding(sizes.length, sizes.width), nn.Embedding(2, sizes.width)
-        self.norm, self.dropout = nn.LayerNorm(sizes.width, 1e-12), nn.Dropout(sizes.dropout)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.words(ids) + self.positions.weight[: ids.shape[1]] + self.types.weight[0]  # (B, L, H)
-        return self.dropout(self.norm(x))
-
-
-class WordHead(nn.Module):
+class WordHead(bert.BertPredictionHeadTransform):
     """BERT's prediction head: from tokens to logits of words. As released it is not tied to the embeddings."""
 
-    def __init__(self, width: int, words: int):
-        super().__init__()
-        self.dense, self.norm = nn.Linear(width, width), nn.LayerNorm(width, 1e-12)
-        self.decoder = nn.Linear(width, words)
+    def __init__(self, config: BertConfig):
+        super().__init__(config)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.decoder(self.norm(F.gelu(self.dense(x))))
+        return self.decoder(super().forward(x))
 
 
 class TextDecoder(nn.Module):
@@ -228,34 +210,24 @@ class TextDecoder(nn.Module):
 
     def __init__(self, sizes: Bert, fusion: type[nn.Module] = Fusion):
         super().__init__()
-        self.embeddings, self.fusion = Embeddings(sizes), fusion(sizes)
-        self.layers = nn.ModuleList(BertLayer(sizes) for _ in range(sizes.depth))
-        self.pooler = nn.Linear(sizes.width, sizes.width) if sizes.pooler else None  # not used, as released
-        self.head = WordHead(sizes.width, sizes.words)
+        config = bert_config(sizes)
+        self.embeddings, self.fusion = BertEmbeddings(config), fusion(sizes)
+        self.layers = nn.ModuleList(BertLayer(config) for _ in range(sizes.depth))
+        self.pooler = bert.BertPooler(config) if sizes.pooler else None  # not used, as released
+        self.head = WordHead(config)
 
-    def fuse(self, ids: Tensor, attention: Tensor, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The fused words (B, L, H) of words (B, L) and patches z (B, K, H); the terms of the fusion, "embedded" too.
+    def forward(self, ids: Tensor, attention: Tensor, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits (B, L, V) of words (B, L) and patches z (B, K, H); the terms of the fusion, "embedded" and "fused".
 
         attention: (B, L), 0 on padding.
         """
-        x = self.embeddings(ids)  # (B, L, H)
-        f, out = self.fusion(x, _mask(attention), z)
-        return f, out | {"embedded": x, "fused": f}
-
-    def read(self, f: Tensor, attention: Tensor) -> Tensor:
-        """Logits (B, L, V) of fused words."""
-        mask = _mask(attention)
+        mask = attention.bool()[:, None, None]  # (B, 1, 1, L)
+        embedded = self.embeddings(ids)  # (B, L, H)
+        x, out = self.fusion(embedded, mask, z)
+        out |= {"embedded": embedded, "fused": x}
         for layer in self.layers:
-            f = layer(f, mask)  # (B, L, H)
-        return self.head(f)
-
-    def forward(self, ids: Tensor, attention: Tensor, z: Tensor) -> Tensor:
-        """Logits (B, L, V), see `fuse`."""
-        return self.read(self.fuse(ids, attention, z)[0], attention)
-
-
-def _mask(attention: Tensor) -> Tensor:
-    return attention.bool()[:, None, None]  # (B, 1, 1, L)
+            x = layer(x, mask)  # (B, L, H)
+        return self.head(x), out
 
 
 def mlm_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
@@ -338,8 +310,7 @@ class ECAMP(OfficialModel):
         image: S, side of the encoder's input in pixels; the images of a batch have side 2 S.
         patch: p.
         encoder, decoder: the ViT, of ViT-B/16 by default, and the image decoder.
-        text: the text decoder; None: masked image modelling alone.
-        super_resolution: False leaves the super-resolution loss out.
+        text: the text decoder.
         window: side in patches of the window inside which the super-resolution loss is computed; None: the whole image.
 
     Raises `BadParameter`: a window that is larger than the image.
@@ -354,8 +325,7 @@ class ECAMP(OfficialModel):
         patch: int = 16,
         encoder: Blocks = Blocks(768, 12, 12),
         decoder: Blocks = Blocks(512, 4, 16),
-        text: Bert | None = Bert(),
-        super_resolution: bool = True,
+        text: Bert = Bert(),
         window: int | None = 12,
     ):
         super().__init__()
@@ -374,9 +344,9 @@ class ECAMP(OfficialModel):
         )
         self.encoder.pos_embed = nn.Parameter(sincos_table(encoder.width, side, "ecamp"), requires_grad=False)
         self.decoder = ImageDecoder(encoder.width, decoder, side, 3 * patch**2)
-        self.super_resolution = SuperResolution() if super_resolution else None
-        self.project = nn.Linear(encoder.width, text.width) if text else None
-        self.text = TextDecoder(text, self.fusion) if text else None
+        self.super_resolution = SuperResolution()
+        self.project = nn.Linear(encoder.width, text.width)
+        self.text = TextDecoder(text, self.fusion)
         self.apply(_initialise)
         nn.init.xavier_uniform_(self.encoder.patch_embed.proj.weight.data.flatten(1))
         nn.init.zeros_(self.encoder.patch_embed.proj.bias)
@@ -391,16 +361,10 @@ class ECAMP(OfficialModel):
             words: V, if it is not that of the size.
             options: arguments of the class that differ.
         """
-        check_choice("size", size, SIZES)
         options = SIZES[size] | options
-        if words and options["text"]:
+        if words:
             options["text"] = replace(options["text"], words=words)
         return cls(**options)
-
-    @property
-    def patches(self) -> int:
-        """N."""
-        return self.encoder.patch_embed.num_patches
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the encoder's activations in the backward pass: less memory, more time."""
@@ -423,26 +387,28 @@ class ECAMP(OfficialModel):
         """The losses of a batch, and what they are computed from by name: "low", "keep", "hidden", "latent", "pixels";
         "super_resolved"; "logits" and the terms of the fusion."""
         low = shrink(batch.images)  # (B, 3, S, S)
-        keep, hidden = random_mask(batch.noise, visible(self.patches, MASKED))  # (B, K), (B, N)
+        keep, hidden = random_mask(batch.noise, visible(batch.noise.shape[1], MASKED))  # (B, K), (B, N)
         latent = self.forward_features(low, keep)  # (B, 1 + K, D)
         pixels = self.decoder(latent, keep)  # (B, N, 3 p p)  (2)
         mim = mim_loss(pixels, patchify(low, self.patch), hidden)  # (3)
+        sr, resolved = self.resolve(pixels, batch)
+        mlm, read = self.read(latent, batch)
         out = {"low": low, "keep": keep, "hidden": hidden, "latent": latent, "pixels": pixels}
+        return Losses(mim + sr + mlm, mim, sr, mlm), out | resolved | read
 
-        sr = mlm = mim.new_zeros(())
-        if self.super_resolution is not None:
-            y = self.super_resolution(unpatchify(pixels, self.patch))  # (B, 3, 2 S, 2 S)
-            inside = None
-            if self.window is not None:
-                inside = windows(batch.window, self.window, 2 * self.patch, y.shape[-1])
-            sr, out["super_resolved"] = sr_loss(y, batch.images, inside), y  # (4)
-        if self.text is not None and self.project is not None:
-            z = self.project(latent[:, 1:])  # (B, K, H)  (1)
-            f, terms = self.text.fuse(batch.ids, batch.attention, z)  # (B, L, H)  (5) to (7)
-            logits = self.text.read(f, batch.attention)  # (B, L, V)
-            mlm = mlm_loss(logits, batch.labels, batch.weights)  # (8)
-            out |= terms | {"logits": logits}
-        return Losses(mim + sr + mlm, mim, sr, mlm), out
+    def resolve(self, pixels: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The super-resolution loss of decoded patches (B, N, 3 p p); "super_resolved" (B, 3, 2 S, 2 S)."""
+        y = self.super_resolution(unpatchify(pixels, self.patch))  # (B, 3, 2 S, 2 S)
+        inside = None
+        if self.window is not None:
+            inside = windows(batch.window, self.window, 2 * self.patch, y.shape[-1])
+        return sr_loss(y, batch.images, inside), {"super_resolved": y}  # (4)
+
+    def read(self, latent: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of the masked words, from encoder tokens (B, 1 + K, D); "logits" and the terms of the fusion."""
+        z = self.project(latent[:, 1:])  # (B, K, H)  (1)
+        logits, out = self.text(batch.ids, batch.attention, z)  # (B, L, V)  (5) to (7)
+        return mlm_loss(logits, batch.labels, batch.weights), out | {"logits": logits}  # (8)
 
     @torch.no_grad()
     def attention(self, images: Tensor, ids: Tensor, attention: Tensor, keep: Tensor | None = None) -> Tensor:
@@ -453,9 +419,9 @@ class ECAMP(OfficialModel):
             ids, attention: (B, L).
             keep: (B, N), another order of the patches.
         """
-        text = self.get_submodule("text")
-        z = self.get_submodule("project")(self.forward_features(images, keep)[:, 1:])
-        return text.fusion.cross.attention_map(text.fuse(ids, attention, z)[1]["attended"], z)
+        z = self.project(self.forward_features(images, keep)[:, 1:])  # (B, N, H)
+        attended = self.text(ids, attention, z)[1]["attended"]  # (B, L, H)
+        return self.text.get_submodule("fusion.cross").attention_map(attended, z)
 
     # --- the authors' names ---
 
@@ -484,13 +450,13 @@ class ECAMP(OfficialModel):
         Raises `BadCheckpoint`: missing and unknown names and other shapes, all of them listed.
         """
         state = official.as_released(state)
-        n = official.sizes(state)
+        text, vit = official.bert_sizes(state), vit_sizes(state, heads)
         model = cls(
-            image=n["image"],
-            patch=n["patch"],
-            encoder=Blocks(n["width"], n["depth"], heads or max(1, n["width"] // 64)),
-            decoder=Blocks(n["decoder width"], n["decoder depth"], decoder_heads),
-            text=Bert(**n["text"], heads=text_heads, dropout=dropout),
+            image=vit["img_size"],
+            patch=vit["patch_size"],
+            encoder=Blocks(vit["embed_dim"], vit["depth"], vit["num_heads"]),
+            decoder=Blocks(state["decoder_pos_embed"].shape[2], depth(state, "decoder_blocks."), decoder_heads),
+            text=Bert(**text, heads=text_heads, dropout=dropout),
             window=window,
         ).eval()
         load_official(model, state, model.official_names(), official.WHAT)
@@ -500,8 +466,8 @@ class ECAMP(OfficialModel):
         """The state dict under the authors' names."""
         return official.with_both_biases(super().to_official())
 
-    def load_mae(self, state: Mapping[str, Tensor]) -> list[str]:
-        """Initialise from a masked autoencoder's state dict, as the paper does; return our names of the loaded tensors.
+    def load_mae(self, state: Mapping[str, Tensor]) -> None:
+        """Initialise from a masked autoencoder's state dict, as the paper does.
 
         Every tensor of the same name and shape is loaded, position embeddings included; BERT keeps its initialisation.
         MAE's image decoder has eight blocks, of which the first ones are loaded; without a decoder only the encoder is
@@ -510,11 +476,10 @@ class ECAMP(OfficialModel):
         Raises `BadCheckpoint`: tensors of the encoder that are missing or of another shape.
         """
         official.load_vit(self.encoder, state, "the encoder of ECAMP (MAE's names)")
-        own = self.state_dict()
-        fits = {ours: state[theirs] for ours, theirs in self.official_names().items() if theirs in state}
-        fits = {name: tensor for name, tensor in fits.items() if tensor.shape == own[name].shape}
-        self.load_state_dict(fits, strict=False)
-        return list(fits)
+        shapes = {name: tensor.shape for name, tensor in self.state_dict().items()}
+        loaded = {ours: state[theirs] for ours, theirs in self.official_names().items() if theirs in state}
+        loaded = {name: tensor for name, tensor in loaded.items() if tensor.shape == shapes[name]}
+        self.load_state_dict(loaded, strict=False)
 
 
 build = ECAMP.build
@@ -527,15 +492,9 @@ def pretraining_loss(model: nn.Module, items: tuple[Tensor, ...]) -> dict[str, T
 
 
 def _initialise(module: nn.Module) -> None:
-    """Section 3.7: linear layers Xavier-uniform, norms 1 and 0, embeddings N(0, 0.02)."""
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.LayerNorm):
-        nn.init.ones_(module.weight)
-        nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.Embedding):
+    """Section 3.7: linear layers as in MAE, norms 1 and 0, embeddings N(0, 0.02). For `nn.Module.apply`."""
+    initialise(module)
+    if isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
         if module.padding_idx is not None:
             nn.init.zeros_(module.weight.data[module.padding_idx])
@@ -550,7 +509,6 @@ def heat(attention: Tensor, size: int | None = None) -> Tensor:
         size: upsample to (size, size), bilinear; None: (sqrt N, sqrt N).
     """
     x = attention.amax(0).pow(0.25)  # (N,)
-    x = rearrange((x - x.min()) / (x.max() - x.min()).clamp_min(1e-12), "(h w) -> h w", h=math.isqrt(len(x)))
-    if size is None:
-        return x
-    return F.interpolate(x[None, None], (size, size), mode="bilinear", align_corners=False)[0, 0]
+    x = (x - x.min()) / (x.max() - x.min()).clamp_min(1e-12)
+    x = rearrange(x, "(h w) -> h w", h=math.isqrt(len(x)))
+    return x if size is None else F.interpolate(x[None, None], (size, size), mode="bilinear")[0, 0]

@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...ops.papers import paper
-from ..layers.heads import vit_sizes
 from ..layers.state_dicts import check_names, depth, load_official, renamed
 
 WHAT = "ECAMP: the pre-training model, decoders and BERT included"
@@ -39,28 +38,27 @@ def with_both_biases(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state | ({f"{HEAD}bias": state[bias]} if bias in state else {})
 
 
-def sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The sizes that the tensors show. Raises `BadCheckpoint`: tensors that show them are missing."""
+def bert_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The sizes of the text decoder, but for its heads, as `model.Bert` names them.
+
+    Raises `BadCheckpoint`: a decoder is missing.
+    """
     words, positions = f"{BERT}embeddings.word_embeddings.weight", f"{BERT}embeddings.position_embeddings.weight"
     wide = f"{BERT}context_fusion_layer.intermediate.dense.weight"
-    check_names(state, {"pos_embed", "decoder_pos_embed", words, positions, wide}, WHAT)
-    vit = vit_sizes(state)
+    check_names(state, {"decoder_pos_embed", words, positions, wide}, WHAT)
     return {
-        "image": vit["img_size"],
-        "patch": vit["patch_size"],
-        "width": vit["embed_dim"],
-        "depth": vit["depth"],
-        "decoder width": state["decoder_pos_embed"].shape[2],
-        "decoder depth": depth(state, "decoder_blocks."),
-        "text": {
-            "words": len(state[words]),
-            "length": len(state[positions]),
-            "width": state[words].shape[1],
-            "depth": depth(state, f"{BERT}encoder.layer."),
-            "hidden": len(state[wide]),
-            "pooler": f"{BERT}pooler.dense.weight" in state,
-        },
+        "words": len(state[words]),
+        "length": len(state[positions]),
+        "width": state[words].shape[1],
+        "depth": depth(state, f"{BERT}encoder.layer."),
+        "hidden": len(state[wide]),
+        "pooler": f"{BERT}pooler.dense.weight" in state,
     }
+
+
+def below(state: Mapping[str, Tensor], start: str) -> dict[str, Tensor]:
+    """The tensors of a state dict whose names begin with `start`, without it."""
+    return {name.removeprefix(start): tensor for name, tensor in state.items() if name.startswith(start)}
 
 
 def load_vit(vit: nn.Module, state: Mapping[str, Tensor], what: str) -> None:

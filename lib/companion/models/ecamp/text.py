@@ -12,9 +12,12 @@ generator, which `fit` seeds by item, and tests replay recorded numbers.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +34,7 @@ MASKINGS = ("released", "intended", "mrm")
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[MASK]", "[SEP]")
 TEMPLATES = ("there is no evidence of", "there is no")  # the first that matches
 BOILERPLATE = 0.05  # weight of a template's words
-CACHED = 1 << 16  # texts of `Pairs`
+CACHED = 1 << 16  # texts
 SPLICED = 0.8  # fraction of reports with the LLM's statements
 # masking probabilities of an entity, another word, a word of a text without entities, any word in MRM
 ENTITY, OTHER, NO_ENTITY, MRM = 0.75, 0.7, 0.75, 0.5
@@ -54,54 +57,52 @@ class Vocabulary:
 
     Args:
         tokenizer: WordPiece of the `tokenizers` library: `train`, `read`, or `from_words` make one.
-        entities: words; those that are not a piece of the vocabulary are ignored.
 
     Attributes:
-        entities: id -> word.
+        entities: id -> word, of the entities that are a piece of the vocabulary.
     """
 
-    def __init__(self, tokenizer: Tokenizer, entities: Iterable[str] = ENTITIES):
+    def __init__(self, tokenizer: Tokenizer):
         self.tokenizer, ids = tokenizer, tokenizer.get_vocab()
         if missing := [name for name in SPECIAL[:4] if name not in ids]:
             raise BadParameter("tokenizer", missing, "a vocabulary with [PAD], [UNK], [CLS] and [MASK]")
-        self.pad, self.unknown, self.cls, self.mask = (ids[name] for name in SPECIAL[:4])
-        self.stop = ids.get(".", -1)
+        self.pad, self.mask, self.stop = ids["[PAD]"], ids["[MASK]"], ids.get(".", -1)
         self.pieces = [""] * (max(ids.values()) + 1)
         for piece, i in ids.items():
             self.pieces[i] = piece
         self.continues = frozenset(i for piece, i in ids.items() if piece.startswith("##"))
-        self.entities = {ids[word]: word for word in entities if word in ids}
+        self.entities = {ids[word]: word for word in ENTITIES if word in ids}
         templates = [[ids.get(word, -1) for word in template.split()] for template in TEMPLATES]
         self.templates = [template for template in templates if -1 not in template]
 
     @classmethod
-    def read(cls, path: str | Path, entities: Iterable[str] = ENTITIES) -> Vocabulary:
+    def read(cls, path: str | Path) -> Vocabulary:
         """The vocabulary of a file of the `tokenizers` library, such as MRM's `mimic_wordpiece.json`.
 
         Raises `CorruptFile`: it is missing, or another kind of file.
         """
         try:
-            return cls(Tokenizer.from_file(str(path)), entities)
-        except BadParameter:
-            raise
+            tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises Exception itself
             raise CorruptFile(path, f"not a tokenizer's JSON ({error})") from error
+        return cls(tokenizer)
 
     @classmethod
-    def from_words(cls, words: Mapping[str, int] | Iterable[str], entities: Iterable[str] = ENTITIES) -> Vocabulary:
+    def from_words(cls, words: Mapping[str, int] | Iterable[str]) -> Vocabulary:
         """The vocabulary of pieces and their ids; or of words, with the special tokens and "." put in front."""
         if not isinstance(words, Mapping):
             words = {word: i for i, word in enumerate(dict.fromkeys([*SPECIAL, ".", *words]))}
-        return cls(_tokenizer(words), entities)
+        tokenizer = _wordpiece(vocab=dict(words))
+        tokenizer.add_special_tokens([name for name in SPECIAL if name in words])
+        return cls(tokenizer)
 
     @classmethod
-    def train(cls, texts: Iterable[str], size: int = 30000, entities: Iterable[str] = ENTITIES) -> Vocabulary:
+    def train(cls, texts: Iterable[str], size: int = 30000) -> Vocabulary:
         """A vocabulary of at most `size` pieces, learned from reports. One learned on MIMIC must not be shipped."""
-        tokenizer = _tokenizer(None)
-        tokenizer.train_from_iterator(
-            texts, WordPieceTrainer(vocab_size=size, special_tokens=list(SPECIAL), show_progress=False)
-        )
-        return cls(tokenizer, entities)
+        tokenizer = _wordpiece()
+        trainer = WordPieceTrainer(vocab_size=size, special_tokens=list(SPECIAL), show_progress=False)
+        tokenizer.train_from_iterator(texts, trainer)
+        return cls(tokenizer)
 
     def __len__(self) -> int:
         return len(self.pieces)
@@ -116,15 +117,12 @@ class Vocabulary:
         return [self.pieces[int(i)] for i in ids if int(i) != self.pad]
 
 
-def _tokenizer(words: Mapping[str, int] | None) -> Tokenizer:
+def _wordpiece(**vocabulary: Any) -> Tokenizer:
     """WordPiece as in the released file: lower case, NFKD, no accents; split at spaces, punctuation and digits."""
-    tokenizer = Tokenizer(WordPiece(dict(words), unk_token="[UNK]") if words else WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Lowercase(), normalizers.NFKD(), normalizers.StripAccents()]
-    )
+    tokenizer = Tokenizer(WordPiece(unk_token="[UNK]", **vocabulary))
+    steps = [normalizers.Lowercase(), normalizers.NFKD(), normalizers.StripAccents()]
+    tokenizer.normalizer = normalizers.Sequence(steps)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Digits()])
-    if words:
-        tokenizer.add_special_tokens([name for name in SPECIAL if name in words])
     return tokenizer
 
 
@@ -141,27 +139,19 @@ def splice(report: str, statements: str, draw: Draw, share: float = SPLICED) -> 
     return (before + statements + after).replace("..", ".")
 
 
+def _positions(ids: Sequence[int] | np.ndarray, vocabulary: Vocabulary) -> Iterable[int]:
+    """Those that may be masked: after [CLS], before the first padding and the last position."""
+    return itertools.takewhile(lambda i: ids[i] != vocabulary.pad, range(1, len(ids) - 1))
+
+
 def descriptors(ids: Sequence[int] | np.ndarray, vocabulary: Vocabulary) -> list[int]:
     """Positions of the descriptors, in the order of the entities: the two before each entity, without full stops.
 
     As released, an entity at the last position or after the first padding is ignored.
     """
-    found: list[int] = []
-    for i in _positions(ids, vocabulary):
-        if int(ids[i]) in vocabulary.entities:
-            for j in (i - 1, i - 2):
-                if j <= 0:
-                    break
-                if ids[j] != vocabulary.stop and j not in found:
-                    found.append(j)
-    return found
-
-
-def _positions(ids: Sequence[int] | np.ndarray, vocabulary: Vocabulary) -> Iterable[int]:
-    for i in range(1, len(ids) - 1):
-        if ids[i] == vocabulary.pad:
-            return
-        yield i
+    entities = (i for i in _positions(ids, vocabulary) if int(ids[i]) in vocabulary.entities)
+    before = (j for i in entities for j in (i - 1, i - 2) if j > 0 and ids[j] != vocabulary.stop)
+    return list(dict.fromkeys(before))
 
 
 def mask(ids: np.ndarray, vocabulary: Vocabulary, draw: Draw, kind: str = "released") -> np.ndarray:
@@ -186,10 +176,10 @@ def mask(ids: np.ndarray, vocabulary: Vocabulary, draw: Draw, kind: str = "relea
             if hidden[i - 1] == vocabulary.mask:
                 hidden[i] = vocabulary.mask
             continue
-        entity = live and word in vocabulary.entities
-        if entity:
+        masked = draw() < share
+        if live and word in vocabulary.entities:
             entities.append(i)
-        if draw() < share and not entity:
+        elif masked:
             hidden[i] = vocabulary.mask
     for i in entities:
         if draw() < ENTITY:
@@ -201,13 +191,12 @@ def mask(ids: np.ndarray, vocabulary: Vocabulary, draw: Draw, kind: str = "relea
 
 def boilerplate(ids: Sequence[int] | np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
     """(L,) True on the words of templates, found from left to right, longer ones first, without overlap."""
-    found, ids = np.zeros(len(ids), bool), list(map(int, ids))
-    i = 0
-    while i < len(ids) - 4:
-        length = next((len(t) for t in vocabulary.templates if ids[i : i + len(t)] == t), 0)
-        found[i : i + length] = True
+    words, template, i = list(map(int, ids)), np.zeros(len(ids), bool), 0
+    while i < len(words) - 4:
+        length = next((len(t) for t in vocabulary.templates if words[i : i + len(t)] == t), 0)
+        template[i : i + length] = True
         i += length or 1
-    return found
+    return template
 
 
 def weights(ids: Sequence[int] | np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
@@ -216,16 +205,22 @@ def weights(ids: Sequence[int] | np.ndarray, vocabulary: Vocabulary) -> np.ndarr
     Words of templates have 0.05. The removed weight is added to the descriptors, in proportion to their own; in a
     text without descriptors, to all positions.
     """
-    length, template = len(ids), boilerplate(ids, vocabulary)
-    found = descriptors(ids, vocabulary)
+    length, template, described = len(ids), boilerplate(ids, vocabulary), descriptors(ids, vocabulary)
     w = np.where(template, BOILERPLATE, 1.0)
-    d, c, o = int(template.sum()), len(found), int(template[found].sum())
+    d, c, o = int(template.sum()), len(described), int(template[described].sum())
     lost = 1 - BOILERPLATE
     if d and c:
-        w[found] *= (lost * (d - o) + c) / (c - lost * o)
+        w[described] *= (lost * (d - o) + c) / (c - lost * o)
     elif d:
         w *= length / (length - lost * d)
     return w.astype(np.float32)
+
+
+@functools.lru_cache(CACHED)
+def _read(text: str, length: int, vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and weights (length,) of a text; cached, because the same texts recur."""
+    ids = vocabulary.encode(text, length)
+    return ids, weights(ids, vocabulary)
 
 
 class Pairs(Dataset):
@@ -245,7 +240,7 @@ class Pairs(Dataset):
         windows: its corner for each image, (row, column) in patches; None: in the middle. The authors' file of them was
             never released; as released, they refer to the whole image and are not moved with the crop.
 
-    Raises `BadParameter`: other numbers of texts or corners than of images.
+    Raises `BadParameter`: other numbers of texts or corners than of images, or a window beyond the image.
     """
 
     def __init__(
@@ -263,29 +258,19 @@ class Pairs(Dataset):
         window: int = 12,
         windows: Sequence[Sequence[int]] | None = None,
     ):
-        side = math.isqrt(patches)
-        for name, given in (("reports", reports), ("statements", statements), ("windows", windows)):
-            if given is not None and len(given) != len(images):
-                raise BadParameter(name, len(given), f"{len(images)}, one for each image")
+        for name, values in (("reports", reports), ("statements", statements), ("windows", windows)):
+            if values is not None and len(values) != len(images):
+                raise BadParameter(name, len(values), f"{len(images)}, one for each image")
         self.images, self.reports, self.statements, self.vocabulary = images, reports, statements, vocabulary
         self.patches, self.length, self.splice_share = patches, length, splice_share
         self.masking, self.rebalance = masking, rebalance
-        self.windows = windows if windows is None else torch.as_tensor(windows)
-        self.middle = torch.full((2,), (side - window) // 2)
-        self._known: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        last = math.isqrt(patches) - window
+        self.windows = torch.as_tensor([(last // 2, last // 2)] * len(images) if windows is None else windows)
+        if not 0 <= self.windows.min() <= self.windows.max() <= last:
+            raise BadParameter("windows", self.windows.max().item(), f"corners of 0 to {last}, in patches")
 
     def __len__(self) -> int:
         return len(self.images)
-
-    def _read(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and weights (L,) of a text; cached, because the same texts recur."""
-        if text not in self._known:
-            if len(self._known) >= CACHED:
-                self._known.clear()
-            ids = self.vocabulary.encode(text, self.length)
-            even = np.ones(self.length, np.float32)
-            self._known[text] = ids, weights(ids, self.vocabulary) if self.rebalance else even
-        return self._known[text]
 
     def __getitem__(self, i: int) -> Batch:
         image = self.images[i]
@@ -293,13 +278,13 @@ class Pairs(Dataset):
         text = self.reports[i]
         if self.statements is not None and self.splice_share:
             text = splice(text, self.statements[i], draw, self.splice_share)
-        labels, weight = self._read(text)
+        labels, weight = _read(text, self.length, self.vocabulary)
         return Batch(
             images=image[0] if isinstance(image, (tuple, list)) else image,
             ids=torch.from_numpy(mask(labels, self.vocabulary, draw, self.masking)),
             labels=torch.from_numpy(labels.copy()),
             attention=torch.from_numpy((labels != self.vocabulary.pad).astype(np.int64)),
-            weights=torch.from_numpy(weight.copy()),
+            weights=torch.from_numpy(weight.copy() if self.rebalance else np.ones_like(weight)),
             noise=torch.rand(self.patches),
-            window=self.middle if self.windows is None else self.windows[i],
+            window=self.windows[i],
         )

@@ -1,12 +1,23 @@
-"""The pre-trainings of the ablations: ECAMP without one of its parts, and MRM-like, on which it builds."""
+"""The pre-trainings of the paper's ablation: ECAMP without one of its parts."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from .model import ECAMP, Bert, Fusion
+from .model import ECAMP, Batch, Bert, Fusion
+
+
+class NoSuperResolution(ECAMP):
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        del self.super_resolution
+
+    def resolve(self, pixels: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        return pixels.new_zeros(()), {}
 
 
 class PatchFusion(Fusion):
@@ -31,16 +42,6 @@ class MeanFusion(Fusion):
         return self.mean(z.mean(1, keepdim=True)).expand_as(a), {}
 
 
-class PooledFusion(nn.Module):
-    """The mean of the patches is added to the embedded words, without a layer."""
-
-    def __init__(self, sizes: Bert):
-        super().__init__()
-
-    def forward(self, x: Tensor, mask: Tensor, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return x + z.mean(1, keepdim=True), {}
-
-
 class PatchAttention(ECAMP):
     fusion = PatchFusion
 
@@ -49,20 +50,14 @@ class MeanToken(ECAMP):
     fusion = MeanFusion
 
 
-class MRMLike(ECAMP):
-    fusion = PooledFusion
-
-
-METHODS: dict[str, tuple[type[ECAMP], dict[str, Any], dict[str, Any]]] = {
-    "MIM only": (ECAMP, {"text": None, "super_resolution": False}, {}),
-    "MRM-like": (MRMLike, {"super_resolution": False}, {"masking": "mrm", "rebalance": False, "splice_share": 0.0}),
-    "ECAMP": (ECAMP, {}, {}),
-    "ECAMP, no super-resolution": (ECAMP, {"super_resolution": False}, {}),
-    "ECAMP, no re-balancing": (ECAMP, {}, {"rebalance": False}),
-    "ECAMP, no distillation": (ECAMP, {}, {"splice_share": 0.0}),
-    "ECAMP, descriptors hidden": (ECAMP, {}, {"masking": "intended"}),
-    "ECAMP, whole image": (ECAMP, {"window": None}, {}),
-    "ECAMP, mean token": (MeanToken, {}, {}),
-    "ECAMP, patch attention": (PatchAttention, {}, {}),
+METHODS: dict[str, tuple[Callable[..., ECAMP], dict[str, Any]]] = {
+    "ECAMP": (ECAMP.build, {}),
+    "ECAMP, no super-resolution": (NoSuperResolution.build, {}),
+    "ECAMP, no re-balancing": (ECAMP.build, {"rebalance": False}),
+    "ECAMP, no distillation": (ECAMP.build, {"splice_share": 0.0}),
+    "ECAMP, descriptors hidden": (ECAMP.build, {"masking": "intended"}),
+    "ECAMP, whole image": (partial(ECAMP.build, window=None), {}),
+    "ECAMP, mean token": (MeanToken.build, {}),
+    "ECAMP, patch attention": (PatchAttention.build, {}),
 }
-"""By name: the model's class, its arguments that differ, and those of `text.Pairs`."""
+"""By name: a function like `ECAMP.build`, and the arguments of `text.Pairs`."""

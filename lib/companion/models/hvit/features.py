@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -36,6 +36,15 @@ from .slides import PANDA, Slide, Tiles, Tiling, tensor, tile
 READERS = 4  # threads that read regions ahead, each for one step
 
 
+class Parameters(Protocol):
+    dataset: str
+    data_root: str
+    features: str
+    region: int
+    normalise: str
+    accelerator: str
+
+
 @torch.inference_mode()
 def extract(
     path: str | Path,
@@ -47,7 +56,6 @@ def extract(
     normalise: str = "unit",
     batch: int = 1,
     mpp: float | None = None,
-    mask: np.ndarray | None = None,
     device: str | torch.device = "cpu",
 ) -> Path:
     """Features of a slide's regions, as HDF5: `features` (M, ...) float32, `coords` (M, 2), the settings as attributes.
@@ -61,7 +69,7 @@ def extract(
         encoder: the module used by `encode`; a hash of its tensors and the numbers of attention heads distinguish the
             features of two encoders.
         batch: regions per step.
-        mpp, mask: see `Slide` and `tile`.
+        mpp: see `Slide`.
 
     Raises:
         BadParameter: `out` or its unfinished parts were made with other settings.
@@ -71,13 +79,14 @@ def extract(
         raise BadParameter("batch", batch, "1 or more")
     out, parts = Path(out), Path(f"{out}.parts")
     with Slide(path, mpp) as slide:
-        tiles = tile(slide, tiling, mask)
+        tiles = tile(slide, tiling)
         settings = {
             "slide": slide.path.name,
             "size": list(slide.size),
             "slide_mpp": slide.mpp,
             "encoder": "" if encoder is None else checkpoint_key(encoder=encoder),
-            "heads": _heads(encoder),
+            # no tensor depends on the number of attention heads, so the encoder's hash does not either
+            "heads": [] if encoder is None else [m.num_heads for m in encoder.modules() if hasattr(m, "num_heads")],
             "normalise": normalise,
             "step": tiles.step,
             "level": tiles.level,
@@ -111,11 +120,6 @@ def extract(
     _assemble(out, parts, tiles, batch, settings)
     shutil.rmtree(parts)
     return out
-
-
-def _heads(encoder: nn.Module | None) -> list[int]:
-    """The attention heads of each block: no tensor depends on their number, so the encoder's hash does not either."""
-    return [] if encoder is None else [part.num_heads for part in encoder.modules() if hasattr(part, "num_heads")]
 
 
 def _same(settings: dict, written: dict, where: Path) -> None:
@@ -159,7 +163,7 @@ def patch_encoder(weights: str | Path, heads: int | None = None) -> PatchEncoder
 
 
 def store(
-    p: SimpleNamespace,
+    p: Parameters,
     patch: PatchEncoder,
     part: tuple[int, int] = (0, 1),
     batch: int = 1,
@@ -169,7 +173,6 @@ def store(
     """Patch embeddings of the slides of `dataset`, as the paper profile reads them; a killed run is resumed.
 
     Args:
-        p: `dataset`, `data_root`, `features`, `region`, `normalise` and `accelerator` of the notebook's parameters.
         patch: see `patch_encoder`.
         part: (i, n): every n-th slide from the i-th on, so that n jobs do them all.
         batch: regions a step.

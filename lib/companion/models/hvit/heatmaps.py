@@ -13,7 +13,7 @@ Written from the facts of computationalpathologygroup/hvit at 444bb72.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from PIL import Image
 from scipy.stats import rankdata
 from torch import Tensor
 
-from ...errors import BadParameter, check_choice
+from ...errors import BadParameter
 from ...ops.files import atomic
 from .model import HViT, PatchEncoder, grids, patches_of
 from .slides import LARGEST_THUMBNAIL, Slide, Tiles, tensor, write_pyramid
@@ -36,16 +36,13 @@ TRAINED = {"global": (False, False, True), "local": (False, True, True), "whole"
 
 def ranks(values: np.ndarray, axes: int = 2) -> np.ndarray:
     """Values as the share of their map that is lower, in [0, 1); a map is the last `axes` axes."""
-    values = np.asarray(values)
-    if values.ndim < axes:
-        raise BadParameter("values", values.shape, f"{axes} axes or more")
     flat = values.reshape(*values.shape[: values.ndim - axes], -1)
     return ((rankdata(flat, method="min", axis=-1) - 1) / flat.shape[-1]).reshape(values.shape)
 
 
 def upsample(scores: np.ndarray, factor: int) -> np.ndarray:
     """Maps (..., h, w), each value repeated `factor` times along both."""
-    return np.asarray(scores).repeat(factor, -2).repeat(factor, -1)
+    return scores.repeat(factor, -2).repeat(factor, -1)
 
 
 def patch_map(attention: np.ndarray) -> np.ndarray:
@@ -61,8 +58,6 @@ def lay_out(scores: np.ndarray) -> np.ndarray:
 
 def region_map(attention: np.ndarray, side: int) -> np.ndarray:
     """Patch attention (heads, n, n) of a region, ranked and brought to (heads, side, side)."""
-    if side % attention.shape[-1]:
-        raise BadParameter("side", side, f"a multiple of the {attention.shape[-1]} patches a side")
     return upsample(ranks(attention), side // attention.shape[-1])
 
 
@@ -75,8 +70,8 @@ def factorised(
         patch, region, slide: ranked scores that broadcast, such as (s, s), (s, s) and the region's number.
         gamma: weight of the levels that `variant` trains; the others weigh 1 - gamma.
     """
-    weights = _weights(gamma, variant)
-    return np.asarray(sum(w * a for w, a in zip(weights, (patch, region, slide), strict=True))) / sum(weights)
+    weights = level_weights(gamma, variant)
+    return (weights[0] * patch + weights[1] * region + weights[2] * slide) / sum(weights)
 
 
 def granular(
@@ -98,7 +93,7 @@ def granular(
         official_quirks: as released: the two levels together weigh 1 whatever gamma is, while the sum is divided by
             2 (1 - gamma) + gamma in Global. There scores shrink unless gamma is 0.5.
     """
-    weights = _weights(gamma, variant)
+    weights = level_weights(gamma, variant)
     total, share = np.zeros(np.shape(patch[0])), np.zeros(np.shape(patch[0]))
     for maps, weight in zip((patch, region), weights, strict=False):
         for k, scores in enumerate(maps):
@@ -110,58 +105,32 @@ def granular(
     return (below * mean + weights[2] * slide) / sum(weights)
 
 
-def _weights(gamma: float, variant: str) -> list[float]:
-    """What patch, region and slide level weigh."""
-    check_choice("variant", variant, TRAINED)
+def level_weights(gamma: float, variant: str) -> list[float]:
+    """What patch, region and slide level weigh: gamma where `variant` trains the level, else 1 - gamma."""
     if not 0 <= gamma <= 1:
         raise BadParameter("gamma", gamma, "0 to 1")
-    weights = [gamma if trained else 1 - gamma for trained in TRAINED[variant]]
-    if not sum(weights):
-        raise BadParameter("gamma", gamma, f"more than 0: {variant!r} trains every level")
-    return weights
+    return [gamma if trained else 1 - gamma for trained in TRAINED[variant]]
 
 
-def stitch(
-    maps: Iterable[tuple[tuple[int, int], np.ndarray]], shape: tuple[int, int], downsample: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Lay square maps out over a slide.
+def stitched(maps: np.ndarray, tiles: Tiles, size: tuple[int, int], shrink: float = 1.0) -> np.ndarray:
+    """The maps of a slide's regions as one image, their mean where regions overlap and NaN outside them.
 
     Args:
-        maps: the upper left corner (x, y) at level 0, and the map (s, s) in pixels of the result.
-        shape: (h, w) of the result; what lies outside is cropped.
-        downsample: level-0 pixels a pixel of the result.
-
-    Returns:
-        The mean (h, w) float32 where maps lie, and where that is (h, w) bool.
+        maps: (M, s, s), or (M, s, s, 3) of colours; resized by nearest neighbour.
+        size: (h, w) of the image; what lies outside is cropped.
+        shrink: pixels of level 0 a pixel of it.
     """
-    total, count = np.zeros(shape, np.float32), np.zeros(shape, np.uint16)
-    for (x, y), scores in maps:
-        left, top = int(x / downsample), int(y / downsample)
-        part = scores[max(-top, 0) : max(shape[0] - top, 0), max(-left, 0) : max(shape[1] - left, 0)]
-        if part.size:
-            window = np.s_[max(top, 0) : max(top, 0) + part.shape[0], max(left, 0) : max(left, 0) + part.shape[1]]
-            total[window] += part
-            count[window] += 1
-    return total / np.maximum(count, 1), count > 0
-
-
-def overlay(
-    tissue: np.ndarray, scores: np.ndarray, there: np.ndarray, *, threshold: float | None = None, opacity: float = 0.5
-) -> np.ndarray:
-    """Scores as colours over the tissue: uint8 (h, w, 3).
-
-    Args:
-        tissue: uint8 (h, w, 3).
-        scores, there: see `stitch`.
-        threshold: leave what is below without colour.
-        opacity: of the colours.
-    """
-    if tissue.shape[:2] != scores.shape:
-        raise BadParameter("scores", scores.shape, f"{tissue.shape[:2]}, as the tissue")
-    colours = 255 * (colormaps["jet"](np.clip(scores, 0, 1))[..., :3] / 2 + 0.5)  # a lightened jet
-    coloured = there if threshold is None else there & (scores >= threshold)
-    mixed = np.where(coloured[..., None], (1 - opacity) * tissue + opacity * colours, tissue)
-    return np.round(mixed).astype(np.uint8)
+    colours = maps.shape[3:]
+    total, count = np.zeros((*size, *colours), np.float32), np.zeros((*size, *(1 for _ in colours)), np.float32)
+    side = max(round(tiles.step / shrink), 1)
+    index = np.arange(side) * maps.shape[1] // side
+    for (x, y), scores in zip(tiles.coords.tolist(), maps, strict=True):
+        left, top = int(x / shrink), int(y / shrink)
+        part = scores[index][:, index][max(-top, 0) : max(size[0] - top, 0), max(-left, 0) : max(size[1] - left, 0)]
+        window = np.s_[max(top, 0) : max(top, 0) + part.shape[0], max(left, 0) : max(left, 0) + part.shape[1]]
+        total[window] += part
+        count[window] += 1
+    return total / np.where(count, count, np.nan)
 
 
 # --- the attention of a model on a slide ------------------------------------------------------------------------------
@@ -219,41 +188,24 @@ def attention_maps(model: HViT, patch: PatchEncoder, slide: Slide, tiles: Tiles,
 
 
 def write_heatmap(
-    slide: Slide,
-    tiles: Tiles,
-    maps: Iterable[np.ndarray],
-    stem: str | Path,
-    *,
-    downsample: int = 16,
-    threshold: float | None = None,
-    opacity: float = 0.5,
+    slide: Slide, tiles: Tiles, maps: np.ndarray, stem: str | Path, downsample: int = 16
 ) -> dict[str, Path]:
-    """Scores stitched over a slide: `<stem>.tiff`, a pyramid aligned with the slide in a viewer, and `<stem>.png`.
+    """Scores over the tissue: `<stem>.tiff`, a pyramid aligned with the slide in a viewer, and `<stem>.png`, by kind.
 
     Args:
-        maps: one square map (s, s) for each region, in the order of `tiles`; resized by nearest neighbour.
+        maps: (M, s, s) in 0 to 1, in the order of `tiles`.
         downsample: of the image.
-        threshold, opacity: see `overlay`.
-
-    Returns:
-        The files by kind.
     """
     width, height = (-(-side // downsample) for side in slide.size)
     if width * height > LARGEST_THUMBNAIL:
         raise BadParameter("downsample", downsample, f"one that leaves at most {LARGEST_THUMBNAIL} pixels")
-    side = max(int(tiles.step / downsample), 1)
-
-    def sized() -> Iterator[tuple[tuple[int, int], np.ndarray]]:
-        for (x, y), scores in zip(tiles.coords.tolist(), maps, strict=True):
-            index = np.arange(side) * len(scores) // side
-            yield (x, y), np.asarray(scores)[index][:, index]
-
-    scores, there = stitch(sized(), (height, width), downsample)
+    scores = stitched(maps, tiles, (height, width), downsample)[..., None]
     thumbnail, _ = slide.thumbnail(downsample)
     tissue = np.asarray(Image.fromarray(thumbnail).resize((width, height), Image.Resampling.BILINEAR))
-    picture = overlay(tissue, scores, there, threshold=threshold, opacity=opacity)
+    colours = 255 * (colormaps["jet"](np.nan_to_num(scores[..., 0]))[..., :3] / 2 + 0.5)  # a lightened jet
+    mixed = np.where(np.isnan(scores), tissue, (tissue + colours) / 2).round().astype(np.uint8)
     files = {"tiff": Path(f"{stem}.tiff"), "png": Path(f"{stem}.png")}
-    write_pyramid(files["tiff"], lambda y0, y1: picture[y0:y1], (width, height), slide.mpp * downsample)
+    write_pyramid(files["tiff"], mixed, slide.mpp * downsample)
     with atomic(files["png"]) as temporary:
-        Image.fromarray(picture).save(temporary)
+        Image.fromarray(mixed).save(temporary)
     return files

@@ -25,27 +25,22 @@ import math
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
 from einops import rearrange
-from timm.layers import DropPath, Mlp, PatchEmbed
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from ...errors import BadParameter, check_choice
 from ...ops.recorded import Recorded
-from ..layers.attend import Attend, attention_map
-from ..layers.pos_embed import resize_pos_embed
 from ..layers.state_dicts import OfficialModel, check_names, depth, load_official, renamed
 from . import official
+from .encoders import Named, PatchEncoder, RegionEncoder, grids, patches_of
 
 VARIANTS = ("global", "local", "whole")
 HEADS = ("classification", "regression", "ordinal", "coral", "corn")
 POSITIONS = ("none", "sine", "learned")
-LARGEST_CROP = 0.875  # of the side: DINO's global crops, for which both encoders' position embeddings are made
 
 # sizes of the three levels: the paper's, and those that a CPU trains in seconds
 SIZES: dict[str, dict[str, Any]] = {
@@ -60,226 +55,6 @@ SIZES: dict[str, dict[str, Any]] = {
         "slide": {"heads": 3, "dropout": 0.1},
     },
 }
-
-Named = dict[str, Any]  # intermediate results by name
-
-
-# --- the two encoders (1) - (3) ---------------------------------------------------------------------------------------
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention of (2)."""
-
-    def __init__(self, dim: int, heads: int):
-        super().__init__()
-        self.num_heads = heads
-        self.qkv, self.attend, self.proj = nn.Linear(dim, 3 * dim), Attend(), nn.Linear(dim, dim)
-
-    def forward(self, z: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Named]:
-        """From and to (b, n, d), and the queries and keys (b, h, n, e)."""
-        q, k, v = rearrange(self.qkv(z), "b n (c h e) -> c b h n e", c=3, h=self.num_heads)
-        a = self.attend(q, k, v, mask)  # (b, h, n, e)
-        return self.proj(rearrange(a, "b h n e -> b n (h e)")), {"q": q, "k": k}
-
-
-class Block(nn.Module):
-    """The pre-norm block of (2), with stochastic depth."""
-
-    def __init__(self, dim: int, heads: int, mlp_ratio: float = 4, drop_path: float = 0.0):
-        super().__init__()
-        self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), Attention(dim, heads)
-        self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), Mlp(dim, int(dim * mlp_ratio))
-        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
-
-    def forward(self, z: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Named]:
-        """From and to (b, n, d), and the named results: "q", "k", and the sums "+sa" and "+mlp"."""
-        sa, out = self.attn(self.norm1(z), mask)
-        out["+sa"] = z = z + self.drop_path(sa)
-        out["+mlp"] = z = z + self.drop_path(self.mlp(self.norm2(z)))
-        return z, out
-
-
-class Encoder(Recorded, nn.Module):
-    """A ViT over a grid of tokens, read out at its [CLS] token: the base of `PatchEncoder` and `RegionEncoder`.
-
-    Args:
-        side: tokens a side of the position embedding, which is resized to the input's grid on every forward pass.
-        std: of the truncated normal that weights, [CLS] token and positions are drawn from. None: 1/sqrt(fan in) for
-            weights, 0.3 for [CLS] token and positions: a small width needs it for outputs that depend on the input.
-        drop_path: largest drop probability of stochastic depth, that of the last block.
-    """
-
-    FIRST: str  # the first layer's weight, in the authors' tensors too
-
-    def __init__(
-        self,
-        side: int,
-        dim: int,
-        depth: int,
-        heads: int,
-        mlp_ratio: float = 4,
-        *,
-        drop_path: float = 0.0,
-        std: float | None = 0.02,
-    ):
-        super().__init__()
-        if heads < 1 or dim % heads:
-            raise BadParameter("dim, heads", (dim, heads), "1 or more heads, which divide the width")
-        self.dim, self.heads, self.std, self.grad_checkpointing = dim, heads, std, False
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + side**2, dim))
-        rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio, rate) for rate in rates)
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
-
-    def _initialise(self) -> None:
-        for table in (self.cls_token, self.pos_embed):
-            nn.init.trunc_normal_(table, std=self.std or 0.3)
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
-                nn.init.trunc_normal_(module.weight, std=self.std or module.weight[0].numel() ** -0.5)
-                nn.init.zeros_(module.bias)
-
-    def embed(self, x: Tensor) -> Tensor:
-        """Tokens (b, d, h, w) without positions."""
-        raise NotImplementedError
-
-    def tokens(self, x: Tensor) -> Tensor:
-        """The input of the blocks (b, 1 + h w, d), z^0 = [cls; t] + p."""
-        t = self.embed(x)  # (b, d, h, w)
-        p = resize_pos_embed(self.pos_embed, t.shape[-2:])  # (1, 1 + h w, d)
-        cls = self.cls_token.expand(len(t), -1, -1)  # (b, 1, d)
-        return torch.cat([cls, rearrange(t, "b d h w -> b (h w) d")], 1) + p
-
-    def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
-        """The [CLS] token (b, d) after the last norm.
-
-        Args:
-            x: (b, 3, H, W) pixels, or (b, d_in, n, n) embeddings.
-            keep: (b, h w) bool, row by row: tokens that show tissue. The others are keys in no block. The [CLS] token
-                always is a key, so in an image without tissue it attends to itself alone.
-        """
-        z, _ = self._blocks(x, keep)
-        return self.norm(z[:, 0])
-
-    def forward_intermediates(self, x: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Named]:
-        """As `forward`, and named results: those of the last block, all "tokens" (b, 1 + h w, d) after the last norm,
-        and "attention" (b, h, 1 + h w), that of the last block's [CLS] query."""
-        z, out = self._blocks(x, keep)
-        out["tokens"] = self.norm(z)
-        out["attention"] = attention_map(out["q"][:, :, :1], out["k"], key_mask(keep))[:, :, 0]
-        return out["tokens"][:, 0], out
-
-    def _blocks(self, x: Tensor, keep: Tensor | None) -> tuple[Tensor, Named]:
-        z, mask = self.tokens(x), key_mask(keep)
-        for block in self.blocks:
-            z, out = self._run(block, z, mask)  # what the blocks before it return is freed
-        return z, out
-
-    def _run(self, block: nn.Module, *inputs: Tensor | None) -> tuple[Tensor, Named]:
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the blocks' activations in the backward pass, which takes less memory."""
-        self.grad_checkpointing = enable
-
-    @classmethod
-    def from_official(cls, state: Mapping[str, Tensor], heads: int | None = None) -> Self:
-        """The encoder of HIPT's or the authors' tensors (see `official.read_checkpoint`); DINO's head is not read.
-
-        Args:
-            heads: which no tensor depends on; None: as many as released encoders of that width have.
-
-        Raises `BadCheckpoint`: names that are missing, unknown, or of another shape.
-        """
-        state = {name: value for name, value in state.items() if not name.startswith("head.")}
-        return cls(**official.encoder_sizes(state, cls.FIRST, heads)).loaded(state)
-
-    def loaded(self, state: Mapping[str, Tensor]) -> Self:
-        """The encoder in eval mode, with the tensors of a state dict."""
-        load_official(self, state, {name: name for name in self.state_dict()}, f"H-ViT's {type(self).__name__}")
-        return self.eval()
-
-
-def key_mask(keep: Tensor | None) -> Tensor | None:
-    """Which keys are attended to, (b, 1, 1, 1 + n) bool, of tokens `keep` (b, n); the [CLS] token always is."""
-    return None if keep is None else rearrange(F.pad(keep.bool(), (1, 0), value=True), "b n -> b 1 1 n")
-
-
-class PatchEncoder(Encoder):
-    """The patch level: a ViT-S/16 on patches of 256 px, at pocket size anything smaller.
-
-    Args:
-        image: side of a patch in pixels.
-        token: side of a token in pixels.
-        side: of the position embedding, in tokens; by default that of DINO's largest crop.
-        others: see `Encoder`.
-    """
-
-    FIRST = "patch_embed.proj.weight"
-
-    def __init__(
-        self,
-        image: int = 256,
-        token: int = 16,
-        dim: int = 384,
-        depth: int = 12,
-        heads: int = 6,
-        *,
-        side: int | None = None,
-        **others: Any,
-    ):
-        super().__init__(side or int(image * LARGEST_CROP // token), dim, depth, heads, **others)
-        self.image, self.token = image, token
-        self.patch_embed = PatchEmbed(None, token, 3, dim, flatten=False)
-        self._initialise()
-
-    def embed(self, x: Tensor) -> Tensor:
-        """(1), from pixels (b, 3, H, W), any multiple of the token's side."""
-        if x.shape[-2] % self.token or x.shape[-1] % self.token:
-            raise BadParameter("patches", tuple(x.shape), f"(B, 3, H, W), H and W multiples of {self.token}")
-        return self.patch_embed(x)
-
-    @classmethod
-    def from_timm(cls, vit: VisionTransformer) -> Self:
-        """The encoder with the outputs of a timm ViT, as `forward_features` of it; see `official.timm_encoder`."""
-        sizes, state = official.timm_encoder(vit)
-        return cls(**sizes).loaded(state)
-
-
-class RegionEncoder(Encoder):
-    """The region level: a ViT of width 192 over the grid of a region's patch embeddings.
-
-    Args:
-        patches: patches a side of the region that the position embedding is made for: 4, 8, 16 for 1024, 2048, 4096 px.
-        inputs: width of the patch embeddings.
-        side: of the position embedding, in patches; by default that of DINO's largest crop: 3, 7, 14.
-        others: see `Encoder`.
-    """
-
-    FIRST = "phi.0.weight"
-
-    def __init__(
-        self,
-        patches: int = 8,
-        inputs: int = 384,
-        dim: int = 192,
-        depth: int = 6,
-        heads: int = 6,
-        *,
-        side: int | None = None,
-        **others: Any,
-    ):
-        super().__init__(side or int(patches * LARGEST_CROP), dim, depth, heads, **others)
-        self.inputs = inputs
-        self.phi = nn.Sequential(nn.Linear(inputs, dim), nn.GELU())
-        self._initialise()
-
-    def embed(self, x: Tensor) -> Tensor:
-        """phi of (3), from patch embeddings (b, d_in, n, n), rows first."""
-        return rearrange(self.phi(rearrange(x, "b d h w -> b h w d")), "b h w d -> b d h w")
 
 
 # --- the slide level (4) - (6) ----------------------------------------------------------------------------------------
@@ -317,9 +92,8 @@ class SlidePosition(nn.Module):
 
     def __init__(self, kind: str, dim: int, longest: int = 512, dropout: float = 0.25):
         super().__init__()
-        self.longest = longest
-        self.dropout = nn.Dropout(dropout if kind == "sine" else 0.0)
-        if kind == "learned":
+        self.learned, self.dropout = kind == "learned", nn.Dropout(dropout if kind == "sine" else 0.0)
+        if self.learned:
             self.embedder = nn.Embedding(longest, dim)
         else:
             angle = torch.arange(longest)[:, None] * torch.exp(torch.arange(0, dim, 2) * (-math.log(10_000.0) / dim))
@@ -328,9 +102,9 @@ class SlidePosition(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """From and to (b, m, d). Raises `BadParameter`: more regions than positions."""
-        if x.shape[1] > self.longest:
-            raise BadParameter("regions", x.shape[1], f"at most {self.longest} positions (`longest`)")
-        table = self.embedder.weight if hasattr(self, "embedder") else self.table
+        table = self.embedder.weight if self.learned else self.table  # (longest, d)
+        if x.shape[1] > len(table):
+            raise BadParameter("regions", x.shape[1], f"at most {len(table)} positions (`longest`)")
         return self.dropout(x + table[: x.shape[1]])
 
 
@@ -427,18 +201,17 @@ class HViT(OfficialModel):
         if (variant != "global" and region is None) or (variant == "whole" and patch is None):
             raise BadParameter("variant", variant, "one whose trained levels are given")
         self.patch, self.region, self.slide = copy.deepcopy(patch), copy.deepcopy(region), copy.deepcopy(slide)
-        self.variant = variant
         below = {"global": ("patch", "region"), "local": ("patch",), "whole": ()}[variant]
-        self.frozen = [level for level in below if getattr(self, level) is not None]
-        for level in self.frozen:
-            getattr(self, level).requires_grad_(False)
+        self.variant, self.frozen = variant, [name for name in below if getattr(self, name) is not None]
+        for name in self.frozen:
+            self.level(name).requires_grad_(False)
         self.train(False)
 
     def train(self, mode: bool = True) -> HViT:
         """As usual, but frozen levels stay in eval mode: features on disk were made without stochastic depth."""
         super().train(mode)
-        for level in self.frozen:
-            getattr(self, level).eval()
+        for name in self.frozen:
+            self.level(name).eval()
         return self
 
     def forward(self, x: Tensor, *, tissue: Tensor | None = None, present: Tensor | None = None) -> Tensor:
@@ -481,9 +254,8 @@ class HViT(OfficialModel):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """As in `Encoder`, for both encoders."""
-        for level in (self.patch, self.region):
-            if level is not None:
-                level.set_grad_checkpointing(enable)
+        for level in filter(None, (self.patch, self.region)):
+            level.set_grad_checkpointing(enable)
 
     @classmethod
     def from_official(
@@ -539,17 +311,6 @@ class HViT(OfficialModel):
         return renamed(self.state_dict(), official.NAMES)
 
 
-def patches_of(regions: Tensor, side: int) -> Tensor:
-    """The patches (m n n, 3, side, side) of regions (m, 3, n side, n side), row by row."""
-    return rearrange(regions, "m c (i h) (j w) -> (m i j) c h w", h=side, w=side)
-
-
-def grids(patches: Tensor) -> Tensor:
-    """The grids (m, d, n, n) of patch embeddings (m, n n, d)."""
-    n = math.isqrt(patches.shape[1])
-    return rearrange(patches, "m (i j) d -> m d i j", i=n, j=n)
-
-
 def build(
     size: str = "paper",
     variant: str = "local",
@@ -573,44 +334,6 @@ def build(
     region = RegionEncoder(patches, sizes["patch"]["dim"], **sizes["region"]) if "region" in levels else None
     top = SlideTransformer(sizes["region"]["dim"], classes, head, **sizes["slide"] | slide)
     return HViT(top, region, patch, variant)
-
-
-class PatchBag(Recorded, nn.Module):
-    """The baseline: a slide as a bag of patch embeddings, their mean, or gated attention over them (ABMIL).
-
-    Args:
-        pooling: "mean" or "attention".
-        others: `inputs`, `classes`, `head` (but CORAL's), `dropout` as in `SlideTransformer`.
-    """
-
-    def __init__(
-        self,
-        inputs: int = 384,
-        classes: int = 6,
-        head: str = "regression",
-        pooling: str = "attention",
-        *,
-        dim: int = 192,
-        dropout: float = 0.25,
-    ):
-        super().__init__()
-        check_choice("pooling", pooling, ("mean", "attention"))
-        check_choice("head", head, [kind for kind in HEADS if kind != "coral"])
-        self.classes, self.head = classes, head
-        self.phi = nn.Sequential(nn.Linear(inputs, dim), nn.ReLU(), nn.Dropout(dropout))
-        self.pool = GatedPool(dim, dropout) if pooling == "attention" else None
-        self.classifier = nn.Sequential(
-            nn.Linear(dim, dim), nn.ReLU(), nn.Dropout(dropout), nn.Linear(dim, outputs_of(head, classes))
-        )
-
-    def forward(self, x: Tensor, present: Tensor | None = None) -> Tensor:
-        """Outputs (b, ...) of patch embeddings (b, m, p, d); `present` (b, m) as in `SlideTransformer`."""
-        h = rearrange(self.phi(x), "b m p d -> b (m p) d")
-        there = None if present is None else present.repeat_interleave(x.shape[2], 1)  # (b, m p)
-        if self.pool is not None:
-            return self.classifier(self.pool(h, there)[0])
-        weight = h.new_ones(h.shape[:2]) if there is None else there.to(h.dtype)
-        return self.classifier((weight[..., None] * h).sum(1) / weight.sum(1, keepdim=True))
 
 
 # --- losses, predictions, votes ---------------------------------------------------------------------------------------

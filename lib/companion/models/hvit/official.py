@@ -47,24 +47,31 @@ def part(state: Mapping[str, Tensor], *prefixes: str) -> dict[str, Tensor]:
     return {name.removeprefix(p): value for name, value in state.items() for p in prefixes if name.startswith(p)}
 
 
-def encoder_sizes(state: Mapping[str, Tensor], first: str, heads: int | None = None) -> dict[str, Any]:
+def encoder_sizes(state: Mapping[str, Tensor], layer: str, heads: int | None = None) -> dict[str, Any]:
     """The sizes of an encoder, as arguments of its class.
 
     Args:
-        first: the name of its first layer's weight, of the patch or of the region level.
+        layer: the name of its first layer's weight, of the patch or of the region level.
         heads: None: one for 64 channels at the patch level, 32 at the region level.
 
     Raises `BadCheckpoint`: a state dict without such an encoder.
     """
-    check_names(state, [first, "pos_embed", "cls_token", "blocks.0.mlp.fc1.weight"], "an encoder of H-ViT")
+    check_names(state, [layer, "pos_embed", "cls_token", "blocks.0.mlp.fc1.weight"], "an encoder of H-ViT")
     side, dim = math.isqrt(state["pos_embed"].shape[1] - 1), state["cls_token"].shape[-1]
-    if first == "phi.0.weight":
-        own, width = {"inputs": state[first].shape[1]}, 32
+    if layer == "phi.0.weight":
+        inputs, width = {"inputs": state[layer].shape[1]}, 32
     else:  # a position embedding of 14 x 14 is made for patches of 16 x 16 tokens, see LARGEST_CROP
-        token, width = state[first].shape[-1], 64
-        own = {"image": math.ceil(side / 0.875) * token, "token": token}
+        token, width = state[layer].shape[-1], 64
+        inputs = {"image": math.ceil(side / 0.875) * token, "token": token}
     mlp_ratio, count = len(state["blocks.0.mlp.fc1.weight"]) / dim, max(dim // width, 1) if heads is None else heads
-    return {**own, "side": side, "dim": dim, "depth": depth(state, "blocks."), "heads": count, "mlp_ratio": mlp_ratio}
+    return {
+        **inputs,
+        "side": side,
+        "dim": dim,
+        "depth": depth(state, "blocks."),
+        "heads": count,
+        "mlp_ratio": mlp_ratio,
+    }
 
 
 def timm_encoder(vit: VisionTransformer) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -81,9 +88,9 @@ def timm_encoder(vit: VisionTransformer) -> tuple[dict[str, Any], dict[str, Tens
         raise BadParameter("vit", made, "one [CLS] token and a square grid of patches")
     state = {name: value for name, value in vit.state_dict().items() if ".ls" not in name and "head." not in name}
     for i, block in enumerate(vit.blocks):
-        for layer, scale in (("attn.proj", block.ls1), ("mlp.fc2", block.ls2)):
-            gamma = getattr(scale, "gamma", torch.ones(vit.embed_dim)).detach()
-            state[f"blocks.{i}.{layer}.weight"] = gamma[:, None] * state[f"blocks.{i}.{layer}.weight"]
-            state[f"blocks.{i}.{layer}.bias"] = gamma * state[f"blocks.{i}.{layer}.bias"]
+        for layer, scale in ((f"blocks.{i}.attn.proj", block.ls1), (f"blocks.{i}.mlp.fc2", block.ls2)):
+            gamma = getattr(scale, "gamma", torch.ones(1)).detach()
+            state[f"{layer}.weight"] = gamma[:, None] * state[f"{layer}.weight"]
+            state[f"{layer}.bias"] = gamma * state[f"{layer}.bias"]
     sizes = encoder_sizes(state, "patch_embed.proj.weight", vit.blocks[0].attn.num_heads)
     return sizes | {"image": side * token}, state

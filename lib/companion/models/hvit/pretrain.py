@@ -10,9 +10,7 @@ facebookresearch/dino at 7c446df.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +24,35 @@ from ...training.schedules import adamw
 from ..layers.dino import FreezeLastLayer, SelfDistillation, WeightDecay, cosine
 
 
-@dataclass(frozen=True)
-class Settings:
-    """DINO's settings, by default the released ones.
+def pretrain(
+    encoder: nn.Module,
+    images: Tensor,
+    views: Callable[[Tensor], list[Tensor]],
+    *,
+    epochs: int = 100,
+    batch: int = 128,
+    lr: float | None = None,
+    warmup: int = 10,
+    weight_decay: tuple[float, float] = (0.04, 0.4),
+    momentum: float = 0.996,
+    clip: float = 3.0,
+    frozen_epochs: int = 1,
+    outputs: int = 65_536,
+    hidden: int = 2048,
+    bottleneck: int = 256,
+    seed: int = 0,
+    out: Path | None = None,
+    hardware: Hardware = AUTO,
+    name: str = "DINO",
+) -> tuple[nn.Module, History]:
+    """Train a copy of `encoder` by DINO; return the teacher's encoder, in eval mode on the CPU, and the history.
 
-    Attributes:
+    The defaults are the released settings.
+
+    Args:
+        encoder: the student, see `SelfDistillation`, with stochastic depth as it was built.
+        images: (N, 3, H, W) uint8 or float in [0, 1], or (N, D, n, n) grids of patch embeddings.
+        views: from a batch of them to crops, the two large ones first.
         epochs, batch: passes, and images per step; the last partial batch is dropped.
         lr: by default 5e-4 for each 256 images of a batch. Warmed up over `warmup` epochs, then a cosine to 1e-6.
         weight_decay: at the start and the end of a cosine; vectors and biases do not decay.
@@ -38,72 +60,42 @@ class Settings:
         clip: maximum norm of each tensor's gradient.
         frozen_epochs: epochs with a fixed last layer of the head.
         outputs, hidden, bottleneck: sizes of the head.
-    """
-
-    epochs: int = 100
-    batch: int = 128
-    lr: float | None = None
-    warmup: int = 10
-    weight_decay: tuple[float, float] = (0.04, 0.4)
-    momentum: float = 0.996
-    clip: float = 3.0
-    frozen_epochs: int = 1
-    outputs: int = 65_536
-    hidden: int = 2048
-    bottleneck: int = 256
-
-
-def pretrain(
-    encoder: nn.Module,
-    images: Tensor,
-    views: Callable[[Tensor], list[Tensor]],
-    *,
-    seed: int = 0,
-    out: Path | None = None,
-    hardware: Hardware = AUTO,
-    name: str = "DINO",
-    **settings: Any,
-) -> tuple[nn.Module, History]:
-    """Train a copy of `encoder` by DINO; return the teacher's encoder, in eval mode on the CPU, and the history.
-
-    Args:
-        encoder: the student, see `SelfDistillation`, with stochastic depth as it was built.
-        images: (N, 3, H, W) uint8 or float in [0, 1], or (N, D, n, n) grids of patch embeddings.
-        views: from a batch of them to crops, the two large ones first.
         out: folder of the run, see `training.recipe.run`; None: nothing is written.
-        settings: those of `Settings` that differ.
 
     Raises `BadParameter`: an encoder without a parameter that requires a gradient.
     """
     if not any(p.requires_grad for p in encoder.parameters()):
         raise BadParameter("encoder", "a frozen one", "one with parameters that require a gradient")
-    s = Settings(**settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = SelfDistillation(encoder, s.outputs, s.hidden, s.bottleneck)
+        model = SelfDistillation(encoder, outputs, hidden, bottleneck)
 
     def loss(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         return model(views(batch[0].float() / 255 if batch[0].dtype == torch.uint8 else batch[0]))
 
     options = {
-        "epochs": s.epochs,
-        "batch": s.batch,
-        "optimizer": adamw(5e-4 * s.batch / 256 if s.lr is None else s.lr, s.weight_decay[0]),
-        "schedule": lambda base, steps, per_epoch: cosine(base, 1e-6, s.epochs, per_epoch, s.warmup),
+        "epochs": epochs,
+        "batch": batch,
+        "optimizer": adamw(5e-4 * batch / 256 if lr is None else lr, weight_decay[0]),
+        "schedule": lambda base, steps, per_epoch: cosine(base, 1e-6, epochs, per_epoch, warmup),
         "callbacks": [
-            WeightDecay(*s.weight_decay),
-            FreezeLastLayer(model.student["head"], s.frozen_epochs),
-            ClipNorm(s.clip, per_tensor=True),
-            model.ema(s.epochs * (len(images) // max(s.batch, 1)), s.momentum),
+            WeightDecay(*weight_decay),
+            FreezeLastLayer(model.student["head"], frozen_epochs),
+            ClipNorm(clip, per_tensor=True),
+            model.ema(epochs * (len(images) // batch), momentum),
         ],
         "seed": seed,
         "hardware": hardware,
     }
     facts = {"images": images, "views": type(views).__name__}
-    training = Training(name, lambda: model, loss, lambda: TensorDataset(images), options, facts, _teacher)
+    training = Training(
+        name,
+        build=lambda: model,
+        loss=loss,
+        data=lambda: TensorDataset(images),
+        fit=options,
+        facts=facts,
+        weights=lambda model: model.export().state_dict(),
+    )
     _, history = run(training, out)
     return model.export(), history
-
-
-def _teacher(model: SelfDistillation) -> dict[str, Tensor]:
-    return model.export().state_dict()

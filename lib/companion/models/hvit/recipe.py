@@ -12,7 +12,7 @@ import functools
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,17 +25,17 @@ from ...data import slides as data
 from ...errors import BadParameter, MissingData, MissingWeights
 from ...evaluation.tables import Results
 from ...ops import papers
-from ...training.callbacks import EarlyStop
-from ...training.fit import AUTO, Hardware, History, Loop, evaluating
+from ...training.callbacks import Callback, EarlyStop
+from ...training.fit import AUTO, Hardware, History, Loop, RunParameters, evaluating
 from ...training.recipe import Training, run
 from ...training.schedules import MakeOptimizer, param_groups
 from ..layers.pos_embed import resize_pos_embed
 from . import model as hvit
+from .encoders import LARGEST_CROP
 from .features import stored_in
 from .official import read_checkpoint
 from .slides import PANDA
 
-METHODS = {"Local": "local", "Global": "global", "mean pooling": "mean", "gated attention": "attention"}
 WORKERS = min(8, os.cpu_count() or 1)
 LEARNING_RATE, DECAY, HALVED, EPOCHS, BATCH, LAST = 2e-4, 1e-5, 20, 50, 32, "carry"
 REGIONS = {"epochs": 200, "patience": 20}  # of the authors' training on regions of 1024 px from pixels, all levels
@@ -45,11 +45,7 @@ SPLIT: dict[str, Any] = {"folds": 5, "test": 0.2}  # of a folder of slides
 Fold = tuple[Dataset, Dataset | None]  # training data, items (features, present, grade), and tuning data
 
 
-class Parameters(Protocol):
-    """The notebook's parameters that are read here, see paper.yaml."""
-
-    dry_run: bool
-    seed: int
+class Parameters(RunParameters, Protocol):
     method: str
     dataset: str
     region: int
@@ -59,12 +55,8 @@ class Parameters(Protocol):
     normalise: str
     folds: int
     sampling: str
-    noise: float
     epochs: int
     patience: int
-    data_root: str
-    weights: str
-    devices: int
 
 
 @dataclass(frozen=True)
@@ -108,7 +100,7 @@ def setting(p: Parameters, out: Path) -> Setting:
 
 def hardware(p: Parameters) -> Hardware:
     """The hardware of trainings and evaluations."""
-    return Hardware.of(p, "hvit", workers=WORKERS)  # type: ignore[arg-type]  # it reads the same parameters
+    return Hardware.of(p, "hvit", workers=WORKERS)
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
@@ -174,22 +166,6 @@ class ClassBalanced(Dataset):
         return self.data[int(self.draw(1))]
 
 
-class Noised(Dataset):
-    """`data` with Gaussian noise of std `noise` added to the features of all regions but the padding, drawn for each
-    access: an option of the released code against overfitting, off by default."""
-
-    def __init__(self, data: Dataset, noise: float):
-        self.data, self.noise = data, noise
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, index: int) -> tuple:
-        features, present, grade = self.data[index]
-        mask = present.view(-1, *(1,) * (features.ndim - 1))
-        return features + self.noise * mask * torch.randn_like(features), present, grade
-
-
 def grades_of(part: Dataset) -> Tensor:
     """The true grades (n,)."""
     if isinstance(part, TensorDataset):
@@ -207,7 +183,7 @@ def build(
     classes: int = data.GRADES,
     levels: Sequence[str] = ("region", "slide"),
     **slide: Any,
-) -> nn.Module:
+) -> hvit.HViT:
     """A method at full size on stored patch embeddings, of random weights drawn from the seed and the fold.
 
     The region level is HIPT's where `region_weights` has a file of it.
@@ -217,15 +193,12 @@ def build(
         slide: further options of `SlideTransformer`.
     """
     torch.manual_seed(p.seed + 1000 * fold)
-    kind, patches = METHODS[method], p.region // 256
-    if kind in ("mean", "attention"):
-        return hvit.PatchBag(384, classes, p.head, kind)
-    options = {"classes": classes, "levels": levels, "position": p.position, **slide}
-    model = hvit.build("paper", kind, p.head, patches=patches, **options)
+    patches, options = p.region // 256, {"classes": classes, "levels": levels, "position": p.position, **slide}
+    model = hvit.build("paper", method.lower(), p.head, patches=patches, **options)
     if model.region is not None and (file := region_weights(p)):
-        state, side = hvit.RegionEncoder.from_official(read_checkpoint(file)).state_dict(), model.region.pos_embed
-        grid = (math.isqrt(side.shape[1] - 1),) * 2
-        model.region.load_state_dict(state | {"pos_embed": resize_pos_embed(state["pos_embed"], grid)})
+        pretrained, side = hvit.RegionEncoder.from_official(read_checkpoint(file)), int(patches * LARGEST_CROP)
+        positions = resize_pos_embed(pretrained.pos_embed, (side, side))
+        model.region.load_state_dict(pretrained.state_dict() | {"pos_embed": positions})
     return model
 
 
@@ -296,71 +269,44 @@ def tuning_loss(head: str, classes: int, part: Dataset, model: nn.Module, hardwa
     return float(hvit.loss(head, logits, truth, classes, per_slide=True))
 
 
-def training(
-    name: str,
-    build: Callable[[], nn.Module],
-    part: Dataset,
-    head: str,
-    classes: int,
-    selection: EarlyStop | None = None,
-    **options: Any,
-) -> Training:
-    """The authors' training on slides (features, present, grade).
-
-    Args:
-        build: makes the model.
-        selection: None: the last weights are used.
-        options: other arguments of `fit`, instead of the authors' or further ones.
-    """
-    fit = {
-        "epochs": EPOCHS,
-        "batch": min(BATCH, len(part)),
-        "last": LAST,
-        "optimizer": adam(),
-        "schedule": halved,
-        "callbacks": [] if selection is None else [selection],
-    }
-    return Training(name, build, functools.partial(batch_loss, head, classes), lambda: part, fit | options)
+def fit_options(part: Dataset, *callbacks: Callback, **changes: Any) -> dict[str, Any]:
+    """The authors' training on slides (features, present, grade), as arguments of `fit`, with `changes`."""
+    options = {"epochs": EPOCHS, "batch": min(BATCH, len(part)), "last": LAST, "optimizer": adam(), "schedule": halved}
+    return options | {"callbacks": callbacks} | changes
 
 
 def of_fold(p: Parameters, method: str, number: int, fold: Fold, classes: int) -> Training:
     """The training of a method on a fold.
 
-    Its weights are saved under the authors' names (a bag's under ours), for `HViT.from_official`.
+    Its weights are saved under the authors' names, for `HViT.from_official`.
     """
     part, tuning = fold
     drawn = ClassBalanced(part) if p.sampling == "weighted" else part
     # of stored region embeddings Global reads the slide level alone
     levels = ("slide",) if method == "Global" and part[0][0].ndim == 2 else ("region", "slide")
     loss = functools.partial(tuning_loss, p.head, classes, tuning, hardware=hardware(p))
+    selection = [] if tuning is None else [Selection(loss, p.patience)]
     facts: dict[str, Any] = {}
     if not p.dry_run:
-        facts = {k: getattr(p, k) for k in ("head", "position", "sampling", "noise", "patience", "seed", "epochs")}
-        slides = [[(item.name, item.grade) for item in own.items] for own in fold if own is not None]
+        facts = {k: getattr(p, k) for k in ("head", "position", "sampling", "patience", "seed", "epochs")}
+        slides = [[(item.name, item.grade) for item in split.items] for split in fold if split is not None]
         facts |= {"precision": hardware(p).precision, "slides": slides, "features": part.made_by}
-    made = training(
-        ", ".join([label(p), p.dataset, f"{p.region} px", p.head, *filter(None, [Path(p.weights).stem])])
-        + f", fold {number}, seed {p.seed}",
-        functools.partial(build, p, method, number, classes, levels),
-        Noised(drawn, p.noise) if p.noise else drawn,
-        p.head,
-        classes,
-        None if tuning is None else Selection(loss, p.patience),
-        epochs=1 if p.dry_run else p.epochs,
-        seed=p.seed,
-        hardware=hardware(p),
+    names = [label(p), p.dataset, f"{p.region} px", p.head, *filter(None, [Path(p.weights).stem]), f"fold {number}"]
+    epochs = 1 if p.dry_run else p.epochs
+    return Training(
+        name=", ".join([*names, f"seed {p.seed}"]),
+        build=functools.partial(build, p, method, number, classes, levels),
+        loss=functools.partial(batch_loss, p.head, classes),
+        data=lambda: drawn,
+        fit=fit_options(drawn, *selection, epochs=epochs, seed=p.seed, hardware=hardware(p)),
+        facts=facts,
+        weights=hvit.HViT.to_official,
     )
-    return replace(made, facts=facts, weights=official_state)
 
 
-def official_state(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors under the authors' names, a bag's under ours."""
-    return model.to_official() if isinstance(model, hvit.HViT) else model.state_dict()
-
-
-def train(found: Setting, method: str, **changes: Any) -> tuple[list[nn.Module], History]:
+def train(s: Setting, method: str, **changes: Any) -> tuple[list[nn.Module], History]:
     """Train a method on every fold of a setting; the models, and the history of the first."""
-    trained = [found.train(method, fold, **changes) for fold in range(len(found.folds))]
+    trained = [s.train(method, fold, **changes) for fold in range(len(s.folds))]
     return [model for model, _ in trained], trained[0][1]
 
 
@@ -381,11 +327,10 @@ def outputs(model: nn.Module, part: Dataset, hardware: Hardware = AUTO) -> tuple
     return torch.cat(truth), torch.cat(logits)
 
 
-def scores(found: Setting, method: str, models: list[nn.Module]) -> dict[str, float]:
+def scores(s: Setting, method: str, models: list[nn.Module]) -> dict[str, float]:
     """Quadratic kappa in percent of the vote of all folds, "kappa", and the mean of single ones, "fold"."""
-    each = [found.grades(model, method, found.test) for model in models]
-    truth = grades_of(found.test)
-    names = [item.name for item in found.test.items] if isinstance(found.test, data.Features) else None
+    each, truth = [s.grades(model, method, s.test) for model in models], grades_of(s.test)
+    names = [item.name for item in s.test.items] if isinstance(s.test, data.Features) else None
     return {"kappa": kappa(truth, voted(each, names)), "fold": float(np.mean([kappa(truth, one) for one in each]))}
 
 
@@ -423,14 +368,24 @@ RESULTS = Results.of("hvit")
 
 def label(p: Parameters) -> str:
     """The method's name in the tables, with its differences from the published setting."""
-    usual = {"position": "none", "normalise": "unit", "folds": 5, "sampling": "weighted", "noise": 0, "epochs": EPOCHS}
-    changed = [f"{k} {getattr(p, k)}" for k, value in (usual | {"patience": 0}).items() if getattr(p, k) != value]
-    return ", ".join([p.method, *changed])
+    published = {k: rule["published"] for k, rule in papers.paper("hvit")["parameters"].items() if "published" in rule}
+    return ", ".join([p.method, *(f"{k} {getattr(p, k)}" for k, v in published.items() if getattr(p, k) != v)])
 
 
 def protocol() -> dict[str, str]:
     """The settings of the `paper` profile, a row each."""
-    return papers.protocol("hvit", tiling=PANDA, sizes=hvit.SIZES["paper"], **globals())
+    return papers.protocol(
+        "hvit",
+        learning_rate=LEARNING_RATE,
+        decay=DECAY,
+        halved=HALVED,
+        batch=BATCH,
+        epochs=EPOCHS,
+        regions=REGIONS,
+        earliest=EARLIEST,
+        dropout=hvit.SIZES["paper"]["slide"]["dropout"],
+        tiling=PANDA,
+    )
 
 
 # --- checks of what is read -------------------------------------------------------------------------------------------

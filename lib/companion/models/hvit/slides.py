@@ -12,13 +12,11 @@ Memory holds a thumbnail and one region, for slides of any size.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
+import importlib
 import io
 import itertools
 import math
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +28,7 @@ from torch import Tensor
 from ...errors import BadParameter, CompanionError, CorruptFile, check_choice
 from ...ops.files import atomic
 
-BACKENDS = ("openslide", "tiffslide")
+BACKENDS = {"openslide": "OpenSlide", "tiffslide": "TiffSlide"}  # the class of each library that opens a slide
 NORMALISATIONS = {
     "unit": (0.0, 1.0),  # only scaled to [0, 1], as in the authors' extraction of PANDA
     "half": (0.5, 0.5),  # HIPT's
@@ -51,35 +49,27 @@ class Slide:
         mpp: microns per pixel of level 0; overrides the file's value or supplies a missing one.
         backend: one of `BACKENDS`; "auto" uses the first that is installed and opens the file.
 
-    Raises:
-        CorruptFile: missing, truncated, or of an unsupported format.
-        CompanionError: neither library is installed.
+    Raises `CorruptFile`: missing, truncated, of an unsupported format, or neither library is installed.
     """
 
     def __init__(self, path: str | Path, mpp: float | None = None, backend: str = "auto"):
         check_choice("backend", backend, ("auto", *BACKENDS))
         if mpp is not None and not 0 < mpp < math.inf:  # NaN too
             raise BadParameter("mpp", mpp, "microns per pixel, more than 0")
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise CorruptFile(self.path, "there is no such file")
-        installed = [b for b in BACKENDS if backend in ("auto", b) and importlib.util.find_spec(b)]
-        if not installed:
-            raise CompanionError(f"slides are read by openslide or tiffslide, which are not installed: {EXTRA}")
-        reasons = []
-        for name in installed:
+        self.path, self._mpp, reasons = Path(path), mpp, []
+        for self.backend in BACKENDS if backend == "auto" else (backend,):
             try:
-                self._slide = _open(name, self.path)
+                self._slide = getattr(importlib.import_module(self.backend), BACKENDS[self.backend])(self.path)
                 break
+            except ModuleNotFoundError:
+                reasons.append(f"{self.backend} is not installed ({EXTRA})")
             except Exception as error:  # each library has its own errors, and damaged files raise others
-                reasons.append(f"{name}: {error}")
+                reasons.append(f"{self.backend}: {error}")
         else:
             raise CorruptFile(self.path, "; ".join(reasons))
-        self.backend = name
         self.size: tuple[int, int] = tuple(self._slide.dimensions)
         self.levels: list[tuple[int, int]] = [tuple(size) for size in self._slide.level_dimensions]
         self.downsamples: list[float] = [float(d) for d in self._slide.level_downsamples]
-        self._mpp = mpp
 
     def __enter__(self) -> Slide:
         return self
@@ -92,8 +82,8 @@ class Slide:
         """Microns per pixel of level 0, the mean of both axes. Raises `BadParameter` when it is unknown."""
         if self._mpp is not None:
             return self._mpp
-        said = [self._slide.properties.get(f"{prefix}.mpp-{axis}") for prefix in BACKENDS[::-1] for axis in "xy"]
-        values = [float(value) for value in said if value is not None and float(value) > 0]
+        stated = [float(self._slide.properties.get(f"{self.backend}.mpp-{axis}") or 0) for axis in "xy"]
+        values = [value for value in stated if value > 0]
         if not values:
             accepted = f"the microns per pixel of level 0 (`companion slides --mpp`): {self.path} does not contain them"
             raise BadParameter("mpp", None, accepted)
@@ -108,26 +98,20 @@ class Slide:
 
         Raises `CorruptFile` when the file is damaged there.
         """
-        out = np.full((height, width, 3), 255, np.uint8)
+        canvas = Image.new("RGB", (width, height), "white")
         scale, (wide, high) = self.downsamples[level], self.levels[level]
         left, top = int(x / scale), int(y / scale)
         x0, y0, x1, y1 = max(left, 0), max(top, 0), min(left + width, wide), min(top + height, high)
-        if x0 >= x1 or y0 >= y1:
-            return out
-        corner = (x if left >= 0 else 0, y if top >= 0 else 0)
-        try:
-            image = self._slide.read_region(corner, level, (x1 - x0, y1 - y0))
-            pixels = np.asarray(image)
-        except Exception as error:  # as above
-            raise CorruptFile(self.path, f"level {level} at ({x}, {y}): {error}") from error
-        if pixels.shape[-1] == 4 and pixels[..., 3].min() < 255:  # not scanned: transparent
-            alpha = pixels[..., 3:].astype(np.uint16)
-            pixels = (pixels[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255
-        elif pixels.shape[-1] == 4:
-            cv2 = _opencv()
-            pixels = cv2.cvtColor(pixels, cv2.COLOR_RGBA2RGB)  # a tenth of the time of a slice
-        out[y0 - top : y1 - top, x0 - left : x1 - left] = pixels[..., :3]
-        return out
+        if x0 < x1 and y0 < y1:
+            corner = (x if left >= 0 else 0, y if top >= 0 else 0)
+            try:
+                part = self._slide.read_region(corner, level, (x1 - x0, y1 - y0))
+                opaque = part.mode == "RGB" or part.getchannel("A").getextrema()[0] == 255
+            except Exception as error:  # as above
+                raise CorruptFile(self.path, f"level {level} at ({x}, {y}): {error}") from error
+            # what was not scanned is transparent
+            canvas.paste(part.convert("RGB") if opaque else part, (x0 - left, y0 - top), None if opaque else part)
+        return np.array(canvas)
 
     def region(self, x: int, y: int, tiles: Tiles) -> np.ndarray:
         """The region of `tiles` with its corner at (x, y): uint8 (region, region, 3)."""
@@ -135,7 +119,11 @@ class Slide:
         if tiles.pixels != tiles.region:
             size = (tiles.region, tiles.region)
             pixels = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR))
-        return as_jpeg(pixels) if tiles.jpeg else pixels
+        if not tiles.jpeg:
+            return pixels
+        compressed = io.BytesIO()
+        Image.fromarray(pixels).save(compressed, "JPEG")  # at PIL's default quality
+        return np.asarray(Image.open(compressed))
 
     def thumbnail(self, downsample: float) -> tuple[np.ndarray, float]:
         """The level nearest to `downsample`, whole, and its downsample.
@@ -155,34 +143,9 @@ class Slide:
         return np.concatenate(bands), scale * factor
 
 
-def as_jpeg(pixels: np.ndarray) -> np.ndarray:
-    """An image uint8 (h, w, 3) after JPEG compression at PIL's default quality."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG")
-    return np.asarray(Image.open(buffer))
-
-
-def _open(backend: str, path: Path) -> Any:
-    if backend == "openslide":
-        import openslide  # imported here: an extra
-
-        return openslide.OpenSlide(path)
-    import tiffslide  # imported here: an extra
-
-    return tiffslide.TiffSlide(path)
-
-
 def reduce(pixels: np.ndarray, factor: int) -> np.ndarray:
     """The mean of each square of factor x factor pixels of (h, w, 3), uint8; at an edge, of the existing pixels."""
-    wide = np.arange(0, pixels.shape[1], factor)
-    columns = np.diff(wide, append=pixels.shape[1])[:, None]
-    rows = []
-    for top in range(0, len(pixels), factor):
-        band = pixels[top : top + factor]
-        total = np.add.reduceat(band.sum(0, dtype=np.uint32), wide, axis=0)
-        count = columns * len(band)
-        rows.append(((total + count // 2) // count).astype(np.uint8))
-    return np.stack(rows)
+    return np.asarray(Image.fromarray(pixels).reduce(factor))
 
 
 # --- tissue and tiles -------------------------------------------------------------------------------------------------
@@ -225,14 +188,6 @@ class Tiling:
     least: float = 0.1
     padding: bool = True
     jpeg: bool = False
-
-    def __post_init__(self):
-        if self.region < 1 or self.mpp <= 0 or self.downsample < 1:
-            raise BadParameter("region, mpp, downsample", (self.region, self.mpp, self.downsample), "positive numbers")
-        if self.median % 2 == 0:
-            raise BadParameter("median", self.median, "an odd number")
-        if not 0 <= self.least <= 1:
-            raise BadParameter("least", self.least, "0 to 1")
 
 
 PANDA = Tiling(downsample=16, otsu=True, close=10, area=4, hole_area=2, jpeg=True)
@@ -302,18 +257,13 @@ def find_tiles(
     """
     cv2 = _opencv()
     contours, hierarchy = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    parents = np.empty(0) if hierarchy is None else hierarchy[0, :, 3]  # a contour with a parent is a hole in it
     across, down = (downsample, downsample) if isinstance(downsample, int | float) else downsample
     reference = int(unit**2 / (across * down))
-    found, piece = [], 0
     side = max(int(step / across), 1)
-    parents = [] if hierarchy is None else hierarchy[0][:, 3].tolist()
-    inner: dict[int, list[np.ndarray]] = {}  # -1 means none: a contour with a parent is a hole in it
-    for contour, parent in zip(contours, parents, strict=True):
-        inner.setdefault(parent, []).append(contour)
-    for i, (contour, parent) in enumerate(zip(contours, parents, strict=True)):
-        if parent != -1:
-            continue
-        holes = inner.get(i, [])
+    regions, piece = [], 0
+    for i in np.flatnonzero(parents == -1):
+        contour, holes = contours[i], [contours[j] for j in np.flatnonzero(parents == i)]
         areas = [cv2.contourArea(hole) for hole in holes]
         if cv2.contourArea(contour) - sum(areas) <= tiling.area * reference:
             continue
@@ -322,8 +272,8 @@ def find_tiles(
         cv2.drawContours(inside, [(outline * (1 / across, 1 / down)).astype(np.int32)], 0, 255, -1)
         if tiling.drop_holes:
             largest = sorted(zip(areas, range(len(holes)), strict=True), reverse=True)[: tiling.holes]
-            kept = [holes[j] for area, j in largest if area > tiling.hole_area * reference]
-            cv2.drawContours(inside, kept, -1, 0, -1)
+            dropped = [holes[j] for area, j in largest if area > tiling.hole_area * reference]
+            cv2.drawContours(inside, dropped, -1, 0, -1)
         tissue = (mask > 0) & (inside > 0)
         left, top, width, height = cv2.boundingRect(outline)
         for x, y in itertools.product(range(left, left + width, step), range(top, top + height, step)):
@@ -332,9 +282,9 @@ def find_tiles(
             column, row = int(x / across), int(y / across)  # by a single factor, as in HS2P
             share = round(float(tissue[row : row + side, column : column + side].sum() / side**2), 3)
             if share >= tiling.least:
-                found.append((x, y, share, piece))
+                regions.append((x, y, share, piece))
         piece += 1
-    columns = np.array(found, float).reshape(-1, 4)
+    columns = np.array(regions, float).reshape(-1, 4)
     return columns[:, :2].astype(np.int64), columns[:, 2], columns[:, 3].astype(np.int64)
 
 
@@ -371,10 +321,10 @@ def tile(slide: Slide, tiling: Tiling, mask: np.ndarray | None = None) -> Tiles:
 
 
 def _opencv():
-    if importlib.util.find_spec("cv2") is None:
-        raise CompanionError(f"tissue is found with OpenCV, which is not installed: {EXTRA}")
-    import cv2  # imported here: an extra
-
+    try:
+        import cv2  # imported here: an extra
+    except ModuleNotFoundError as error:
+        raise CompanionError(f"tissue is found with OpenCV, which is not installed: {EXTRA}") from error
     return cv2
 
 
@@ -390,78 +340,30 @@ def tensor(pixels: np.ndarray, normalise: str = "unit", device: str | torch.devi
 
 
 def write_pyramid(
-    path: str | Path,
-    rows: Callable[[int, int], np.ndarray],
-    size: tuple[int, int],
-    mpp: float | None,
-    downsamples: Sequence[int] = (1, 4, 16),
-    tile: int = 256,
+    path: str | Path, image: np.ndarray, mpp: float | None, downsamples: Sequence[int] = (1, 4, 16), tile: int = 256
 ) -> Path:
-    """Write a tiled pyramidal TIFF that openslide and tiffslide open, band by band.
+    """Write an image uint8 (h, w, 3) as a tiled pyramidal TIFF that openslide and tiffslide open.
 
     Args:
-        rows: returns rows y0 to y1 of level 0, uint8 (y1 - y0, width, 3); called once for each band, from the top.
-        size: (width, height) of level 0.
-        mpp: microns per pixel of level 0; None writes none.
-        downsamples: of the levels, each a multiple of the previous one.
+        mpp: microns per pixel of the image, which is level 0; None writes none.
+        downsamples: of the levels, 1 first, each a multiple of the previous one.
         tile: side of the file's tiles.
     """
     import tifffile
 
-    if downsamples[0] != 1 or any(b % a or b <= a for a, b in itertools.pairwise(downsamples)):
-        raise BadParameter("downsamples", tuple(downsamples), "1 first, then each a multiple of the one before")
-    width, height = size
-    big = width * height * 4 > 2**31
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        atomic(path) as temporary,
-        tifffile.TiffWriter(temporary, bigtiff=big) as writer,
-    ):
-        for i, downsample in enumerate(downsamples):
-            w, h = -(-width // downsample), -(-height // downsample)
-            below = None
-            if i + 1 < len(downsamples):  # the next level is also on disk while this one is written
-                factor = downsamples[i + 1] // downsample
-                shape = (-(-h // factor), -(-w // factor), 3)
-                below = np.memmap(Path(folder) / str(i), np.uint8, "w+", shape=shape)
-            resolution: dict[str, Any] = {}
-            if mpp is not None:
-                resolution = {"resolution": (1e4 / mpp / downsample,) * 2, "resolutionunit": "CENTIMETER"}
+    with atomic(path) as temporary, tifffile.TiffWriter(temporary, bigtiff=image.nbytes > 2**31) as writer:
+        for above, downsample in itertools.pairwise((1, *downsamples)):
+            image = reduce(image, downsample // above)
+            resolution: dict[str, Any] = (
+                {"resolution": (1e4 / mpp / downsample,) * 2, "resolutionunit": "CENTIMETER"} if mpp else {}
+            )
             writer.write(
-                _tiles(rows, w, h, tile, below, factor if below is not None else 1),
-                shape=(h, w, 3),
-                dtype=np.uint8,
+                image,
                 tile=(tile, tile),
                 photometric="rgb",
                 compression="deflate",
                 metadata=None,
-                subfiletype=1 if i else 0,  # without it openslide finds one level only
+                subfiletype=int(downsample > 1),  # without it openslide finds one level only
                 **resolution,
             )
-            if below is not None:
-                rows = partial(_rows, below)
     return Path(path)
-
-
-def _rows(kept: np.ndarray, y0: int, y1: int) -> np.ndarray:
-    return kept[y0:y1]
-
-
-def _tiles(
-    rows: Callable[[int, int], np.ndarray], width: int, height: int, tile: int, below: np.ndarray | None, factor: int
-) -> Iterator[np.ndarray]:
-    """The tiles of a level, row by row, white at the edges; `below` is filled with the level reduced by `factor`."""
-    band = tile * factor
-    for top in range(0, height, band):
-        strip = rows(top, min(top + band, height))
-        if below is not None:
-            small = reduce(strip, factor)
-            below[top // factor : top // factor + len(small)] = small
-        for y in range(0, len(strip), tile):
-            for x in range(0, width, tile):
-                piece = strip[y : y + tile, x : x + tile]
-                if piece.shape[:2] != (tile, tile):
-                    piece = np.pad(
-                        piece, ((0, tile - len(piece)), (0, tile - piece.shape[1]), (0, 0)), constant_values=255
-                    )
-                yield np.ascontiguousarray(piece)

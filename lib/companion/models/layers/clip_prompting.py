@@ -1,17 +1,9 @@
-"""The baselines of CLIP-prompting papers, on a frozen CLIP: zero-shot, CoOp, CoCoOp, MaPLe.
+"""What methods that prompt a frozen CLIP share: its two towers with prompts, class texts, a learned context.
 
-    ZeroShot    the prompt "a photo of <class>."                                        (Radford et al., ICML 2021)
-    CoOp        n learned token embeddings before the class name                        (Zhou et al., IJCV 2022)
-    CoCoOp      the same, plus a bias that a small network computes from the image feature  (Zhou et al., CVPR 2022)
-    MaPLe       learned tokens in J layers of both towers; those of the image tower     (Khattak et al., CVPR 2023)
-                are projections of those of the text tower
-
-Every model maps images (b, 3, H, W) to logits (b, C) over class names that can be exchanged after training, and does
-not train CLIP, of which it holds a frozen copy. The CLIP is one of open_clip's, of any size; its tokenizer is any
-callable from texts to ids (C, L).
-
-Written from the papers' equations and checked against outputs recorded from the authors' code (KaiyangZhou/CoOp and
-muzairkhattak/multimodal-prompt-learning, both MIT, as shipped with caoql98/DCPL at 7630aa0).
+A `PromptedCLIP` maps images (b, 3, H, W) to logits (b, C) over class names that can be exchanged after training, and
+does not train CLIP, of which it holds a frozen copy; a `PromptLearner` learns context tokens at the start of the texts.
+The CLIP is one of open_clip's, of any size; its tokenizer is any callable from texts to ids (C, L). The methods are in
+`coop` (CoOp, CoCoOp, MaPLe), `models.dplq` and `models.promptpar`.
 
 Shapes: b images, C classes, n context tokens, J prompted layers, L text positions, Wt and Wv the widths of the text and
 the image tower, E the width they share.
@@ -21,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +33,7 @@ from .state_dicts import check_names, load_official, official_state
 from .state_dicts import depth as depth_of
 
 Tokenizer = Callable[[Sequence[str]], Tensor]
+LEARNER = "prompt_learner."  # before the names of trained tensors in the authors' state dicts
 
 
 # --- the two towers, with prompts -------------------------------------------------------------------------------------
@@ -53,7 +45,7 @@ def _run(tower: nn.Module, block: nn.Module, x: Tensor, **options: Tensor) -> Te
     return block(x, **options)
 
 
-def encode_image(clip: CLIP, images: Tensor, first: Tensor | None = None, deep: Tensor | None = None) -> Tensor:
+def encode_image(clip: CLIP, images: Tensor, first: Tensor, deep: Tensor) -> Tensor:
     """Image features (b, E), not normalised, of images (b, 3, H, W) with prompts at the END of the sequence.
 
     Args:
@@ -61,15 +53,13 @@ def encode_image(clip: CLIP, images: Tensor, first: Tensor | None = None, deep: 
         deep: the tokens that replace them before block 1, 2, ...: (J - 1, n, Wv) or (J - 1, b, n, Wv). After the last
             replacement they remain.
     """
-    if first is None:
-        return clip.encode_image(images)
     visual, b, n = clip.visual, len(images), first.shape[-2]
     patches = rearrange(visual.conv1(images), "b c h w -> b (h w) c")
     x = torch.cat([visual.class_embedding.to(patches.dtype).expand(b, 1, -1), patches], dim=1)  # (b, 1 + N, Wv)
     x = torch.cat([x + visual.positional_embedding, first.to(x.dtype).expand(b, -1, -1)], dim=1)  # (b, 1 + N + n, Wv)
     x = visual.ln_pre(x)
     for i, block in enumerate(visual.transformer.resblocks):
-        if deep is not None and 1 <= i <= len(deep):
+        if 1 <= i <= len(deep):
             x = torch.cat([x[:, :-n], deep[i - 1].to(x.dtype).expand(b, -1, -1)], dim=1)
         x = _run(visual.transformer, block, x)
     return visual.ln_post(x[:, 0]) @ visual.proj
@@ -140,8 +130,8 @@ def tokenise(tokenizer: Tokenizer, clip: CLIP, texts: Sequence[str]) -> Tensor:
     ids = tokenizer(texts)
     vocabulary, length = clip.token_embedding.num_embeddings, len(clip.positional_embedding)
     if ids.shape != (len(texts), length) or ids.max() >= vocabulary:
-        found = f"ids {tuple(ids.shape)} up to {int(ids.max())}"
-        raise BadParameter("tokenizer", found, f"one that gives ({len(texts)}, {length}) ids below {vocabulary}")
+        wrong = f"ids {tuple(ids.shape)} up to {int(ids.max())}"
+        raise BadParameter("tokenizer", wrong, f"one that gives ({len(texts)}, {length}) ids below {vocabulary}")
     return ids.to(clip.token_embedding.weight.device)
 
 
@@ -157,6 +147,13 @@ def checked_clip(clip: CLIP) -> CLIP:
         accepted = "an open_clip CLIP with a ViT whose feature is its class token, and a causal text tower"
         raise BadParameter("clip", type(clip).__name__, accepted)
     return clip
+
+
+def check_depth(clip: CLIP, depth: int) -> None:
+    """Raise `BadParameter` when the image tower has fewer layers than the J = `depth` that are prompted."""
+    layers = len(clip.visual.transformer.resblocks)
+    if not 1 <= depth <= layers:
+        raise BadParameter("depth", depth, f"1 to {layers}, the layers of the image tower")
 
 
 def embed_texts(tokenizer: Tokenizer, clip: CLIP, texts: Sequence[str], free: int = 0) -> Texts:
@@ -192,18 +189,16 @@ class PromptedCLIP(Recorded, nn.Module):
         self.tokenizer, self.template, self.free = tokenizer, template, free
         if "{}" not in template:
             raise BadParameter("template", template, "a text with {} for the class name")
-        for name in ("embedded", "ends"):
-            self.register_buffer(name, None, persistent=False)
+        self.register_buffer("embedded", None, persistent=False)
+        self.register_buffer("ends", None, persistent=False)
         self.set_classes(classes)
 
     def set_classes(self, classes: Classes) -> None:
         """Exchange the class names, for instance for novel ones after training; the parameters are unchanged."""
         self.record(classes=classes)
         if not isinstance(classes, Texts):
-            if self.tokenizer is None:
-                raise BadParameter("classes", classes, "embedded Texts: this model was made without a tokenizer")
-            if isinstance(classes, str):
-                raise BadParameter("classes", classes, "a list of names")
+            if self.tokenizer is None or isinstance(classes, str):
+                raise BadParameter("classes", classes, "a list of names, with a tokenizer; or embedded Texts")
             texts = [self.template.replace("{}", name.replace("_", " ")) for name in classes]
             classes = embed_texts(self.tokenizer, self.clip, texts, self.free)
         device = self.clip.positional_embedding.device
@@ -249,9 +244,9 @@ class PromptLearner(PromptedCLIP):
         start, free = None, 0
         before, name, rest = template.partition("{}")
         if tokenizer is not None and name:
-            known = embed_texts(tokenizer, checked_clip(clip), [before])
-            if tokens < known.ends[0]:
-                start = known.embedded[0, 1 : 1 + tokens].clone()
+            words = embed_texts(tokenizer, checked_clip(clip), [before])
+            if tokens < words.ends[0]:
+                start = words.embedded[0, 1 : 1 + tokens].clone()
             else:
                 template, free = name + rest, tokens
         super().__init__(clip, classes, tokenizer, template, free)
@@ -268,36 +263,27 @@ class PromptLearner(PromptedCLIP):
 
     # --- the authors' names ---
 
-    def _learner_names(self) -> dict[str, Any]:
-        """Our parameters to the names in the authors' prompt learner; a (nested) list where ours is a stack."""
-        return {"ctx": "ctx"}
-
-    @staticmethod
-    def _sizes(learner: Mapping[str, Tensor]) -> dict[str, int]:
-        """The options of the class, from the shapes of a prompt learner; a `KeyError` names a missing tensor."""
-        return {"tokens": len(learner["ctx"])}
-
     unused: tuple[str, ...] = ()  # official names, by how they start, that no forward pass reads
 
     def learner_names(self) -> dict[str, str | list]:
-        """Our trained parameters to the authors' names."""
-        learner = self._learner_names()
+        """Our trained parameters to the names in the authors' prompt learner; a (nested) list where ours is a stack."""
+        return {"ctx": LEARNER + "ctx"}
 
-        def nested(names: str | list) -> str | list:
-            return f"prompt_learner.{names}" if isinstance(names, str) else [nested(n) for n in names]
-
-        return {ours: nested(official) for ours, official in learner.items()}
+    @staticmethod
+    def _sizes(state: Mapping[str, Tensor]) -> dict[str, int]:
+        """The options of the class, from the shapes of a prompt learner; a `KeyError` names a missing tensor."""
+        return {"tokens": len(state[LEARNER + "ctx"])}
 
     @classmethod
     def from_official(
         cls,
         state: Mapping[str, Tensor],
         clip: CLIP | None = None,
-        classes: Classes | None = None,
+        classes: Classes = (),
         tokenizer: Tokenizer | None = None,
         *,
         ends: Sequence[int] | None = None,
-        heads: tuple[int, int] | None = None,
+        heads: tuple[int | None, int | None] = (None, None),
         **options: Any,
     ):
         """The model with a state dict of the authors' code in it: the whole one, or its prompt learner's alone.
@@ -311,45 +297,37 @@ class PromptLearner(PromptedCLIP):
             BadCheckpoint: names that are missing, unknown or of another shape, all of them listed.
             BadParameter: neither `clip`, `classes` and `tokenizer`, nor `ends`.
         """
-        prefix = "prompt_learner."
-        if "ctx" in state:  # a checkpoint of the prompt learner alone
-            state = {prefix + name: value for name, value in state.items()}
         what = f"{cls.__name__} (the authors' names)"
-        learner = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+        if "ctx" in state:  # a checkpoint of the prompt learner alone
+            state = {LEARNER + name: tensor for name, tensor in state.items()}
         try:
-            sizes = cls._sizes(learner)
+            sizes = cls._sizes(state)
         except KeyError as error:
-            raise BadCheckpoint(what, missing=[prefix + error.args[0]]) from error
+            raise BadCheckpoint(what, missing=error.args) from error
         if clip is None:
             if ends is None:
                 accepted = "the position of every class's end-of-text token, which is not in a state dict"
                 raise BadParameter("ends", None, f"{accepted}; or give clip, classes and tokenizer")
-            clip = _clip_of(state, heads, what)
-            if missing := {"token_prefix", "token_suffix"} - learner.keys():
-                raise BadCheckpoint(what, missing={prefix + name for name in missing})
-            before, after = learner["token_prefix"], learner["token_suffix"]
-            middle = before.new_zeros(len(before), sizes["tokens"], before.shape[-1])
-            classes = Texts(torch.cat([before, middle, after], dim=1), torch.as_tensor(ends))
-            if len(ends) != len(before):
-                raise BadParameter("ends", list(ends), f"{len(before)} positions, one a class")
-        elif classes is None or tokenizer is None:
-            raise BadParameter("classes", classes, "class names, and their tokenizer, when a clip is given")
-        towers = any(name.startswith(("image_encoder.", "text_encoder.")) for name in state)
+            towers = {f"image_encoder.{name}" for name in ("conv1.weight", "positional_embedding", "proj")}
+            texts = [LEARNER + "token_prefix", LEARNER + "token_suffix"]
+            check_names(state, {*towers, *texts, "text_encoder.positional_embedding"}, what)
+            clip = clip_of(state, "image_encoder.", "text_encoder.", heads)
+            before, after = (state[name] for name in texts)  # (C, 1, Wt), (C, L - 1 - n, Wt)
+            context = before.new_zeros(len(before), sizes["tokens"], before.shape[-1])
+            classes = Texts(torch.cat([before, context, after], dim=1), torch.as_tensor(ends))
+        whole = any(name.startswith(("image_encoder.", "text_encoder.")) for name in state)
         # the model shares the tensors of the CLIP, which keeps its weights
-        model = cls(copy.deepcopy(clip) if towers else clip, classes, tokenizer, **(sizes | options)).eval()
-        names = model.learner_names()
-        if towers:
-            names |= tower_names(model)
-        ignored = (prefix + "token_", "logit_scale", *cls.unused)
-        load_official(model, state, names, what, ignored)
+        model = cls(copy.deepcopy(clip) if whole else clip, classes, tokenizer, **(sizes | options)).eval()
+        names = model.learner_names() | (tower_names(model) if whole else {})
+        load_official(model, state, names, what, ignored=(LEARNER + "token_", "logit_scale", *cls.unused))
         return model
 
     def to_official(self) -> dict[str, Tensor]:
         """The whole state dict under the authors' names, the texts of the classes among it."""
         n = len(self.ctx)
         texts = {"token_prefix": self.embedded[:, :1], "token_suffix": self.embedded[:, 1 + n :]}
-        own = official_state(self.state_dict(), self.learner_names() | tower_names(self))
-        return own | {"prompt_learner." + name: value.clone() for name, value in texts.items()}
+        state = official_state(self.state_dict(), self.learner_names() | tower_names(self))
+        return state | {LEARNER + name: tensor.clone() for name, tensor in texts.items()}
 
 
 def tower_names(model: nn.Module) -> dict[str, str]:
@@ -364,16 +342,6 @@ def tower_names(model: nn.Module) -> dict[str, str]:
         elif ours == "clip.logit_scale":
             names[ours] = name
     return names
-
-
-def _clip_of(state: Mapping[str, Tensor], heads: tuple[int, int] | None, what: str) -> CLIP:
-    """A CLIP of the sizes that the towers in an official state dict have, without a token embedding."""
-    needed = {
-        *(f"image_encoder.{name}" for name in ("conv1.weight", "positional_embedding", "proj")),
-        *("text_encoder.positional_embedding", "logit_scale"),
-    }
-    check_names(state, needed, what)
-    return clip_of(state, "image_encoder.", "text_encoder.", heads or (None, None))
 
 
 @recorded()
@@ -397,151 +365,3 @@ def clip_of(
         CLIPTextCfg(length, words, width=text_width, heads=text_heads, layers=layers[1]),
         quick_gelu=True,
     )
-
-
-# --- the methods ------------------------------------------------------------------------------------------------------
-
-
-class ZeroShot(PromptedCLIP):
-    """CLIP unchanged: nothing is trained, the classes' text features are computed once. Arguments as `PromptedCLIP`."""
-
-    def __init__(self, clip: CLIP, classes: Classes, tokenizer: Tokenizer, template: str = "a photo of {}."):
-        super().__init__(clip, classes, tokenizer, template)
-
-    @torch.no_grad()
-    def set_classes(self, classes: Classes) -> None:
-        super().set_classes(classes)
-        texts = encode_text(self.clip, self.embedded[:, : self.length], self.ends)
-        self.register_buffer("text_features", texts, persistent=False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits (b, C) of images (b, 3, H, W), or of their features (b, E)."""
-        return similarity(self.clip, self.image_features(images), self.text_features)
-
-
-class CoOp(PromptLearner):
-    """Context optimisation: n learned tokens, the same for every class and image. Arguments as `PromptLearner`."""
-
-    def __init__(
-        self, clip: CLIP, classes: Classes, tokenizer: Tokenizer | None, *, tokens: int = 16, template: str = "{}."
-    ):
-        super().__init__(clip, classes, tokenizer, tokens, template)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits (b, C) of images (b, 3, H, W), or of their features (b, E): nothing in the image tower is trained."""
-        text = encode_text(self.clip, self.prompted(self.ctx), self.ends)
-        return similarity(self.clip, self.image_features(images), text)
-
-
-def meta_net(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
-    """The two-layer network W2 relu(W1 f + b1) + b2 from an image feature to a bias on the context."""
-    return nn.Sequential(
-        OrderedDict(linear1=nn.Linear(inputs, hidden), relu=nn.ReLU(), linear2=nn.Linear(hidden, outputs))
-    )
-
-
-META_NET = [f"meta_net.linear{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")]
-
-
-class CoCoOp(PromptLearner):
-    """Conditional context optimisation: the context plus a bias that a small network computes from the image feature.
-
-    Args: as `PromptLearner`, and
-        hidden: width of the network; None for E / 16.
-    """
-
-    def __init__(
-        self,
-        clip: CLIP,
-        classes: Classes,
-        tokenizer: Tokenizer | None,
-        *,
-        tokens: int = 4,
-        template: str = "a photo of a {}.",
-        hidden: int | None = None,
-    ):
-        super().__init__(clip, classes, tokenizer, tokens, template)
-        shared = clip.visual.output_dim
-        self.meta_net = meta_net(shared, hidden or max(1, shared // 16), self.ctx.shape[1])
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits (b, C) of images (b, 3, H, W), or of their features (b, E). The text tower runs b · C times."""
-        features = F.normalize(self.image_features(images), dim=-1)
-        ctx = self.ctx + self.meta_net(features)[:, None]
-        return similarity(self.clip, features, encode_text(self.clip, self.prompted(ctx), self.ends))
-
-    def _learner_names(self) -> dict[str, Any]:
-        return {"ctx": "ctx"} | {name: name for name in META_NET}
-
-    @staticmethod
-    def _sizes(learner: Mapping[str, Tensor]) -> dict[str, int]:
-        return {"tokens": len(learner["ctx"]), "hidden": len(learner["meta_net.linear1.weight"])}
-
-
-class LinearStack(nn.Module):
-    """`layers` linear layers of one size in parallel, in one batched product; they are initialised equally.
-
-    x (layers, ..., inputs) to (layers, ..., outputs); `weight` (layers, outputs, inputs), `bias` (layers, outputs).
-    """
-
-    def __init__(self, inputs: int, outputs: int, layers: int):
-        super().__init__()
-        one = nn.Linear(inputs, outputs)
-        self.weight = nn.Parameter(one.weight.detach().repeat(layers, 1, 1))
-        self.bias = nn.Parameter(one.bias.detach().repeat(layers, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.baddbmm(self.bias[:, None], x.flatten(1, -2), self.weight.mT).unflatten(1, x.shape[1:-1])
-
-
-def check_depth(clip: CLIP, depth: int) -> None:
-    """Raise `BadParameter` when the image tower has fewer layers than the J = `depth` that are prompted."""
-    layers = len(clip.visual.transformer.resblocks)
-    if not 1 <= depth <= layers:
-        raise BadParameter("depth", depth, f"1 to {layers}, the layers of the image tower")
-
-
-class MaPLe(PromptLearner):
-    """Multi-modal prompt learning: text prompts in J layers, and for each a linear layer that projects them to image
-    prompts.
-
-    Args: as `PromptLearner`, and
-        depth: J, the prompted layers: 9 in the released settings, 3 for cross-dataset runs. Prompts deeper than the
-            text tower act on the image tower alone.
-    """
-
-    def __init__(
-        self,
-        clip: CLIP,
-        classes: Classes,
-        tokenizer: Tokenizer | None,
-        *,
-        tokens: int = 2,
-        depth: int = 9,
-        template: str = "a photo of a {}.",
-    ):
-        super().__init__(clip, classes, tokenizer, tokens, template)
-        check_depth(clip, depth)
-        text, image = self.ctx.shape[1], clip.visual.conv1.out_channels
-        self.proj = nn.Linear(text, image)
-        self.deep_text = nn.Parameter(torch.randn(depth - 1, tokens, text) * 0.02)
-        self.deep_proj = LinearStack(text, image, depth - 1)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits (b, C) of images (b, 3, H, W)."""
-        image = encode_image(self.clip, images, self.proj(self.ctx), self.deep_proj(self.deep_text))
-        text = encode_text(self.clip, self.prompted(self.ctx), self.ends, self.deep_text)
-        return similarity(self.clip, image, text)
-
-    def _learner_names(self) -> dict[str, Any]:
-        layers = range(len(self.deep_text))
-        return (
-            {name: name for name in ("ctx", "proj.weight", "proj.bias")}
-            | {"deep_text": [f"compound_prompts_text.{i}" for i in layers]}
-            | {f"deep_proj.{k}": [f"compound_prompt_projections.{i}.{k}" for i in layers] for k in ("weight", "bias")}
-        )
-
-    @staticmethod
-    def _sizes(learner: Mapping[str, Tensor]) -> dict[str, int]:
-        deep = sum(name.startswith("compound_prompts_text.") for name in learner)
-        return {"tokens": len(learner["ctx"]), "depth": deep + 1}

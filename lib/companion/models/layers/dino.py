@@ -30,7 +30,10 @@ from ...errors import BadParameter
 from ...training.callbacks import EMA, Callback, ema_copy
 from ...training.fit import Loop, average_over_devices
 from ...training.schedules import learning_rates
-from .state_dicts import load_official
+from .state_dicts import check_names, load_official
+
+MASKED = 0.3  # share of a large crop's patches that iBOT masks for the student, at random
+
 
 # --- head and loss ----------------------------------------------------------------------------------------------------
 
@@ -59,11 +62,6 @@ class Head(nn.Module):
         """Prototype logits (..., outputs) of tokens (..., D)."""
         return F.linear(F.normalize(self.mlp(x), dim=-1), self.length * F.normalize(self.direction, dim=1))
 
-    @property
-    def last_layer(self) -> tuple[nn.Parameter, nn.Parameter]:
-        """The parameters of the last layer, see `FreezeLastLayer`."""
-        return self.direction, self.length
-
     def official_names(self) -> dict[str, str]:
         """Our name -> the authors', for every tensor."""
         last = {"direction": "last_layer.weight_v", "length": "last_layer.weight_g"}
@@ -72,9 +70,10 @@ class Head(nn.Module):
     @classmethod
     def from_official(cls, state: Mapping[str, Tensor]) -> Head:
         """The head of the authors' tensors. Raises `BadCheckpoint` with the names that do not match."""
-        empty = torch.zeros(1, 1)
-        (hidden, dim), bottleneck = state.get("mlp.0.weight", empty).shape, len(state.get("mlp.4.weight", empty))
-        head = cls(dim, len(state.get("last_layer.weight_g", empty)), hidden, bottleneck)
+        needed = ["mlp.0.weight", "mlp.4.weight", "last_layer.weight_g"]
+        check_names(state, needed, "DINO's head")
+        first, third, last = (state[name] for name in needed)
+        head = cls(first.shape[1], len(last), len(first), len(third))
         load_official(head, state, head.official_names(), "DINO's head")
         return head
 
@@ -143,12 +142,12 @@ class SelfDistillation(nn.Module):
 
     Args:
         encoder: copied as the student. From images, or grids, to an embedding (B, D) or to tokens (B, N, D) with the
-            [CLS] token first. It names D `dim` or `width`; iBOT's also has `patches` and takes `masked`, see `ViT`.
+            [CLS] token first. It names D `dim`, or `embed_dim` as timm; iBOT's also has `patches` and takes `masked`,
+            see `models.dmt.vit.ViT`.
         outputs, hidden, bottleneck, norm_last_layer: of the head, one for [CLS] and patch tokens. (iBOT: 8192
             prototypes and a normed last layer; DINO: 65,536.)
         patch_weight: of the loss on masked patches; 0: DINO.
-        mask_ratio: share of a large crop's patches that are masked for the student (random masks).
-        student, teacher: temperatures, see `Loss`.
+        teacher: temperature, see `Loss`.
     """
 
     def __init__(
@@ -160,25 +159,17 @@ class SelfDistillation(nn.Module):
         *,
         norm_last_layer: bool = False,
         patch_weight: float = 0.0,
-        mask_ratio: float = 0.3,
-        student: float = 0.1,
         teacher: float = 0.04,
     ):
         super().__init__()
-        width = getattr(encoder, "dim", None) or getattr(encoder, "width", None)
-        if width is None:
-            raise BadParameter(
-                "encoder", type(encoder).__name__, "a module whose `dim` or `width` is that of its output"
-            )
         if patch_weight and getattr(encoder, "masked_embed", None) is None:
             raise BadParameter("encoder", "without masked_embed", "ViT(masked=True), or patch_weight = 0 for DINO")
-        if patch_weight and not 0 < mask_ratio < 1:
-            raise BadParameter("mask_ratio", mask_ratio, "above 0, less than 1")
-        self.patch_weight, self.mask_ratio = patch_weight, mask_ratio
+        self.patch_weight = patch_weight
+        width = encoder.embed_dim if hasattr(encoder, "embed_dim") else encoder.dim
         head = Head(width, outputs, hidden, bottleneck, norm_last_layer)
         self.student = nn.ModuleDict({"encoder": copy.deepcopy(encoder), "head": head})
         self.teacher = ema_copy(self.student)
-        self.loss = Loss(outputs, student=student, teacher=teacher)
+        self.loss = Loss(outputs, teacher=teacher)
 
     def train(self, mode: bool = True) -> SelfDistillation:
         """The teacher stays in eval mode: stochastic depth is the student's alone."""
@@ -202,12 +193,12 @@ class SelfDistillation(nn.Module):
             if masks is None:
                 patches = student["encoder"].patches
                 noise = torch.rand(len(large), patches, device=large.device)
-                chosen = noise.argsort(1)[:, : round(self.mask_ratio * patches)]
+                chosen = noise.argsort(1)[:, : round(MASKED * patches)]
                 masks = torch.zeros_like(noise, dtype=torch.bool).scatter(1, chosen, True)
             masked = {"masked": masks}
         with torch.no_grad():
-            seen = teacher["encoder"](large)
-            teacher_logits = teacher["head"](_cls(seen))
+            targets = teacher["encoder"](large)
+            teacher_logits = teacher["head"](_cls(targets))
             probs = average_over_devices(self.loss.teacher_probs(teacher_logits, self.loss.centre).mean(0))
             entropy = -(probs * probs.clamp_min(1e-12).log()).sum() / math.log(len(probs))
         tokens = student["encoder"](large, **masked)
@@ -217,7 +208,7 @@ class SelfDistillation(nn.Module):
         if not self.patch_weight:
             return {"loss": loss, "entropy": entropy}
         with torch.no_grad():
-            teacher_patches = teacher["head"](seen[:, 1:])
+            teacher_patches = teacher["head"](targets[:, 1:])
         patch = self.loss.patches(student["head"](tokens[:, 1:]), teacher_patches, masks) * self.patch_weight
         return {"loss": loss + patch, "class loss": loss, "patch loss": patch, "entropy": entropy}
 
@@ -273,7 +264,7 @@ class FreezeLastLayer(Callback):
     def on_gradients(self, loop: Loop) -> None:
         """Remove its gradient: the optimiser skips tensors without one."""
         if loop.epoch < self.epochs:
-            for parameter in self.head.last_layer:
+            for parameter in (self.head.direction, self.head.length):
                 parameter.grad = None
 
 

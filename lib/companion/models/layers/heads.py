@@ -30,20 +30,26 @@ def like(encoder: VisionTransformer, drop_path: float = 0.0) -> VisionTransforme
     return model
 
 
-def vit_sizes(state: Mapping[str, Tensor], heads: int | None = None) -> dict[str, Any]:
-    """The arguments of timm's ViT for the encoder in a state dict; `heads` None: one for 64 channels.
+def vit_sizes(state: Mapping[str, Tensor], heads: int | None = None, prefix: str = "") -> dict[str, Any]:
+    """The arguments of timm's ViT for the encoder in a state dict.
+
+    Args:
+        heads: None: one for 64 channels.
+        prefix: of the encoder's names.
 
     Raises `BadCheckpoint`: the state dict has no encoder.
     """
-    check_names(state, {"patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight"}, "a ViT")
-    width, _, _, patch = state["patch_embed.proj.weight"].shape
+    needed = [prefix + name for name in ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight")]
+    check_names(state, needed, "a ViT")
+    kernel, table, fc1 = (state[name] for name in needed)
+    width, _, _, patch = kernel.shape
     return {
-        "img_size": math.isqrt(state["pos_embed"].shape[1] - 1) * patch,
+        "img_size": math.isqrt(table.shape[1] - 1) * patch,
         "patch_size": patch,
         "embed_dim": width,
-        "depth": depth(state, "blocks."),
+        "depth": depth(state, f"{prefix}blocks."),
         "num_heads": heads or max(1, width // 64),
-        "mlp_ratio": len(state["blocks.0.mlp.fc1.weight"]) / width,
+        "mlp_ratio": len(fc1) / width,
     }
 
 

@@ -67,10 +67,9 @@ class QuaternionLinear(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, layers: int | None = None):
         super().__init__()
-        for name, size in (("inputs", inputs), ("outputs", outputs)):
-            if size < 4 or size % 4:
-                raise BadParameter(name, size, "a positive multiple of 4: a quaternion has four components")
-        self.inputs, self.outputs, self.layers = inputs, outputs, layers
+        if inputs % 4 or outputs % 4:
+            raise BadParameter("inputs, outputs", (inputs, outputs), "multiples of 4: a quaternion has four components")
+        self.layers = layers
         stack = () if layers is None else (layers,)
         self.weight = nn.Parameter(torch.empty(*stack, 4, inputs // 4, outputs // 4))
         self.bias = nn.Parameter(torch.zeros(*stack, outputs))
@@ -99,7 +98,3 @@ class QuaternionLinear(nn.Module):
             return x @ matrix + self.bias
         y = torch.baddbmm(self.bias[:, None], x.flatten(1, -2), matrix)  # (layers, ..., outputs)
         return y.unflatten(1, x.shape[1:-1])
-
-    def extra_repr(self) -> str:
-        stack = "" if self.layers is None else f", layers={self.layers}"
-        return f"inputs={self.inputs}, outputs={self.outputs}{stack}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import reduce
 
 import numpy as np
 import torch
@@ -96,10 +97,7 @@ class OfficialModel(Recorded, nn.Module):
 
 def renamed(names: Iterable[str], rules: Sequence[tuple[str, str | Callable]]) -> dict[str, str]:
     """Names mapped to new ones by replacing the patterns of `rules` in order."""
-    found = {name: name for name in names}
-    for pattern, replacement in rules:
-        found = {name: re.sub(pattern, replacement, new) for name, new in found.items()}
-    return found
+    return {name: reduce(lambda new, rule: re.sub(rule[0], rule[1], new), rules, name) for name in names}
 
 
 def depth(names: Iterable[str], prefix: str) -> int:

@@ -10,6 +10,7 @@ import copy
 import math
 
 import torch
+from einops import rearrange
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -110,12 +111,9 @@ class VPT(_Frozen):
         elif isinstance(backbone, SwinTransformer):
             blocks = [block for layer in backbone.layers for block in layer.blocks]
             dims = [block.norm1.normalized_shape[0] for block in (blocks if deep else blocks[:1])]
-            for block in blocks:
-                sides, window = tuple(block.input_resolution), tuple(block.window_size)
-                if any(n % w for n, w in zip(sides, window, strict=True)):
-                    image = tuple(backbone.patch_embed.img_size)
-                    accepted = f"a Swin whose windows of {window} divide all its maps; one has {sides}"
-                    raise BadParameter("backbone", f"image size {image}", accepted)
+            for sides, window in ((block.input_resolution, block.window_size) for block in blocks):
+                if sides[0] % window[0] or sides[1] % window[1]:
+                    raise BadParameter("backbone", f"maps of {sides}", f"a Swin whose windows of {window} divide them")
         else:
             raise BadParameter("backbone", type(backbone).__name__, f"{PLAIN_VIT}; or a SwinTransformer")
         self.tokens, self.deep = tokens, deep
@@ -164,32 +162,26 @@ class VPT(_Frozen):
 
     @staticmethod
     def _swin_block(block: nn.Module, x: Tensor, prompt: Tensor, onward: bool) -> tuple[Tensor, Tensor]:
-        """A frozen Swin block on x (b, rows, columns, D) with prompts (b, p, D) in front of every window.
+        """A frozen Swin block on x (b, rows, columns, D) with prompts (b, p, D) in front of each of N windows.
 
         Prompts have no position, so there is no relative position bias to or from them, and shifting does not mask
         them. Where they go `onward` to the next block, their output is the mean over the windows.
         """
-        b, rows, columns, dim = x.shape
         attn, p, (wr, wc) = block.attn, prompt.shape[1], block.window_size
         shift = tuple(block.shift_size)
+        windows = {"b": len(x), "h": x.shape[1] // wr, "p": wr, "q": wc}
         normed = torch.roll(block.norm1(x), (-shift[0], -shift[1]), dims=(1, 2))
-        windows = normed.view(b, rows // wr, wr, columns // wc, wc, dim).transpose(2, 3).reshape(b, -1, wr * wc, dim)
-        count = windows.shape[1]
-        tokens = torch.cat([block.norm1(prompt)[:, None].expand(-1, count, -1, -1), windows], dim=2).flatten(0, 1)
-        q, k, v = attn.qkv(tokens).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        y = rearrange(normed, "b (h p) (w q) d -> b (h w) (p q) d", **windows)
+        tokens = torch.cat([block.norm1(prompt)[:, None].expand(-1, y.shape[1], -1, -1), y], dim=2)  # (b, N, p + n, D)
+        q, k, v = rearrange(attn.qkv(tokens.flatten(0, 1)), "n t (c h e) -> c n h t e", c=3, h=attn.num_heads)
         bias = attn._get_rel_pos_bias()
         if block.attn_mask is not None:
-            bias = (bias + block.attn_mask[:, None]).repeat(b, 1, 1, 1)
+            bias = (bias + block.attn_mask[:, None]).repeat(len(x), 1, 1, 1)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=F.pad(bias, (p, 0, p, 0)))
-        y = attn.proj(y.transpose(1, 2).flatten(2)).unflatten(0, (b, count))
+        y = attn.proj(rearrange(y, "(b n) h t e -> b n t (h e)", b=len(x)))  # (b, N, p + n, D)
         if onward:
             prompt = prompt + y[:, :, :p].mean(1)
-        y = (
-            y[:, :, p:]
-            .reshape(b, rows // wr, columns // wc, wr, wc, dim)
-            .transpose(2, 3)
-            .reshape(b, rows, columns, dim)
-        )
+        y = rearrange(y[:, :, p:], "b (h w) (p q) d -> b (h p) (w q) d", **windows)
         x = x + torch.roll(y, shift, dims=(1, 2))
         x = x + block.mlp(block.norm2(x))
         return x, prompt + block.mlp(block.norm2(prompt)) if onward else prompt

@@ -4,11 +4,10 @@ from .climate import Prompts
 from .inference import augmented, bands, segment
 from .losses import joint_loss
 from .model import MetaSegNet, swin
-from .text import BertText, ClipText, TextEncoder, Words
+from .text import BertText, TextEncoder, Words
 
 __all__ = [
     "BertText",
-    "ClipText",
     "MetaSegNet",
     "Prompts",
     "TextEncoder",

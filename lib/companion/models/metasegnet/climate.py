@@ -90,13 +90,13 @@ class Prompts:
         generator = np.random.default_rng(seed)
         if kind == "shuffled":
             return [zones[i] for i in generator.permutation(len(zones))]
-        known = sorted({zone for zone in zones if zone is not None})
-        if len(known) == 1:
-            others = sorted(set(self.zones) - {*known, OCEAN})
-            following = {known[0]: others[generator.integers(len(others))]}
+        located = sorted({zone for zone in zones if zone is not None})
+        if len(located) == 1:
+            others = sorted(set(self.zones) - {*located, OCEAN})
+            following = {located[0]: others[generator.integers(len(others))]}
         else:
-            order = generator.permutation(len(known))  # each zone gets the next in a ring
-            following = {known[a]: known[b] for a, b in zip(order, np.roll(order, -1), strict=True)}
+            order = generator.permutation(len(located))  # each zone gets the next in a ring
+            following = {located[a]: located[b] for a, b in zip(order, np.roll(order, -1), strict=True)}
         return [following[zone] if zone is not None else None for zone in zones]
 
 

@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from einops import rearrange
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LogNorm, Normalize, to_rgb
+from matplotlib.colors import Normalize, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from ...viz import plots
 from ...viz.attention import Recorder
-from ...viz.style import COLOURS, HEAT, method_colours, styled
+from ...viz.style import HEAT, method_colours, styled
 from .model import MetaSegNet
 
 ONLY = method_colours(["MetaSegNet", "unimodal"])
@@ -124,60 +124,4 @@ def classes_and_words(panels: Mapping[str, tuple[Sequence[str], np.ndarray]], cl
         ax.set_yticks(range(len(classes)), classes, fontsize=8)
         ax.set_title(title)
     figure.colorbar(drawn, ax=axes, aspect=25, pad=0.01, label="attention minus mean over classes (points)")
-    return figure
-
-
-@styled
-def prompt_components(
-    panels: Mapping[str, np.ndarray], zones: Mapping[str, tuple[int, int]], moistures: Sequence[str], left_out: str
-) -> Figure:
-    """The first two principal components of one vector for each zone's prompt; the zone left out has a ring.
-
-    Args:
-        panels: title -> vectors (zones, D).
-        zones: code -> index of the moisture (colour) and of the building style (marker).
-    """
-    figure, axes = plt.subplots(1, len(panels), figsize=(8.6, 3.2), squeeze=False)
-    for ax, (title, vectors) in zip(axes[0], panels.items(), strict=True):
-        centred = vectors - vectors.mean(0)
-        u, s, _ = np.linalg.svd(centred, full_matrices=False)
-        share = 100 * (s[:2] ** 2).sum() / (s**2).sum()
-        placed = dict(zip(zones, u[:, :2] * s[:2], strict=True))
-        for zone, (moisture, style) in zones.items():
-            x, y = placed[zone]
-            ax.scatter(x, y, s=46, color=COLOURS[moisture], marker="os^"[style])
-            if zone == left_out:
-                ax.scatter(x, y, s=170, facecolors="none", edgecolors="black")
-            # zones of one moisture are neighbours: the leftmost has its name to the left, the lower of the others below
-            same = sorted((other for other in zones if zones[other][0] == moisture), key=lambda other: placed[other][0])
-            right = sorted(same[1:], key=lambda other: placed[other][1])
-            at = (-9, -3) if zone == same[0] else (9, -9 if zone == right[0] else 3)
-            ax.annotate(zone, (x, y), at, textcoords="offset points", fontsize=8, ha="left" if at[0] > 0 else "right")
-        ax.set(title=title, xlabel=f"first component ({share:.0f} % with the second)", xticks=[], yticks=[])
-        ax.margins(0.2)
-    axes[0, 0].set_ylabel("second component")
-    marks = [plt.Line2D([], [], linestyle="", marker="o", color=COLOURS[i]) for i in range(len(moistures))]
-    marks += [plt.Line2D([], [], linestyle="", marker=m, color="#777777") for m in "os^"]
-    marks.append(plt.Line2D([], [], linestyle="", marker="o", color="none", markeredgecolor="black", markersize=11))
-    names = [*moistures, *(f"building style {i}" for i in range(3)), "left out of training"]
-    figure.legend(marks, names, loc="outside lower center", ncols=len(names), handletextpad=0.2, columnspacing=1)
-    return figure
-
-
-@styled
-def gradients(maps: Mapping[str, Tensor], row: int, column: int) -> Figure:
-    """Norm of the gradient of one output position with respect to each input position, relative to its largest.
-
-    Args:
-        maps: title -> norms (H, W).
-        row, column: the output position, marked.
-    """
-    figure, axes = plt.subplots(1, len(maps), figsize=(8.6, 2.4), squeeze=False, layout="compressed")
-    for ax, (title, norms) in zip(axes[0], maps.items(), strict=True):
-        ax.imshow((norms / norms.max()).clamp_min(1e-3).numpy(), cmap=HEAT, norm=LogNorm(1e-3, 1))
-        ax.plot(column, row, "o", color="white", markersize=3, markeredgecolor="black")
-        ax.set_title(title, fontsize=9)
-        ax.set(xticks=[], yticks=[])
-    bar = figure.colorbar(ScalarMappable(LogNorm(1e-3, 1), HEAT), ax=axes, shrink=0.8, aspect=18, pad=0.02)
-    bar.set_label("gradient / largest")
     return figure

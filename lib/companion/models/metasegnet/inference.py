@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...errors import BadParameter, check_choice
+from ...errors import BadParameter
 
 SCALES = (0.75, 1.0, 1.25, 1.5)
-AUGMENTATIONS = ("none", "lr", "d4", "d4 loveda")  # 1, 4, 16, 8 views
+AUGMENTATIONS = {  # flips left-right, flips upside down, scales; no rotations, despite the name "d4"
+    "none": ((False,), (False,), (1.0,)),
+    "lr": ((False, True), (False, True), (1.0,)),
+    "d4": ((False, True), (False, True), SCALES),  # on Potsdam
+    "d4 loveda": ((False, True), (False,), SCALES),
+}
 Predict = Callable[[Tensor], Tensor]
 """A network: images (b, 3, h, w), normalised, to logits (b, C, h, w)."""
 Read = Callable[[int, int, int, int], Tensor]
@@ -20,16 +25,8 @@ Read = Callable[[int, int, int, int], Tensor]
 
 
 def views(kind: str) -> list[tuple[bool, bool, float]]:
-    """The views of a test-time augmentation: (flipped left-right, flipped upside down, scale).
-
-    "lr": both flips; "d4": both flips at four scales (Potsdam); "d4 loveda": left-right flips at four scales. There are
-    no rotations, despite the name.
-    """
-    check_choice("augmentation", kind, AUGMENTATIONS)
-    left_right = (False,) if kind == "none" else (False, True)
-    upside_down = (False, True) if kind in ("lr", "d4") else (False,)
-    scales = SCALES if kind.startswith("d4") else (1.0,)
-    return [(h, v, scale) for h in left_right for v in upside_down for scale in scales]
+    """The views of a test-time augmentation, 1, 4, 16 or 8: (flipped left-right, flipped upside down, scale)."""
+    return list(itertools.product(*AUGMENTATIONS[kind]))
 
 
 def augmented(predict: Predict, images: Tensor, kind: str = "lr") -> Tensor:
@@ -49,13 +46,6 @@ def augmented(predict: Predict, images: Tensor, kind: str = "lr") -> Tensor:
     return total / len(every)
 
 
-class Band(NamedTuple):
-    """Finished rows of a large image."""
-
-    top: int
-    logits: Tensor  # (C, rows, W)
-
-
 def _starts(length: int, tile: int, step: int) -> list[int]:
     """First pixels of the tiles along one axis; the last tile ends with the image."""
     return [*range(0, max(length - tile, 0), step), max(length - tile, 0)]
@@ -70,8 +60,8 @@ def _ramp(length: int, overlap: int) -> Tensor:
 @torch.no_grad()
 def bands(
     predict: Predict, read: Read, size: tuple[int, int], *, tile: int = 512, overlap: int = 128, batch: int = 4
-) -> Iterator[Band]:
-    """Logits of an image of any size from overlapping, blended tiles, from top to bottom.
+) -> Iterator[tuple[int, Tensor]]:
+    """Logits of an image of any size from overlapping, blended tiles: (top, (C, rows, W)), from top to bottom.
 
     Only the rows that further tiles overlap are in memory: it grows with the image's width, not with its height. The
     logits of an image not larger than a tile are those of `predict`.
@@ -100,7 +90,7 @@ def bands(
                 total[:, :, left : left + columns] += one * weight
                 done[:, left : left + columns] += weight
         finished = following - base
-        yield Band(base, total[:, :finished] / done[:finished])
+        yield base, total[:, :finished] / done[:finished]
         base += finished
         total, done = (F.pad(t[..., finished:, :], (0, 0, 0, finished)) for t in (total, done))
 
@@ -114,4 +104,4 @@ def segment(predict: Predict, image: Tensor, **options: int) -> Tensor:
     """The most likely class of each pixel, (H, W) uint8, of an image (3, H, W) of any size; options as `bands`."""
     height, width = image.shape[-2:]
     parts = bands(predict, reader(image), (height, width), **options)
-    return torch.cat([band.logits.argmax(0).to(torch.uint8).cpu() for band in parts])
+    return torch.cat([logits.argmax(0).to(torch.uint8).cpu() for _, logits in parts])

@@ -11,8 +11,7 @@ Neither the paper's text nor its code is available (section 1). So this has two 
 * read from the first author's image-only code (WangLibo1995/GeoSeg at 9453fe4, GPL-3.0: read and reimplemented, nothing
   copied) and checked against outputs recorded from it: Swin, decoder, losses, optimiser, test-time augmentation. It is
   likely, but not known, that MetaSegNet uses them.
-* RECONSTRUCTION, each choice an argument with that word in its help: the text encoders (`text`), the fusion, and which
-  parameters are trained.
+* RECONSTRUCTION: the text encoders (`text`), the fusion, and which parameters are trained.
 
 Shapes: B images, C classes, L words; k = 1 ... 4 the stages, finest first, of width C_k and stride 4, 8, 16, 32.
 """
@@ -29,7 +28,7 @@ from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...errors import BadParameter, check_choice
+from ...errors import BadParameter
 from ...ops.recorded import recorded
 from ..layers.attend import Attend
 from ..layers.state_dicts import OfficialModel, load_official
@@ -128,23 +127,22 @@ def swin(**sizes: Any) -> SwinTransformer:
 class Fusion(nn.Module):
     """RECONSTRUCTION (section 3.5). Cross-attention: X + g · attention(LN X, T, T), then + g' · MLP(LN X).
 
+    The learned gates g and g' start at 1; at 0 the network is the image-only one.
+
     Args:
         channels: width of the image's map.
         text_width: of the states of the words.
-        heads: of the attention.
-        zero_init: initialise g = g' = 0, so that the network starts as the image-only one; otherwise 1.
+        heads: of the attention, a divisor of `channels`.
     """
 
-    def __init__(self, channels: int, text_width: int, heads: int, *, zero_init: bool = False):
+    def __init__(self, channels: int, text_width: int, heads: int):
         super().__init__()
-        if channels % heads:
-            raise BadParameter("fusion_heads", heads, f"a divisor of the stage's width {channels}")
         self.heads, self.attend = heads, Attend()
         self.norm1, self.norm2 = nn.LayerNorm(channels), nn.LayerNorm(channels)
         self.query, self.out = nn.Linear(channels, channels), nn.Linear(channels, channels)
         self.key, self.value = nn.Linear(text_width, channels), nn.Linear(text_width, channels)
         self.mlp = nn.Sequential(nn.Linear(channels, 2 * channels), nn.GELU(), nn.Linear(2 * channels, channels))
-        self.gates = nn.Parameter(torch.full((2,), 0.0 if zero_init else 1.0))
+        self.gates = nn.Parameter(torch.ones(2))
 
     def forward(self, x: Tensor, text: Tensor, mask: Tensor) -> Tensor:
         """The map (b, c, h, w) after the fusion with words (b, l, d); `mask` (b, l): True at words."""
@@ -169,11 +167,10 @@ class MetaSegNet(OfficialModel):
     Args:
         encoder: a timm model with four or more maps, which is copied; `swin(**sizes)` for the author's.
         classes: number of classes.
-        text: a `TextEncoder`; `text` has three. RECONSTRUCTION.
+        text: `Words` or `BertText`. RECONSTRUCTION.
         width, heads, window: see `Decoder`.
         fusion_stages: of the stages 1 to 4, those with a fusion. RECONSTRUCTION: all.
         fusion_heads: heads of the fusion; None: C_k / 32. RECONSTRUCTION.
-        zero_init: see `Fusion`. RECONSTRUCTION: False, which trains faster.
     """
 
     def __init__(
@@ -187,11 +184,8 @@ class MetaSegNet(OfficialModel):
         window: int = 8,
         fusion_stages: Sequence[int] = (1, 2, 3, 4),
         fusion_heads: int | None = None,
-        zero_init: bool = False,
     ):
         super().__init__()
-        if not set(fusion_stages) <= {1, 2, 3, 4}:
-            raise BadParameter("fusion_stages", fusion_stages, (1, 2, 3, 4))
         self.indices = list(range(len(encoder.feature_info)))[-4:]
         info = [encoder.feature_info[i] for i in self.indices]
         channels, self.stride = [i["num_chs"] for i in info], info[0]["reduction"]
@@ -200,15 +194,14 @@ class MetaSegNet(OfficialModel):
         self.norms = nn.ModuleList(nn.LayerNorm(c) for c in channels)
         self.text, self.fusions = text, nn.ModuleDict()
         if text is not None:
-            for k in sorted(fusion_stages):
+            for k in fusion_stages:
                 c = channels[k - 1]
-                self.fusions[str(k)] = Fusion(c, text.width, fusion_heads or max(1, c // 32), zero_init=zero_init)
+                self.fusions[str(k)] = Fusion(c, text.width, fusion_heads or max(1, c // 32))
         self.decoder = Decoder(channels, classes, width, heads, window)
 
     @classmethod
     def build(cls, classes: int, text: TextEncoder | None = None, size: str = "paper", **options) -> MetaSegNet:
         """A network with random weights, of one of `SIZES`; `options` override those of the size."""
-        check_choice("size", size, SIZES)
         return cls(swin(**SIZES[size]["swin"]), classes, text, **(SIZES[size]["model"] | options))
 
     def maps(self, images: Tensor) -> list[Tensor]:
@@ -221,8 +214,7 @@ class MetaSegNet(OfficialModel):
     def fused(self, maps: Sequence[Tensor], texts: Sequence[str] | Tensor | None) -> list[Tensor]:
         """The maps after the fusion with the words of the texts; without a text encoder they do not change."""
         if (texts is None) != (self.text is None):
-            wanted = "None: the unimodal twin has no text" if self.text is None else "a text for each image"
-            raise BadParameter("texts", texts, wanted)
+            raise BadParameter("texts", texts, "a text for each image; None for the unimodal network")
         fused = list(maps)
         if self.text is not None and texts is not None:
             ids = texts if isinstance(texts, Tensor) else self.text.ids(texts)
@@ -257,9 +249,9 @@ class MetaSegNet(OfficialModel):
         return joint_loss(logits, labels, ignore=logits.shape[1])
 
     def ids(self, texts: Sequence[str]) -> Tensor:
-        """The ids (n, L) of texts. Raises `BadParameter` for the unimodal network, which has no text."""
+        """The ids (n, L) of texts. Raises `BadParameter`: the unimodal network has no text."""
         if self.text is None:
-            raise BadParameter("texts", texts, "None: the unimodal twin has no text")
+            raise BadParameter("texts", texts, "None for the unimodal network")
         return self.text.ids(texts)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import open_clip
 import torch
 
 from ... import backbones
@@ -19,10 +18,9 @@ from ..layers.state_dicts import load_official
 from . import official
 from .climate import EXCHANGED, Prompts
 from .model import SIZES, MetaSegNet, swin
-from .text import BertText, ClipText, TextEncoder, Words
+from .text import BertText, TextEncoder, Words
 
 SWIN = "swin_base_patch4_window7_224.ms_in22k_ft_in1k"
-CLIP = "ViT-B-16/openai"
 LEVELS = {
     "MetaSegNet": "full",
     "unimodal": None,
@@ -61,42 +59,33 @@ def texts(
 
 
 def text_encoder(
-    method: str, prompts: Prompts, kind: str = "bert", data_root: str | Path = "data", *, random: bool = False
+    method: str, prompts: Prompts, data_root: str | Path = "data", *, random: bool = False
 ) -> TextEncoder | None:
-    """The text encoder of a method: BERT-base or CLIP's, frozen; for "one-hot zone" a trained vector for each zone;
-    None for the unimodal network.
+    """The text encoder of a method: BERT-base, frozen; for "one-hot zone" a trained vector for each zone; None for the
+    unimodal network.
 
     Args:
-        kind: "bert" or "clip".
-        random: random weights, for a dry run.
+        random: random weights, for a dry run; BERT's vocabulary, a file, is then replaced by that of our texts.
 
-    Raises `MissingWeights`: BERT's folder is not below `<data_root>/weights`, or CLIP is not cached."""
+    Raises `MissingWeights`: BERT's folder is not below `<data_root>/weights`."""
     level = LEVELS[method]
     if level is None:
         return None
     if level == "code":
         return Words.of(list(prompts.zones), layers=0, length=1)
-    if kind == "clip":
-        clip = backbones.build(f"openclip:{CLIP}", "random" if random else "pretrained")
-        return ClipText(clip, open_clip.get_tokenizer(CLIP.partition("/")[0]))
     if random:
-        return _random_bert([*prompts.texts([*prompts.zones, None]), prompts.constant])
-    entry = next(w for w in paper("metasegnet")["weights"] if w["name"] == "bert")
-    folder = (Path(data_root) / "weights" / entry["file"]).parent
+        import transformers as hf  # imported here because it takes seconds
+
+        known = [*prompts.texts([*prompts.zones, None]), prompts.constant]
+        words = sorted({word for text in known for word in hf.BasicTokenizer().tokenize(text)})
+        vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words])}
+        return BertText(hf.BertModel(hf.BertConfig()), hf.BertTokenizer(vocab=vocabulary))
+    weights = next(w for w in paper("metasegnet")["weights"] if w["name"] == "bert")
+    folder = (Path(data_root) / "weights" / weights["file"]).parent
     if not folder.joinpath("config.json").is_file():
-        ways = [f"put the files of the hub's google-bert/bert-base-uncased into {folder}", "text_encoder = 'clip'"]
-        raise MissingWeights(entry["what"], folder, ways)
+        ways = [f"put the files of the hub's google-bert/bert-base-uncased into {folder}"]
+        raise MissingWeights(weights["what"], folder, ways)
     return BertText(*backbones.read_bert(folder))
-
-
-def _random_bert(texts: Sequence[str]) -> BertText:
-    """BERT-base with random weights. Its vocabulary, a file, is replaced by that of our texts."""
-    import transformers as hf  # imported here because it takes seconds
-
-    words = sorted({word for text in texts for word in hf.BasicTokenizer().tokenize(text)})
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
-    tokenizer = hf.BertTokenizer(vocab={word: i for i, word in enumerate(vocabulary)})
-    return BertText(hf.BertModel(hf.BertConfig()), tokenizer)
 
 
 def network(
@@ -104,7 +93,6 @@ def network(
     prompts: Prompts,
     classes: int,
     *,
-    text: str = "bert",
     data_root: str | Path = "data",
     weights: str = "",
     checkpoint: str = "",
@@ -114,7 +102,6 @@ def network(
     """The network of a method: on the Swin-B of `weights`, or all of it from `checkpoint`.
 
     Args:
-        text: "bert" or "clip".
         weights: empty for timm's released Swin-B from the cache, or a file of it, or the author's `stseg_*.pth`.
         checkpoint: weights that a training saved, or of GeoSeg's FT-UNetFormer for the unimodal network.
         random: random weights, for a dry run.
@@ -122,19 +109,25 @@ def network(
     Raises `MissingWeights`, `CorruptFile`, `BadCheckpoint`: with the change or download needed.
     """
     torch.manual_seed(seed)
-    words, encoder = text_encoder(method, prompts, text, data_root, random=random), swin(**SIZES["paper"]["swin"])
-    state = backbones.read_state(weights) if weights and not (random or checkpoint) else {}
-    state = {f"backbone.{name.removeprefix('backbone.')}": t for name, t in state.items()}
-    authors = any(name.startswith("backbone.norm0.") for name in state)
-    if not (authors or random or checkpoint):  # timm's, or Swin's own release
-        encoder.load_state_dict(backbones.build(SWIN, weights or "pretrained").state_dict())
+    words, encoder = text_encoder(method, prompts, data_root, random=random), swin(**SIZES["paper"]["swin"])
     model = MetaSegNet(encoder, classes, words, **SIZES["paper"]["model"])
-    if authors:
-        names = {ours: theirs for ours, theirs in model.official_names().items() if theirs.startswith("backbone.")}
-        load_official(model, official.cleaned(state), names, "the author's Swin")
     if checkpoint:
         load(model, checkpoint)
+    elif not random:
+        load_swin(model, weights)
     return model.eval()
+
+
+def load_swin(model: MetaSegNet, weights: str = "") -> None:
+    """Load an image encoder: timm's released Swin-B (empty), a file of it, or the author's, which has the norms too."""
+    state = official.cleaned(backbones.read_state(weights)) if weights else {}
+    state = {f"backbone.{name.removeprefix('backbone.')}": tensor for name, tensor in state.items()}
+    if any(name.startswith("backbone.norm0.") for name in state):
+        names = {ours: theirs for ours, theirs in model.official_names().items() if theirs.startswith("backbone.")}
+        load_official(model, state, names, "the author's Swin")
+    else:
+        timms = backbones.build(SWIN, weights or "pretrained").state_dict()
+        model.encoder.load_state_dict({name: timms[name] for name in model.encoder.state_dict()})
 
 
 def load(model: MetaSegNet, path: str | Path) -> None:

@@ -50,9 +50,9 @@ def decoder_names(decoder: nn.Module) -> dict[str, str]:
 def names(model: Any) -> dict[str, str]:
     """Our names -> GeoSeg's, of a `MetaSegNet`'s encoder, norms and decoder; text encoder and fusion have none."""
     encoder, decoder = renamed(_stored(model.encoder), ENCODER), decoder_names(model.decoder)
-    found = {f"encoder.{ours}": f"backbone.{theirs}" for ours, theirs in encoder.items()}
-    found |= {f"norms.{name}": f"backbone.norm{name}" for name in model.norms.state_dict()}
-    return found | {f"decoder.{ours}": f"decoder.{theirs}" for ours, theirs in decoder.items()}
+    official = {f"encoder.{ours}": f"backbone.{theirs}" for ours, theirs in encoder.items()}
+    official |= {f"norms.{name}": f"backbone.norm{name}" for name in model.norms.state_dict()}
+    return official | {f"decoder.{ours}": f"decoder.{theirs}" for ours, theirs in decoder.items()}
 
 
 def cleaned(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

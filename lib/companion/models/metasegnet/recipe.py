@@ -16,8 +16,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from ...data import DATASETS, landcover
-from ...data.landcover_sets import CLASSES, LOVEDA, OEM, POTSDAM, POTSDAM_FAULTY, POTSDAM_TILES, TO_LOVEDA
+from ...data.landcover_sets import CLASSES, LEFT_OUT, LOVEDA, OEM, POTSDAM, POTSDAM_FAULTY, POTSDAM_TILES, TO_LOVEDA
 from ...data.landcover_transforms import SCALES, Mosaic, test_transform, train_transform
 from ...errors import BadParameter
 from ...evaluation.metrics import landcover as metrics
@@ -35,10 +34,10 @@ from ...ops import papers
 from ...ops.files import sha256
 from ...training import schedules
 from ...training.callbacks import EarlyStop, Lookahead
-from ...training.fit import AUTO, Hardware, device, evaluating, same_shapes
+from ...training.fit import AUTO, Hardware, RunParameters, device, evaluating, same_shapes
 from ...training.recipe import Training
 from ...training.recipe import run as train
-from . import geotiff, networks
+from . import networks
 from .climate import PROMPTS, Prompts, headless
 from .inference import augmented, views
 from .losses import joint_loss
@@ -59,6 +58,23 @@ RESULTS = Results.of("metasegnet")
 WORKERS = min(8, os.cpu_count() or 1)
 TEST_BATCH = 4  # images of 1,024 pixels
 DRY_SIDE, DRY_STEPS = 512, 2
+
+
+class Parameters(RunParameters, Protocol):
+    """The notebook's parameters that are read here, see paper.yaml."""
+
+    task: str
+    dataset: str
+    method: str
+    prompt: str
+    prompts: str
+    augmentation: str
+    held_out: str
+    test_on: str
+    select: str
+    padding: str
+    checkpoint: str
+    without_xbd: bool
 
 
 # --- the author's settings --------------------------------------------------------------------------------------------
@@ -165,48 +181,22 @@ def options(
 
 
 @dataclass(frozen=True)
-class Test:
-    """A test set.
+class Part:
+    """The training items or those of a test.
 
     Attributes:
         data: items (image normalised (3, h, w), labels (h, w)).
         zones: of each item. texts: the user's own, if any.
         classes: of the labels; `left_out` of them are excluded from the means.
         into: (C,) the label of each of the network's classes; None if they are the same.
-        batch: images at once, grouped by size.
     """
-
-    __test__ = False  # not a pytest class
 
     data: Dataset
     zones: Sequence[str | None]
-    classes: list[str]
+    classes: Sequence[str]
     left_out: tuple[int, ...] = ()
     texts: Sequence[str | None] | None = None
     into: Tensor | None = None
-    batch: int = 1
-
-
-@dataclass(frozen=True)
-class Data:
-    """What the parameters name.
-
-    Attributes:
-        title: for people.
-        classes: how many the network has.
-        tests: by name.
-        train: items (image, labels); None: nothing is trained.
-        zones, texts: of the training items; one's own texts.
-        facts: of the files, where they may change between runs.
-    """
-
-    title: str
-    classes: int
-    tests: dict[str, Test]
-    train: Dataset | None = None
-    zones: Sequence[str | None] = ()
-    texts: Sequence[str | None] | None = None
-    facts: Sequence[tuple[str, object]] = ()
 
 
 class Prompted(Dataset):
@@ -216,19 +206,17 @@ class Prompted(Dataset):
     """
 
     def __init__(self, data: Dataset, encoder: TextEncoder, texts: Sequence[str], dropped: float = 0.0):
-        if len(texts) != len(data):
-            raise BadParameter("texts", f"{len(texts)} of them", f"{len(data)}, one for each item")
         self.data, self.dropped = data, dropped
-        known = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-        self.rows = [known[text] for text in texts]
-        self.ids = encoder.ids(list(known))
-        self.hidden = encoder.ids([headless(text, encoder.unknown) for text in known])
+        place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+        self.rows = [place[text] for text in texts]
+        self.ids = encoder.ids(list(place))
+        self.hidden = encoder.ids([headless(text, encoder.unknown) for text in place])
 
     def __len__(self) -> int:
         return len(self.data)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        ids = self.hidden if torch.rand(()) < self.dropped else self.ids
+        ids = self.hidden if self.dropped and torch.rand(()) < self.dropped else self.ids
         return *self.data[index], ids[self.rows[index]]
 
 
@@ -239,128 +227,114 @@ def randomised(data: landcover.LandCover, zones: Sequence[str | None], r: Recipe
     return Mosaic(data, r.mosaic, zones, transform)
 
 
-def real(p: SimpleNamespace) -> Data:
-    """The data of the parameters.
-
-    Raises `BadParameter`, `MissingData`, `CorruptFile`: with the change or download needed."""
-    tests = _tests(p)
-    data = _split(p, "train") if p.task == "train" else next(iter(tests.values())).data
-    if p.dataset == POTSDAM and p.task == "train":
-        stems = [data.picture(i).image.stem for i in range(len(data))]
-        data = data.where([not stem.startswith(f"top_potsdam_{POTSDAM_FAULTY}_") for stem in stems])
-    title = f"{p.dataset}, {len(data):,} images" + (f", zone {p.held_out} left out" if p.held_out else "")
-    if p.task != "train":
-        return Data(title, len(data.classes), tests)
-    if p.held_out:
-        data = data.where([zone != p.held_out for zone in data.zones()])
-    own = p.dataset == "folder"
-    labels = [(one.image.name, one.label and sha256(one.label)) for one in data.pictures] if own else ()
-    zones = data.zones()
-    return Data(
-        title, len(data.classes), tests, randomised(data, zones, published(p.dataset)), zones, data.texts(), labels
-    )
-
-
-def _split(p: SimpleNamespace, split: str, dataset: str = "", **options) -> landcover.LandCover:
-    name = dataset or p.dataset
-    if name == "folder":
-        # classes.txt: one name per line; lists of train and val are optional; without them all images are in both
+def read(p: Parameters, split: str, dataset: str, **options) -> landcover.LandCover:
+    """A split of a data set, or of your own folder."""
+    if dataset == "folder":
+        # lists of train and val are optional; without them all images are in both
         listed = split if (Path(p.data_root) / f"{split}.txt").is_file() else None
-        classes = landcover.read_classes(p.data_root)
-        data = landcover.own(p.data_root, classes, listed, **({"size": 1024} | options))
-        if p.task != "predict" and not any(picture.label for picture in data.pictures):
+        data = landcover.own(p.data_root, landcover.read_classes(p.data_root), listed, **({"size": 1024} | options))
+        if not any(picture.label for picture in data.pictures):
             raise data.dataset.missing(p.data_root, f"no image of '{split}' has a label in labels/")
         return data
-    if name == OEM:
+    if dataset == OEM:
         options["without_xbd"] = p.without_xbd
-    if name == POTSDAM:
-        options |= {"padding": p.padding, "mirrored": split == "train" and published(name).copies == 3}
-    return landcover.load(name, p.data_root, split, **options)
+    if dataset == POTSDAM:
+        options |= {"padding": p.padding, "mirrored": split == "train" and published(dataset).copies == 3}
+    return landcover.load(dataset, p.data_root, split, **options)
 
 
-def _tests(p: SimpleNamespace) -> dict[str, Test]:
+def train_data(p: Parameters) -> landcover.LandCover:
+    """The training images, without those of the zone left out and without Potsdam's tile of wrong labels."""
+    data = read(p, "train", p.dataset)
+    if p.dataset == POTSDAM:
+        stems = [data.picture(i).image.stem for i in range(len(data))]
+        data = data.where([not stem.startswith(f"top_potsdam_{POTSDAM_FAULTY}_") for stem in stems])
+    return data.where([zone != p.held_out for zone in data.zones()]) if p.held_out else data
+
+
+def train_items(p: Parameters, prompts: Prompts, part: Part, texts: Sequence[str] | None) -> Dataset:
+    """The training items, with the ids of their texts if the network reads texts."""
+    words = networks.text_encoder(p.method, prompts, p.data_root, random=p.dry_run)
+    if words is None or texts is None:
+        return part.data
+    return Prompted(part.data, words, texts, DROPPED if LEVELS[p.method] == "full" else 0.0)
+
+
+def test_parts(p: Parameters) -> dict[str, Part]:
     """The tests by name: all of a set, or the zones seen and the one left out, or another set."""
     name = p.test_on or p.dataset
-    data = _split(p, TEST_SPLIT.get(name, "val"), name, transform=test_transform())
-    into = None
-    if p.test_on:
-        into = torch.tensor([list(CLASSES[LOVEDA]).index(TO_LOVEDA[c]) for c in CLASSES[OEM]])
+    data = read(p, TEST_SPLIT.get(name, "val"), name, transform=test_transform())
     # without a text the map of climate zones is not needed
     zones = data.zones() if LEVELS[p.method] or p.held_out else [None] * len(data)
-
-    def of(part: landcover.LandCover, zones: Sequence[str | None]) -> Test:
-        return Test(part, zones, part.classes, part.left_out, part.texts(), into, TEST_BATCH)
-
+    whole = Part(data, zones, data.classes, data.left_out, data.texts())
+    if p.test_on:
+        loveda = [list(CLASSES[LOVEDA]).index(TO_LOVEDA[name]) for name in CLASSES[OEM]]
+        return {DATASETS[name].title: replace(whole, into=torch.tensor(loveda))}
     if not p.held_out:
-        return {DATASETS[name].title if p.test_on else "test": of(data, zones)}
+        return {"test": whole}
     if p.held_out not in zones:
         raise BadParameter("held_out", p.held_out, sorted({zone for zone in zones if zone}))
-    seen, left = (data.where([(zone == p.held_out) == out for zone in zones]) for out in (False, True))
-    return {"seen": of(seen, seen.zones()), "left out": of(left, left.zones())}
+    parts = {}
+    for title, out in (("seen", False), ("left out", True)):
+        part = data.where([(zone == p.held_out) == out for zone in zones])
+        parts[title] = replace(whole, data=part, zones=part.zones(), texts=part.texts())
+    return parts
 
 
-def generated(p: SimpleNamespace, r: Recipe) -> Data:
-    """As `real`, of a dry run: noise in squares of one class each, of the recipe's crop size, in two alternating
-    zones."""
+def generated(p: Parameters, r: Recipe) -> tuple[Part, Part]:
+    """Training and test items of a dry run: noise in squares of one class each, of the recipe's crop size, in two
+    alternating zones."""
     names = CLASSES.get(p.dataset, CLASSES[OEM])
     side = r.crop if device(p.accelerator) == "cuda" else min(r.crop, DRY_SIDE)
 
-    def items(count: int, seed: int) -> tuple[TensorDataset, list[str]]:
+    def part(count: int, seed: int) -> Part:
         generator = torch.Generator().manual_seed(1000 * p.seed + seed)
         coarse = torch.randint(len(names) + 1, (count, 1, 8, 8), generator=generator)
         labels = coarse.repeat_interleave(side // 8, 2).repeat_interleave(side // 8, 3)[:, 0]  # (count, side, side)
         images = torch.randn(count, 3, side, side, generator=generator) + labels[:, None] / len(names)
-        return TensorDataset(images, labels), [("Cfa", "Aw")[i % 2] for i in range(count)]
+        zones = [("Cfa", "Aw")[i % 2] for i in range(count)]
+        return Part(TensorDataset(images, labels), zones, list(names), LEFT_OUT.get(p.dataset, ()))
 
-    test = Test(*items(2, 2), list(names), landcover.LEFT_OUT.get(p.dataset, ()), batch=2)
-    title = "generated land (dry run: the scores mean nothing)"
-    return Data(title, len(names), {"test": test}, *items(DRY_STEPS * r.batch * p.devices, 1))
+    return part(DRY_STEPS * r.batch * p.devices, 1), part(2, 2)
 
 
-# --- test -------------------------------------------------------------------------------------------------------------
+# --- test and selection -----------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()  # not inference mode: a frozen text encoder caches states that are used in later training
 def confusion(
-    model: MetaSegNet, test: Test, texts: Sequence[str] | None, augmentation: str = "none", hardware: Hardware = AUTO
+    model: MetaSegNet,
+    test: Part,
+    texts: Sequence[str] | None,
+    augmentation: str = "none",
+    hardware: Hardware = AUTO,
+    batch: int = TEST_BATCH,
 ) -> Tensor:
-    """The confusion matrix (C, C) of a network on a test, with a text for each item."""
-    total, done = 0, 0
+    """The confusion matrix (C, C) of a network on a test, with a text for each item; a batch has images of one size."""
+    total = torch.zeros(len(test.classes), len(test.classes), dtype=torch.int64)
     network: Callable[..., Tensor] = model
-    ids = None if texts is None else model.ids(texts)
+    data = test.data if texts is None or model.text is None else Prompted(test.data, model.text, texts)
     workers = 0 if isinstance(test.data, TensorDataset) else WORKERS
     with evaluating(hardware, model) as where:
-        pin = where.type == "cuda"
-        for items in DataLoader(test.data, test.batch, num_workers=workers, pin_memory=pin, collate_fn=list):
-            for some in same_shapes([image for image, _ in items], test.batch):
-                own = {} if ids is None else {"texts": ids[[done + i for i in some]].to(where)}
-                x = torch.stack([items[i][0].to(where, non_blocking=True) for i in some])  # (b, 3, h, w)
-                predicted = augmented(functools.partial(network, **own), x, augmentation).argmax(1).cpu()
+        for items in DataLoader(data, batch, num_workers=workers, pin_memory=where.type == "cuda", collate_fn=list):
+            for some in same_shapes([image for image, *_ in items], batch):
+                images, labels, *ids = (torch.stack(column) for column in zip(*[items[i] for i in some], strict=True))
+                predict = functools.partial(network, texts=ids[0].to(where) if ids else None)
+                logits = augmented(predict, images.to(where, non_blocking=True), augmentation)  # (b, C, h, w)
+                predicted = logits.argmax(1).cpu()
                 predicted = predicted if test.into is None else test.into[predicted]
-                labels = torch.stack([items[i][1] for i in some])
-                total = total + metrics.confusion(labels, predicted, len(test.classes))
-            done += len(items)
+                total += metrics.confusion(labels, predicted, len(test.classes))
     return total
 
 
-def scores(test: Test, matrix: Tensor) -> metrics.Scores:
+def scores(test: Part, matrix: Tensor) -> metrics.Scores:
     """The scores of a test by the author's definitions, from its confusion matrix."""
     return metrics.scores(matrix, test.left_out, undefined=True)
 
 
-# --- selection --------------------------------------------------------------------------------------------------------
-
-
-def chosen(p: SimpleNamespace) -> str:
+def chosen(p: Parameters) -> str:
     """The epoch whose weights are tested, "last" or "best": that of the parameter `select`, or the recipe's."""
     return SELECT.get(p.dataset, "last") if p.select == "recipe" else p.select
-
-
-def validated(
-    model: MetaSegNet, test: Test, texts: Sequence[str] | None, score: str = "miou", hardware: Hardware = AUTO
-) -> float:
-    """The score in percent that selects the best epoch, without augmentation."""
-    return getattr(scores(test, confusion(model, test, texts, hardware=hardware)), score)
 
 
 # --- the setting ------------------------------------------------------------------------------------------------------
@@ -374,119 +348,107 @@ class Setting:
         title: of the data.
         training: of the method; it is run once.
         tests: by name.
-        texts: (zones, kind, own texts) to a text for each zone, see `networks.texts`.
+        texts: (part, kind) to a text for each of its items, see `networks.texts`.
     """
 
     title: str
     training: Training
-    tests: dict[str, Test]
+    tests: dict[str, Part]
     texts: Callable[..., list[str] | None]
 
 
-def setting(p: SimpleNamespace) -> Setting:
-    """The training and the tests of the notebook's checked parameters `p`, which paper.yaml explains.
+def setting(p: Parameters) -> Setting:
+    """The training and the tests of the notebook's checked parameters, which paper.yaml explains.
 
     Raises `BadParameter`, `MissingData`, `MissingWeights`, `CorruptFile`: with the change or download needed.
     """
     check(p)
     prompts, r = Prompts.read(p.prompts or PROMPTS), published(p.dataset)
+    facts: dict[str, Any] = {key: getattr(p, key) for key in ("dataset", "without_xbd", "held_out", "padding")}
+    part = None
     if p.dry_run:
-        gpu = device(p.accelerator) == "cuda"
-        r = replace(r, epochs=1, batch=r.batch if gpu else 1)
-    data = generated(p, r) if p.dry_run else real(p)
-    ask = functools.partial(networks.texts, prompts, p.method, seed=p.seed)
-    texts, hardware = ask(data.zones, own=data.texts), Hardware.of(p, "metasegnet", workers=WORKERS)
-    score = None
-    if chosen(p) == "best" and not p.dry_run:
-        test, metric = next(iter(data.tests.values())), SCORES.get(p.dataset, "miou")
-        asked = ask(test.zones, own=test.texts)
-        score = functools.partial(validated, test=test, texts=asked, score=metric, hardware=hardware)
+        r = replace(r, epochs=1, batch=r.batch if device(p.accelerator) == "cuda" else 1)
+        part, test = generated(p, r)
+        tests, title = {"test": test}, "generated land (dry run: the scores mean nothing)"
+    else:
+        tests, title = test_parts(p), p.dataset
+        if p.task == "train":
+            data = train_data(p)
+            title += f", {len(data):,} images" + (f", zone {p.held_out} left out" if p.held_out else "")
+            part = Part(randomised(data, data.zones(), r), data.zones(), data.classes, texts=data.texts())
+            if p.dataset == "folder":
+                facts["labels"] = [(one.image.name, one.label and sha256(one.label)) for one in data.pictures]
+    hardware, validation = Hardware.of(p, "metasegnet", workers=WORKERS), next(iter(tests.values()))
+
+    def prompted(part: Part, kind: str = "") -> list[str] | None:
+        return networks.texts(prompts, p.method, part.zones, kind, part.texts, p.seed)
+
+    def validate(model: MetaSegNet) -> float:
+        """The score in percent that selects the best epoch, without augmentation."""
+        matrix = confusion(model, validation, prompted(validation), hardware=hardware)
+        return getattr(scores(validation, matrix), SCORES.get(p.dataset, "miou"))
 
     def build() -> MetaSegNet:
         files = {"data_root": p.data_root, "weights": p.weights, "checkpoint": p.checkpoint}
-        sizes = {"text": p.text_encoder, "seed": p.seed, "random": p.dry_run}
-        return networks.network(p.method, prompts, data.classes, **files, **sizes)
+        classes = CLASSES[p.dataset] if p.test_on else validation.classes
+        return networks.network(p.method, prompts, len(classes), **files, seed=p.seed, random=p.dry_run)
 
-    def items() -> Dataset:
-        words = networks.text_encoder(p.method, prompts, p.text_encoder, p.data_root, random=p.dry_run)
-        if words is None or texts is None:
-            return data.train
-        return Prompted(data.train, words, texts, DROPPED if LEVELS[p.method] == "full" else 0.0)
-
-    facts = {key: getattr(p, key) for key in ("dataset", "without_xbd", "held_out", "text_encoder", "padding")}
-    facts |= {"data_root": Path(p.data_root), "texts": texts, "select": chosen(p)}
-    if data.facts:
-        facts["labels"] = list(data.facts)
+    texts = prompted(part) if part else None
     training = Training(
         name=_name(p),
         build=build,
         loss=loss,
-        data=None if data.train is None else items,
-        fit=options(r, hardware, p.seed, score),
-        facts=facts,
+        data=functools.partial(train_items, p, prompts, part, texts) if part else None,
+        fit=options(r, hardware, p.seed, validate if chosen(p) == "best" and not p.dry_run else None),
+        facts=facts | {"data_root": Path(p.data_root), "texts": texts, "select": chosen(p)},
     )
-    return Setting(data.title, training, data.tests, ask)
+    return Setting(title, training, tests, prompted)
 
 
-def _name(p: SimpleNamespace) -> str:
-    """The name of a training: method, data, differences from the recipe, encoder and file of the texts, seed."""
+def _name(p: Parameters) -> str:
+    """The name of a training: method, data, differences from the recipe, file of the texts, seed."""
     without = [f"without {p.held_out}"] if p.held_out else []
-    text = [p.text_encoder] if LEVELS[p.method] not in (None, "code") else []
-    text += [Path(p.prompts).stem] if text and p.prompts else []
+    text = [Path(p.prompts).stem] if p.prompts and LEVELS[p.method] not in (None, "code") else []
     changed = [f"{chosen(p)} epoch"] if chosen(p) != SELECT.get(p.dataset, "last") else []
     changed += ["without xBD"] if p.without_xbd else []
     changed += ["padding impervious"] if p.padding != "ignored" else []
     return ", ".join([p.method, p.dataset, *without, *text, *changed, f"seed {p.seed}"])
 
 
-def check(p: SimpleNamespace) -> None:
+def check(p: Parameters) -> None:
     """Raises `BadParameter` for conflicting parameters."""
     if p.test_on and (p.dataset, p.test_on) != (OEM, LOVEDA):
         raise BadParameter("test_on", p.test_on, f"'' or, with dataset = {OEM!r}, {LOVEDA!r}")
-    if p.overlap >= p.tile:
-        raise BadParameter("overlap", p.overlap, f"less than the tile, {p.tile}")
-    if p.held_out and (p.test_on or p.dataset not in (OEM, "folder")):
-        raise BadParameter("held_out", p.held_out, "'' where all images are of one zone, or with `test_on`")
     if p.test_on and chosen(p) == "best":
         raise BadParameter("select", p.select, "'last' with `test_on`: the best epoch would be chosen on that set")
     if p.padding != "ignored" and p.dataset != POTSDAM:
         raise BadParameter("padding", p.padding, f"'ignored'; 'impervious' with dataset = {POTSDAM!r}")
-    if p.task != "train" and not (p.checkpoint or p.dry_run):
-        raise BadParameter("checkpoint", p.checkpoint, f"the file of a trained network, for task = {p.task!r}")
-    if p.task == "train" and p.checkpoint:
-        raise BadParameter("checkpoint", p.checkpoint, "'' to train; task = 'test' or 'predict' for a trained one")
+    if not p.dry_run and (p.task == "train") == bool(p.checkpoint):
+        raise BadParameter("checkpoint", p.checkpoint, "'' to train; task = 'test' with the file of a trained network")
 
 
-def run(p: SimpleNamespace, out: Path) -> pd.DataFrame:
-    """Train, test or predict as the parameters ask, below `out`; a row for each test.
+def run(p: Parameters, out: Path) -> pd.DataFrame:
+    """Train and test, or test alone, as the parameters ask, below `out`; a row for each test.
 
     The scores are added to `<out>/measured.csv`; a dry run writes nothing."""
     asked = setting(p)
     model, history = train(asked.training, None if p.dry_run else out)
     facts = {"data": asked.title, "method": p.method, "steps": len(history)}
     facts["trainable parameters"] = f"{sum(t.numel() for t in model.trained().values()):,}"
-    kind, hardware = p.prompt if p.method == "MetaSegNet" else "", Hardware.of(p, "metasegnet")
-    if p.task == "predict" and not p.dry_run:
-        whole = landcover.own(p.data_root, landcover.read_classes(p.data_root))
-        texts = asked.texts(whole.zones(), kind, whole.texts())
-        tiles = {"tile": p.tile, "overlap": p.overlap, "augmentation": p.augmentation}
-        written = [*geotiff.predict(model, whole, texts, out / "maps", hardware=hardware, **tiles)]
-        return pd.DataFrame([facts | {"maps written": len(written)}])
-    matrices = {
-        name: confusion(model, test, asked.texts(test.zones, kind, test.texts), p.augmentation, hardware)
-        for name, test in asked.tests.items()
-    }
-    if not p.dry_run:
-        rows = [row(p, name, asked.tests[name], matrix) for name, matrix in matrices.items()]
-        RESULTS.measured(out / "measured.csv", *rows)
-    found = {name: scores(asked.tests[name], matrix) for name, matrix in matrices.items()}
-    return pd.DataFrame([facts | {"test": n, "mIoU": s.miou, "mF1": s.mf1, "OA": s.oa} for n, s in found.items()])
+    kind, hardware, rows = p.prompt if p.method == "MetaSegNet" else "", Hardware.of(p, "metasegnet"), []
+    for name, test in asked.tests.items():
+        matrix = confusion(model, test, asked.texts(test, kind), p.augmentation, hardware)
+        measured = row(p, name, test, matrix)
+        rows.append(facts | {key: measured[key] for key in ("test", *RESULTS.values)})
+        if not p.dry_run:
+            RESULTS.measured(out / "measured.csv", measured)
+    return pd.DataFrame(rows)
 
 
 # --- results ----------------------------------------------------------------------------------------------------------
 
 
-def row(p: SimpleNamespace, name: str, test: Test, matrix: Tensor) -> dict[str, Any]:
+def row(p: Parameters, name: str, test: Part, matrix: Tensor) -> dict[str, Any]:
     """A row of `Results`: the settings of a test, and the scores in percent."""
     level, s = LEVELS[p.method], scores(test, matrix)
     facts = {
@@ -494,7 +456,6 @@ def row(p: SimpleNamespace, name: str, test: Test, matrix: Tensor) -> dict[str, 
         "dataset": p.dataset,
         "test": name,
         "prompt": "none" if level is None else p.prompt if p.method == "MetaSegNet" else level,
-        "text_encoder": "none" if level in (None, "code") else p.text_encoder,
         "texts": Path(p.prompts or PROMPTS).name,
         "augmentation": p.augmentation,
         "held_out": p.held_out or "no zone",

@@ -1,25 +1,20 @@
-"""PromptPAR's published training and its tests on the pedestrian attribute datasets; or a dry run on noise.
-
-`p` holds the checked parameters of the notebook. Read here: `method`, `dataset`, `texts`, `select` and `checkpoint`;
-`clip`, `release` and `quirks`, of the model; `data_root`, `weights`, `seed` and `dry_run`; and those of `Hardware.of`.
-"""
+"""PromptPAR's published training and its tests on the pedestrian attribute datasets; or a dry run on noise."""
 
 from __future__ import annotations
 
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import open_clip
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset, TensorDataset, default_collate
 
 from ... import backbones
 from ...data import attributes
@@ -29,7 +24,7 @@ from ...evaluation.metrics.attributes import THRESHOLD, Scores, evaluate
 from ...evaluation.tables import Results, published_table
 from ...ops import papers
 from ...training.callbacks import Callback, ClipNorm, Loop
-from ...training.fit import Batch, Hardware, History, device, predict
+from ...training.fit import Batch, Hardware, History, RunParameters, device, predict
 from ...training.recipe import Training, run
 from ...training.schedules import Schedule, sgd
 from .model import PromptPAR, Settings, loss, read_checkpoint
@@ -41,20 +36,31 @@ METHODS: dict[str, dict] = {
     "regions, no similarity loss": {"similarity": 0.0},
     "deep prompts": {"regions": 0},
     "heads only": {"regions": 0, "prompts": 0},
-    "full fine-tuning": {"regions": 0, "prompts": 0, "tuned": "all"},
 }
 # in these the loss does not reach a norm, a temperature or empty prompts, which are trainable tensors
-UNUSED_PARAMETERS = ("regions, no similarity loss", "heads only", "full fine-tuning")
+UNUSED_PARAMETERS = ("regions, no similarity loss", "heads only")
 RESULTS = Results.of("promptpar")
 CLIP, FUSION = "ViT-L-14-quickgelu/openai", "vit_base_patch16_224.orig_in21k_ft_in1k"
 TEST_BATCH = 64
 LAST = "train"  # the last images of an epoch, see `fit`
 MOMENTUM = 0.9
 SIMILARITY = 0.5  # weight of the similarity in the loss
-TEXTS = {"par/rapv1": "phrases"}  # the texts that the authors' script passes to CLIP instead of the sentences
 MAXIMA = ("mA", "Acc", "F1")  # metrics of which the authors' code prints the maximum over epochs
 WORKERS = min(8, os.cpu_count() or 1)
 TEXT_PROMPTS = "clip_model.transformer.prompt_text_deep"
+
+
+class Parameters(RunParameters, Protocol):
+    """The parameters of the notebook that the recipe reads."""
+
+    method: str
+    dataset: str
+    clip: str
+    release: str
+    quirks: bool
+    texts: str
+    select: str
+    checkpoint: str
 
 
 @dataclass(frozen=True)
@@ -79,24 +85,19 @@ class Setting:
     probabilities: Callable[[PromptPAR, Dataset], Tensor]
     epochs: list[dict[str, float]] = field(default_factory=list)
 
-    def scores(self, model: PromptPAR, part: str = "test", threshold: float = THRESHOLD) -> Scores:
-        """A model's scores on a part."""
-        data = self.parts[part]
-        return evaluate(_labels(data).numpy(), self.probabilities(model, data).numpy(), threshold)
+    def scores(self, model: PromptPAR) -> Scores:
+        """A model's scores on the test images."""
+        data = self.parts["test"]
+        return evaluate(_labels(data).numpy(), self.probabilities(model, data).numpy())
 
     def examples(self, part: str, count: int) -> tuple[Tensor, Tensor]:
         """The first images of a part, (n, 3, H, W), and their labels, (n, A)."""
         data = self.parts[part]
-        images, labels = zip(*(data[i] for i in range(min(count, len(data)))), strict=True)
-        return torch.stack(images), torch.stack([torch.as_tensor(row) for row in labels])
+        images, labels = default_collate([data[i] for i in range(min(count, len(data)))])
+        return images, labels
 
 
-def _labels(data: Dataset) -> Tensor:
-    """The labels of a part, (n, A)."""
-    return data.tensors[1] if isinstance(data, TensorDataset) else data.labels
-
-
-def setting(p: SimpleNamespace, out: Path) -> Setting:
+def setting(p: Parameters, out: Path) -> Setting:
     """The setting of the `paper` profile: the published training on trainval, trained weights, or a dry run.
 
     A training resumes from its checkpoint in `out`/checkpoints; its weights are saved under the authors' names as
@@ -105,19 +106,21 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
 
     Raises `BadParameter`, `MissingData`, `MissingWeights`, `CorruptFile`: with the change or download needed.
     """
-    if p.texts == "phrases" and p.dataset not in PHRASES:
-        raise BadParameter("texts", p.texts, f"'released' or 'sentences'; phrases are known of {', '.join(PHRASES)}")
     if p.checkpoint and p.method != "PromptPAR":
         raise BadParameter("method", p.method, ["PromptPAR with a checkpoint: it holds PromptPAR's weights"])
-    heads, totals = published()["heads"], list[dict[str, float]]()
-    epochs, batch = int(heads["epochs"]), int(heads["batch"])
+    heads = published()["heads"]
+    epochs, batch, released = int(heads["epochs"]), int(heads["batch"]), None
     if p.dry_run:
         names = texts = read_by_clip(p, SENTENCES.get(p.dataset, SENTENCES["par/peta"]))
         torch.manual_seed(p.seed)
-        released, (clip, fusion) = None, _backbones(p, "random", "random")
-        epochs, batch = 1, batch if p.accelerator != "cpu" and torch.cuda.is_available() else 2
+        clip, fusion = _backbones(p, "random", "random")
+        epochs, batch = 1, batch if device(p.accelerator) == "cuda" else 2
         title, ratio = "generated images (dry run: the scores mean nothing)", torch.full((len(names),), 0.3)
-        train, test = generated(clip.visual.image_size[0], len(names), (2 * batch, 4), p.seed)
+        size = clip.visual.image_size[0]
+        train, test = (
+            TensorDataset(torch.randn(count, 3, size, size), torch.rand(count, len(names)).lt(0.3).float())
+            for count in (2 * batch, 4)
+        )
     else:
         own = p.dataset == "folder"
         splits = attributes.own_folder(p.data_root) if own else attributes.splits(p.dataset, p.data_root)
@@ -126,9 +129,10 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
         released = load(p, texts) if p.checkpoint else None
         clip, fusion = (released.clip, None) if released else _backbones(p, weights(p), "pretrained")
         title, batch = RESULTS.names["dataset"].get(p.dataset, train.name), min(batch, len(train))
-        ratio = train.ratio if p.quirks else (_labels(train) == 1).float().mean(0)
+        ratio = train.ratio if p.quirks else _labels(train).eq(1).float().mean(0)
         for data, varied in ((train, True), (test, False)):
             data.transform = attributes.square_transform(clip.visual.image_size[0], train=varied)
+    totals: list[dict[str, float]] = []
 
     def probabilities(model: PromptPAR, data: Dataset) -> Tensor:
         return predict(model, data, batch=TEST_BATCH, hardware=hardware(p)).sigmoid()
@@ -136,56 +140,48 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
     def score(model: nn.Module) -> dict[str, float]:
         return evaluate(_labels(test).numpy(), probabilities(model, test).numpy()).totals
 
-    def made(method: str) -> PromptPAR:
+    def untrained(method: str) -> PromptPAR:
         return released or build(p, texts, clip, fusion)
 
     def trained(method: str) -> tuple[PromptPAR, History]:
         if released:
             return released, []
-        found = training(p, lambda: made(method), train, ratio, epochs=epochs, batch=batch)
-        if p.select == "maxima":
-            found.fit["callbacks"].append(Epochs(score, totals))
-        return run(found, None if p.dry_run else out)
+        scored = [Epochs(score, totals)] if p.select == "maxima" else []
+        whole = training(p, lambda: untrained(method), train, ratio, epochs=epochs, batch=batch, callbacks=scored)
+        return run(whole, None if p.dry_run else out)
 
-    return Setting(title, names, {"train": train, "test": test}, (p.method,), made, trained, probabilities, totals)
-
-
-def generated(size: int, labels: int, counts: Sequence[int], seed: int) -> list[TensorDataset]:
-    """Datasets of so many generated images (3, size, size), with labels drawn from the seed."""
-    generator = torch.Generator().manual_seed(seed)
-    parts = []
-    for count in counts:
-        images = torch.randn(count, 3, size, size, generator=generator)
-        parts.append(TensorDataset(images, (torch.rand(count, labels, generator=generator) < 0.3).float()))
-    return parts
+    return Setting(title, names, {"train": train, "test": test}, (p.method,), untrained, trained, probabilities, totals)
 
 
-def read_by_clip(p: SimpleNamespace, sentences: tuple[str, ...]) -> tuple[str, ...]:
+# --- the data ---------------------------------------------------------------------------------------------------------
+
+
+def _labels(data: Dataset) -> Tensor:
+    """The labels of a part, (n, A)."""
+    return data.tensors[1] if isinstance(data, TensorDataset) else data.labels
+
+
+def read_by_clip(p: Parameters, sentences: tuple[str, ...]) -> tuple[str, ...]:
     """The texts of the attributes that CLIP encodes: the sentences, or the phrases of the authors' script."""
-    kind = TEXTS.get(p.dataset, "sentences") if p.texts == "released" else p.texts
-    return PHRASES[p.dataset] if kind == "phrases" else sentences
+    return PHRASES.get(p.dataset, sentences) if p.texts == "released" else sentences
 
 
 # --- the model --------------------------------------------------------------------------------------------------------
 
 
-def weights(p: SimpleNamespace) -> str | Path:
+def weights(p: Parameters) -> str | Path:
     """The weights of CLIP: the parameter, the usual file below `<data_root>/weights`, or the cache."""
     file = next(w["file"] for w in papers.paper("promptpar")["weights"] if w["name"] == "clip")
     usual = Path(p.data_root) / "weights" / file
     return p.weights or (usual if p.clip == CLIP and usual.is_file() else "pretrained")
 
 
-def _backbones(p: SimpleNamespace, clip: str | Path, fusion: str) -> tuple[nn.Module, nn.Module]:
+def _backbones(p: Parameters, clip: str | Path, fusion: str) -> tuple[nn.Module, nn.Module]:
     """The CLIP and the ViT of the fusion, each with the named weights."""
     return backbones.build(f"openclip:{p.clip}", clip), backbones.build(FUSION, fusion)
 
 
-def _tokenizer(p: SimpleNamespace) -> Callable[[Sequence[str]], Tensor]:
-    return open_clip.get_tokenizer(p.clip.partition("/")[0])
-
-
-def build(p: SimpleNamespace, sentences: Sequence[str], clip: nn.Module, fusion: nn.Module) -> PromptPAR:
+def build(p: Parameters, sentences: Sequence[str], clip: nn.Module, fusion: nn.Module) -> PromptPAR:
     """The method `p.method` at full size."""
     torch.manual_seed(p.seed)
     if p.release == "2023" and clip.visual.output_dim != fusion.embed_dim:
@@ -193,13 +189,15 @@ def build(p: SimpleNamespace, sentences: Sequence[str], clip: nn.Module, fusion:
         raise BadParameter("release", p.release, accepted + "cannot take as they are")
     options = {name: value for name, value in METHODS[p.method].items() if name != "similarity"}
     settings = Settings(visual_embed=p.release == "2025", official_quirks=p.quirks, **options)
-    model = PromptPAR(clip, sentences, _tokenizer(p), fusion, settings)
+    tokenizer = open_clip.get_tokenizer(p.clip.partition("/")[0])
+    model = PromptPAR(clip, sentences, tokenizer, fusion, settings)
     return model.half_clip() if half(p) else model
 
 
-def load(p: SimpleNamespace, sentences: Sequence[str]) -> PromptPAR:
+def load(p: Parameters, sentences: Sequence[str]) -> PromptPAR:
     """A trained model from the file `checkpoint`: the authors', or the weights of a training here."""
-    if not Path(p.checkpoint).is_file():
+    path = Path(p.checkpoint)
+    if not path.is_file():
         files = "PETA_Checkpoint.pth, PA100k_Checkpoint.pth or RAP1.pth"
         ways = [
             f"give the path of {files}, which the README of github.com/Event-AHU/OpenPAR links (folder PromptPAR)",
@@ -207,27 +205,20 @@ def load(p: SimpleNamespace, sentences: Sequence[str]) -> PromptPAR:
             "leave `checkpoint` empty to train",
         ]
         raise MissingWeights("PromptPAR's checkpoint", p.checkpoint, ways)
-    ours = Path(p.checkpoint).suffix == ".safetensors"
-    state = backbones.read_state(p.checkpoint) if ours else read_checkpoint(p.checkpoint)
-    model = PromptPAR.from_official(state, sentences, _tokenizer(p), official_quirks=p.quirks).eval()
+    state = backbones.read_state(path) if path.suffix == ".safetensors" else read_checkpoint(path)
+    tokenizer = open_clip.get_tokenizer(p.clip.partition("/")[0])
+    model = PromptPAR.from_official(state, sentences, tokenizer, official_quirks=p.quirks)
     return model.half_clip() if half(p) else model
 
 
-def _as_released(p: SimpleNamespace) -> bool:
-    """Whether the authors' precision is asked for and a CUDA GPU is there."""
+def half(p: Parameters) -> bool:
+    """Whether CLIP is in float16, as released: with the authors' precision on a CUDA GPU."""
     return p.profile == "paper" and p.precision == "paper" and device(p.accelerator) == "cuda"
 
 
-def half(p: SimpleNamespace) -> bool:
-    """Whether CLIP is in float16, as released: with the authors' precision on a CUDA GPU; not for full fine-tuning,
-    which the authors do not run."""
-    return _as_released(p) and METHODS[p.method].get("tuned") != "all"
-
-
-def hardware(p: SimpleNamespace) -> Hardware:
-    """The hardware of the parameters; full fine-tuning uses autocast where the other methods have CLIP in float16."""
-    found = Hardware.of(p, "promptpar", workers=WORKERS)
-    return replace(found, precision="16-mixed") if _as_released(p) and not half(p) else found
+def hardware(p: Parameters) -> Hardware:
+    """The hardware of trainings and tests."""
+    return Hardware.of(p, "promptpar", workers=WORKERS)
 
 
 # --- the training -----------------------------------------------------------------------------------------------------
@@ -255,7 +246,7 @@ def by_epoch(warmup: int) -> Schedule:
 
 
 def training(
-    p: SimpleNamespace,
+    p: Parameters,
     build: Callable[[], PromptPAR],
     data: Dataset,
     ratio: Tensor,
@@ -263,42 +254,39 @@ def training(
     epochs: int,
     batch: int,
     settings: pd.DataFrame | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> Training:
     """The training of `p.method` by the authors' settings.
 
     Args:
         ratio: (A,) as in `loss`.
         settings: None: `published`.
-
-    Raises `BadParameter`: a batch too small for the micro-batches and devices, as each needs two images.
     """
     settings, weight = published() if settings is None else settings, METHODS[p.method].get("similarity", SIMILARITY)
     rates, decay = (settings.loc[name].astype(float) for name in ("learning rate", "weight decay"))
     schedules = {name: by_epoch(int(settings[name]["warm-up epochs"])) for name in ("heads", "prompts")}
-    shares = functools.cache(ratio.to)  # copied to a GPU once, not at each step
+    on_device = functools.cache(ratio.to)  # copied to a GPU once, not at each step
 
     def value(model: nn.Module, batch: Batch) -> Tensor:
         images, labels = batch
-        return loss(model(images), labels, shares(labels.device), weight, unclear=p.quirks)
+        return loss(model(images), labels, on_device(labels.device), weight, unclear=p.quirks)
 
     def groups(model: PromptPAR) -> list[dict]:
         return [
-            g | {"lr": float(rates[g["name"]]), "weight_decay": float(decay[g["name"]])} for g in model.param_groups()
+            group | {"lr": float(rates[group["name"]]), "weight_decay": float(decay[group["name"]])}
+            for group in model.param_groups()
         ]
 
-    on = hardware(p)
+    machine = hardware(p)
     # a batch norm cannot train on a single image; no data set of the paper has such a last batch
-    parts, remainder = on.accumulate * on.devices, len(data) % batch
-    if batch < 2 * parts:
-        accepted = f"one that leaves two images of a batch of {batch} for each part (devices = {on.devices})"
-        raise BadParameter("accumulate", on.accumulate, f"{accepted}: batch norms cannot train on one")
-    last = "drop" if 0 < remainder < 2 * parts else LAST
+    remainder, smallest = len(data) % batch, 2 * machine.accumulate * machine.devices
+    last = "drop" if 0 < remainder < smallest else LAST
     per_epoch = len(data) // batch + (last == LAST and remainder > 0)
-    of_prompts = schedules["prompts"](rates["prompts"], epochs * per_epoch, per_epoch)
 
     def final(model: nn.Module) -> dict[str, Tensor]:
-        state = model.to_official()
-        return state | {n: decayed(t, of_prompts, decay["prompts"]) for n, t in state.items() if n == TEXT_PROMPTS}
+        state, rate = model.to_official(), float(rates["prompts"])
+        each_step = schedules["prompts"](rate, epochs * per_epoch, per_epoch)
+        return state | {n: decayed(t, each_step, decay["prompts"]) for n, t in state.items() if n == TEXT_PROMPTS}
 
     return Training(
         name=f"{label(p)}, {p.dataset}, seed {p.seed}",
@@ -312,9 +300,9 @@ def training(
             "last": last,
             "optimizer": sgd(rates["heads"], decay["heads"], groups=groups),
             "schedule": schedules,
-            "callbacks": [ClipNorm(float(settings["heads"]["gradient clipping"]))],
+            "callbacks": [ClipNorm(float(settings["heads"]["gradient clipping"])), *callbacks],
             "seed": p.seed,
-            "hardware": on,
+            "hardware": machine,
             "find_unused_parameters": p.method in UNUSED_PARAMETERS,
         },
         facts={
@@ -372,21 +360,20 @@ def maxima(epochs: list[dict[str, float]]) -> dict[str, float]:
 # --- results ----------------------------------------------------------------------------------------------------------
 
 
-def label(p: SimpleNamespace) -> str:
+def label(p: Parameters) -> str:
     """The method's name in the tables, with every difference from the published settings."""
-    usual = TEXTS.get(p.dataset, "sentences")
     changes = {
         f"weights of {Path(p.checkpoint).name}": p.checkpoint,
         f"code of {p.release}": p.release != "2023" and not p.checkpoint,
         "as meant": not p.quirks,
-        p.texts: p.texts not in ("released", usual),
+        p.texts: p.texts != "released" and p.dataset in PHRASES,
         p.clip: p.clip != CLIP,
         "maxima over epochs": p.select == "maxima",
     }
     return ", ".join([p.method, *(name for name, changed in changes.items() if changed)])
 
 
-def row(p: SimpleNamespace, scores: Scores, epochs: list[dict[str, float]] | None = None) -> dict[str, Any]:
+def row(p: Parameters, scores: Scores, epochs: list[dict[str, float]] | None = None) -> dict[str, Any]:
     """Scores as a row of `RESULTS`: those of the last epoch, or, if `epochs` has rows, their maxima."""
     totals = maxima(epochs) if epochs else scores.totals
     return {"method": label(p), "dataset": p.dataset, "seed": p.seed} | totals
@@ -394,15 +381,15 @@ def row(p: SimpleNamespace, scores: Scores, epochs: list[dict[str, float]] | Non
 
 def f1_definitions() -> pd.DataFrame:
     """The printed F1 of published methods, and the F1 of means that follows from their printed Prec and Recall."""
-    frame = published_table("promptpar", "sota_peta_pa100k_rapv1")
-    known = ("VTB", "PromptPAR", "DRFormer", "DAFL", "OAGCN", "SSPNet", "PARformer", "LLM-PAR")
-    found = pd.DataFrame({"method": frame.method})
+    published = published_table("promptpar", "sota_peta_pa100k_rapv1")
+    methods = ("VTB", "PromptPAR", "DRFormer", "DAFL", "OAGCN", "SSPNet", "PARformer", "LLM-PAR")
+    table = published[["method"]].copy()
     for name in ("PETA", "PA100K", "RAPv1"):
-        precision, recall, printed = (frame[f"{name} {metric}"] for metric in ("Prec", "Recall", "F1"))
-        found[f"{name} F1"] = printed
-        found[f"{name} F1 of means"] = 2 * precision * recall / (precision + recall)
-        found[f"{name} difference"] = found[f"{name} F1 of means"] - printed
-    return found[found.method.isin(known)]
+        precision, recall, printed = (published[f"{name} {metric}"] for metric in ("Prec", "Recall", "F1"))
+        table[f"{name} F1"] = printed
+        table[f"{name} F1 of means"] = 2 * precision * recall / (precision + recall)
+        table[f"{name} difference"] = table[f"{name} F1 of means"] - printed
+    return table[table.method.isin(methods)]
 
 
 def protocol() -> dict[str, str]:

@@ -1,8 +1,8 @@
 """Open-vocabulary detectors that return all boxes with all class probabilities, for the refinement of SIC-CADS.
 
     detector = build("google/owlvit-base-patch32", boxes.class_names)
-    found = detector(image)                     # boxes (R, 4), probabilities (R, C), before any threshold
-    best = refined(found, p, gamma=0.5)         # p (C,): the image-level scores of this image
+    output = detector(image)                    # boxes (R, 4), probabilities (R, C), before any threshold
+    best = refined(output, p, gamma=0.5)        # p (C,): the image-level scores of this image
 
 Any callable from an image to an `Output` is a detector: to plug one in, return its boxes and the whole matrix of
 probabilities *before* its own threshold, suppression and top-k. The libraries' `post_process` functions keep one class
@@ -31,7 +31,7 @@ from torchvision.ops import box_convert, clip_boxes_to_image
 
 from ...backbones import quiet, unreachable
 from ...data.detection import check_results
-from ...errors import BadParameter, CorruptFile, MissingWeights, check_choice
+from ...errors import BadParameter, CorruptFile, MissingWeights
 from ...ops.files import read_json
 from .model import Detections, detect, refine
 
@@ -42,7 +42,6 @@ NAMES = (
 )
 """Usual names; others of the three families load too."""
 
-TOKENS = ("max", "mean")
 FLOOR = 1e-3  # lower bound of scores: a set predictor has R · C of them
 
 
@@ -61,7 +60,7 @@ class Detector(Protocol):
 
 
 def refined(
-    found: Output,
+    output: Output,
     p: Tensor | None = None,
     gamma: float = 0.5,
     *,
@@ -72,31 +71,27 @@ def refined(
     """The best boxes of an image: refinement by p (C,), then threshold, suppression within each class, top-k.
 
     Args:
-        found: of the detector.
+        output: of the detector.
         p: the image-level scores of the same image; None for the detector alone.
         gamma, threshold, nms, top: see `models.sic_cads.refine` and `detect`. Set predictors (the three families here)
             need no suppression, and 0.5 changes little.
 
-    Raises `BadParameter`: shapes that do not match, or probabilities outside 0 to 1.
+    Raises `BadParameter`: probabilities outside 0 to 1.
     """
-    boxes, probabilities = found.boxes, found.probabilities
-    if boxes.ndim != 2 or boxes.shape[1] != 4 or probabilities.ndim != 2 or len(boxes) != len(probabilities):
-        raise BadParameter(
-            "found", (tuple(boxes.shape), tuple(probabilities.shape)), "boxes (R, 4), probabilities (R, C)"
-        )
+    probabilities = output.probabilities
     if probabilities.numel() and not (probabilities.min() >= 0 and probabilities.max() <= 1):
         accepted = "probabilities in 0 to 1: take the sigmoid of logits first"
-        raise BadParameter("found", f"{probabilities.min():g} to {probabilities.max():g}", accepted)
+        raise BadParameter("output", f"{probabilities.min():g} to {probabilities.max():g}", accepted)
     scores = probabilities if p is None else refine(probabilities, p.to(probabilities), gamma)
-    return detect(boxes, scores, threshold, nms, top)
+    return detect(output.boxes, scores, threshold, nms, top)
 
 
-def rows(found: Detections, image_id: int | str, categories: Sequence[int]) -> list[dict]:
+def rows(detections: Detections, image_id: int | str, categories: Sequence[int]) -> list[dict]:
     """Detections as rows of COCO's result format; `categories`: the id of each class."""
-    boxes = box_convert(found.boxes, "xyxy", "xywh").tolist()
+    boxes = box_convert(detections.boxes, "xyxy", "xywh").tolist()
     return [
         {"image_id": image_id, "category_id": categories[label], "bbox": box, "score": score}
-        for box, score, label in zip(boxes, found.scores.tolist(), found.classes.tolist(), strict=True)
+        for box, score, label in zip(boxes, detections.scores.tolist(), detections.classes.tolist(), strict=True)
     ]
 
 
@@ -112,26 +107,22 @@ class Owl(nn.Module):
         model: `OwlViTForObjectDetection` or `Owlv2ForObjectDetection` of transformers; it is copied.
         processor: the image processor of the same family.
         names: of the classes; underscores are read as spaces.
-        prompt: template of the prompts; OWL's default.
     """
 
-    def __init__(self, model: nn.Module, processor: Any, names: Sequence[str], prompt: str = "a photo of a {}"):
+    def __init__(self, model: nn.Module, processor: Any, names: Sequence[str]):
         super().__init__()
         self.model, self.processor = copy.deepcopy(model).requires_grad_(False).eval(), processor
         self.square = model.config.model_type == "owlv2"  # it pads the image to a square first
         self.tower = self.model.owlv2 if self.square else self.model.owlvit
         length = model.config.text_config.max_position_embeddings
-        texts = [prompt.format(_spaced(name)) for name in _checked(names)]
+        texts = [f"a photo of a {name.replace('_', ' ')}" for name in names]  # OWL's own prompt
         ids = SimpleTokenizer(context_length=length)(texts)  # CLIP's, as OWL's own is
         if ids.max() >= model.config.text_config.vocab_size:
             raise BadParameter("model", model.config.text_config.vocab_size, "a vocabulary of CLIP's 49,408 words")
         with torch.no_grad():
-            queries = torch.cat([self._embedded(part) for part in ids.split(64)])
+            pooled = [self.tower.text_model(input_ids=part).pooler_output for part in ids.split(64)]
+            queries = F.normalize(self.tower.text_projection(torch.cat(pooled)), dim=-1)  # (C, D)
         self.register_buffer("queries", queries)
-
-    def _embedded(self, ids: Tensor) -> Tensor:
-        pooled = self.tower.text_model(input_ids=ids).pooler_output
-        return F.normalize(self.tower.text_projection(pooled), dim=-1)
 
     @torch.inference_mode()
     def forward(self, image: Tensor) -> Output:
@@ -150,7 +141,7 @@ class Owl(nn.Module):
 class GroundingDino(nn.Module):
     """Grounding DINO (Liu et al., ECCV 2024): every box has a logit for every *token* of a prompt "cat. dog. ...".
 
-    A class has the largest (or the mean) probability of its tokens. A prompt has 256 tokens at most, so many classes
+    A class has the largest probability of its tokens. A prompt has 256 tokens at most, so many classes
     need several passes, each with its own boxes: R is 900 per pass, with probability 0 for the classes of other passes.
 
     Args:
@@ -158,55 +149,45 @@ class GroundingDino(nn.Module):
         processor: its image processor.
         tokenizer: its BERT tokenizer.
         names: of the classes; underscores are read as spaces.
-        tokens: "max" or "mean" over the tokens of a name.
     """
 
-    def __init__(self, model: nn.Module, processor: Any, tokenizer: Any, names: Sequence[str], tokens: str = "max"):
+    def __init__(self, model: nn.Module, processor: Any, tokenizer: Any, names: Sequence[str]):
         super().__init__()
-        check_choice("tokens", tokens, TOKENS)
         self.model, self.processor = copy.deepcopy(model).requires_grad_(False).eval(), processor
-        self.tokens = tokens
-        self.classes = len(_checked(names))
-        stop = tokenizer.convert_tokens_to_ids(".")
-        self.chunks: list[tuple[list[int], dict[int, range]]] = []
-        ids: list[int] = []
-        spans: dict[int, range] = {}
+        self.classes, self.ends = len(names), (tokenizer.cls_token_id, tokenizer.sep_token_id)
+        stop, room = tokenizer.convert_tokens_to_ids("."), model.config.max_text_len - 3  # start, end, a full stop
+        self.chunks: list[tuple[list[int], dict[int, slice]]] = [([], {})]  # of each pass: tokens, places of the names
         for number, name in enumerate(names):
-            own = tokenizer(_spaced(name).lower(), add_special_tokens=False)["input_ids"]
-            if len(own) + 3 > model.config.max_text_len:
-                raise BadParameter("names", name, f"a name of at most {model.config.max_text_len - 3} tokens")
-            if len(ids) + len(own) + 3 > model.config.max_text_len:  # start, end and the full stop after the name
-                self.chunks.append((ids, spans))
-                ids, spans = [], {}
-            spans[number] = range(len(ids) + 1, len(ids) + 1 + len(own))
-            ids = [*ids, *own, stop]
-        self.chunks.append((ids, spans))
-        self.ends = (tokenizer.cls_token_id, tokenizer.sep_token_id)
+            tokens = tokenizer(name.replace("_", " ").lower(), add_special_tokens=False)["input_ids"]
+            if len(tokens) > room:
+                raise BadParameter("names", name, f"a name of at most {room} tokens")
+            if len(self.chunks[-1][0]) + len(tokens) > room:
+                self.chunks.append(([], {}))
+            ids, places = self.chunks[-1]
+            places[number] = slice(len(ids) + 1, len(ids) + 1 + len(tokens))  # after the start token
+            ids += [*tokens, stop]
 
     @torch.inference_mode()
     def forward(self, image: Tensor) -> Output:
         """All boxes of an image (3, H, W), uint8, of all passes."""
         height, width = _size(image)
-        device, boxes, scores = self.model.device, [], []
-        given = self.processor(images=image, return_tensors="pt").to(device)
-        for ids, spans in self.chunks:
+        device, boxes, probabilities = self.model.device, [], []
+        pixels = self.processor(images=image, return_tensors="pt").to(device)
+        for ids, places in self.chunks:
             text = torch.tensor([[self.ends[0], *ids, self.ends[1]]], device=device)
-            found = self.model(pixel_values=given["pixel_values"], pixel_mask=given["pixel_mask"], input_ids=text)
-            each = found.logits[0].float().sigmoid()
-            own = each.new_zeros(len(each), self.classes)
-            for number, span in spans.items():
-                part = each[:, span.start : span.stop]
-                own[:, number] = part.amax(1) if self.tokens == "max" else part.mean(1)
-            sides = each.new_tensor([width, height, width, height])
-            boxes.append(
-                clip_boxes_to_image(box_convert(found.pred_boxes[0], "cxcywh", "xyxy") * sides, (height, width))
-            )
-            scores.append(own)
-        return Output(torch.cat(boxes), torch.cat(scores), (height, width))
+            out = self.model(**pixels, input_ids=text)
+            of_tokens = out.logits[0].float().sigmoid()  # (900, tokens)
+            of_classes = of_tokens.new_zeros(len(of_tokens), self.classes)
+            for number, place in places.items():
+                of_classes[:, number] = of_tokens[:, place].amax(1)
+            boxes.append(box_convert(out.pred_boxes[0], "cxcywh", "xyxy"))
+            probabilities.append(of_classes)
+        corners = torch.cat(boxes) * boxes[0].new_tensor([width, height, width, height])
+        return Output(clip_boxes_to_image(corners, (height, width)), torch.cat(probabilities), (height, width))
 
 
 def build(
-    name: str, names: Sequence[str], weights: str | Path = "pretrained", *, download: bool = False, **options: Any
+    name: str, names: Sequence[str], weights: str | Path = "pretrained", *, download: bool = False
 ) -> Owl | GroundingDino:
     """A detector of the three families, ready for the classes `names`.
 
@@ -216,7 +197,6 @@ def build(
         weights: "pretrained", from the hub's local cache; a folder with the files of the hub's repository; or "random",
             full-size and offline (torch's current seed), for the OWLs.
         download: download files that are not cached.
-        options: of `Owl` or `GroundingDino`.
 
     Raises:
         BadParameter: an unknown name, no class, or "random" for Grounding DINO, whose tokenizer is a file.
@@ -228,20 +208,21 @@ def build(
     kind = next((k for k in ("owlvit", "owlv2", "grounding-dino") if f"/{k}-" in f"/{name.rpartition('/')[2]}"), None)
     if kind is None:
         raise BadParameter("detector", name, NAMES)
-    _checked(names)
+    if isinstance(names, str) or not names:
+        raise BadParameter("names", names, "a list of one or more class names")
     if kind == "grounding-dino":
         if weights == "random":
             raise BadParameter("weights", weights, "'pretrained' or a folder: its tokenizer is a file")
         model = _loaded(hf.GroundingDinoForObjectDetection, name, weights, download)
         tokenizer = _loaded(hf.AutoTokenizer, name, weights, download)
-        return GroundingDino(model, hf.GroundingDinoImageProcessor(), tokenizer, names, **options)
+        return GroundingDino(model, hf.GroundingDinoImageProcessor(), tokenizer, names)
     family, config, processor = {
         "owlvit": (hf.OwlViTForObjectDetection, hf.OwlViTConfig, hf.OwlViTImageProcessor),
         "owlv2": (hf.Owlv2ForObjectDetection, hf.Owlv2Config, hf.Owlv2ImageProcessor),
     }[kind]
     model = family(config()) if weights == "random" else _loaded(family, name, weights, download)
     side = model.config.vision_config.image_size
-    return Owl(model, processor(size={"height": side, "width": side}), names, **options)
+    return Owl(model, processor(size={"height": side, "width": side}), names)
 
 
 def _loaded(kind: Any, name: str, weights: str | Path, download: bool) -> Any:
@@ -267,16 +248,6 @@ def _loaded(kind: Any, name: str, weights: str | Path, download: bool) -> Any:
             raise MissingWeights(name, constants.HF_HUB_CACHE, ways, reason) from error
 
 
-def _checked(names: Sequence[str]) -> Sequence[str]:
-    if isinstance(names, str) or not names:
-        raise BadParameter("names", names, "a list of one or more class names")
-    return names
-
-
-def _spaced(name: str) -> str:
-    return name.replace("_", " ")
-
-
 def _size(image: Tensor) -> tuple[int, int]:
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
         raise BadParameter("image", (tuple(image.shape), image.dtype), "one image (3, H, W) of uint8, RGB")
@@ -291,11 +262,11 @@ def read_results(path: str | Path) -> list[dict]:
 
     Raises `CorruptFile` with the row and the field.
     """
-    found = check_results(read_json(path), path)
-    for number, row in enumerate(found):
+    results = check_results(read_json(path), path)
+    for number, row in enumerate(results):
         if not 0 <= row["score"] <= 1:
             raise CorruptFile(path, f"row {number}: 'score' is {row['score']!r}, not a probability")
-    return found
+    return results
 
 
 def refine_results(
@@ -308,18 +279,17 @@ def refine_results(
         p: the image-level scores (C,) of each image, by image_id.
         categories: the id of each class.
 
-    Raises `BadParameter`: an image without scores, or a class that is not among `categories`.
+    Raises `BadParameter`: a row of an image without scores, or of a class that is not among `categories`.
     """
-    if not 0 <= gamma <= 1:
-        raise BadParameter("gamma", gamma, "0 to 1")
-    index = {category: i for i, category in enumerate(categories)}
-    values = {image: scores.tolist() for image, scores in p.items()}
-    new = []
-    for number, row in enumerate(results):
-        if row["image_id"] not in values:
-            raise BadParameter("p", f"nothing for image_id {row['image_id']!r} of row {number}", "scores of all images")
-        if row["category_id"] not in index:
-            raise BadParameter("categories", f"without {row['category_id']!r} of row {number}", "ids of all classes")
-        scale = values[row["image_id"]][index[row["category_id"]]]
-        new.append({**row, "score": scale**gamma * row["score"] ** (1 - gamma)})
-    return new
+    factors = {
+        (image, category): score**gamma
+        for image, scores in p.items()
+        for category, score in zip(categories, scores.tolist(), strict=True)
+    }
+    refined_rows = []
+    for row in results:
+        place = row["image_id"], row["category_id"]
+        if place not in factors:
+            raise BadParameter("results", place, "(image_id, category_id) with scores in `p` and `categories`")
+        refined_rows.append({**row, "score": factors[place] * row["score"] ** (1 - gamma)})
+    return refined_rows

@@ -37,7 +37,7 @@ from ...errors import BadParameter, check_choice
 from ...ops.recorded import recorded
 from ..layers.clip_prompting import Tokenizer, tokenise
 from ..layers.precision import without_autocast
-from ..layers.state_dicts import OfficialModel, check_names, depth, load_official
+from ..layers.state_dicts import OfficialModel, check_names, depth, load_official, renamed
 
 PROMPT = "There is a {}"  # as released: no article choice, no stop, the class name exactly as in the annotation file
 IMAGENET = Input(416, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # 416: the shorter side at test
@@ -48,25 +48,16 @@ CROSS_DATASET = 0.8  # weight of the text branch for every class of a foreign vo
 # --- patches and scores -----------------------------------------------------------------------------------------------
 
 
-def patches(levels: int = 2) -> list[tuple[float, float, float, float]]:
-    """Top, bottom, left and right of each patch as fractions of the image: level l has (l + 1)² overlapping crops.
+def windows(height: int, width: int, levels: int = 2) -> list[tuple[int, int, int, int]]:
+    """Left, top, right and bottom, in pixels, of an image's patches: level l has (l + 1)² overlapping crops.
 
     Level 0 is the whole image, level 1 its four corners of two thirds a side, row by row.
     """
-    return [
-        (i / (level + 2), (i + 2) / (level + 2), j / (level + 2), (j + 2) / (level + 2))
-        for level in range(levels)
-        for i in range(level + 1)
-        for j in range(level + 1)
-    ]
-
-
-def windows(height: int, width: int, levels: int = 2) -> list[tuple[int, int, int, int]]:
-    """Left, top, right and bottom, in pixels, of each of `patches` in an image."""
-    return [
-        (int(left * width), int(top * height), int(right * width), int(bottom * height))
-        for top, bottom, left, right in patches(levels)
-    ]
+    crops = []
+    for level in range(levels):
+        x, y = ([int(i / (level + 2) * side) for i in range(level + 3)] for side in (width, height))
+        crops += [(x[j], y[i], x[j + 2], y[i + 2]) for i in range(level + 1) for j in range(level + 1)]
+    return crops
 
 
 def pool(cosines: Tensor, levels: int) -> Tensor:
@@ -89,9 +80,8 @@ def normalise(scores: Tensor, over: str = "image") -> Tensor:
 
 def text_share(novel: Tensor, lambda_base: float = 0.8, lambda_novel: float = 0.8) -> Tensor:
     """The exponent of the text branch for each class (C,): lambda_base, and for novel classes 1 - lambda_novel."""
-    for name, value in (("lambda_base", lambda_base), ("lambda_novel", lambda_novel)):
-        if not 0 <= value <= 1:
-            raise BadParameter(name, value, "0 to 1")
+    if not (0 <= lambda_base <= 1 and 0 <= lambda_novel <= 1):
+        raise BadParameter("lambda_base, lambda_novel", (lambda_base, lambda_novel), "0 to 1")
     return torch.where(novel, 1 - lambda_novel, lambda_base)
 
 
@@ -177,9 +167,6 @@ class Heads(nn.Module):
             return F.normalize(self.to_text(x), dim=-1), F.normalize(self.to_image(x), dim=-1)
 
 
-_HEADS = {"shared": "mlr_lin", "to_text": "mlr_lin2", "to_image": "image_embedding"}
-
-
 class Recognition(NamedTuple):
     """The image-level scores of B images."""
 
@@ -248,14 +235,9 @@ class MLR(OfficialModel):
         teacher: nn.Module | None = None,
     ):
         super().__init__()
-        if text.ndim != 2 or len(text) < 2:
-            raise BadParameter("text", tuple(text.shape), "embeddings (C, D) of two classes or more")
         if novel.shape != text.shape[:1] or novel.dtype != torch.bool:
             raise BadParameter("novel", (tuple(novel.shape), novel.dtype), f"one bool for each of {len(text)} classes")
-        if not hasattr(body, "forward_intermediates"):
-            raise BadParameter("body", type(body).__name__, "a timm model")
         self.settings = s = settings
-        text_share(novel, s.lambda_base, s.lambda_novel)  # refuses values outside 0 to 1 now, not at the first image
         self.body = copy.deepcopy(body)
         channels = [body.feature_info[i]["num_chs"] for i in s.indices]
         top = self.top and self.top(s.width, s.width)
@@ -263,27 +245,27 @@ class MLR(OfficialModel):
         self.heads = Heads(s.width * (len(channels) + 2 * (top is not None)), text.shape[1], s.levels)
         self.text = nn.Parameter(text.detach().float().clone(), requires_grad=False)
         self.register_buffer("novel", novel.clone(), persistent=False)
-        self.teacher = None if teacher is None else copy.deepcopy(teacher).requires_grad_(False)
-        if s.freeze_norms:
-            for norm in self._norms():
-                norm.requires_grad_(False)
+        self.teacher = copy.deepcopy(teacher)
+        for part in self._frozen():
+            part.requires_grad_(False)
         self.train(self.training)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """As in timm, for the body."""
         self.body.set_grad_checkpointing(enable)
 
-    def _norms(self) -> list[nn.Module]:
-        return [m for m in self.body.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    def _frozen(self) -> list[nn.Module]:
+        """The parts without trainable parameters, which stay in eval mode."""
+        parts = [] if self.teacher is None else [self.teacher]
+        if self.settings.freeze_norms:
+            parts += [m for m in self.body.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        return parts
 
     def train(self, mode: bool = True) -> MLR:
         """As `nn.Module.train`, but frozen norms and the teacher stay in eval mode."""
         super().train(mode)
-        if self.settings.freeze_norms:
-            for norm in self._norms():
-                norm.eval()
-        if self.teacher is not None:
-            self.teacher.eval()
+        for part in self._frozen():
+            part.eval()
         return self
 
     # --- inputs
@@ -303,12 +285,12 @@ class MLR(OfficialModel):
         """The teacher's crops (B, P, 3, s, s) of images (B, 3, H, W), uint8: resized to a square, bilinear without
         antialiasing, rounded to whole grey values as released, normalised."""
         _check_pixels(images)
-        target, found = self.settings.teacher_input, []
+        target, crops = self.settings.teacher_input, []
         height, width = images.shape[-2:]
         for left, top, right, bottom in windows(height, width, self.settings.levels):
             crop = images[..., top:bottom, left:right].float()
-            found.append(F.interpolate(crop, (target.size, target.size), mode="bilinear", align_corners=False))
-        return _standardised(torch.stack(found, 1).round_(), target)
+            crops.append(F.interpolate(crop, (target.size, target.size), mode="bilinear", align_corners=False))
+        return _standardised(torch.stack(crops, 1).round_(), target)
 
     @torch.no_grad()
     def teacher_embeddings(self, images: Tensor) -> Tensor:
@@ -379,8 +361,8 @@ class MLR(OfficialModel):
         """The rank loss of scores (B, C); arguments as in `loss`."""
         if isinstance(boxes, bool):
             return rank_loss(scores, positives, ~self.novel if boxes else None)
-        own = rank_loss(scores, positives & boxes[:, None], ~self.novel)  # an image without positives counts with 0
-        return own + rank_loss(scores, positives & ~boxes[:, None])
+        with_boxes = rank_loss(scores, positives & boxes[:, None], ~self.novel)  # images without positives count with 0
+        return with_boxes + rank_loss(scores, positives & ~boxes[:, None])
 
     # --- the authors' files
 
@@ -405,22 +387,21 @@ class MLR(OfficialModel):
 
     def official_names(self) -> dict[str, str]:
         """Our names to the authors', without the classifier `fc` of their files, which is never used."""
-        names = {}
-        for name in self.state_dict():
-            part, _, rest = name.partition(".")
-            if part == "body" and not rest.endswith("num_batches_tracked"):
-                names[name] = f"backbone.bottom_up.base.{rest}"
-            elif part == "pyramid":
-                kind, index, *_, value = rest.split(".")
-                kinds = {"inner_blocks": "fpn_lateral", "layer_blocks": "fpn_output"}
-                official = f"top_block.{index}" if kind == "extra_blocks" else f"{kinds[kind]}{int(index) + 3}"
-                names[name] = f"backbone.{official}.{value}"
-            elif part == "heads":
-                layer, value = rest.split(".")
-                names[name] = f"{_HEADS[layer]}.{value}"
-            elif part == "teacher":
-                names[name] = f"clip_model.{rest}"
-        return names | {"text": "text_embedding.weight"}
+        return renamed((name for name in self.state_dict() if not name.endswith("num_batches_tracked")), NAMES)
+
+
+# our names to the authors'
+NAMES = (
+    (r"^body\.", "backbone.bottom_up.base."),
+    (r"^pyramid\.extra_blocks\.", "backbone.top_block."),
+    (r"^pyramid\.inner_blocks\.(\d)\.0", lambda level: f"backbone.fpn_lateral{int(level[1]) + 3}"),
+    (r"^pyramid\.layer_blocks\.(\d)\.0", lambda level: f"backbone.fpn_output{int(level[1]) + 3}"),
+    (r"^heads\.shared", "mlr_lin"),
+    (r"^heads\.to_text", "mlr_lin2"),
+    (r"^heads\.to_image", "image_embedding"),
+    (r"^teacher\.", "clip_model."),
+    (r"^text$", "text_embedding.weight"),
+)
 
 
 def _check_pixels(images: Tensor) -> None:

@@ -80,11 +80,11 @@ def branch_scores(model: sic_cads.MLR, image: Tensor) -> dict[str, Tensor]:
     branches of `BRANCHES`."""
     e_text, e_image = model(model.prepared(image[None]))
     student = model.recognised(e_text, e_image)
-    found = {"text": student.p_text[0], "visual": student.p_image[0], "fused": student.p[0]}
+    scores = {"text": student.p_text[0], "visual": student.p_image[0], "fused": student.p[0]}
     if model.teacher is not None:
         plus = model.recognised(e_text, model.teacher_embeddings(image[None]))
-        found |= {"visual+": plus.p_image[0], "SIC-CADS": plus.p[0]}
-    return {name: found[name] for name in BRANCHES if name in found}
+        scores |= {"visual+": plus.p_image[0], "SIC-CADS": plus.p[0]}
+    return {name: scores[name] for name in BRANCHES if name in scores}
 
 
 @dataclass(frozen=True)
@@ -96,21 +96,20 @@ class Predictions:
     Attributes:
         boxes: of each image, (R, 4).
         p: by branch, (n, C).
-        best: by branch and gamma, the detections of each image after threshold, suppression and top-k: scores (k,),
-            classes (k,) and rows (k,) of its boxes. Those of the detector alone are ("", 0.0).
+        best: by branch, the detections of each image refined by the setting's gamma, after threshold, suppression and
+            top-k: scores (k,), classes (k,) and rows (k,) of its boxes. Those of the detector alone are "".
         probabilities: (R, C) of the first images, as many as `KEPT` bytes hold.
     """
 
     boxes: list[Tensor] = field(default_factory=list)
     p: dict[str, Tensor] = field(default_factory=dict)
-    best: dict[tuple[str, float], list[tuple[Tensor, Tensor, Tensor]]] = field(default_factory=dict)
+    best: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = field(default_factory=dict)
     probabilities: list[Tensor] = field(default_factory=list)
 
 
 def predict(setting: Setting, model: sic_cads.MLR, count: int = 0) -> Predictions:
     """Run detector and recogniser on the first `count` test images, 0 for all."""
-    outputs, kept = Predictions(), 0
-    rows = []
+    outputs, rows, held = Predictions(), [], 0
     with evaluating(setting.hardware, model) as where:
         for index in progress(range(min(count or len(setting.test), len(setting.test))), "test images"):
             image, _ = setting.test[index]
@@ -120,13 +119,12 @@ def predict(setting: Setting, model: sic_cads.MLR, count: int = 0) -> Prediction
             outputs.boxes.append(boxes)
             rows.append(scores)
             for branch, p in {"": None, **scores}.items():
-                gamma = setting.gamma if branch else 0.0
-                matrix = probabilities if p is None else sic_cads.refine(probabilities, p, gamma)
+                matrix = probabilities if p is None else sic_cads.refine(probabilities, p, setting.gamma)
                 best = _best(setting, index, boxes, matrix)
                 reduced = best.scores.clone(), best.classes.int(), best.rows.int()
-                outputs.best.setdefault((branch, gamma), []).append(reduced)
-            kept += probabilities.nbytes
-            if kept <= KEPT:
+                outputs.best.setdefault(branch, []).append(reduced)
+            held += probabilities.nbytes
+            if held <= KEPT:
                 outputs.probabilities.append(probabilities)
     outputs.p.update({name: torch.stack([row[name] for row in rows]) for name in rows[0]})
     return outputs
@@ -143,38 +141,28 @@ def _best(setting: Setting, index: int, boxes: Tensor, matrix: Tensor) -> sic_ca
 
 
 def refined(setting: Setting, outputs: Predictions, index: int, branch: str = "", gamma: float | None = None) -> Tensor:
-    """One image's probabilities (R, C) after Eq. 7; `branch` and `gamma` are the setting's unless given.
-
-    The detector runs again on an image whose probabilities were not cached.
-    """
-    gamma = setting.gamma if gamma is None else gamma
-    if index < len(outputs.probabilities):
-        probabilities = outputs.probabilities[index]
-    else:
-        with evaluating(setting.hardware) as where, without_autocast(where):  # as in `predict`
-            probabilities = setting.detect(setting.test[index][0])[1]
-    return sic_cads.refine(probabilities, outputs.p[branch or setting.branch][index], gamma)
+    """The probabilities (R, C) of one of the first images after Eq. 7; `branch` and `gamma` are the setting's unless
+    given."""
+    p = outputs.p[branch or setting.branch][index]
+    return sic_cads.refine(outputs.probabilities[index], p, setting.gamma if gamma is None else gamma)
 
 
-def detections(setting: Setting, outputs: Predictions, branch: str = "", gamma: float | None = None) -> list[dict]:
-    """Detections of all predicted images, rows in COCO's result format."""
-    gamma = setting.gamma if gamma is None else gamma
-    known = outputs.best.get((branch or setting.branch if gamma else "", gamma))
+def detections(setting: Setting, outputs: Predictions, branch: str) -> list[dict]:
+    """Detections of all predicted images, rows in COCO's result format; `branch` "": of the detector alone."""
     rows = []
-    for index, boxes in enumerate(outputs.boxes):
-        if known is None:
-            best = _best(setting, index, boxes, refined(setting, outputs, index, branch, gamma))
-        else:
-            scores, classes, chosen = known[index]
-            best = sic_cads.Detections(boxes[chosen], scores, classes, chosen)
+    for index, (boxes, (scores, classes, chosen)) in enumerate(zip(outputs.boxes, outputs.best[branch], strict=True)):
+        best = sic_cads.Detections(boxes[chosen], scores, classes, chosen)
         rows += detectors.rows(best, setting.test.image_ids[index], setting.test.categories)
     return rows
 
 
-def ap50(setting: Setting, outputs: Predictions, branch: str = "", gamma: float | None = None) -> dict[str, float]:
-    """AP50 of novel and base classes and of all that are scored, over the predicted images, in percent."""
+def ap50(setting: Setting, outputs: Predictions, branch: str) -> dict[str, float]:
+    """AP50 of novel and base classes and of all that are scored, over the predicted images, in percent.
+
+    `branch`: of the image-level scores; "" for the detector alone.
+    """
     style = "lvis" if setting.test.name == "detection/ov-lvis" else "coco"
-    truth, rows = truth_of(setting.test, len(outputs.boxes)), detections(setting, outputs, branch, gamma)
+    truth, rows = truth_of(setting.test, len(outputs.boxes)), detections(setting, outputs, branch)
     scored = evaluate(truth, rows, style=style, top=setting.top)
     groups = {"novel": setting.test.novel, "base": setting.test.base, "all": (*setting.test.novel, *setting.test.base)}
     return {name: scored.mean(group) for name, group in groups.items()}

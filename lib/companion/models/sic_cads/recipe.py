@@ -2,10 +2,6 @@
 
 Of the released recipes two are here, OV-LVIS on base classes and OV-COCO on base classes with captions (or without);
 the third adds images of ImageNet-21k and is not built.
-
-`p` holds the checked parameters of the notebook. Read here: `dataset`, `captions`, `images`, `data_root`, `seed` and
-`dry_run`; `clip`, `weights` and `checkpoint`, of the recogniser; `detector`, `branch` and `gamma`; and those of
-`Hardware.of`.
 """
 
 from __future__ import annotations
@@ -15,8 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import open_clip
@@ -31,11 +26,11 @@ from ...data import DATASETS, detection
 from ...data.detection_sets import COCO_BASE, COCO_NOVEL, COCO_OTHER
 from ...errors import BadParameter, MissingWeights
 from ...evaluation.metrics.detection import evaluate
-from ...evaluation.tables import Results, published_table
+from ...evaluation.tables import Results
 from ...ops import papers
 from ...ops.files import read_json
 from ...training.callbacks import Callback, ClipValue
-from ...training.fit import Hardware, History, device
+from ...training.fit import Hardware, History, RunParameters, device
 from ...training.recipe import Training, run
 from ...training.schedules import adamw
 from ..layers.state_dicts import load_official
@@ -46,13 +41,24 @@ from .predictions import Predictions, Setting, detections, truth_of
 RESULTS = Results.of("sic_cads")
 CLIP, BODY = "ViT-B-32-quickgelu/openai", "resnet50.a1_in1k"
 OWLVIT = "google/owlvit-base-patch32"
+CLIP_FILE = "clip_vit_b32_openai.safetensors"  # in <data_root>/weights, like the folder of OWL-ViT
 COLUMNS = {"detection/objects365": "Objects365", "detection/openimages": "OpenImages"}
 GPUS = 4  # of the authors' README: each draws the source of its share of a step
 FLIP = 0.5  # probability that a training image is flipped
 WEIGHT_DECAY = 1e-4  # of every trained tensor
 SHORTER, LONGER = 800, 1333  # sides to which the authors' detectors resize images before the recogniser's own resizing
 WORKERS = min(8, os.cpu_count() or 1)
-NAMED = 80  # classes of the dry run whose names go through the text towers; the others get random vectors
+
+
+class Parameters(RunParameters, Protocol):
+    dataset: str
+    branch: str
+    gamma: float
+    detector: str
+    clip: str
+    checkpoint: str
+    captions: bool
+    images: int
 
 
 @dataclass(frozen=True)
@@ -93,35 +99,35 @@ def published(dataset: str, captions: bool = False) -> Recipe:
     source of its share of a step. The thresholds of the released configurations, 0.15 and 0.2, belong to their
     detectors and are not used here (see `setting`).
     """
-    coco = dataset == "detection/ov-coco"
-    training = published_table("sic_cads", "training-recipes").set_index("method")
-    values = published_table("sic_cads", "code-hyperparameters").set_index("method")
-    t = training.loc["COCO-base + captions (4 GPUs)" if coco else "LVIS-base"]
-    v = values.loc["Detic on OV-COCO" if coco else "BoxSup on OV-LVIS"]
-    foreign = dataset in COLUMNS
+    coco, tables = dataset == "detection/ov-coco", {t["id"]: t["rows"] for t in papers.paper("sic_cads")["tables"]}
+    training, values = (
+        {row["method"]: row["values"] for row in tables[name]} for name in ("training-recipes", "code-hyperparameters")
+    )
+    t = training["COCO-base + captions (4 GPUs)" if coco else "LVIS-base"]
+    v = values["Detic on OV-COCO" if coco else "BoxSup on OV-LVIS"]
     model = sic_cads.Settings(
-        lambda_base=float(v.lambda_base),
+        lambda_base=v["lambda_base"],
         # of a foreign vocabulary every class counts as novel, and the text branch has a constant share
-        lambda_novel=1 - sic_cads.CROSS_DATASET if foreign else float(v.lambda_novel),
-        tau=float(v.logit_scale),
-        distill=float(v.kd_weight),
-        levels=int(v.levels),
+        lambda_novel=1 - sic_cads.CROSS_DATASET if dataset in COLUMNS else v["lambda_novel"],
+        tau=v["logit_scale"],
+        distill=v["kd_weight"],
+        levels=v["levels"],
     )
     return Recipe(
         model=model,
-        iterations=int(t.iterations),
-        batch=int(t.batch_boxes_total),
-        group=int(t.batch_boxes_total) // GPUS if coco and captions else 1,
-        lr=float(t.lr),
-        warmup=int(t.warmup_iters),
-        factor=float(t.warmup_factor),
-        size=int(t.size_boxes),
-        crop=float(t.crop_min_boxes),
+        iterations=t["iterations"],
+        batch=t["batch_boxes_total"],
+        group=t["batch_boxes_total"] // GPUS if coco and captions else 1,
+        lr=t["lr"],
+        warmup=t["warmup_iters"],
+        factor=t["warmup_factor"],
+        size=t["size_boxes"],
+        crop=t["crop_min_boxes"],
         clip=None if coco else 1.0,
         repeat=None if coco else 0.001,
-        gamma=float(v.gamma),
-        threshold=float(v.score_thresh_test),
-        top=int(v.detections),
+        gamma=v["gamma"],
+        threshold=v["score_thresh_test"],
+        top=v["detections"],
     )
 
 
@@ -134,11 +140,6 @@ def learning_rates(r: Recipe, steps: int) -> np.ndarray:
     done, warm = np.arange(steps) / steps, r.warmup / r.iterations
     cosine, reached = ((1 + np.cos(np.pi * x)) / 2 for x in (done, warm))
     return r.lr * np.where(done < warm, r.factor + (reached - r.factor) * done / warm, cosine)
-
-
-def gamma(p: SimpleNamespace) -> float:
-    """The weight of the image-level scores: the parameter, or where it is 0 the released one of the dataset."""
-    return p.gamma or published(p.dataset).gamma
 
 
 # --- training data ----------------------------------------------------------------------------------------------------
@@ -226,14 +227,14 @@ class Turns(Dataset):
         return torch.stack(images), torch.stack(positives), torch.tensor(boxes)
 
 
-def training_data(p: SimpleNamespace, train: detection.Boxes) -> Dataset:
+def training_data(p: Parameters, train: detection.Boxes) -> Dataset:
     """Crops of images with boxes, repeated where classes are rare (OV-LVIS), or in turns with captions (OV-COCO)."""
     r = published(p.dataset, p.captions)
-    found: Dataset = Crops(train, r.size, r.crop)
+    crops = Crops(train, r.size, r.crop)
     if r.repeat is not None:
-        return Repeated(found, detection.repeat_factors(train, r.repeat))
+        return Repeated(crops, detection.repeat_factors(train, r.repeat))
     if not p.captions:
-        return found
+        return crops
     file = train.dataset.folder(train.root) / "annotations" / "captions_train2017.json"
     if not file.is_file():
         raise train.dataset.missing(train.root, f"{file} is not there (or set captions = False)")
@@ -241,7 +242,7 @@ def training_data(p: SimpleNamespace, train: detection.Boxes) -> Dataset:
     captioned = detection.Boxes(
         train.dataset, train.root, Path(train.sources[0]).parent, labels, train.base, train.novel
     )
-    return Turns([found, Crops(captioned, r.size, r.crop, boxes=False)], r.group)
+    return Turns([crops, Crops(captioned, r.size, r.crop, boxes=False)], r.group)
 
 
 class BatchLoss(nn.Module):
@@ -280,26 +281,14 @@ class Recogniser(sic_cads.MLR):
         return images if self.training else resize(images, [SHORTER], max_size=LONGER, antialias=True)
 
 
-def weights_file(p: SimpleNamespace, name: str) -> Path:
-    """The default path of a file of the paper's weights, below `<data_root>/weights`."""
-    entry = next(w for w in papers.paper("sic_cads")["weights"] if w["name"] == name)
-    return Path(p.data_root) / "weights" / entry["file"]
-
-
-def clip_model(p: SimpleNamespace) -> nn.Module:
-    """The frozen CLIP, of its file below `data_root` or of the cache."""
-    file = weights_file(p, "clip")
-    return backbones.build(f"openclip:{p.clip}", file if p.clip == CLIP and file.is_file() else "pretrained")
-
-
-def build(p: SimpleNamespace, clip: nn.Module, text: Tensor, novel: Tensor, weights: str | Path) -> Recogniser:
+def build(p: Parameters, clip: nn.Module, text: Tensor, novel: Tensor, weights: str | Path) -> Recogniser:
     """The recogniser at full size on a ResNet-50, its new layers drawn from the seed; `weights`: of the ResNet."""
     torch.manual_seed(p.seed)
     settings = replace(published(p.dataset).model, teacher_input=backbones.input_of(clip))
     return Recogniser(backbones.build(BODY, weights), text, novel, settings, teacher=clip.visual)
 
 
-def load(p: SimpleNamespace, clip: nn.Module, text: Tensor, novel: Tensor) -> Recogniser:
+def load(p: Parameters, clip: nn.Module, text: Tensor, novel: Tensor) -> Recogniser:
     """The trained recogniser of the file `checkpoint`, ours (`training`) or the authors', with this vocabulary.
 
     Raises:
@@ -312,11 +301,10 @@ def load(p: SimpleNamespace, clip: nn.Module, text: Tensor, novel: Tensor) -> Re
             "set branch = 'visual+', which needs no training",
         ]
         raise MissingWeights("SIC-CADS' recogniser", p.checkpoint, ways)
-    state = backbones.read_state(p.checkpoint)
-    model = build(p, clip, text, novel, "random")
-    if rows := [len(t) for name, t in state.items() if name.endswith("text_embedding.weight")]:  # the authors' names
-        theirs = sic_cads.MLR.from_official(state, torch.zeros(rows[0], dtype=torch.bool))
-        state = trained_weights(theirs)
+    state, model = backbones.read_state(p.checkpoint), build(p, clip, text, novel, "random")
+    classes = [len(t) for name, t in state.items() if name.endswith("text_embedding.weight")]
+    if classes:  # the authors' names
+        state = trained_weights(sic_cads.MLR.from_official(state, torch.zeros(classes[0], dtype=torch.bool)))
     load_official(model, state, {name: name for name in trained_weights(model)}, "SIC-CADS' recogniser on a ResNet-50")
     return model.eval()
 
@@ -329,13 +317,8 @@ def trained_weights(model: sic_cads.MLR) -> dict[str, Tensor]:
 # --- the training -----------------------------------------------------------------------------------------------------
 
 
-def _trained(dataset: str) -> str:
-    """The beginning of the names of the files that a training on a dataset writes."""
-    return f"recogniser {dataset.rpartition('/')[2]} "
-
-
 def training(
-    p: SimpleNamespace,
+    p: Parameters,
     build: Callable[[], sic_cads.MLR],
     data: Dataset,
     *,
@@ -355,7 +338,8 @@ def training(
     facts = {key: getattr(p, key) for key in ("dataset", "captions", "seed", "devices")}
     facts |= {"precision": on.precision, "data_root": Path(p.data_root), "epochs": epochs, "batch": batch}
     return Training(
-        name=f"{_trained(p.dataset)}seed {p.seed}" + ", no captions" * ("coco" in p.dataset and not p.captions),
+        name=f"recogniser {p.dataset.rpartition('/')[2]} seed {p.seed}"
+        + ", no captions" * ("coco" in p.dataset and not p.captions),
         build=lambda: BatchLoss(build()),
         loss=lambda module, items: module(*items),
         data=lambda: data,
@@ -378,7 +362,7 @@ def training(
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 
-def setting(p: SimpleNamespace, out: Path) -> Setting:
+def setting(p: Parameters, out: Path) -> Setting:
     """The setting of the checked parameters of the notebook; checkpoints and trained weights go below `out`.
 
     The detectors here return all their boxes: the threshold is a lower bound, not the 0.15 or 0.2 that the released
@@ -399,11 +383,10 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
         torch.manual_seed(p.seed)
         title, test = "generated images (dry run: the scores mean nothing)", generated(p, 2)
         clip = backbones.build(f"openclip:{p.clip}", "random")
-        few, more = test.class_names[:NAMED], max(len(test.class_names) - NAMED, 0)
-        text = sic_cads.vocabulary(clip, tokenizer, few)
-        detector = detectors.build(p.detector, few, "random")
-        text, detector.queries = (
-            torch.cat([x, F.normalize(torch.randn(more, x.shape[1]), dim=-1)]) for x in (text, detector.queries)
+        detector = detectors.build(p.detector, test.class_names[:1], "random")
+        text, detector.queries = (  # random vectors: thousands of names take the text towers minutes
+            F.normalize(torch.randn(len(test.class_names), x.shape[1]), dim=-1)
+            for x in (sic_cads.vocabulary(clip, tokenizer, test.class_names[:1]), detector.queries)
         )
         make = functools.partial(build, p, clip, text, test.unseen, "random")
         batch = r.batch if where == "cuda" else 2
@@ -413,11 +396,13 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
         if p.dataset in COLUMNS:  # nothing of a foreign vocabulary was trained on
             test.novel = test.categories
         if p.images:
-            test = first_images(test, p.images)
-        folder = weights_file(p, "detector").parent
+            truth = truth_of(test, p.images)
+            folder = Path(test.sources[0].removesuffix(truth["images"][0]["file_name"]))
+            test = detection.Boxes(test.dataset, test.root, folder, truth, test.base, test.novel)
+        folder, file = Path(p.data_root, "weights", OWLVIT.rpartition("/")[2]), Path(p.data_root, "weights", CLIP_FILE)
         weights = folder if p.detector == OWLVIT and folder.is_dir() else "pretrained"
         detector = detectors.build(p.detector, test.class_names, weights)
-        clip = clip_model(p)
+        clip = backbones.build(f"openclip:{p.clip}", file if p.clip == CLIP and file.is_file() else "pretrained")
         text = sic_cads.vocabulary(clip, tokenizer, test.class_names)
         if p.checkpoint:
             make = functools.partial(load, p, clip, text, test.unseen)
@@ -428,8 +413,8 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
             data = training_data(p, detection.load(p.dataset, p.data_root, "train"))
 
     def detect(image: Tensor) -> tuple[Tensor, Tensor]:
-        found = detector.to(where)(image)  # moved at the first image, not before processes for training are forked
-        return found.boxes.cpu(), found.probabilities.cpu()
+        out = detector.to(where)(image)  # moved at the first image, not before processes for training are forked
+        return out.boxes.cpu(), out.probabilities.cpu()
 
     def train(**changes: Any) -> tuple[sic_cads.MLR, History]:
         if data is None:
@@ -444,7 +429,7 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
         train=train,
         detect=detect,
         branch=p.branch,
-        gamma=gamma(p),
+        gamma=p.gamma or r.gamma,
         threshold=detectors.FLOOR,
         nms=None,
         top=r.top,
@@ -452,49 +437,33 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
     )
 
 
-def first_images(data: detection.Boxes, count: int) -> detection.Boxes:
-    """The first `count` images of a dataset."""
-    truth = truth_of(data, count)
-    folder = Path(data.sources[0].removesuffix(truth["images"][0]["file_name"]))
-    return detection.Boxes(data.dataset, data.root, folder, truth, data.base, data.novel)
-
-
-def generated(p: SimpleNamespace, count: int, height: int = 480, width: int = 640) -> detection.Boxes:
-    """Images of noise with random boxes, in the dataset's classes; numbers where only its file has their names."""
+def generated(p: Parameters, count: int, height: int = 480, width: int = 640) -> detection.Boxes:
+    """Images of noise with a box of three base and two novel classes, in the dataset's vocabulary; numbers where only
+    its file has the names."""
     dataset, rng = DATASETS[p.dataset], np.random.default_rng(p.seed)
-    categories: list[dict] = [
-        {"id": i, "name": f"class {i}", "frequency": "rcff"[i % 4]} for i in range(dataset.classes)
-    ]
-    if p.dataset == "detection/ov-lvis":
-        categories = [*detection.lvis_categories()]
-    base, novel = ([c["id"] for c in categories if (c["frequency"] == "r") is rare] for rare in (False, True))
     if p.dataset == "detection/ov-coco":
-        categories = [{"id": i, "name": name} for name, i in (COCO_BASE | COCO_NOVEL | COCO_OTHER).items()]
-        base, novel = list(COCO_BASE.values()), list(COCO_NOVEL.values())
-    shown = [*base[:3], *novel[:2]]
+        categories: list[Any] = [{"id": i, "name": n} for n, i in (COCO_BASE | COCO_NOVEL | COCO_OTHER).items()]
+        groups = [[*COCO_BASE.values()], [*COCO_NOVEL.values()]]
+    else:
+        numbers: list[Any] = [
+            {"id": i, "name": f"class {i}", "frequency": "rcff"[i % 4]} for i in range(dataset.classes)
+        ]
+        categories = [*detection.lvis_categories()] if p.dataset == "detection/ov-lvis" else numbers
+        groups = [[c["id"] for c in categories if (c["frequency"] == "r") is rare] for rare in (False, True)]
     images = [{"id": i, "width": width, "height": height, "file_name": f"{i}"} for i in range(count)]
-    rows = [
-        {
-            "id": 10 * i + k + 1,
-            "image_id": i,
-            "category_id": category,
-            "iscrowd": 0,
-            "area": 80.0 * 60,
-            "bbox": [float(rng.uniform(0, width - 80)), float(rng.uniform(0, height - 60)), 80.0, 60.0],
-        }
-        for i in range(count)
-        for k, category in enumerate(shown)
-    ]
+    shown = [{"category_id": c, "bbox": [90.0 * k, 60, 80, 60]} for k, c in enumerate((*groups[0][:3], *groups[1][:2]))]
+    rows = [{"image_id": i, "area": 4800, "iscrowd": 0, **box} for i in range(count) for box in shown]
+    rows = [{"id": number, **row} for number, row in enumerate(rows, 1)]
     truth = {"images": images, "annotations": rows, "categories": categories}
-    found = detection.Boxes(dataset, Path(p.data_root), Path(), truth, base, novel)
-    found.sources = rng.integers(0, 256, (count, height, width, 3), dtype=np.uint8)
-    return found
+    boxes = detection.Boxes(dataset, Path(p.data_root), Path(), truth, *groups)
+    boxes.sources = rng.integers(0, 256, (count, height, width, 3), dtype=np.uint8)
+    return boxes
 
 
 # --- tables of results ------------------------------------------------------------------------------------------------
 
 
-def benchmark(p: SimpleNamespace, test: detection.Boxes, rows: list[dict]) -> dict[str, float]:
+def benchmark(p: Parameters, test: detection.Boxes, rows: list[dict]) -> dict[str, float]:
     """The metrics of a dataset's benchmark, in percent, for detections of all images of `test`.
 
     OV-LVIS: "APr", "APc", "APf", "AP" of boxes, federated. OV-COCO: AP50 "novel", "base", "all", the 65 classes.
@@ -504,14 +473,14 @@ def benchmark(p: SimpleNamespace, test: detection.Boxes, rows: list[dict]) -> di
     if p.dataset == "detection/ov-lvis":
         totals = evaluate(test.truth, rows, style="lvis").totals
         return {name: totals[name] for name in ("APr", "APc", "APf", "AP")}
-    found = evaluate(test.truth, rows)
+    scored = evaluate(test.truth, rows)
     if p.dataset in COLUMNS:
-        return {COLUMNS[p.dataset]: found.totals["AP50"]}
+        return {COLUMNS[p.dataset]: scored.totals["AP50"]}
     groups = {"novel": test.novel, "base": test.base, "all": (*test.base, *test.novel)}
-    return {name: found.mean(group) for name, group in groups.items()}
+    return {name: scored.mean(group) for name, group in groups.items()}
 
 
-def label(p: SimpleNamespace, gamma: float) -> str:
+def label(p: Parameters, gamma: float) -> str:
     """The method's name in the tables: the detector, and the scores that refine it by `gamma` (0: none), with their
     differences from the published setting.
 
@@ -523,34 +492,37 @@ def label(p: SimpleNamespace, gamma: float) -> str:
     changed = [p.clip] if p.clip != CLIP else []
     if p.branch != "visual+":  # which is CLIP alone
         file = Path(p.checkpoint).name
-        usual = p.dataset in COLUMNS and file.startswith(_trained("detection/ov-lvis"))
+        usual = p.dataset in COLUMNS and file.startswith("recogniser ov-lvis ")
         changed += ["no captions"] if p.dataset == "detection/ov-coco" and not (p.captions or file) else []
         changed += [f"weights of {file}"] if file and not usual else []
     return ", ".join([f"{name} + {p.branch}, gamma {gamma:g}", *changed])
 
 
-def record(path: Path, p: SimpleNamespace, setting: Setting, outputs: Predictions) -> None:
+def record(path: Path, p: Parameters, setting: Setting, outputs: Predictions) -> None:
     """Add the results of a run, with and without refinement, to those in `path`."""
-    for weight in (0.0, setting.gamma):
-        values = benchmark(p, setting.test, detections(setting, outputs, gamma=weight))
+    for branch, weight in (("", 0.0), (setting.branch, setting.gamma)):
+        values = benchmark(p, setting.test, detections(setting, outputs, branch))
         row = {"method": label(p, weight), "dataset": p.dataset, "images": p.images, "seed": p.seed}
         RESULTS.measured(path, row | values)
 
 
 def protocol() -> dict[str, str]:
     """What the `paper` profile runs with, a fact a row, from its constants."""
-    facts: dict[str, Any] = {
-        "coco": published("detection/ov-coco", captions=True),
-        "lvis": published("detection/ov-lvis"),
-    }
-    facts |= {"image": sic_cads.IMAGENET, "crop": sic_cads.OPENAI, "text": sic_cads.CROSS_DATASET}
-    facts |= {"others": 1 - sic_cads.CROSS_DATASET, "patches": len(sic_cads.patches(facts["coco"].model.levels))}
-    facts |= {
-        "WEIGHT_DECAY": WEIGHT_DECAY,
-        "SHORTER": SHORTER,
-        "LONGER": LONGER,
-        "FLIP": FLIP,
-        "FLOOR": detectors.FLOOR,
-    }
-    facts |= {"PROMPT": sic_cads.PROMPT, "precision": papers.paper("sic_cads")["precision"]}
-    return papers.protocol("sic_cads", **facts)
+    coco = published("detection/ov-coco", captions=True)
+    return papers.protocol(
+        "sic_cads",
+        coco=coco,
+        lvis=published("detection/ov-lvis"),
+        image=sic_cads.IMAGENET,
+        crop=sic_cads.OPENAI,
+        text=sic_cads.CROSS_DATASET,
+        others=1 - sic_cads.CROSS_DATASET,
+        patches=len(sic_cads.windows(224, 224, coco.model.levels)),
+        weight_decay=WEIGHT_DECAY,
+        shorter=SHORTER,
+        longer=LONGER,
+        flip=FLIP,
+        floor=detectors.FLOOR,
+        prompt=sic_cads.PROMPT,
+        precision=papers.paper("sic_cads")["precision"],
+    )

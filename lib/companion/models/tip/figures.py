@@ -21,15 +21,14 @@ def watched(adaptor: Adaptor) -> Iterator[list[dict]]:
     mean magnitudes of the maps; gamma is None where it is added."""
     rows: list[dict] = []
 
-    def watch(module: Adaptor, inputs: tuple, maps: Sequence[Tensor | None]) -> None:
+    def watch(module: Adaptor, inputs: tuple, maps: Sequence[Tensor]) -> None:
         step = rows[-1]["step"] + 1 if rows else 0
         for i, m in enumerate(maps):
             site = "middle" if i == len(maps) - 1 else f"skip {i}"
-            both = module.config.fusion == "modulate" and not (site == "middle" and module.config.mid == "add")
-            if m is not None:
-                *gamma, beta = (float(half.abs().mean()) for half in m.chunk(1 + both, 1))
-                row = {"step": step, "t": int(inputs[1]), "site": site, "gamma": gamma[0] if gamma else None}
-                rows.append(row | {"beta": beta})
+            halves = m.chunk(2 if module.config.fusion == "modulate" else 1, 1)
+            *gamma, beta = (float(half.abs().mean()) for half in halves)
+            row = {"step": step, "t": int(inputs[1]), "site": site, "gamma": gamma[0] if gamma else None}
+            rows.append(row | {"beta": beta})
 
     handle = adaptor.register_forward_hook(watch)
     try:

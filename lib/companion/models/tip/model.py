@@ -12,7 +12,7 @@ ControlNet. Sources of the parts:
 * diffusers' `ControlNetModel`: the adaptor is a copy of the UNet's encoder and middle with a small network that embeds
   the image; its 13 sites; zero convolutions.
 * ours: the 1 next to gamma (without it a zero initialisation would erase the frozen features); gamma before beta in the
-  channels; and `mid`, `scale`, guidance, sampler, training.
+  channels; the fusion of the middle, `scale`, guidance, sampler, training.
 
 Whether the paper adds or concatenates the image makes no difference: a convolution of two concatenated inputs is the
 sum of a convolution of each, which is conv_in(z_t) + conditioning(y).
@@ -22,7 +22,6 @@ Shapes: B images (B, 3, H, W), latents (B, L, h, w) with h = H / f, prompts (B, 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import NamedTuple, Self
 
@@ -32,10 +31,8 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...errors import BadParameter, check_choice
-
-FUSIONS = ("modulate", "add")  # the paper's figure; a plain ControlNet
-MIDS = ("modulate", "add", "none")
+from ...errors import BadParameter
+from ..layers.frozen import frozen_copy
 
 # --- the frozen UNet in two halves ------------------------------------------------------------------------------------
 
@@ -49,34 +46,14 @@ class Encoded(NamedTuple):
 
 
 # options of a UNet's configuration that the two halves do not compute
-_UNHANDLED = (
-    "class_embed_type",
-    "num_class_embeds",
-    "addition_embed_type",
-    "encoder_hid_dim",
-    "encoder_hid_dim_type",
-    "time_embedding_act_fn",
-    "time_cond_proj_dim",
-    "center_input_sample",
-)
-
-
-def check_unet(unet: UNet2DConditionModel) -> None:
-    """Raise `BadParameter` when a UNet has inputs that Stable Diffusion 1 and 2 do not have."""
-    if found := {name: unet.config[name] for name in _UNHANDLED if unet.config.get(name)}:
-        raise BadParameter("unet", found, "one whose inputs are z_t, t and one prompt (Stable Diffusion 1.x, 2.x)")
-    if (kind := unet.config.mid_block_type) != "UNetMidBlock2DCrossAttn":
-        accepted = "one whose middle attends to the prompt (Stable Diffusion 1.x, 2.x)"
-        raise BadParameter("unet", f"mid_block_type {kind}", accepted)
+_UNHANDLED = {"class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim", "encoder_hid_dim_type"}
+_UNHANDLED |= {"time_embedding_act_fn", "time_cond_proj_dim", "center_input_sample"}
 
 
 def frozen(module: nn.Module) -> nn.Module:
     """A module in eval mode without gradients: itself when it is so already, else a copy that shares its tensors."""
-    if not module.training and not any(p.requires_grad for p in module.parameters()):
-        return module
-    shared: dict[int, Tensor] = {id(b): b for b in module.buffers()}
-    shared |= {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in module.parameters()}
-    return copy.deepcopy(module, shared).eval()
+    trained = module.training or any(p.requires_grad for p in module.parameters())
+    return frozen_copy(module) if trained else module
 
 
 def encode(unet: UNet2DConditionModel, z: Tensor, t: Tensor, states: Tensor) -> Encoded:
@@ -109,21 +86,18 @@ def decode(unet: UNet2DConditionModel, x: Encoded, states: Tensor) -> Tensor:
 # --- the adaptor and the fusion ---------------------------------------------------------------------------------------
 
 
-def fuse(feature: Tensor, control: Tensor | None, scale: float | Tensor = 1.0) -> Tensor:
+def fuse(feature: Tensor, control: Tensor, scale: float | Tensor = 1.0) -> Tensor:
     """(1 + s gamma) f + s beta, element by element: the modulation fusion layer.
 
     Args:
         feature: f (B, C, h, w) of the frozen UNet.
-        control: gamma, then beta, (B, 2C, h, w); (B, C, h, w): beta alone (a plain ControlNet); None: f is returned.
+        control: gamma, then beta, (B, 2C, h, w); (B, C, h, w): beta alone (a plain ControlNet).
         scale: s; 0 gives exactly f.
     """
-    if control is None:
-        return feature
     control = control.to(feature.dtype)
-    channels = feature.shape[1]
-    if control.shape[1] == channels:
+    if control.shape == feature.shape:
         return feature + scale * control
-    gamma, beta = control.split(channels, 1)
+    gamma, beta = control.chunk(2, 1)
     return (1 + scale * gamma) * feature + scale * beta
 
 
@@ -135,27 +109,21 @@ class Adaptor(ModelMixin, ConfigMixin):
 
     Args:
         controlnet: configuration of the `ControlNetModel`; `Adaptor.of` makes it from a UNet.
-        fusion: "modulate" (figure), or "add", a plain ControlNet (the baseline).
-        mid: fusion of the middle, which the figure does not draw (ours): "modulate", "add", or "none".
+        fusion: "modulate" (figure; also of the middle, which it does not draw), or "add", a plain ControlNet (the
+            baseline).
     """
 
     _supports_gradient_checkpointing = True
     channels = 3  # of the image that its network reads
 
     @register_to_config
-    def __init__(self, controlnet: dict, fusion: str = "modulate", mid: str = "modulate"):
+    def __init__(self, controlnet: dict, fusion: str = "modulate"):
         super().__init__()
-        check_choice("fusion", fusion, FUSIONS)
-        if mid not in MIDS or (fusion == "add" and mid == "modulate"):
-            raise BadParameter("mid", mid, MIDS if fusion == "modulate" else ("add", "none"))
         self.branch = net = ControlNetModel.from_config(dict(controlnet))
         if fusion == "modulate":
             blocks = net.controlnet_down_blocks
             net.controlnet_down_blocks = nn.ModuleList(_zero_conv(b.in_channels, 2) for b in blocks)
-        if mid == "modulate":
             net.controlnet_mid_block = _zero_conv(net.controlnet_mid_block.in_channels, 2)
-        elif mid == "none":
-            net.mid_block, net.controlnet_mid_block = None, nn.Identity()
 
     @classmethod
     def of(
@@ -164,22 +132,17 @@ class Adaptor(ModelMixin, ConfigMixin):
         conditioning_channels: Sequence[int] = (16, 32, 96, 256),
         *,
         fusion: str = "modulate",
-        mid: str | None = None,
     ) -> Self:
         """An adaptor that starts as a copy of a UNet's encoder and middle.
 
         Args:
             conditioning_channels: widths of the image's network; each after the first halves height and width.
-            mid: None: as `fusion`.
         """
-        check_unet(unet)
         with torch.device("meta"):  # for its configuration alone
             stock = ControlNetModel.from_unet(unet, "rgb", tuple(conditioning_channels), False, cls.channels)
-        config = {k: v for k, v in stock.config.items() if not k.startswith("_")}
-        adaptor = cls(config, fusion, fusion if mid is None else mid)
+        adaptor = cls({k: v for k, v in stock.config.items() if not k.startswith("_")}, fusion)
         for name in ("conv_in", "time_embedding", "down_blocks", "mid_block"):
-            if (part := getattr(adaptor.branch, name)) is not None:
-                part.load_state_dict(getattr(unet, name).state_dict())
+            getattr(adaptor.branch, name).load_state_dict(getattr(unet, name).state_dict())
         return adaptor.to(unet.device)
 
     @property
@@ -187,7 +150,7 @@ class Adaptor(ModelMixin, ConfigMixin):
         """Pixels of the degraded image per position of z_t, along a side."""
         return 2 ** (len(self.config.controlnet["conditioning_embedding_out_channels"]) - 1)
 
-    def forward(self, z: Tensor, t: Tensor, states: Tensor, degraded: Tensor) -> tuple[Tensor | None, ...]:
+    def forward(self, z: Tensor, t: Tensor, states: Tensor, degraded: Tensor) -> tuple[Tensor, ...]:
         """A map for each skip and, last, for the middle: (B, 2 C_i, h_i, w_i), gamma first; (B, C_i, ...) where added.
 
         Args:
@@ -197,7 +160,7 @@ class Adaptor(ModelMixin, ConfigMixin):
             degraded: the degraded image, (B, 3, H, W) in [-1, 1] as for the VAE (ours; ControlNet's are in [0, 1]).
         """
         skips, mid = self.branch(z, t, states, degraded, return_dict=False)
-        return (*skips, None if self.config.mid == "none" else mid)
+        return (*skips, mid)
 
 
 def _zero_conv(channels: int, times: int) -> nn.Conv2d:
@@ -216,11 +179,14 @@ class TIP(nn.Module):
         unet: without class or added embeddings.
         adaptor: of that UNet.
         text: maps ids (B, M) to (states, ...); None where only states are given.
+
+    Raises `BadParameter`: the UNet has inputs that Stable Diffusion 1 and 2 do not have.
     """
 
     def __init__(self, unet: UNet2DConditionModel, adaptor: Adaptor, text: nn.Module | None = None):
         super().__init__()
-        check_unet(unet)
+        if unhandled := {name: unet.config[name] for name in _UNHANDLED if unet.config.get(name)}:
+            raise BadParameter("unet", unhandled, "one whose inputs are z_t, t and one prompt (Stable Diffusion 1, 2)")
         self.unet, self.adaptor, self.text = frozen(unet), adaptor, None if text is None else frozen(text)
 
     def train(self, mode: bool = True):
@@ -236,19 +202,15 @@ class TIP(nn.Module):
 
     def states(self, text: Tensor) -> Tensor:
         """States (B, M, d) of ids (B, M) int64; states are returned as they are, so they can be encoded in advance."""
-        if text.is_floating_point():
-            return text
-        if self.text is None:
-            raise BadParameter("text", "ids", "states: this model has no text encoder")
         with torch.no_grad():
-            return self.text(text)[0]
+            return text if text.is_floating_point() or self.text is None else self.text(text)[0]
 
     def encode(self, z: Tensor, t: Tensor, semantic: Tensor) -> Encoded:
         """`encode` of the frozen UNet, in its dtype; without a graph, unless z requires a gradient."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and z.requires_grad):
             return encode(self.unet, z.to(self.unet.dtype), t, semantic.to(self.unet.dtype))
 
-    def fused(self, x: Encoded, maps: Sequence[Tensor | None], scale: float | Tensor, semantic: Tensor) -> Tensor:
+    def fused(self, x: Encoded, maps: Sequence[Tensor], scale: float | Tensor, semantic: Tensor) -> Tensor:
         """The prediction from the encoder's features, which stay unchanged, and the adaptor's maps."""
         skips = tuple(fuse(f, m, scale) for f, m in zip(x.skips, maps[:-1], strict=True))
         fused = Encoded(x.time, skips, fuse(x.mid, maps[-1], scale))
@@ -279,9 +241,7 @@ def target(scheduler: DDIMScheduler, z: Tensor, noise: Tensor, t: Tensor) -> Ten
     kind = scheduler.config.prediction_type
     if kind == "v_prediction":
         return scheduler.get_velocity(z, noise, t)
-    if kind not in ("epsilon", "sample"):
-        raise BadParameter("prediction_type", kind, ("epsilon", "sample", "v_prediction"))
-    return noise if kind == "epsilon" else z
+    return {"epsilon": noise, "sample": z}[kind]
 
 
 def loss(

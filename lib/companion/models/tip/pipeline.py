@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import BaseOutput
@@ -30,11 +31,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from ...backbones import unreachable
-from ...errors import BadCheckpoint, BadParameter, CorruptFile, MissingWeights, check_choice
+from ...errors import BadCheckpoint, BadParameter, CorruptFile, MissingWeights
 from ...ops.files import atomic_folder
 from ...ops.progress import progress
 from .degradations import BLIND
-from .model import TIP, Adaptor, Encoded, check_unet, frozen, to_images
+from .model import TIP, Adaptor, frozen, to_images
 from .text import END, clip_tokenizer, tokenize
 
 # --- sizes: from configurations, without weights ----------------------------------------------------------------------
@@ -119,7 +120,6 @@ class TIPPipeline(DiffusionPipeline):
 
     def __init__(self, vae, text_encoder, unet, adaptor, scheduler, tokenizer=None):
         super().__init__()
-        check_unet(unet)
         parts = {"vae": frozen(vae), "text_encoder": frozen(text_encoder), "unet": frozen(unet)}
         self.register_modules(**parts, tokenizer=tokenizer, adaptor=adaptor.eval(), scheduler=scheduler)
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
@@ -139,7 +139,6 @@ class TIPPipeline(DiffusionPipeline):
         name: str = "stable-diffusion-v1-5/stable-diffusion-v1-5",
         *,
         fusion: str = "modulate",
-        mid: str | None = None,
         download: bool = False,
         **options: Any,
     ) -> TIPPipeline:
@@ -147,7 +146,7 @@ class TIPPipeline(DiffusionPipeline):
 
         Args:
             name: id on the hub, or a folder in diffusers' layout.
-            fusion, mid: of the adaptor.
+            fusion: of the adaptor.
             download: fetch what is not cached.
             options: to `from_pretrained` of every part, for instance `variant="fp16"`.
 
@@ -155,13 +154,13 @@ class TIPPipeline(DiffusionPipeline):
         """
         reason = unreachable() if download else ""
         here = {"local_files_only": not download or bool(reason)}
-        given = {"use_safetensors": True, **here, **options}
-        whole = {"low_cpu_mem_usage": False, **given}  # accelerate is not a dependency
+        options = {"use_safetensors": True, **here, **options}
+        whole = {"low_cpu_mem_usage": False, **options}  # accelerate is not a dependency
         try:
             with _quiet():
                 vae = AutoencoderKL.from_pretrained(name, subfolder="vae", **whole)
                 unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet", **whole)
-                text = CLIPTextModel.from_pretrained(name, subfolder="text_encoder", **given)
+                text = CLIPTextModel.from_pretrained(name, subfolder="text_encoder", **options)
                 tokenizer = CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", **here)
                 scheduler = DDIMScheduler.from_pretrained(name, subfolder="scheduler", **here)
         except OSError as error:
@@ -170,18 +169,13 @@ class TIPPipeline(DiffusionPipeline):
                 "name a folder that holds it",
             ]
             raise MissingWeights(name, constants.HF_HUB_CACHE, ways, reason) from error
-        return cls(vae, text, unet, Adaptor.of(unet, fusion=fusion, mid=mid), scheduler, tokenizer)
+        return cls(vae, text, unet, Adaptor.of(unet, fusion=fusion), scheduler, tokenizer)
 
     @property
     def model(self) -> TIP:
         """The network to train, which shares this pipeline's parts; only the adaptor has gradients."""
         self.adaptor.requires_grad_(True)
         return TIP(self.unet, self.adaptor, self.text_encoder)
-
-    @property
-    def multiple(self) -> int:
-        """Height and width are padded to a multiple of this."""
-        return self.adaptor.factor
 
     def ids(self, texts: Sequence[str], truncate: bool = False) -> Tensor:
         """Ids (B, M) of texts, see `text.tokenize`."""
@@ -191,8 +185,8 @@ class TIPPipeline(DiffusionPipeline):
     def states(self, texts: Sequence[str]) -> Tensor:
         """States (B, M, d) of texts; equal texts are encoded once."""
         unique = list(dict.fromkeys(texts))
-        found = self.text_encoder(self.ids(unique).to(self.text_encoder.device))[0]
-        return found[[unique.index(text) for text in texts]]
+        states = self.text_encoder(self.ids(unique).to(self.text_encoder.device))[0]
+        return states[[unique.index(text) for text in texts]]
 
     @torch.no_grad()
     def __call__(
@@ -204,7 +198,6 @@ class TIPPipeline(DiffusionPipeline):
         steps: int = 50,
         scale: float = 1.0,
         guidance: float = 1.0,
-        restoration_guidance: float = 1.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
         output: str = "pt",
@@ -216,56 +209,46 @@ class TIPPipeline(DiffusionPipeline):
             prompt: c_s, the content of the clean image; one prompt, or one per image.
             restoration: c_r, the degradations to undo. The defaults are the blind mode of the project's page.
             scale: s of the fusion; 0 is the frozen model, which does not depend on `image`.
-            guidance: w of c_s: prediction("") + w (prediction(c_s) - prediction("")); 1 is off.
-            restoration_guidance: the same for c_r, against `BLIND`. With both, the two differences are added. In any
-                case the adaptor and each half of the UNet are called once per step.
+            guidance: w of c_s: prediction("") + w (prediction(c_s) - prediction("")); 1 is off. In any case the adaptor
+                and each half of the UNet are called once per step.
             generator: of the initial noise; a list has one for each image.
             latents: the initial noise (B, L, h, w); (1, L, h, w) is the same for all images.
             output: "pt", (B, 3, H, W) in [0, 1]; "pil", a list of PIL images; or "latent".
 
-        Raises `BadParameter`.
+        Raises `BadParameter`: values outside of [0, 1], a list of another number of prompts.
         """
-        if not isinstance(image, Tensor) or image.ndim != 4 or image.shape[1] != 3 or not image.is_floating_point():
-            raise BadParameter("image", getattr(image, "shape", type(image)), "a float tensor (B, 3, H, W) in [0, 1]")
-        if image.numel() == 0 or not (image.amin() >= 0 and image.amax() <= 1):
-            raise BadParameter("image", "values outside [0, 1]", "a float tensor (B, 3, H, W) in [0, 1]")
-        if steps < 1 or steps > self.scheduler.config.num_train_timesteps:
-            raise BadParameter("steps", steps, f"1 to {self.scheduler.config.num_train_timesteps}")
-        check_choice("output", output, ("pt", "pil", "latent"))
-        model, device, count = TIP(self.unet, self.adaptor), self.unet.device, len(image)
-        height, width = image.shape[-2:]
-        y = F.pad(image, (0, -width % self.multiple, 0, -height % self.multiple), mode="replicate")
-        y = (2 * y - 1).to(device, self.adaptor.dtype)
+        if not (image.is_floating_point() and image.amin() >= 0 and image.amax() <= 1):
+            raise BadParameter("image", "values outside [0, 1], or whole", "a float tensor (B, 3, H, W) in [0, 1]")
+        model, device, dtype, count = TIP(self.unet, self.adaptor), self.unet.device, self.adaptor.dtype, len(image)
+        (height, width), factor = image.shape[-2:], self.adaptor.factor
+        y = F.pad(image, (0, -width % factor, 0, -height % factor), mode="replicate")
+        y = (2 * y - 1).to(device, dtype)
+        semantic, control = _each("prompt", prompt, count), _each("restoration", restoration, count)
+        pairs = 1 if guidance == 1 else 2  # of predictions: with c_s, and without
+        semantic = self.states(semantic + [""] * count * (pairs - 1))
+        control = self.states(control).to(dtype)
 
-        semantic, control, y_all = _each("prompt", prompt, count), _each("restoration", restoration, count), y
-        if guidance != 1:
-            semantic = semantic + [""] * count
-        if restoration_guidance != 1:
-            control, y_all = control + [BLIND] * count, torch.cat([y, y])
-        semantic, control = self.states(semantic), self.states(control).to(self.adaptor.dtype)
-
-        size = (count, self.unet.config.in_channels, y.shape[-2] // self.multiple, y.shape[-1] // self.multiple)
+        size = (count, self.unet.config.in_channels, y.shape[-2] // factor, y.shape[-1] // factor)
         if latents is None:
-            z = randn_tensor(size, generator=generator, device=device, dtype=self.adaptor.dtype)
-        elif tuple(latents.shape[1:]) != size[1:] or len(latents) not in (1, count):
-            raise BadParameter("latents", tuple(latents.shape), f"{size}, or one for all images")
+            z = randn_tensor(size, generator=generator, device=device, dtype=dtype)
         else:
-            z = latents.to(device, self.adaptor.dtype).expand(size)
+            z = latents.to(device, dtype).expand(size)
         z = z * self.scheduler.init_noise_sigma
         self.scheduler.set_timesteps(steps, device=device)
         self.scheduler.alphas_cumprod = self.scheduler.alphas_cumprod.to(device)  # it may have trained on another
         for t in progress(self.scheduler.timesteps, "restoring"):
-            seen = self.scheduler.scale_model_input(z, t)
-            x = model.encode(_repeat(seen, len(semantic)), t, semantic)
-            maps = model.adaptor(_repeat(seen, len(control)), t, control, y_all)
-            found = _guided(model, x, maps, semantic, scale, count, guidance, restoration_guidance)
-            z = self.scheduler.step(found.to(z.dtype), t, z).prev_sample
+            noisy = self.scheduler.scale_model_input(z, t)
+            x = model.encode(noisy.repeat(pairs, 1, 1, 1), t, semantic)  # (pairs * B, ...)
+            maps = model.adaptor(noisy, t, control, y)  # (B, ...), for both
+            predicted = model.fused(x, [m.repeat(pairs, 1, 1, 1) for m in maps], scale, semantic)
+            if guidance != 1:
+                with_text, without = predicted.chunk(2)
+                predicted = with_text + (guidance - 1) * (with_text - without)
+            z = self.scheduler.step(predicted.to(z.dtype), t, z).prev_sample
         if output == "latent":
             return Restored(z)
         restored = (to_images(self.vae, z)[..., :height, :width] / 2 + 0.5).float()
-        if output == "pt":
-            return Restored(restored)
-        return Restored([to_pil_image(x.cpu()) for x in restored])
+        return Restored(restored if output == "pt" else [to_pil_image(x.cpu()) for x in restored])
 
 
 def save_adaptor(adaptor: Adaptor, folder: str | Path) -> Path:
@@ -300,15 +283,9 @@ def load_adaptor(folder: str | Path, unet: UNet2DConditionModel) -> Adaptor:
         raise CorruptFile(folder, f"not an adaptor of TIP ({type(error).__name__}: {str(error)[:200]})") from error
     ours, theirs = adaptor.config.controlnet, unet.config
     names = ("in_channels", "block_out_channels", "layers_per_block", "cross_attention_dim", "attention_head_dim")
-    other = [f"{n} {ours[n]}, the UNet has {theirs[n]}" for n in names if _plain(ours[n]) != _plain(theirs[n])]
-    if other:
+    if other := [f"{n} {ours[n]}, not {theirs[n]}" for n in names if not np.array_equal(ours[n], theirs[n])]:
         raise BadCheckpoint("this UNet", shapes=other)
     return adaptor
-
-
-def _plain(value: object) -> object:
-    """A configuration's value as its JSON has it."""
-    return list(value) if isinstance(value, (list, tuple)) else value
 
 
 def _each(name: str, text: str | Sequence[str], count: int) -> list[str]:
@@ -319,36 +296,6 @@ def _each(name: str, text: str | Sequence[str], count: int) -> list[str]:
     return texts
 
 
-def _repeat(z: Tensor, count: int) -> Tensor:
-    return z.repeat(count // len(z), 1, 1, 1)
-
-
-def _guided(
-    model: TIP,
-    x: Encoded,
-    maps: Sequence[Tensor | None],
-    semantic: Tensor,
-    scale: float,
-    count: int,
-    guidance: float,
-    restoration_guidance: float,
-) -> Tensor:
-    """The prediction with guidance; the decoder runs once on all pairs of prompts."""
-    first = torch.arange(count, device=semantic.device)
-    from_unet, from_adaptor = [first], [first]
-    if guidance != 1:
-        from_unet, from_adaptor = [*from_unet, first + count], [*from_adaptor, first]
-    if restoration_guidance != 1:
-        from_unet, from_adaptor = [*from_unet, first], [*from_adaptor, first + count]
-    u, a = torch.cat(from_unet), torch.cat(from_adaptor)
-    # the time embedding is the same in all rows
-    taken = Encoded(x.time[:1].expand(len(u), -1), tuple(f[u] for f in x.skips), x.mid[u])
-    found = model.fused(taken, [None if m is None else m[a] for m in maps], scale, semantic[u])
-    found, *others = found.chunk(len(from_unet))
-    weights = [w for w in (guidance, restoration_guidance) if w != 1]
-    return found + sum((w - 1) * (found - other) for w, other in zip(weights, others, strict=True))
-
-
 # --- from a size ------------------------------------------------------------------------------------------------------
 
 
@@ -356,7 +303,6 @@ def build(
     size: str = "sd15",
     *,
     fusion: str = "modulate",
-    mid: str | None = None,
     unet: Mapping[str, Any] = {},
     vae: Mapping[str, Any] = {},
     text: Mapping[str, Any] = {},
@@ -366,13 +312,12 @@ def build(
 
     Args:
         size: one of `SIZES`, "sd15" and "sd21", substitutes for the paper's unknown model.
-        fusion, mid: of the `Adaptor`.
+        fusion: of the `Adaptor`.
         unet, vae, text: entries of their configurations to change.
         conditioning_channels: widths of the image's network.
 
     Works on torch's meta device (`with torch.device("meta")`), to count parameters.
     """
-    check_choice("size", size, SIZES)
     sizes = SIZES[size]
     net = UNet2DConditionModel(**{**sizes["unet"], **unet})
     encoder = CLIPTextModel(CLIPTextConfig(max_position_embeddings=77, vocab_size=49408, **{**sizes["text"], **text}))
@@ -380,7 +325,7 @@ def build(
         AutoencoderKL(**{**_SD_VAE, **vae}),
         encoder,
         net,
-        Adaptor.of(net, conditioning_channels, fusion=fusion, mid=mid),
+        Adaptor.of(net, conditioning_channels, fusion=fusion),
         DDIMScheduler(**_SD_NOISE),
         clip_tokenizer(sizes["pad"]),
     )

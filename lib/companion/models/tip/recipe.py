@@ -7,7 +7,6 @@ The paper's recipe is not known; the one here is ours: the constants below, and 
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,11 +27,11 @@ from ...evaluation.tables import Cells, Results
 from ...ops import papers
 from ...training import checkpoints
 from ...training.callbacks import ClipNorm
-from ...training.fit import CPU, Hardware, History, device, evaluating
+from ...training.fit import CPU, Hardware, History, RunParameters, device, evaluating
 from ...training.recipe import Training, run
 from ...training.schedules import adamw, schedule
 from . import model as tip
-from .degradations import BLIND, KINDS, TASKS, Degraded, Recipe, Sample
+from .degradations import BLIND, BLIND_PROMPT, KINDS, NO_CAPTION, SHARE_BLIND, TASKS, Degraded, Recipe, Sample
 from .degradations import texts as texts_by_kind
 from .pipeline import TIPPipeline, build, load_adaptor, save_adaptor
 from .text import tokenize
@@ -52,33 +51,25 @@ WARMUP = 500  # steps
 MICRO_BATCH = 8  # images in a forward pass of a device
 TEST_BATCH = 32  # test images in memory at a time
 WORKERS = min(16, os.cpu_count() or 1)
-BASES = {"sd15": "stable-diffusion-v1-5", "sd21": "stable-diffusion-2-1-base"}
-HUB = {"sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5", "sd21": "stabilityai/stable-diffusion-2-1-base"}
+WEIGHTS, HUB = "stable-diffusion-v1-5", "stable-diffusion-v1-5/stable-diffusion-v1-5"
 DRY_SIZE, DRY_STEPS = 128, 2
+DRY_TRAINING = {"epochs": 1, "batch": 2, "warmup": 0}
 SCORES = ("PSNR", "SSIM", "LPIPS", "FID")
 
 
-class Parameters(Protocol):
+class Parameters(RunParameters, Protocol):
     """The notebook's parameters that are read here, see paper.yaml."""
 
-    dry_run: bool
-    seed: int
     task: str
     dataset: str
     degradation: str
     method: str
     texts: str
-    base: str
-    mid: str
     checkpoint: str
     size: int
     steps: int
     guidance: float
     scale: float
-    data_root: str
-    weights: str
-    accelerator: str
-    devices: int
 
 
 @dataclass(frozen=True)
@@ -105,10 +96,24 @@ class Setting:
 
 def protocol() -> dict[str, str]:
     """What the `paper` profile runs, a fact a row. The paper's own settings could not be found: these are ours."""
-    drawn, dice = Recipe(), {name: p.default for name, p in inspect.signature(Degraded).parameters.items()}
+    drawn, dice = Recipe(), {"share_blind": SHARE_BLIND, "blind_prompt": BLIND_PROMPT, "no_caption": NO_CAPTION}
     ranges = ", ".join(f"{kind} {' to '.join(f'{end:g}' for end in getattr(drawn, kind))}" for kind in KINDS)
-    facts = {"drawn": drawn, "dice": dice, "ranges": ranges, "blind": BLIND, "scores": ", ".join(SCORES)}
-    return papers.protocol("tip", **facts, precision=papers.paper("tip")["precision"], **globals())
+    return papers.protocol(
+        "tip",
+        LEARNING_RATE=LEARNING_RATE,
+        WEIGHT_DECAY=WEIGHT_DECAY,
+        WARMUP=WARMUP,
+        MAX_NORM=MAX_NORM,
+        BATCH=BATCH,
+        MICRO_BATCH=MICRO_BATCH,
+        EPOCHS=EPOCHS,
+        precision=papers.paper("tip")["precision"],
+        drawn=drawn,
+        dice=dice,
+        ranges=ranges,
+        blind=BLIND,
+        scores=", ".join(SCORES),
+    )
 
 
 def setting(p: Parameters, out: Path) -> Setting:
@@ -123,85 +128,72 @@ def setting(p: Parameters, out: Path) -> Setting:
 
     Raises `BadParameter`, `MissingData`, `MissingWeights`, `CorruptFile`, `BadCheckpoint`: with what to change or get.
     """
-    _check(p)
+    if not p.dry_run and p.task == "test" and not p.checkpoint:
+        raise BadParameter("checkpoint", p.checkpoint, "the folder of a trained adaptor for task = 'test'")
     size, steps = (DRY_SIZE, DRY_STEPS) if p.dry_run else (p.size, p.steps)
-    title, images, test = _datasets(p)
+    title, images, test = datasets(p)
 
     def learn(pipe: TIPPipeline, method: str, **changes: Any) -> History:
-        listed = None
-        if isinstance(images, restoration.Captioned):
-            listed = {"images": [*map(str, images.sources)], "captions": [*images.captions]}
-        data, folder = samples(images, size, method, p.seed), None if p.dry_run else out
-        return train(p, pipe, data, folder, name=method, listed=listed, **changes)
+        data = samples(images, size, method, p.seed)
+        if not isinstance(images, restoration.Captioned):
+            return train(p, pipe, data, name=method, **DRY_TRAINING | changes)
+        listed = {"images": [*map(str, images.sources)], "captions": [*images.captions]}
+        return train(p, pipe, data, out, name=method, listed=listed, **changes)
 
     options: dict[str, Any] = {"steps": steps, "guidance": p.guidance, "scale": p.scale, "seed": p.seed}
     return Setting(
         title=title,
         learning_rates={p.method: LEARNING_RATE},
-        build=functools.partial(_pipeline, p),
+        build=functools.partial(pipeline, p),
         train=None if images is None else learn,
         test=Degraded(test, size, seed=p.seed, **TASKS[p.degradation]),
-        restore=functools.partial(restore, hardware=hardware(p), **options),
+        restore=functools.partial(restore, hardware=Hardware.of(p, "tip"), **options),
     )
-
-
-def hardware(p: Parameters, **options: int) -> Hardware:
-    """The hardware of trainings and tests; options as in `Hardware.of`."""
-    return Hardware.of(p, "tip", **options)  # type: ignore[arg-type]  # it reads the same parameters
-
-
-def _check(p: Parameters) -> None:
-    """Raise `BadParameter` before, not after, days of training."""
-    if p.task != "train" and not (p.checkpoint or p.dry_run):
-        raise BadParameter("checkpoint", p.checkpoint, f"the folder of a trained adaptor for task = {p.task!r}")
-    if p.texts == "wrong restoration prompt" and p.degradation == "real-esrgan":
-        raise BadParameter("texts", p.texts, "others: all restoration prompts of Real-ESRGAN's images are the same")
-    if p.texts == "wrong semantic prompt" and p.dataset == "restoration/div2k":
-        raise BadParameter("texts", p.texts, "others: the images of DIV2K have no captions")
 
 
 def base(p: Parameters) -> str:
     """Where the frozen model is: the parameter `weights`, the usual folder below `data_root`, or the hub's cache."""
-    usual = Path(p.data_root) / "weights" / BASES[p.base]
-    return p.weights or (str(usual) if usual.is_dir() else HUB[p.base])
+    usual = Path(p.data_root) / "weights" / WEIGHTS
+    return p.weights or (str(usual) if usual.is_dir() else HUB)
 
 
-def _pipeline(p: Parameters, method: str) -> TIPPipeline:
+def pipeline(p: Parameters, method: str) -> TIPPipeline:
+    """The pipeline of a method: with a new adaptor, or that of the parameter `checkpoint`."""
     fusion = METHODS[method].get("fusion", "modulate")
-    options = {"fusion": fusion, "mid": "add" if fusion == "add" and p.mid == "modulate" else p.mid}
     torch.manual_seed(p.seed)
     if p.dry_run:
-        pipe = build(p.base, **options)
+        pipe = build(fusion=fusion)
         pipe.unet.bfloat16()
         return pipe
-    pipe = TIPPipeline.from_stable_diffusion(base(p), **options)
+    pipe = TIPPipeline.from_stable_diffusion(base(p), fusion=fusion)
     if p.checkpoint:
         adaptor = load_adaptor(p.checkpoint, pipe.unet)
-        found = {"fusion": adaptor.config.fusion, "mid": adaptor.config.mid}
-        if found != options:
-            accepted = f"a method and a middle of {options}, or the adaptor that they trained: this one has {found}"
-            raise BadParameter("checkpoint", p.checkpoint, accepted)
+        if adaptor.config.fusion != fusion:
+            raise BadParameter("checkpoint", p.checkpoint, f"an adaptor with the fusion of {method!r}, {fusion!r}")
         pipe.register_modules(adaptor=adaptor)
     # a training moves it itself: processes for several devices must be forked before a GPU is used
     return pipe if p.task == "train" and not p.checkpoint else pipe.to(device(p.accelerator))
 
 
-def _datasets(p: Parameters) -> tuple[str, Dataset | None, Dataset]:
+def datasets(p: Parameters) -> tuple[str, Dataset | None, Dataset]:
     """Title, training images (None with a trained adaptor) and test images."""
     if p.dry_run:
         title = "generated images (dry run: losses and scores mean nothing)"
         return title, Generated(4, DRY_SIZE, p.seed), Generated(2, DRY_SIZE, p.seed + 1)
+    train: restoration.Captioned | None = None
     if p.dataset == "folder":
-        own, title = restoration.own_folder(p.data_root), f"images of {p.data_root}"
-        train, test = (None, own) if p.checkpoint else halves(own)
+        title, test = f"images of {p.data_root}", restoration.own_folder(p.data_root)
+        if not p.checkpoint:
+            train, test = halves(test)
     else:
-        test = restoration.load(p.dataset, p.data_root, "test")
-        train = None if p.checkpoint else restoration.load(p.dataset, p.data_root, "train")
-        title = DATASETS[p.dataset].title
-    few = len(test) < 2 if p.texts == "wrong restoration prompt" else len(set(test.captions)) < 2
-    if p.texts.startswith("wrong") and few:
-        made = f"{p.texts!r} of {len(test)} test images with {len(set(test.captions))} different captions"
-        raise BadParameter("texts", made, "others, or two test images of different captions")
+        title, test = DATASETS[p.dataset].title, restoration.load(p.dataset, p.data_root, "test")
+        if not p.checkpoint:
+            train = restoration.load(p.dataset, p.data_root, "train")
+    # before, not after, days of training: a wrong prompt is that of another image
+    same = {"wrong semantic prompt": len(set(test.captions)) < 2}
+    same["wrong restoration prompt"] = len(test) < 2 or p.degradation == "real-esrgan"
+    if same.get(p.texts):
+        raise BadParameter("texts", p.texts, "others: all test images have the same prompt, or there is only one")
     return title, train, test
 
 
@@ -210,11 +202,12 @@ def halves(own: restoration.Captioned) -> tuple[restoration.Captioned, restorati
     if len(own) < 2:
         raise BadParameter("data_root", f"{len(own)} image", "two or more to train and to test on, or a `checkpoint`")
 
-    def subset(indices: Sequence[int]) -> restoration.Captioned:
-        lists = ([values[i] for i in indices] for values in (own.sources, own.captions))
+    def part(tested: bool) -> restoration.Captioned:
+        rows = [i for i in range(len(own)) if (i % 10 == 0) == tested]
+        lists = ([values[i] for i in rows] for values in (own.sources, own.captions))
         return restoration.Captioned(own.dataset, own.root, *lists)
 
-    return subset([i for i in range(len(own)) if i % 10]), subset(range(0, len(own), 10))
+    return part(False), part(True)
 
 
 class Generated(Dataset):
@@ -235,11 +228,10 @@ class Generated(Dataset):
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def samples(images: Dataset, size: int, method: str, seed: int, **options) -> Degraded:
+def samples(images: Dataset, size: int, method: str, seed: int) -> Degraded:
     """The training samples of a method: `Degraded`, whose prompts are dropped at random, or always."""
-    changed = {k: v for k, v in METHODS[method].items() if k in ("no_caption", "blind_prompt")}
-    recipe = Recipe(skip=METHODS[method].get("skip", 0.5))
-    return Degraded(images, size, recipe, seed=seed, **(changed | options))
+    options = {name: value for name, value in METHODS[method].items() if name in ("no_caption", "blind_prompt")}
+    return Degraded(images, size, Recipe(skip=METHODS[method].get("skip", 0.5)), seed=seed, **options)
 
 
 class Tensors(Dataset):
@@ -258,12 +250,8 @@ class Tensors(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         sample = self.data[index]
         semantic = tokenize(self.tokenizer, [sample.semantic], truncate=True)[0]
-        return (
-            2 * sample.clean - 1,
-            2 * sample.degraded - 1,
-            semantic,
-            tokenize(self.tokenizer, [sample.restoration])[0],
-        )
+        restoration = tokenize(self.tokenizer, [sample.restoration])[0]
+        return 2 * sample.clean - 1, 2 * sample.degraded - 1, semantic, restoration
 
 
 class Learner(nn.Module):
@@ -290,48 +278,43 @@ def train(
     out: Path | None = None,
     *,
     name: str = "TIP",
-    epochs: float | None = None,
-    batch: int | None = None,
-    micro_batch: int = MICRO_BATCH,
-    warmup: int | None = None,
     listed: Mapping[str, Sequence[str]] | None = None,
+    epochs: float = EPOCHS,
+    batch: int = BATCH,
+    warmup: int = WARMUP,
+    micro_batch: int = MICRO_BATCH,
 ) -> History:
     """Train the adaptor of a pipeline, in place; return the history.
 
     Args:
         data: `Sample`s.
         out: the run's folder. `out`/checkpoints has the training in progress, from which the same call resumes;
-            `out`/trained the adaptor, in a folder named by `name`, base, middle, dataset and seed, see
-            `pipeline.load_adaptor`.
-        epochs, batch, warmup: None: `EPOCHS`, at most `BATCH`, at most `WARMUP` steps; in a dry run 1, 2 and 0.
-        micro_batch: images in a forward pass of a device; the gradients of a step's micro-batches are added up.
+            `out`/trained the adaptor, in a folder named by `name`, dataset and seed, see `pipeline.load_adaptor`.
         listed: names and captions of the images, which identify the training.
+        warmup: steps, at most half of all.
+        micro_batch: images in a forward pass of a device; the gradients of a step's micro-batches are added up.
     """
-    epochs = epochs or (1 if p.dry_run else EPOCHS)
-    batch = batch or min(2 if p.dry_run else BATCH, len(data))
+    batch = min(batch, len(data))
     steps = max(1, round(epochs * (len(data) // batch)))
-    warmup = (0 if p.dry_run else min(WARMUP, steps // 2)) if warmup is None else warmup
     parts = math.ceil(batch / (p.devices * micro_batch))
     options: dict[str, Any] = {
         "epochs": epochs,
         "batch": batch,
         "optimizer": adamw(LEARNING_RATE, WEIGHT_DECAY, decay="all"),
-        "schedule": schedule("constant", warmup / steps),
+        "schedule": schedule("constant", min(warmup, steps // 2) / steps),
         "callbacks": [ClipNorm(MAX_NORM)],
         "seed": p.seed,
-        "hardware": hardware(p, workers=WORKERS, accumulate=parts),
+        "hardware": Hardware.of(p, "tip", workers=WORKERS, accumulate=parts),
     }
     if out is not None:
         where = {"weights": base(p), "dataset": p.dataset, "data_root": Path(p.data_root), "size": p.size}
         facts = where | {"adaptor": pipe.adaptor, "micro-batches": parts, "listed": listed}
-        file = f"{name}, seed {p.seed}"
-        options["checkpoint"] = checkpoints.Checkpoint.of(out / "checkpoints", file, 500, **facts)
+        options["checkpoint"] = checkpoints.Checkpoint.of(out / "checkpoints", f"{name}, seed {p.seed}", 500, **facts)
     items = Tensors(data, pipe)
     _, history = run(Training(name, lambda: Learner(pipe), lambda model, batch: model(*batch), lambda: items, options))
     pipe.to(device(p.accelerator))  # for the test
     if out is not None:  # in diffusers' layout
-        told = f"{name}, {p.base}, middle {p.mid}, {p.dataset}, seed {p.seed}"
-        save_adaptor(pipe.adaptor, checkpoints.file(out / "trained", told, ""))
+        save_adaptor(pipe.adaptor, checkpoints.file(out / "trained", f"{name}, {p.dataset}, seed {p.seed}", ""))
     return history
 
 
@@ -353,15 +336,15 @@ def restore(
 
     The initial noise of a sample depends only on `seed` and its index, counted from `first`, not on the prompts.
     """
-    semantic, prompts = texts_by_kind(data, kind)
+    semantic, restoration = texts_by_kind(data, kind)
     restored = []
     with evaluating(hardware, pipe.vae, pipe.text_encoder, pipe.unet, pipe.adaptor):
         for start in range(0, len(data), batch):
-            indices = range(start, min(start + batch, len(data)))
-            noise = [torch.Generator().manual_seed(1_000_003 * seed + first + i) for i in indices]
-            degraded = torch.stack([data[i].degraded for i in indices])
-            texts = [semantic[i] for i in indices], [prompts[i] for i in indices]
-            restored.append(pipe(degraded, *texts, generator=noise, **options).images.cpu())
+            some = slice(start, start + batch)
+            degraded = torch.stack([sample.degraded for sample in data[some]])
+            noise = [torch.Generator().manual_seed(1_000_003 * seed + first + start + i) for i in range(len(degraded))]
+            images = pipe(degraded, semantic[some], restoration[some], generator=noise, **options).images
+            restored.append(images.cpu())
     return torch.cat(restored)
 
 
@@ -370,16 +353,16 @@ def texts_of(method: str, kind: str = "own") -> str:
     return method if kind == "own" and method in ("no text", "semantic only", "restoration only") else kind
 
 
-def whole_test(found: Setting, pipe: TIPPipeline, kind: str = "own") -> Iterator[tuple[Tensor, Tensor]]:
+def whole_test(asked: Setting, pipe: TIPPipeline, kind: str = "own") -> Iterator[tuple[Tensor, Tensor]]:
     """Restored and clean images of the whole test of a full-size setting, about `TEST_BATCH` at a time, on the
     pipeline's device.
 
     A wrong prompt is that of another sample of the same batch.
     """
-    count = len(found.test)
+    count = len(asked.test)
     for indices in np.array_split(np.arange(count), max(1, count // TEST_BATCH)):
-        data = [found.test[int(i)] for i in indices]
-        restored, clean = found.restore(pipe, data, kind, first=int(indices[0])), torch.stack([s.clean for s in data])
+        data = [asked.test[int(i)] for i in indices]
+        restored, clean = asked.restore(pipe, data, kind, first=int(indices[0])), torch.stack([s.clean for s in data])
         yield restored.to(pipe.device), clean.to(pipe.device)
 
 
@@ -427,14 +410,13 @@ def cells(rows: pd.DataFrame, table: str) -> Cells:
     """The real results that belong in a published table, by (method, score): own prompts, no guidance, scale 1; means
     over seeds.
 
-    A method's name includes what is not the default: the diffusion model, the middle, the size of the images, the steps
-    of sampling, on DIV2K the degradation.
+    A method's name includes what is not the default: the size of the images, the steps of sampling, on DIV2K the
+    degradation.
     """
-    usual = {"base": "{}", "mid": "middle: {}", "size": "{} px", "steps": "{} steps"}
-    defaults = {"base": "sd15", "mid": "modulate", **RESULTS.usual}
+    names = {"size": "{} px", "steps": "{} steps"}
 
     def changed(row: Mapping[str, Any]) -> str:
-        return "".join(f", {text.format(row[key])}" for key, text in usual.items() if row[key] != defaults[key])
+        return "".join(f", {text.format(row[key])}" for key, text in names.items() if row[key] != RESULTS.usual[key])
 
     rows = rows.assign(changed=[changed(row) for row in rows.to_dict("records")], ablation=rows.method)
     return RESULTS.filled(rows, RESULTS.cells[table])

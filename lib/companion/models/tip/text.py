@@ -51,5 +51,5 @@ def tokenize(tokenizer, texts: Sequence[str], truncate: bool = False) -> Tensor:
     for text, ids in zip(texts, tokenizer(list(texts))["input_ids"], strict=True):
         if len(ids) > length and not truncate:
             raise BadParameter("text", text, f"at most {length} tokens, it has {len(ids)}")
-    found = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-    return found["input_ids"]
+    options = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
+    return tokenizer(list(texts), **options)["input_ids"]

@@ -10,7 +10,7 @@ draws) and, in columns that end in "all", with all 3,000. Learning rates are sel
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from ...models.dmt import cache as dmt_cache
-from ...models.dmt.model import DECODERS, DMT, Teachers, loss
+from ...models.dmt.model import DECODERS, DMT, Losses, TargetNorm, Teachers, loss
 from ...models.dmt.vit import ViT, build
-from ...models.layers.mae import MAE
+from ...models.layers.mae import MAE, take
 from ...training.fit import CPU, History, fit
 from ...training.schedules import adamw
 from .. import encoders
@@ -39,21 +39,75 @@ BUDGET = f"{STEPS} steps, batch {BATCH}"
 STUDENT = {"width": 48}  # else as `vit.SIZES["pocket"]`
 SETTINGS = {"mask_ratio": 0.5, "decoder": "pocket"}
 
-# the teachers of a student, and its changes to the settings
-STUDENTS: dict[str, tuple[tuple[str, ...], dict]] = {
-    "DMT": (taught.TEACHERS, {}),
-    "MAE only": (("MAE",), {}),
-    "MoCo v3 only": (("MoCo v3",), {}),
-    "iBOT only": (("iBOT",), {}),
-    "MAE + MoCo v3": (("MAE", "MoCo v3"), {}),
-    "MAE + iBOT": (("MAE", "iBOT"), {}),
-    "MoCo v3 + iBOT": (("MoCo v3", "iBOT"), {}),
-    "averaged teachers": (taught.TEACHERS, {"fusion": "mean"}),
-    "gate": (taught.TEACHERS, {"fusion": "gate"}),
-    "LN targets": (taught.TEACHERS, {"target_norm": "ln"}),
-    "token loss only": (taught.TEACHERS, {"map_weight": 0.0}),
-    "map loss only": (taught.TEACHERS, {"token_weight": 0.0}),
-    "same view": (taught.TEACHERS, {"view": "same"}),
+
+# --- other reconstructions --------------------------------------------------------------------------------------------
+
+
+class Averaged(DMT):
+    """One head and one target, the mean of the teachers, which have one width."""
+
+    def __init__(self, student: ViT, teachers: Teachers | Sequence[int], **options: Any):
+        widths = teachers.widths if isinstance(teachers, Teachers) else teachers
+        super().__init__(student, widths[:1], **options)
+        norm, self.teachers = self.target_norms[0].kind, teachers if isinstance(teachers, Teachers) else None
+        self.target_norms = nn.ModuleList(TargetNorm(width, norm) for width in widths)
+
+    def fused(self, targets: Tensor, predicted: Tensor) -> Tensor:
+        """One target (B, N, D) of the teachers' (K, B, N, D)."""
+        return torch.einsum("k,kbnd->bnd", targets.new_ones(len(targets)) / len(targets), targets)
+
+    def compare(self, predicted: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+        return super().compare(predicted, [self.fused(torch.stack(list(targets)), predicted[0])])
+
+
+class Gated(Averaged):
+    """One target, in which each token weighs the teachers by their agreement with student and others [2nd: CoMAD] (6).
+
+    The weights are the softmax over teachers of the cosine between the student's prediction and the teacher's target
+    times the teacher's mean cosine with the other teachers, over a temperature of 0.1.
+    """
+
+    def fused(self, targets: Tensor, predicted: Tensor) -> Tensor:
+        if len(targets) == 1:
+            return targets[0]
+        unit = F.normalize(targets, dim=-1)
+        affinity = torch.einsum("bnd,kbnd->kbn", F.normalize(predicted.detach(), dim=-1), unit)
+        every = torch.einsum("jbnd,kbnd->jkbn", unit, unit)
+        agreement = (every.sum(0) - torch.diagonal(every).movedim(-1, 0)) / (len(targets) - 1)  # (K, B, N)
+        return torch.einsum("kbn,kbnd->bnd", (affinity * agreement / 0.1).softmax(0), targets)
+
+
+class SameView(DMT):
+    """Teachers see the student's visible patches alone [anc: G2SD], and both losses are on these."""
+
+    def forward(self, images: Tensor, tokens: Sequence[Tensor] | None = None, noise: Tensor | None = None) -> Losses:
+        keep = self.keep(images, noise)
+        with torch.no_grad():
+            tokens = [teacher.hidden(images, keep=keep)[0] for teacher in self.teachers.models.values()]
+        targets = [norm(y) for norm, y in zip(self.target_norms, tokens, strict=True)]  # (B, 1 + V, D_k)
+        z = self.student(images, keep)
+        token = self.compare([adapter(z) for adapter in self.adapters], targets)
+        decoded = self.decoder(z, keep)  # type: ignore[misc]
+        mapped = self.compare([take(head(decoded), keep) for head in self.map_heads], targets)
+        return Losses((token + mapped).mean(), token, mapped)
+
+
+FUSIONS = (DMT, Averaged, Gated)
+# the teachers of a student, its class, and its changes to the settings
+STUDENTS: dict[str, tuple[tuple[str, ...], type[DMT], dict]] = {
+    "DMT": (taught.TEACHERS, DMT, {}),
+    "MAE only": (("MAE",), DMT, {}),
+    "MoCo v3 only": (("MoCo v3",), DMT, {}),
+    "iBOT only": (("iBOT",), DMT, {}),
+    "MAE + MoCo v3": (("MAE", "MoCo v3"), DMT, {}),
+    "MAE + iBOT": (("MAE", "iBOT"), DMT, {}),
+    "MoCo v3 + iBOT": (("MoCo v3", "iBOT"), DMT, {}),
+    "averaged teachers": (taught.TEACHERS, Averaged, {}),
+    "gate": (taught.TEACHERS, Gated, {}),
+    "LN targets": (taught.TEACHERS, DMT, {"target_norm": "ln"}),
+    "token loss only": (taught.TEACHERS, DMT, {"map_weight": 0.0}),
+    "map loss only": (taught.TEACHERS, DMT, {"token_weight": 0.0}),
+    "same view": (taught.TEACHERS, SameView, {}),
 }
 UNTAUGHT = ("untrained", "supervised from scratch", "MAE from scratch")
 THEMSELVES = {f"teacher {name}": name for name in taught.TEACHERS}
@@ -121,16 +175,15 @@ def assemble(method: str, seed: int, root: str) -> tuple[nn.Module, Callable, Te
             return Supervised(encoder), lambda model, batch: model(*batch), TensorDataset(data.images, data.factors)
         model = MAE(encoder, DECODERS["pocket"], mask_ratio=taught.MASKED, normalise=False)
         return model, lambda model, batch: model(batch[0]), TensorDataset(data.images)
-    names, changes = STUDENTS[method]
+    names, kind, changes = STUDENTS[method]
     options = SETTINGS | changes
-    if (view := options.pop("view", "full")) != "full":
-        shipped = taught.load()
-        teachers = Teachers({name: shipped[name] for name in names}, view=view)
-        return DMT(student(seed), teachers, **options), loss, TensorDataset(data.images)
-    cache = cached_tokens(root, seed)
-    tokens = [whole for name, whole in zip(cache.names, cache.tensors(), strict=True) if name in names]
+    if kind is SameView:
+        teachers = Teachers(taught.load())
+        return SameView(student(seed), teachers, **options), loss, TensorDataset(data.images)
+    cached = zip(taught.TEACHERS, cached_tokens(root, seed).tensors(), strict=True)
+    tokens = [whole for name, whole in cached if name in names]
     # the student last: loading and running teachers draws random numbers; adapters and decoder are drawn after it
-    model = DMT(student(seed), [t.shape[-1] for t in tokens], **options)
+    model = kind(student(seed), [t.shape[-1] for t in tokens], **options)
     return model, loss, TensorDataset(data.images, *tokens)
 
 

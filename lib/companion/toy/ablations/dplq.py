@@ -25,6 +25,7 @@ from ...models.dplq import DPLQ
 from ...models.dplq.model import CLIPFeatures, NoFeatures, loss
 from ...models.dplq.recipe import TEST_BATCH, UNTRAINED
 from ...models.layers import clip_prompting as prompting
+from ...models.layers import coop
 from ...models.layers.quaternion import QuaternionLinear
 from ...ops.files import read_json
 from ...training.fit import CPU, History, fit, predict
@@ -73,7 +74,7 @@ class RealLayers(DPLQ):
     """A control: real linear layers on the sum of prompt and bias."""
 
     def mixing_layer(self, inputs: int, outputs: int, layers: int | None = None) -> nn.Module:
-        return nn.Linear(inputs, outputs) if layers is None else prompting.LinearStack(inputs, outputs, layers)
+        return nn.Linear(inputs, outputs) if layers is None else coop.LinearStack(inputs, outputs, layers)
 
     def mixed(self, layer: nn.Module, prompt: Tensor, bias: Tensor) -> Tensor:
         return layer(prompt + bias)
@@ -104,13 +105,13 @@ def build(method: str, classes: tuple[str, ...], seed: int, features: int) -> pr
     torch.manual_seed(seed)
     common = (clip(), classes, Tokenizer())
     if method == "zero-shot CLIP":
-        return prompting.ZeroShot(*common, template="a {}")  # as in the captions that the small CLIP was trained on
+        return coop.ZeroShot(*common, template="a {}")  # as in the captions that the small CLIP was trained on
     if method == "CoOp":
-        return prompting.CoOp(*common, tokens=4, template=TEMPLATE)
+        return coop.CoOp(*common, tokens=4, template=TEMPLATE)
     if method == "CoCoOp":
-        return prompting.CoCoOp(*common, template=TEMPLATE, hidden=HIDDEN)
+        return coop.CoCoOp(*common, template=TEMPLATE, hidden=HIDDEN)
     if method == "MaPLe":
-        return prompting.MaPLe(*common, depth=DEPTH, template=TEMPLATE)
+        return coop.MaPLe(*common, depth=DEPTH, template=TEMPLATE)
     kind, options = KINDS.get(method, DPLQ), OPTIONS.get(method, {})
     return kind(*common, features, depth=DEPTH, template=TEMPLATE, hidden=HIDDEN, **options)
 

@@ -12,6 +12,7 @@ box exceeds the box's share of the image.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from ...models.ecamp import model as ecamp
 from ...models.ecamp.heads import MapDecoder, segmentation_loss
 from ...models.ecamp.text import Pairs, Vocabulary
 from ...models.ecamp.variants import METHODS as VARIANTS
+from ...models.ecamp.variants import NoSuperResolution
 from ...training.fit import CPU, History, fit, predict
 from ...training.schedules import adamw
 from ..datasets import chests as pocket
@@ -42,10 +44,42 @@ BUDGET = f"{RECIPE['epochs']} epochs, batch {RECIPE['batch']}"
 LENGTH, PATCHES, WINDOW = 20, 64, 6
 
 NOT_HERE = ("ECAMP, whole image", "ECAMP, mean token", "ECAMP, patch attention")  # full size only
-METHODS: dict[str, tuple[type[ecamp.ECAMP], dict, dict]] = {
-    "raw pixels": (ecamp.ECAMP, {}, {}),
-    "random init": (ecamp.ECAMP, {}, {}),
-    **{name: options for name, options in VARIANTS.items() if name not in NOT_HERE},
+
+
+class MaskedImages(ecamp.ECAMP):
+    """Masked image modelling alone."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        del self.super_resolution, self.project, self.text
+
+    def resolve(self, pixels: Tensor, batch: ecamp.Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        return pixels.new_zeros(()), {}
+
+    def read(self, latent: Tensor, batch: ecamp.Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        return latent.new_zeros(()), {}
+
+
+class PooledFusion(nn.Module):
+    """The mean of the patches is added to the embedded words, without a layer."""
+
+    def __init__(self, sizes: ecamp.Bert):
+        super().__init__()
+
+    def forward(self, x: Tensor, mask: Tensor, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return x + z.mean(1, keepdim=True), {}
+
+
+class MRMLike(NoSuperResolution):
+    fusion = PooledFusion
+
+
+METHODS: dict[str, tuple[Callable[..., ecamp.ECAMP], dict[str, Any]]] = {
+    "raw pixels": (ecamp.build, {}),
+    "random init": (ecamp.build, {}),
+    "MIM only": (MaskedImages.build, {}),
+    "MRM-like": (MRMLike.build, {"masking": "mrm", "rebalance": False, "splice_share": 0.0}),
+    **{name: method for name, method in VARIANTS.items() if name not in NOT_HERE},
 }
 UNTRAINED = ("raw pixels", "random init")
 TASKS = {"chests": list(METHODS)}
@@ -79,7 +113,7 @@ def pairs(method: str, root: str, seed: int) -> Pairs:
     """The training pairs of a method."""
     data = part(str(root), seed, "train")
     options = {"patches": PATCHES, "length": LENGTH, "window": WINDOW, "statements": data.distilled}
-    return Pairs(colours(data.images), data.reports, vocabulary(root, seed), **(options | METHODS[method][2]))
+    return Pairs(colours(data.images), data.reports, vocabulary(root, seed), **(options | METHODS[method][1]))
 
 
 def colours(images: Tensor) -> Tensor:
@@ -94,12 +128,8 @@ def build(method: str, seed: int, words: int) -> ecamp.ECAMP:
     """The model of a method for a vocabulary of `words`; its initial weights are those of the full ECAMP."""
     torch.manual_seed(seed)
     whole = ecamp.build("pocket", words=words)
-    kind, options, _ = METHODS[method]
-    if kind is ecamp.ECAMP and not options:
-        return whole
-    model = kind.build("pocket", words=words, **options)
-    own = model.state_dict()
-    model.load_state_dict({name: t for name, t in whole.state_dict().items() if name in own}, strict=False)
+    model = METHODS[method][0]("pocket", words=words)
+    model.load_state_dict({name: t for name, t in whole.state_dict().items() if name in model.state_dict()})
     return model
 
 
@@ -244,11 +274,11 @@ def word_losses(model: ecamp.ECAMP, data: pocket.Part, words: Vocabulary) -> dic
     """
     read = texts(data.reports, words)
     hidden = read.ids.masked_fill(read.side | read.finding, words.mask)
-    z = model.get_submodule("project")(tokens(model, data.images))
+    z = model.project(tokens(model, data.images))
     found = {}
     for image, seen in (("right", z), ("other", z.roll(1, 0))):
         rows = zip(hidden.split(200), read.attention.split(200), seen.split(200), strict=True)
-        logits = torch.cat([model.get_submodule("text")(*row) for row in rows])
+        logits = torch.cat([model.text(*row)[0] for row in rows])
         for name, at in (("side", read.side), ("finding", read.finding)):
             found[f"{name}, {image}"] = F.cross_entropy(logits[at], read.ids[at], reduction="none")
     return found
@@ -257,7 +287,7 @@ def word_losses(model: ecamp.ECAMP, data: pocket.Part, words: Vocabulary) -> dic
 def words(model: ecamp.ECAMP, data: pocket.Part, vocabulary: Vocabulary) -> dict[str, float]:
     """Means of `word_losses` in hundredths of a nat, and "side gain" and "finding gain": by how many percent the loss
     with the right image is below that with another; empty for a model without text."""
-    if model.text is None:
+    if not hasattr(model, "text"):
         return {}
     means = {name: 100 * float(losses.mean()) for name, losses in word_losses(model, data, vocabulary).items()}
     gains = {f"{n} gain": 100 * (1 - means[f"{n}, right"] / means[f"{n}, other"]) for n in ("side", "finding")}
@@ -283,7 +313,7 @@ def looks(model: ecamp.ECAMP, data: pocket.Part, vocabulary: Vocabulary, hide: b
 def lesion_share(model: ecamp.ECAMP, data: pocket.Part, vocabulary: Vocabulary) -> dict[str, float]:
     """The share of the finding's attention inside the lesion's box, the box's share of the image, and the difference,
     with the word visible and masked; empty for a model whose words do not attend to patches."""
-    if model.text is None or not hasattr(model.text.fusion, "cross"):
+    if not hasattr(model, "text") or not hasattr(model.text.fusion, "cross"):
         return {}
     inside = cells(data.boxes)
     area = 100 * float(inside.mean())

@@ -101,12 +101,27 @@ def embeddings(root: str, seed: int, task: str, split: str, levels: str = "dino"
     return TensorDataset(*(torch.cat([found[f"{s}.{what}"] for s in SPLITS[split]]) for what in ("features", "grades")))
 
 
+class PatchBag(nn.Module):
+    """The baselines: a slide (b, m, p, d) as a bag of patch embeddings, their mean or gated attention over them."""
+
+    def __init__(self, pooling: str, dim: int = 48, dropout: float = 0.1):
+        super().__init__()
+        self.phi = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Dropout(dropout))
+        self.pool = hvit.GatedPool(dim, dropout) if pooling == "attention" else None
+        self.classifier = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Dropout(dropout), nn.Linear(dim, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The grades (b, 1)."""
+        h = self.phi(x).flatten(1, 2)  # (b, m p, d)
+        return self.classifier(h.sum(1) / h.shape[1] if self.pool is None else self.pool(h)[0])
+
+
 def build(method: str, seed: int) -> nn.Module:
     """The model of a method; its new tensors are drawn from `seed`."""
     options = METHODS[method]
     torch.manual_seed(seed)
     if options["kind"] in ("mean", "attention"):
-        return hvit.PatchBag(48, pocket.GRADES, pooling=options["kind"], dim=48, dropout=0.1)
+        return PatchBag(options["kind"])
     levels = ("region", "slide")
     model = hvit.build("pocket", options["kind"], head(method), patches=pocket.SIDE, levels=levels)
     if options.get("region") != "random":

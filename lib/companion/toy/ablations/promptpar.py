@@ -6,12 +6,14 @@ small ViT. All are trained on the same images with the same loss, optimiser, num
 
 from __future__ import annotations
 
+import copy
 import functools
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from open_clip.model import CLIP
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -39,7 +41,7 @@ METHODS: dict[str, dict] = {
     "regions, not masked, no similarity loss": {"masked": False, "similarity": 0.0},
     "regions, no similarity loss": {"similarity": 0.0},
     "PromptPAR": {},
-    "full fine-tuning": {"prompts": 0, "regions": 0, "tuned": "all"},
+    "full fine-tuning": {"prompts": 0, "regions": 0},
     "PromptPAR, not masked": {"masked": False},
     "PromptPAR, strips without overlap": {"overlap": 0},
     "PromptPAR, 2 regions": {"regions": 2},
@@ -49,13 +51,22 @@ METHODS: dict[str, dict] = {
 TASKS = {"street": list(METHODS)}
 
 
+class FineTuned(PromptPAR):
+    """The baseline that trains the whole image tower, of a copy of the CLIP."""
+
+    def __init__(self, clip: CLIP, *options: Any):
+        super().__init__(copy.deepcopy(clip), *options)
+        self.clip.visual.requires_grad_(True)
+
+
 def build(method: str, seed: int) -> PromptPAR:
     """A method on the toy CLIP; its new parameters are drawn from `seed`."""
     torch.manual_seed(seed)
     options = {"prompts": PROMPTS, "text_prompts": 0} | METHODS[method]
     options.pop("similarity", None)
     clip, fusion = encoders.build("pocket_pedestrian_clip"), encoders.build("pocket_vit")
-    return PromptPAR(clip, list(toy.SENTENCES.values()), tokenizer(), fusion, Settings(**options))
+    kind = FineTuned if method == "full fine-tuning" else PromptPAR
+    return kind(clip, list(toy.SENTENCES.values()), tokenizer(), fusion, Settings(**options))
 
 
 def prepare(root: str | Path, seed: int) -> None:

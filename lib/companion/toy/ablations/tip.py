@@ -109,7 +109,7 @@ def samples(network: str, found: pocket.Part, seed: int) -> list[Sample]:
     options = {"no_caption": NO_CAPTION, "blind_prompt": BLIND_PROMPT} | recipe.METHODS[network]
     options.pop("fusion", None)
     ops = dataclasses.replace(pocket.RECIPE, skip=options.pop("skip", pocket.RECIPE.skip))
-    options |= {"share_blind": 0.0, "fresh": False, "flip": False, "edge": pocket.EDGE}
+    options |= {"share_blind": 0.0, "fresh": False, "edge": pocket.EDGE}
     draws = (Degraded(found, pocket.SIZE, ops, seed=DRAWS * seed + i, **options) for i in range(DRAWS))
     return [data[i] for data in draws for i in range(len(data))]
 

@@ -14,7 +14,7 @@ Each comes from one of two sensors, at random. A sensor has two properties:
 
 So a domain model has information that CLIP lacks and that also holds for new classes: DPLQ's mechanism needs it to have
 an effect, and the data were built to contain it. A fixed pattern is easy to detect, though: an untrained network's
-feature contains it too, at a smaller scale (`domain_mae.measure`), and the study has that control. Base and novel
+feature contains it too, at a smaller scale, and the study has that control. Base and novel
 classes are combinations of the same words: each word occurs in training, in other combinations.
 
 `data.domains.own_folder` reads a domain, `data.fewshot.base_to_novel` uses the first half of its classes as base.

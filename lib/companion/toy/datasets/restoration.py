@@ -43,14 +43,22 @@ COLOURS = ((0.90, 0.30, 0.25), (0.25, 0.75, 0.35), (0.30, 0.40, 0.95), (0.95, 0.
 COUNTS = {"train": (2400, 600), "val": (192, 48), "test": (384, 96)}  # scenes and photographs
 VERSION = 1  # to be increased when a change of this file changes the images
 
+
+class Listed(Recipe):
+    """A recipe whose strengths are drawn from lists of values."""
+
+    def value(self, rng: np.random.Generator, kind: str) -> float:
+        values = getattr(self, kind)
+        return values[rng.integers(len(values))]
+
+
 # One pass, the values of the prototype (section 14). 16 pixels allow only one operation of each kind.
-RECIPE = Recipe(
+RECIPE = Listed(
     blur=(0.6, 0.9, 1.2),
     resize=(4.0,),
     noise=(0.05, 0.10, 0.20),
     jpeg=(20, 50, 80),
     passes=1,
-    listed=True,
     skip={"blur": 0.5, "resize": 0.75, "noise": 0.5, "jpeg": 0.5},
 )
 EDGE = "circular"  # the textures continue beyond the border

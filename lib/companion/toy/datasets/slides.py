@@ -24,7 +24,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -269,12 +268,7 @@ def write_slide(root: Path, image_id: str, slide: Drawn) -> None:
         (root / "train_label_masks" / f"{image_id}_mask.tiff", slide.labels[..., None].repeat(3, -1), (1,)),
     ):
         path.parent.mkdir(parents=True, exist_ok=True)
-        size = pixels.shape[1::-1]
-        write_pyramid(path, partial(_rows, pixels), size, MPP, levels, tile=128)
-
-
-def _rows(pixels: np.ndarray, first: int, end: int) -> np.ndarray:
-    return pixels[first:end]
+        write_pyramid(path, pixels, MPP, levels, tile=128)
 
 
 def _gleason(grade: int) -> str:

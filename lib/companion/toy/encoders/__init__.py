@@ -3,7 +3,7 @@
     build("pocket_vit")                      a 0.6 MB ViT, offline
     build("pocket_clip", "random")           the CLIP of the same size, untrained
 
-Each encoder has a module that trains it: `python -m companion.toy.encoders.<module>`.
+`tools/encoders` in the repository trains them; the command is in the model card.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def weights_file(name: str) -> Path:
     """
     path = WEIGHTS / f"{name}.safetensors"
     if not path.is_file():
-        raise MissingWeights(name, WEIGHTS, ["install the package again, or retrain it as in notebooks/pocket.ipynb"])
+        raise MissingWeights(name, WEIGHTS, ["install the package again"])
     if hashlib.sha256(path.read_bytes()).hexdigest() != read_card(name)["sha256"]:
         raise CorruptFile(path, f"its sha256 is not the one in {name}.md: get both files again")
     return path

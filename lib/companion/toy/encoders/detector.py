@@ -1,9 +1,5 @@
-"""The two toy models of open-vocabulary detection and their trainings: a CLIP of scenes, and a detector.
-
-    python -m companion.toy.encoders.detector pocket_scene_clip
-    python -m companion.toy.encoders.detector pocket_ov_detector     (its classifier is the former's text embeddings)
-
-Each takes about two minutes on one core.
+"""The two toy models of open-vocabulary detection: a CLIP of scenes, and a detector whose classes are its text
+embeddings. The ablation trains both again for each seed.
 
 The CLIP learns from images and the names of the objects on them, novel classes among them, as in captions, and from no
 boxes. The detector learns from boxes of base classes alone, on images without novel objects (zero-shot splits remove
@@ -13,17 +9,14 @@ those images): it proposes boxes for objects of any class, and the class of a bo
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
-from torchmetrics.functional.classification import multilabel_average_precision
 from torchvision.ops import box_convert, box_iou, complete_box_iou_loss, nms, roi_align
 
 from ... import backbones
@@ -33,19 +26,14 @@ from ...models.layers.state_dicts import load_official
 from ...models.sic_cads.model import PROMPT
 from ...training.schedules import schedule
 from .. import encoders
-from ..datasets.detection import BASE, CLASSES, NOVEL, SIDE, THINGS, VERSION, Scene, scenes
+from ..datasets.detection import BASE, CLASSES, SIDE, Scene, scenes
 from ..datasets.tokens import END, UNKNOWN, Tokenizer
-from . import card
 from .training import fit_steps
 from .vit_and_clip import pixels
 
 CLIP, DETECTOR = "pocket_scene_clip", "pocket_ov_detector"
-NAMES = (CLIP, DETECTOR)
 WIDTH = 64  # of the space that images, texts and regions share
 PROPOSALS = 30  # boxes of an image
-CLIP_RECIPE: dict[str, Any] = {"pictures": 3000, "steps": 480, "batch": 64, "rate": 3e-3}
-DETECTOR_RECIPE: dict[str, Any] = {"pictures": 2000, "steps": 600, "batch": 16, "rate": 2e-3}
-TESTED = 400
 
 # The order is part of the shipped weights: append only.
 WORDS, CONTEXT = CLASSES, 12
@@ -181,38 +169,22 @@ def contrast(model: SceneCLIP, batch: tuple[Tensor, Tensor]) -> Tensor:
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-def train_clip(pictures: int = CLIP_RECIPE["pictures"], steps: int = CLIP_RECIPE["steps"], seed: int = 0) -> SceneCLIP:
+def train_clip(
+    pictures: int = 3000, steps: int = 480, batch: int = 64, learning_rate: float = 3e-3, seed: int = 0
+) -> SceneCLIP:
     """Train the CLIP of scenes from scratch; returned in eval mode."""
-    drawn = scenes(pictures, "train", _own(seed))
+    drawn = scenes(pictures, "train", own_seed(seed))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = SceneCLIP()
-    data, (batch, rate) = TensorDataset(stack(drawn), named(drawn)), (CLIP_RECIPE["batch"], CLIP_RECIPE["rate"])
-    fit_steps(model, contrast, data, steps, batch, rate, seed, CLIP, schedule=schedule("cosine", warmup=0.2))
+    data, warmup = TensorDataset(stack(drawn), named(drawn)), schedule("cosine", warmup=0.2)
+    fit_steps(model, contrast, data, steps, batch, learning_rate, seed, CLIP, schedule=warmup)
     return model.eval()
 
 
-def _own(seed: int) -> int:
+def own_seed(seed: int) -> int:
     """The seed of the scenes of the toy models, which no run with seed `seed` has."""
     return 1_000_000 + seed
-
-
-@torch.inference_mode()
-def measure_clip(model: SceneCLIP, count: int = TESTED, seed: int = 1) -> dict[str, float]:
-    """Mean average precision, in percent, of test images ranked by the cosine of image and text of each class.
-
-    "chance" is that of a random order, the share of images with the class.
-    """
-    drawn = scenes(count, "test", _own(seed))
-    truth = named(drawn).long()
-    cosine = torch.cat([model.encode_image(part, normalize=True) for part in stack(drawn).split(100)]) @ texts(model).T
-    each = multilabel_average_precision(cosine, truth, len(CLASSES), average=None)
-    chance = truth.float().mean(0)
-    return {
-        f"{what}{half}": round(100 * float(values[list(indices)].mean()), 1)
-        for what, values in (("", each), ("chance ", chance))
-        for half, indices in (("base", BASE), ("novel", NOVEL))
-    }
 
 
 # --- the detector -----------------------------------------------------------------------------------------------------
@@ -349,8 +321,10 @@ def detector_loss(text: Tensor, model: Detector, batch: tuple[Tensor, Tensor, Te
 
 
 def train_detector(
-    pictures: int = DETECTOR_RECIPE["pictures"],
-    steps: int = DETECTOR_RECIPE["steps"],
+    pictures: int = 2000,
+    steps: int = 600,
+    batch: int = 16,
+    learning_rate: float = 2e-3,
     seed: int = 0,
     teacher: SceneCLIP | None = None,
 ) -> Detector:
@@ -358,72 +332,11 @@ def train_detector(
 
     `teacher`: the CLIP of its text embeddings; the shipped one when None.
     """
-    drawn = scenes(pictures, "train", _own(seed), novel=False)
+    drawn = scenes(pictures, "train", own_seed(seed), novel=False)
     text = texts(teacher or clip())[list(BASE)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Detector()
     data, loss = TensorDataset(stack(drawn), *boxes_of(drawn)), functools.partial(detector_loss, text)
-    fit_steps(model, loss, data, steps, DETECTOR_RECIPE["batch"], DETECTOR_RECIPE["rate"], seed, DETECTOR, clip=5.0)
+    fit_steps(model, loss, data, steps, batch, learning_rate, seed, DETECTOR, clip=5.0)
     return model.eval()
-
-
-@torch.inference_mode()
-def measure_detector(
-    model: Detector, count: int = TESTED, seed: int = 1, text: Tensor | None = None
-) -> dict[str, float]:
-    """On test images, novel objects among them, in percent: the share of objects with a box of IoU 0.5, the accuracy of
-    those boxes' classes, and how often a novel object is classified as the base class that it looks like."""
-    drawn, text = scenes(count, "test", _own(seed)), texts(clip()) if text is None else text
-    boxes, labels = boxes_of(drawn)
-    found: dict[str, list[float]] = {key: [] for key in _QUALITY}
-    for start in range(0, count, 100):
-        part = slice(start, start + 100)
-        proposed, scores = model(stack(drawn[part]), text)
-        for true, label, near, score in zip(boxes[part], labels[part], proposed, scores, strict=True):
-            overlap, best = box_iou(true[label >= 0], near).max(1)
-            for value, row, index in zip(overlap.tolist(), best.tolist(), label[label >= 0].tolist(), strict=True):
-                half, named = "novel" if index in NOVEL else "base", int(score[row].argmax())
-                found[f"{half} found"].append(value >= 0.5)
-                if value >= 0.5:
-                    found[f"{half} classified correctly"].append(named == index)
-                    if half == "novel":
-                        found["novel classified as the similar base class"].append(CLASSES[named] == THINGS[index].like)
-    return {key: round(100 * float(np.mean(values)), 1) for key, values in found.items()}
-
-
-_QUALITY = (
-    "base found",
-    "novel found",
-    "base classified correctly",
-    "novel classified correctly",
-    "novel classified as the similar base class",
-)
-
-
-# --- shipping ---------------------------------------------------------------------------------------------------------
-
-
-def ship(name: str, folder: str | Path = encoders.WEIGHTS, seed: int = 0) -> Path:
-    """Train one of the two, measure it, and write its weights and their model card into `folder`.
-
-    Raises `BadParameter` for another name.
-    """
-    makers = {
-        CLIP: (train_clip, measure_clip, CLIP_RECIPE),
-        DETECTOR: (train_detector, measure_detector, DETECTOR_RECIPE),
-    }
-    if name not in makers:
-        raise BadParameter("name", name, NAMES)
-    train, measure, recipe = makers[name]
-    start = time.monotonic()
-    model = train(seed=seed)
-    seconds, facts = (
-        time.monotonic() - start,
-        {"world": VERSION, "parameters": sum(p.numel() for p in model.parameters())},
-    )
-    return card.save(folder, name, model.state_dict(), measure(model), recipe | {"seed": seed}, seconds, **facts)
-
-
-if __name__ == "__main__":
-    card.command(ship, NAMES)

@@ -1,17 +1,11 @@
 """The two lower levels of the small H-ViT, trained by DINO on unlabelled regions, and linear probes of their features.
 
-    python -m companion.toy.encoders.slide_dino      (about a minute on one core)
-
 The patch level learns from crops of patches, the region level from crops of regions, which are grids of the patch
 level's embeddings. No label of glands, tumour or grades is used. Both trainings are short: at this size DINO later
 collapses (the loss reaches the logarithm of the number of outputs), as it did in every trial.
 """
 
 from __future__ import annotations
-
-import time
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,21 +15,13 @@ from torch import Tensor
 from ... import backbones
 from ...errors import check_choice
 from ...models.hvit import model as hvit
-from ...models.hvit.pretrain import pretrain
 from ...models.hvit.slides import tensor
-from ...models.layers import dino
 from ...models.layers.state_dicts import load_official
-from ...training.fit import CPU, History
 from .. import encoders
 from ..datasets import slides as pocket
-from . import card
 
 NAME = "pocket_slide_dino"
 NORMALISE = "half"  # of the pixels, as HIPT's
-REGIONS, TESTED = 400, 200
-STEPS, BATCH, LEARNING_RATE, OUTPUTS = {"patch": 40, "region": 60}, 64, 1e-3, 64
-# a lower momentum than the published 0.996: there are few steps
-HEAD = {"outputs": OUTPUTS, "hidden": 128, "bottleneck": 32, "frozen_epochs": 0, "momentum": 0.95}
 
 
 def unlabelled(count: int, split: str, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -93,72 +79,8 @@ def standardise(patch: hvit.PatchEncoder, seed: int = 0) -> hvit.PatchEncoder:
     return patch
 
 
-def train(seed: int = 0) -> tuple[hvit.PatchEncoder, hvit.RegionEncoder, dict[str, History]]:
-    """Both encoders trained from scratch, the patch level standardised, and the histories of the two trainings."""
-    patch, region = (encoder.requires_grad_(True) for encoder in build("random", seed))
-    regions, _ = unlabelled(REGIONS, "train", seed)
-    side, each = pocket.PATCH, STEPS["patch"] * BATCH
-    patches = regions.unfold(2, side, side).unfold(3, side, side).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(patches))[:each])
-    options: dict[str, Any] = HEAD | {"batch": BATCH, "lr": LEARNING_RATE, "warmup": 0, "seed": seed, "hardware": CPU}
-    crops = dino.ImageViews((28, 12), ((0.5, 1.0), (0.15, 0.5)), 4, 0.5, (0.5,) * 3, (0.5,) * 3)
-    histories = {}
-    # crops are taken of pixels in [0, 1] and then normalised
-    pixels = patches[order] * 0.5 + 0.5
-    patch, histories["patch"] = pretrain(patch, pixels, crops, epochs=1, name="DINO, patches", **options)
-    standardise(patch, seed)
-    grids = embed(patch, regions).mT.unflatten(2, (pocket.SIDE, pocket.SIDE))
-    epochs = STEPS["region"] // (len(grids) // BATCH)
-    views = dino.GridViews(pocket.SIDE, small=4, shares=(0.875, 0.5))
-    region, histories["region"] = pretrain(region, grids, views, epochs=epochs, name="DINO, regions", **options)
-    return patch, region, histories
-
-
 def probe(features: Tensor, labels: Tensor, tested: Tensor, truth: Tensor) -> float:
     """Test accuracy of a logistic regression on standardised features."""
     mean, std = features.mean(0), features.std(0) + 1e-6
     classifier = LogisticRegression(max_iter=500).fit(((features - mean) / std).numpy(), labels.numpy())
     return round(float(classifier.score(((tested - mean) / std).numpy(), truth.numpy())), 3)
-
-
-@torch.inference_mode()
-def measure(patch: hvit.PatchEncoder, region: hvit.RegionEncoder) -> dict[str, float]:
-    """Accuracy of linear probes on test tiles: "patch", which of the three kinds a patch is; "core", whether a region
-    with three or more tumour patches has them in its middle."""
-    (seen, cells), (unseen, truth) = unlabelled(REGIONS, "train", 1), unlabelled(TESTED, "test", 1)
-    below, tested = embed(patch, seen), embed(patch, unseen)
-    found = {"patch": probe(below.flatten(0, 1)[:3000], cells.flatten()[:3000], tested.flatten(0, 1), truth.flatten())}
-    above = [region(part.mT.unflatten(2, (pocket.SIDE, pocket.SIDE))) for part in (below, tested)]
-    full = [(part == pocket.TUMOUR).sum(1) >= 3 for part in (cells, truth)]
-    core = [torch.tensor([pocket.is_core(row) for row in part.tolist()]) for part in (cells, truth)]
-    train, test = [(a[f], c[f].long()) for a, f, c in zip(above, full, core, strict=True)]
-    found["core"] = probe(*train, *test)
-    share = float(test[1].float().mean())
-    found["chance"] = round(max(share, 1 - share), 3)
-    return found
-
-
-def ship(folder: Path = encoders.WEIGHTS, seed: int = 0) -> Path:
-    """Train, measure, and write the weights and their model card."""
-    start = time.monotonic()
-    patch, region, histories = train(seed)
-    state = {
-        f"{level}.{name}": t
-        for level, encoder in (("patch", patch), ("region", region))
-        for name, t in encoder.state_dict().items()
-    }
-    plain = build("random", seed)
-    seconds = time.monotonic() - start
-    recipe = dict(regions=REGIONS, steps=STEPS, batch=BATCH, learning_rate=LEARNING_RATE, outputs=OUTPUTS, seed=seed)
-    ends = {level: round(rows[-1]["loss"], 2) for level, rows in histories.items()}
-    quality = {
-        "DINO": measure(patch, region),
-        "untrained": measure(standardise(plain[0], seed), plain[1]),
-        "last loss": ends,
-        "loss of a constant prediction": round(float(np.log(OUTPUTS)), 2),
-    }
-    return card.save(folder, NAME, state, quality, recipe, seconds, world=pocket.VERSION)
-
-
-if __name__ == "__main__":
-    card.command(ship)

@@ -26,22 +26,12 @@ class WordText(ModelMixin, ConfigMixin):
         vocabulary: known words; digits and marks are always known. All other words share one "unknown" embedding.
         width: d of the states.
         length: M, tokens of every text; a list of four instructions has up to 27.
-        memory: share of the previous token's state, shifted by one channel, in each state; 0 gives a bag of words, in
-            which the numbers of "Deblur with sigma 0.9; Denoise with sigma 0.05" cannot be distinguished.
         seed: of the embeddings.
     """
 
     @register_to_config
-    def __init__(
-        self, vocabulary: Sequence[str], width: int = 32, length: int = 32, memory: float = 0.0, seed: int = 0
-    ):
+    def __init__(self, vocabulary: Sequence[str], width: int = 32, length: int = 32, seed: int = 0):
         super().__init__()
-        if isinstance(vocabulary, str) or len(set(vocabulary)) != len(vocabulary):
-            raise BadParameter("vocabulary", vocabulary, "a list of words, each once")
-        if bad := [word for word in vocabulary if not re.fullmatch("[a-z]+", word)]:
-            raise BadParameter("vocabulary", bad, "words of the letters a to z")
-        if not 0 <= memory < 1:
-            raise BadParameter("memory", memory, "0 or more, less than 1")
         self.tokens = (UNKNOWN, EMPTY, *MARKS, *vocabulary)
         self._id = {token: i for i, token in enumerate(self.tokens)}
         generator = torch.Generator().manual_seed(seed)
@@ -70,13 +60,7 @@ class WordText(ModelMixin, ConfigMixin):
 
     def forward(self, ids: Tensor) -> tuple[Tensor]:
         """States (B, M, width) of ids (B, M), in a tuple as transformers' encoders return them."""
-        x = self.embedding(ids)
-        if not self.config.memory:
-            return (x,)
-        states = [x[:, 0]]
-        for i in range(1, x.shape[1]):
-            states.append(x[:, i] + self.config.memory * states[-1].roll(1, -1))
-        return (torch.stack(states, 1),)
+        return (self.embedding(ids),)
 
 
 def split(text: str) -> list[str]:

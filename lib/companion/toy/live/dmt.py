@@ -11,27 +11,24 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
-from torch.utils.data import Dataset, TensorDataset
 
 from ...errors import MissingWeights
 from ...evaluation import ablations
 from ...evaluation.claims import check_range
-from ...models.dmt import downstream, recipe, vit
+from ...models.dmt import recipe, vit
 from ...models.dmt.model import DMT
 from ...models.dmt.vit import ViT
-from ...training.fit import CPU, History, fit, predict
+from ...training.fit import History
 from ...training.recipe import run
-from ...training.schedules import adamw
 from ...viz import plots
 from ...viz.attention import photograph_maps, token_pca
 from .. import encoders
 from ..ablations import dmt as study
-from ..datasets import collage, scenes
+from ..datasets import collage
 from ..encoders import photo_student
 from ..encoders import teachers as taught
 
@@ -66,7 +63,7 @@ def setting(p: SimpleNamespace, out: Path, learning_rates: Mapping[tuple[str, st
             return Setting(p.task, {}, lambda method: recipe.distil(p, out))
         title, training = recipe.distillation(p, out)
         r = recipe.published("distil")
-        lr = r["lr"] if p.dry_run else r["lr"] * training.fit["batch"] / r["batch"]
+        lr = r["lr"] * training.fit["batch"] / r["batch"]
         trained = None if p.dry_run else recipe.student_file(training, out)
         return Setting(title, {"DMT": lr}, lambda method: recipe.distil(p, out), trained)
     root = str(out / "data")
@@ -188,7 +185,11 @@ def bars(rows: pd.DataFrame, methods: Sequence[str], metrics: Sequence[str] = ("
 
 def of_teachers(number: int) -> list[str]:
     """The methods that distil from so many teachers."""
-    return [name for name, (names, changes) in study.STUDENTS.items() if len(names) == number and not changes]
+    return [
+        name
+        for name, (names, kind, changes) in study.STUDENTS.items()
+        if len(names) == number and kind is DMT and not changes
+    ]
 
 
 def knows(rows: pd.DataFrame, method: str, all_labels: bool) -> pd.DataFrame:
@@ -224,97 +225,6 @@ def reasons(rows: pd.DataFrame) -> dict[str, str]:
         "both-token": f"with all labels the lead is {span('mean all', 'token loss only')}: the map loss adds little to "
         "a probe of [CLS] token and mean patch token, which the token loss trains already",
     }
-
-
-# --- teachers and students compared -----------------------------------------------------------------------------------
-
-
-def cka(a: Tensor, b: Tensor) -> float:
-    """Linear CKA of features (n, D) and (n, E): 1 for features that differ by a rotation and a scale."""
-    a, b = a - a.mean(0), b - b.mean(0)
-    return float((a.T @ b).square().sum() / ((a.T @ a).norm() * (b.T @ b).norm()))
-
-
-def cka_grids(teachers: Mapping[str, ViT], students: Mapping[str, ViT], images: Tensor) -> dict[str, np.ndarray]:
-    """Linear CKA of mean patch tokens: for each student (all blocks of all teachers, its blocks)."""
-
-    def blocks(model: ViT) -> list[Tensor]:
-        with torch.inference_mode():
-            return [x[:, 1:].mean(1) for x in model.hidden(images, range(len(model.blocks)))]
-
-    rows = [found for model in teachers.values() for found in blocks(model)]
-    return {name: np.array([[cka(a, b) for b in blocks(model)] for a in rows]) for name, model in students.items()}
-
-
-# --- downstream tasks at toy scale ------------------------------------------------------------------------------------
-
-
-def fine_tuned(students: Mapping[str, ViT], parts: Mapping[str, collage.Part], seed: int) -> pd.DataFrame:
-    """DMT's student and the untrained one fine-tuned as MAE's code does, on 480 collages, to classify textures."""
-    train, test = (TensorDataset(parts[split].images, parts[split].factors[:, 0]) for split in ("train", "test"))
-    few, found = TensorDataset(*train[:480]), []
-    for name in ("DMT", "untrained"):
-        torch.manual_seed(seed)
-        options: dict[str, Any] = {"epochs": 8, "batch": 48, "lr": 2e-3, "seed": seed, "hardware": CPU}
-        net, history = downstream.fine_tune(students[name], 8, few, name=f"fine-tuning, {name}", **options)
-        right = predict(net, TensorDataset(test.tensors[0]), hardware=CPU).argmax(1) == test.tensors[1]
-        found.append((name, len(history), history[-1]["loss"], 100 * float(right.float().mean())))
-        check_range(f"fine-tuned {name}, texture, chance level 12.5 (%)", found[-1][-1], 14)
-    return pd.DataFrame(found, columns=["encoder", "steps", "last loss", "texture (%)"])
-
-
-def _scenes(count: int, split: str, seed: int) -> tuple[list[scenes.Scene], TensorDataset]:
-    """Synthetic scenes, and their images with the object's mask."""
-    drawn = scenes.scenes(count, split, seed)
-    images = torch.stack([torch.from_numpy(s.image) for s in drawn]).permute(0, 3, 1, 2).float() / 127.5 - 1
-    return drawn, TensorDataset(images, torch.stack([torch.from_numpy(s.mask).long() for s in drawn]))
-
-
-def segmented(students: Mapping[str, ViT], seed: int) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """UPerNet on DMT's student and on the untrained one: IoU of a scene's object, and examples for `figures.masks`."""
-    (_, train), (drawn, test) = _scenes(300, "train", seed), _scenes(100, "test", seed)
-    found, shown = [], {}
-    for name in ("DMT", "untrained"):
-        torch.manual_seed(seed)
-        small: dict[str, Any] = {"layers": (0, 0, 1, 1), "auxiliary": 0, "drop_path": 0.0, "pools": (1, 2)}
-        net = downstream.Segmenter(students[name], 2, **small)
-        options: dict[str, Any] = {"epochs": 8, "batch": 30, "optimizer": adamw(2e-3, 0.05), "seed": seed}
-        history = fit(net, downstream.segmentation_loss, train, hardware=CPU, name=f"UPerNet, {name}", **options)
-        masks, truth = predict(net, TensorDataset(test.tensors[0]), hardware=CPU).argmax(1), test.tensors[1]
-        iou = 100 * float((masks & truth).sum() / (masks | truth).sum())
-        found.append((name, len(history), history[0]["loss"], history[-1]["loss"], iou))
-        check_range(f"UPerNet on {name}, last loss", history[-1]["loss"], high=0.45)
-        if name == "DMT":
-            shown = {"images": [s.image for s in drawn[:6]], "truth": truth[:6], "predicted": masks[:6]}
-    return pd.DataFrame(found, columns=["encoder", "steps", "first loss", "last loss", "object's IoU (%)"]), shown
-
-
-class _Boxes(Dataset):
-    """Scenes as `data.pretraining.Instances` gives COCO: an image and its instances."""
-
-    def __init__(self, drawn: Sequence[scenes.Scene]):
-        self.scenes = drawn
-
-    def __len__(self) -> int:
-        return len(self.scenes)
-
-    def __getitem__(self, i: int) -> tuple[Tensor, dict[str, Any]]:
-        s = self.scenes[i]
-        boxes, masks = torch.tensor([s.box], dtype=torch.float32), torch.from_numpy(s.mask)[None]
-        target = {"boxes": boxes, "masks": masks, "labels": torch.tensor([1 + s.label // 4]), "image_id": i}
-        return torch.from_numpy(s.image).permute(2, 0, 1), target
-
-
-def detected(student: ViT, seed: int) -> History:
-    """A few steps of Mask R-CNN on a student: the history of its loss, which is checked to fall."""
-    torch.manual_seed(seed)
-    small: dict[str, Any] = {"size": 32, "channels": 32, "drop_path": 0.0, "anchor": 1.5}
-    net = downstream.detector(student, 4, mean=(0.5,) * 3, std=(0.5,) * 3, **small)
-    crops = downstream.Crops(_Boxes(scenes.scenes(40, "train", seed)), 32, most=2, jitter=None)
-    options: dict[str, Any] = {"epochs": 3, "batch": 8, "optimizer": adamw(1e-3), "seed": seed, "hardware": CPU}
-    history = fit(net, downstream.detection_loss, crops, name="Mask R-CNN", **options)
-    check_range("Mask R-CNN, loss of the last step / first", history[-1]["loss"] / history[0]["loss"], high=0.95)
-    return history
 
 
 # --- photographs ------------------------------------------------------------------------------------------------------

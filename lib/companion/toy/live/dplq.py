@@ -38,7 +38,6 @@ CONTROLS = tuple(m for m in study.METHODS if m.startswith("DPLQ") and "mean 1" n
 NOISY = tuple(m for m in study.METHODS if "mean 1" in m)  # ablations on "remote" alone
 UNTRAINED_MODEL, OTHER = "DPLQ, untrained domain model", "DPLQ, the other domain's model"
 EXPECTED = {"zero-shot CLIP": (40, 60), "MaPLe": (30, 60), "DPLQ": (80, 100)}  # HM in percent, of one seed
-OPPOSITE = {"red": "cyan", "green": "violet"}
 SHADES = {"red": ("#8c0000", "#ff8a80"), "cyan": ("#007c8a", "#6fe3ef")}  # of the classes with this colour in the name
 SHADES |= {"green": ("#2e9e2e", "#b5e8b5"), "violet": ("#4b2a85", "#c3a6ff")}
 
@@ -251,28 +250,6 @@ def taken_apart(p: SimpleNamespace, out: Path, model: DPLQ, found: Setting) -> t
     return frame, share, correlation
 
 
-@torch.inference_mode()
-def noise_curves(model: DPLQ, found: Setting, sizes: Sequence[float]) -> dict[str, list[float]]:
-    """HM, and the share of predictions that differ between two draws, by the size of the noise; in percent."""
-    curves: dict[str, list[float]] = {"HM": [], "predictions that change": []}
-    for size in sizes:
-        predicted: dict[str, list[Tensor]] = {half: [] for half in found.test_classes}
-        for half, classes in found.test_classes.items():
-            images, _, feature = found.inputs("DPLQ", half).tensors
-            model.set_classes(classes)
-            for draw in range(2):
-                drawn = torch.randn(len(images), model.ctx.shape[1], generator=torch.Generator().manual_seed(draw))
-                # forward multiplies the noise by the mean of the features
-                predicted[half].append(model(images, feature, drawn * size / feature.mean()).argmax(-1))
-        truth = {half: found.inputs("DPLQ", half).tensors[1] for half in predicted}
-        right = {half: 100 * float((predicted[half][0] == truth[half]).double().mean()) for half in predicted}
-        curves["HM"].append(fewshot.harmonic_mean(right["base"], right["novel"]))
-        changed = torch.cat([a != b for a, b in predicted.values()])
-        curves["predictions that change"].append(100 * float(changed.double().mean()))
-    model.set_classes(found.classes)
-    return curves
-
-
 @dataclass(frozen=True)
 class Shown:
     """Test images of the figures, and what the model makes of them.
@@ -330,43 +307,6 @@ def class_colours(classes: Sequence[str]) -> Sequence[str]:
     left = {colour: iter(shades) for colour, shades in SHADES.items()}
     found = [next(left.get(name.partition(" ")[0], iter(())), "") for name in classes[:8]]
     return found if all(found) else COLOURS
-
-
-@torch.inference_mode()
-def opposites(
-    p: SimpleNamespace, out: Path, model: DPLQ, found: Setting, half: str
-) -> tuple[pd.DataFrame, list[np.ndarray], list[str]]:
-    """The axes between the texts of opposite colours, for each sensor, and the test images on them.
-
-    Returns a table of the pairs, and for `figures.axes_of_opposites` the points of each sensor and their titles.
-    """
-    images, labels, feature = found.inputs("DPLQ", half).tensors
-    known, classes = sensors(p, out, half), found.test_classes[half]
-    encoded = model.encode(images, model.prompts(feature, torch.zeros(len(images), model.ctx.shape[1])))
-    seen, texts = (F.normalize(x, dim=-1) for x in encoded)
-    rows: list[dict[str, Any]] = []
-    spots: list[list[np.ndarray]] = [[], []]
-    for name in classes:
-        colour, _, word = name.partition(" ")
-        if colour not in OPPOSITE:
-            continue
-        i, j = classes.index(name), classes.index(f"{OPPOSITE[colour]} {word}")
-        apart = [(texts[known == sensor, i] - texts[known == sensor, j]).mean(0) for sensor in (0, 1)]
-        basis = torch.stack([F.normalize(d, dim=0) for d in apart], 1)
-        row = {"pair": f"{name} − {classes[j]}", "distance, first sensor": apart[0].norm().item()}
-        row |= {"distance, second sensor": apart[1].norm().item()}
-        rows.append(row | {"cosine of the two axes": float(basis[:, 0] @ basis[:, 1])})
-        for sensor in (0, 1):
-            for sign, label in ((1, i), (-1, j)):
-                at = (seen[(known == sensor) & (labels == label)] @ basis).numpy()
-                spots[sensor].append(np.column_stack([at, np.full(len(at), sign)]))
-    points = [np.concatenate(found_) for found_ in spots]
-    right = [[100 * np.mean(np.sign(x[:, axis]) == x[:, 2]) for axis in (0, 1)] for x in points]
-    titles = [
-        f"images of the {name}\ncorrect by axis 1: {first:.0f} %, by axis 2: {second:.0f} %"
-        for name, (first, second) in zip(study.SENSORS, right, strict=True)
-    ]
-    return pd.DataFrame(rows), points, titles
 
 
 @torch.inference_mode()

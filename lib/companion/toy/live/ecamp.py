@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,6 @@ from ...models.ecamp import model as ecamp
 from ...models.ecamp import recipe
 from ...models.ecamp import text as report_text
 from ...models.ecamp.model import ECAMP, Batch
-from ...models.ecamp.recipe import Setting
 from ...models.ecamp.text import Pairs, Vocabulary
 from ...training.recipe import Training, run
 from ..ablations import ecamp as study
@@ -115,10 +113,23 @@ def roles(ids: Sequence[int] | np.ndarray, words: Vocabulary) -> list[str]:
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def setting(p: SimpleNamespace, out: Path, learning_rates: Mapping[tuple[str, str], float]) -> Setting:
-    """The pre-training of the notebook's checked parameters."""
+@dataclass(frozen=True)
+class Trained:
+    """Pre-trained models by method, their data, and the losses of each step, the mean over ten steps, by method and
+    loss.
+
+    There are none where the `paper` profile runs a downstream task.
+    """
+
+    models: dict[str, ECAMP]
+    data: dict[str, Any]
+    curves: dict[str, dict[str, list[float]]]
+
+
+def trainings(p: SimpleNamespace, out: Path, learning_rates: Mapping[tuple[str, str], float]) -> dict[str, Training]:
+    """The pre-trainings of the notebook's checked parameters by method."""
     if p.profile != "pocket":
-        return recipe.setting(p, out)
+        return {p.method: recipe.pretraining(p, out)} if p.task == "pre-train" else {}
     root = str(out / "data")
     chests.write(study_root(root, p.seed), p.seed)
     words = len(study.vocabulary(root, p.seed))
@@ -132,33 +143,19 @@ def setting(p: SimpleNamespace, out: Path, learning_rates: Mapping[tuple[str, st
             fit=study.fit_options(learning_rates[TASK, method], p.seed, STEPS / (chests.COUNTS["train"] // BATCH)),
         )
 
-    return Setting("synthetic chests", functools.partial(study.pairs, root=root, seed=p.seed), training)
-
-
-@dataclass(frozen=True)
-class Trained:
-    """Pre-trained models by method, and the losses of each step, the mean over ten steps, by method and loss.
-
-    `setting` is None, and there are no models, where the `paper` profile runs a downstream task.
-    """
-
-    setting: Setting | None
-    models: dict[str, ECAMP]
-    curves: dict[str, dict[str, list[float]]]
+    return {method: training(method) for method in LIVE}
 
 
 def train(p: SimpleNamespace, out: Path, learning_rates: Mapping[tuple[str, str], float]) -> Trained:
     """The pre-training that the parameters ask for."""
-    if p.profile != "pocket" and p.task != "pre-train":
-        return Trained(None, {}, {})
-    found = setting(p, out, learning_rates)
-    models, curves = {}, {}
-    for method in LIVE if p.profile == "pocket" else (p.method,):
-        models[method], rows = run(found.training(method), None if p.profile == "pocket" or p.dry_run else out)
+    models, data, curves = {}, {}, {}
+    for method, training in trainings(p, out, learning_rates).items():
+        models[method], rows = run(training, None if p.profile == "pocket" or p.dry_run else out)
+        data[method] = training.data
         history = pd.DataFrame(rows).rename(columns={"loss": "total"})
         smooth = history[["total", "mim", "sr", "mlm"]].rolling(10, min_periods=1).mean()
         curves[method] = smooth.loc[:, smooth.abs().sum() > 0].to_dict("list")
-    return Trained(found, models, curves)
+    return Trained(models, data, curves)
 
 
 def downstream(p: SimpleNamespace, out: Path) -> pd.DataFrame:
@@ -174,9 +171,12 @@ def downstream(p: SimpleNamespace, out: Path) -> pd.DataFrame:
     rows = []
     for task, dataset in tasks.items():
         own = vars(p) | {"task": task, "dataset": dataset} | ({"devices": 1} if p.task == "pre-train" else {})
-        work = recipe.downstream(SimpleNamespace(**own))  # on one device
-        model, history = run(work.training, None if p.dry_run else out)
-        rows.append((work.title, len(history), work.metric, work.score(model, work.data["test"])))
+        one = SimpleNamespace(**own)  # on one device
+        training, data = recipe.downstream(one)
+        model, history = run(training, None if p.dry_run else out)
+        title = f"{task} on {dataset}, {p.labels} % of the labels"
+        title += " (dry run on generated images: the score means nothing)" if p.dry_run else ""
+        rows.append((title, len(history), recipe.metric(one), recipe.evaluate(one, model, data["test"])))
         if not p.dry_run:
             facts = {key: getattr(p, key) for key in recipe.RESULTS.keys} | {"labels": int(p.labels)}
             recipe.RESULTS.measured(out / "measured.csv", facts | {"score": rows[-1][-1]})
@@ -213,8 +213,8 @@ class Example:
 
 def example(p: SimpleNamespace, found: Chests, trained: Trained) -> Example:
     """The model that the `paper` profile pre-trained, with two of its pairs; else the shipped one, with four chests."""
-    if p.profile != "pocket" and trained.setting is not None:
-        pairs = trained.setting.pairs(p.method)
+    if p.profile != "pocket" and trained.models:
+        pairs: Any = trained.data[p.method]()
         model = trained.models[p.method].cpu().eval()
         return Example(model, stacked(pairs, range(2)), ["pair 1", "pair 2"], xrays.PRETRAIN_MEAN, xrays.PRETRAIN_STD)
     drawn = batch(found, gallery(found.test, 1), p.seed)
@@ -273,11 +273,11 @@ CANDIDATES = (*chests.SIDES, *chests.FINDINGS)
 def probabilities(model: ECAMP, chosen: Shown, words: Vocabulary) -> dict[str, Tensor]:
     """Predicted probabilities (4, 6) of `CANDIDATES`, of the sides at the masked side and of the findings at the masked
     finding, with the report's own image and with that of the next chest."""
-    z = model.get_submodule("project")(study.tokens(model, chosen.images))
+    z = model.project(study.tokens(model, chosen.images))
     columns = torch.tensor([words.tokenizer.token_to_id(name) for name in CANDIDATES])
     found, rows = {}, torch.arange(len(z))
     for name, seen in (("own", z), ("another", z.roll(-1, 0))):
-        chance = model.get_submodule("text")(chosen.hidden, chosen.attention, seen).softmax(-1)[..., columns]
+        chance = model.text(chosen.hidden, chosen.attention, seen)[0].softmax(-1)[..., columns]
         sides = len(chests.SIDES)
         found[name] = torch.cat([chance[rows, chosen.side, :sides], chance[rows, chosen.finding, sides:]], 1)
     return found
@@ -309,7 +309,7 @@ def attention_maps(model: ECAMP, chosen: Shown, seed: int) -> tuple[dict[str, Te
         name: model.attention(low, ids, chosen.attention)[rows, :, chosen.finding]
         for name, ids in (("masked", masked), ("visible", chosen.ids))
     }  # (4, heads, 64)
-    order = torch.rand(len(low), model.patches, generator=torch.Generator().manual_seed(seed)).argsort(1)
+    order = torch.rand(len(low), study.PATCHES, generator=torch.Generator().manual_seed(seed)).argsort(1)
     released = model.attention(low, chosen.ids, chosen.attention, order)[rows, :, chosen.finding]
     back = released.take_along_dim(order.argsort(1)[:, None], 2)
     panels = {name: found.mean(1).unflatten(1, (8, 8)) for name, found in maps.items()}

@@ -119,7 +119,7 @@ def shown(p: SimpleNamespace, out: Path, found: recipe.Setting) -> Shown:
     pixels = np.full((side + 512, side + 512, 3), 255, np.uint8)
     grey = np.random.default_rng(p.seed).integers(90, 200, (side, side, 1), np.uint8)
     pixels[256:-256, 256:-256] = grey // np.array([1, 2, 1], np.uint8)
-    path = slides.write_pyramid(out / "generated.tiff", lambda y0, y1: pixels[y0:y1], pixels.shape[1::-1], 0.5)
+    path = slides.write_pyramid(out / "generated.tiff", pixels, 0.5)
     torch.manual_seed(p.seed)
     return Shown(
         path, replace(tiling, region=side), hvit.PatchEncoder().eval(), p.normalise, "generated slide, random weights"
@@ -154,8 +154,7 @@ def own_slides(folder: Path, seed: int, count: int = 6) -> Path:
     for number, slide in enumerate(synthetic.slides(count, TASK, "train", seed)):
         path = folder / f"slide_{number}.tiff"
         path.parent.mkdir(parents=True, exist_ok=True)
-        rows = functools.partial(lambda image, y0, y1: image[y0:y1], slide.image)
-        slides.write_pyramid(path, rows, slide.image.shape[1::-1], synthetic.MPP, (1, 4))
+        slides.write_pyramid(path, slide.image, synthetic.MPP, (1, 4))
         stored = folder / "features" / f"{path.stem}.h5"
         options = {"tiling": synthetic.TILING, "encoder": patch, "normalise": slide_dino.NORMALISE}
         features.extract(path, whole.embed_patches, stored, **options)

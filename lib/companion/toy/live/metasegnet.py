@@ -23,7 +23,7 @@ from ...evaluation.metrics import landcover as metrics
 from ...models.metasegnet import figures, recipe
 from ...models.metasegnet.climate import headless
 from ...models.metasegnet.model import MetaSegNet
-from ...models.metasegnet.recipe import Test, confusion
+from ...models.metasegnet.recipe import Part, confusion
 from ...models.metasegnet.text import split
 from ...training.fit import History
 from ...viz import plots
@@ -52,7 +52,7 @@ class Setting:
 
     title: str
     learning_rates: dict[str, float]
-    tests: dict[str, Test]
+    tests: dict[str, Part]
     texts: Callable[..., list[str] | None]
     build: Callable[[str], MetaSegNet]
     learn: Callable[[MetaSegNet, str], History]
@@ -68,7 +68,7 @@ def train(setting: Setting, method: str) -> tuple[MetaSegNet, History]:
 def matrix(setting: Setting, model: MetaSegNet, method: str, test: str, kind: str = "") -> Tensor:
     """The confusion matrix (C, C) of a network on a test, with the texts of its method or those of `kind`."""
     part = setting.tests[test]
-    return confusion(model, part, setting.texts(method, part.zones, kind))
+    return confusion(model, part, setting.texts(method, part.zones, kind), batch=study.TEST_BATCH)
 
 
 def toy(seed: int, out: Path, learning_rates: Mapping[tuple[str, str], float]) -> Setting:
@@ -87,10 +87,9 @@ def toy(seed: int, out: Path, learning_rates: Mapping[tuple[str, str], float]) -
             return None
         return study.texts(tuple(zones), kind or study.level(method), seed)
 
-    def tested(zones: Sequence[str]) -> Test:
+    def tested(zones: Sequence[str]) -> Part:
         part = test.of(zones)
-        items = TensorDataset(part.images, part.labels)
-        return Test(items, list(part.zones), list(landcover.CLASSES), batch=study.TEST_BATCH)
+        return Part(TensorDataset(part.images, part.labels), list(part.zones), list(landcover.CLASSES))
 
     return Setting(
         title=f"toy land cover, zone {study.left_out(seed)} left out",
@@ -226,17 +225,6 @@ def attention_by_class(
     fine = F.interpolate(attention[stage].movedim(-1, 1), (landcover.SIZE,) * 2, mode="nearest").movedim(1, -1)
     labels = test.labels[own]
     return words, np.stack([100 * fine[labels == c].mean(0).numpy() for c in range(len(landcover.CLASSES))])
-
-
-def pooled(model: MetaSegNet) -> np.ndarray:
-    """The mean state (zones, D) of each zone's description in a network's text encoder, code and name hidden."""
-    encoder = model.text
-    assert encoder is not None
-    ids = encoder.ids([headless(text(zone), encoder.unknown) for zone in landcover.ZONES])
-    ids = ids.to(next(model.parameters()).device)
-    mask = encoder.mask(ids)[..., None]
-    with torch.no_grad():
-        return ((encoder(ids) * mask).sum(1) / mask.sum(1)).cpu().numpy()
 
 
 # --- tables of the ablations ------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...models.layers import dino
 from ...viz.style import COLOURS, styled
+from .. import bat
 from ..datasets import (
     chests,
     classification,
@@ -25,10 +26,8 @@ from ..datasets import (
     restoration,
     scenes,
     slides,
-    tracking,
 )
 from ..encoders import slide_dino
-from ..encoders import tracker as small_tracker
 
 SPLIT_COLOURS = dict(zip(scenes.SPLITS, (COLOURS[0], COLOURS[1], COLOURS[4]), strict=True))
 NOVEL, BASE = COLOURS[3], COLOURS[0]  # boxes of novel and of base classes
@@ -50,8 +49,9 @@ def _frame(ax: Axes, box: Iterable[float], colour: str = "white") -> None:
 @styled
 def overview(seed: int) -> Figure:
     """One image of each synthetic dataset, with the paper whose notebook uses it; of BAT both streams."""
+    frame = bat.Clip(bat.plan("test", 0, seed), np.random.default_rng(seed)).frame(0)
     rng = np.random.default_rng((seed, 6))
-    visible, infrared = next(iter(tracking.frames("test", 0, seed)))
+    visible, infrared = frame[..., :3], frame[..., 3:]
     land = landcover.pictures("Csa", 1, "test", seed)[0][0]
     region, _ = slides.region(rng, slides.arrangement(rng, "place", 4)[0], "test")
     people, _ = pedestrians.people(6, "test", "street", seed)
@@ -128,22 +128,6 @@ def tasks(seed: int = 0, columns: int = 6) -> Figure:
         for ax, (image, label) in zip(row, classification.examples(task, "test", seed), strict=False):
             _show(ax, image, facts.classes[label])
         row[0].set_ylabel(task)
-    return figure
-
-
-@styled
-def tracking_pairs(seed: int) -> Figure:
-    """Pairs of both streams: the template above, and below it the search crop with the box to be found."""
-    counts = {"RGB": 3, "thermal": 2}
-    figure, axes = plt.subplots(2, sum(counts.values()), figsize=(7.6, 3.4), height_ratios=[1, 2])
-    drawn = small_tracker.pairs(30, seed, "test")
-    grey = small_tracker.thermal(drawn.tensors[0])
-    chosen = [(name, j) for name, of in (("RGB", ~grey), ("thermal", grey)) for j in of.nonzero()[: counts[name], 0]]
-    for i, (name, j) in enumerate(chosen):
-        template, search, box = drawn[j]
-        _show(axes[0, i], template.permute(1, 2, 0), f"template, {name}")
-        _show(axes[1, i], search.permute(1, 2, 0), "search crop")
-        _frame(axes[1, i], (search.shape[-1] * box).tolist())
     return figure
 
 

@@ -113,7 +113,7 @@ def scores(setting: predictions.Setting, found: predictions.Predictions, branche
     """mAP of the image-level scores alone, and AP50 of the detector refined by them, a row for each branch."""
     rows = []
     for name in ("", *branches):
-        boxes = predictions.ap50(setting, found, name, None if name else 0.0)
+        boxes = predictions.ap50(setting, found, name)
         row: dict[str, Any] = {"image-level scores": name or "none: the detector alone"}
         if name:
             alone = predictions.recognition(setting.test, found.p[name])
@@ -126,7 +126,7 @@ def scores(setting: predictions.Setting, found: predictions.Predictions, branche
 def check(p: SimpleNamespace, out: Path, setting: predictions.Setting, found: predictions.Predictions) -> None:
     """Check that the scores at toy scale are in their expected ranges; add those on real data to `out`/measured.csv."""
     if p.profile == "pocket":
-        alone, ours = predictions.ap50(setting, found, gamma=0.0), predictions.ap50(setting, found)
+        alone, ours = predictions.ap50(setting, found, ""), predictions.ap50(setting, found, setting.branch)
         check_range("detector alone, AP50 novel (%)", alone["novel"], 35, 75)
         check_range("gain of AP50 novel (points)", ours["novel"] - alone["novel"], 4, 30)
         check_range("gain of AP50 base (points)", ours["base"] - alone["base"], -2, 5)
@@ -188,7 +188,7 @@ def above_threshold(setting: predictions.Setting, found: predictions.Predictions
     thresholds = (0.02, 0.05, 0.15, 0.2)
     table: dict[str, list] = {"threshold": [f"{low:g}" for low in thresholds]}
     for name, gamma in (("detector alone", 0.0), ("refined, gamma 0.5", 0.5)):
-        each = [predictions.refined(setting, found, i, gamma=gamma) for i in range(min(most, len(found.boxes)))]
+        each = [predictions.refined(setting, found, i, gamma=gamma) for i in range(min(most, len(found.probabilities)))]
         table[name] = [float(np.mean([(matrix > low).sum() for matrix in each])) for low in thresholds]
     return pd.DataFrame(table)
 
@@ -214,14 +214,14 @@ def limits(results: Sequence[Mapping]) -> dict[str, float]:
 
 def finished_results(setting: predictions.Setting, found: predictions.Predictions) -> pd.DataFrame:
     """What is missing from the detector's finished results, and AP50 when they are refined, next to the full matrix."""
-    finished = predictions.detections(setting, found, gamma=0.0)
+    finished = predictions.detections(setting, found, "")
     p = dict(zip(setting.test.image_ids, found.p[setting.branch], strict=True))
     rescaled = detectors.refine_results(finished, p, setting.test.categories, gamma=setting.gamma)
     facts: dict[str, float] = {}
     facts |= limits(finished)
     for what, given in (("as they are", finished), ("rescaled", rescaled)):
         facts[f"AP50 novel, {what}"] = evaluate(setting.test.truth, given, top=setting.top).mean(setting.test.novel)
-    facts["AP50 novel, full matrix"] = predictions.ap50(setting, found)["novel"]
+    facts["AP50 novel, full matrix"] = predictions.ap50(setting, found, setting.branch)["novel"]
     return pd.DataFrame(facts.items(), columns=["of the finished results", "value"])
 
 

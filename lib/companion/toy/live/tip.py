@@ -179,8 +179,7 @@ def _toy(images: Tensor, samples: Sequence[Sample]) -> dict[str, float]:
 def scores(p: SimpleNamespace, out: Path, found: Setting, pipes: Mapping[str, TIPPipeline]) -> pd.DataFrame:
     """Test scores of the trained pipelines, a row for each task and kind of prompts.
 
-    At the `paper` profile of the whole test split, which are also added to the results in `out`; with the task
-    "restore" of its first images.
+    At the `paper` profile of the whole test split, which are also added to the results in `out`.
     """
     if p.profile == "pocket":
         rows = []
@@ -192,14 +191,9 @@ def scores(p: SimpleNamespace, out: Path, found: Setting, pipes: Mapping[str, TI
         return pd.DataFrame(rows)
     ((name, pipe),) = pipes.items()
     kind = p.texts if p.texts != "own" else recipe.texts_of(p.method)
-    if p.task == "restore":
-        some = examples(p, out, found).samples
-        pairs = [(found.restore(pipe, some, kind), torch.stack([s.clean for s in some]))]
-        values, reasons = recipe.score(pairs)
-    else:
-        values, reasons = recipe.score(recipe.whole_test(found, pipe, kind))
-        if not p.dry_run:
-            recipe.results(p, out, values)
+    values, reasons = recipe.score(recipe.whole_test(found, pipe, kind))
+    if not p.dry_run:
+        recipe.results(p, out, values)
     return pd.DataFrame([{"images": found.title, "method": name, "prompts": kind} | values | reasons])
 
 

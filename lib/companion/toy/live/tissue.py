@@ -23,8 +23,7 @@ from sklearn.metrics import roc_auc_score
 
 from ...data import real
 from ...data.photographs import PHOTOGRAPHS
-from ...models.hvit.figures import stitched
-from ...models.hvit.heatmaps import AttentionMaps, attention_maps
+from ...models.hvit.heatmaps import AttentionMaps, attention_maps, stitched
 from ...models.hvit.model import HViT, PatchEncoder, RegionEncoder, SlideTransformer
 from ...models.hvit.slides import Slide, Tiles, Tiling, tile, write_pyramid
 from ...viz.attention import token_pca
@@ -107,8 +106,7 @@ def views(patch: PatchEncoder, folder: Path, seed: int = 0, normalise: str = "im
     """The photograph of colonic glands, written below `folder` as a slide, and the Aperio slide where it is found:
     `slides/*.svs` below COMPANION_REAL_DATA (default: data/ of the checkout)."""
     image = PHOTOGRAPHS["tissue"]()
-    size = (image.shape[1], image.shape[0])
-    path = write_pyramid(folder / "glands.tiff", lambda y0, y1: image[y0:y1], size, mpp=1.0, downsamples=(1, 4))
+    path = write_pyramid(folder / "glands.tiff", image, mpp=1.0, downsamples=(1, 4))
     found = {"glands": view(patch, path, 256, seed, normalise)}
     for slide in sorted((real.root() / "slides").glob("*.svs"))[:1]:
         found["Aperio slide"] = view(patch, slide, 555, seed, normalise)

@@ -1,0 +1,248 @@
+"""Ablation studies on synthetic data, all under one protocol: `python -m companion.toy.study PAPER FOLDER`.
+
+1. Every trained method is trained with every learning rate of the grid on each of three selection seeds, and scored on
+   validation data.
+2. Where a method does best at an end of the grid, the grid is extended there by one step for all methods, once.
+3. Each method is trained with its best learning rate (the smaller one in ties) and tested on ten other seeds, which
+   were not used while data, methods and grids were designed. Each seed has its own data.
+
+`Study.row` passes the splits, so that selection never sees test data. Rows are appended to FOLDER/study.csv, and a
+stopped study resumes; study.json names the code, the versions and the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib
+import inspect
+import multiprocessing
+import os
+import platform
+import random
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from ..errors import BadParameter, CompanionError, check_choice
+from ..evaluation.ablations import KEYS, frame, read, selected
+from ..ops.files import atomic, read_json, write_json
+from ..ops.papers import slugs
+from ..ops.progress import progress
+from ..ops.provenance import code_hash, sources
+from ..ops.record import versions
+from ..training.fit import History
+
+SELECTION_SEEDS = (100, 101, 102)
+SEEDS = tuple(range(200, 210))
+HERE = Path(__file__).parent
+RECHECKED = 3  # rows to rerun after a change of the code
+
+
+@dataclass(frozen=True)
+class Study:
+    """What one paper's ablation compares, and how a row is made. Each `toy.<paper>` has one, STUDY.
+
+    Attributes:
+        tasks: the methods of each task.
+        learning_rates: the grid, ascending.
+        budget: of every trained method, as text.
+        data: from task, seed and split ("train", "val", "trainval", "test") to that data.
+        fit: from method, task, data, learning rate and seed to the trained model and the history.
+        score: from model, task and data to the metrics in percent, rounded.
+        metric: that selects the learning rate.
+        untrained: methods that are only tested, with learning rate 0.
+        selection_seeds, seeds: those to select with and those to test on.
+    """
+
+    tasks: Mapping[str, Sequence[str]]
+    learning_rates: Sequence[float]
+    budget: str
+    data: Callable[[str, int, str], Any]
+    fit: Callable[[str, str, Any, float, int], tuple[Any, History]]
+    score: Callable[[Any, str, Any], Mapping[str, float]]
+    metric: str = "accuracy"
+    untrained: Sequence[str] = ()
+    selection_seeds: Sequence[int] = SELECTION_SEEDS
+    seeds: Sequence[int] = SEEDS
+
+    def row(self, stage: str, task: str, method: str, learning_rate: float, seed: int) -> dict:
+        """One row: trained on "train" and scored on "val" at the stage "select", on "trainval" and "test" at "test"."""
+        start = time.process_time()
+        learn, held_out = ("train", "val") if stage == "select" else ("trainval", "test")
+        model, history = self.fit(method, task, self.data(task, seed, learn), learning_rate, seed)
+        scores = self.score(model, task, self.data(task, seed, held_out))
+        last = round(float(np.mean([step["loss"] for step in history[-20:]])), 4) if history else 0.0
+        row: dict[str, Any] = {
+            "stage": stage,
+            "task": task,
+            "method": method,
+            "learning_rate": learning_rate,
+            "seed": seed,
+        }
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad) if history else 0
+        return row | dict(scores) | {"loss": last, "trained": trained, "seconds": round(time.process_time() - start, 1)}
+
+
+def load(paper: str) -> Study:
+    """The study of a paper, `companion.toy.<paper>.STUDY`."""
+    return importlib.import_module(f"companion.toy.{paper}").STUDY
+
+
+def run(paper: str, folder: str | Path, workers: int | None = None, seeds: Sequence[int] | None = None) -> pd.DataFrame:
+    """Run or finish the study of a paper; write `folder`/study.csv and study.json; return its rows.
+
+    Args:
+        workers: processes, each with one thread; all cores by default.
+        seeds: to test on; those of the study by default, none to select learning rates only.
+
+    Raises `BadParameter`: the current code does not reproduce the rows of the file; move it away to start from scratch.
+    """
+    study, folder, workers = load(paper), Path(folder), workers or os.cpu_count() or 1
+    pairs = [(task, method) for task, methods in study.tasks.items() for method in methods]
+    tested = list(study.seeds if seeds is None else seeds)
+    facts = _facts(paper, study, tested) | {"workers": workers}
+    rows = _rows(folder, pairs, {*study.selection_seeds, *study.seeds})
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _quiet) as pool:
+        if rows:
+            facts |= _recheck(pool, paper, rows, folder, study.metric, facts["code"])
+
+        def work(stage: str, jobs: Sequence[tuple[str, str, float, int]]) -> None:
+            done = {tuple(row[key] for key in KEYS[1:]) for row in rows if row["stage"] == stage}
+            futures = [pool.submit(_job, paper, stage, *job) for job in jobs if job not in done]
+            text = "selecting learning rates" if stage == "select" else "training and testing"
+            for future in progress(as_completed(futures), text, len(jobs), len(jobs) - len(futures)):
+                rows.append(future.result())
+                write_json(folder / "study.json", facts)
+                _write(folder / "study.csv", rows)
+
+        trained = [(task, method) for task, method in pairs if method not in study.untrained]
+        grid = list(study.learning_rates)
+        for more in (False, True):
+            if more:
+                facts["widened"] = wider(frame(rows, study.metric), grid)
+            rates = [*grid, *facts["widened"]]
+            work("select", [(t, m, rate, seed) for seed in study.selection_seeds for rate in rates for t, m in trained])
+        best = dict.fromkeys(pairs, 0.0) | selected(frame(rows, study.metric))
+        # a larger grid may select another learning rate than the tested one
+        rows = [r for r in rows if r["stage"] == "select" or best[r["task"], r["method"]] == r["learning_rate"]]
+        work("test", [(t, m, best[t, m], seed) for seed in tested for t, m in pairs])
+    _write(folder / "study.csv", rows)
+    write_json(folder / "study.json", facts | {"seconds_of_cpu": round(sum(row["seconds"] for row in rows))})
+    return read(folder)
+
+
+def wider(rows: pd.DataFrame, grid: Sequence[float]) -> list[float]:
+    """One more learning rate at each end of the grid, by its ratio, where a method does best at that end.
+
+    Args:
+        rows: of the selection with `grid`, with or without the learning rates that this function returned before.
+        grid: learning rates, ascending.
+    """
+    within = rows[rows.learning_rate.isin(grid)]
+    within.attrs = rows.attrs
+    best = set(selected(within).values())
+    ends = ((grid[0], grid[1]), (grid[-1], grid[-2]))
+    return [float(f"{end * end / neighbour:.2g}") for end, neighbour in ends if end in best]
+
+
+def _facts(paper: str, study: Study, seeds: Sequence[int]) -> dict:
+    """The record of a study."""
+    return {
+        "paper": paper,
+        "code": code_hash(sources(inspect.getfile(importlib.import_module(f"companion.toy.{paper}")))),
+        "learning_rates": list(study.learning_rates),
+        "widened": [],
+        "seeds": list(seeds),
+        "selection_seeds": list(study.selection_seeds),
+        "tasks": {task: list(methods) for task, methods in study.tasks.items()},
+        "metric": study.metric,
+        "budget": study.budget,
+        "versions": versions(),
+        "machine": platform.machine(),
+        "threads_each": 1,
+    }
+
+
+def _rows(folder: Path, pairs: Sequence[tuple[str, str]], seeds: set[int]) -> list[dict]:
+    """The rows of the file that belong to the study."""
+    if not (folder / "study.csv").exists():
+        return []
+    rows = read(folder).to_dict("records")
+    return [row for row in rows if (row["task"], row["method"]) in pairs and row["seed"] in seeds]
+
+
+def _recheck(pool: Executor, paper: str, rows: list[dict], folder: Path, metric: str, code: str) -> dict:
+    """The record's entries on existing rows: the code that produced them, and the rows that the current code
+    reproduced.
+
+    Rows of other code remain valid if some of them, drawn by the hash of the code, give the same results again.
+    """
+    record = read_json(folder / "study.json")
+    facts = {key: record[key] for key in ("code", "rechecked") if key in record}
+    if code in (record.get("code"), record.get("rechecked", {}).get("code")):
+        return facts
+    drawn = random.Random(code).sample(rows, min(RECHECKED, len(rows)))
+    futures = [pool.submit(_job, paper, *(row[key] for key in KEYS)) for row in drawn]
+    for row, future in zip(drawn, futures, strict=True):
+        again = future.result()
+        if again[metric] != row[metric] or again["loss"] != row["loss"]:
+            what = f"{row['stage']} of {row['method']} on {row['task']}: {again[metric]}, not {row[metric]}"
+            accepted = f"rows that the current code reproduces ({what}); move it away to start from scratch"
+            raise BadParameter("study", str(folder / "study.csv"), accepted)
+    today = datetime.date.today().isoformat()
+    return facts | {"rechecked": {"code": code, "date": today, "rows": len(drawn), "of": len(rows)}}
+
+
+def _job(paper: str, *key: Any) -> dict:
+    return load(paper).row(*key)
+
+
+def _quiet() -> None:
+    """Set up a worker: one thread, no progress bar, ends when the study is killed."""
+    torch.set_num_threads(1)
+    os.environ["COMPANION_PROGRESS"] = "off"
+    threading.Thread(target=_end_with_study, daemon=True).start()
+
+
+def _end_with_study() -> None:
+    """Without this a worker would train the queued rows and then wait forever."""
+    if study := multiprocessing.parent_process():
+        study.join()
+    os._exit(1)
+
+
+def _write(path: Path, rows: list[dict]) -> None:
+    table = pd.DataFrame(rows).sort_values(KEYS, kind="stable")
+    with atomic(path) as temporary:
+        table.to_csv(temporary, index=False)
+
+
+def main(words: list[str] | None = None) -> int:
+    """Run a study, or finish a stopped one."""
+    parser = argparse.ArgumentParser(prog="companion.toy.study", description=main.__doc__)
+    parser.add_argument("paper")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--workers", type=int)
+    parser.add_argument("--seeds", type=int, nargs="*", help="those to test; none to select learning rates only")
+    arguments = parser.parse_args(words)
+    try:
+        check_choice("paper", arguments.paper, [slug for slug in slugs() if (HERE / f"{slug}.py").exists()])
+        run(**vars(arguments))
+    except CompanionError as error:
+        print(f"companion: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
