@@ -16,7 +16,7 @@ from .ablations import means, selected
 CHECK, SYNTHETIC, PAPER = KINDS = ("implementation check", "synthetic result", "paper result")
 """The kinds of claims: about our code; about methods on synthetic data; about the paper, on its data. They are never
 summed up."""
-SPREAD = " points (mean ± standard deviation of the lead [95 % t interval of the mean])"
+SPREAD = " points (mean ± standard deviation of the lead [95 % t interval of the mean], smallest lead of a seed)"
 """Unit of the leads that `judge` writes."""
 ROUNDING = 1e-9  # points: 88.3 - 88.0 is a little less than 0.3
 
@@ -83,7 +83,8 @@ def judge(claim: Mapping, rows: pd.DataFrame) -> tuple[bool, str, list[int]]:
             lead = lead - tested.loc[(task, claim["worse"]), metric]
         what = task if metric == "accuracy" else f"{task} {metric}"
         low, high = interval(lead.to_numpy())
-        parts.append(f"{what} {lead.mean():+.1f} ± {lead.std():.1f} [{low:+.1f}, {high:+.1f}]")
+        spread = f"{lead.mean():+.1f} ± {lead.std():.1f} [{low:+.1f}, {high:+.1f}], least {lead.min():+.1f}"
+        parts.append(f"{what} {spread}")
         wins &= bool((lead > 0).all())
         seeds |= set(map(int, lead.index))
     return wins, "; ".join(parts) + SPREAD, sorted(seeds)
