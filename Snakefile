@@ -27,6 +27,7 @@ GRID = batch.expand(config, {s: batch.parameters(f"notebooks/{s}.ipynb") for s i
 REPORTS = Path("reports", PROFILE)
 STUDIES = sorted(path.stem for path in Path("lib/companion/toy/ablations").glob("[a-z]*.py") if path.stem in SLUGS)
 STUDIED = [slug for slug in STUDIES if slug in (PAPERS or STUDIES)]
+WHOLE = [slug for slug in PAPERS or SLUGS if Path(f"lib/companion/toy/{slug}.py").exists()]
 for slug in PAPERS:
     if slug not in SLUGS:
         raise BadParameter("papers", slug, SLUGS)
@@ -185,6 +186,24 @@ if GRID:
 rule studies:
     input:
         expand("build/study/{slug}/merged.done", slug=STUDIED),
+        expand("build/study/{slug}.done", slug=WHOLE),
+
+
+rule study:
+    input:
+        code=lambda run: [os.path.relpath(path) for path in sources(f"lib/companion/toy/{run.slug}.py")],
+    output:
+        touch("build/study/{slug}.done"),
+    log:
+        "build/study/{slug}.log",
+    threads: workflow.resource_settings.cores or 1
+    shell:
+        """
+        echo "study of {wildcards.slug}: started"
+        {PYTHON:q} -m companion.toy.study {wildcards.slug} reports/pocket/{wildcards.slug} --workers {threads} \
+            > {log} 2>&1 || {{ tail -n 40 {log}; exit 1; }}
+        echo "study of {wildcards.slug}: done"
+        """
 
 
 rule study_rates:

@@ -3,6 +3,7 @@
 `SINGLE` files are written to a path and read from it, `SETS` to a folder, of which the first file of a name is damaged.
 """
 
+import dataclasses
 import itertools
 import pickle
 import shutil
@@ -15,7 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from companion import backbones
-from companion.data import attributes, classification, detection, landcover, tracking, xrays
+from companion.data import DATASETS, attributes, classification, detection, landcover, tracking, xrays
 from companion.data import slides as slide_lists
 from companion.evaluation import ablations
 from companion.models.dmt import Teachers
@@ -29,10 +30,10 @@ from companion.ops.files import write_json
 from companion.toy.datasets import chests
 from companion.toy.datasets import classification as pocket_classification
 from companion.toy.datasets import landcover as pocket_landcover
-from companion.toy.datasets import pedestrians as pocket_pedestrians
 from companion.toy.datasets import slides as pocket_slides
 from companion.training.checkpoints import Checkpoint
 from companion.training.fit import CPU
+from tests.data.test_attributes import pa100k
 from tests.models.hvit.test_slides import SMALL, drawn, mean_colour, written
 from tests.training.test_fit import noisy_model, run
 
@@ -113,12 +114,13 @@ DIGITS = (
     lambda folder: pocket_classification.write(folder, ["digits"]),
     lambda folder: items(classification.load("pocket/digits", folder, "train")),
 )
-PEDESTRIANS = (pocket_pedestrians.write, lambda f: items(attributes.load("pocket/pedestrians", f, "trainval")))
+FEW = dataclasses.replace(DATASETS["par/pa100k"], sizes={})
+PEDESTRIANS = (pa100k, lambda folder: items(attributes._pedestrians(FEW, folder, None)["trainval"]))
 SLIDES = (
     lambda folder: pocket_slides.write(folder, "place"),
     lambda folder: slide_lists.load("pocket/slides-place", folder, "train"),
 )
-BOXES = (
+TRACKS = (
     lambda folder: tracking.write_results(folder / "video.txt", np.full((9, 4), 7.5)),
     lambda folder: tracking.read_results(folder),
 )
@@ -128,7 +130,7 @@ SETS: dict[str, tuple[str, Do, Do]] = {
     "classification list": ("train800.txt", *DIGITS),
     "classification picture": ("train/*.png", *DIGITS),
     "attributes of pedestrians": ("annotation.mat", *PEDESTRIANS),
-    "boxes of a video": ("video.txt", *BOXES),
+    "boxes of a video": ("video.txt", *TRACKS),
     "table of slides": ("train.csv", *SLIDES),
     "places of land cover": ("places.csv", *LAND),
     "labels of land cover": ("labels/*_41.tif", *LAND),

@@ -16,14 +16,14 @@ import torch
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg, set_model_preprocess_cfg
 from timm.models.vision_transformer import VisionTransformer
 
-from companion.toy import bat, encoders
-from companion.toy.datasets import collage, detection, domains, pedestrians, slides
+from companion.toy import bat, dmt, encoders, promptpar
+from companion.toy.datasets import detection, domains, slides
 from companion.toy.datasets.tokens import Tokenizer
 
 
 def few_images(patch: pytest.MonkeyPatch) -> None:
     """The synthetic datasets that take long are written with few images a split from now on."""
-    for module in (collage, detection, pedestrians):
+    for module in (detection, dmt, promptpar):
         patch.setattr(module, "COUNTS", {"train": 160, "val": 40, "test": 40})
     patch.setattr(slides, "COUNTS", {"train": 24, "val": 6, "test": 6})
     patch.setattr(domains, "EACH", {"train": 16, "val": 2, "test": 4})  # of each of 16 classes

@@ -33,7 +33,7 @@ def lab(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[
     shutil.copytree(root / "reports" / "pocket", folder / "reports" / "pocket")
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     small = new_notebook(cells=[new_code_cell("x = 1"), new_code_cell("x + 1")], metadata={"kernelspec": kernel})
-    for name, notebook in (("small", small), ("sic_cads", nbformat.read(root / "notebooks" / "sic_cads.ipynb", 4))):
+    for name, notebook in (("small", small), ("bat", nbformat.read(root / "notebooks" / "bat.ipynb", 4))):
         for cell in (cell for cell in notebook.cells if cell.cell_type == "code"):
             cell.outputs, cell.execution_count = [], None
         nbformat.write(notebook, folder / "notebooks" / f"{name}.ipynb")
@@ -70,7 +70,7 @@ def lab(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[
         server.kill()
 
 
-@pytest.mark.parametrize(("name", "controls"), [("small", 0), pytest.param("sic_cads", 1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("name", "controls"), [("small", 0), pytest.param("bat", 1, marks=pytest.mark.slow)])
 def test_run_all(lab: tuple[Path, str], browser: object, root: Path, name: str, controls: int) -> None:
     """All cells run without an error, the saved notebook has their outputs, and its widgets are visible."""
     folder, url = lab

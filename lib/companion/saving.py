@@ -101,8 +101,10 @@ def load(path: str | Path) -> Any:
     except CompanionError:
         raise
     except Exception as error:  # a constructor with arguments of a wrong type may raise any error
-        how = "its header is damaged, or another version of the companion wrote it: load it with that version, and take "
-        how += "its tensors by `state_dict` or, under the authors' names, `to_official`"
+        how = (
+            "its header is damaged, or another version of the companion wrote it: load it there, and take its tensors "
+        )
+        how += "by `state_dict` or, under the authors' names, `to_official`"
         raise CorruptFile(path, f"{how} ({type(error).__name__}: {error})") from error
     if not isinstance(model, nn.Module):
         raise CorruptFile(path, "it names no model")

@@ -10,7 +10,7 @@ from companion.errors import BadParameter, CompanionError, MissingData
 from tests.data.conftest import refused
 
 SPLITS = ("train", "val", "trainval", "test", "all")
-TOTALS = (93, 7447, 2542548, 156722, 667154, 899337, 190961)
+TOTALS = (81, 7400, 2539348, 155922, 663154, 897040, 190961)
 FETCHED = {
     "landcover/loveda": "landcover.download_and_extract_archive",
     "restoration/div2k": "restoration.download_and_extract_archive",
@@ -29,7 +29,8 @@ def load(name: str, root) -> object:
 
 def test_the_register_holds_the_numbers_of_the_papers():
     """Sums of the classes and of the images in each split, as counted in copies and in the authors' loaders."""
-    rows = [(s.classes or 0, *(s.sizes.get(split, 0) for split in SPLITS)) for s in DATASETS.values()]
+    real = [s for s in DATASETS.values() if s.group != "pocket"]
+    rows = [(s.classes or 0, *(s.sizes.get(split, 0) for split in SPLITS)) for s in real]
     assert (len(rows), *map(sum, zip(*rows, strict=True))) == TOTALS
 
 

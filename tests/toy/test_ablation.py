@@ -22,7 +22,7 @@ from companion.ops.files import read_json
 from companion.ops.papers import paper, slugs
 from companion.toy import ablation as study
 from companion.toy.ablations import SEEDS, SELECTION_SEEDS, reader, selecting
-from companion.toy.datasets import chests, landcover, restoration, slides
+from companion.toy.datasets import chests, landcover, slides
 from companion.training import fit as loop
 from tests.conftest import kill_when
 from tests.small import few_images
@@ -221,12 +221,10 @@ def quick(monkeypatch):
     few_images(monkeypatch)
     monkeypatch.setattr(chests, "COUNTS", {"train": 160, "val": 40, "test": 40})
     monkeypatch.setattr(landcover, "COUNTS", {"train": 4, "val": 1, "test": 1})
-    monkeypatch.setattr(restoration, "COUNTS", {"train": (60, 4), "val": (60, 4), "test": (60, 4)})
     monkeypatch.setattr(slides, "COUNTS", {"train": 12, "val": 3, "test": 3})
     modules = {slug: importlib.import_module(f"companion.toy.ablations.{slug}") for slug in STUDIES}
     monkeypatch.setattr(modules["ecamp"], "PROBES", dict.fromkeys(modules["ecamp"].PROBES, 1))
     monkeypatch.setattr(modules["hvit"], "BATCH", 6)
-    monkeypatch.setattr(modules["tip"], "EACH", 8)
     for name, module in list(sys.modules.items()):
         if name.startswith("companion.") and getattr(module, "fit", None) is loop.fit and module is not loop:
             monkeypatch.setattr(module, "fit", fit)

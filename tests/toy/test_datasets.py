@@ -7,27 +7,14 @@ import numpy as np
 import pytest
 from skimage.color import rgb2hsv
 
-from companion.data import attributes as attributes_data
 from companion.data import detection as detection_data
 from companion.data import domains as domains_data
 from companion.data import slides as slides_data
-from companion.errors import CorruptFile, MissingData
+from companion.errors import MissingData
 from companion.ops.files import read_json
-from companion.toy import bat
+from companion.toy import bat, dmt, promptpar, tip
 from companion.toy.ablations import hvit
-from companion.toy.datasets import (
-    chests,
-    classification,
-    collage,
-    detection,
-    domains,
-    landcover,
-    pedestrians,
-    restoration,
-    scenes,
-    slides,
-    write_once,
-)
+from companion.toy.datasets import chests, classification, detection, domains, landcover, scenes, slides, write_once
 from companion.toy.datasets.tokens import END, FIRST, START, UNKNOWN, Tokenizer
 from tests.models.common import refuses
 from tests.small import pinned
@@ -51,11 +38,6 @@ def domain(name, split, root):
     return [x for pair in found for x in pair] + [sorted(read_json(folder / "sensors.json").items())]
 
 
-def people(split, root):
-    pedestrians.write(root, SEED)
-    return [x for pair in attributes_data.splits("pocket/pedestrians", root)[split] for x in pair]
-
-
 def graded(name, split, root):
     slides.write(root, name, SEED)
     items = slides_data.load(f"pocket/slides-{name}", root, slides.FILES[split])
@@ -70,15 +52,12 @@ def part(module, split, root):
 # what a study reads of a split, and its hashes: train, val, test
 READ = {
     "chests": (lambda *at: part(chests, *at), "7bfeef66d558 c36f829a4b53 baa98bb17b3e"),
-    "collage": (lambda *at: part(collage, *at), "594f26e8cde5 edc0b79e4f9d 674620450d8e"),
     "detection": (boxes, "c77910d71d4a 3c27776c6d49 eca5d13b1310"),
     "digits": (lambda *at: task("digits", *at), "997975d4ab11 3651beff6be3 64f8baf1023f"),
     "landcover": (lambda *at: part(landcover, *at), "bc2298039507 489a8bcb31b1 37f247254cfd"),
     "medical": (lambda *at: domain("medical", *at), "8e6a04255f8d b0d29a03160f 59d0af475fb2"),
     "orient": (lambda *at: task("orient", *at), "db737721aa76 bc72c29ff5a1 81e0f21d980e"),
-    "pedestrians": (people, "f20037cbed3a 184f75f85236 429bcbd34095"),
     "remote": (lambda *at: domain("remote", *at), "35916f45c5c2 e96f433a65c0 a475893ae935"),
-    "restoration": (lambda *at: part(restoration, *at), "6b1a7aa8f784 5cb945100d7d 15f05e39caf6"),
     "slides, count": (lambda *at: graded("count", *at), "e4c25d25678f ec24ee95262e 0d279f88e2d4"),
     "slides, place": (lambda *at: graded("place", *at), "9bc4be78c6e6 e097140d4889 7582c7e1127c"),
     "textures": (lambda *at: task("textures", *at), "7c48b9254925 11425ec83811 6f82c2bf9924"),
@@ -88,11 +67,9 @@ READ = {
 
 @pytest.fixture
 def small(monkeypatch):
-    for module in (chests, detection, pedestrians):
+    for module in (chests, detection):
         monkeypatch.setattr(module, "COUNTS", FEW)
     monkeypatch.setattr(landcover, "COUNTS", dict.fromkeys(FEW, 1))  # of nine zones
-    monkeypatch.setattr(collage, "COUNTS", dict.fromkeys(FEW, 40))  # of eight textures
-    monkeypatch.setattr(restoration, "COUNTS", {"train": (6, 4), "val": (4, 2), "test": (4, 2)})
     monkeypatch.setattr(slides, "COUNTS", {"train": 3, "val": 2, "test": 2})
     monkeypatch.setattr(domains, "EACH", dict.fromkeys(FEW, 1))
 
@@ -107,12 +84,12 @@ DRAWN = {
     "classification": lambda split: [
         next(iter(classification.examples(name, split)))[0] for name in classification.TASKS
     ],
-    "collage": lambda split: [each.image for each in collage.collages(6, split)],
+    "collage": lambda split: list(dmt.collages(6, split)[0]),
     "detection": lambda split: [each.image for each in detection.scenes(4, split)],
     "domains": lambda split: [domains.unlabelled(name, 4, split)[0] for name in domains.DOMAINS],
     "landcover": lambda split: [image for image, _ in landcover.pictures("Am", 3, split)],
-    "pedestrians": lambda split: [pedestrians.people(4, split, "street")[0]],
-    "restoration": lambda split: [each.image for each in restoration.pictures(split, 0, (0, 8))],
+    "pedestrians": lambda split: [promptpar.people(4, split, "street")[0]],
+    "textures": lambda split: [each.image for each in tip.pictures(split, 0, (0, 8))],
     "scenes": lambda split: [each.image for each in scenes.scenes(6, split)],
     "slides": lambda split: [each.image for each in slides.slides(2, "place", split)],
     "videos": lambda split: [bat.Clip(bat.plan(split, 0), np.random.default_rng(0)).frame(0)],
@@ -123,7 +100,7 @@ ORIGINALS = {name: scenes.photograph(name) for name in scenes.PHOTOGRAPHS}
 @contextmanager
 def photographs(changed):
     """Other photographs for all datasets: `changed(name, pixels)` changes a copy in place."""
-    caches = (scenes.photograph, collage._photograph)
+    caches = (scenes.photograph, dmt._photograph)
     with pytest.MonkeyPatch.context() as patch:
         for name, original in ORIGINALS.items():
             changed(name, pixels := original.copy())
@@ -227,12 +204,8 @@ def test_what_cannot_be_drawn_or_read_is_refused(small, tmp_path):
     refuses(
         (lambda: scenes.tiles("brick", "dev"), "dev"),
         (lambda: slides.draw(rng, "place", 6, "train"), "6"),
-        (lambda: collage.read(tmp_path, "all"), "all"),
         (lambda: classification.write(tmp_path, ["where", "colour"]), "colour"),
     )
     assert not list(tmp_path.iterdir())
-    for module in (chests, collage, landcover, restoration):
+    for module in (chests, landcover):
         refuses((lambda module=module: module.read(tmp_path, "train"), str(tmp_path)), error=MissingData)
-    listing = collage.write(tmp_path, SEED) / "factors.csv"
-    listing.write_text(listing.read_text()[:500])
-    refuses((lambda: collage.read(tmp_path, "test"), "factors.csv"), error=CorruptFile)

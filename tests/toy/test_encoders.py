@@ -10,7 +10,6 @@ from timm.models.vision_transformer import VisionTransformer
 
 from companion.errors import BadCheckpoint, BadParameter, CorruptFile, MissingWeights
 from companion.toy import encoders
-from companion.toy.datasets import collage, restoration
 from companion.toy.encoders import (
     chest_ecamp,
     detector,
@@ -140,20 +139,13 @@ def test_moco_v3_sees_no_colour():
             assert torch.allclose(model(images), model(grey(images)), atol=1e-3) == (name == "MoCo v3")
 
 
-def test_a_perfect_feature_is_read_perfectly_and_noise_is_not():
-    generator = torch.Generator().manual_seed(0)
-    factors = torch.stack([torch.randint(n, (600,), generator=generator) for n in collage.FACTORS.values()], 1)
-    hot = [torch.nn.functional.one_hot(factors[:, i], n) for i, n in enumerate(collage.FACTORS.values())]
-    exact, noise = torch.cat(hot, 1).float(), torch.randn(600, 20, generator=generator)
-    found = teachers.probe(exact[:500], factors[:500], exact[500:], factors[500:], None)
-    assert found == dict.fromkeys([*collage.FACTORS, "mean"], 100.0)
-    chance = teachers.probe(noise[:500], factors[:500], noise[500:], factors[500:])
-    assert all(abs(chance[name] - 100 / n) < 12 for name, n in collage.FACTORS.items())
-
-
 def test_every_word_of_the_captions_and_prompts_is_known():
     words = texture_prior.text()
-    for caption in (*restoration.CAPTIONS, "Remove all degradation", "Denoise with sigma 0.05; Dejpeg with quality 50"):
+    for caption in (
+        *texture_prior.CAPTIONS,
+        "Remove all degradation",
+        "Denoise with sigma 0.05; Dejpeg with quality 50",
+    ):
         assert "<unknown>" not in words.words(caption)
 
 

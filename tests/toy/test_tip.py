@@ -9,110 +9,100 @@ import torch
 pytest.importorskip("diffusers")
 
 from companion.models.tip.degradations import BLIND, TEXTS, degrade, parse, prompt
-from companion.toy.ablations import tip as study
-from companion.toy.datasets import restoration, scenes
+from companion.toy import tip as toy
+from companion.toy.datasets import scenes
+from companion.toy.encoders import texture_prior
 from companion.toy.encoders.words import WordText, split
+from tests.small import pinned
 
 SEED = 2
 
 
 def stacked(found):
-    return torch.from_numpy(np.stack([p.image for p in found])).permute(0, 3, 1, 2).float() / 255
+    return torch.stack([toy.to_tensor(p.image) for p in found])
+
+
+def test_what_the_study_reads_follows_the_seed_to_the_bit():
+    hashes = []
+    for name, counts in {"train": (6, 4), "val": (4, 2), "test": (4, 2)}.items():
+        found = toy.pictures(name, 7, counts)
+        hashes.append(pinned(stacked(found), *(tuple(p[i] for p in found) for i in (1, 2, 3))))
+    assert hashes == ["6b1a7aa8f784", "5cb945100d7d", "15f05e39caf6"]
 
 
 def test_no_layout_is_in_two_splits_and_kind_and_contrast_are_drawn_independently():
-    own = [set(map(repr, restoration.layouts(split))) for split in scenes.SPLITS]
+    own = [set(toy.layouts(split)) for split in scenes.SPLITS]
     assert sum(map(len, own)) == len(set.union(*own)) == 216
-    counts = Counter((p.kind, p.contrast) for p in restoration.pictures("train", 0, (1200, 0)))
-    table = np.array([[counts[k, c] for c in restoration.CONTRASTS] for k in restoration.KINDS])
+    counts = Counter((p.kind, p.contrast) for p in toy.pictures("train", 0, (1200, 0)))
+    table = np.array([[counts[k, c] for c in toy.CONTRASTS] for k in texture_prior.KINDS])
     expected = table.sum(1, keepdims=True) * table.sum(0) / table.sum()
     assert (abs(table - expected) < 4 * np.sqrt(expected)).all()
 
 
 def test_kind_and_contrast_are_read_off_a_clean_scene_and_lost_by_degradation():
-    found = restoration.pictures("test", 0, (400, 0))
+    found = toy.pictures("test", 0, (400, 0))
     kinds, contrasts = tuple(p.kind for p in found), torch.tensor([p.contrast for p in found])
-    seen = np.array(restoration.seen_kind(stacked(found))) == np.array(kinds)
+    seen = np.array(toy.seen_kind(stacked(found))) == np.array(kinds)
     # where the halves meet is a step, which a very faint texture can be taken for
     assert seen[contrasts > 0.15].all() and seen.mean() > 0.9
-    assert (restoration.seen_contrast(stacked(found), kinds) - contrasts * 2 / 3).abs().mean() < 0.02
+    assert (toy.seen_contrast(stacked(found), kinds) - contrasts * 2 / 3).abs().mean() < 0.02
     strong = [p for p in found if p.contrast == 1]
     kinds, clean = tuple(p.kind for p in strong), stacked(strong)
-    heavy = torch.stack([degrade(x, restoration.HEAVY, i, edge=restoration.EDGE) for i, x in enumerate(clean)])
-    assert restoration.seen_contrast(heavy, kinds).abs().mean() < 0.15
-    blurred = torch.stack([degrade(x, restoration.MILD[0][1], i, edge=restoration.EDGE) for i, x in enumerate(clean)])
-    assert 0.15 < restoration.seen_contrast(blurred, kinds).mean() * 1.5 < 0.7  # looks like a fainter one
-    drawn = [restoration.RECIPE.draw(seed) for seed in range(100)]
+    heavy = torch.stack([degrade(x, toy.HEAVY, i, edge=toy.EDGE) for i, x in enumerate(clean)])
+    assert toy.seen_contrast(heavy, kinds).abs().mean() < 0.15
+    blurred = torch.stack([degrade(x, toy.MILD[0][1], i, edge=toy.EDGE) for i, x in enumerate(clean)])
+    assert 0.15 < toy.seen_contrast(blurred, kinds).mean() * 1.5 < 0.7  # looks like a fainter one
+    drawn = [toy.RECIPE.draw(seed) for seed in range(100)]
     assert {len(ops) for ops in drawn} == {0, 1, 2, 3, 4} and all(parse(prompt(ops)) == ops for ops in drawn)
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tip")
-    caches = (study.part, study.tested, study.trained, study.validation_psnr)
+def few():
+    caches = toy.data, toy.learnt, toy.adaptor
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(restoration, "COUNTS", {"train": (20, 4), "val": (60, 2), "test": (60, 2)})
+        patch.setattr(toy, "COUNTS", {"train": (20, 4), "val": (60, 2), "test": (60, 2)})
         for name, value in {"STEPS": 2, "BATCH": 8, "EACH": 9}.items():
-            patch.setattr(study, name, value)
-        study.prepare(path, SEED)
+            patch.setattr(toy, name, value)
         for cached in caches:
             cached.cache_clear()
-        yield str(path)
+        yield
     for cached in caches:
         cached.cache_clear()
 
 
-def test_all_networks_start_alike():
-    built = {network: study.build(network, 3).adaptor.state_dict() for network in study.NETWORKS}
-    for network, state in built.items():
-        same = [torch.equal(t, built["TIP"][n]) for n, t in state.items() if "controlnet_" not in n or "cond" in n]
-        assert all(same), network
-    sizes = {network: sum(t.numel() for t in state.values()) for network, state in built.items()}
-    assert sizes["TIP"] - sizes["plain ControlNet"] == 7872 and len(set(sizes.values())) == 2
-
-
-def test_what_the_networks_read(root):
-    given = {network: study.samples(network, study.part(root, SEED, "train"), SEED) for network in study.NETWORKS}
-    texts = {network: ({s.semantic for s in found}, {s.restoration for s in found}) for network, found in given.items()}
-    assert texts["no text"] == ({""}, {BLIND}) and texts["semantic only"][1] == {BLIND}
+def test_what_the_methods_read(few):
+    given = {method: toy.samples(method, toy.learnt(SEED), SEED) for method in toy.METHODS[:4]}
+    texts = {method: ({s.semantic for s in found}, {s.restoration for s in found}) for method, found in given.items()}
+    assert texts["semantic only"][1] == {BLIND} and len(texts["semantic only"][0]) > 2
     assert texts["restoration only"][0] == {""} and BLIND in texts["restoration only"][1] != {BLIND}
-    assert all(len(s.ops) == 4 for s in given["no skipping"]) and set(map(study.texts_of, study.METHODS)) <= set(TEXTS)
-    for other in ("semantic only", "plain ControlNet"):  # the same images, degraded in the same way
-        assert all(torch.equal(a.degraded, b.degraded) for a, b in zip(given["TIP"], given[other], strict=True))
+    for found in given.values():  # the same images, degraded in the same way
+        assert all(torch.equal(a.degraded, b.degraded) for a, b in zip(given["TIP"], found, strict=True))
     first, second = given["TIP"][0], given["TIP"][24]
     assert len(given["TIP"]) == 48 and torch.equal(first.clean, second.clean)
     assert not torch.equal(first.degraded, second.degraded)
 
 
-def test_the_tasks(root):
-    heavy, found = study.tested(root, SEED, "test", "heavy")
-    assert {s.ops for s in heavy} == {restoration.HEAVY} and set(found.contrasts) == {1.0} and len(heavy) == 9
-    mild, found = study.tested(root, SEED, "test", "mild")
-    assert [(c, s.ops) for s, c in zip(mild, found.contrasts, strict=True)] == list(restoration.MILD) * 3
-    drawn, found = study.tested(root, SEED, "test", "parameterised")
-    assert all(found.kinds) and all(s.ops for s in drawn) and len({s.restoration for s in drawn}) > 3
-    again = degrade(drawn[4].clean, parse(drawn[4].restoration), (SEED, 4), edge=restoration.EDGE)
+def test_the_tasks(few):
+    heavy, _, _ = toy.tested("heavy", SEED, "test")
+    assert {s.ops for s in heavy} == {toy.HEAVY} and len(heavy) == 9
+    mild, _, _ = toy.tested("mild", SEED, "test")
+    assert [s.ops for s in mild] == [ops for _, ops in toy.MILD] * 3
+    drawn, kinds, _ = toy.tested("parameterised", SEED, "test")
+    assert all(kinds) and all(s.ops for s in drawn) and len({s.restoration for s in drawn}) > 3
+    again = degrade(drawn[4].clean, parse(drawn[4].restoration), (SEED, 4), edge=toy.EDGE)
     assert torch.equal(again, drawn[4].degraded), "its text and its seed rebuild it"
 
 
-def test_scores_of_clean_and_of_wrong_images(root):
-    found = study.part(root, SEED, "test").scenes(1.0)
-    right = study.followed(found.images, found, found.captions)
-    assert right == {"texture": 100.0, "follows the text": 100.0}
-    other = [next(restoration.caption(k) for k in restoration.KINDS if k != kind) for kind in found.kinds]
-    assert study.followed(found.images, found, other)["follows the text"] == 0
-    images = study.part(root, SEED, "test").scenes().images
-    assert study.layout_lead(images + 0.01, images) > 0 > study.layout_lead(images.roll(-1, 0) + 0.01, images)
-
-
-def test_one_training_serves_all_prompts_and_selection_asks_validation_alone(root):
-    row = study.train("TIP", "mild", 3e-3, SEED, root)
-    blind = study.train("blind prompt", "mild", 3e-3, SEED, root)
-    assert blind["loss"] == row["loss"] and "smallest rise" in row and "smallest rise" not in blind
-    asked = ("TIP", "mild"), ("TIP", "heavy"), ("blind prompt", "mild")
-    chosen = [study.train(*both, 3e-3, SEED, root, "select") for both in asked]
-    assert chosen[0] == chosen[1] == chosen[2] and set(chosen[0]) == {"PSNR", "loss", "trained"}
-    assert study.trained.cache_info().misses == 1
+def test_one_training_serves_all_tasks_and_prompts(few):
+    rows = {method: toy.STUDY.row("test", "mild", method, 3e-3, SEED) for method in toy.METHODS}
+    walked = {method for method, row in rows.items() if "smallest rise" in row}
+    assert walked == {"TIP", "plain ControlNet"} and toy.adaptor.cache_info().misses == 4
+    assert rows["blind prompt"]["loss"] == rows["TIP"]["loss"] and rows["degraded image"]["trained"] == 0
+    assert rows["TIP"]["trained"] - rows["plain ControlNet"]["trained"] == 7872
+    chosen = [toy.STUDY.row("select", *both, 3e-3, SEED) for both in (("mild", "TIP"), ("heavy", "blind prompt"))]
+    assert chosen[0]["PSNR"] == chosen[1]["PSNR"] and "SSIM" not in chosen[0]
+    assert toy.Restorer(None)(toy.tested("heavy", SEED, "test")).shape == (9, 3, 16, 16)
+    assert {toy.train(method, "heavy", toy.learnt(SEED), 3e-3, SEED)[0].kind for method in toy.METHODS} <= {*TEXTS}
 
 
 def test_words_are_repeated_and_digits_apart(tmp_path):

@@ -31,9 +31,8 @@ def sa2vp(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
 
 
 def bat(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
-    found = recipe.setting(p, out)
-    model, history = found.train(p.method)
-    for boxes in found.track(p.method, model).values():  # in images of 240 x 180
+    _, history = run(recipe.training(p, Hardware.of(p, "bat")))
+    for boxes in recipe.run(p, out).boxes.values():  # in images of 240 x 180
         assert np.isfinite(boxes).all() and (boxes[:, :2] + boxes[:, 2:] <= [240, 180]).all()
     return history, None
 
@@ -47,9 +46,10 @@ def dplq(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
 
 
 def promptpar(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
-    history = recipe.setting(p, out).train(p.method)[1]
-    found = recipe.setting(p, out)
-    return history, found.probabilities(found.build(p.method), found.parts["test"])
+    found = recipe.run(p, out)
+    torch.manual_seed(p.seed)
+    untrained = recipe.build(p, found.names, *recipe._backbones(p, "random", "random"))
+    return found.history, recipe.probabilities(p, untrained, found.test)
 
 
 def hvit(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
@@ -90,7 +90,7 @@ def metasegnet(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
 
 def dmt(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
     if p.task == "distil":
-        return recipe.distil(p, out)[1], None
+        return run(recipe.distillation(p, out)[1])[1], None
     found = recipe.downstream(p)
     model, history = run(found.training)
     assert np.isfinite([*found.score(model).values()]).all()

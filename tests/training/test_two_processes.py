@@ -209,7 +209,8 @@ def teachers_are_cached_in_another_process() -> None:
         forward = dmt.Teachers.forward
         patch.setattr(dmt.Teachers, "forward", elsewhere)
         usual = {"profile": "paper", "accelerator": "cpu", "dry_run": True, "student": "tiny"}
-        assert len(dmt.distil(parameters("dmt", **usual, devices=2, cached=True), Path())[1]) == 2
+        _, training = dmt.distillation(parameters("dmt", **usual, devices=2, cached=True), Path())
+        assert len(dmt.train(training)[1]) == 2
 
 
 MECHANISMS = (

@@ -15,10 +15,10 @@ from torch.utils.data import TensorDataset
 from torchmetrics.functional.classification import multilabel_auroc
 
 from companion.toy import encoders
-from companion.toy.datasets.pedestrians import ATTRIBUTES, SENTENCES, people
 from companion.toy.encoders.pedestrian_clip import tokenizer
 from companion.toy.encoders.training import fit_steps
 from companion.toy.encoders.vit_and_clip import pixels
+from companion.toy.promptpar import ATTRIBUTES, SENTENCES, people
 from companion.training.fit import Batch
 
 from . import ship

@@ -23,7 +23,7 @@ from companion.models.dmt.teachers import contrastive_loss, mlp
 from companion.models.dmt.vit import ViT
 from companion.models.layers.dino import SelfDistillation, half_cosine
 from companion.models.layers.mae import MAE
-from companion.toy.datasets import collage
+from companion.toy import dmt
 from companion.toy.encoders import teachers
 from companion.toy.encoders.teachers import grey
 from companion.training.callbacks import EMA, Callback, ClipNorm, ema_copy
@@ -114,7 +114,7 @@ def objective(name: str, encoder: ViT, steps: int) -> tuple[nn.Module, Callable,
 def see_grey(encoder: ViT) -> ViT:
     """Restrict the patch projection to luma, in place: its output for any image is that for the grey one."""
     weight = encoder.patch_embed.proj.weight
-    luma = torch.tensor(collage.LUMA, dtype=weight.dtype)[None, :, None, None]
+    luma = torch.tensor(dmt.LUMA, dtype=weight.dtype)[None, :, None, None]
     weight.copy_(weight.sum(1, keepdim=True) * luma)
     return encoder
 
@@ -142,11 +142,10 @@ def train_one(
     return (see_grey(encoder) if name == "MoCo v3" else encoder).eval()
 
 
-def collages(count: int, split: str, seed: int) -> collage.Part:
-    """Collages of a split in memory, without writing them."""
-    drawn = collage.collages(count, split, seed)
-    images = torch.stack([torch.from_numpy(c.image) for c in drawn]).permute(0, 3, 1, 2).float() / 255
-    return collage.Part((images - collage.MEAN) / collage.STD, torch.tensor([c.factors for c in drawn]))
+def collages(count: int, split: str, seed: int) -> dmt.Part:
+    """As `dmt.part`, up to rounding: the shipped weights were trained on these."""
+    images, factors = (torch.from_numpy(array) for array in dmt.collages(count, split, seed))
+    return dmt.Part((images.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5, factors)
 
 
 def train(methods: Mapping[str, Mapping[str, Any]], images: int, seed: int) -> nn.ModuleDict:
@@ -158,7 +157,7 @@ def train(methods: Mapping[str, Mapping[str, Any]], images: int, seed: int) -> n
 def measure(models: nn.ModuleDict) -> dict[str, float]:
     """The mean accuracy over the four factors of linear probes, in percent."""
     train, test = collages(3000, "train", 1), collages(1500, "test", 1)
-    return {name: teachers.measure(model, train, test)["mean"] for name, model in models.items()}
+    return {name: dmt.probes(model, train, test)["mean"] for name, model in models.items()}
 
 
 def tensors(models: nn.ModuleDict) -> dict[str, Tensor]:
@@ -166,4 +165,4 @@ def tensors(models: nn.ModuleDict) -> dict[str, Tensor]:
 
 
 if __name__ == "__main__":
-    ship(teachers.NAME, train, measure, RECIPE, tensors=tensors, world=collage.VERSION)
+    ship(teachers.NAME, train, measure, RECIPE, tensors=tensors, world=1)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from companion.models.tip import model as tip
-from companion.toy.datasets import restoration
+from companion.toy import tip as toy
 from companion.toy.encoders.texture_prior import CHANNELS, NAME, PATCH, PatchPCA, scheduler, text, times, unet
 from companion.training.fit import CPU, fit
 from companion.training.schedules import adamw
@@ -25,7 +25,7 @@ SEED = 1  # of the images and weights; the ablations' images have others
 
 def shown(split: str, seed: int) -> tuple[Tensor, list[str]]:
     """Images (n, 3, 16, 16) in [-1, 1] and their captions."""
-    found = restoration.pictures(split, seed)
+    found = toy.pictures(split, seed)
     images = torch.from_numpy(np.stack([picture.image for picture in found])).permute(0, 3, 1, 2)
     return images.float() / 127.5 - 1, [picture.caption for picture in found]
 
@@ -93,4 +93,4 @@ def measure(model: nn.ModuleDict) -> dict[str, float]:
 
 if __name__ == "__main__":
     recipe = {"steps": 1500, "batch": 64, "learning_rate": 3e-3, "weight_decay": 0.01, "no_caption": 0.1, "seed": SEED}
-    ship(NAME, train, measure, recipe, world=restoration.VERSION)
+    ship(NAME, train, measure, recipe)

@@ -51,8 +51,7 @@ class Captioned(Images):
 
 
 def load(name: str, root: str | Path, split: str) -> Captioned:
-    """One split of a set: "train" and "test" of "restoration/coco" and "restoration/div2k"; the pocket set has "val"
-    too.
+    """One split of a set: "train" and "test" of "restoration/coco" and "restoration/div2k".
 
     Raises:
         BadParameter: unknown name or split.
@@ -160,8 +159,6 @@ def _read(dataset: DataSet, root: Path, split: str) -> tuple[list[str], list[str
         raise dataset.missing(root)
     if dataset.name == "restoration/div2k":
         return [f"{pictures}/{number:04d}.png" for number in DIV2K[split][0]], [""] * len(DIV2K[split][0])
-    if dataset.name == "pocket/restoration":
-        return _own(dataset, root, pictures)
     file = folder / CAPTIONS[split]
     if not file.is_file():
         raise dataset.missing(root, f"{file} is not there")

@@ -36,7 +36,7 @@ def small(videos, monkeypatch) -> list:
     """The pocket tracker in place of OSTrack-256, two steps of four pairs; the list holds the weights asked for."""
     asked = []
     monkeypatch.setattr(recipe, "foundation", lambda weights: asked.append(weights) or pocket.build())
-    for name, value in {"PAIRS": 8, "BATCH": 4, "EPOCHS": 1, "WORKERS": 0}.items():
+    for name, value in {"PAIRS": 8, "BATCH": 4, "EVENT_BATCH": 4, "EPOCHS": 1, "WORKERS": 0}.items():
         monkeypatch.setattr(recipe, name, value)
     return asked
 

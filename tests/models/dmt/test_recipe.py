@@ -18,7 +18,6 @@ from companion.models.dmt import recipe as runs
 from companion.models.dmt.model import loss
 from companion.models.dmt.vit import ViT
 from companion.training import checkpoints, fit
-from companion.training.recipe import run
 from companion.training.schedules import schedule
 from tests.conftest import parameters
 from tests.models.common import refuses
@@ -144,24 +143,23 @@ def folder(tmp_path, monkeypatch):
     return partial(given, dataset="folder", data_root=str(root), dry_run=False)
 
 
-FEW = {"epochs": 1, "batch": 2, "schedule": schedule("constant", 0)}
-
-
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_folder_is_distilled_and_its_student_saved(folder, tmp_path, monkeypatch, cached):
     p = folder(cached=cached)
-    title, training = runs.distillation(p, tmp_path)
-    assert title == "folder, 3 images"
-    model, history = runs.distil(p, tmp_path, **FEW)
-    assert len(history) == 1 and history[0]["loss"] > 0.1 and history[0]["lr"] == pytest.approx(1.5e-4 * 3 / 256)
-    np.testing.assert_allclose([row["loss"] - row["token loss"] - row["map loss"] for row in history], 0, atol=1e-5)
+    few, whole = {"epochs": 1, "batch": 2, "schedule": schedule("constant", 0)}, runs.stage
+    monkeypatch.setattr(runs, "stage", lambda p, images: whole(p, images) | few)
+    result = runs.run(p, tmp_path)
+    title, _, file = result.title.partition("; the student is ")
+    assert title == "folder, 3 images" and list(result.teachers) == ["MAE", "MoCo v3", "iBOT"]
+    ((task, steps, metric, loss),) = result.table.itertuples(index=False)
+    assert (task, steps, metric) == ("distil", 1, "last loss") and loss > 0.1
     images = torch.randn(1, 3, 224, 224)
-    loaded = runs.encoder(given(weights=str(runs.student_file(training, tmp_path)), cached=cached, dry_run=False))
-    assert torch.equal(loaded(images), model.export()(images))
+    loaded = runs.encoder(given(weights=file, cached=cached, dry_run=False))
+    assert torch.equal(loaded(images), result.student(images))
     if cached:
         assert {f.name for f in (tmp_path / "teachers").iterdir()} == {"0.npy", "1.npy", "2.npy", "cache.json"}
         monkeypatch.setattr(runs.Teachers, "forward", None)
-        runs.distil(folder(cached=True, losses="map"), tmp_path, **FEW)
+        runs.run(folder(cached=True, losses="map"), tmp_path)
 
 
 def test_another_distillation_has_another_checkpoint_wherever_it_is_started(folder, tmp_path, monkeypatch):
@@ -235,13 +233,19 @@ class Outputs(nn.Module):
         return logits
 
 
-def test_a_task_is_trained_and_its_weights_are_saved(tmp_path):
+def test_a_task_is_trained_and_its_weights_and_scores_are_saved(tmp_path, monkeypatch):
     work = runs.downstream(given(task="linear probe"))
-    model, history = run(work.training, tmp_path)
+    monkeypatch.setattr(runs, "downstream", lambda p: work)
+    result = runs.run(given(task="linear probe", dry_run=False), tmp_path)
     (file,) = (tmp_path / "trained").iterdir()
-    state = load_file(file)
-    assert len(history) == 2 and torch.equal(state["1.1.weight"], model[1].weight) and "0.vit.cls_token" in state
-    assert set(work.score(model)) == {"top-1"}
+    assert "0.vit.cls_token" in load_file(file) and result.student is None
+    rows = runs.RESULTS.measured(tmp_path / "measured.csv")
+    assert rows.metric.tolist() == ["top-1"] and rows.score.tolist() == result.table.value.tolist()
+
+
+def test_a_dry_run_runs_every_task_and_writes_nothing(tmp_path):
+    result = runs.run(given(), tmp_path)
+    assert result.table.task.unique().tolist() == list(runs.USUAL) and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

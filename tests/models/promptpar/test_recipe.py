@@ -24,10 +24,10 @@ def given(**changes) -> SimpleNamespace:
     return parameters("promptpar", **usual | changes)
 
 
-def setting(**changes) -> recipe.Setting:
+def run(**changes) -> recipe.Tested:
     """The run's folder is that of the data."""
     p = given(**changes)
-    return recipe.setting(p, Path(p.data_root))
+    return recipe.run(p, Path(p.data_root))
 
 
 @pytest.fixture
@@ -67,8 +67,8 @@ def folder(tmp_path) -> str:
 
 @pytest.mark.parametrize("method", recipe.METHODS)
 def test_methods_are_trained_and_scored(method, small, folder):
-    found = setting(data_root=folder, method=method)
-    model, history = found.train(method)
+    found = run(data_root=folder, method=method)
+    model, history = found.model, found.history
     assert len(history) == 2 and all(np.isfinite(row["loss"]) for row in history)
     expected = {"deep prompts": (0, 50), "heads only": (0, 0)}.get(method, (4, 50))
     prompts = model.prompts.shape[1] if len(model.prompts) else 0
@@ -76,9 +76,10 @@ def test_methods_are_trained_and_scored(method, small, folder):
     assert (model.mask is None) == (method not in ("PromptPAR", "regions, no similarity loss"))
     # without a loss on the similarity its tensors only decay
     assert not expected[0] or model.agg_bn.bias.any() == (method != "regions, no similarity loss")
-    scores = found.scores(model)
-    assert list(scores.totals) == ["mA", "Acc", "Prec", "Rec", "F1", "F1 of means"]
-    assert len(scores.per_attribute(found.names)) == 3
+    assert list(found.scores.totals) == ["mA", "Acc", "Prec", "Rec", "F1", "F1 of means"]
+    assert len(found.scores.per_attribute(found.names)) == 3
+    row = recipe.RESULTS.measured(Path(folder) / "measured.csv").iloc[0]
+    assert row.method.startswith(method) and row.mA == pytest.approx(found.scores.totals["mA"])
 
 
 @pytest.mark.parametrize(("count", "accumulate", "steps"), [(17, 1, 1), (20, 2, 2), (19, 2, 1)])
@@ -87,19 +88,17 @@ def test_the_last_images_of_an_epoch_are_trained_on_where_each_part_has_two(coun
     file = Path(folder) / "labels.csv"
     lines = file.read_text().splitlines()
     file.write_text("\n".join([*lines[: 1 + count], *lines[-2:]]))
-    _, history = setting(data_root=folder, accumulate=accumulate).train("PromptPAR")
+    history = run(data_root=folder, accumulate=accumulate).history
     assert len(history) == steps and all(np.isfinite(row["loss"]) for row in history)
 
 
 def test_trained_weights_are_a_checkpoint(small, folder, tmp_path):
-    found = setting(data_root=folder)
-    model, _ = found.train("PromptPAR")
-    again = setting(data_root=folder, checkpoint=str(tmp_path / "trained" / "PromptPAR, folder, seed 0.safetensors"))
-    read, none = again.train("PromptPAR")
-    assert none == [] and torch.equal(read.prompts, model.prompts)
-    assert again.scores(read).totals == found.scores(model).totals
+    found = run(data_root=folder)
+    again = run(data_root=folder, checkpoint=str(tmp_path / "trained" / "PromptPAR, folder, seed 0.safetensors"))
+    assert again.history == [] and torch.equal(again.model.prompts, found.model.prompts)
+    assert again.scores.totals == found.scores.totals
     for changes in ({"quirks": False}, {"select": "maxima"}, {"seed": 1}):
-        setting(data_root=folder, **changes).train("PromptPAR")
+        run(data_root=folder, **changes)
     assert len(list((tmp_path / "checkpoints").glob("*.pt"))) == 4, "other settings are another training"
 
 
@@ -108,17 +107,16 @@ def test_the_authors_weights_are_tested_without_training(small, folder, tmp_path
     state = PromptPAR(clip, SENTENCES, Tokenizer(), fusion, Settings(official_quirks=True)).to_official()
     parts = {p: {n.removeprefix(p): t for n, t in state.items() if n.startswith(p)} for p in ("clip_model.", "model.")}
     torch.save({"ViT_model": parts["clip_model."], "model_state_dict": parts["model."]}, tmp_path / "c.pth")
-    found = setting(data_root=folder, checkpoint=str(tmp_path / "c.pth"))
-    model, history = found.train("PromptPAR")
-    assert history == [] and not model.training and 0 <= found.scores(model).totals["mA"] <= 100
-    assert torch.equal(model.prompts, state["clip_model.visual.transformer.prompt_deep"].squeeze(2))
-    images, truth = found.examples("test", 3)
-    assert images.shape == (3, 3, 64, 64) and torch.equal(truth, found.parts["test"].labels[:3])
+    found = run(data_root=folder, checkpoint=str(tmp_path / "c.pth"))
+    assert found.history == [] and not found.model.training and 0 <= found.scores.totals["mA"] <= 100
+    assert torch.equal(found.model.prompts, state["clip_model.visual.transformer.prompt_deep"].squeeze(2))
+    images, truth = found.examples(3)
+    assert images.shape == (3, 3, 64, 64) and torch.equal(truth, found.test.labels[:3])
 
 
 def test_releases_and_quirks(small, folder):
     for release, quirks in (("2025", False), ("2023", True)):
-        model = setting(data_root=folder, release=release, quirks=quirks).build("PromptPAR")
+        model = run(data_root=folder, release=release, quirks=quirks).model
         embedded = any(name.startswith("visual_embed.") for name in model.trained())
         assert embedded == (release == "2025") and model.settings.official_quirks == quirks
 
@@ -126,18 +124,18 @@ def test_releases_and_quirks(small, folder):
 def test_what_is_missing_or_does_not_fit_is_refused(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     (tmp_path / "c.pth").write_bytes(b"no")
-    refuses((lambda: setting(dataset="par/pa100k"), "PA-100K"), error=MissingData)
+    refuses((lambda: run(dataset="par/pa100k"), "PA-100K"), error=MissingData)
     refuses(
-        (lambda: setting(data_root=folder), "ViT-L-14-quickgelu"),
-        (lambda: setting(data_root=folder, checkpoint="nothing.pth"), r"PETA_Checkpoint\.pth"),
+        (lambda: run(data_root=folder), "ViT-L-14-quickgelu"),
+        (lambda: run(data_root=folder, checkpoint="nothing.pth"), r"PETA_Checkpoint\.pth"),
         error=MissingWeights,
     )
-    refuses((lambda: setting(data_root=folder, checkpoint=str(tmp_path / "c.pth")), r"c\.pth"), error=CorruptFile)
+    refuses((lambda: run(data_root=folder, checkpoint=str(tmp_path / "c.pth")), r"c\.pth"), error=CorruptFile)
     monkeypatch.setattr(recipe.open_clip, "get_tokenizer", lambda name: Tokenizer())
     monkeypatch.setattr(recipe, "_backbones", lambda p, clip, fusion: small_backbones(embed=32))
     refuses(
-        (lambda: setting(data_root=folder, checkpoint="x.pth", method="heads only"), "heads only"),
-        (lambda: setting(data_root=folder).build("PromptPAR"), "'2025'"),
+        (lambda: run(data_root=folder, checkpoint="x.pth", method="heads only"), "heads only"),
+        (lambda: run(data_root=folder), "'2025'"),
     )
 
 
@@ -180,11 +178,13 @@ def test_what_is_not_as_published_has_a_row_of_its_own(changes, label):
 
 def test_maxima_over_epochs_are_those_that_the_authors_print(small, folder, tmp_path, monkeypatch):
     epochs(monkeypatch, 3)
-    found = setting(data_root=folder, select="maxima")
-    model, _ = found.train("PromptPAR")
-    assert len(found.epochs) == 3 and found.epochs[-1] == found.scores(model).totals
-    row = recipe.row(given(select="maxima", dataset="par/peta"), found.scores(model), found.epochs)
-    assert row["mA"] == max(e["mA"] for e in found.epochs) and np.isnan(row["Prec"])
+    seen, make = [], recipe.Epochs
+    monkeypatch.setattr(recipe, "Epochs", lambda score, rows: seen.append(rows) or make(score, rows))
+    found = run(data_root=folder, select="maxima")
+    (totals,) = seen
+    assert len(totals) == 3 and totals[-1] == found.scores.totals
+    row = recipe.row(given(select="maxima", dataset="par/peta"), found.scores, totals)
+    assert row["mA"] == max(e["mA"] for e in totals) and np.isnan(row["Prec"])
     cells = recipe.RESULTS.claimed(recipe.RESULTS.measured(tmp_path / "m.csv", row))
     assert cells["PromptPAR", "PETA mA"] == row["mA"] and ("PromptPAR", "PETA Prec") not in cells
 
@@ -193,8 +193,8 @@ def test_clip_is_in_half_precision_where_the_authors_precision_runs(small, folde
     monkeypatch.setattr(recipe, "device", lambda accelerator: "cuda")
     assert recipe.hardware(given()).precision == "32-true"
     assert not recipe.half(given(precision="32-true"))
-    found = setting(data_root=folder)
-    model, history = found.train("PromptPAR")
+    found = run(data_root=folder)
+    model, history = found.model, found.history
     visual = model.clip.visual
     assert visual.conv1.weight.dtype == visual.proj.dtype == torch.float16
     assert visual.ln_pre.weight.dtype == model.prompts.dtype == torch.float32

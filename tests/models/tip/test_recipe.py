@@ -1,6 +1,6 @@
 """TIP's recipe on small models: the training written out, the prompts of each method, the test, tables of results."""
 
-import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -52,32 +52,32 @@ def weights(pipe: TIPPipeline) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(("method", "fusion"), [("TIP", "modulate"), ("plain ControlNet", "add")])
-def test_a_dry_run_trains_the_adaptor_alone(pocket: None, method: str, fusion: str, tmp_path: Path) -> None:
-    s = recipe.setting(given(method=method), tmp_path)
-    pipe = s.build(method)
-    before, frozen = weights(pipe), {n: t.clone() for n, t in pipe.unet.state_dict().items()}
-    assert pipe.adaptor.config.fusion == fusion
-    assert [row["lr"] for row in s.train(pipe, method)] == [1e-5, 1e-5] and not list(tmp_path.iterdir())
-    assert any(not torch.equal(t, before[n]) for n, t in weights(pipe).items())
-    assert all(torch.equal(t, frozen[n]) for n, t in pipe.unet.state_dict().items())
-    assert s.restore(pipe, [s.test[0]]).shape == (1, 3, 32, 32)
+def test_a_dry_run_trains_the_adaptor_alone_and_writes_nothing(
+    pocket: None, method: str, fusion: str, tmp_path: Path
+) -> None:
+    p = given(method=method)
+    tested, start = recipe.run(p, tmp_path), recipe.pipeline(p, method)
+    before, after = weights(start), weights(tested.pipe)
+    assert tested.pipe.adaptor.config.fusion == fusion and not list(tmp_path.iterdir())
+    assert any(not torch.equal(t, before[n]) for n, t in after.items())
+    frozen = tested.pipe.unet.state_dict()
+    assert all(torch.equal(t, frozen[n]) for n, t in start.unet.state_dict().items())
+    assert tested.restore(tested.samples[:1]).shape == (1, 3, 32, 32)
+    assert set(tested.scores) | set(tested.missing) == set(recipe.SCORES)
 
 
 def test_each_method_reads_its_prompts(data: Degraded) -> None:
     for method, semantic, restoration in (
         ("TIP", True, True),
-        ("no text", False, False),
         ("semantic only", True, False),
         ("restoration only", False, True),
-        ("no skipping", True, True),
     ):
         torch.manual_seed(0)
         found = recipe.samples(data.pictures, 16, method, 0)
         drawn = [found[i % 6] for i in range(30)]
         assert any(s.semantic for s in drawn) == semantic
         assert any(s.restoration != BLIND for s in drawn) == restoration
-        assert all(len(s.ops) >= 6 for s in drawn if s.ops is not None) == (method == "no skipping")
-    assert [recipe.texts_of(m) for m in ("TIP", "no text")] == ["own", "no text"]
+    assert [recipe.texts_of(m) for m in ("TIP", "restoration only")] == ["own", "restoration only"]
     assert recipe.texts_of("semantic only", "prompts swapped") == "prompts swapped"
 
 
@@ -156,33 +156,25 @@ def released(tmp_path: Path) -> Path:
 
 def test_own_images_on_a_released_model_are_trained_saved_and_tested(released: Path, tmp_path: Path) -> None:
     p = given(dry_run=False, dataset="folder", data_root=str(released), degradation="real-esrgan")
-
-    def trained() -> tuple[recipe.Setting, TIPPipeline, list]:
-        s = recipe.setting(p, tmp_path)
-        pipe = s.build("TIP")
-        return s, pipe, s.train(pipe, "TIP", epochs=2, batch=2)
-
-    s, pipe, history = trained()
-    _, train, _ = recipe.datasets(p)
-    assert [[Path(f).name for f in part.sources] for part in (train, s.test.pictures)] == [
-        ["1.png", "2.png"],
-        ["0.png"],
-    ]
-    (folder,), before = (tmp_path / "trained").iterdir(), weights(pipe)
+    parts = [[Path(f).name for f in part.sources] for part in recipe.datasets(p)[1:]]
+    assert parts == [["1.png", "2.png"], ["0.png"]]
+    first = recipe.run(p, tmp_path)
+    pipe, before = first.pipe, weights(first.pipe)
+    (folder,) = (tmp_path / "trained").iterdir()
     (file,) = (tmp_path / "checkpoints").glob("*.pt")
     assert all(n.startswith("model.adaptor.") for n in torch.load(file, weights_only=True)["model"]), "nothing frozen"
-    _, second, again = trained()  # only read
-    assert len(history) == 2 and again == history
-    assert all(torch.equal(t, before[n]) for n, t in weights(second).items())
+    again = recipe.run(p, tmp_path)  # only read
+    assert len(first.samples) == 1 and again.scores == first.scores
+    assert all(torch.equal(t, before[n]) for n, t in weights(again.pipe).items())
+    rows = recipe.RESULTS.measured(tmp_path / "measured.csv")
+    assert rows.PSNR.tolist() == pytest.approx([first.scores["PSNR"]], abs=0.01)
     save_adaptor(pipe.adaptor, folder)
-    tested = recipe.setting(SimpleNamespace(**vars(p) | {"checkpoint": str(folder)}), tmp_path)
-    assert tested.train is None and len(tested.test) == 3
-    assert all(torch.equal(t, before[n]) for n, t in weights(tested.build("TIP")).items())
-    refuses((lambda: tested.build("plain ControlNet"), "plain ControlNet"))  # it would be tested under another name
+    p.checkpoint = str(folder)
+    tested = recipe.run(p, tmp_path)
+    assert len(tested.samples) == 3 and all(torch.equal(t, before[n]) for n, t in weights(tested.pipe).items())
+    refuses((lambda: recipe.pipeline(p, "plain ControlNet"), "plain ControlNet"))  # it would be tested as another
     refuses((lambda: save_adaptor(pipe.adaptor, released / "images"), "images"))
     assert len(list((released / "images").iterdir())) == 3
-    (released / "captions.jsonl").unlink()  # without captions it is another training
-    assert trained()[2] != history
     refuses((lambda: load_adaptor(folder, small_pipe().unet), "block_out_channels"), error=BadCheckpoint)
     refuses((lambda: load_adaptor(tmp_path / "nowhere", pipe.unet), "nowhere"), error=MissingWeights)
     (folder / "diffusion_pytorch_model.safetensors").write_bytes(b"truncated")
@@ -190,20 +182,19 @@ def test_own_images_on_a_released_model_are_trained_saved_and_tested(released: P
 
 
 def test_what_is_missing_or_would_mean_nothing_is_refused_before_training(released: Path, tmp_path: Path) -> None:
-    def setting(**changes: object) -> Callable[[], object]:
-        return lambda: recipe.setting(given(**{"dry_run": False} | changes), tmp_path)
+    def asked(**changes: object) -> Callable[[], object]:
+        return lambda: recipe.run(given(**{"dry_run": False} | changes), tmp_path)
 
     own = {"dataset": "folder", "data_root": str(released)}
-    refuses((setting(), "COCO 2017"), error=MissingData)
+    refuses((asked(), "COCO 2017"), error=MissingData)
     p = given(dry_run=False, dataset="folder", data_root=str(released / "images"))
     assert recipe.base(p) == recipe.HUB and recipe.base(given(weights="x")) == "x"
-    none = recipe.setting(SimpleNamespace(**vars(p) | {"weights": str(tmp_path / "none")}), tmp_path)
-    refuses((lambda: none.build("TIP"), "none"), error=MissingWeights)
-    refuses((setting(task="test"), "test"), (setting(texts="wrong restoration prompt", **own), "only one"))
+    refuses((asked(weights=str(tmp_path / "none"), **own), "none"), error=MissingWeights)
+    refuses((asked(task="test"), "test"), (asked(texts="wrong restoration prompt", **own), "only one"))
     (released / "captions.jsonl").write_text('{"file": "0.png", "caption": ""}')
     for i in (1, 2):
         (released / "images" / f"{i}.png").unlink()
-    refuses((setting(**own), "1"))
+    refuses((asked(**own), "1"))
 
 
 # --- test and results -------------------------------------------------------------------------------------------------
@@ -220,15 +211,15 @@ def test_the_start_noise_of_a_sample_is_its_own(data: Degraded) -> None:
 
 
 def test_scores_of_a_test_larger_than_the_memory_are_those_of_all_images_at_once(
-    pocket: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    s = recipe.setting(given(), tmp_path)
-    pipe, test = s.build("TIP"), Degraded(recipe.Generated(11, 32, 5), 32, **TASKS["parameterised"])
+    test = Degraded(recipe.Generated(11, 32, 5), 32, **TASKS["parameterised"])
+    restore = functools.partial(recipe.restore, small_pipe(), steps=2)
     every = [test[i] for i in range(11)]
-    restored, clean = s.restore(pipe, every), torch.stack([x.clean for x in every])
+    restored, clean = restore(every), torch.stack([x.clean for x in every])
     monkeypatch.setattr(recipe, "TEST_BATCH", 3)
     monkeypatch.setattr(recipe, "MICRO_BATCH", 2)
-    parts = list(recipe.whole_test(dataclasses.replace(s, test=test), pipe))
+    parts = list(recipe.whole_test(restore, test, "own", torch.device("cpu")))
     assert [len(clean) for _, clean in parts] == [4, 4, 3]
     torch.testing.assert_close(torch.cat([r for r, _ in parts]), restored, atol=1e-4, rtol=1e-4)
     values, reasons = recipe.score(iter(parts))
@@ -251,7 +242,9 @@ def test_results_stand_in_the_tables_they_belong_to(tmp_path: Path) -> None:
         )
     ):
         p = given(**{"size": 512, "steps": 50} | changes)
-        rows = recipe.results(p, tmp_path, {"PSNR": 20.0, "SSIM": 0.5, "LPIPS": value / 100})
+        row = {key: getattr(p, key) for key in recipe.RESULTS.keys}
+        scores = {"PSNR": 20.0, "SSIM": 0.5, "LPIPS": value / 100}
+        rows = recipe.RESULTS.measured(tmp_path / "measured.csv", row | scores)
     names = {t: {m: v for (m, s), v in recipe.cells(rows, t).items() if s == "LPIPS"} for t in recipe.RESULTS.cells}
     ours = {"TIP": 0.035, "semantic only": 0.01, "plain ControlNet": 0.02}
     assert names["comparison-parameterised"] == pytest.approx(ours)

@@ -9,7 +9,8 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from types import SimpleNamespace
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pandas as pd
@@ -27,8 +28,9 @@ from ...evaluation.tables import Results, published_table, with_measured
 from ...ops import papers
 from ...ops.progress import progress
 from ...training import checkpoints
-from ...training.fit import Hardware, History, Loss, RunParameters, apart, device, evaluating, predict
-from ...training.recipe import Training, run
+from ...training.fit import Hardware, Loss, RunParameters, apart, device, evaluating, predict
+from ...training.recipe import Training
+from ...training.recipe import run as train
 from ...training.schedules import adamw, learning_rates, schedule, sgd
 from . import cache as dmt_cache
 from . import downstream as down
@@ -70,6 +72,56 @@ class Parameters(RunParameters, Protocol):
     losses: str
     mask_ratio: float
     cached: bool
+
+
+class Result(NamedTuple):
+    """What a run of the `paper` profile trained.
+
+    Attributes:
+        title: of the data, and the file of a distilled student, for the parameter `weights`.
+        table: columns task, steps, metric, value; of a distillation its last loss.
+        student, teachers: of a distillation, the teachers by name.
+    """
+
+    title: str
+    table: pd.DataFrame
+    student: ViT | None
+    teachers: dict[str, ViT]
+
+
+def run(p: Parameters, out: Path) -> Result:
+    """Train `p.task`, and test a downstream one: its scores become rows of `out`/measured.csv.
+
+    A stopped training resumes from `out`/checkpoints, the final weights are in `out`/trained. A dry run takes two steps
+    of every task, and writes nothing.
+
+    Raises `BadParameter`, `MissingData`, `MissingWeights`, `BadCheckpoint`: with the change or download needed.
+    """
+    folder, titles, rows = None if p.dry_run else out, [], []
+    student, taught_by = None, {}
+    for task in USUAL if p.dry_run else [p.task]:
+        chosen: Any = SimpleNamespace(**vars(p) | {"task": task})
+        if task == "distil":
+            title, training = distillation(chosen, out)
+            model, history = train(training, folder)
+            # a model whose teachers' tokens are cached has none
+            student, taught_by = model.export(), dict((model.teachers or teachers(p)).models.items())
+            title += f"; the student is {student_file(training, out)}" if folder else ""
+            scores = {"last loss": history[-1]["loss"]}
+        else:
+            work = downstream(chosen)
+            model, history = train(work.training, folder)
+            title, scores = work.title, work.score(model)
+            if folder:
+                settings = {name: getattr(chosen, name) for name in ("task", "encoder", "seed", *DISTILLED)}
+                RESULTS.measured(
+                    out / "measured.csv", *(settings | {"metric": m, "score": s} for m, s in scores.items())
+                )
+        titles.append(title)
+        rows += [(task, len(history), metric, value) for metric, value in scores.items()]
+    return Result(
+        "\n".join(titles), pd.DataFrame(rows, columns=["task", "steps", "metric", "value"]), student, taught_by
+    )
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
@@ -195,15 +247,6 @@ def stage(p: Parameters, images: int) -> dict[str, Any]:
         "hardware": _hardware(p, batch),
         "name": "DMT",
     }
-
-
-def distil(p: Parameters, out: Path, **changes: Any) -> tuple[DMT, History]:
-    """The trained model and its history; the student is written to `out`/trained, but not by a dry run.
-
-    `changes` are arguments of `fit`.
-    """
-    _, training = distillation(p, out)
-    return run(training, None if p.dry_run else out, **changes)
 
 
 def student_file(training: Training, out: Path) -> Path:

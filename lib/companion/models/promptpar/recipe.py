@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import open_clip
@@ -25,7 +24,8 @@ from ...evaluation.tables import Results, published_table
 from ...ops import papers
 from ...training.callbacks import Callback, ClipNorm, Loop
 from ...training.fit import Batch, Hardware, History, RunParameters, device, predict
-from ...training.recipe import Training, run
+from ...training.recipe import Training
+from ...training.recipe import run as train
 from ...training.schedules import Schedule, sgd
 from .model import PromptPAR, Settings, loss, read_checkpoint
 
@@ -63,46 +63,28 @@ class Parameters(RunParameters, Protocol):
     checkpoint: str
 
 
-@dataclass(frozen=True)
-class Setting:
-    """The data and methods of a run, their training and prediction.
-
-    Attributes:
-        names: the attributes, as in the tables.
-        parts: "train" and "test": items (image (3, H, W), labels (A,)).
-        build: from a method's name to its model before training.
-        train: builds a method and trains it: from its name to the model and the history, empty if nothing is trained.
-        probabilities: from a model and a part to (n, A).
-        epochs: filled in training if `select` is "maxima": the totals of the test images after each epoch.
-    """
+class Tested(NamedTuple):
+    """A model of the `paper` profile, the history of its training, the test images (labels `test`) and its scores."""
 
     title: str
     names: tuple[str, ...]
-    parts: Mapping[str, Dataset]
-    methods: tuple[str, ...]
-    build: Callable[[str], PromptPAR]
-    train: Callable[[str], tuple[PromptPAR, History]]
-    probabilities: Callable[[PromptPAR, Dataset], Tensor]
-    epochs: list[dict[str, float]] = field(default_factory=list)
+    model: PromptPAR
+    history: History
+    test: Dataset
+    scores: Scores
 
-    def scores(self, model: PromptPAR) -> Scores:
-        """A model's scores on the test images."""
-        data = self.parts["test"]
-        return evaluate(_labels(data).numpy(), self.probabilities(model, data).numpy())
-
-    def examples(self, part: str, count: int) -> tuple[Tensor, Tensor]:
-        """The first images of a part, (n, 3, H, W), and their labels, (n, A)."""
-        data = self.parts[part]
-        images, labels = default_collate([data[i] for i in range(min(count, len(data)))])
+    def examples(self, count: int) -> tuple[Tensor, Tensor]:
+        """The first test images, (n, 3, H, W), and their labels, (n, A)."""
+        images, labels = default_collate([self.test[i] for i in range(min(count, len(self.test)))])
         return images, labels
 
 
-def setting(p: Parameters, out: Path) -> Setting:
-    """The setting of the `paper` profile: the published training on trainval, trained weights, or a dry run.
+def run(p: Parameters, out: Path) -> Tested:
+    """Train on trainval as published, or load trained weights, and test; a row of `out`/measured.csv.
 
     A training resumes from its checkpoint in `out`/checkpoints; its weights are saved under the authors' names as
     `out`/trained/<method, dataset, seed>.safetensors, for the parameter `checkpoint`. A dry run trains a full-size
-    model with random weights for two steps on generated images.
+    model with random weights for two steps on generated images, and writes nothing.
 
     Raises `BadParameter`, `MissingData`, `MissingWeights`, `CorruptFile`: with the change or download needed.
     """
@@ -117,48 +99,45 @@ def setting(p: Parameters, out: Path) -> Setting:
         epochs, batch = 1, batch if device(p.accelerator) == "cuda" else 2
         title, ratio = "generated images (dry run: the scores mean nothing)", torch.full((len(names),), 0.3)
         size = clip.visual.image_size[0]
-        train, test = (
+        learn, test = (
             TensorDataset(torch.randn(count, 3, size, size), torch.rand(count, len(names)).lt(0.3).float())
             for count in (2 * batch, 4)
         )
     else:
         own = p.dataset == "folder"
         splits = attributes.own_folder(p.data_root) if own else attributes.splits(p.dataset, p.data_root)
-        train, test = splits["trainval"], splits["test"]
-        names, texts = train.names, read_by_clip(p, train.sentences)
+        learn, test = splits["trainval"], splits["test"]
+        names, texts = learn.names, read_by_clip(p, learn.sentences)
         released = load(p, texts) if p.checkpoint else None
         clip, fusion = (released.clip, None) if released else _backbones(p, weights(p), "pretrained")
-        title, batch = RESULTS.names["dataset"].get(p.dataset, train.name), min(batch, len(train))
-        ratio = train.ratio if p.quirks else _labels(train).eq(1).float().mean(0)
-        for data, varied in ((train, True), (test, False)):
+        title, batch = RESULTS.names["dataset"].get(p.dataset, learn.name), min(batch, len(learn))
+        ratio = learn.ratio if p.quirks else torch.as_tensor(learn.labels).eq(1).float().mean(0)
+        for data, varied in ((learn, True), (test, False)):
             data.transform = attributes.square_transform(clip.visual.image_size[0], train=varied)
-    totals: list[dict[str, float]] = []
+    truth = (test.tensors[1] if p.dry_run else test.labels).numpy()
+    totals: list[dict[str, float]] = []  # filled in training if `select` is "maxima"
 
-    def probabilities(model: PromptPAR, data: Dataset) -> Tensor:
-        return predict(model, data, batch=TEST_BATCH, hardware=hardware(p)).sigmoid()
+    def score(model: nn.Module) -> Scores:
+        return evaluate(truth, probabilities(p, model, test).numpy())
 
-    def score(model: nn.Module) -> dict[str, float]:
-        return evaluate(_labels(test).numpy(), probabilities(model, test).numpy()).totals
-
-    def untrained(method: str) -> PromptPAR:
-        return released or build(p, texts, clip, fusion)
-
-    def trained(method: str) -> tuple[PromptPAR, History]:
-        if released:
-            return released, []
-        scored = [Epochs(score, totals)] if p.select == "maxima" else []
-        whole = training(p, lambda: untrained(method), train, ratio, epochs=epochs, batch=batch, callbacks=scored)
-        return run(whole, None if p.dry_run else out)
-
-    return Setting(title, names, {"train": train, "test": test}, (p.method,), untrained, trained, probabilities, totals)
-
-
-# --- the data ---------------------------------------------------------------------------------------------------------
+    history: History = []
+    if released:
+        model = released
+    else:
+        callbacks = [Epochs(lambda model: score(model).totals, totals)] if p.select == "maxima" else []
+        whole = training(
+            p, lambda: build(p, texts, clip, fusion), learn, ratio, epochs=epochs, batch=batch, callbacks=callbacks
+        )
+        model, history = train(whole, None if p.dry_run else out)
+    scores = score(model)
+    if not p.dry_run:
+        RESULTS.measured(out / "measured.csv", row(p, scores, totals))
+    return Tested(title, names, model, history, test, scores)
 
 
-def _labels(data: Dataset) -> Tensor:
-    """The labels of a part, (n, A)."""
-    return data.tensors[1] if isinstance(data, TensorDataset) else data.labels
+def probabilities(p: Parameters, model: nn.Module, data: Dataset) -> Tensor:
+    """The probability of each attribute, (n, A), of images."""
+    return predict(model, data, batch=TEST_BATCH, hardware=hardware(p)).sigmoid()
 
 
 def read_by_clip(p: Parameters, sentences: tuple[str, ...]) -> tuple[str, ...]:

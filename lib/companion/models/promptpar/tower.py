@@ -113,8 +113,8 @@ def region_mask(
     spans = [(columns * first, columns * last) for first, last in strips(rows, regions, overlap)] if regions else []
     if official_quirks:
         spans = released_strips(grid, overlap)
-    sizes = torch.tensor(group_sizes(prompts, regions))
-    group = torch.arange(regions + 1).repeat_interleave(1 + sizes)  # of each token before the patches
+    sizes = enumerate(group_sizes(prompts, regions))
+    group = torch.tensor([r for r, size in sizes for _ in range(1 + size)])  # of each token before the patches
     strip = torch.zeros(regions + 1, rows * columns, dtype=torch.bool)
     for r, (first, last) in enumerate(spans, 1):
         strip[r, first:last] = True
@@ -219,7 +219,8 @@ class PromptedTower(nn.Module):
     def tower(self, x: Tensor) -> tuple[Tensor, Out]:
         """The prompted layers: (b, 1 + R + N, W), [CLS] tokens first, after CLIP's first norm, to (b, L, W) in the
         layout of the paper; and `out` of the last layer, see `tower_map`."""
-        depth, out = len(self.prompts), Out()
+        depth = len(self.prompts)
+        out: Out = {}
         for i, block in enumerate(self.clip.visual.transformer.resblocks, 1):
             if i < depth:  # the next layer replaces these prompts: they contribute keys and values only
                 x, out = self.layer(block, x, self.prompts[i - 1])

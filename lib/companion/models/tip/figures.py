@@ -1,9 +1,9 @@
-"""Figures of TIP alone: where and when the adaptor acts."""
+"""Figures of TIP alone: images by prompt, and where and when the adaptor acts."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -11,8 +11,63 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 from torch import Tensor
 
+from ...evaluation.tables import published_table
+from ...viz import plots
 from ...viz.style import HEAT, styled
+from .degradations import BLIND, Op, Sample, degrade, prompt
 from .model import Adaptor
+
+
+def before_after(
+    restore: Callable[..., Tensor], samples: Sequence[Sample], kinds: Mapping[str, str], title: str, rows: int = 3
+) -> Figure:
+    """Inputs, images restored with each kind of prompts, and clean images; one of each caption.
+
+    Args:
+        restore: (samples, kind of prompts) to images.
+        kinds: label -> kind, of `degradations.TEXTS`.
+    """
+    restored, captions = [restore(samples, kind) for kind in kinds.values()], [s.semantic for s in samples]
+    shown = {}
+    for i in sorted(map(captions.index, {*captions}))[:rows]:
+        shown[captions[i]] = [samples[i].degraded, *(images[i] for images in restored), samples[i].clean]
+    return plots.image_rows(shown, ["input", *kinds, "clean"], title=title)
+
+
+def grid(
+    restore: Callable[..., Tensor], sample: Sample, semantic: Sequence[str], restoration: Sequence[str], title: str
+) -> Figure:
+    """One image restored by all combinations of two prompts: rows differ in c_s, columns in c_r."""
+    rows = {}
+    for text in semantic:
+        pairs = [sample._replace(semantic=text, restoration=instruction) for instruction in restoration]
+        rows[text or "(empty)"] = [restore([pair])[0] for pair in pairs]
+    rows["input, clean"] = [sample.degraded, sample.clean]
+    return plots.image_rows(rows, restoration, side=1.25, title=title)
+
+
+def published_strengths() -> dict[str, list[float]]:
+    """The numbers of the prompts in the project page's figure, by kind of degradation."""
+    table = published_table("tip", "fig-prompt-walk").set_index("method")
+    return {kind: [*table.loc[f"{verb} with sigma"]] for kind, verb in (("noise", "Denoise"), ("blur", "Deblur"))}
+
+
+def walk(
+    restore: Callable[..., Tensor],
+    sample: Sample,
+    ops: Sequence[Op],
+    strengths: Mapping[str, Sequence[float]],
+    title: str,
+    edge: str = "replicate",
+) -> Figure:
+    """An image degraded by `ops`, and restored by prompts that name one degradation, whose number grows in a row."""
+    worse = sample._replace(degraded=degrade(sample.clean, ops, 0, edge=edge))
+    rows, titles = {}, {}
+    for kind, values in strengths.items():
+        prompts = [BLIND, *(prompt([Op(kind, value)]) for value in values), prompt(ops)]
+        images = [restore([worse._replace(restoration=text)])[0] for text in prompts]
+        rows[kind], titles[kind] = [worse.degraded, *images, worse.clean], ["input", *prompts, "clean"]
+    return plots.image_rows(rows, titles, title=title)
 
 
 @contextlib.contextmanager

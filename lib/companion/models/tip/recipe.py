@@ -10,9 +10,8 @@ import functools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pandas as pd
@@ -28,7 +27,8 @@ from ...ops import papers
 from ...training import checkpoints
 from ...training.callbacks import ClipNorm
 from ...training.fit import CPU, Hardware, History, RunParameters, device, evaluating
-from ...training.recipe import Training, run
+from ...training.recipe import Training
+from ...training.recipe import run as run_training
 from ...training.schedules import adamw, schedule
 from . import model as tip
 from .degradations import BLIND, BLIND_PROMPT, KINDS, NO_CAPTION, SHARE_BLIND, TASKS, Degraded, Recipe, Sample
@@ -36,15 +36,13 @@ from .degradations import texts as texts_by_kind
 from .pipeline import TIPPipeline, build, load_adaptor, save_adaptor
 from .text import tokenize
 
-# differences to TIP in training: the fusion, the prompts that are read, the share of skipped degradations. Prompts that
-# are never read in training are not read in the test either
+# differences to TIP in training: the fusion, the prompts that are read. Prompts that are never read in training are not
+# read in the test either
 METHODS: dict[str, dict] = {
     "TIP": {},
     "plain ControlNet": {"fusion": "add"},
-    "no text": {"no_caption": 1.0, "blind_prompt": 1.0},
     "semantic only": {"blind_prompt": 1.0},
     "restoration only": {"no_caption": 1.0},
-    "no skipping": {"skip": 0.0},
 }
 EPOCHS, BATCH, LEARNING_RATE, WEIGHT_DECAY, MAX_NORM = 10, 32, 1e-5, 1e-2, 1.0
 WARMUP = 500  # steps
@@ -53,7 +51,8 @@ TEST_BATCH = 32  # test images in memory at a time
 WORKERS = min(16, os.cpu_count() or 1)
 WEIGHTS, HUB = "stable-diffusion-v1-5", "stable-diffusion-v1-5/stable-diffusion-v1-5"
 DRY_SIZE, DRY_STEPS = 128, 2
-DRY_TRAINING = {"epochs": 1, "batch": 2, "warmup": 0}
+SHOWN = 8  # images of the figures
+DRY_TRAINING: dict[str, Any] = {"epochs": 1, "batch": 2, "warmup": 0}
 SCORES = ("PSNR", "SSIM", "LPIPS", "FID")
 
 
@@ -72,26 +71,55 @@ class Parameters(RunParameters, Protocol):
     scale: float
 
 
-@dataclass(frozen=True)
-class Setting:
-    """The methods, the training and the test of a run.
+class Tested(NamedTuple):
+    """A method of the `paper` profile after its training and test.
 
     Attributes:
         title: of the data.
-        learning_rates: of each method that is trained.
-        build: from a method to its pipeline, before training.
-        train: trains the adaptor of a pipeline in place: (pipeline, method, arguments of the training) to the history;
-            None where nothing is trained.
-        test: the samples of the test.
-        restore: (pipeline, samples, kind of prompts, arguments of the pipeline) to images (B, 3, S, S) in [0, 1].
+        pipe: the pipeline.
+        samples: the first of the test, for figures.
+        restore: (samples, kind of prompts, arguments of the pipeline) to images (B, 3, S, S) in [0, 1].
+        scores: of the whole test.
+        missing: why a score is not among them.
     """
 
     title: str
-    learning_rates: dict[str, float]
-    build: Callable[[str], TIPPipeline]
-    train: Callable[..., History] | None
-    test: Dataset
+    pipe: TIPPipeline
+    samples: list[Sample]
     restore: Callable[..., Tensor]
+    scores: dict[str, float]
+    missing: dict[str, str]
+
+
+def run(p: Parameters, out: Path) -> Tested:
+    """Train and test a method; the scores become a row of `out`/measured.csv. A dry run writes nothing.
+
+    COCO, DIV2K or a folder of one's own ("folder": `data_root` itself), on a released Stable Diffusion. A dry run
+    trains a full-size model with random weights on generated images of 128 pixels; its UNet is in bfloat16, to fit in
+    a laptop's memory. A training resumes from its checkpoint in `out`/checkpoints; its adaptor is saved below
+    `out`/trained, for the parameter `checkpoint`.
+
+    Raises `BadParameter`, `MissingData`, `MissingWeights`, `CorruptFile`, `BadCheckpoint`: with what to change or get.
+    """
+    if not p.dry_run and p.task == "test" and not p.checkpoint:
+        raise BadParameter("checkpoint", p.checkpoint, "the folder of a trained adaptor for task = 'test'")
+    size, steps = (DRY_SIZE, DRY_STEPS) if p.dry_run else (p.size, p.steps)
+    title, images, test = datasets(p)
+    pipe = pipeline(p, p.method)
+    if images is not None:
+        data = samples(images, size, p.method, p.seed)
+        if isinstance(images, restoration.Captioned):
+            listed = {"images": [*map(str, images.sources)], "captions": [*images.captions]}
+            train(p, pipe, data, out, name=p.method, listed=listed)
+        else:
+            train(p, pipe, data, name=p.method, **DRY_TRAINING)
+    given = Degraded(test, size, seed=p.seed, **TASKS[p.degradation])
+    options: dict[str, Any] = {"steps": steps, "guidance": p.guidance, "scale": p.scale, "seed": p.seed}
+    restored = functools.partial(restore, pipe, hardware=Hardware.of(p, "tip"), **options)
+    values, missing = score(whole_test(restored, given, texts_of(p.method, p.texts), pipe.device))
+    if not p.dry_run:
+        RESULTS.measured(out / "measured.csv", {key: getattr(p, key) for key in RESULTS.keys} | values)
+    return Tested(title, pipe, [given[i] for i in range(min(SHOWN, len(given)))], restored, values, missing)
 
 
 def protocol() -> dict[str, str]:
@@ -113,41 +141,6 @@ def protocol() -> dict[str, str]:
         ranges=ranges,
         blind=BLIND,
         scores=", ".join(SCORES),
-    )
-
-
-def setting(p: Parameters, out: Path) -> Setting:
-    """The setting of the `paper` profile for the notebook's parameters, which are checked.
-
-    COCO, DIV2K or a folder of one's own ("folder": `data_root` itself), on a released Stable Diffusion. A dry run
-    trains a full-size model with random weights on generated images of 128 pixels; its UNet is in bfloat16, to fit in
-    a laptop's memory.
-
-    Args:
-        out: the run's folder, for checkpoints and trained adaptors.
-
-    Raises `BadParameter`, `MissingData`, `MissingWeights`, `CorruptFile`, `BadCheckpoint`: with what to change or get.
-    """
-    if not p.dry_run and p.task == "test" and not p.checkpoint:
-        raise BadParameter("checkpoint", p.checkpoint, "the folder of a trained adaptor for task = 'test'")
-    size, steps = (DRY_SIZE, DRY_STEPS) if p.dry_run else (p.size, p.steps)
-    title, images, test = datasets(p)
-
-    def learn(pipe: TIPPipeline, method: str, **changes: Any) -> History:
-        data = samples(images, size, method, p.seed)
-        if not isinstance(images, restoration.Captioned):
-            return train(p, pipe, data, name=method, **DRY_TRAINING | changes)
-        listed = {"images": [*map(str, images.sources)], "captions": [*images.captions]}
-        return train(p, pipe, data, out, name=method, listed=listed, **changes)
-
-    options: dict[str, Any] = {"steps": steps, "guidance": p.guidance, "scale": p.scale, "seed": p.seed}
-    return Setting(
-        title=title,
-        learning_rates={p.method: LEARNING_RATE},
-        build=functools.partial(pipeline, p),
-        train=None if images is None else learn,
-        test=Degraded(test, size, seed=p.seed, **TASKS[p.degradation]),
-        restore=functools.partial(restore, hardware=Hardware.of(p, "tip"), **options),
     )
 
 
@@ -230,8 +223,8 @@ class Generated(Dataset):
 
 def samples(images: Dataset, size: int, method: str, seed: int) -> Degraded:
     """The training samples of a method: `Degraded`, whose prompts are dropped at random, or always."""
-    options = {name: value for name, value in METHODS[method].items() if name in ("no_caption", "blind_prompt")}
-    return Degraded(images, size, Recipe(skip=METHODS[method].get("skip", 0.5)), seed=seed, **options)
+    options = {name: value for name, value in METHODS[method].items() if name != "fusion"}
+    return Degraded(images, size, seed=seed, **options)
 
 
 class Tensors(Dataset):
@@ -311,7 +304,9 @@ def train(
         facts = where | {"adaptor": pipe.adaptor, "micro-batches": parts, "listed": listed}
         options["checkpoint"] = checkpoints.Checkpoint.of(out / "checkpoints", f"{name}, seed {p.seed}", 500, **facts)
     items = Tensors(data, pipe)
-    _, history = run(Training(name, lambda: Learner(pipe), lambda model, batch: model(*batch), lambda: items, options))
+    _, history = run_training(
+        Training(name, lambda: Learner(pipe), lambda model, batch: model(*batch), lambda: items, options)
+    )
     pipe.to(device(p.accelerator))  # for the test
     if out is not None:  # in diffusers' layout
         save_adaptor(pipe.adaptor, checkpoints.file(out / "trained", f"{name}, {p.dataset}, seed {p.seed}", ""))
@@ -350,20 +345,21 @@ def restore(
 
 def texts_of(method: str, kind: str = "own") -> str:
     """The kind of prompts that a method is tested with: prompts never read in training are not read in the test."""
-    return method if kind == "own" and method in ("no text", "semantic only", "restoration only") else kind
+    return method if kind == "own" and method in ("semantic only", "restoration only") else kind
 
 
-def whole_test(asked: Setting, pipe: TIPPipeline, kind: str = "own") -> Iterator[tuple[Tensor, Tensor]]:
-    """Restored and clean images of the whole test of a full-size setting, about `TEST_BATCH` at a time, on the
-    pipeline's device.
+def whole_test(
+    restored: Callable[..., Tensor], test: Dataset, kind: str, where: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Restored and clean images of a whole test, about `TEST_BATCH` at a time, on the device `where`.
 
     A wrong prompt is that of another sample of the same batch.
     """
-    count = len(asked.test)
+    count = len(test)
     for indices in np.array_split(np.arange(count), max(1, count // TEST_BATCH)):
-        data = [asked.test[int(i)] for i in indices]
-        restored, clean = asked.restore(pipe, data, kind, first=int(indices[0])), torch.stack([s.clean for s in data])
-        yield restored.to(pipe.device), clean.to(pipe.device)
+        data = [test[int(i)] for i in indices]
+        clean = torch.stack([s.clean for s in data])
+        yield restored(data, kind, first=int(indices[0])).to(where), clean.to(where)
 
 
 @torch.no_grad()
@@ -398,12 +394,6 @@ def score(pairs: Iterable[tuple[Tensor, Tensor]], download: bool = False) -> tup
 # --- results ----------------------------------------------------------------------------------------------------------
 
 RESULTS = Results.of("tip")
-
-
-def results(p: Parameters, out: Path, values: Mapping[str, float] | None = None) -> pd.DataFrame:
-    """The real results of all runs into `out`; with `values`, those of this run are added."""
-    new = [{key: getattr(p, key) for key in RESULTS.keys} | dict(values)] if values else []
-    return RESULTS.measured(out / "measured.csv", *new)
 
 
 def cells(rows: pd.DataFrame, table: str) -> Cells:

@@ -1,7 +1,7 @@
 """The frozen modules of TIP at the `pocket` profile: a linear autoencoder and a text-conditioned UNet on its latents.
 
 The autoencoder is a principal component analysis of patches of 4x4 pixels, in closed form. The UNet is trained to
-denoise clean images of `datasets.restoration` with their captions.
+denoise clean images of `toy.tip` with their captions.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from ...models.tip import model as tip
 from ...models.tip.degradations import BLIND, Op, prompt
 from ...models.tip.pipeline import TIPPipeline
 from .. import encoders
-from ..datasets import restoration as pocket
+from ..datasets.scenes import PHOTOGRAPHS
 from .words import WordText
 
 NAME = "pocket_texture_prior"
+KINDS = ("rows", "columns", "checks")  # of textures
+CAPTIONS = (*(f"a picture with {kind}" for kind in KINDS), *(f"a photograph of a {name}" for name in PHOTOGRAPHS))
 PATCH, CHANNELS = 4, 12
 CONDITIONING_CHANNELS = (48,)  # widths of the adaptor's network for the image, after a pixel-unshuffle by 4
 UNET = {
@@ -82,7 +84,7 @@ def text() -> WordText:
     """The frozen text encoder: all words of the toy captions and of the restoration prompts."""
     every = prompt([Op("blur", 1), Op("resize", 2), Op("noise", 0.1), Op("jpeg", 50)])
     with torch.random.fork_rng(devices=[]):  # its vectors have their own seed
-        return WordText.of([*pocket.CAPTIONS, every, BLIND])
+        return WordText.of([*CAPTIONS, every, BLIND])
 
 
 def scheduler() -> DDIMScheduler:

@@ -14,19 +14,8 @@ from torch import Tensor
 
 from ...models.layers import dino
 from ...viz.style import COLOURS, styled
-from .. import bat
-from ..datasets import (
-    chests,
-    classification,
-    collage,
-    detection,
-    domains,
-    landcover,
-    pedestrians,
-    restoration,
-    scenes,
-    slides,
-)
+from .. import bat, dmt, promptpar, tip
+from ..datasets import chests, classification, detection, domains, landcover, scenes, slides
 from ..encoders import slide_dino
 
 SPLIT_COLOURS = dict(zip(scenes.SPLITS, (COLOURS[0], COLOURS[1], COLOURS[4]), strict=True))
@@ -54,7 +43,7 @@ def overview(seed: int) -> Figure:
     visible, infrared = frame[..., :3], frame[..., 3:]
     land = landcover.pictures("Csa", 1, "test", seed)[0][0]
     region, _ = slides.region(rng, slides.arrangement(rng, "place", 4)[0], "test")
-    people, _ = pedestrians.people(6, "test", "street", seed)
+    people, _ = promptpar.people(6, "test", "street", seed)
     shown = {
         "SA²VP\nlocation, digits, …": next(iter(classification.examples("where", "test", seed)))[0],
         "DPLQ\ntwo sensors": domains.picture(rng, "remote", "test", 3, 1),
@@ -62,8 +51,8 @@ def overview(seed: int) -> Figure:
         "BAT\nvisible stream": visible,
         "BAT\ninfrared stream": infrared,
         "PromptPAR\nattributes": people[-1],
-        "TIP\ncaptioned textures": restoration.pictures("test", seed)[0].image,
-        "DMT\ncollages of factors": collage.collages(1, "test", seed)[0].image,
+        "TIP\ncaptioned textures": tip.pictures("test", seed)[0].image,
+        "DMT\ncollages of factors": dmt.collages(1, "test", seed)[0][0],
         "H-ViT\nregion of a slide": region,
         "MetaSegNet\nland cover": land,
         "ECAMP\nchest and report": chests.chests(1, "test", seed)[0].image,
@@ -150,9 +139,9 @@ def sensors(seed: int, labels: Sequence[int] = (0, 3, 5, 6)) -> Figure:
 def cameras(seed: int, count: int = 8, named: int = 4) -> Figure:
     """Pedestrians of both cameras below up to `named` of their attributes."""
     figure, axes = plt.subplots(2, count, figsize=(9.2, 4.9))
-    for row, camera in zip(axes, pedestrians.CAMERAS, strict=True):
-        for ax, image, person in zip(row, *pedestrians.people(count, "test", camera, seed), strict=True):
-            there = [name for name, label in zip(pedestrians.ATTRIBUTES, person.labels, strict=True) if label]
+    for row, camera in zip(axes, promptpar.CAMERAS, strict=True):
+        for ax, image, person in zip(row, *promptpar.people(count, "test", camera, seed), strict=True):
+            there = [name for name, label in zip(promptpar.ATTRIBUTES, person.labels, strict=True) if label]
             _show(ax, image, "\n".join(there[:named]) or "none")
         row[0].set_ylabel(camera)
     return figure

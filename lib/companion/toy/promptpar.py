@@ -1,40 +1,53 @@
-"""Small pedestrians, 64x32 pixels, whose attributes depend on vertical position: the same colours occur on every part.
+"""PromptPAR's ablation at toy scale: drawn pedestrians, the methods, one training and one score.
 
-A person stands before a crop of a real photograph and wears a top, trousers or shorts, and shoes, each red, blue, green
-or grey, with crops of photographs as texture; optionally a hat and a bag in any of the four colours. Two
-persons in three wear red: only its position is informative. So a model with region strips can have an advantage.
+Every image is 64x32. A person stands before a crop of a photograph and wears a top, trousers or shorts, and shoes,
+each red, blue, green or grey, with crops of photographs as texture; optionally a hat and a bag in any of the four
+colours. The same colours occur on every part, and two persons in three wear red: only its vertical position is
+informative. So a model with region strips can have an advantage.
 
 There are two cameras. The toy CLIP is trained on images of the clear one. The street camera is dim, with a colour cast,
-low resolution and strong noise: its images are the data set for prompt learning.
+low resolution and strong noise: its images are the data set for prompt learning. Backgrounds and textures of training,
+validation and test are crops of separate tiles, as in `scenes`.
 
-    <root>/pocket/pedestrians/annotation.mat  data/000001.png
-
-`data.attributes` reads it as PA100K.
-
-Backgrounds and textures of training, validation and test are crops of separate tiles, as in `scenes`.
+All methods build on the same toy CLIP and on the same fusion block, the last of the small ViT, and are trained on the
+same images with the same loss, optimiser, number of epochs and grid.
 """
 
 from __future__ import annotations
 
+import copy
+import csv
+import functools
 import zlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
+from open_clip.model import CLIP
 from PIL import Image
-from scipy.io import savemat
 from skimage.color import hsv2rgb
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+from torchvision.transforms import v2
 
-from ...errors import check_choice
-from . import write_once
-from .scenes import PHOTOGRAPHS, SPLITS, cut, photograph, quantise, tiles
+from ..evaluation.metrics.attributes import evaluate
+from ..models.promptpar import PromptPAR, Settings, loss
+from ..ops.recorded import recorded
+from ..training.callbacks import ClipNorm
+from ..training.fit import CPU, Batch, History, fit, predict
+from ..training.schedules import adamw
+from . import encoders
+from .datasets.scenes import PHOTOGRAPHS, cut, photograph, quantise, tiles
+from .encoders.pedestrian_clip import tokenizer
+from .encoders.vit_and_clip import pixels
+from .study import Study
 
 HEIGHT, WIDTH = 64, 32  # of every image, in pixels
 COLOURS = ("red", "blue", "green", "grey")
 CAMERAS = ("clear", "street")
 COUNTS = {"train": 400, "val": 300, "test": 600}
-VERSION = 1  # to be increased when a change of this file or of scenes.py changes the images
 
 # the attributes by label, with the prompt of each
 SENTENCES = {
@@ -60,6 +73,8 @@ PARTS = {
     "feet": ATTRIBUTES[8:10],
     "bags": ATTRIBUTES[10:],
 }
+# the first and the last row of the 8 rows of patches that show each
+ROWS = {"head": (0, 1), "upper body": (1, 4), "legs": (4, 7), "feet": (6, 7), "bags": (1, 5)}
 
 _HUE = {"red": 0.0, "blue": 0.62, "green": 0.36}
 _SKIN = ((0.93, 0.76, 0.65), (0.78, 0.57, 0.44), (0.48, 0.32, 0.24))
@@ -144,7 +159,7 @@ def dressed(rng: np.random.Generator) -> Pedestrian:
     )
 
 
-# --- drawing ----------------------------------------------------------------------------------------------------------
+# --- drawing ---
 
 
 def _paint(rng: np.random.Generator, colour: str) -> np.ndarray:
@@ -185,12 +200,7 @@ def backdrop(rng: np.random.Generator, split: str) -> np.ndarray:
 
 
 def draw(rng: np.random.Generator, person: Pedestrian, split: str, camera: str = "street") -> np.ndarray:
-    """An image (64, 32, 3) uint8 of a person; background and textures are crops of tiles of `split`.
-
-    Raises `BadParameter` for an unknown split or camera.
-    """
-    check_choice("camera", camera, CAMERAS)
-    check_choice("split", split, SPLITS)
+    """An image (64, 32, 3) uint8 of a person; background and textures are crops of tiles of `split`."""
     pixels = backdrop(rng, split)
     grain = cut(rng, _LARGE[rng.integers(len(_LARGE))], split).pixels.mean(-1)
     cloth = 1 + rng.uniform(0.2, 0.6) * np.tile(grain - grain.mean(), (2, 1))[..., None]
@@ -261,42 +271,163 @@ def _seen(rng: np.random.Generator, pixels: np.ndarray, camera: str) -> np.ndarr
 
 
 def people(count: int, split: str, camera: str, seed: int = 0) -> tuple[np.ndarray, list[Pedestrian]]:
-    """Images (count, 64, 32, 3) uint8 and their persons, deterministic in the arguments. Raises as `draw`."""
+    """Images (count, 64, 32, 3) uint8 and their persons, deterministic in the arguments."""
     rng = np.random.default_rng((seed, zlib.crc32(f"{camera}/{split}".encode())))
     persons = [dressed(rng) for _ in range(count)]
     return np.stack([draw(rng, person, split, camera) for person in persons]), persons
 
 
-# --- on disk ----------------------------------------------------------------------------------------------------------
+# --- data ---
 
 
-def write(root: str | Path, seed: int = 0) -> Path:
-    """Write the street's images into `<root>/pocket/pedestrians`, unless they exist, and return that folder.
+@functools.lru_cache(maxsize=4)
+def images(seed: int, split: str) -> TensorDataset:
+    """The street's images (n, 3, 64, 32) in [-1, 1] and labels (n, 12) of "train", "val", "trainval" or "test"."""
+    if split == "trainval":
+        both = (images(seed, part).tensors for part in ("train", "val"))
+        return TensorDataset(*map(torch.cat, zip(*both, strict=True)))
+    drawn, persons = people(COUNTS[split], split, "street", seed)
+    return TensorDataset(pixels(drawn), torch.tensor([person.labels for person in persons], dtype=torch.float32))
 
-    The same seed gives the same files.
+
+@recorded()
+def transform() -> v2.Transform:
+    """From a PIL image to the input (3, 64, 32) of the toy CLIP, in [-1, 1]."""
+    return v2.Compose(
+        [
+            v2.Resize([HEIGHT, WIDTH]),
+            v2.ToImage(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize([0.5] * 3, [0.5] * 3),
+        ]
+    )
+
+
+def save(folder: Path, seed: int, names: tuple[str, ...], count: int = 200) -> Path:
+    """Write a folder as a user has it: images, one in ten a test image, and `labels.csv` with the attributes `names`.
+
+    Returns `folder`.
     """
-
-    def fill(new: Path) -> None:
-        number = 0
-        (new / "data").mkdir(parents=True)
-        facts = {"attributes": _cells(SENTENCES.values())}
-        for split, count in COUNTS.items():
-            images, persons = people(count, split, "street", seed)
-            names = [f"{number + i:06d}.png" for i in range(1, count + 1)]
-            number += count
-            for file, image in zip(names, images, strict=True):
-                Image.fromarray(image).save(new / "data" / file)
-            facts[f"{split}_images_name"] = _cells(names)
-            facts[f"{split}_label"] = np.array([person.labels for person in persons], np.uint8)
-        savemat(new / "annotation.mat", facts)
-
-    record = {"seed": seed, "version": VERSION, "counts": COUNTS, "attributes": list(ATTRIBUTES)}
-    return write_once(Path(root) / "pocket" / "pedestrians", record, sum(COUNTS.values()) + 2, fill)
+    drawn, persons = people(count, "train", "street", seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "labels.csv").open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(["image", "split", *(SENTENCES[name] for name in names)])
+        for i, (image, person) in enumerate(zip(drawn, persons, strict=True)):
+            Image.fromarray(image).save(folder / f"{i:03d}.png")
+            labels = dict(zip(ATTRIBUTES, person.labels, strict=True))
+            rows.writerow([f"{i:03d}.png", "train" if i % 10 else "test", *(labels[name] for name in names)])
+    return folder
 
 
-def _cells(words: Iterable[str]) -> np.ndarray:
-    """Texts as a column of MATLAB cells, as in PA100K."""
-    words = list(words)
-    column = np.empty((len(words), 1), dtype=object)
-    column[:, 0] = words
-    return column
+# --- methods, training, score ---
+
+EPOCHS, BATCH = 30, 32
+PROMPTS = 10  # two for each of the five groups, ten as published
+
+
+class FullFineTuning(PromptPAR):
+    """The baseline that trains the whole image tower, of a copy of the CLIP."""
+
+    def __init__(self, clip: CLIP, *options: Any):
+        super().__init__(copy.deepcopy(clip), *options)
+        self.clip.visual.requires_grad_(True)
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "heads only": {"prompts": 0, "regions": 0},
+    "deep prompts": {"regions": 0},
+    "PromptPAR, not masked": {"masked": False},
+    "PromptPAR, linear fusion": {"mm_layers": 0},
+    "PromptPAR": {},
+    "full fine-tuning": {"prompts": 0, "regions": 0},
+}
+"""The settings of each method that are not PromptPAR's."""
+
+
+def build(method: str, seed: int) -> PromptPAR:
+    """A method on the toy CLIP; its new parameters are drawn from `seed`."""
+    torch.manual_seed(seed)
+    clip, fusion = encoders.build("pocket_pedestrian_clip"), encoders.build("pocket_vit")
+    kind = FullFineTuning if method == "full fine-tuning" else PromptPAR
+    settings = Settings(**{"prompts": PROMPTS, "text_prompts": 0} | METHODS[method])
+    return kind(clip, list(SENTENCES.values()), tokenizer(), fusion, settings)
+
+
+class Head(nn.Module):
+    """PromptPAR on the cached tokens (n, L, E) of its image tower."""
+
+    def __init__(self, model: PromptPAR):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.model.forward_head(tokens)
+
+
+class Tower(Head):
+    """The image tower of a PromptPAR: from images to tokens (n, L, E)."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model.forward_features(images)
+
+
+def cached(model: PromptPAR, images: Tensor) -> tuple[nn.Module, Tensor]:
+    """A model to train or test and its inputs: `Head` and tokens when nothing in the tower is trained, else images."""
+    if len(model.prompts) or len(model.region_tokens) or model.clip.visual.proj.requires_grad:
+        return model, images
+    return Head(model), predict(Tower(model), TensorDataset(images), hardware=CPU)
+
+
+def train(
+    method: str, task: str, data: TensorDataset, learning_rate: float, seed: int, epochs: float = EPOCHS
+) -> tuple[PromptPAR, History]:
+    """A method trained with the published loss, weight decay and clipping, and its history.
+
+    AdamW takes the place of SGD, with one learning rate for prompts and heads.
+    """
+    model = build(method, seed)
+    inputs, labels = data.tensors
+    share = labels.mean(0)
+
+    def value(model: nn.Module, batch: Batch) -> Tensor:
+        return loss(model(batch[0]), batch[1], share)
+
+    trained, inputs = cached(model, inputs)
+    return model, fit(
+        trained,
+        value,
+        TensorDataset(inputs, labels),
+        epochs=epochs,
+        batch=BATCH,
+        optimizer=adamw(learning_rate, 1e-4),
+        callbacks=[ClipNorm(10)],
+        seed=seed,
+        hardware=CPU,
+        name=method,
+    )
+
+
+def score(model: PromptPAR, task: str, data: TensorDataset) -> dict[str, float]:
+    """The `scores` of a model."""
+    tested, inputs = cached(model, data.tensors[0])
+    return scores(predict(tested, TensorDataset(inputs), hardware=CPU).sigmoid(), data.tensors[1])
+
+
+def scores(probabilities: Tensor, labels: Tensor) -> dict[str, float]:
+    """mA, Acc, Prec, Rec and both F1, and mA of the attributes of each part of the body, in percent; both (n, 12)."""
+    found = evaluate(labels.numpy(), probabilities.numpy())
+    by_name = dict(zip(ATTRIBUTES, found.balanced, strict=True))
+    parts = {part: sum(by_name[name] for name in names) / len(names) for part, names in PARTS.items()}
+    return {name: round(float(value), 2) for name, value in (found.totals | parts).items()}
+
+
+STUDY = Study(
+    tasks={"street": tuple(METHODS)},
+    learning_rates=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3),
+    budget=f"{EPOCHS} epochs, batch {BATCH}",
+    data=lambda task, seed, split: images(seed, split),
+    fit=train,
+    score=score,
+    metric="mA",
+)
