@@ -175,7 +175,7 @@ def ledger_page(papers: dict[str, dict], runs: dict[str, dict]) -> str:
         SYNTHETIC: "Whether one method beats another on small data made for the purpose, with every test seed, five "
         "or ten. The lead is in points of the metric (PSNR: dB), mean ± standard deviation over seeds [95 % t interval "
         "of the mean], and the smallest lead of a seed. The evidence gives the purpose of the data, whether they "
-        "favour the method, how many parameters each trains, and the baseline's score at the neighbouring learning rates.",
+        "favour the method, how many parameters each trains, and the baseline's score at neighbouring learning rates.",
         PAPER: "What the paper reports on its data. They need that data and a GPU, and are judged as soon as a run "
         "has measured them.",
     }
