@@ -376,4 +376,5 @@ STUDY = Study(
     score=score,
     metric="PSNR",
     untrained=("degraded image",),
+    seeds=(200, 201, 202, 203, 204),
 )
