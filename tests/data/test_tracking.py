@@ -249,6 +249,38 @@ def test_pairs_depend_on_the_random_state_alone():
     refused(CompanionError, "'a'", Pairs([outside], 1).draw, 0, 1)
 
 
+class Asked(Painted):
+    """A video that writes down which frames are read."""
+
+    def frame(self, index: int) -> np.ndarray:
+        ASKED.append((self.name, index))
+        return super().frame(index)
+
+
+ASKED: list[tuple[str, int]] = []
+
+
+def test_a_pair_is_a_shown_frame_and_a_later_one_of_a_video_that_is_long_enough():
+    """Fewer than `max_gap` frames apart; frames without the object, or with a small box, are never read."""
+
+    def video(name, frames, boxes=(50.0, 40, 24, 16), absent=()):
+        there = np.isin(np.arange(frames), absent)
+        return Asked(name, (), (), np.tile(np.array(boxes), (frames, 1)), None, there)
+
+    hidden = range(40, 80)
+    videos = [video("long", 120, absent=hidden), video("short", 19), video("rare", 30, absent=range(4, 30))]
+    videos += [video("small", 40, boxes=(50.0, 40, 5, 16)), video("other", 40, boxes=(50.0, 40, 6, 6))]
+    pairs = Pairs(videos, 1, template=(2, 32), search=(4, 64), max_gap=30, min_side=5)
+    assert [chosen.name for chosen in pairs.sequences] == ["long", "other"]
+    ASKED.clear()
+    pairs.draw(0, 300)
+    read = list(zip(ASKED[::2], ASKED[1::2], strict=True))
+    assert {name for name, _ in ASKED} == {"long", "other"} and all(a[0] == b[0] for a, b in read)
+    gaps = np.array([later - earlier for (_, earlier), (_, later) in read])
+    assert 0 < gaps.min() and 20 < gaps.max() < 30
+    assert not {index for name, index in ASKED if name == "long"} & set(hidden)
+
+
 def test_results_come_back(tmp_path):
     boxes = np.random.default_rng(0).uniform(-5, 300, (7, 4))
     tracking.write_results(tmp_path / "new" / "boy`shead.txt", boxes)
