@@ -111,9 +111,9 @@ def main(slug: str, out: Path, changes: dict[str, object]) -> None:
 
     torch.set_num_threads(1)
     sim = simdevice.install()
-    from tests.small import shrink  # after the installation: it imports the library
-
     losses = force(changes.pop("force", "32-true"))
+    from tests.small import shrink  # after both: it imports the recipes, and with them `fit`
+
     if changes.get("dry_run"):
         shrink(slug, pytest.MonkeyPatch())
     import matplotlib.pyplot as plt
