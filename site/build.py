@@ -260,7 +260,8 @@ def api_pages(papers: dict[str, dict]) -> dict[str, str]:
             if (file.stem in ("parity", "cli") and name != "evaluation") or file.stem.endswith("_sets"):
                 continue
             module = ".".join(file.relative_to(package.parent).with_suffix("").parts).removesuffix(".__init__")
-            parts.append(f"## `{module}`\n\n```{{eval-rst}}\n.. automodule:: {module}\n   :members:\n```\n")
+            options = "   :members:\n   :ignore-module-all:"  # an imported name is documented where it is defined
+            parts.append(f"## `{module}`\n\n```{{eval-rst}}\n.. automodule:: {module}\n{options}\n```\n")
         pages[name] = "\n".join(parts)
     listed = "\n".join(f"- [{title}]({name}.md)" for name, title in menu.items())
     text = "From the docstrings of the package, in the order of the source. Names that start with `_` are internal.\n"
