@@ -153,7 +153,10 @@ def outputs(case: Case) -> dict[str, Tensor]:
     with torch.set_grad_enabled(any("backward" in step for step in steps)):
         for step in steps:
             if "call" in step:
-                value = _called(step["call"], look)(*look(step.get("args", [])), **look(step.get("kwargs", {})))
+                given, named = look(step.get("args", [])), look(step.get("kwargs", {}))
+                if step["call"].startswith("evaluation."):  # metrics are computed on the CPU
+                    given = [value.cpu() if isinstance(value, Tensor) else value for value in given]
+                value = _called(step["call"], look)(*given, **named)
             elif "watch" in step:
                 value = []
                 look(step["watch"]).register_forward_hook(lambda _, __, out, seen=value: seen.append(out))
