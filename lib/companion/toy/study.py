@@ -131,6 +131,8 @@ def run(paper: str, folder: str | Path, workers: int | None = None, seeds: Seque
             if more:
                 facts["widened"] = wider(frame(rows, study.metric), grid)
             rates = [*grid, *facts["widened"]]
+            if more:  # rows of a learning rate that only a method of an earlier version asked for
+                rows = [row for row in rows if row["stage"] == "test" or row["learning_rate"] in rates]
             work("select", [(t, m, rate, seed) for seed in study.selection_seeds for rate in rates for t, m in trained])
         best = dict.fromkeys(pairs, 0.0) | selected(frame(rows, study.metric))
         # a larger grid may select another learning rate than the tested one

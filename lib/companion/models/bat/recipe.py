@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
 from ... import backbones
 from ...data import tracking as data
-from ...data.tracking_sets import ATTRIBUTES
 from ...errors import BadParameter, MissingWeights
 from ...evaluation.metrics.tracking import Scores, evaluate
 from ...evaluation.tables import Results
@@ -263,11 +261,6 @@ def rescored(folder: str | Path) -> dict[tuple[str, str], float]:
         for name, scores in rescore(folder).items()
         for metric, value in scores.totals.items()
     }
-
-
-def attributes(scores: Scores, name: str) -> pd.DataFrame:
-    """Scores by challenge, in the benchmark's own order."""
-    return scores.per_attribute(ATTRIBUTES[name])
 
 
 def protocol() -> dict[str, str]:
