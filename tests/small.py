@@ -18,7 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from companion.toy import bat, dmt, encoders, promptpar
 from companion.toy.datasets import detection, domains, slides
-from companion.toy.datasets.tokens import Tokenizer
+from companion.toy.tokens import Tokenizer
 
 
 def few_images(patch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from companion.models import bat, dmt, dplq, ecamp, hvit, metasegnet, promptpar,
 from companion.models.dmt import downstream
 from companion.models.layers import clip_prompting, coop, vpt
 from companion.toy import encoders
-from companion.toy.datasets.tokens import Tokenizer
+from companion.toy.tokens import Tokenizer
 from tests.models.common import refuses
 
 CLASSES = ("disc", "ring", "cross")

@@ -12,10 +12,10 @@ from companion.data import domains as domains_data
 from companion.data import slides as slides_data
 from companion.errors import MissingData
 from companion.ops.files import read_json
-from companion.toy import bat, dmt, promptpar, tip
+from companion.toy import bat, dmt, promptpar, scenes, tip
 from companion.toy.ablations import hvit
-from companion.toy.datasets import chests, classification, detection, domains, landcover, scenes, slides, write_once
-from companion.toy.datasets.tokens import END, FIRST, START, UNKNOWN, Tokenizer
+from companion.toy.datasets import chests, classification, detection, domains, landcover, slides, write_once
+from companion.toy.tokens import END, FIRST, START, UNKNOWN, Tokenizer
 from tests.models.common import refuses
 from tests.small import pinned
 

@@ -8,9 +8,10 @@ import torch
 from skimage.color import rgb2hsv
 
 from companion.data import fewshot
+from companion.toy import scenes
 from companion.toy.ablations import dplq as study
-from companion.toy.datasets import domains, scenes
-from companion.toy.datasets.tokens import UNKNOWN, Tokenizer
+from companion.toy.datasets import domains
+from companion.toy.tokens import UNKNOWN, Tokenizer
 from tests.small import few_images
 
 SEED = 7

@@ -10,8 +10,8 @@ import torch
 from companion.models.promptpar import figures
 from companion.toy import encoders
 from companion.toy import promptpar as toy
-from companion.toy.datasets.tokens import UNKNOWN
 from companion.toy.encoders.pedestrian_clip import tokenizer
+from companion.toy.tokens import UNKNOWN
 from tests.small import pinned
 
 PLAIN = toy.Pedestrian("", "short", "grey", "plain", "trousers", "grey", "grey", "")

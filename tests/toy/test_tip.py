@@ -9,8 +9,8 @@ import torch
 pytest.importorskip("diffusers")
 
 from companion.models.tip.degradations import BLIND, TEXTS, degrade, parse, prompt
+from companion.toy import scenes
 from companion.toy import tip as toy
-from companion.toy.datasets import scenes
 from companion.toy.encoders import texture_prior
 from companion.toy.encoders.words import WordText, split
 from tests.small import pinned

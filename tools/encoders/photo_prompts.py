@@ -13,7 +13,7 @@ from torchvision.transforms import v2
 
 from companion import backbones
 from companion.models.sa2vp import recipe
-from companion.toy.datasets import scenes
+from companion.toy import scenes
 from companion.toy.encoders.photo_prompts import CLASSES, METHODS, NAME, build
 from companion.training.checkpoints import trained_state
 from companion.training.fit import CPU, fit

@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 from companion.models.dmt.model import DMT, loss
 from companion.models.dmt.vit import ViT
 from companion.ops.progress import progress
-from companion.toy.datasets import scenes
+from companion.toy import scenes
 from companion.toy.encoders import photo_student
 from companion.training.fit import CPU, fit
 from companion.training.schedules import adamw

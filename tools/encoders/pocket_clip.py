@@ -17,10 +17,10 @@ from torch.utils.data import TensorDataset
 
 from companion.toy import encoders
 from companion.toy.datasets import classification
-from companion.toy.datasets.scenes import CLASSES, Scene, scenes
-from companion.toy.datasets.tokens import Tokenizer
 from companion.toy.encoders.training import fit_steps
 from companion.toy.encoders.vit_and_clip import pixels
+from companion.toy.scenes import CLASSES, Scene, scenes
+from companion.toy.tokens import Tokenizer
 
 from . import ship
 from .pocket_vit import augment

@@ -14,9 +14,9 @@ from companion.data.tracking import MEAN, STD, box_in_crop, crop
 from companion.evaluation.metrics.tracking import iou
 from companion.models.bat import OSTrack, losses
 from companion.toy import bat as toy
-from companion.toy.datasets.scenes import SPLITS
 from companion.toy.encoders.tracker import NAME, build
 from companion.toy.encoders.training import fit_steps
+from companion.toy.scenes import SPLITS
 from companion.training.fit import Batch
 
 from . import ship

@@ -13,9 +13,9 @@ from torch.utils.data import TensorDataset
 
 from companion.toy import encoders
 from companion.toy.datasets import classification
-from companion.toy.datasets.scenes import CLASSES, scenes
 from companion.toy.encoders.training import fit_steps
 from companion.toy.encoders.vit_and_clip import pixels
+from companion.toy.scenes import CLASSES, scenes
 
 from . import ship
 

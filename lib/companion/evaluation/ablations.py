@@ -9,7 +9,6 @@ import pandas as pd
 
 from ..errors import CorruptFile
 from ..ops.files import read_json
-from ..ops.papers import slugs
 from ..ops.provenance import PACKAGE, code_hash, sources
 
 KEYS = ["stage", "task", "method", "learning_rate", "seed"]
@@ -116,8 +115,7 @@ def bar_tables(
 def stale(paper: str, folder: str | Path) -> bool:
     """Whether the current code neither produced the rows of the study nor reproduced some of them."""
     facts = read_json(Path(folder) / "study.json")
-    module = PACKAGE / "toy" / f"{paper}.py"
-    today = code_hash(sources(module if module.exists() else PACKAGE / "toy" / "ablations" / module.name))
+    today = code_hash(sources(PACKAGE / "toy" / f"{paper}.py"))
     return today not in (facts.get("code"), facts.get("rechecked", {}).get("code"))
 
 
@@ -137,6 +135,5 @@ def notice(slug: str, folder: Path) -> str:
         text += f" Rerun with later code on {again['date']}: {again['rows']} of {again['of']} rows, with equal results."
     if not stale(slug, folder):
         return text
-    on_real = f"run python -m companion.toy.ablation {slug} (see its module)"
-    again = "run the notebook with study = True" if slug in slugs() else on_real
+    again = f"run python -m companion.toy.study {slug} (see its module)"
     return f"{text} It is OLDER than the current code: {again}."

@@ -21,14 +21,12 @@ SPREAD = " points (mean ± standard deviation of the lead [95 % t interval of th
 ROUNDING = 1e-9  # points: 88.3 - 88.0 is a little less than 0.3
 
 
-def check_range(name: str, value: float, low: float = -math.inf, high: float = math.inf) -> bool:
-    """Whether `value` lies in [low, high]; also printed, without the value, which varies between machines."""
-    inside = low <= value <= high
+def check_range(name: str, value: float, low: float = -math.inf, high: float = math.inf) -> None:
+    """Print whether `value` lies in [low, high], without the value, which varies between machines."""
     bounds = (
         f"at least {low:g}" if high == math.inf else f"at most {high:g}" if low == -math.inf else f"{low:g} to {high:g}"
     )
-    print(f"{name}: {'as expected' if inside else 'NOT as expected'} ({bounds})")
-    return inside
+    print(f"{name}: {'as expected' if low <= value <= high else 'NOT as expected'} ({bounds})")
 
 
 def within(differences: Mapping[str, SupportsFloat], tolerance: float = 0.0) -> tuple[bool, str]:

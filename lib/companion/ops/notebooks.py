@@ -2,7 +2,8 @@
 
 A notebook is rewritten only if its run was clean: every cell ran, nothing was written to stderr, no output contains a
 path of this machine, and the file is smaller than `LIMIT`. Its tables, claims and run record then replace those in
-`reports/pocket/<slug>/`, and the README's table of claims is updated. With `--check` nothing is run: the notebooks on
+`reports/pocket/<slug>/`, its figure named `figure` in the paper's YAML becomes `notebooks/figures/<slug>.jpg`, which
+first screens and `notebooks/README.md` show, and the READMEs' tables are updated. With `--check` nothing is run: the notebooks on
 disk must follow these rules.
 """
 
@@ -18,6 +19,7 @@ import time
 from pathlib import Path
 
 import nbformat
+import PIL.Image
 from nbclient.exceptions import DeadKernelError
 from papermill import PapermillExecutionError, execute_notebook
 
@@ -29,6 +31,7 @@ from .files import atomic, read_json, write_between
 from .papers import paper, slugs
 from .record import root
 
+WIDE = 1600  # pixels of a figure of a first screen
 LIMIT = 1_000_000  # bytes; GitHub does not render larger notebooks
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 ABSOLUTE_PATH = re.compile(r"""(?:^|(?<=[\s'"(]))(?:/[\w.~-]+/[\w./~-]+|[A-Za-z]:\\[\w.\\-]+)""", re.MULTILINE)
@@ -124,6 +127,15 @@ def problems(notebook: nbformat.NotebookNode) -> list[str]:
     return found
 
 
+def write_figure(out: Path, slug: str) -> None:
+    """Write the figure of a paper's first screen, at most `WIDE` pixels wide, from the figures of a run."""
+    with PIL.Image.open(out / "figures" / f"{paper(slug)['figure']}.png") as figure:
+        small = figure.convert("RGB")
+    small.thumbnail((WIDE, WIDE), PIL.Image.Resampling.LANCZOS)
+    with atomic(root() / "notebooks" / "figures" / f"{slug}.jpg") as temporary:
+        small.save(temporary, "jpeg", quality=85, optimize=True)
+
+
 def papers_table() -> str:
     """The notebook, the method and one finding of each paper, as a Markdown table."""
     lines = ["| notebook | method | what we found |", "| --- | --- | --- |"]
@@ -172,6 +184,8 @@ def main(words: list[str] | None = None) -> int:
                 print(f"{path}: started", flush=True)
                 refresh(path)
                 if (out := Path(runs, "pocket", path.stem)).exists():
+                    if path.stem in slugs() and "figure" in paper(path.stem):
+                        write_figure(out, path.stem)
                     adopt(out)
                 print(f"{path}: done in {time.monotonic() - start:.0f} s", flush=True)
             except CompanionError as error:

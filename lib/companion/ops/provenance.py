@@ -47,9 +47,7 @@ def sources(path: str | Path, package: Path = PACKAGE) -> list[Path]:
     texts = [file.read_text(encoding="utf-8") for file in {path, *found}]
     weights = (package / "toy" / "encoders" / "weights").glob("*")
     shipped = [(file, file.stem) for file in weights if file.suffix != ".md"]  # a model card changes no result
-    shipped += [
-        (file, file.name) for folder in ("data", "toy/datasets") for file in (package / folder).glob("*.[yct]*")
-    ]
+    shipped += [(file, file.name) for folder in ("data", "toy") for file in (package / folder).glob("*.[yct]*")]
     found.update(file for file, name in shipped if any(name in text for text in texts))
     if path.suffix == ".ipynb":
         facts = (package / "models" / path.stem / name for name in ("paper.yaml", "findings.yaml"))

@@ -43,8 +43,8 @@ from ..models.bat.tracking import Frames
 from ..training.callbacks import ClipNorm
 from ..training.fit import CPU, History, fit
 from ..training.schedules import adamw
-from .datasets.scenes import PHOTOGRAPHS, SPLITS, Cut, photograph, quantise, tiles
 from .encoders import tracker as small_tracker
+from .scenes import PHOTOGRAPHS, SPLITS, Cut, photograph, quantise, tiles
 from .study import Study
 
 CANVAS = 128  # side of every frame, in pixels

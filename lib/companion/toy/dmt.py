@@ -35,9 +35,9 @@ from ..models.dmt.model import DMT, Teachers, loss
 from ..models.dmt.vit import ViT, build
 from ..training.fit import CPU, History, fit, predict
 from ..training.schedules import adamw
-from .datasets import scenes
-from .datasets.scenes import SIZE, SPLITS, quantise
+from . import scenes
 from .encoders import teachers
+from .scenes import SIZE, SPLITS, quantise
 from .study import Study
 
 TEXTURES = ("brick", "coins", "grass", "gravel", "page", "stars", "temple", "tissue")

@@ -39,9 +39,9 @@ from ..training.callbacks import ClipNorm
 from ..training.fit import CPU, Batch, History, fit, predict
 from ..training.schedules import adamw
 from . import encoders
-from .datasets.scenes import PHOTOGRAPHS, cut, photograph, quantise, tiles
 from .encoders.pedestrian_clip import tokenizer
 from .encoders.vit_and_clip import pixels
+from .scenes import PHOTOGRAPHS, cut, photograph, quantise, tiles
 from .study import Study
 
 HEIGHT, WIDTH = 64, 32  # of every image, in pixels

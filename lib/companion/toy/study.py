@@ -1,4 +1,4 @@
-"""Ablation studies on synthetic data, all under one protocol: `python -m companion.toy.study PAPER FOLDER`.
+"""Ablation studies, all under one protocol: `python -m companion.toy.study NAME FOLDER`.
 
 1. Every trained method is trained with every learning rate of the grid on each of three selection seeds, and scored on
    validation data.
@@ -50,7 +50,7 @@ RECHECKED = 3  # rows to rerun after a change of the code
 
 @dataclass(frozen=True)
 class Study:
-    """What one paper's ablation compares, and how a row is made. Each `toy.<paper>` has one, STUDY.
+    """What one ablation compares, and how a row is made: the STUDY of `toy.<paper>`, or of `toy.<paper>_real`.
 
     Attributes:
         tasks: the methods of each task.
@@ -232,13 +232,14 @@ def _write(path: Path, rows: list[dict]) -> None:
 def main(words: list[str] | None = None) -> int:
     """Run a study, or finish a stopped one."""
     parser = argparse.ArgumentParser(prog="companion.toy.study", description=main.__doc__)
-    parser.add_argument("paper")
+    parser.add_argument("paper", metavar="name", help="a paper, or one of the studies on real images")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--workers", type=int)
     parser.add_argument("--seeds", type=int, nargs="*", help="those to test; none to select learning rates only")
     arguments = parser.parse_args(words)
     try:
-        check_choice("paper", arguments.paper, [slug for slug in slugs() if (HERE / f"{slug}.py").exists()])
+        named = [*slugs(), *(path.stem for path in HERE.glob("*_real.py"))]
+        check_choice("name", arguments.paper, [name for name in named if (HERE / f"{name}.py").exists()])
         run(**vars(arguments))
     except CompanionError as error:
         print(f"companion: {error}", file=sys.stderr)

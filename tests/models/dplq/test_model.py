@@ -14,7 +14,7 @@ from companion.models.dplq import DPLQ, MAEFeatures, domain_model
 from companion.models.dplq.model import NoFeatures, sam_state
 from companion.models.layers import mae
 from companion.toy import encoders
-from companion.toy.datasets.tokens import Tokenizer
+from companion.toy.tokens import Tokenizer
 from companion.training.fit import CPU, predict
 from tests.models.common import draw, misfits, refuses
 

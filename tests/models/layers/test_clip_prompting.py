@@ -15,7 +15,7 @@ from companion.models.layers import clip_prompting as prompting
 from companion.models.layers.clip_prompting import ImageFeatures
 from companion.models.layers.coop import CoCoOp, CoOp, MaPLe, ZeroShot
 from companion.toy import encoders
-from companion.toy.datasets.tokens import Tokenizer
+from companion.toy.tokens import Tokenizer
 from companion.training.fit import CPU, predict
 from tests.models.common import assert_recomputed_gradients_are_equal, draw, misfits, refuses
 from tests.parity.runner import ROOT as PARITY

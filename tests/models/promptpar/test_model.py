@@ -10,7 +10,7 @@ from companion.models.layers.clip_prompting import embed_texts
 from companion.models.promptpar import PromptPAR, Settings, loss, read_checkpoint
 from companion.models.promptpar.released import prompted_text
 from companion.models.promptpar.tower import group_sizes, strips
-from companion.toy.datasets.tokens import Tokenizer
+from companion.toy.tokens import Tokenizer
 from tests.models.common import assert_recomputed_gradients_are_equal, draw, misfits, refuses
 
 SENTENCES = ["a red top", "a green disc", "a large cat", "a moon at the left", "a rocket"]

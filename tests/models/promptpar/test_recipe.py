@@ -11,7 +11,7 @@ from PIL import Image
 from companion.errors import CorruptFile, MissingData, MissingWeights
 from companion.models.promptpar import PromptPAR, Settings, recipe
 from companion.models.promptpar.model import Output
-from companion.toy.datasets.tokens import Tokenizer
+from companion.toy.tokens import Tokenizer
 from tests.conftest import parameters
 from tests.models.common import refuses
 from tests.small import shrink, small_backbones

@@ -11,7 +11,7 @@ from companion.backbones import Input
 from companion.errors import BadParameter
 from companion.models.sic_cads import model as sic_cads
 from companion.models.sic_cads.model import MLR, Settings, normalise, pool, rank_loss, refine
-from companion.toy.datasets.tokens import Tokenizer
+from companion.toy.tokens import Tokenizer
 from tests.models.common import draw, misfits, refuses
 from tests.parity.runner import ROOT as PARITY
 from tests.parity.runner import Case

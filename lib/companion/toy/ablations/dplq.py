@@ -32,8 +32,8 @@ from ...training.fit import CPU, History, fit, predict
 from ...training.schedules import MakeOptimizer, adamw
 from .. import encoders
 from ..datasets import domains as pocket
-from ..datasets.tokens import Tokenizer
 from ..encoders import domain_mae
+from ..tokens import Tokenizer
 from . import last_loss, reader, study_root
 
 LEARNING_RATES = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]

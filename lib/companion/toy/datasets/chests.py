@@ -40,8 +40,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
 from ...errors import CorruptFile, MissingData, check_choice
+from ..scenes import SPLITS
 from . import read_image, write_once, write_table
-from .scenes import SPLITS
 
 SIZE = 64  # side of every image, in pixels
 FINDINGS = ("nodule", "effusion", "pneumothorax", "opacity")

@@ -25,8 +25,8 @@ from skimage.color import hsv2rgb
 from sklearn.datasets import load_digits
 
 from ...errors import check_choice
+from ..scenes import PLACES, SIZE, SPLITS, canvas, cut, quantise, scene
 from . import write_once
-from .scenes import PLACES, SIZE, SPLITS, canvas, cut, quantise, scene
 
 TEXTURES = (
     "brick",

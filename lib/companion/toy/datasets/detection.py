@@ -30,8 +30,8 @@ from skimage.color import hsv2rgb
 
 from ...errors import check_choice
 from ...ops.files import write_json
+from ..scenes import SPLITS, cut, photograph, quantise, tiles
 from . import write_once
-from .scenes import SPLITS, cut, photograph, quantise, tiles
 
 SIDE = 64  # of every image, in pixels
 COUNTS = {"train": 900, "val": 200, "test": 300}

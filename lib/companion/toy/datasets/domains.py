@@ -33,8 +33,8 @@ from skimage.color import hsv2rgb, rgb2hsv
 
 from ...errors import check_choice
 from ...ops.files import write_json
+from ..scenes import HUES, PLACES, SHAPES, SIZE, SPLITS, canvas, coverage, cut, quantise
 from . import write_once
-from .scenes import HUES, PLACES, SHAPES, SIZE, SPLITS, canvas, coverage, cut, quantise
 
 EACH = {"train": 16, "val": 20, "test": 40}  # images of each class
 AMPLITUDE, PERIOD = 0.12, 8  # of the sensors' lines: amplitude relative to the range of pixels; period in pixels

@@ -43,8 +43,9 @@ from torch import Tensor
 
 from ...data.landcover import read_places
 from ...errors import CorruptFile, MissingData, check_choice
-from . import read_image, scenes, write_once, write_table
-from .scenes import SPLITS
+from .. import scenes
+from ..scenes import SPLITS
+from . import read_image, write_once, write_table
 
 SIZE = 64  # side of every image, in pixels
 CLASSES = ("bareland", "rangeland", "developed", "road", "tree", "water", "agriculture", "building")
@@ -52,7 +53,7 @@ IGNORE = len(CLASSES)  # the label of unlabelled pixels
 PAINT = ("#800000", "#00ff24", "#949494", "#ffffff", "#226126", "#0045ff", "#4bb549", "#de1f07")  # OpenEarthMap's
 COUNTS = {"train": 30, "val": 10, "test": 40}  # of each zone
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # the author's normalisation (ImageNet's)
-PROMPTS = Path(__file__).with_name("climate_prompts.yaml")
+PROMPTS = Path(__file__).parent.with_name("climate_prompts.yaml")
 VERSION = 1  # to be increased when a change of this file changes the images
 
 MOISTURES = ("dry", "temperate", "wet")

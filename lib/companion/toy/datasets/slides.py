@@ -33,8 +33,8 @@ from PIL import Image
 from ...errors import check_choice
 from ...models.hvit.slides import Tiling, write_pyramid
 from ...ops.files import read_json
+from ..scenes import SPLITS, photograph, quantise, tiles
 from . import write_once, write_table
-from .scenes import SPLITS, photograph, quantise, tiles
 
 TASKS = ("place", "count")
 PATCH, SIDE, REGIONS = 32, 4, 5  # pixels per patch, patches per side of a region, regions per slide

@@ -27,7 +27,7 @@ from ...models.sic_cads.model import PROMPT
 from ...training.schedules import schedule
 from .. import encoders
 from ..datasets.detection import BASE, CLASSES, SIDE, Scene, scenes
-from ..datasets.tokens import END, UNKNOWN, Tokenizer
+from ..tokens import END, UNKNOWN, Tokenizer
 from .training import fit_steps
 from .vit_and_clip import pixels
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..datasets.tokens import Tokenizer
+from ..tokens import Tokenizer
 
 # The order is part of the shipped weights: append only.
 WORDS = (

@@ -17,8 +17,7 @@ from ... import backbones
 from ...models.layers.vpt import VPT
 from ...models.sa2vp import SA2VP
 from ...training.checkpoints import trained_state
-from .. import encoders
-from ..datasets import scenes
+from .. import encoders, scenes
 
 NAME = "photo_prompts"
 HELD_OUT = ("astronaut", "cat", "coffee", "temple", "flower")

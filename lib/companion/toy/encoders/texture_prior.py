@@ -20,7 +20,7 @@ from ...models.tip import model as tip
 from ...models.tip.degradations import BLIND, Op, prompt
 from ...models.tip.pipeline import TIPPipeline
 from .. import encoders
-from ..datasets.scenes import PHOTOGRAPHS
+from ..scenes import PHOTOGRAPHS
 from .words import WordText
 
 NAME = "pocket_texture_prior"

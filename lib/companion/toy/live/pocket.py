@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ...models.layers import dino
 from ...viz.style import COLOURS, styled
-from .. import bat, dmt, promptpar, tip
-from ..datasets import chests, classification, detection, domains, landcover, scenes, slides
+from .. import bat, dmt, promptpar, scenes, tip
+from ..datasets import chests, classification, detection, domains, landcover, slides
 from ..encoders import slide_dino
 
 SPLIT_COLOURS = dict(zip(scenes.SPLITS, (COLOURS[0], COLOURS[1], COLOURS[4]), strict=True))

@@ -17,7 +17,7 @@ from skimage import data
 from skimage.color import hsv2rgb
 from sklearn.datasets import load_sample_image
 
-from ...errors import BadParameter, check_choice
+from ..errors import BadParameter, check_choice
 
 SIZE = 32  # side of every image, in pixels
 SPLITS = ("train", "val", "test")
