@@ -3,8 +3,8 @@
 A notebook is rewritten only if its run was clean: every cell ran, nothing was written to stderr, no output contains a
 path of this machine, and the file is smaller than `LIMIT`. Its tables, claims and run record then replace those in
 `reports/pocket/<slug>/`, its figure named `figure` in the paper's YAML becomes `notebooks/figures/<slug>.jpg`, which
-first screens and `notebooks/README.md` show, and the READMEs' tables are updated. With `--check` nothing is run: the notebooks on
-disk must follow these rules.
+first screens and `notebooks/README.md` show, and the README's tables are updated. With `--check` nothing is run: the
+notebooks on disk must follow these rules.
 """
 
 from __future__ import annotations
