@@ -25,9 +25,7 @@ PYTHON = sys.executable
 PARTS = int(config.get("parts", 1))
 GRID = batch.expand(config, {s: batch.parameters(f"notebooks/{s}.ipynb") for s in SLUGS}) if "runs" in config else {}
 REPORTS = Path("reports", PROFILE)
-STUDIES = sorted(path.stem for path in Path("lib/companion/toy/ablations").glob("[a-z]*.py") if path.stem in SLUGS)
-STUDIED = [slug for slug in STUDIES if slug in (PAPERS or STUDIES)]
-WHOLE = [slug for slug in PAPERS or SLUGS if Path(f"lib/companion/toy/{slug}.py").exists()]
+STUDIES = [slug for slug in PAPERS or SLUGS if Path(f"lib/companion/toy/{slug}.py").exists()]
 for slug in PAPERS:
     if slug not in SLUGS:
         raise BadParameter("papers", slug, SLUGS)
@@ -44,17 +42,6 @@ def asked(name):
 
 def code_of(run):
     return [os.path.relpath(path) for path in sources(f"notebooks/{run.slug}.ipynb")]
-
-
-ABLATIONS = "lib/companion/toy/ablations/__init__.py"
-
-
-def study_of(run):
-    return f"lib/companion/toy/ablations/{run.slug}.py"
-
-
-def code_of_study(run):
-    return [os.path.relpath(path) for path in sources(study_of(run))]
 
 
 def study_rows(run):
@@ -175,18 +162,16 @@ rule run:
 if GRID:
 
     onsuccess:
-        print(batch.report(batch.summarise(GRID, REPORTS), REPORTS))
+        print(batch.summarise(GRID, REPORTS))
 
     onerror:
-        print(batch.report(batch.summarise(GRID, REPORTS), REPORTS))
+        print(batch.summarise(GRID, REPORTS))
 
 
-# A study in jobs: learning rates first, then each seed by itself, side by side or on a cluster's nodes. What a job has
-# done stays in its folder and is no output, so that a killed one goes on where it was.
+# What a killed study has done stays in its folder, which is no output, and the next run goes on from there.
 rule studies:
     input:
-        expand("build/study/{slug}/merged.done", slug=STUDIED),
-        expand("build/study/{slug}.done", slug=WHOLE),
+        expand("build/study/{slug}.done", slug=STUDIES),
 
 
 rule study:
@@ -201,55 +186,6 @@ rule study:
         """
         echo "study of {wildcards.slug}: started"
         {PYTHON:q} -m companion.toy.study {wildcards.slug} reports/pocket/{wildcards.slug} --workers {threads} \
-            > {log} 2>&1 || {{ tail -n 40 {log}; exit 1; }}
-        echo "study of {wildcards.slug}: done"
-        """
-
-
-rule study_rates:
-    input:
-        code=code_of_study,
-    output:
-        touch("build/study/{slug}/rates.done"),
-    log:
-        "build/study/{slug}/rates.log",
-    threads: workflow.resource_settings.cores or 1
-    shell:
-        """
-        echo "study of {wildcards.slug}, learning rates: started"
-        {PYTHON:q} -m companion.toy.ablation {wildcards.slug} build/study/{wildcards.slug}/rates --seeds \
-            --data build/study/{wildcards.slug}/data --workers {threads} > {log} 2>&1 || {{ tail -n 40 {log}; exit 1; }}
-        """
-
-
-rule study_seed:
-    input:
-        "build/study/{slug}/rates.done",
-    output:
-        touch("build/study/{slug}/seed{seed}.done"),
-    log:
-        "build/study/{slug}/seed{seed}.log",
-    shell:
-        """
-        echo "study of {wildcards.slug}, seed {wildcards.seed}: started"
-        folder=build/study/{wildcards.slug}
-        {PYTHON:q} -m companion.toy.ablation {wildcards.slug} $folder/seed{wildcards.seed} --seeds {wildcards.seed} \
-            --start $folder/rates --data $folder/data --workers {threads} > {log} 2>&1 || {{ tail -n 40 {log}; exit 1; }}
-        """
-
-
-rule study_merged:
-    input:
-        lambda run: [f"build/study/{run.slug}/seed{seed}.done" for seed in batch.seeds(study_of(run), ABLATIONS)],
-    output:
-        touch("build/study/{slug}/merged.done"),
-    log:
-        "build/study/{slug}/merged.log",
-    params:
-        parts=lambda run, input: [path.removesuffix(".done") for path in input],
-    shell:
-        """
-        {PYTHON:q} -m companion.toy.ablation {wildcards.slug} reports/pocket/{wildcards.slug} --merge {params.parts} \
             > {log} 2>&1 || {{ tail -n 40 {log}; exit 1; }}
         echo "study of {wildcards.slug}: done"
         """

@@ -1,4 +1,4 @@
-"""Print the exact versions of everything installed for `.[reports,test]` and the papers' extras, as pip constraints.
+"""Print the exact versions of everything installed for `.[all]`, as pip constraints.
 
 torch and torchvision stay ranges, because a CPU and a GPU machine install different builds of them; what they alone
 bring in is left out with them.
@@ -31,13 +31,7 @@ def closure(requirement: Requirement, found: dict[str, str], done: set[str]) -> 
 
 
 found: dict[str, str] = {}
-closure(
-    Requirement(
-        "companion-papers[cluster,detection,diffusion,export,landcover,real,reports,slides,test,tracking,xrays]"
-    ),
-    found,
-    set(),
-)
+closure(Requirement("companion-papers[all]"), found, set())
 del found["companion-papers"]
 print("# Written by `make lock`: pip constraints for everything but torch and torchvision. Used by `make reports`.")
 for name, version in sorted(found.items()):

@@ -216,28 +216,3 @@ def test_a_grid_runs_what_it_lists_and_its_summary_names_the_failure(workspace: 
     workspace.write("grid.yaml", "runs: [{paper: goood}]")
     status, text, started = workspace.snakemake(command)
     assert status != 0 and started == set() and "'good'" in text
-
-
-@pytest.mark.slow
-def test_a_study_selects_learning_rates_once_and_trains_its_seeds_in_jobs_that_resume(workspace: Workspace) -> None:
-    for name in ("one", "two"):
-        workspace.notebook(name)
-    for name in ("__init__", "one", "two"):
-        workspace.write(f"lib/companion/toy/ablations/{name}.py", "SEEDS = [3, 8]\n")
-    stub = (
-        "import sys\nwords = ' '.join(sys.argv[1:])\nopen('said', 'a').write(words + '\\n')\n"
-        "sys.exit('--seeds 8' in words and {})"
-    )
-    workspace.write("lib/companion/toy/ablation.py", stub.format("'the reason'"))
-    words = f"{PARTS} papers=one -- studies"
-    status, text, _ = workspace.snakemake(words)
-    assert status != 0 and "the reason" in text
-    calls = workspace.read("said").splitlines()
-    assert calls[0] == "one build/study/one/rates --seeds --data build/study/one/data --workers 2"
-    part = "--start build/study/one/rates --data build/study/one/data --workers 1"
-    assert sorted(calls[1:]) == [f"one build/study/one/seed{seed} --seeds {seed} {part}" for seed in (3, 8)]
-
-    workspace.write("lib/companion/toy/ablation.py", stub.format(0))
-    assert workspace.snakemake(words)[0] == 0
-    merge = "one reports/pocket/one --merge build/study/one/seed3 build/study/one/seed8"
-    assert workspace.read("said").splitlines()[3:] == [calls[1 + ("--seeds 3" in calls[1])], merge]

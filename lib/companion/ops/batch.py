@@ -9,7 +9,7 @@ snakemake --cores all --configfile grid.yaml        # see README, "In batch"
     - {paper: bat, seed: 0, resources: {gpu: 1, runtime: 600}}
 
 A list is an axis of the grid. Each run has its own folder, `reports/<profile>/<paper>/<run>/`; a failure is recorded in
-`failed.json` and does not stop the others. Only the standard library is imported at the top, so that the Snakefile
+`failed.json` and does not stop the others. pandas and papermill are imported where they are used, so that the Snakefile
 loads fast.
 """
 
@@ -18,8 +18,6 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
-import csv
-import fcntl
 import itertools
 import json
 import os
@@ -29,9 +27,10 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+
+from filelock import FileLock, Timeout
 
 from ..errors import BadParameter, check_choice
 from .files import atomic, read_json, write_json
@@ -41,7 +40,6 @@ RESOURCES = ("gpu", "threads", "mem_mb", "runtime")
 CONFIG = ("profile", "parameters", "runs", "papers", "parts", "slides")  # the fields of Snakemake's configuration
 PROFILES = ("pocket", "paper")
 NAME = re.compile(r"[\w.=,+-]+")
-COLUMNS = ("paper", "run", "state", "seconds", "memory_mb", "device", "reason")
 
 
 def check(config: Mapping) -> None:
@@ -111,15 +109,6 @@ def parameters(notebook: str | Path) -> list[str]:
     return [target.id for target in targets if isinstance(target, ast.Name)]
 
 
-def seeds(*studies: str | Path) -> list[int]:
-    """The test seeds of a study: SEEDS of the first of the files that defines them, read without importing it."""
-    for study in studies:
-        for node in ast.parse(Path(study).read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.Assign) and [getattr(name, "id", "") for name in node.targets] == ["SEEDS"]:
-                return ast.literal_eval(node.value)
-    raise BadParameter("studies", ", ".join(map(str, studies)), "a module with a literal list SEEDS")
-
-
 @contextlib.contextmanager
 def devices(count: int, folder: Path, poll: float = 1.0) -> Iterator[list[str]]:
     """Context manager: reserve `count` of this machine's GPUs, and hide all others from the run.
@@ -130,55 +119,41 @@ def devices(count: int, folder: Path, poll: float = 1.0) -> Iterator[list[str]]:
 
     Raises `BadParameter`: the machine has fewer GPUs.
     """
-    cards = _cards() if count else []
-    own = "SLURM_JOB_ID" in os.environ and len(cards) <= count
-    if own or not count:
+    gpus = _gpus() if count else []
+    if not count or ("SLURM_JOB_ID" in os.environ and len(gpus) <= count):
         yield []
         return
-    if len(cards) < count:
-        raise BadParameter("gpu", count, f"0 to {len(cards)}, the GPUs of this machine")
+    if len(gpus) < count:
+        raise BadParameter("gpu", count, f"0 to {len(gpus)}, the GPUs of this machine")
     folder = folder / platform.node()  # machines that share a checkout have a GPU 0 each
     folder.mkdir(parents=True, exist_ok=True)
-    held: dict[str, Any] = {}
-    try:
-        while len(held) < count:  # only one run reserves at a time, so that two runs of two GPUs cannot deadlock
-            with (folder / "dealing.lock").open("w") as dealing:
-                fcntl.flock(dealing, fcntl.LOCK_EX)
-                for card in cards:
-                    file = (folder / f"{re.sub(r'[^0-9A-Za-z-]', '_', card)}.lock").open("w")
-                    try:
-                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    except BlockingIOError:
-                        file.close()
-                        continue
-                    held[card] = file
-                    if len(held) == count:
+    with contextlib.ExitStack() as held:
+        reserved: list[str] = []
+        while len(reserved) < count:
+            with FileLock(folder / "dealing.lock"):  # one run reserves at a time: two runs of two GPUs cannot deadlock
+                for gpu in gpus:
+                    lock = FileLock(folder / f"{re.sub(r'[^0-9A-Za-z-]', '_', gpu)}.lock", blocking=False)
+                    with contextlib.suppress(Timeout):
+                        held.enter_context(lock)
+                        reserved.append(gpu)
+                    if len(reserved) == count:
                         break
-                if len(held) < count:
-                    _let_go(held)
-            if not held:
+                else:
+                    held.close()
+                    reserved.clear()
+            if not reserved:
                 time.sleep(poll)
-        yield list(held)
-    finally:
-        _let_go(held)
+        yield reserved
 
 
-def _cards() -> list[str]:
+def _gpus() -> list[str]:
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [card for card in visible.split(",") if card]
+        return [gpu for gpu in visible.split(",") if gpu]
     try:
-        listed = subprocess.run(
-            ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True, check=True
-        )
+        words = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()
     except (OSError, subprocess.CalledProcessError):
         return []
-    return listed.stdout.split()
-
-
-def _let_go(held: dict[str, Any]) -> None:
-    for file in held.values():
-        file.close()
-    held.clear()
 
 
 def execute(notebook: Path, out: Path, profile: str, parameters: Mapping, gpu: int, draft: Path) -> dict:
@@ -214,57 +189,37 @@ def execute(notebook: Path, out: Path, profile: str, parameters: Mapping, gpu: i
     return facts
 
 
-def summarise(runs: Mapping[str, Mapping], reports: Path) -> list[dict]:
-    """Write `reports`/summary.csv, one row per run with its seconds, memory and, for a failure, the reason; return it.
+def summarise(runs: Iterable[str], reports: Path) -> str:
+    """Write `reports`/summary.csv, one row per run with its seconds, memory and, for a failure, the reason.
 
     The results of runs on real data (their `measured.csv`) are collected in one file per paper, `<paper>/grid.csv`; the
-    `measured.csv` next to it belongs to runs without a grid.
+    `measured.csv` next to it belongs to runs without a grid. Returns the summary as text for a terminal.
     """
-    rows = []
-    measured: dict[str, list[dict]] = {}
+    import pandas as pd
+
+    rows: list[tuple] = []
+    measured: dict[str, list[pd.DataFrame]] = {}
     for name in runs:
         paper, run = name.split("/")
-        folder = reports / name
-        row = dict.fromkeys(COLUMNS, "") | {"paper": paper, "run": run, "state": "not run"}
+        folder, state = reports / name, "not run"
+        facts: dict = {}
         if (folder / "failed.json").exists():
-            facts = read_json(folder / "failed.json")
-            row |= {
-                "state": "failed",
-                "seconds": facts["seconds"],
-                "memory_mb": facts["memory_mb"],
-                "reason": facts["reason"].splitlines()[0],
-            }
+            state, facts = "failed", read_json(folder / "failed.json")
         elif (folder / f"{paper}.ipynb").exists():
-            row["state"] = "done"
-            if (folder / "run.json").exists():
-                facts = read_json(folder / "run.json")
-                row |= {"seconds": facts["seconds"], "memory_mb": facts["peak_memory_mb"], "device": facts["device"]}
+            state, facts = "done", read_json(folder / "run.json") if (folder / "run.json").exists() else {}
             if (folder / "measured.csv").exists():
-                with (folder / "measured.csv").open(encoding="utf-8", newline="") as file:
-                    measured.setdefault(paper, []).extend(csv.DictReader(file))
-        rows.append(row)
-    _write(reports / "summary.csv", rows)
-    for paper, lines in measured.items():
-        _write(reports / paper / "grid.csv", lines)
-    return rows
-
-
-def _write(path: Path, rows: list[dict]) -> None:
-    with atomic(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def report(rows: list[dict], reports: Path) -> str:
-    """The summary as text for a terminal."""
-    counts = {state: sum(row["state"] == state for row in rows) for state in ("done", "failed", "not run")}
-    lines = [", ".join(f"{number} {state}" for state, number in counts.items() if number) + f"; {reports}/summary.csv"]
-    for row in rows:
-        seconds = f"{row['seconds']:8.0f} s" if row["seconds"] != "" else " " * 10
-        memory = f"{row['memory_mb'] / 1e3:6.1f} GB" if row["memory_mb"] != "" else " " * 9
-        lines.append(f"  {row['state']:8}{seconds}{memory}  {row['paper']}/{row['run']}  {row['reason']}".rstrip())
-    return "\n".join(lines)
+                measured.setdefault(paper, []).append(pd.read_csv(folder / "measured.csv", dtype=str))
+        memory, reason = facts.get("memory_mb", facts.get("peak_memory_mb")), facts.get("reason", "").partition("\n")[0]
+        rows.append((paper, run, state, facts.get("seconds"), memory, facts.get("device"), reason))
+    summary = pd.DataFrame(rows, columns=["paper", "run", "state", "seconds", "memory_mb", "device", "reason"])
+    tables = {paper: pd.concat(parts) for paper, parts in measured.items()}
+    for path, table in (
+        {"summary.csv": summary} | {f"{paper}/grid.csv": table for paper, table in tables.items()}
+    ).items():
+        with atomic(reports / path) as temporary:
+            table.to_csv(temporary, index=False)
+    counts = ", ".join(f"{number} {state}" for state, number in summary.state.value_counts().items())
+    return f"{counts}; {reports}/summary.csv\n{summary.to_string(index=False, na_rep='')}"
 
 
 def main(words: list[str] | None = None) -> int:
