@@ -4,6 +4,8 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
+from docutils import nodes
+
 HERE = Path(__file__).parent
 MATHJAX = Path(
     find_spec("sphinx-mathjax-offline").submodule_search_locations[0], "static", "mathjax", "tex-svg-full.js"
@@ -23,13 +25,25 @@ html_show_copyright = False
 html_use_index = html_domain_indices = False  # thousands of signatures, which no phone shows; search finds names
 smartquotes = False  # no typographic quotes in claims
 
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]  # myst_nb brings sphinx.ext.mathjax
+# myst_nb brings sphinx.ext.mathjax
+extensions = ["myst_nb", "sphinx_design", "sphinx.ext.apidoc", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+apidoc_modules = [
+    {
+        "path": str(HERE.parent / "lib" / "companion"),
+        "destination": "api",
+        "exclude_patterns": [str(HERE.parent / "lib" / "companion" / name) for name in ("toy", "cli.py")],
+        "module_first": True,
+        "max_depth": 1,
+        "automodule_options": ["members", "ignore-module-all"],  # a name is documented where it is defined
+    }
+]
 autodoc_member_order = "bysource"
 autodoc_inherit_docstrings = False  # `forward` would show that of torch.nn.Module
 autodoc_typehints_format = "short"
 python_use_unqualified_type_names = True
 add_module_names = False
 napoleon_use_ivar = True  # the fields of a tuple are listed once
+sd_card_legacy_separators = False
 suppress_warnings = [
     "docutils",  # odd indentation in a docstring does not stop the build
     "ref.python",  # several classes have a field `size`
@@ -63,5 +77,14 @@ def restructured(app, what, name, obj, options, lines) -> None:
     lines[:] = "".join(parts).splitlines()
 
 
+def numbered(app, document) -> None:
+    """Several lines with an equation number: Sphinx's `split` admits none."""
+    for block in document.findall(nodes.math_block):
+        if r"\tag" in block.astext():
+            block[:] = [nodes.Text(r"\begin{equation}" + block.astext() + r"\end{equation}")]
+            block["no-wrap"] = True
+
+
 def setup(app) -> None:
+    app.connect("doctree-read", numbered)
     app.connect("autodoc-process-docstring", restructured, priority=400)  # before napoleon
