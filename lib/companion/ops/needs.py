@@ -52,16 +52,25 @@ def hours(run: dict, peak: float) -> tuple[float, float]:
     return flop / (SHARE * peak * 1e12) / 3600, flop
 
 
+def longest(slug: str, gpu: str = "A100") -> tuple[dict, str, float]:
+    """The longest run of a paper's tables: its facts, its GPU memory at the authors' precision, its hours on a GPU."""
+    precision = paper(slug)["precision"]
+    peak = GPUS[gpu][precision == "32-true"]
+    run = max(paper(slug)["runs"], key=lambda run: hours(run, peak))
+    wanted, how = memory(slug, run, precision)
+    return run, f"{wanted:.3g} GB{'' if 'counted' in how else ' (estimate)'}", hours(run, peak)[0]
+
+
+def summary(slug: str) -> str:
+    """What the longest run of a paper needs, in a few words."""
+    run, memory, time = longest(slug)
+    return f"`{run['data']}`, {run['disk_gb']} GB of disk; a GPU of {memory}, {time:.1f} h on an A100"
+
+
 def table(gpu: str = "A100") -> str:
     """The longest run of each paper with its requirements at the authors' precision, as a Markdown table."""
     lines = [f"| paper | run | data, disk | GPU memory | time on one {gpu} |", "| --- | --- | ---: | ---: | ---: |"]
     for slug in slugs():
-        facts = paper(slug)
-        precision = facts["precision"]
-        peak = GPUS[gpu][precision == "32-true"]
-        run = max(facts["runs"], key=lambda run: hours(run, peak))
-        wanted, how = memory(slug, run, precision)
-        time, _ = hours(run, peak)
-        mark = "" if "counted" in how else " (estimate)"
-        lines.append(f"| `{slug}` | {run['title']} | {run['disk_gb']} GB | {wanted:.3g} GB{mark} | {time:.1f} h |")
+        run, memory, time = longest(slug, gpu)
+        lines.append(f"| `{slug}` | {run['title']} | {run['disk_gb']} GB | {memory} | {time:.1f} h |")
     return "\n".join(lines)

@@ -147,6 +147,19 @@ def papers_table() -> str:
     return "\n".join(lines)
 
 
+def index_table() -> str:
+    """The notebooks of the papers with figure, question, seconds and needs, as the table of `notebooks/README.md`."""
+    lines = ["| | notebook | here | the paper's tables |", "| --- | --- | --- | --- |"]
+    for slug in slugs():
+        facts, seconds = paper(slug), read_json(root() / "reports" / "pocket" / slug / "run.json")["seconds"]
+        figure = f'<img src="figures/{slug}.jpg" alt="a figure of the notebook" width="240">'
+        lines.append(
+            f"| {figure} | **[{facts['name']}]({slug}.ipynb)** {facts['question']} | {round(seconds)} s, no data, no "
+            f"GPU | {needs.summary(slug)} |"
+        )
+    return "\n".join(lines)
+
+
 def claims_table() -> str:
     """How many claims of each kind hold in the committed records, per paper and in total, and the seeds of the
     study."""
@@ -191,10 +204,12 @@ def main(words: list[str] | None = None) -> int:
             except CompanionError as error:
                 failed += 1
                 print(error, file=sys.stderr)
-    readme = root() / "README.md"
-    if not given.check and readme.exists() and any(p.resolve().parent == root() / "notebooks" for p in given.notebooks):
-        for mark, table in (("papers", papers_table()), ("claims", claims_table()), ("runs", needs.table())):
-            write_between(readme, mark, table)
+    if not given.check and any(p.resolve().parent == root() / "notebooks" for p in given.notebooks):
+        front, index = root() / "README.md", root() / "notebooks" / "README.md"
+        tables = {"papers": (front, papers_table), "claims": (front, claims_table), "runs": (front, needs.table)}
+        for mark, (path, table) in (tables | {"notebooks": (index, index_table)}).items():
+            if path.exists():
+                write_between(path, mark, table())
     return int(failed > 0)
 
 
