@@ -25,12 +25,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
-import torch
 
-from . import __version__, data
+from . import __version__, data  # what needs torch, or takes long, is imported where it is used
 from .errors import BadParameter, CompanionError, MissingWeights
-from .ops import cases, needs
-from .ops.adopt import adopt as adopt_run
+from .ops import needs
 from .ops.files import check_folder
 from .ops.papers import COMMON, accepted, paper, rules, slugs
 
@@ -151,6 +149,8 @@ def _weights(facts: dict, root: str | Path) -> list[tuple[dict, str]]:
 def doctor(given: argparse.Namespace) -> int:
     """Print, for each group of tables, the requirements of its run and which are missing; then the notebook's
     parameters."""
+    import torch
+
     facts, root = paper(given.paper), Path(given.data_root)
     weights = {w["name"]: (w, lack) for w, lack in _weights(facts, root)}
     card = torch.cuda.is_available()
@@ -252,6 +252,8 @@ def show_data(given: argparse.Namespace) -> int:
 
 def check_parity(given: argparse.Namespace) -> int:
     """Compare with the recorded cases of the checkout, by its own program."""
+    from .ops import cases
+
     words = [given.paper, "--accelerator", given.accelerator, *(["--recipe"] if given.recipe else [])]
     for name in ("checkpoint", "fixtures", "case"):
         if value := getattr(given, name):
@@ -295,7 +297,9 @@ def landcover(given: argparse.Namespace) -> int:
 
 def adopt(given: argparse.Namespace) -> int:
     """Copy a run's results to `reports/`, see `ops.adopt`."""
-    print(adopt_run(given.folder))
+    from .ops.adopt import adopt as copy
+
+    print(copy(given.folder))
     return 0
 
 
