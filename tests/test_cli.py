@@ -161,6 +161,10 @@ def test_a_run_is_adopted_and_replaces_the_one_before_but_not_a_study(capsys, ma
     assert contents(target).keys() == {"tables/other.csv", "claims.json", "run.json", "measured.csv", "study.csv"}
     rows = pd.read_csv(target / "measured.csv").to_records(index=False).tolist()
     assert rows == [("a", 0, 1.0), ("b", 0, 3.0), ("b", 1, 4.0)]
+    facts = json.loads((away / "run.json").read_text()) | {"code": "0" * 64, "commit": "abc"}
+    (away / "run.json").write_text(json.dumps(facts))
+    code, said, _ = call(capsys, "adopt", away)
+    assert code == 0 and "other code" in said and "abc" in said
     of_grid = away / "sa2vp" / "dataset=vtab-svhn,seed=0"
     shutil.copytree(target, of_grid)
     assert call(capsys, "adopt", of_grid)[0] == 0  # its record fits its files; its folder stays
@@ -172,7 +176,6 @@ def test_a_run_that_is_not_as_recorded_is_not_adopted(capsys, made_elsewhere):
     honest = (away / "run.json").read_text()
     facts = json.loads(honest)
     for change, said in (
-        ({"code": "0" * 64}, "run.json"),
         ({"outputs": {"../../x": "0"}}, "../../x"),
         ({"outputs": [1]}, "run.json"),
         ({"slug": "../x"}, "sa2vp"),

@@ -22,9 +22,9 @@ MEASURED = "measured.csv"  # the results on real data, of all runs of a paper
 def adopt(folder: str | Path) -> str:
     """Copy a run's results to `reports/` and return a message with their location.
 
-    The files must have the hashes of the run's record, and the record the code hash of this checkout. A run of a grid,
-    whose folder is named by its axes, keeps that folder. The files of the previous run are replaced; a study is not
-    deleted.
+    The files must have the hashes of the run's record. Results of other code than this checkout's are taken too; the
+    message and the record name their commit. A run of a grid, whose folder is named by its axes, keeps that folder. The
+    files of the previous run are replaced; a study is not deleted.
 
     Raises:
         BadParameter: the record is of an unknown paper or profile.
@@ -46,10 +46,8 @@ def adopt(folder: str | Path) -> str:
     notebook = root / "notebooks" / f"{slug}.ipynb"
     if not notebook.is_file():
         raise CorruptFile(notebook, "there is no such file: call `companion adopt` in the project's checkout")
-    if code != code_hash([notebook, *sources(notebook)]):
-        raise CorruptFile(
-            source / "run.json", f"made by other code than this checkout's (commit {facts.get('commit')})"
-        )
+    same = code == code_hash([notebook, *sources(notebook)])
+    other = "" if same else f"; made by other code than this checkout's, commit {facts.get('commit') or 'unknown'}"
     for name, hashed in outputs.items():
         path = source / name
         if not path.resolve().is_relative_to(source.resolve()):
@@ -79,7 +77,7 @@ def adopt(folder: str | Path) -> str:
         for item in [*outputs, *executed, "run.json"]:
             (target / item).parent.mkdir(parents=True, exist_ok=True)
             (new / item).replace(target / item)
-    message = f"adopted {len(outputs)} files into {target.relative_to(root)}"
+    message = f"adopted {len(outputs)} files into {target.relative_to(root)}{other}"
     if not executed:
         message += f"\nthere is no executed {slug}.ipynb among them, so the site cannot show the run"
     return message

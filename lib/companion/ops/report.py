@@ -127,6 +127,8 @@ def start(slug: str, namespace: Mapping[str, Any]) -> Run:
     below = run.root / values.get("data_root", "")
     if values.get("data_root") and not Path(values["data_root"]).exists() and below.exists():
         run.parameters.data_root = os.path.relpath(below)
+        if values.get("profile") == "paper":
+            print(f"data_root: {run.parameters.data_root}, that of the checkout")
     return run
 
 
