@@ -1,5 +1,6 @@
 """Readers of images with captions, and errors of broken files."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -97,3 +98,24 @@ def test_fetch_of_div2k(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     test = load("restoration/div2k", tmp_path, "test")
     assert [Path(path).name for path in test.sources] == ["0801.png", "0802.png"]
     assert [path.name for path in tmp_path.iterdir()] == ["div2k"]
+
+
+def test_pairs_of_low_and_high_quality_are_matched_by_their_names(tmp_path: Path) -> None:
+    for i, name in enumerate(("b.png", "a.png")):
+        picture(tmp_path / "high" / name, (20, 30), i)
+        picture(tmp_path / "low" / name, (10, 15), i + 2)
+    (tmp_path / "captions.jsonl").write_text('{"file": "b.png", "caption": "a zebra"}\n')
+    high, caption, low = own_folder(tmp_path)[0]
+    assert (high.shape, caption, low.shape) == ((3, 30, 20), "a zebra", (3, 15, 10))
+    (tmp_path / "captions.jsonl").unlink()
+    pairs = own_folder(tmp_path)
+    assert [Path(file).name for file in pairs.part([1]).low.sources] == ["b.png"] and len(pairs) == 2
+    pytest.importorskip("diffusers")
+    from companion.models.tip.degradations import Degraded
+
+    sample = Degraded(pairs, 16, fresh=False)[0]
+    assert sample.degraded.shape == sample.clean.shape == (3, 16, 16) and sample.ops is None
+    (tmp_path / "low" / "a.png").unlink()
+    refused(MissingData, r"low/a\.png", own_folder, tmp_path)
+    shutil.rmtree(tmp_path / "low")
+    refused(MissingData, "pairs need", own_folder, tmp_path)

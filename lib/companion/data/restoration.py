@@ -2,6 +2,7 @@
 
     images = load("restoration/coco", "data", "train")        or own_folder("mine")
     image, caption = images[0]                                float32 (3, H, W) in [0, 1], str
+    high, caption, low = own_folder("pairs")[0]               your own images of low and high quality
 
 Opening a set reads its lists only; an image is decoded on access. `root` is the data folder; `restoration_sets`
 describes the sets. TIP degrades them, see `models.tip.degradations`.
@@ -42,9 +43,32 @@ class Captioned(Images):
         super().__init__(dataset, root, sources, range(len(sources)), 0)
         self.captions = tuple(captions)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, str]:
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
         image = torch.from_numpy(decoding.upright(*self.pixels(index))).permute(2, 0, 1)
         return to_dtype(image, torch.float32, scale=True), self.captions[index]
+
+    def part(self, rows: Sequence[int]) -> Captioned:
+        """The images of these numbers."""
+        lists = ([values[i] for i in rows] for values in (self.sources, self.captions))
+        return Captioned(self.dataset, self.root, *lists)
+
+
+class Pairs(Captioned):
+    """Pairs of one scene: `pairs[i]` is (high quality (3, H, W), caption, low quality (3, h, w)), both in [0, 1]."""
+
+    def __init__(
+        self, dataset: DataSet, root: Path, sources: Sequence[str], captions: Sequence[str], low: Sequence[str]
+    ):
+        super().__init__(dataset, root, sources, captions)
+        self.low = Captioned(dataset, root, low, captions)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        return *super().__getitem__(index), self.low[index][0]
+
+    def part(self, rows: Sequence[int]) -> Pairs:
+        """The pairs of these numbers."""
+        lists = ([values[i] for i in rows] for values in (self.sources, self.captions, self.low.sources))
+        return Pairs(self.dataset, self.root, *lists)
 
 
 # --- public functions -------------------------------------------------------------------------------------------------
@@ -70,15 +94,25 @@ def load(name: str, root: str | Path, split: str) -> Captioned:
 def own_folder(folder: str | Path) -> Captioned:
     """Your own images: `images/` and `captions.jsonl` next to it, or a folder of images alone, without captions.
 
+    With `high/` and `low/` instead of `images/`, whose files have the same names, they are `Pairs`.
+
     Raises:
-        MissingData: no such folder, no images, or an image with a caption is missing.
+        MissingData: no such folder, no images, an image with a caption is missing, or one of a pair.
         CorruptFile: a malformed line of `captions.jsonl`.
     """
     folder = Path(folder)
-    own = own_set(folder, "restoration", OWN + "\nor images alone, without captions")
-    sources, captions = _own(own, folder, folder)
+    layout = f"{OWN}\nor images alone, without captions; or high/ and low/ with the same file names"
+    own = own_set(folder, "restoration", layout)
+    kinds = [kind for kind in ("high", "low") if (folder / kind).is_dir()]
+    if len(kinds) == 1:
+        raise own.missing(folder, f"{folder} has {kinds[0]}/ alone: pairs need high/ and low/")
+    sources, captions = _own(own, folder, folder, kinds[0] if kinds else "images")
     check_listed(own, folder, sources)
-    return Captioned(own, folder, sources, captions)
+    if not kinds:
+        return Captioned(own, folder, sources, captions)
+    low = [f"{folder}/low/{Path(path).name}" for path in sources]
+    check_listed(own, folder, low)
+    return Pairs(own, folder, sources, captions, low)
 
 
 def read_captions(path: str | Path) -> dict[str, str]:
@@ -168,13 +202,13 @@ def _read(dataset: DataSet, root: Path, split: str) -> tuple[list[str], list[str
     return [f"{pictures}/{name}" for name in found], list(found.values())
 
 
-def _own(dataset: DataSet, root: Path, folder: Path) -> tuple[list[str], list[str]]:
+def _own(dataset: DataSet, root: Path, folder: Path, images: str) -> tuple[list[str], list[str]]:
     """Paths and captions of a folder in the companion's layout, or of a folder of images alone."""
     if not folder.is_dir():
         raise dataset.missing(root, f"no folder {folder}")
     listing = folder / "captions.jsonl"
     if not listing.is_file():
-        place = folder / "images" if (folder / "images").is_dir() else folder
+        place = folder / images if (folder / images).is_dir() else folder
         files = (path for path in place.iterdir() if path.suffix.lower() in decoding.SUFFIXES)
         found = sorted(str(path) for path in files if not path.name.startswith("."))
         if not found:
@@ -196,7 +230,7 @@ def _own(dataset: DataSet, root: Path, folder: Path) -> tuple[list[str], list[st
         except (ValueError, KeyError, TypeError, RecursionError):
             wanted = '{"file": "1.png", "caption": "a zebra"}'
             raise CorruptFile(listing, f"line {number}: expected {wanted}, found {line[:80]!r}") from None
-        sources.append(f"{folder}/images/{_inside(listing, f'line {number}', file)}")
+        sources.append(f"{folder}/{images}/{_inside(listing, f'line {number}', file)}")
         captions.append(" ".join(caption.split()))
     if not sources:
         raise CorruptFile(listing, "no images in it")

@@ -689,16 +689,26 @@ def _flipped(box: np.ndarray, width: float) -> np.ndarray:
 # --- result files ------------------------------------------------------------------------------------------------
 
 
-def write_results(path: str | Path, boxes: np.ndarray) -> None:
-    """Write the boxes of one sequence, (n, 4), in the toolkits' format: one line "x,y,w,h" per frame."""
+BOX_TYPES = {"ltwh": 4, "ltrb": 4, "corner": 8}
+
+
+def write_results(path: str | Path, boxes: np.ndarray, box_type: str = "ltwh") -> None:
+    """Write the boxes of one sequence, (n, 4) x, y, w, h, in a toolkit's format, one line of numbers per frame.
+
+    LasHeR's and VisEvent's toolkits read "ltwh", RGBT234's "corner"; see `read_results`.
+
+    Raises `BadParameter`: boxes that are no finite numbers of this shape, or an unknown box_type.
+    """
+    check_choice("box_type", box_type, BOX_TYPES)
     boxes = np.asarray(boxes, np.float64)
     if boxes.ndim != 2 or boxes.shape[1] != 4 or not np.isfinite(boxes).all():
         raise BadParameter("boxes", f"shape {boxes.shape}", "finite numbers of shape (n, 4)")
+    if box_type != "ltwh":
+        (left, top), (right, bottom) = boxes[:, :2].T, (boxes[:, :2] + boxes[:, 2:]).T
+        corners = (left, top, right, top, right, bottom, left, bottom)
+        boxes = np.stack(corners if box_type == "corner" else (left, top, right, bottom), axis=1)
     with atomic(path) as temporary:
         np.savetxt(temporary, boxes, fmt="%.4f", delimiter=",")
-
-
-BOX_TYPES = {"ltwh": 4, "ltrb": 4, "corner": 8}
 
 
 def read_results(

@@ -153,6 +153,42 @@ def test_folders_and_files_give_the_boxes_of_memory_and_a_result_file(tmp_path, 
     refuses((lambda: video.frame(1), "frame = 1"))  # decoded forwards
 
 
+def test_a_video_with_boxes_and_the_eight_numbers_of_a_toolkit(tmp_path, model, clips, expected):
+    frames, boxes = clips[0]
+    folders = on_disk(tmp_path, frames)
+    track(*folders, boxes[0], model, tmp_path / "a.txt", box_type="corner", video=tmp_path / "out.mp4")
+    rows = np.loadtxt(tmp_path / "a.txt", delimiter=",")
+    assert rows.shape == (len(frames), 8)
+    np.testing.assert_allclose(rows[:, 4:6], expected[:, :2] + expected[:, 2:], atol=1e-3)
+    found = data.read_results(tmp_path, ["a"], box_type="corner")["a"]
+    np.testing.assert_allclose(found, expected, atol=1)
+    shown = cv2.VideoCapture(str(tmp_path / "out.mp4"))
+    height, width = frames[0].shape[:2]
+    assert shown.get(cv2.CAP_PROP_FRAME_COUNT) == len(frames)
+    read, image = shown.read()
+    assert read and image.shape == (height, 2 * width, 3)
+    x, y = (int(n) for n in np.rint(boxes[0][:2]))
+    drawn = np.abs(image[y, x].astype(int) - (0, 200, 255)).max()
+    assert drawn < 90, "the corner of the first box has the colour of its frame"
+
+
+def test_two_cameras_are_a_video(tmp_path, model, clips, expected, monkeypatch):
+    class Camera:
+        def __init__(self, number):
+            self.images = iter([frame[..., 3 * number : 3 * number + 3][..., ::-1] for frame in clips[0][0]])
+
+        def isOpened(self):
+            return True
+
+        def read(self):
+            return True, np.ascontiguousarray(next(self.images))
+
+    monkeypatch.setattr(cv2, "VideoCapture", Camera)
+    boxes = clips[0][1]
+    found = track(0, 1, boxes[0], model, video=tmp_path / "out.mp4", frames=len(boxes))
+    np.testing.assert_array_equal(found.boxes, expected)
+
+
 def test_frames_are_ordered_by_their_numbers(tmp_path):
     """frame10.png comes after frame9.png."""
     frames = [np.full((12, 12, 6), t, np.uint8) for t in range(12)]

@@ -226,6 +226,15 @@ def test_official_names_round_trip(options):
         assert state["model.weight_layer.4.weight"].shape == (1, model.norm.weight.numel())
 
 
+@torch.no_grad()
+def test_the_released_name_of_the_layer_on_the_image_tokens_is_read():
+    model = build(official_quirks=True)
+    state = {n.replace("visual_embed", "vis_embed"): tensor for n, tensor in model.to_official().items()}
+    assert "model.vis_embed.weight" in state
+    again = PromptPAR.from_official(state, SENTENCES, Tokenizer(), clip=small_clip(), heads=(2, 2, 4))
+    assert torch.equal(again(images()).logits, model(images()).logits)
+
+
 def test_checkpoints_that_do_not_fit_are_refused():
     state = build().to_official()
     state |= {"model.extra": torch.zeros(1), "model.norm.bias": torch.zeros(3)}

@@ -8,16 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 pytest.importorskip("diffusers")
 
 import open_clip
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
-from companion.errors import MissingWeights
+from companion.errors import BadParameter, MissingWeights
 from companion.models.tip import TIPPipeline, build, clip_tokenizer, tokenize
 from companion.models.tip import model as tip
-from companion.models.tip.pipeline import BLIND
+from companion.models.tip.pipeline import BLIND, Windows
 from tests.models.common import assert_recomputed_gradients_are_equal, refuses
 from tests.small import small_pipe
 
@@ -159,6 +160,44 @@ def test_images_of_any_size_keep_it(size: tuple[int, int]) -> None:
     found = small_pipe()(torch.rand(1, 3, *size), steps=2).images
     assert found.shape == (1, 3, *size) and found.amin() >= 0 and found.amax() <= 1
     assert small_pipe()(torch.rand(1, 3, *size), steps=1, output="pil").images[0].size == size[::-1]
+
+
+def test_windows_cover_a_map_and_a_local_operation_is_that_of_the_whole_map() -> None:
+    x = torch.randn(2, 3, 13, 30, generator=seeded())
+    for side, overlap in ((6, 3), (13, 4), (5, 0), (0, 0), (99, 8)):
+        windows = Windows((13, 30), side, overlap)
+        torch.testing.assert_close(windows.blend(lambda rows, columns: x[..., rows, columns]), x)
+    windows = Windows((13, 30), 13, 5)
+    local = F.conv2d(x, torch.ones(1, 3, 3, 3), padding=1)
+    found = windows.blend(lambda rows, columns: F.conv2d(x[..., rows, columns], torch.ones(1, 3, 3, 3), padding=1))
+    borders = {side.start for side in windows.axes[1]} | {side.stop - 1 for side in windows.axes[1]}
+    inside = [i for i in range(30) if i not in borders or i in (0, 29)]
+    torch.testing.assert_close(found[..., inside], local[..., inside], atol=1e-5, rtol=1e-5)
+    assert len(borders) > 2 and not torch.allclose(found, local)
+    larger = windows.blend(lambda rows, columns: F.interpolate(x[..., rows, columns], scale_factor=2), 2)
+    torch.testing.assert_close(larger, F.interpolate(x, scale_factor=2))
+
+
+def test_a_tiled_image_has_no_seam_and_one_tile_is_the_whole(image: Tensor) -> None:
+    pipe = shaken(small_pipe())
+    options = {"prompt": ROWS, "restoration": DEBLUR, "steps": 2}
+    whole = pipe(image, **options, generator=seeded(3)).images
+    assert torch.equal(pipe(image, **options, generator=seeded(3), tile=64, overlap=32).images, whole)
+    wide = F.interpolate(image, (32, 96), mode="bicubic").clamp(0, 1)
+    tiled = pipe(wide, **options, generator=seeded(3), tile=32, overlap=16).images
+    steps = (tiled[..., 1:] - tiled[..., :-1]).abs().mean((0, 1, 2))  # between neighbouring columns
+    seams = [column - 1 for column in (16, 32, 48, 64, 80)]  # where a window begins or ends
+    assert steps[seams].mean() < 1.5 * steps.mean()
+    with pytest.raises(BadParameter, match="tile"):
+        pipe(image, tile=30)
+
+
+def test_colours_are_those_of_the_input_when_asked(image: Tensor) -> None:
+    degraded = 0.3 + 0.2 * image
+    restored = small_pipe()(degraded, steps=2, match_colours=True).images
+    torch.testing.assert_close(restored.mean((-2, -1)), degraded.mean((-2, -1)), atol=0.02, rtol=0)
+    plain = small_pipe()(degraded, steps=2).images
+    assert (plain.mean((-2, -1)) - degraded.mean((-2, -1))).abs().max() > 0.05
 
 
 @pytest.mark.parametrize("options", [{}, {"fusion": "add"}])

@@ -2,7 +2,7 @@
 
     track = follow(model, [video], [box])[0]                 one video, or several as one batch
     run(model, sequences, "results/BAT")                     a benchmark: one text file per sequence; resumes
-    track("visible.mp4", "thermal.mp4", box, model)          your own pair of files or folders
+    track("visible.mp4", "thermal.mp4", box, model)          your own pair of files, folders or cameras
 
 The first frame's box is given. In each next frame the tracker searches around the last box, in a crop of four times its
 width; the score map is weighted by a Hann window; the template is never updated (SparkTempest/BAT, lib/test/tracker).
@@ -22,8 +22,8 @@ import torch
 from torch import nn
 
 from ...data.tracking import box_from_crop, clip_box, crop, normalise, read_frame, read_results, write_results
-from ...errors import BadParameter, CorruptFile
-from ...ops.files import read_json, write_json
+from ...errors import BadParameter, CompanionError, CorruptFile
+from ...ops.files import atomic, read_json, write_json
 from ...ops.progress import progress
 from ...training.checkpoints import checkpoint_key
 from ...training.fit import Hardware, evaluating
@@ -123,6 +123,31 @@ class Files:
         return self._last
 
 
+class Cameras:
+    """Two live cameras as a `Video` of `count` frames, which are kept in memory as they come."""
+
+    def __init__(self, visible: int, infrared: int, count: int):
+        self.count, self.frames = count, list[np.ndarray]()
+        self._open = [cv2.VideoCapture(number) for number in (visible, infrared)]
+        for number, capture in zip((visible, infrared), self._open, strict=True):
+            if not capture.isOpened():
+                raise BadParameter("camera", number, "the number of a camera that OpenCV can open, such as 0")
+
+    def __len__(self) -> int:
+        return self.count
+
+    def frame(self, i: int) -> np.ndarray:
+        """Frame `i`, (H, W, 6) uint8, the second camera's at the size of the first one's."""
+        while len(self.frames) <= i:
+            found = [capture.read() for capture in self._open]
+            if not all(read for read, _ in found):
+                raise BadParameter("camera", len(self.frames), "cameras that deliver all frames: this one did not come")
+            rgb, thermal = (cv2.cvtColor(image, cv2.COLOR_BGR2RGB) for _, image in found)
+            thermal = cv2.resize(thermal, rgb.shape[1::-1])
+            self.frames.append(np.concatenate([rgb, thermal], 2))
+        return self.frames[i]
+
+
 def open_video(visible: str | Path, infrared: str | Path) -> Video:
     """Two folders of images, or two video files, as one video.
 
@@ -210,7 +235,13 @@ def follow(
 
 
 def run(
-    model: nn.Module, sequences: Sequence, folder: str | Path, *, together: int = 1, **options: Any
+    model: nn.Module,
+    sequences: Sequence,
+    folder: str | Path,
+    *,
+    together: int = 1,
+    box_type: str = "ltwh",
+    **options: Any,
 ) -> dict[str, np.ndarray]:
     """Track the sequences of a benchmark; write `folder`/<name>.txt in the toolkits' text format.
 
@@ -220,6 +251,7 @@ def run(
     Args:
         sequences: of `companion.data.tracking`; each starts from its first RGB box.
         together: number of sequences in one batch, grouped by similar length.
+        box_type: of the files: "ltwh", four numbers a row, or "corner", eight, as RGBT234's toolkit reads them.
         options: of `follow`.
 
     Returns:
@@ -243,30 +275,70 @@ def run(
         name = f"{part[0].name} ({done} of {len(sequences)})"
         tracks = follow(model, part, [sequence.boxes[0] for sequence in part], name=name, **options)
         for sequence, one in zip(part, tracks, strict=True):
-            write_results(folder / f"{sequence.name}.txt", one.boxes)
-    return read_results(folder, [sequence.name for sequence in sequences])
+            write_results(folder / f"{sequence.name}.txt", one.boxes, box_type)
+    return read_results(folder, [sequence.name for sequence in sequences], box_type=box_type)
 
 
 def track(
-    visible: str | Path,
-    infrared: str | Path,
+    visible: str | Path | int,
+    infrared: str | Path | int,
     box: Sequence[float],
     model: nn.Module,
     out: str | Path | None = None,
+    *,
+    box_type: str = "ltwh",
+    video: str | Path | None = None,
+    frames: int = 300,
     **options: Any,
 ) -> Track:
-    """Track the target `box` (x, y, w, h in the first frame) through your own video; write a result file `out`.
+    """Track the target `box` (x, y, w, h in the first frame) through your own video.
 
     Args:
-        visible, infrared: two folders of images, or two video files, aligned in time and space.
+        visible, infrared: two folders of images, two video files, or the numbers of two cameras, aligned in time and
+            space.
+        out: a result file to write.
+        box_type: of that file, see `run`.
+        video: an .mp4 file to write: both streams next to each other, with the box and its score.
+        frames: of the cameras, how many to take.
         options: of `follow`.
 
     Raises `BadParameter`, `CorruptFile`: see `open_video` and `follow`.
     """
-    (tracked,) = follow(model, [open_video(visible, infrared)], [box], **options)
+
+    def opened() -> Video:
+        if isinstance(visible, int) and isinstance(infrared, int):
+            return Cameras(visible, infrared, frames)
+        return open_video(str(visible), str(infrared))
+
+    if video is not None and Path(video).suffix != ".mp4":
+        raise BadParameter("video", str(video), "a name that ends in .mp4")
+    source = opened()
+    (tracked,) = follow(model, [source], [box], **options)
     if out is not None:
-        write_results(out, tracked.boxes)
+        write_results(out, tracked.boxes, box_type)
+    if video is not None:
+        draw(source if isinstance(source, Cameras) else opened(), tracked, video)
     return tracked
+
+
+def draw(video: Video, tracked: Track, path: str | Path, rate: float = 25) -> None:
+    """Write a video file of both streams next to each other, with the box and its score; `rate` in frames a second.
+
+    Raises `CompanionError`: OpenCV has no encoder for it.
+    """
+    height, width = video.frame(0).shape[:2]
+    with atomic(path) as temporary:
+        writer = cv2.VideoWriter(str(temporary), cv2.VideoWriter.fourcc(*"mp4v"), rate, (2 * width, height))
+        if not writer.isOpened():
+            raise CompanionError(f"{path}: this OpenCV has no encoder of mp4v video; install another build of it")
+        for i, (box, score) in enumerate(zip(tracked.boxes, tracked.scores, strict=True)):
+            left, top, right, bottom = (int(n) for n in np.rint([*box[:2], *(box[:2] + box[2:])]))
+            image = np.ascontiguousarray(np.concatenate(np.split(video.frame(i), 2, axis=2), axis=1)[..., ::-1])
+            for shift in (0, width):
+                cv2.rectangle(image, (left + shift, top), (right + shift, bottom), (0, 200, 255), 2)
+            cv2.putText(image, f"{score:.2f}", (left, max(top - 4, 12)), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (0, 200, 255))
+            writer.write(image)
+        writer.release()
 
 
 def _images(folder: str | Path) -> list[Path]:

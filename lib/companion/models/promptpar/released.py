@@ -57,10 +57,16 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     file: Any = load_torch(path)
     try:
         parts = {"clip_model.": file.get("ViT_model") or file["clip_model"], "model.": file["model_state_dict"]}
-        return {prefix + name: value for prefix, part in parts.items() for name, value in part.items()}
+        return renamed({prefix + name: value for prefix, part in parts.items() for name, value in part.items()})
     except (AttributeError, KeyError) as error:
         reason = "no 'ViT_model' or 'clip_model', or no 'model_state_dict' in it: not a checkpoint of PromptPAR"
         raise CorruptFile(path, reason) from error
+
+
+def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under the names of today's code: PA100k_Checkpoint.pth calls the layer on the image tokens
+    `vis_embed`, which OpenPAR's code of May 2025 and later calls `visual_embed`."""
+    return {name.replace("model.vis_embed.", "model.visual_embed."): tensor for name, tensor in state.items()}
 
 
 class Released(state_dicts.OfficialModel):
@@ -110,7 +116,7 @@ class Released(state_dicts.OfficialModel):
 
         Raises `BadCheckpoint`: names that are missing, unknown or of another shape, all of them listed.
         """
-        what, state, visual = "PromptPAR (the authors' names)", dict(state), "clip_model.visual."
+        what, state, visual = "PromptPAR (the authors' names)", renamed(state), "clip_model.visual."
         needed = [f"{visual}{name}" for name in ("conv1.weight", "positional_embedding", "proj")]
         needed += ["clip_model.positional_embedding", "clip_model.token_embedding.weight", "model.word_embed.weight"]
         state_dicts.check_names(state, needed, what)

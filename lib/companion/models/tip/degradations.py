@@ -318,7 +318,8 @@ class Degraded(Dataset):
     `seed` and its index.
 
     Args:
-        pictures: images with captions, such as `data.restoration.Captioned`.
+        pictures: images with captions, such as `data.restoration.Captioned`. Of `data.restoration.Pairs` the image of
+            low quality is the degraded copy, at the size of the other one, and c_r is `BLIND`.
         size: S. An image's shorter side is resized to S, then a square is cropped. So the caption still describes most
             of the crop.
         recipe: of the parameterised pipeline.
@@ -352,14 +353,17 @@ class Degraded(Dataset):
         return len(self.pictures)
 
     def __getitem__(self, index: int) -> Sample:
-        picture, caption = self.pictures[index]
+        picture, caption, *low = self.pictures[index]
         numbers = (self.seed, index, *([int(torch.randint(2**31, ()))] if self.fresh else []))
         # all numbers are always drawn: one probability must not change the draws of another
         where, turned, is_blind, unnamed, untold = np.random.default_rng([4, *numbers]).random(5)
-        clean = _square(picture, self.size, where if self.fresh else 0.5)
+        images = [picture, *(resize(x, picture.shape[-2:], interpolation=3, antialias=True).clamp(0, 1) for x in low)]
+        clean, *low = (_square(image, self.size, where if self.fresh else 0.5) for image in images)
         if self.fresh and turned < 0.5:
-            clean = clean.flip(-1)
-        if is_blind < self.share_blind:
+            clean, *low = (image.flip(-1) for image in (clean, *low))
+        if low:
+            ops, degraded, restoration = None, low[0], BLIND
+        elif is_blind < self.share_blind:
             ops, degraded, restoration = None, blind(clean, numbers), BLIND
         else:
             ops = self.recipe.draw(numbers)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -200,6 +200,9 @@ class TIPPipeline(DiffusionPipeline):
         guidance: float = 1.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
+        tile: int = 0,
+        overlap: int = 64,
+        match_colours: bool = False,
         output: str = "pt",
     ) -> Restored:
         """Restore images, from pure noise, in `steps` steps of DDIM (ours; the paper's sampler is not known).
@@ -213,14 +216,22 @@ class TIPPipeline(DiffusionPipeline):
                 and each half of the UNet are called once per step.
             generator: of the initial noise; a list has one for each image.
             latents: the initial noise (B, L, h, w); (1, L, h, w) is the same for all images.
+            tile: side in pixels of square tiles, for images larger than memory: in each step the noise is predicted
+                tile by tile, and predictions are blended where tiles overlap. 0 for none.
+            overlap: of two tiles, in pixels.
+            match_colours: give each channel of a restored image the mean and standard deviation of the degraded one.
             output: "pt", (B, 3, H, W) in [0, 1]; "pil", a list of PIL images; or "latent".
 
-        Raises `BadParameter`: values outside of [0, 1], a list of another number of prompts.
+        Raises `BadParameter`: values outside of [0, 1], a list of another number of prompts, a tile that is no multiple
+        of what the VAE reduces, or an overlap that is.
         """
         if not (image.is_floating_point() and image.amin() >= 0 and image.amax() <= 1):
             raise BadParameter("image", "values outside [0, 1], or whole", "a float tensor (B, 3, H, W) in [0, 1]")
         model, device, dtype, count = TIP(self.unet, self.adaptor), self.unet.device, self.adaptor.dtype, len(image)
         (height, width), factor = image.shape[-2:], self.adaptor.factor
+        if tile and (tile % factor or overlap % factor or not 0 <= overlap <= tile // 2):
+            accepted = f"multiples of {factor} pixels, the overlap at most half of the tile"
+            raise BadParameter("tile and overlap", f"{tile}, {overlap}", accepted)
         y = F.pad(image, (0, -width % factor, 0, -height % factor), mode="replicate")
         y = (2 * y - 1).to(device, dtype)
         semantic, control = _each("prompt", prompt, count), _each("restoration", restoration, count)
@@ -236,19 +247,76 @@ class TIPPipeline(DiffusionPipeline):
         z = z * self.scheduler.init_noise_sigma
         self.scheduler.set_timesteps(steps, device=device)
         self.scheduler.alphas_cumprod = self.scheduler.alphas_cumprod.to(device)  # it may have trained on another
+        windows = Windows(z.shape[-2:], tile // factor, overlap // factor)
         for t in progress(self.scheduler.timesteps, "restoring"):
             noisy = self.scheduler.scale_model_input(z, t)
-            x = model.encode(noisy.repeat(pairs, 1, 1, 1), t, semantic)  # (pairs * B, ...)
-            maps = model.adaptor(noisy, t, control, y)  # (B, ...), for both
-            predicted = model.fused(x, [m.repeat(pairs, 1, 1, 1) for m in maps], scale, semantic)
+
+            def predict(rows: slice, columns: slice, noisy: Tensor = noisy, t: Tensor = t) -> Tensor:
+                part = noisy[..., rows, columns]
+                pixels = (slice(factor * side.start, factor * side.stop) for side in (rows, columns))
+                x = model.encode(part.repeat(pairs, 1, 1, 1), t, semantic)  # (pairs * B, ...)
+                maps = model.adaptor(part, t, control, y[(..., *pixels)])  # (B, ...), for both
+                return model.fused(x, [m.repeat(pairs, 1, 1, 1) for m in maps], scale, semantic)
+
+            predicted = windows.blend(predict)
             if guidance != 1:
                 with_text, without = predicted.chunk(2)
                 predicted = with_text + (guidance - 1) * (with_text - without)
             z = self.scheduler.step(predicted.to(z.dtype), t, z).prev_sample
         if output == "latent":
             return Restored(z)
-        restored = (to_images(self.vae, z)[..., :height, :width] / 2 + 0.5).float()
+        decoded = windows.blend(lambda rows, columns: to_images(self.vae, z[..., rows, columns]), factor)
+        restored = (decoded[..., :height, :width] / 2 + 0.5).float()
+        if match_colours:
+            restored = matched(restored, image.to(restored))
         return Restored(restored if output == "pt" else [to_pil_image(x.cpu()) for x in restored])
+
+
+class Windows:
+    """Square windows that cover (h, w) and overlap, and the blending of what is computed in each.
+
+    Args:
+        size: (h, w).
+        side: of a window; 0, or as large as the map: one window.
+        overlap: of neighbours; the last window ends at the border, so its overlap may be larger.
+    """
+
+    def __init__(self, size: Sequence[int], side: int, overlap: int):
+        self.size, self.overlap = tuple(size), overlap
+        self.axes = []
+        for length in size:
+            own = min(side, length) or length
+            count = 1 + max(0, -(-(length - own) // max(1, own - overlap)))
+            starts = [min(i * (own - overlap), length - own) for i in range(count)]
+            self.axes.append([slice(start, start + own) for start in starts])
+
+    def blend(self, compute: Callable[[slice, slice], Tensor], factor: int = 1) -> Tensor:
+        """The results (..., h * factor, w * factor) of `compute` in all windows, with linear weights in overlaps."""
+        pairs = [(rows, columns) for rows in self.axes[0] for columns in self.axes[1]]
+        if len(pairs) == 1:
+            return compute(*pairs[0])
+        total, weights = torch.tensor(0.0), torch.tensor(0.0)
+        for rows, columns in pairs:
+            part = compute(rows, columns)
+            ramps = [self._ramp(part.shape[i], factor).to(part) for i in (-2, -1)]
+            if total.ndim == 0:
+                total = part.new_zeros(*part.shape[:-2], *(length * factor for length in self.size))
+                weights = part.new_zeros(total.shape[-2:])
+            place = tuple(slice(factor * side.start, factor * side.stop) for side in (rows, columns))
+            total[(..., *place)] += part * (ramp := ramps[0][:, None] * ramps[1])
+            weights[place] += ramp
+        return total / weights
+
+    def _ramp(self, length: int, factor: int) -> Tensor:
+        """Weights of a window's positions: rising over the overlap from the border, then 1."""
+        position = torch.arange(length) + 0.5
+        return (torch.minimum(position, length - position) / max(1, self.overlap * factor)).clamp(max=1)
+
+
+def matched(restored: Tensor, degraded: Tensor) -> Tensor:
+    """Images (B, 3, H, W) whose channels have the mean and standard deviation of the degraded ones, in [0, 1]."""
+    (std, mean), (wanted, middle) = (torch.std_mean(x, dim=(-2, -1), keepdim=True) for x in (restored, degraded))
+    return ((restored - mean) / std.clamp_min(1e-5) * wanted + middle).clamp(0, 1)
 
 
 def save_adaptor(adaptor: Adaptor, folder: str | Path) -> Path:

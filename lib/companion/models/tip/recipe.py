@@ -110,6 +110,8 @@ def run(p: Parameters, out: Path) -> Tested:
         data = samples(images, size, p.method, p.seed)
         if isinstance(images, restoration.Captioned):
             listed = {"images": [*map(str, images.sources)], "captions": [*images.captions]}
+            if isinstance(images, restoration.Pairs):
+                listed["low"] = [*map(str, images.low.sources)]
             train(p, pipe, data, out, name=p.method, listed=listed)
         else:
             train(p, pipe, data, name=p.method, **DRY_TRAINING)
@@ -184,7 +186,9 @@ def datasets(p: Parameters) -> tuple[str, Dataset | None, Dataset]:
             train = restoration.load(p.dataset, p.data_root, "train")
     # before, not after, days of training: a wrong prompt is that of another image
     same = {"wrong semantic prompt": len(set(test.captions)) < 2}
-    same["wrong restoration prompt"] = len(test) < 2 or p.degradation == "real-esrgan"
+    same["wrong restoration prompt"] = (
+        len(test) < 2 or p.degradation == "real-esrgan" or isinstance(test, restoration.Pairs)
+    )
     if same.get(p.texts):
         raise BadParameter("texts", p.texts, "others: all test images have the same prompt, or there is only one")
     return title, train, test
@@ -195,12 +199,8 @@ def halves(own: restoration.Captioned) -> tuple[restoration.Captioned, restorati
     if len(own) < 2:
         raise BadParameter("data_root", f"{len(own)} image", "two or more to train and to test on, or a `checkpoint`")
 
-    def part(tested: bool) -> restoration.Captioned:
-        rows = [i for i in range(len(own)) if (i % 10 == 0) == tested]
-        lists = ([values[i] for i in rows] for values in (own.sources, own.captions))
-        return restoration.Captioned(own.dataset, own.root, *lists)
-
-    return part(False), part(True)
+    rows = range(len(own))
+    return own.part([i for i in rows if i % 10]), own.part([i for i in rows if i % 10 == 0])
 
 
 class Generated(Dataset):
