@@ -52,7 +52,8 @@ def predict(
             paper's transform for the backbone.
         options: for MetaSegNet `texts`, one for each image or one for all, and `tile`, `overlap`; for SIC-CADS
             `detector`, `gamma` and others of `sic_cads.detectors.refined`; for ECAMP `exclusive`; for BAT `box`, x, y,
-            w, h in the first frame, and `video`, a file to write with boxes and scores; for TIP `prompt`, `restoration` and others of the pipeline.
+            w, h in the first frame, and others of `bat.tracking.track`, such as `video`, a file to write; for TIP
+            `prompt`, `restoration` and others of the pipeline.
 
     Raises:
         BadParameter: no image; a model, option or number of names that does not match.
