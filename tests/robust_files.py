@@ -27,13 +27,13 @@ from companion.models.hvit import features, slides
 from companion.models.metasegnet.climate import PROMPTS, Prompts
 from companion.ops import unpickle
 from companion.ops.files import write_json
-from companion.toy.datasets import chests
-from companion.toy.datasets import classification as pocket_classification
-from companion.toy.datasets import landcover as pocket_landcover
-from companion.toy.datasets import slides as pocket_slides
+from companion.toy import ecamp as toy_ecamp
+from companion.toy import sa2vp as toy_sa2vp
 from companion.training.checkpoints import Checkpoint
 from companion.training.fit import CPU
 from tests.data.test_attributes import pa100k
+from tests.data.test_landcover import earth, labels
+from tests.data.test_slides import panda
 from tests.models.hvit.test_slides import SMALL, drawn, mean_colour, written
 from tests.training.test_fit import noisy_model, run
 
@@ -45,16 +45,40 @@ def items(dataset: Iterable) -> None:
         pass
 
 
+def digits(folder: Path) -> None:
+    """The training images of VTAB-1k's SVHN, and their list."""
+    (images := folder / "vtab-1k" / "svhn" / "train").mkdir(parents=True)
+    lines = []
+    for number, (pixels, label) in enumerate(toy_sa2vp.examples("digits", "train")):
+        Image.fromarray(pixels).save(images / f"{number:04d}.png")
+        lines.append(f"train/{number:04d}.png {label}\n")
+    (images.parent / "train800.txt").write_text("".join(lines))
+
+
+def land(folder: Path) -> None:
+    """OpenEarthMap with two regions, compressed labels, and a table of their zones that ends with one."""
+    top = earth(folder)
+    for path in top.rglob("labels/*.tif"):
+        Image.fromarray(labels(8)[0]).save(path, compression="tiff_deflate")
+    (top / "places.csv").write_text("region,latitude,longitude,zone\ntokyo,35.7,139.7,\nel_rodeo,,,Aw\n")
+
+
 def read_land(folder: Path) -> None:
-    data = landcover.load("pocket/landcover", folder, "test")
+    data = landcover.load("landcover/openearthmap", folder, "val")
     data.zones()
     items(data)
 
 
+def chests(folder: Path) -> None:
+    """An own folder of X-rays with boxes, and word pieces."""
+    files = toy_ecamp.save(toy_ecamp.load(0, "val"), folder, 9)
+    boxes = [f'{file.relative_to(folder)},"[[{8 * i}, 16, 512, 600]]"\n' for i, file in enumerate(files)]
+    (folder / "test_list.csv").write_text("image_path,bbox\n" + "".join(boxes))
+    toy_ecamp.VOCABULARY.tokenizer.save(str(folder / "wordpiece.json"))
+
+
 def read_chests(folder: Path) -> None:
-    chests.read(folder, "test")
-    items(xrays.load("pocket/chests", folder, "test"))
-    items(xrays.reports("pocket/chests", folder).images)
+    items(xrays.load(xrays.own(folder), folder, "test", task="detection"))
 
 
 def read_slide(path: Path) -> None:
@@ -110,22 +134,17 @@ SINGLE: dict[str, tuple[str, Do, Do]] = {
     "texts of climate zones": ("prompts.yaml", lambda p: shutil.copy(PROMPTS, p), Prompts.read),
 }
 
-DIGITS = (
-    lambda folder: pocket_classification.write(folder, ["digits"]),
-    lambda folder: items(classification.load("pocket/digits", folder, "train")),
-)
+DIGITS = (digits, lambda folder: items(classification.load("vtab/svhn", folder, "train")))
 FEW = dataclasses.replace(DATASETS["par/pa100k"], sizes={})
 PEDESTRIANS = (pa100k, lambda folder: items(attributes._pedestrians(FEW, folder, None)["trainval"]))
-SLIDES = (
-    lambda folder: pocket_slides.write(folder, "place"),
-    lambda folder: slide_lists.load("pocket/slides-place", folder, "train"),
-)
+BIOPSIES = dataclasses.replace(DATASETS["slides/panda"], sizes={})
+SLIDES = (panda, lambda folder: slide_lists._table(BIOPSIES, folder))
 TRACKS = (
     lambda folder: tracking.write_results(folder / "video.txt", np.full((9, 4), 7.5)),
     lambda folder: tracking.read_results(folder),
 )
-LAND = (pocket_landcover.write, read_land)
-CHESTS = (chests.write, read_chests)
+LAND = (land, read_land)
+CHESTS = (chests, read_chests)
 SETS: dict[str, tuple[str, Do, Do]] = {
     "classification list": ("train800.txt", *DIGITS),
     "classification picture": ("train/*.png", *DIGITS),
@@ -133,10 +152,9 @@ SETS: dict[str, tuple[str, Do, Do]] = {
     "boxes of a video": ("video.txt", *TRACKS),
     "table of slides": ("train.csv", *SLIDES),
     "places of land cover": ("places.csv", *LAND),
-    "labels of land cover": ("labels/*_41.tif", *LAND),
-    "boxes of chests": ("test_boxes.csv", *CHESTS),
-    "masks of chests": ("test_masks.csv", *CHESTS),
-    "word pieces": ("wordpiece.json", chests.write, lambda f: Vocabulary.read(next(f.rglob("wordpiece.json")))),
+    "labels of land cover": ("labels/*_2.tif", *LAND),
+    "boxes of chests": ("test_list.csv", *CHESTS),
+    "word pieces": ("wordpiece.json", chests, lambda f: Vocabulary.read(next(f.rglob("wordpiece.json")))),
     "settings of cached teachers": ("cache.json", cache, cache),
 }
 FILES = [*SINGLE, *SETS]

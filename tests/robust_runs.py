@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 
 from companion import errors
@@ -26,8 +25,7 @@ from companion.models.dmt import Teachers, build
 from companion.models.dmt import cache as dmt_cache
 from companion.models.ecamp import distil as ecamp_distil
 from companion.models.hvit.features import extract
-from companion.toy import ablation as study
-from companion.toy.datasets import classification
+from companion.toy import study
 from companion.training.checkpoints import Checkpoint, trained_state
 from companion.training.fit import CPU
 from tests.models.bat.test_tracking import clip, pocket_model, sequence
@@ -69,20 +67,28 @@ def training(folder: Path) -> str:
 
 def studies(folder: Path) -> str:
     """A study of two methods, whose rows are saved one by one."""
-    module = types.ModuleType("companion.toy.ablations.made_up")
+    module = types.ModuleType("companion.toy.made_up")
     module.__file__ = errors.__file__  # small: its hash takes no time
-    module.METHODS, module.TASKS = {"a": None, "b": None}, {"t": ["a", "b"]}
-    module.LEARNING_RATES, module.SEEDS, module.SELECTION_SEEDS = [0.1, 0.2, 0.3], list(range(8)), [9]
-    module.BUDGET, module.prepare = "no steps", lambda root, seed: None
 
-    def train(method: str, task: str, rate: float, seed: int, root: str, split: str) -> dict[str, float]:
+    def train(method: str, task: str, data: int, rate: float, seed: int) -> tuple[nn.Module, list[dict[str, float]]]:
         pause(0.15)
-        return {"accuracy": 10 * rate + (method == "a") + seed, "loss": 1.0}
+        model = nn.Identity()
+        model.score = 10 * rate + (method == "a") + seed
+        return model, [{"loss": 1.0}]
 
-    module.train = train
+    module.STUDY = study.Study(
+        tasks={"t": ["a", "b"]},
+        learning_rates=[0.1, 0.2, 0.3],
+        budget="no steps",
+        data=lambda task, seed, split: seed,
+        fit=train,
+        score=lambda model, task, data: {"accuracy": model.score},
+        selection_seeds=[9],
+        seeds=range(8),
+    )
     sys.modules[module.__name__] = module
     study.ProcessPoolExecutor = lambda workers, context, start: ThreadPoolExecutor(1)  # the run is a process already
-    rows = study.run("made_up", folder / "study", folder, workers=1).drop(columns="seconds")
+    rows = study.run("made_up", folder / "study", workers=1).drop(columns="seconds")
     return digest([rows.to_csv(index=False).encode()])
 
 
@@ -140,19 +146,6 @@ def cached_teachers(folder: Path) -> str:
     return digest(tokens.contiguous().numpy().tobytes() for tokens in cache.tensors())
 
 
-def pictures(folder: Path) -> str:
-    """A pocket data set, written as a whole or not at all."""
-    save = Image.Image.save
-
-    def slowly(image: Image.Image, *where: object, **options: object) -> None:
-        pause(0.002)
-        save(image, *where, **options)
-
-    Image.Image.save = slowly
-    (root,) = classification.write(folder / "data", ["where"])
-    return digest(path.name.encode() + path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file())
-
-
 KINDS: dict[str, Callable[[Path], str]] = {
     "training": training,
     "study": studies,
@@ -160,7 +153,6 @@ KINDS: dict[str, Callable[[Path], str]] = {
     "tracking": videos,
     "distilled reports": distillation,
     "cached teachers": cached_teachers,
-    "pocket pictures": pictures,
 }
 
 

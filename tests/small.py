@@ -16,17 +16,16 @@ import torch
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg, set_model_preprocess_cfg
 from timm.models.vision_transformer import VisionTransformer
 
-from companion.toy import bat, dmt, encoders, promptpar
-from companion.toy.datasets import detection, domains, slides
+from companion.toy import bat, dmt, dplq, encoders, hvit, promptpar, sic_cads
 from companion.toy.tokens import Tokenizer
 
 
 def few_images(patch: pytest.MonkeyPatch) -> None:
     """The synthetic datasets that take long are written with few images a split from now on."""
-    for module in (detection, dmt, promptpar):
+    for module in (sic_cads, dmt, promptpar):
         patch.setattr(module, "COUNTS", {"train": 160, "val": 40, "test": 40})
-    patch.setattr(slides, "COUNTS", {"train": 24, "val": 6, "test": 6})
-    patch.setattr(domains, "EACH", {"train": 16, "val": 2, "test": 4})  # of each of 16 classes
+    patch.setattr(hvit, "COUNTS", {"train": 24, "val": 6, "test": 6})
+    patch.setattr(dplq, "EACH", {"train": 16, "val": 2, "test": 4})  # of each of 16 classes
     patch.setattr(bat, "VIDEOS", {"train": 3, "val": 1, "test": 2})
 
 

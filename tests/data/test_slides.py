@@ -5,20 +5,26 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import pytest
 import torch
 
 from companion import data
 from companion.data import slides
 from companion.errors import BadParameter, CorruptFile, MissingData
-from tests.data.conftest import refused, unreadable
+from tests.data.conftest import expect, refused, unreadable
 
-NAME = "pocket/slides-place"
+NAME = "slides/panda"
 SCORES = ["negative", "3+3", "3+4", "4+3", "4+4", "4+5"]
 
 
-def panda(root: Path, count: int = 30, name: str = NAME) -> Path:
+@pytest.fixture(autouse=True)
+def of_any_size(monkeypatch):
+    expect(monkeypatch, NAME, sizes={})
+
+
+def panda(root: Path, count: int = 30) -> Path:
     """A set in PANDA's layout; its pyramids are empty files, which nothing here opens."""
-    top = data.find(name).folder(root)
+    top = data.find(NAME).folder(root)
     for folder in ("train_images", "train_label_masks"):
         (top / folder).mkdir(parents=True)
     lines = ["image_id,data_provider,isup_grade,gleason_score"]
@@ -32,7 +38,7 @@ def panda(root: Path, count: int = 30, name: str = NAME) -> Path:
     return top
 
 
-def test_the_table(tmp_path):
+def test_the_table(tmp_path, monkeypatch):
     top = panda(tmp_path)
     items = slides.load(NAME, tmp_path)
     files = top / "train_images" / "0007ab.tiff", top / "train_label_masks" / "0007ab_mask.tiff"
@@ -40,8 +46,9 @@ def test_the_table(tmp_path):
     assert len(items) == 30 and len(slides.load(NAME, tmp_path, exclude=["0007ab"])) == 29
     found = data.status(NAME, tmp_path)
     assert (found.state, found.detail) == ("present", "30 slides, 20 with a label mask")
-    panda(tmp_path, name="slides/panda")
-    refused(MissingData, "30 slides, 10616", slides.load, "slides/panda", tmp_path)
+    with monkeypatch.context() as patch:
+        expect(patch, NAME, sizes={"train": 10616})
+        refused(MissingData, "30 slides, 10616", slides.load, NAME, tmp_path)
     head, rows = "image_id,data_provider,isup_grade,gleason_score\n", "0000ab,r,1,3+3\n"
     bad = {"0000ab,r,6,3+3\n": "'6'", "0000ab,r,1\n": "line 2", rows * 2: "line 3", "../x,r,1,3+3\n": "../x"}
     bad = {head + end: value for end, value in bad.items()} | {"image_id,isup_grade\na,1\n": "data_provider"}

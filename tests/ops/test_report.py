@@ -72,8 +72,8 @@ def test_a_run_from_another_folder_writes_there_and_finds_study_and_data(tmp_pat
 
 def test_synthetic_results_are_judged_by_the_test_rows_of_a_study_in_each_metric(run, monkeypatch):
     claims = [
-        {"id": "lead", "better": "a", "worse": "b", "metrics": ["SR", "dark"]},
-        {"id": "gain", "better": "a", "metrics": ["gain"]},
+        {"id": "lead", "better": "a", "worse": "b", "metrics": ["SR", "dark"], "why": "a reason"},
+        {"id": "gain", "better": "a", "metrics": ["gain"], "why": "a reason"},
     ]
     facts = {
         "claims": [{"kind": SYNTHETIC, "text": "", "tasks": ["t"]} | c for c in claims],
@@ -90,7 +90,7 @@ def test_synthetic_results_are_judged_by_the_test_rows_of_a_study_in_each_metric
         ]
         measured[-1] |= {"dark": dark + 0.5}
         measured[-4] |= {"gain": gain}
-        run.claims_from_study(ablations.frame(measured, "SR"), {"lead": "a reason", "gain": "a reason"})
+        run.claims_from_study(ablations.frame(measured, "SR"))
         for claim in run.claims.values():
             assert claim["status"] == expected and claim["seeds"] == [0, 1, 2]
             assert claim["why"] == ("a reason" if expected == "fails" else "")

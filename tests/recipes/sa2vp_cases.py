@@ -268,7 +268,7 @@ def _mode(whole: dict) -> list[Row]:
 def _training(**changes: Any) -> Training:
     """The training of a dry run of the profile."""
     p = _parameters(dry_run=True, **changes)
-    return recipe.setting(p, Path()).trainings[p.method]
+    return recipe.training(p, recipe.data(p))
 
 
 def _drop_paths(model: TwoPathways) -> list[float]:

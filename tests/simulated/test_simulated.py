@@ -22,7 +22,7 @@ ALLOWED: dict[str, dict[str, int]] = {
     # the notebook's losses: the shares of the attributes are copied to the GPU, as in the README
     "promptpar": {"<cell 14 of promptpar>": 1, "<cell 27 of promptpar>": 1},
     # the positives of the rank loss, at toy scale alone
-    "sic_cads": {"toy/ablations/sic_cads.py": 1},
+    "sic_cads": {"toy/sic_cads.py": 1},
 }
 """Waits of a training step, by paper: the file where the host waits, and how often at most. Others never wait."""
 

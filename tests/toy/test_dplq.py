@@ -1,4 +1,4 @@
-"""DPLQ's domains, whose sensor CLIP does not see, and its study."""
+"""DPLQ's domains, whose sensor CLIP does not see, and the methods of its study."""
 
 from collections import Counter
 
@@ -7,29 +7,28 @@ import pytest
 import torch
 from skimage.color import rgb2hsv
 
-from companion.data import fewshot
-from companion.toy import scenes
-from companion.toy.ablations import dplq as study
-from companion.toy.datasets import domains
+from companion.data import domains, fewshot
+from companion.models.dplq import figures
+from companion.models.layers.coop import ZeroShot
+from companion.toy import dplq as toy
+from companion.toy import encoders, scenes
 from companion.toy.tokens import UNKNOWN, Tokenizer
-from tests.small import few_images
+from tests.small import pinned
 
 SEED = 7
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    path = tmp_path_factory.mktemp("study")
-    with pytest.MonkeyPatch.context() as patch:
-        few_images(patch)
-        patch.setattr(domains, "EACH", {"train": 16, "val": 5, "test": 10})
-        study.prepare(path, SEED)
-    return str(path)
+@pytest.fixture
+def few(monkeypatch):
+    monkeypatch.setattr(toy, "EACH", {"train": 16, "val": 2, "test": 10})
+    toy.data.cache_clear()
+    yield
+    toy.data.cache_clear()
 
 
-@pytest.mark.parametrize("domain", domains.DOMAINS)
+@pytest.mark.parametrize("domain", toy.DOMAINS)
 def test_every_word_is_seen_in_training_in_half_of_its_company(domain):
-    world = domains.DOMAINS[domain]
+    world = toy.DOMAINS[domain]
     base, novel = fewshot.halves(world.classes)
     assert len({*world.classes}) == 16 and len(base) == 8 and not {*base} & {*novel}
     for pairs in (world.pairs[:8], world.pairs[8:]):
@@ -41,74 +40,106 @@ def test_every_word_is_seen_in_training_in_half_of_its_company(domain):
 def test_the_second_sensor_shows_the_opposite_colour():
     red, grey = np.zeros((32, 32, 3)), np.full((32, 32, 3), 0.3)
     red[..., 0] = 1
-    for world in domains.DOMAINS.values():
+    for world in toy.DOMAINS.values():
         np.testing.assert_allclose(world.second(red), 1 - red, atol=1e-9)
         np.testing.assert_allclose(world.second(world.second(grey + 0.5 * red)), grey + 0.5 * red, atol=1e-9)
 
 
-@pytest.mark.parametrize("domain", domains.DOMAINS)
+@pytest.mark.parametrize("domain", toy.DOMAINS)
 def test_a_sensor_is_known_by_its_lines_and_not_by_its_brightness(domain):
-    lines = [domains.pattern(domain, sensor)[..., 0] for sensor in (0, 1)]
+    lines = [toy.pattern(domain, sensor)[..., 0] for sensor in (0, 1)]
     assert abs((lines[0] * lines[1]).sum()) < 1e-9
-    pictures, sensors = domains.unlabelled(domain, 300, seed=3)
+    images, sensors = toy.unlabelled(domain, 300, seed=3)
     for sensor in (0, 1):
-        mean = pictures[sensors == sensor].mean((0, 3)) / 255
+        mean = images[sensors == sensor].mean((0, 3)) / 255
         own, other = ((mean * lines[i]).sum() / np.square(lines[i]).sum() for i in (sensor, 1 - sensor))
         assert 0.8 < own < 1.1 and abs(other) < 0.25
-    means = pictures.mean((1, 2, 3))
+    means = images.mean((1, 2, 3))
     assert abs(means[sensors == 0].mean() - means[sensors == 1].mean()) < 0.5 * means.std()
 
 
-def test_the_parts_share_no_image_and_the_sensors_belong_to_them(root):
-    base, novel = fewshot.halves(domains.DOMAINS["remote"].classes)
-    parts = {"train": (128, base), "val base": (40, base), "val novel": (40, novel)}
-    parts |= {"test base": (80, base), "test novel": (80, novel)}
-    seen = []
-    for part, (count, names) in parts.items():
-        images, labels, classes = study.images("remote", root, SEED, part)
-        assert len(images) == count and classes == names and set(labels.bincount().tolist()) == {count // 8}
-        seen += [image.numpy().tobytes() for image in images]
-        # the hue of the most coloured pixels, in quarters of the circle; the second sensor shows the opposite one
-        hue, saturation, _ = np.moveaxis(rgb2hsv(((images + 1) / 2).permute(0, 2, 3, 1).numpy()), -1, 0)
-        object_ = saturation >= np.quantile(saturation, 0.97, axis=(1, 2), keepdims=True)
-        angle = np.angle((np.exp(2j * np.pi * hue) * object_).sum((1, 2))) / (np.pi / 2)
-        named = np.array([scenes.HUES.index(classes[label].split()[0]) for label in labels])
-        sensors = study.sensors("remote", root, SEED, part).numpy()
-        assert 0.2 < sensors.mean() < 0.8
-        assert np.mean(abs((angle - named - 2 * sensors + 2) % 4 - 2) < 0.6) > 0.85
-    assert len(set(seen)) == len(seen) == 368
+HASHES = {"medical": "8e6a04255f8d b0d29a03160f 59d0af475fb2", "remote": "35916f45c5c2 e96f433a65c0 a475893ae935"}
 
 
-def test_clip_names_what_the_first_sensor_sees_and_is_misled_by_the_second(root):
-    for task in domains.DOMAINS:
-        row = study.train("zero-shot CLIP", task, 0.0, SEED, root)
-        assert row["first sensor"] > 65 and row["second sensor"] < 35 and row["trained"] == 0
+@pytest.mark.parametrize("domain", toy.DOMAINS)
+def test_images_labels_and_sensors_follow_the_seed_to_the_bit(domain, monkeypatch):
+    monkeypatch.setattr(toy, "EACH", dict.fromkeys(scenes.SPLITS, 1))
+    found = {split: toy.examples(domain, split, SEED) for split in scenes.SPLITS}
+    names = toy.DOMAINS[domain].classes
+    sensors = {
+        f"{names[label]}/{split}-000.png": int(sensor)
+        for split, (_, labels, sensors) in found.items()
+        for label, sensor in zip(labels, sensors, strict=True)
+    }
+    hashes = []
+    for images, labels, _ in found.values():
+        pixels = torch.from_numpy(images).movedim(-1, 1) / 255
+        pairs = [x for pair in zip(pixels, labels.tolist(), strict=True) for x in pair]
+        hashes.append(pinned(*pairs, sorted(sensors.items())))
+    assert " ".join(hashes) == HASHES[domain]
 
 
-def test_what_each_method_reads_of_an_image(root):
-    def read(method):
-        return study.inputs(method, "remote", root, SEED, "test base").tensors
+def test_the_parts_share_no_image_and_the_sensors_belong_to_them(few):
+    seen, halves = [], fewshot.halves(toy.DOMAINS["remote"].classes)
+    for split in ("train", "test"):
+        for half, names in zip(toy.data("remote", SEED, split)[:2], halves, strict=True):
+            images, labels, sensors, classes = half
+            assert classes == names and set(labels.bincount().tolist()) == {toy.EACH[split]}
+            seen += [image.numpy().tobytes() for image in images]
+            # the hue of the most coloured pixels, in quarters of the circle; the second sensor shows the opposite one
+            hue, saturation, _ = np.moveaxis(rgb2hsv(((images + 1) / 2).permute(0, 2, 3, 1).numpy()), -1, 0)
+            coloured = saturation >= np.quantile(saturation, 0.97, axis=(1, 2), keepdims=True)
+            angle = np.angle((np.exp(2j * np.pi * hue) * coloured).sum((1, 2))) / (np.pi / 2)
+            named = np.array([scenes.HUES.index(classes[label].split()[0]) for label in labels])
+            assert 0.2 < sensors.double().mean() < 0.8
+            assert np.mean(abs((angle - named - 2 * sensors.numpy() + 2) % 4 - 2) < 0.6) > 0.85
+    assert len(set(seen)) == len(seen) == 16 * 26
+    assert all(
+        map(torch.equal, toy.data("remote", SEED, "trainval").base[:3], toy.data("remote", SEED, "train").base[:3])
+    )
 
-    images, labels, own = read("DPLQ")
-    assert images.shape == (80, 3, 32, 32) and labels.shape == (80,) and own.shape == (80, 48)
-    assert read("CoOp")[0].shape == (80, 64) and torch.equal(read("MaPLe")[0], images) and len(read("MaPLe")) == 2
-    assert not read("DPLQ, no domain feature")[2].any()
-    torch.testing.assert_close(read("DPLQ, CLIP's own feature")[2].square().mean(1), torch.ones(80))
-    torch.testing.assert_close(read("DPLQ, mean 1")[2], own + 1)
-    others = [read(f"DPLQ, {name}")[2] for name in ("untrained domain model", "the other domain's model")]
-    assert not any(torch.allclose(other, own, atol=0.1) for other in others)
-    counts = {m: study.build(m, ("a disc",), 0, 48).count() for m in ("DPLQ", "DPLQ, real layers", "MaPLe")}
+
+def test_clip_names_what_the_first_sensor_sees_and_is_misled_by_the_second(few):
+    for task in toy.DOMAINS:
+        test = toy.data(task, SEED, "test")
+        clip = ZeroShot(encoders.build("pocket_clip"), test.base.classes, Tokenizer(), template="a {}")
+        row = toy.score(clip, task, test)
+        assert row["first sensor"] > 65 and row["second sensor"] < 35
+        assert row["HM"] == pytest.approx(fewshot.harmonic_mean(row["base"], row["novel"]), abs=0.02)
+
+
+def test_methods_differ_in_what_their_name_says():
+    images = torch.rand(4, 3, 32, 32)
+    models = {m: toy.build(m, "remote", ("a disc", "a ring"), 0) for m in toy.METHODS}
+    read = {method: toy.inputs(model, images) for method, model in models.items()}
+    assert read["CoCoOp"][0].shape == (4, 64) and len(read["MaPLe"]) == 1 and torch.equal(read["MaPLe"][0], images)
+    own, untrained = read["DPLQ"][1], read["DPLQ, untrained domain model"][1]
+    assert own.shape == untrained.shape == (4, 48) and not torch.allclose(own, untrained, atol=0.1)
+    assert not read["DPLQ, no domain feature"][1].any() and torch.equal(read["DPLQ, real layers"][1], own)
+    counts = {method: model.count() for method, model in models.items()}
     real = (64 + 1) * 64 + 5 * (64 + 1) * 48  # one linear layer of the text side, five of the image tower
     quaternion = 128 * 64 // 4 + 64 + 5 * (128 * 48 // 4 + 48)  # of pairs of prompt and bias
     assert counts["DPLQ, real layers"] - counts["DPLQ"] == real - quaternion
     assert counts["DPLQ"] < counts["MaPLe"]
 
 
-def test_a_row_holds_what_was_measured_and_is_the_same_again(root):
-    rows = [study.train("DPLQ, mean 1", "medical", 1e-2, SEED, root, "select", epochs=1) for _ in range(2)]
-    row = rows[0]
-    assert row == rows[1] and row["HM"] == pytest.approx(fewshot.harmonic_mean(row["base"], row["novel"]), abs=0.02)
-    sensors = torch.cat([study.sensors("medical", root, SEED, f"val {half}") for half in ("base", "novel")])
-    share = float(sensors.double().mean())
-    both = (1 - share) * row["first sensor"] + share * row["second sensor"]
-    assert both == pytest.approx((row["base"] + row["novel"]) / 2, abs=0.05)
+def test_dplq_learns_and_its_predictions_follow_the_seed_of_the_noise(few):
+    train, val = (toy.data("medical", SEED, split) for split in ("train", "val"))
+    model, history = toy.train("DPLQ", "medical", train, 0.1, SEED, epochs=6)
+    losses = [step["loss"] for step in history]
+    assert np.mean(losses[-8:]) < 0.9 * np.mean(losses[:8])
+    assert toy.score(model, "medical", val) == toy.score(model, "medical", val)
+    # figures: prompts attend elsewhere with another domain feature
+    f, none = toy.inputs(model, val.base.images)[1], torch.zeros(16, 48)
+    maps = figures.prompt_attention(model, val.base.images, {"own": f, "none": none})
+    assert [*maps] == ["prompt 1, own", "prompt 2, own", "prompt 1, none", "prompt 2, none"]
+    assert maps["prompt 1, own"].shape == (16, 8, 8) and not torch.allclose(
+        maps["prompt 1, own"], maps["prompt 1, none"]
+    )
+    texts, unbiased = figures.class_texts(model, val.base.images, f)
+    assert texts.shape == (16, 8, 64) and unbiased.shape == (8, 64)
+
+
+def test_a_saved_domain_is_a_folder_of_ones_own(few, tmp_path):
+    sets = domains.own_folder(toy.save(tmp_path / "own", "medical", SEED))
+    assert len(sets["all"]) == 256 and sorted(sets["all"].class_names) == sorted(toy.DOMAINS["medical"].classes)

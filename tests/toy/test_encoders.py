@@ -9,9 +9,8 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 
 from companion.errors import BadCheckpoint, BadParameter, CorruptFile, MissingWeights
-from companion.toy import encoders
+from companion.toy import ecamp, encoders
 from companion.toy.encoders import (
-    chest_ecamp,
     detector,
     domain_mae,
     photo_prompts,
@@ -73,7 +72,7 @@ def detections():
 
 
 def chests():
-    model = chest_ecamp.build()
+    model = ecamp.shipped()
     return model.forward_features(ramp(3, 32, 32))
 
 

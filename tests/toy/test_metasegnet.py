@@ -1,4 +1,4 @@
-"""MetaSegNet's land cover, whose looks depend on the zone, its study, and its attention by class."""
+"""MetaSegNet's land cover, whose looks depend on the zone, its texts, and its methods."""
 
 import itertools
 
@@ -6,21 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from companion.evaluation.metrics import landcover as metrics
-from companion.models.metasegnet.climate import Prompts, headless
+from companion.data import landcover as data
 from companion.models.metasegnet.text import Words
-from companion.toy.ablations import SEEDS, study_root
-from companion.toy.ablations import metasegnet as study
-from companion.toy.datasets import landcover
-from companion.toy.live import metasegnet as live
+from companion.toy import metasegnet as toy
+from tests.small import pinned
 
-SEED = 1
 FIELDS = ("bareland", "rangeland", "agriculture")
 
 
 def test_every_zone_has_its_own_look_of_all_colours():
-    looks = {zone: landcover.look(zone) for zone in landcover.ZONES}
-    assert {(z.moisture, z.style) for z in landcover.ZONES.values()} == {*itertools.product(range(3), repeat=2)}
+    looks = {zone: toy.look(zone) for zone in toy.ZONES}
+    assert {(z.moisture, z.style) for z in toy.ZONES.values()} == {*itertools.product(range(3), repeat=2)}
     assert len({tuple(look.values()) for look in looks.values()}) == 9
     for look in looks.values():
         assert {look[name] for name in FIELDS} == {"green", "red-brown", "straw"}
@@ -32,125 +28,106 @@ def test_every_zone_has_its_own_look_of_all_colours():
 
 def test_the_layout_does_not_know_the_zone(monkeypatch):
     def layouts():
-        return [labels for zone in ("BWh", "Aw") for _, labels in landcover.pictures(zone, 5, "val", 7)]
+        return [labels for zone in ("BWh", "Aw") for _, labels in toy.drawn(zone, 5, "val", 7)]
 
     before = layouts()
-    monkeypatch.setattr(landcover, "FIELDS", landcover.FIELDS[::-1])
-    monkeypatch.setattr(landcover, "TINTED", 1.0)
+    monkeypatch.setattr(toy, "FIELDS", toy.FIELDS[::-1])
+    monkeypatch.setattr(toy, "TINTED", 1.0)
     assert all(map(np.array_equal, before, layouts()))
     # classes that swap colours have one surface
-    owner = {name: photograph for photograph, names in landcover.SURFACES.items() for name in names}
+    owner = {name: photograph for photograph, names in toy.SURFACES.items() for name in names}
     assert len({owner[name] for name in FIELDS}) == 1 and owner["building"] == owner["developed"]
 
 
 def test_texts_describe_the_looks_and_a_wrong_one_differs_in_all_of_them():
-    prompts, zones = Prompts.read(landcover.PROMPTS), landcover.ZONES
+    prompts, zones = toy.prompts(), toy.ZONES
     sentences = {zone: prompts.zones[zone][1].split(". ") for zone in zones}
     for a, b in itertools.combinations(zones, 2):
         assert (sentences[a][:3] == sentences[b][:3]) == (zones[a].moisture == zones[b].moisture)
         assert (sentences[a][3:] == sentences[b][3:]) == (zones[a].style == zones[b].style)
     for code in zones:
         others = {word for zone in zones if zone != code for word in prompts.zones[zone][1].split()}
-        assert {*prompts.zones[code][1].split()} <= others and len(prompts.text(code).split()) <= study.LENGTH
-        first = landcover.other_zone(code)
-        for other in (first, landcover.other_zone(code, avoid=first)):
+        assert {*prompts.zones[code][1].split()} <= others and len(prompts.text(code).split()) <= toy.LENGTH
+        first = toy.other_zone(code)
+        for other in (first, toy.other_zone(code, avoid=first)):
             assert zones[code].moisture != zones[other].moisture and zones[code].style != zones[other].style
-        assert landcover.other_zone(code, avoid=first) != first
+        assert toy.other_zone(code, avoid=first) != first
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    path = tmp_path_factory.mktemp("land")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(landcover, "COUNTS", {"train": 4, "val": 1, "test": 2})
-        patch.setattr(study, "STEPS", 3)
-        landcover.write(study_root(path, SEED), SEED)
-        for cached in (study.part, study.trained):
-            cached.cache_clear()
-        yield str(path)
-    study.part.cache_clear()
-    study.trained.cache_clear()
+@pytest.fixture
+def few(monkeypatch):
+    monkeypatch.setattr(toy, "COUNTS", {"train": 4, "val": 1, "test": 2})
+    monkeypatch.setattr(toy, "STEPS", 12)
+    caches = (toy.land, toy._part, toy.trained)
+    for cached in caches:
+        cached.cache_clear()
+    yield
+    for cached in caches:
+        cached.cache_clear()
 
 
-def test_seeds_leave_out_different_zones():
-    tested, chosen = ({study.left_out(seed) for seed in seeds} for seeds in (SEEDS, study.SELECTION_SEEDS))
-    assert sorted(study.ORDER) == sorted(landcover.ZONES) and len(tested) == len(SEEDS) and not tested & chosen
-    assert all({*study.seen(seed), study.left_out(seed)} == {*landcover.ZONES} for seed in range(9))
+def test_land_follows_the_seed_to_the_bit(few, monkeypatch):
+    monkeypatch.setattr(toy, "COUNTS", dict.fromkeys(toy.COUNTS, 1))  # of nine zones
+    parts = [toy.land(7, split) for split in toy.COUNTS]
+    found = " ".join(pinned(part.images, part.labels, part.zones) for part in parts)
+    assert found == "bc2298039507 489a8bcb31b1 37f247254cfd"
 
 
-def test_networks_differ_in_their_texts_alone():
-    built = {network: study.build(network, 3) for network in study.NETWORKS}
-    first, words = built["unimodal"].state_dict(), built["MetaSegNet"].text.state_dict()
-    for network, model in built.items():
-        assert all(torch.equal(first[name], t) for name, t in model.state_dict().items() if name in first), network
-    for network in ("no header dropout", "fusion at stage 1"):
-        assert all(torch.equal(words[n], t) for n, t in built[network].text.state_dict().items())
-    stages = {network: sorted(map(int, model.fusions)) for network, model in built.items()}
-    assert stages["MetaSegNet"] == [1, 2, 3, 4] and stages["fusion at stages 3 and 4"] == [3, 4]
-    assert stages["fusion at stage 4"] == [4] and built["unimodal"].text is None
+def test_test_seeds_leave_out_all_zones_and_nothing_is_selected_on_them(few):
+    assert {toy.left_out(seed) for seed in toy.STUDY.seeds} == {*toy.ORDER} == {*toy.ZONES}
+    left = toy.left_out(1)
+    for task, split in itertools.product(("seen", "left out"), ("train", "val", "trainval", "test")):
+        part = toy.data(task, 1, split)
+        assert {*part.zones} == ({left} if (task, split) == ("left out", "test") else {*toy.ZONES} - {left})
+        assert part.split == split.removesuffix("val") or split == "val"
 
 
-def test_a_word_of_the_zone_left_out_alone_is_unknown_and_wrong_texts_are_of_other_zones():
-    zones, seed = tuple(landcover.ZONES), study.ORDER.index("Csa")
-    said = study.build("MetaSegNet", seed).text.words(study.prompts().text("Csa"))
-    assert said[2:4] == [Words.UNKNOWN] * 2 and Words.UNKNOWN not in said[7:]  # code and name; the description
-    right = study.texts(zones, "full", seed)
-    known = dict(zip(right, zones, strict=True))
-    for code, text in zip(zones, study.texts(zones, "wrong", seed), strict=True):
-        given = landcover.ZONES[known[text]]
-        assert given.moisture != landcover.ZONES[code].moisture and given.style != landcover.ZONES[code].style
-        assert known[text] != "Csa"
-    assert set(study.texts(zones, "empty", seed)) == {""}
-    assert sorted(study.texts(zones, "shuffled", seed)) == sorted(right)
+def test_networks_start_equal_and_words_of_the_zone_left_out_alone_are_unknown():
+    seed = toy.ORDER.index("Csa")
+    methods = ("unimodal", "constant text", "one-hot zone", "MetaSegNet")
+    built = {method: toy.build(method, seed) for method in methods}
+    first = built["unimodal"].state_dict()
+    for method, model in built.items():
+        assert all(torch.equal(first[name], t) for name, t in model.state_dict().items() if name in first), method
+    words = built["MetaSegNet"].text.words(toy.prompts().text("Csa"))
+    assert words[2:4] == [Words.UNKNOWN] * 2 and Words.UNKNOWN not in words[7:]  # code and name; the description
+    assert built["one-hot zone"].text.ids(["Csa", "Am", "Aw"]).tolist() == [[1], [3], [4]]
 
 
-def test_header_dropout_hides_half_of_the_heads(root, monkeypatch):
-    model = study.build("MetaSegNet", SEED)
-    data = study.part(root, SEED, "train").of(study.seen(SEED))
-    headers = [headless(text) for text in study.prompts().texts(data.zones)]
-    seen, hidden = [], set(map(tuple, model.text.ids(headers).tolist()))
-    loss = type(model).loss
-
-    def spy(self, images, texts, labels):
-        seen.extend(tuple(row) in hidden for row in texts.tolist())
-        return loss(self, images, texts, labels)
-
-    monkeypatch.setattr(type(model), "loss", spy)
-    study.train_model("MetaSegNet", model, data, 1e-3, SEED, steps=4)
-    assert len(seen) == 64 and 0.25 < sum(seen) / len(seen) < 0.75
-    seen.clear()
-    study.train_model("no header dropout", study.build("no header dropout", SEED), data, 1e-3, SEED)
-    assert seen and not any(seen)
+def test_half_of_the_texts_are_without_their_heads_and_one_training_serves_both_tasks(few):
+    part = toy.data("seen", 1, "trainval")
+    model, history = toy.train("MetaSegNet", "seen", part, 4e-3, 1)
+    assert len(history) == 12 and np.mean([h["loss"] for h in history[-4:]]) < history[0]["loss"] - 0.2
+    for method in ("MetaSegNet", "wrong zone's text"):
+        assert toy.train(method, "left out", toy.data("left out", 1, "train"), 4e-3, 1)[0].network is model.network
+    _, _, ids, hidden = toy.pairs(model.network, "MetaSegNet", part).tensors
+    changed = ids != hidden
+    assert changed[:, 2:4].all() and not changed[:, :2].any() and not changed[:, 8:].any()
+    constant = toy.pairs(toy.build("constant text", 1), "constant text", part).tensors
+    assert torch.equal(*constant[2:]) and len(constant[2].unique(dim=0)) == 1
 
 
-def test_rows_score_the_right_images_and_selection_none_of_the_zone_left_out(root):
-    seen = study.train("MetaSegNet", "seen", 1e-3, SEED, root)
-    left = study.train("MetaSegNet", "left out", 1e-3, SEED, root)
-    wrong = study.train("wrong zone's text", "seen", 1e-3, SEED, root)
-    assert study.trained.cache_info().currsize == 1  # one training serves all three
-    matrices, _ = study.trained("MetaSegNet", 1e-3, root, SEED, "test")
-    assert {int(matrix.sum()) for matrix in matrices.values()} == {2 * 64 * 64}
-    zone = study.left_out(SEED)
-    assert left["mIoU"] == round(metrics.scores(matrices["right", zone]).miou, 2) and f"mIoU {zone}" not in seen
-    total = sum(matrices["wrong zone's text", z] for z in study.seen(SEED))
-    assert wrong["mIoU"] == round(metrics.scores(total).miou, 2) and seen["loss"] == left["loss"] == wrong["loss"]
-    # by hand, on the images themselves
-    model = study.build("MetaSegNet", SEED)
-    data = study.part(root, SEED, "test").of(study.seen(SEED))
-    study.train_model("MetaSegNet", model, study.part(root, SEED, "train").of(study.seen(SEED)), 1e-3, SEED)
-    said = study.predict(model, data.images, study.prompts().texts(data.zones))
-    assert seen["OA"] == pytest.approx(100 * float((said == data.labels).float().mean()), abs=0.05)
-    asked = [("MetaSegNet", "seen"), ("MetaSegNet", "left out"), ("wrong zone's text", "left out")]
-    chosen = [study.train(*job, 1e-3, SEED, root, "select") for job in asked]
-    assert chosen[0] == chosen[1] == chosen[2]
+def test_wrong_texts_are_of_other_zones_and_given_in_tests_alone(few):
+    for split in ("val", "test"):
+        part = toy.data("seen", 1, split)
+        right, given = toy.texts("MetaSegNet", part), toy.texts("wrong zone's text", part)
+        assert (right == given) == (split == "val") and not {*right} & {toy.prompts().text(part.left_out)}
+    known = {toy.prompts().text(zone): zone for zone in toy.ZONES}
+    for zone, text in zip(part.zones, given, strict=True):
+        right, other = toy.ZONES[zone], toy.ZONES[known[text]]
+        assert right.moisture != other.moisture and right.style != other.style and known[text] != part.left_out
 
 
-def test_attention_by_class_is_the_mean_over_the_pixels_of_the_class(root):
-    model, test = study.build("MetaSegNet", SEED).eval(), study.part(root, SEED, "test")
-    words, table = live.attention_by_class(model, test, "Am")
-    assert words[:2] == ["climate", "zone"] and np.allclose(table.sum(1), 100, atol=1e-3)
-    own = [i for i, zone in enumerate(test.zones) if zone == "Am"]
-    _, attention = live.attended(model, test, own)
-    road = (test.labels[own] == 3).nonzero().tolist()
-    total = sum(attention[1][k, y // 4, x // 4] for k, y, x in road)
-    assert np.allclose(table[3], 100 * total / len(road), atol=1e-3)
+def test_scores_are_of_the_pixels(few):
+    part = toy.data("seen", 1, "test")
+    model = toy.Segmenter(toy.build("MetaSegNet", 1), "MetaSegNet")
+    found = toy.score(model, "seen", part)
+    expected = 100 * float((model(part) == part.labels).float().mean())
+    assert found["OA"] == pytest.approx(expected, abs=0.01) and len(found) == 11
+
+
+def test_saved_images_lie_in_their_zones(tmp_path):
+    own = data.own(toy.save(tmp_path, ("Aw", "BWh"), 3, count=2), [*toy.CLASSES])
+    assert own.zones() == ["Aw", "Aw", "BWh", "BWh"]
+    image, labels = toy.drawn("Aw", 1, "train", 1003)[0]
+    assert np.array_equal(own[0][0].permute(1, 2, 0), image) and np.array_equal(own[0][1], labels)

@@ -7,7 +7,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from companion import backbones
 from companion.errors import MissingData
-from companion.toy import dmt_real, real
+from companion.toy import dmt_real, real, sa2vp_real
 from tests.models.common import refuses
 
 RSSCN7, CIFAR = real.CLASSES
@@ -31,7 +31,7 @@ def made(tmp_path, monkeypatch):
                     Image.fromarray(np.full((32, 32, 3), next(values), np.uint8)).save(folder / f"{n}.png")
     monkeypatch.setenv("COMPANION_REAL_DATA", str(tmp_path))
     monkeypatch.setattr(backbones, "build", small)
-    caches = (real.images, dmt_real._teachers, dmt_real.tokens)
+    caches = (real.images, dmt_real._teachers, dmt_real.tokens, sa2vp_real.features)
     for cached in caches:
         cached.cache_clear()
     yield tmp_path
@@ -57,6 +57,20 @@ def test_each_seed_draws_its_training_images_of_cifar_and_rsscn7_has_fixed_split
 def test_a_row_of_the_untrained_student(made):
     row = dmt_real.STUDY.row("select", RSSCN7, "untrained", 0.0, 100)
     assert 0 <= row["accuracy"] <= 100 and row["loss"] == 0 and row["trained"] == 0
+
+
+def test_rows_of_prompts_and_of_a_probe_on_features(made, monkeypatch):
+    for name, epochs in (("EPOCHS", 1), ("PROBE_EPOCHS", 2)):
+        monkeypatch.setattr(sa2vp_real, name, epochs)
+    for method in sa2vp_real.METHODS:
+        model, history = sa2vp_real.train(method, RSSCN7, sa2vp_real.data(RSSCN7, 100, "trainval"), 1e-2, 100)
+        steps = 28 // sa2vp_real.BATCH  # of an epoch
+        assert len(history) == steps * (2 if method == sa2vp_real.PROBE else 1) and not model.training
+        score = sa2vp_real.score(model, RSSCN7, sa2vp_real.data(RSSCN7, 100, "test"))
+        assert 0 <= score["accuracy"] <= 100
+    # a probe is the head of a frozen encoder
+    features, labels = sa2vp_real.features(sa2vp_real.data(RSSCN7, 100, "test")).tensors
+    assert features.shape == (14, 24) and labels.bincount().tolist() == [2] * 7
 
 
 def test_missing_images_are_named_before_anything_is_trained(tmp_path, monkeypatch):

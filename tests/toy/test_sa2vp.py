@@ -1,48 +1,144 @@
-"""SA²VP's study: differences between the methods, the content of a row, and the maps of the notebook."""
+"""SA²VP's tasks, the differences between the methods, a row, and the maps of the notebook."""
 
+import itertools
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
+from companion.errors import BadParameter, MissingWeights
 from companion.models.layers import vpt
-from companion.models.sa2vp import SA2VP
-from companion.toy.ablations import sa2vp as study
-from companion.toy.datasets import classification
+from companion.models.sa2vp import SA2VP, figures
+from companion.toy import sa2vp as toy
+from companion.toy import scenes
+from companion.toy.encoders import photo_prompts
+from tests.small import pinned
+
+PINNED = {
+    "where": "b3c18ee8b73b a8cd28570860 437cda50eb68",
+    "orient": "db737721aa76 bc72c29ff5a1 81e0f21d980e",
+    "digits": "997975d4ab11 3651beff6be3 64f8baf1023f",
+    "textures": "7c48b9254925 11425ec83811 6f82c2bf9924",
+}
+
+
+@pytest.mark.parametrize("task", toy.TASKS)
+def test_images_follow_the_seed_to_the_bit(task):
+    few = {"train": 5, "val": 3, "test": 4}
+    drawn = {split: itertools.islice(toy.examples(task, split, 7), count) for split, count in few.items()}
+    assert " ".join(pinned(*itertools.chain(*pairs)) for pairs in drawn.values()) == PINNED[task]
+
+
+def test_every_digit_is_in_one_split_only(monkeypatch):
+    monkeypatch.setattr(toy, "_originals", lambda: (np.zeros((1797, 8, 8)), np.arange(1797)))
+    drawn = [label for split in scenes.SPLITS for _, label in toy.examples("digits", split)]
+    assert sorted(drawn) == list(range(1797))
+
+
+def test_where_is_the_cell_of_the_object():
+    """In the mean image of a class its cell is the most saturated one, because objects have saturated colours."""
+    images, labels = zip(*itertools.islice(toy.examples("where", "train"), 400), strict=True)
+    colour = np.ptp(np.array(images, float), axis=-1)
+    for label in range(9):
+        mean = colour[np.array(labels) == label].mean(0)
+        cells = [part.mean() for rows in np.array_split(mean, 3) for part in np.array_split(rows, 3, 1)]
+        assert int(np.argmax(cells)) == label
+
+
+def test_a_split_is_what_the_small_vit_sees():
+    toy.data.cache_clear()
+    images, labels = toy.data("textures", 3, "trainval").tensors
+    (first, label), (_, last) = (next(iter(toy.examples("textures", split, 3))) for split in ("train", "val"))
+    assert images.shape == (1000, 3, 32, 32) and labels[0] == label and labels[800] == last
+    expected = torch.from_numpy(first).permute(2, 0, 1) / 255 * 2 - 1
+    torch.testing.assert_close(images[0], expected, rtol=0, atol=1e-6)
+    for unknown in (("colour", "train"), ("where", "trial")):
+        with pytest.raises(BadParameter):
+            toy.examples(*unknown)
+
+
+def test_crops_are_written_in_folders_of_their_classes(tmp_path):
+    toy.save(tmp_path, ("moon", "cat"), 3)
+    files = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png"))
+    assert files == [f"{name}/{number:02d}.png" for name in ("cat", "moon") for number in range(3)]
+    cats = (image for image, label in toy.examples("textures", "train") if toy.TEXTURES[label] == "cat")
+    assert np.array_equal(Image.open(tmp_path / "cat" / "00.png"), next(cats))
 
 
 def test_what_the_methods_change():
-    models = {method: study.build(method, 4, 0) for method in study.METHODS}
+    models = {method: toy.build(method, 4, 0) for method in toy.METHODS}
     first = models["SA²VP"].backbone.state_dict()
     for model in models.values():
         assert all(torch.equal(first[name], t) for name, t in model.backbone.state_dict().items())
         assert not any(m.p for m in model.modules() if isinstance(m, torch.nn.Dropout))  # nor in the frozen blocks
     ours = {method.removeprefix("SA²VP, "): m for method, m in models.items() if isinstance(m, SA2VP)}
-    # the scale, how many of its 8 x 8 positions a central position attends to, and the new maps
-    found = {k: (m.scale, int(m.cross.mask[1 + 3 * 8 + 3, 1:].sum()), len(m.new_projs)) for k, m in ours.items()}
-    assert found == {
-        "SA²VP": (1.5, 9, 2),
-        "global attention": (1.5, 64, 2),
-        "s = 0.1": (0.1, 9, 2),
-        "same position only": (1.5, 1, 2),
-        "no new maps": (1.5, 9, 0),
-    }
-    shallow, deep = (sum(p.numel() for p in models[f"VPT-{kind}"].prompts) for kind in ("shallow", "deep"))
-    assert deep == 6 * shallow == 6 * study.TOKENS * 48
+    # the scale, and how many of its 8 x 8 positions a central position attends to
+    found = {name: (model.scale, int(model.cross.mask[1 + 3 * 8 + 3, 1:].sum())) for name, model in ours.items()}
+    assert found == {"SA²VP": (1.5, 9), "global attention": (1.5, 64), "s = 0.1": (0.1, 9)}
+    assert sum(p.numel() for p in models["VPT-deep"].prompts) == 6 * toy.TOKENS * 48
     assert isinstance(models["full fine-tuning"], vpt.FineTuning)
 
 
-def test_a_row_holds_the_loss_the_accuracy_and_the_parameters_without_the_head(monkeypatch):
+def test_a_row_holds_the_accuracy_and_the_mean_loss_of_the_last_steps(monkeypatch):
     """At a learning rate of 0 they are those of the model before training."""
     images = torch.randn(20, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    classes = len(classification.TASKS["where"].classes)
-    data = TensorDataset(images, torch.arange(20) % classes)
-    monkeypatch.setattr(study, "images", lambda *_: data)
-    row = study.train("SA²VP", "where", 0.0, 0, "", epochs=1, batch=2)
-    model = study.build("SA²VP", classes, 0).eval()
-    assert row["trained"] == sum(p.numel() for p in model.parameters() if p.requires_grad) - 49 * classes
+    learn = TensorDataset(images, torch.arange(20) % 9)
+    monkeypatch.setattr(toy, "OPTIONS", toy.OPTIONS | {"epochs": 1, "batch": 2})
+    model, history = toy.train("SA²VP", "where", learn, 0.0, 0)
+    assert len(history) == 10
     with torch.no_grad():
         image, prompt = model(images)
-    losses = [F.cross_entropy(logits, data.tensors[1]).item() for logits in (image, prompt)]
-    assert row["loss"] == pytest.approx(0.8 * losses[0] + 0.2 * losses[1], abs=2e-4)
-    assert row["accuracy"] == 5 * (image.argmax(1) == data.tensors[1]).sum()
+    losses = [F.cross_entropy(logits, learn.tensors[1]).item() for logits in (image, prompt)]
+    mean = np.mean([step["loss"] for step in history])
+    assert mean == pytest.approx(0.8 * losses[0] + 0.2 * losses[1], abs=2e-4)
+    assert toy.score(model, "where", learn)["accuracy"] == 5 * (image.argmax(1) == learn.tensors[1]).sum()
+
+
+def test_a_probe_trains_its_head_as_on_the_images(monkeypatch):
+    learn = TensorDataset(torch.randn(40, 3, 32, 32), torch.arange(40) % 9)
+    monkeypatch.setattr(toy, "OPTIONS", toy.OPTIONS | {"epochs": 2, "batch": 8})
+    model, history = toy.train("linear probing", "where", learn, 1e-2, 0)
+    start = toy.build("linear probing", 9, 0)
+    assert len(history) == 10 and not torch.equal(model.head.weight, start.head.weight)
+    for ours, theirs in zip(model.backbone.parameters(), start.backbone.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    options = toy.recipe.fit_options(1e-2, toy.CPU) | toy.OPTIONS | {"seed": 0}
+    toy.fit(start, toy.recipe.loss, learn, **options)
+    torch.testing.assert_close(model.head.weight, start.head.weight, rtol=1e-3, atol=1e-5)
+
+
+# --- figures
+
+
+def test_maps_are_those_of_the_models():
+    model, images = toy.build("SA²VP", 4, 0).eval(), torch.randn(2, 3, 32, 32)
+    found = figures.trace(model, images)
+    assert [len(part) for part in found] == [6, 6, 6, 6]
+    reads, strength = figures.reads(model, found), figures.strength(model, found)
+    assert list(reads) == ["block 0", "block 2", "block 4"] and list(strength) == ["block 1", "block 3", "block 5"]
+    assert all(x.shape == (2, 8, 8) for x in (*reads.values(), *strength.values()))
+    torch.testing.assert_close(reads["block 2"][1, 0, 3], found.cross[2].mean(1)[1, 0, 4])
+    with torch.no_grad():
+        first, (block, _) = model.embed(images)[0], model.forward_intermediates(images)[1][:2]
+        vit = model.backbone
+        torch.testing.assert_close(block["image"], vit.blocks[0](first))
+    baselines = {name: toy.build(name, 4, 0).eval() for name in ("linear probing", "VPT-deep")}
+    maps = figures.class_attention(baselines, images)
+    assert all(x.shape == (2, 8, 8) and 0 < x.sum(dim=(1, 2)).max() < 1 for x in maps.values())
+    alike, unlike = torch.randn(1, 5, 4).expand(3, -1, -1), torch.randn(3, 1, 4).expand(-1, 5, -1)
+    shares = figures.between_images(alike), figures.between_images(unlike)
+    assert shares == pytest.approx((0, 1), abs=1e-5)
+
+
+def test_without_the_real_vit_untrained_prompts_are_around_the_small_one(monkeypatch, capsys):
+    def missing(*_, **__):
+        raise MissingWeights("a ViT", "nowhere", ["download it"])
+
+    monkeypatch.setattr(photo_prompts.backbones, "build", missing)
+    vit, models = photo_prompts.prompted(3)
+    assert vit.embed_dim == 48 and list(models) == ["VPT-deep", "SA²VP"] and not models["SA²VP"].training
+    assert torch.equal(models["SA²VP"].prompt, photo_prompts.build("SA²VP", vit, 3).prompt)
+    assert "untrained" in capsys.readouterr().out

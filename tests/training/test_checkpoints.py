@@ -22,7 +22,7 @@ def test_a_killed_recipe_resumes_to_the_same_weights_and_a_finished_one_is_only_
 
     def train(out):
         p = parameters("sa2vp", profile="paper", accelerator="cpu", dataset="folder", data_root=images, batch=4)
-        training = recipe.setting(p, tmp_path / out).trainings[p.method]
+        training = recipe.training(p, recipe.data(p))
         return run(replace(training, every=2), tmp_path / out, epochs=2)
 
     recipe, images = shrink("sa2vp", monkeypatch), str(tmp_path / "images")

@@ -25,9 +25,9 @@ Found = tuple[list[dict], Tensor | None]
 
 
 def sa2vp(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
-    found = recipe.setting(p, out)
-    training = found.trainings[p.method]
-    return run(training)[1], predict(training.build(), found.test, hardware=found.hardware)
+    found = recipe.run(p, out)
+    untrained = recipe.training(p, found.data).build()
+    return found.history, predict(untrained, found.data.splits["test"], hardware=recipe.hardware(p))
 
 
 def bat(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
@@ -38,11 +38,11 @@ def bat(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
 
 
 def dplq(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
-    found = recipe.setting(p, out)
-    training, history = found.trainings[p.method], found.train(p.method)[1]
+    found, clip = recipe.run(p, out), recipe._clip("random")
+    test = found.tests["source"]
+    untrained = recipe.build(p, p.method, test.class_names, clip, recipe._domain(p, clip))
     torch.manual_seed(0)  # the noise of the prompts
-    outputs = predict(training.build(), found.inputs(p.method, "source"), hardware=training.fit["hardware"])
-    return history, outputs
+    return found.history, predict(untrained, test, hardware=recipe.hardware(p))
 
 
 def promptpar(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
@@ -53,9 +53,8 @@ def promptpar(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
 
 
 def hvit(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
-    found = recipe.setting(p, out)
-    history = recipe.train(found, p.method)[1]
-    return history, recipe.outputs(recipe.build(p, p.method), found.test, Hardware.of(p, "hvit"))[1]
+    found = recipe.run(p, out)
+    return found.history, recipe.outputs(recipe.build(p, p.method), found.test, Hardware.of(p, "hvit"))[1]
 
 
 def ecamp(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
@@ -70,11 +69,13 @@ def ecamp(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
 
 
 def sic_cads(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
-    found = recipe.setting(p, out)
+    title, test = recipe.test_set(p)
+    detector, *parts = recipe.frozen(p, test)
     torch.manual_seed(0)
-    history = found.train()[1]
+    history = run(recipe.training(p, *recipe.recogniser(p, *parts, test.unseen)))[1]
     torch.manual_seed(0)
-    outputs = predictions.predict(found, found.build())
+    model = recipe.build(p, *parts, test.unseen, "random")
+    outputs = predictions.predict(model, detector, test, hardware=Hardware.of(p, "sic_cads"), title=title)
     assert outputs.boxes[0].dtype == outputs.probabilities[0].dtype == torch.float32
     return history, outputs.p[p.branch]
 

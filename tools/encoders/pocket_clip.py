@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from companion.toy import encoders
-from companion.toy.datasets import classification
 from companion.toy.encoders.training import fit_steps
 from companion.toy.encoders.vit_and_clip import pixels
 from companion.toy.scenes import CLASSES, Scene, scenes
@@ -117,4 +116,4 @@ def measure(model: nn.Module) -> dict[str, float]:
 
 if __name__ == "__main__":
     recipe = {"images": 12000, "steps": 1000, "seed": 0}
-    ship("pocket_clip", train, measure, recipe, tasks=classification.VERSION)
+    ship("pocket_clip", train, measure, recipe)

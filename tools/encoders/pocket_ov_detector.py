@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torchvision.ops import box_iou
 
-from companion.toy.datasets.detection import VERSION, scenes
-from companion.toy.encoders.detector import DETECTOR, Detector, boxes_of, clip, own_seed, stack, texts, train_detector
+from companion.toy.encoders.detector import DETECTOR, Detector, clip, texts
+from companion.toy.sic_cads import boxes_of, own_seed, scenes, stack, train_detector
 
 from . import ship
 
@@ -28,4 +28,4 @@ def measure(model: Detector) -> dict[str, float]:
 
 if __name__ == "__main__":
     recipe = {"pictures": 2000, "steps": 600, "batch": 16, "learning_rate": 2e-3, "seed": 0}
-    ship(DETECTOR, train_detector, measure, recipe, world=VERSION)
+    ship(DETECTOR, train_detector, measure, recipe)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torchmetrics.functional.classification import multilabel_average_precision
 
-from companion.toy.datasets.detection import CLASSES, VERSION, scenes
-from companion.toy.encoders.detector import CLIP, SceneCLIP, named, own_seed, stack, texts, train_clip
+from companion.toy.encoders.detector import CLASSES, CLIP, SceneCLIP, texts
+from companion.toy.sic_cads import named, own_seed, scenes, stack, train_clip
 
 from . import ship
 
@@ -21,4 +21,4 @@ def measure(model: SceneCLIP) -> dict[str, float]:
 
 if __name__ == "__main__":
     recipe = {"pictures": 3000, "steps": 480, "batch": 64, "learning_rate": 3e-3, "seed": 0}
-    ship(CLIP, train_clip, measure, recipe, world=VERSION)
+    ship(CLIP, train_clip, measure, recipe)

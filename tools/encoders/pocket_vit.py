@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from companion.toy import encoders
-from companion.toy.datasets import classification
 from companion.toy.encoders.training import fit_steps
 from companion.toy.encoders.vit_and_clip import pixels
 from companion.toy.scenes import CLASSES, scenes
@@ -58,4 +57,4 @@ def measure(model: nn.Module) -> dict[str, float]:
 
 if __name__ == "__main__":
     recipe = {"images": 8000, "steps": 1600, "seed": 0}
-    ship("pocket_vit", train, measure, recipe, tasks=classification.VERSION)
+    ship("pocket_vit", train, measure, recipe)

@@ -1,4 +1,4 @@
-"""Image classification: FGVC (5 sets), VTAB-1k (19 tasks), HTA (10 sets), the pocket tasks, and a user's own folder.
+"""Image classification: FGVC (5 sets), VTAB-1k (19 tasks), HTA (10 sets), and a user's own folder.
 
     train = load("vtab/cifar100", "data", "trainval", resize_transform(backbones.input_of(model)))
     image, label = train[0]         # float32 (3, 224, 224), int in 0..train.classes - 1
@@ -118,7 +118,7 @@ def load(
     """One split of a data set.
 
     Args:
-        name: a name of `DATASETS`, such as "fgvc/cub200", "vtab/cifar100", "hta/dtd", "pocket/where".
+        name: a name of `DATASETS`, such as "fgvc/cub200", "vtab/cifar100", "hta/dtd".
         root: the data folder; searched for `DATASETS[name].folders`.
         split: "train", "val", "trainval" (both: the 1,000 images of VTAB-1k) or "test".
         transform: from a PIL image (RGB) to a tensor (3, H, W); see `resize_transform` and `crop_transform`.
@@ -138,7 +138,7 @@ def load(
         for path in (sources[0], sources[-1]):  # check two files only: opening must stay instant
             if not Path(path).is_file():
                 raise dataset.missing(root, f"{listing.name} is there, but the image {path} is not")
-    return Images(dataset, root, sources, labels, _classes(dataset, root), transform)
+    return Images(dataset, root, sources, labels, dataset.classes, transform)
 
 
 @recorded()
@@ -408,7 +408,7 @@ def _read(dataset: DataSet, root: Path, split: str) -> Listed:
     group, _, key = dataset.name.partition("/")
     if not dataset.folder(root).is_dir():
         raise dataset.missing(root)
-    if group in ("vtab", "pocket"):
+    if group == "vtab":
         listing, sources, labels = _read_lines(dataset, root, split)
     elif key in IMAGES:
         listing, sources, labels = _read_json(dataset, root, split)
@@ -419,11 +419,6 @@ def _read(dataset: DataSet, root: Path, split: str) -> Listed:
             root, f"{listing.name} gives {len(labels)} images for '{split}', {dataset.sizes[split]} expected"
         )
     return listing, sources, labels
-
-
-def _classes(dataset: DataSet, root: Path) -> int:
-    """Number of classes; where the lists define it, that of the 1,000 training images."""
-    return dataset.classes or max(_read_lines(dataset, root, "trainval")[2]) + 1
 
 
 def _existing(dataset: DataSet, root: Path, path: Path) -> Path:

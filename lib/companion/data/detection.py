@@ -115,7 +115,7 @@ class Boxes(Images):
 
 def splits(name: str, root: str | Path) -> dict[str, Boxes]:
     """Every split of a set: "train" and "test" of "detection/ov-coco" and "detection/ov-lvis", "test" of
-    "detection/objects365" and "detection/openimages"; the pocket set has "val" too.
+    "detection/objects365" and "detection/openimages".
 
     Raises:
         BadParameter: unknown name.
@@ -391,19 +391,7 @@ def _read(dataset: DataSet, root: Path, split: str) -> tuple[dict, Sequence[int]
         return ov_lvis(found, split), sorted(groups["c"] + groups["f"]), groups["r"]
     if dataset.name == "detection/objects365":
         return _renamed(found, folder, file), (), ()
-    if dataset.name == "pocket/detection":
-        return found, *_pocket_groups(dataset, root, found)
     return found, (), ()
-
-
-def _pocket_groups(dataset: DataSet, root: Path, found: Mapping) -> tuple[list[int], list[int]]:
-    """Base classes are those with boxes in the training file."""
-    file = dataset.folder(root) / FILES[dataset.name]["train"][0]
-    if not file.is_file():
-        raise dataset.missing(root, f"{file} is not there")
-    seen = {annotation["category_id"] for annotation in read_annotations(file)["annotations"]}
-    ids = [category["id"] for category in found["categories"]]
-    return [i for i in ids if i in seen], [i for i in ids if i not in seen]
 
 
 def _renamed(found: Mapping, folder: Path, file: Path) -> dict:

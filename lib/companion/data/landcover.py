@@ -265,7 +265,7 @@ def load(
     else:
         pictures, absent = _earth(dataset, root, split, without_xbd)
         decode, table = earth, dataset.folder(root) / "places.csv"
-        places = read_places(table if table.is_file() or name != OEM else PLACES)
+        places = read_places(table if table.is_file() else PLACES)
     return LandCover(
         dataset,
         pictures,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from . import facts
 
 _FACTS = facts("landcover")
-OEM, LOVEDA, POTSDAM, POCKET = "landcover/openearthmap", "landcover/loveda", "landcover/potsdam", "pocket/landcover"
+OEM, LOVEDA, POTSDAM = "landcover/openearthmap", "landcover/loveda", "landcover/potsdam"
 
 CLASSES: dict[str, dict[str, tuple[int, int, int]]] = _FACTS["CLASSES"]
 """By set, the classes in the order of their training labels, with the colour (red, green, blue) of each.

@@ -1,4 +1,4 @@
-"""Whole slides with a grade each: PANDA, the pocket sets, or your own folder.
+"""Whole slides with a grade each: PANDA, or your own folder.
 
     items = load("slides/panda", "data")                          # every slide of train.csv, no image is opened
     write_folds("slides/panda", "data", test=0.2)                 # once: five folds, stratified by grade
@@ -78,7 +78,7 @@ def load(name: str, root: str | Path, split: str = "all", fold: int = 0, exclude
     """The slides of one split, in the order of its list. No image is opened.
 
     Args:
-        name: "slides/panda", "pocket/slides-place" or "pocket/slides-count".
+        name: "slides/panda".
         root: the data folder.
         split: "all" for every slide of train.csv, or "train", "tune", "test" of a fold.
         fold: number of the fold.

@@ -366,7 +366,7 @@ def load(
         raise BadParameter("classes", (), "a name for each label of a line: own(root, classes)")
     if name == "xrays/chestmnist":
         return _chestmnist(dataset, Path(root), split, share, transform)
-    path = dataset.folder(root) / lists(name, task).get(key, f"train_list_{share}")
+    path = dataset.folder(root) / lists(task)[key]
     if not path.is_file():
         raise dataset.missing(root, f"{path.name}, the list of {split}" + (f" with {share} %" * (split == "train")))
     found = _READERS[task](dataset, root, path, transform, balanced and split == "train", seed)

@@ -23,15 +23,11 @@ WINDOWS: tuple[str, ...] = _FACTS["WINDOWS"]
 _SPLITS = {"1": "train_list_1", "10": "train_list_10", "100": "train_list", "val": "val_list", "test": "test_list"}
 
 
-def lists(name: str, task: str) -> dict[str, str]:
-    """The list of each share and split of a task, below the set's folder."""
-    if name == "pocket/chests":
-        ending = {"classification": "list.txt", "segmentation": "masks.csv", "detection": "boxes.csv"}[task]
-        return {"100": f"train_{ending}", "val": f"val_{ending}", "test": f"test_{ending}"}
+def lists(task: str) -> dict[str, str]:
+    """The list of each share and split of a task, below a set's folder."""
     return {key: f"{stem}.{'txt' if task == 'classification' else 'csv'}" for key, stem in _SPLITS.items()}
 
 
 def tasks(name: str) -> tuple[str, ...]:
     """The tasks that a set supports, the usual one first."""
-    found = tuple(task for task in TASKS if (name, task) in SIZES)
-    return (*found, "pre-training") if name == "pocket/chests" else found or ("pre-training",)
+    return tuple(task for task in TASKS if (name, task) in SIZES) or ("pre-training",)

@@ -192,18 +192,17 @@ class Run:
         self.claims[name] = {"status": status, "value": value, "seeds": list(seeds), "why": why, "evidence": evidence}
         return f"{name} {status}: {value}"
 
-    def claims_from_study(self, rows: pd.DataFrame, why: Mapping[str, str] = {}) -> HTML:
+    def claims_from_study(self, rows: pd.DataFrame) -> HTML:
         """Judge every synthetic result by the rows of an ablation, see `evaluation.claims.judge`; return their table.
 
-        A claim that fails is given its `why` of the paper's YAML, the reason that was found, or that of the argument.
+        A claim that fails is given its `why` of the paper's YAML, the reason that was found.
         """
         facts = paper(self.slug)
         for claim in facts["claims"]:
             if claim["kind"] == SYNTHETIC:
                 wins, value, seeds = judge(claim, rows)
                 found = evidence(claim, facts["data_built_for"], rows)
-                reason = why.get(claim["id"], claim.get("why", ""))
-                self.claim(claim["id"], wins, value, seeds, "" if wins else reason, found)
+                self.claim(claim["id"], wins, value, seeds, "" if wins else claim.get("why", ""), found)
         return self._judged(SYNTHETIC)
 
     def claims_from_measured(self, cells: Mapping[tuple[str, str], float]) -> None:

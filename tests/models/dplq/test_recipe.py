@@ -19,7 +19,6 @@ from companion.models.layers import mae
 from companion.models.layers.coop import ZeroShot
 from companion.toy import encoders
 from companion.training.checkpoints import checkpoint_key
-from companion.training.schedules import schedule
 from tests.conftest import parameters
 from tests.models.common import refuses
 from tests.recipes import dplq_cases
@@ -27,7 +26,6 @@ from tests.recipes.runner import Case, folder
 from tests.small import shrink
 
 EACH = 40  # images per class: 20 to train, 8 to validate, 12 to test
-QUICK = {"epochs": 1, "schedule": schedule("cosine by epoch", 0.0, 0.0)}
 given = functools.partial(
     parameters, "dplq", profile="paper", seed=1, dataset="medical/btmri", accelerator="cpu", data_root="nowhere"
 )
@@ -35,8 +33,17 @@ given = functools.partial(
 
 @pytest.fixture
 def pocket(monkeypatch) -> None:
-    """The toy CLIP instead of the real one; its image tower has 6 blocks, so prompts of depth 3 fit."""
+    """The toy CLIP instead of the real one; its image tower has 6 blocks, so prompts of depth 3 fit. One epoch."""
     shrink("dplq", monkeypatch)
+    published = recipe.published_settings
+    quick = {"epochs": 1, "warm-up epochs": 0}
+    monkeypatch.setattr(recipe, "published_settings", lambda protocol: published(protocol) | quick)
+
+
+def training(p):
+    """The training of a run, with the toy CLIP and no domain model."""
+    clip = recipe._clip("random")
+    return recipe.training(p, recipe.real(p, clip)["train"], clip, None)
 
 
 @pytest.fixture
@@ -56,16 +63,16 @@ def sets(tmp_path, monkeypatch) -> str:
 @pytest.mark.parametrize("protocol", ["cross-dataset", "domain generalisation"])
 def test_a_model_is_carried_over_to_other_sets(protocol, pocket, sets, tmp_path):
     p = given(protocol=protocol, targets="medical/ccbtm", domain="clip", data_root=sets)
-    found = recipe.setting(p, tmp_path)
-    model, history = found.train("DPLQ", **QUICK)
-    assert isinstance(model, DPLQ) and len(model.deep_text) == 2 and len(history) == 16
-    scores = found.scores(p.method, model)
+    found = recipe.run(p, tmp_path)
+    model, scores = found.model, found.scores
+    assert isinstance(model, DPLQ) and len(model.deep_text) == 2 and len(found.history) == 16
     assert list(scores) == ["source", "medical/ccbtm"] and all(0 <= s <= 100 for s in scores.values())
-    assert len(found.inputs("DPLQ", "medical/ccbtm")) == 4 * (12 if protocol == "cross-dataset" else EACH)
-    assert found.scores(p.method, model) == scores, "the noise is drawn from the seed"
+    assert len(found.tests["medical/ccbtm"]) == 4 * (12 if protocol == "cross-dataset" else EACH)
     assert len(model.embedded) == 4 and model.length == model.ends.max() + 1, "the classes trained on are back"
-    table = recipe.RESULTS.measured(tmp_path / "measured.csv", *recipe.rows(p, scores))
-    (shown,) = recipe.tables(table).values()
+    images, labels, classes = found.examples(3)
+    assert images.shape == (3, 3, 32, 32) and labels.tolist() == [0, 0, 0] and classes[0] == "glioma"
+    assert recipe.run(p, tmp_path).scores == scores, "the noise is drawn from the seed"
+    (shown,) = recipe.tables(recipe.RESULTS.measured(tmp_path / "measured.csv")).values()
     *_, row = shown.to_dict("records")
     source, other = (f"– / {score:.2f}" for score in scores.values())
     assert row == {"method": "DPLQ, domain model clip, trained on BTMRI", "BTMRI": source, "CCBTM": other,
@@ -73,68 +80,62 @@ def test_a_model_is_carried_over_to_other_sets(protocol, pocket, sets, tmp_path)
 
 
 def test_both_transfers_test_the_weights_of_one_training(pocket, sets, tmp_path, monkeypatch):
-    def setting(**changes):
-        return recipe.setting(given(targets="medical/ccbtm", domain="clip", data_root=sets, **changes), tmp_path)
+    def run(**changes):
+        return recipe.run(given(targets="medical/ccbtm", domain="clip", data_root=sets, **changes), tmp_path)
 
-    first, history = setting(protocol="cross-dataset").train("DPLQ", **QUICK)
+    first = run(protocol="cross-dataset")
     (file,) = (tmp_path / "trained").iterdir()
     assert file.name == "medical-btmri, all classes, seed 1, DPLQ.safetensors"
     state = load_file(file)  # nothing of CLIP or the domain model
-    assert state.keys() == first.trained().keys() and torch.equal(state["ctx"], first.ctx)
+    assert state.keys() == first.model.trained().keys() and torch.equal(state["ctx"], first.model.ctx)
     monkeypatch.setattr(recipe, "loss", lambda *_: pytest.fail("it was trained again"))
-    found = setting(protocol="domain generalisation")
-    again, read = found.train("DPLQ", **QUICK)
-    assert read == history and torch.equal(again.ctx, first.ctx)
+    again = run(protocol="domain generalisation")
+    assert again.history == first.history and torch.equal(again.model.ctx, first.model.ctx)
     # noise is not visible in any tensor
-    quiet = setting(protocol="domain generalisation", noise="off")
-    assert found.trainings["DPLQ"].facts != quiet.trainings["DPLQ"].facts
+    facts = [training(given(data_root=sets, noise=noise)).facts for noise in ("always", "off")]
+    assert facts[0] != facts[1]
 
 
 def test_of_few_images_all_are_trained_on(pocket, sets, tmp_path):
-    found = recipe.setting(given(method="CoCoOp", data_root=sets), tmp_path)
-    assert len(found.inputs("CoCoOp", "train")) == 32 and found.trainings["CoCoOp"].fit["last"] == "drop"
+    found = training(given(method="CoCoOp", data_root=sets))
+    assert len(found.data()) == 32 and found.fit["last"] == "drop"
     folder = tmp_path / "few"
     for name in ("a", "b"):
         (folder / name).mkdir(parents=True)
         for number in range(4):
             Image.new("RGB", (9, 9), (number, 0, 0)).save(folder / name / f"{number}.png")
-    found = recipe.setting(given(dataset="folder", data_root=str(folder), method="CoCoOp"), tmp_path)
-    train = found.inputs("CoCoOp", "train")
-    assert len(train) == 2 and found.trainings["CoCoOp"].fit["last"] == "train"  # half of the four, of the base class
-    assert len(found.train("CoCoOp", **QUICK)[1]) == 1
+    p = given(dataset="folder", data_root=str(folder), method="CoCoOp")
+    found = training(p)
+    assert len(found.data()) == 2 and found.fit["last"] == "train"  # half of the four, of the base class
+    assert len(recipe.run(p, tmp_path).history) == 1
 
 
 def test_base_to_novel_trains_on_the_base_classes_alone(pocket, sets, tmp_path):
     p = given(method="CoCoOp", data_root=sets)
-    found = recipe.setting(p, tmp_path)
-    assert found.classes == ("glioma", "meningioma")
-    assert found.test_classes == {"base": ("glioma", "meningioma"), "novel": ("no brain tumor", "pituitary")}
-    assert [len(found.inputs("CoCoOp", part)) for part in ("train", "base", "novel")] == [32, 24, 24]
-    model, _ = found.train("CoCoOp", **QUICK)
-    scores = found.scores(p.method, model)
-    assert list(scores) == ["base", "novel", "HM"]
+    found = recipe.run(p, tmp_path)
+    classes = {name: tuple(data.class_names) for name, data in found.tests.items()}
+    assert classes == {"base": ("glioma", "meningioma"), "novel": ("no brain tumor", "pituitary")}
+    assert [len(data) for data in found.tests.values()] == [24, 24]
+    assert list(found.scores) == ["base", "novel", "HM"]
     # training images are cropped at random, test images are not
-    crops = {part: [found.items("CoCoOp", part, 3)[0] for _ in range(2)] for part in ("train", "base")}
-    assert not torch.equal(*crops["train"]) and torch.equal(*crops["base"])
+    train, test = training(p).data(), found.tests["base"]
+    assert train.class_names == classes["base"] and not torch.equal(train[0][0], train[0][0])
+    assert torch.equal(test[0][0], test[0][0])
 
 
 def test_a_folder_of_ones_own_and_nothing_to_train(pocket, tmp_path, sets):
-    found = recipe.setting(given(method="zero-shot CLIP", data_root=sets), tmp_path)
-    model, history = found.train("zero-shot CLIP")
-    assert isinstance(model, ZeroShot) and history == [] and found.learning_rates == {}
-    mine = tmp_path / "medical/BTMRI/BTMRI"
-    found = recipe.setting(given(dataset="folder", data_root=str(mine), method="CoOp"), tmp_path)
-    assert found.title == "folder, base to novel" and found.classes == ("glioma", "meningioma")
-    own = given(dataset="folder", data_root=str(mine))
-    refuses((lambda: recipe.setting(own, tmp_path), "'remote-sensing', 'medical'"))
+    mine = str(tmp_path / "medical/BTMRI/BTMRI")
+    found = recipe.run(given(dataset="folder", data_root=mine, method="zero-shot CLIP"), tmp_path)
+    assert isinstance(found.model, ZeroShot) and found.history == []
+    assert found.title == "folder, base to novel" and found.tests["base"].class_names == ("glioma", "meningioma")
+    refuses((lambda: recipe.run(given(dataset="folder", data_root=mine), tmp_path), "'remote-sensing', 'medical'"))
 
 
 def test_images_in_another_class_are_another_training(pocket, tmp_path, sets, monkeypatch):
     mine = tmp_path / "medical/BTMRI/BTMRI"
 
     def key(where: str) -> str:
-        found = recipe.setting(given(dataset="folder", data_root=where, method="CoOp"), tmp_path)
-        return checkpoint_key(**found.trainings["CoOp"].facts)
+        return checkpoint_key(**training(given(dataset="folder", data_root=where, method="CoOp")).facts)
 
     first = key(str(mine))
     for number in range(20):
@@ -156,29 +157,28 @@ def test_the_domain_model_by_name_by_set_and_by_file(pocket, sets, tmp_path, mon
     file = tmp_path / "weights" / "vit-b-checkpoint-1599.pth"
     torch.save({"model": mae.MAE(mae.encoder(32, 8, 64, 1, 1), (32, 1, 16)).to_official()}, file)
     p = given(domain="remote-sensing", data_root=sets, protocol="cross-dataset", targets="medical/ccbtm")
-    found = recipe.setting(p, tmp_path)
-    assert found.trainings["DPLQ"].build().domain.num_features == 32
+    assert recipe._domain(p, recipe._clip("random")).num_features == 32
     assert recipe.weights(p, "remote-sensing", "mine.pth") == "mine.pth"
 
 
 def test_what_is_missing_or_contradicts_is_refused(tmp_path, monkeypatch):
-    def setting(**changes):
-        return lambda: recipe.setting(given(data_root=str(tmp_path), **changes), tmp_path)
+    def run(**changes):
+        return lambda: recipe.run(given(data_root=str(tmp_path), **changes), tmp_path)
 
     refuses(
-        (setting(targets="medical/ccbtm"), "base to novel"),
-        (setting(protocol="cross-dataset", targets="medical/btmri"), "medical/btmri"),
-        (setting(protocol="cross-dataset", dataset="folder"), "targets"),
+        (run(targets="medical/ccbtm"), "base to novel"),
+        (run(protocol="cross-dataset", targets="medical/btmri"), "medical/btmri"),
+        (run(protocol="cross-dataset", dataset="folder"), "targets"),
     )
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    refuses((setting(), "ViT-B-16/openai"), error=MissingWeights)
+    refuses((run(), "ViT-B-16/openai"), error=MissingWeights)
     (tmp_path / "weights").mkdir()
     file = tmp_path / "weights" / "open_clip_model.safetensors"
     save_file({"x": torch.zeros(1)}, file)
     assert recipe.weights(given(data_root=str(tmp_path)), "clip", "") == file
     monkeypatch.setattr(recipe, "_clip", lambda weights: encoders.build("pocket_clip"))
-    refuses((setting(domain="remote-sensing"), r"vit-b-checkpoint-1599\.pth"), error=MissingWeights)
-    refuses((setting(domain="none"), "Brain tumour MRI"), error=MissingData)
+    refuses((run(domain="remote-sensing"), r"vit-b-checkpoint-1599\.pth"), error=MissingWeights)
+    refuses((run(domain="none"), "Brain tumour MRI"), error=MissingData)
 
 
 def test_a_domain_model_of_large_images_takes_them_one_by_one(monkeypatch):

@@ -135,6 +135,16 @@ def test_a_dry_run_of_each_task(task, dataset, encoder, frozen, metric, small):
     assert 0 <= recipe.evaluate(p, model, data["test"]) <= 100 and not model.training
 
 
+def test_a_dry_run_takes_two_steps_of_every_task_and_writes_nothing(tmp_path, monkeypatch, small):
+    text = replace(ecamp.SIZES["paper"]["text"], length=16)
+    monkeypatch.setitem(ecamp.SIZES, "paper", ecamp.SIZES["paper"] | {"text": text})
+    monkeypatch.setattr(recipe, "Pairs", functools.partial(Pairs, length=16))
+    done = recipe.run(pretraining(dataset="xrays/mimic-cxr", dry_run=True, devices=2), tmp_path)
+    assert done.table.steps.tolist() == [2] * 5 and done.table.metric[0] == "last loss"
+    assert np.isfinite(done.model(done.batch).total.item()) and not done.model.training
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(("protocol", "expected"), [("released", np.nan), ("plain", 0.0)])
 def test_nothing_left_to_be_found_is_no_score(protocol, expected):
     """As released, images where nothing was found are left out; here those are all."""
@@ -153,13 +163,17 @@ def test_a_real_layout_is_trained_until_patience_ends(tmp_path, monkeypatch, sma
     for name in ("train_list_1", "val_list", "test_list"):
         (folder / f"{name}.txt").write_text("\n".join(f"train/{i}.png {i % 3}" for i in range(9)))
     monkeypatch.setattr(recipe, "patience", lambda *_: 2)
-    scores = iter([40.0, 70.0, 60.0, 65.0])
-    monkeypatch.setattr(recipe, "evaluate", lambda *_: next(scores))
-    model, history = run(recipe.downstream(given(data_root=str(tmp_path)))[0], tmp_path / "out")
+    scores, states, histories = iter([40.0, 70.0, 60.0, 65.0, 50.0]), [], []
+    monkeypatch.setattr(recipe, "evaluate", lambda p, model, part: states.append(model.state_dict()) or next(scores))
+    monkeypatch.setattr(recipe, "train", lambda *a: histories.append(found := run(*a)) or found)
+    done = recipe.run(given(data_root=str(tmp_path)), tmp_path / "out")
+    ((_, history),) = histories
     assert len(history) == 4, "the best was the second of four epochs"
     assert history[0]["lr"] == pytest.approx(0.03 / 50)  # not 0
     (file,) = (tmp_path / "out" / "trained").iterdir()
-    assert all(torch.equal(t, model.state_dict()[name]) for name, t in backbones.read_state(file).items())
+    assert all(torch.equal(t, states[-1][name]) for name, t in backbones.read_state(file).items())
+    row = pd.read_csv(tmp_path / "out" / "measured.csv").iloc[0]
+    assert row.score == done.table.score[0] == 50 and (row.task, row.labels, row.seed) == ("fine-tune", 1, 0)
 
 
 def test_what_cannot_be_run_is_refused(tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
 """H-ViT's published recipe: samples, folds that vote, stored features, missing files."""
 
-import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -21,9 +20,11 @@ from companion.models.hvit.official import read_checkpoint
 from companion.models.hvit.slides import PANDA, Slide, tensor, tile, write_pyramid
 from companion.models.layers.pos_embed import resize_pos_embed
 from companion.toy import encoders
-from companion.toy.datasets import slides as synthetic
+from companion.toy import hvit as synthetic
 from companion.toy.encoders import slide_dino
 from tests.conftest import parameters
+from tests.data.conftest import expect
+from tests.data.test_slides import panda
 from tests.models.common import refuses
 
 
@@ -36,11 +37,6 @@ def given(**changes) -> SimpleNamespace:
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch):
     monkeypatch.setattr(recipe, "WORKERS", 0)
-
-
-@pytest.fixture
-def one_slide_each(monkeypatch):
-    monkeypatch.setattr(synthetic, "COUNTS", {"train": 1, "val": 1, "test": 1})
 
 
 @pytest.mark.parametrize("sampling", ["uniform", "weighted"])
@@ -71,38 +67,30 @@ def test_hipts_region_level_is_loaded_with_its_positions_resized(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["Local", "Global"])
-def test_a_dry_run_takes_two_steps(method, tmp_path):
-    found = recipe.setting(given(method=method), tmp_path)
-    models, history = recipe.train(found, method)
-    assert len(history) == 2 and not list(tmp_path.iterdir())
-    scores = recipe.scores(found, method, models)
-    assert set(scores) == {"kappa", "fold"} and scores["kappa"] == scores["fold"]
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory):
-    """Synthetic slides in two folds."""
-    folder = tmp_path_factory.mktemp("slides")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(synthetic, "COUNTS", {"train": 12, "val": 6, "test": 6})
-        synthetic.write(folder, "count", 0)
-    data.write_folds("pocket/slides-count", folder, 2, test=0.25)
-    return folder
+def test_a_dry_run_takes_two_steps_and_writes_nothing(method, tmp_path):
+    found = recipe.run(given(method=method), tmp_path)
+    assert len(found.history) == 2 and not list(tmp_path.iterdir())
+    assert set(found.scores) == {"kappa", "fold"} and found.scores["kappa"] == found.scores["fold"]
+    slide = recipe.shown(given(), tmp_path, found.test)
+    with Slide(slide.path) as file:
+        assert len(tile(file, slide.tiling)) and slide.patch.dim == 384
 
 
 @pytest.fixture
-def stored(tmp_path, written):
-    """Features of one to three regions of 4 x 4 patches of synthetic slides: the parameters."""
-    shutil.copytree(written, tmp_path, dirs_exist_ok=True)
+def stored(tmp_path, monkeypatch):
+    """Features of one to three regions of 4 x 4 patches of 48 slides, in two folds: the parameters."""
+    expect(monkeypatch, "slides/panda", sizes={})
+    panda(tmp_path, 48)
+    data.write_folds("slides/panda", tmp_path, 2, test=0.25)
     store(tmp_path, 16, 384)
-    return given(dry_run=False, dataset="pocket/slides-count", data_root=str(tmp_path))
+    return given(dry_run=False, dataset="slides/panda", data_root=str(tmp_path), epochs=1)
 
 
 def store(root, *shape: int) -> None:
     """Write features of that shape a region, whose mean follows the grade."""
     (root / "features").mkdir(exist_ok=True)
     rng = np.random.default_rng(0)
-    for item in data.load("pocket/slides-count", root):
+    for item in data.load("slides/panda", root):
         regions = int(rng.integers(1, 4))  # ragged
         with h5py.File(root / "features" / f"{item.name}.h5", "w") as file:
             values = 0.1 * rng.normal(size=(regions, *shape)) + item.grade / 3
@@ -111,26 +99,27 @@ def store(root, *shape: int) -> None:
 
 
 def test_folds_are_trained_on_stored_features_and_vote(tmp_path, stored):
-    p = stored
-    found = recipe.setting(p, tmp_path)
-    assert len(found.folds) == 2
-    models, _ = recipe.train(found, p.method, epochs=3, batch=6)
+    stored.epochs = 3
+    found = recipe.run(stored, tmp_path / "run")
+    models, test = found.models, found.test
     # a batch is filled up to its own longest slide, not to the fold's
-    padded = [models[0](found.test[i][0][None], present=found.test[i][1][None]) for i in range(len(found.test))]
-    truth, outputs = recipe.outputs(models[0], found.test)
+    padded = [models[0](test[i][0][None], present=test[i][1][None]) for i in range(len(test))]
+    truth, outputs = recipe.outputs(models[0], test)
     torch.testing.assert_close(outputs, torch.cat(padded).float())
-    batch = data.trimmed([found.test[0], found.test[0]])
-    assert batch[0].shape[1] == int(found.test[0][1].sum()) == batch[1].sum() // 2
-    grades = [found.grades(model, p.method, found.test) for model in models]
-    assert torch.equal(truth, recipe.grades_of(found.test))
+    batch = data.trimmed([test[0], test[0]])
+    assert batch[0].shape[1] == int(test[0][1].sum()) == batch[1].sum() // 2
+    each = [hvit.predict(stored.head, recipe.outputs(model, test)[1]) for model in models]
+    assert torch.equal(truth, recipe.grades_of(test)) and len(models) == 2
     # votes are drawn by the row of the table sorted by name
-    vote = recipe.voted(grades, [item.name for item in found.test.items])
-    kappas = {"kappa": recipe.kappa(truth, vote), "fold": np.mean([recipe.kappa(truth, one) for one in grades])}
-    assert recipe.scores(found, p.method, models) == pytest.approx(kappas)
+    vote = recipe.voted(each, [item.name for item in test.items])
+    kappas = {"kappa": recipe.kappa(truth, vote), "fold": np.mean([recipe.kappa(truth, one) for one in each])}
+    assert torch.equal(found.grades, vote) and found.scores == pytest.approx(kappas)
+    (row,) = recipe.RESULTS.measured(tmp_path / "run" / "measured.csv").to_dict("records")
+    assert row["method"] == "Local, folds 2, sampling uniform, epochs 3" and row["kappa"] == kappas["kappa"]
 
 
 def test_the_weights_of_each_fold_are_saved_under_the_authors_names(tmp_path, stored):
-    models, _ = recipe.train(recipe.setting(stored, tmp_path), "Local", epochs=1, batch=6)
+    models = recipe.run(stored, tmp_path).models
     files = sorted((tmp_path / "trained").iterdir())
     assert [(f.stem.startswith("Local"), f.stem.rpartition(", fold ")[2]) for f in files] == [
         (True, "0, seed 1"),
@@ -140,36 +129,35 @@ def test_the_weights_of_each_fold_are_saved_under_the_authors_names(tmp_path, st
         saved = hvit.HViT.from_official(read_checkpoint(file)).state_dict()
         assert not model.training and all(torch.equal(t, saved[n]) for n, t in model.state_dict().items())
     stored.sampling = "weighted"  # another training
-    recipe.train(recipe.setting(stored, tmp_path), "Local", epochs=1, batch=6)
+    recipe.run(stored, tmp_path)
     assert len(list((tmp_path / "trained").iterdir())) == 4
 
 
 def test_leaks_and_features_that_do_not_fit_are_refused(tmp_path, stored):
-    def setting(**changes):
-        return lambda: recipe.setting(SimpleNamespace(**vars(stored) | changes), tmp_path)
+    def running(**changes):
+        return lambda: recipe.run(SimpleNamespace(**vars(stored) | changes), tmp_path)
 
     def listed(split, fold):
-        return data.load("pocket/slides-count", tmp_path, split, fold)
+        return data.load("slides/panda", tmp_path, split, fold)
 
-    folds = data.find("pocket/slides-count").folder(tmp_path) / "folds"
+    folds = data.find("slides/panda").folder(tmp_path) / "folds"
     leaks = (("fold-0/test.csv", listed("tune", 1)[:1]), ("fold-1/tune.csv", listed("train", 1)[:2]))
     for name, wrong in leaks:
         before = (folds / name).read_text()
         data.write_list(folds / name, wrong)
-        refuses((setting(), wrong[0].name))
+        refuses((running(), wrong[0].name))
         (folds / name).write_text(before)
-    refuses((setting(region=2048), "2048"), (setting(devices=2), "2"))
-    refuses((setting(method="Global"), "vit4k_xs_dino"), error=MissingWeights)  # no random level is frozen unasked
+    refuses((running(region=2048), "2048"), (running(devices=2), "2"))
+    refuses((running(method="Global"), "vit4k_xs_dino"), error=MissingWeights)  # no random level is frozen unasked
     store(tmp_path, 192)  # of whole regions: only the slide level can be trained on them
-    refuses((setting(), "Global"))
-    whole = setting(method="Global", weights="random")()
-    model, _ = recipe.train(whole, "Global", epochs=1, batch=6)[0]  # without a region level that it would not use
+    refuses((running(), "Global"))
+    model, _ = running(method="Global", weights="random")().models  # without a region level that it would not use
     assert not any(name.startswith("region") for name, _ in model.named_parameters())
     store(tmp_path, 16, 768)
-    refuses((setting(), "768"))
+    refuses((running(), "768"))
     store(tmp_path, 384)
-    refuses((setting(method="Global", weights="random"), "384"))
-    refuses((setting(features=str(tmp_path / "elsewhere")), "companion slides"), error=MissingData)
+    refuses((running(method="Global", weights="random"), "384"))
+    refuses((running(features=str(tmp_path / "elsewhere")), "companion slides"), error=MissingData)
 
 
 # --- features of slides -----------------------------------------------------------------------------------------------
@@ -203,11 +191,11 @@ def test_slides_of_ones_own_are_stored_in_parts_and_trained_on(own, tmp_path, mo
     assert dict(features.store(p, patch, (0, 10), tiling=tiling))["benign_0"].stat().st_mtime_ns == before
     assert isinstance(dict(features.store(p, other, (0, 10), tiling=tiling))["benign_0"], BadParameter)
     p.region = 512  # 2 x 2 patches
-    setting = recipe.setting(p, tmp_path)
-    sizes = [(len(train), len(tune)) for train, tune in setting.folds]
-    assert len(setting.test) == 2 and len(sizes) == 2 and all(sum(pair) == 8 for pair in sizes)
-    models, _ = recipe.train(setting, p.method, epochs=2, batch=4)
-    assert set(recipe.scores(setting, p.method, models)) == {"kappa", "fold"} and models[0].slide.classes == 2
+    p.epochs = 2
+    _, folds, test, _ = recipe.stored(p)
+    sizes = [(len(train), len(tune)) for train, tune in folds]
+    assert len(test) == 2 and len(sizes) == 2 and all(sum(pair) == 8 for pair in sizes)
+    assert recipe.run(p, tmp_path).models[0].slide.classes == 2
 
 
 @pytest.fixture
@@ -243,27 +231,23 @@ def test_slides_in_one_folder_need_no_classes_and_may_be_given_their_scale(tmp_p
     assert '"mpp": 0.5' in read_features(tmp_path / "flat" / "features" / "a.h5")["settings"]
 
 
-def test_the_patch_level_of_a_file_of_several_levels(tmp_path, one_slide_each):
+def test_the_patch_level_of_a_file_of_several_levels(tmp_path):
     """Such as the shipped toy encoders, or a model of the authors'."""
-    synthetic.write(tmp_path, "count", 0)
-    p = given(dataset="pocket/slides-count", data_root=str(tmp_path), region=128, normalise="half")
+    (drawn,) = synthetic.slides(1, "count", "train")
+    folder = synthetic.save(tmp_path / "own", [drawn])
+    p = given(dataset="folder", data_root=str(folder), features=str(tmp_path / "f"), region=128, normalise="half")
     patch = features.patch_encoder(encoders.weights_file(slide_dino.NAME), heads=3)
     files = dict(features.store(p, patch, tiling=synthetic.TILING))
-    item = data.load("pocket/slides-count", tmp_path)[0]
-    with Slide(item.path) as slide:
-        tiles = tile(slide, synthetic.TILING)
-        pixels = np.stack([slide.region(x, y, tiles) for x, y in tiles.coords])
-    expected = slide_dino.embed(slide_dino.build()[0], tensor(pixels, "half"))
-    torch.testing.assert_close(read_features(files[item.name])["features"], expected, atol=1e-5, rtol=1e-4)
+    expected = slide_dino.embed(slide_dino.build()[0], tensor(drawn.regions, "half"))
+    torch.testing.assert_close(read_features(files["slide_0"])["features"], expected, atol=1e-5, rtol=1e-4)
 
 
-def test_attention_of_all_levels_is_read_region_by_region(tmp_path, one_slide_each):
-    synthetic.write(tmp_path, "place", 0)
-    item = data.load("pocket/slides-place", tmp_path, "test")[0]
+def test_attention_of_all_levels_is_read_region_by_region(tmp_path):
+    path = synthetic.save(tmp_path, synthetic.slides(1, "place", "test")) / "slide_0.tiff"
     torch.manual_seed(0)
     model = hvit.build("pocket", "local", "regression", patches=4, levels=("region", "slide"))
-    patch, before = slide_dino.standardise(slide_dino.build()[0]).requires_grad_(True), set(model.trained())
-    with Slide(item.path) as slide:
+    patch, before = slide_dino.build()[0].requires_grad_(True), set(model.trained())
+    with Slide(path) as slide:
         tiles = tile(slide, synthetic.TILING)
         found = heatmaps.attention_maps(model, patch, slide, tiles, "half")
         pixels = tensor(np.stack([slide.region(x, y, tiles) for x, y in tiles.coords]), "half")

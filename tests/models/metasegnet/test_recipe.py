@@ -190,7 +190,9 @@ def test_openearthmap_with_a_zone_left_out(quick, tmp_path):
     assert [test.zones for test in found.tests.values()] == [["Cfa", "Cfa", "Cfb"], ["Aw"]]
     for _ in range(2):  # the second time the training is complete, and the rows are replaced
         shown = recipe.run(p, out)
-    assert shown.steps.tolist() == [1, 1]  # three images are left, of two a step
+    assert shown.scores.steps.tolist() == [1, 1] and shown.text == PROMPTS.text(
+        "Aw"
+    )  # three images are left, of two a step
     (file,) = (out / "trained").iterdir()
     assert file.name == "MetaSegNet, landcover-openearthmap, without Aw, seed 0.safetensors"
     results = recipe.RESULTS

@@ -17,7 +17,6 @@ from companion.data import DATASETS
 from companion.errors import MissingData, MissingWeights
 from companion.models.sa2vp import recipe, two_pathway_loss
 from companion.training.checkpoints import checkpoint_key, trained_state
-from companion.training.recipe import run
 from tests.conftest import parameters
 from tests.models.common import refuses
 from tests.recipes.runner import Case
@@ -35,9 +34,9 @@ def tiny(monkeypatch) -> None:
 
 def test_the_paper_profile_names_what_is_missing(tmp_path, monkeypatch, request):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    refuses((lambda: recipe.setting(given(), tmp_path), "companion fetch"), error=MissingWeights)
+    refuses((lambda: recipe.run(given(), tmp_path), "companion fetch"), error=MissingWeights)
     request.getfixturevalue("tiny")
-    refuses((lambda: recipe.setting(given(data_root=str(tmp_path)), tmp_path), "svhn"), error=MissingData)
+    refuses((lambda: recipe.run(given(data_root=str(tmp_path)), tmp_path), "svhn"), error=MissingData)
 
 
 CROPPED = {"train": ["Resize", "RandomCrop", "RandomHorizontalFlip"]}
@@ -62,10 +61,11 @@ def test_the_published_recipe_on_each_benchmark(dataset, steps, monkeypatch, tmp
         return SimpleNamespace(classes=10)
 
     monkeypatch.setattr(recipe.classification, "load", load)
-    found = recipe.setting(given(dataset=dataset, seed=3), tmp_path)
-    training = found.trainings["SA²VP"]
+    p = given(dataset=dataset, seed=3)
+    training = recipe.training(p, recipe.data(p))
     assert opened == steps and (training.fit["callbacks"] == []) == ("val" not in opened)
-    assert (training.fit["epochs"], training.fit["seed"], found.learning_rates) == (100, 3, {"SA²VP": 1e-3})
+    assert (training.fit["epochs"], training.fit["seed"]) == (100, 3)
+    assert training.fit["optimizer"](training.build()).param_groups[0]["lr"] == 1e-3
     model, scale = training.build(), recipe.published_settings("vit_b16", dataset)["scale"]
     assert (model.scale, model.dropout.p, len(model.new_prompts)) == (scale, 0.1, 2)
 
@@ -86,19 +86,24 @@ def folder(root, counts: dict[str, int]) -> str:
     return str(root)
 
 
-def test_a_small_folder_of_ones_own_trains_on_all_that_is_not_tested(tmp_path, tiny):
+def test_a_small_folder_of_ones_own_trains_on_all_that_is_not_tested(tmp_path, tiny, monkeypatch):
     """Fewer images than the published batch; a val split is only held back where there is nothing else to test on."""
-    whole = folder(tmp_path / "whole", {"a": 10, "b": 10})
-    found = recipe.setting(given(dataset="folder", data_root=whole), tmp_path)
-    assert (len(found.train), len(found.test), found.trainings["SA²VP"].fit["batch"]) == (16, 4, 16)
-    model, history = run(found.trainings["SA²VP"], found.folder, epochs=1)
-    assert len(history) == 1 and 0 <= recipe.accuracy(model, found.test, found.hardware) <= 100
+    monkeypatch.setattr(recipe, "EPOCHS", 1)
+    p = given(dataset="folder", data_root=folder(tmp_path / "whole", {"a": 10, "b": 10}))
+    found = recipe.run(p, tmp_path)
+    splits, classes = found.data.splits, found.data.classes
+    assert (len(splits["train"]), len(splits["test"]), classes) == (16, 4, ("a", "b"))
+    assert recipe.training(p, found.data).fit["batch"] == 16 and len(found.history) == 1
+    (row,) = recipe.RESULTS.measured(tmp_path / "measured.csv").to_dict("records")
+    assert (row["method"], row["dataset"]) == ("SA²VP", "folder") and row["accuracy"] == found.accuracy
     (saved,) = (tmp_path / "trained").iterdir()
-    state, expected = load_file(saved), trained_state(model)
+    state, expected = load_file(saved), trained_state(found.model)
     assert state.keys() == expected.keys() and all(torch.equal(state[n], t) for n, t in expected.items())
     split = folder(tmp_path / "split", {"train/a": 30, "train/b": 30, "test/a": 3, "test/b": 3})
-    found = recipe.setting(given(dataset="folder", data_root=split), tmp_path)
-    assert (len(found.train), len(found.test), found.trainings["SA²VP"].fit["batch"]) == (60, 6, 60)
+    p = given(dataset="folder", data_root=split)
+    found = recipe.data(p)
+    assert (len(found.splits["train"]), len(found.splits["test"])) == (60, 6)
+    assert recipe.training(p, found).fit["batch"] == 60
 
 
 def test_other_images_classes_or_options_are_another_training(tmp_path, tiny, monkeypatch):
@@ -106,8 +111,8 @@ def test_other_images_classes_or_options_are_another_training(tmp_path, tiny, mo
     folder(root, {"train/a": 3, "train/b": 3, "test/a": 1, "test/b": 1})
 
     def key(where: str = str(root), **changes: object) -> str:
-        found = recipe.setting(given(dataset="folder", data_root=where, **changes), tmp_path)
-        return checkpoint_key(**found.trainings["SA²VP"].facts)
+        p = given(dataset="folder", data_root=where, **changes)
+        return checkpoint_key(**recipe.training(p, recipe.data(p)).facts)
 
     keys = [key(), key(attention="padded"), key(batch=3), key(precision="bf16-mixed")]
     (root / "train/a/0.png").rename(root / "train/b/9.png")
@@ -120,9 +125,8 @@ def test_other_images_classes_or_options_are_another_training(tmp_path, tiny, mo
 
 
 def test_a_dry_run_trains_two_steps_and_writes_nothing(tmp_path, tiny):
-    found = recipe.setting(given(dry_run=True, method="linear probing"), tmp_path)
-    model, history = run(found.trainings["linear probing"], found.folder)
-    assert len(history) == 2 and not model.training and list(tmp_path.iterdir()) == []
+    found = recipe.run(given(dry_run=True, method="linear probing"), tmp_path)
+    assert len(found.history) == 2 and not found.model.training and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

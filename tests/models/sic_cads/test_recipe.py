@@ -1,6 +1,6 @@
 """SIC-CADS' published recipe: training data, loss, weights of a recogniser, test, tables of results."""
 
-from pathlib import Path
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -114,14 +114,14 @@ def test_a_file_of_the_authors_is_loaded(monkeypatch):
 
 
 def test_what_is_missing_is_named(tmp_path, monkeypatch, coco):  # noqa: F811
-    def setting(**changes):
-        return lambda: recipe.setting(given(**changes), tmp_path)
+    def run(**changes):
+        return lambda: recipe.run(given(**changes), tmp_path)
 
-    refuses((setting(dataset="detection/objects365"), "ov-lvis"))
-    refuses((setting(data_root=str(tmp_path / "empty")), "cocodataset"), error=MissingData)
+    refuses((run(dataset="detection/objects365"), "ov-lvis"))
+    refuses((run(data_root=str(tmp_path / "empty")), "cocodataset"), error=MissingData)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    refuses((setting(data_root=str(coco)), "owlvit"), error=MissingWeights)
+    refuses((run(data_root=str(coco)), "owlvit"), error=MissingWeights)
 
 
 # --- from data to results ---------------------------------------------------------------------------------------------
@@ -140,45 +140,45 @@ def test_detections_of_lvis_are_of_classes_that_count():
     assert 2 <= len(counted.scores) < len(every.scores) == 300
 
 
-def test_a_recogniser_is_trained_saved_read_and_refines_the_detector_of_all_images(small, coco, tmp_path):  # noqa: F811
-    p = given(data_root=str(coco), captions=False)
-    found = recipe.setting(p, tmp_path)
-    model, history = found.train(batch=1, epochs=1)
-    assert len(history) == len(detection.load(p.dataset, coco, "train"))
+def test_a_recogniser_is_trained_saved_read_and_refines_the_detector_of_all_images(
+    small,
+    coco,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+):
+    whole, p = recipe.published, given(data_root=str(coco), captions=False)
+    monkeypatch.setattr(recipe, "published", lambda *given: replace(whole(*given), iterations=4, batch=1))
+    trained = recipe.run(p, tmp_path)
     (file,) = (tmp_path / "trained").iterdir()
     assert file.name.startswith("recogniser ov-coco seed 0")
     p.checkpoint = str(file)
-    found = recipe.setting(p, tmp_path)
-    again, history = found.train()
-    weights = recipe.trained_weights(again)
-    assert history == [] and all(torch.equal(t, weights[n]) for n, t in recipe.trained_weights(model).items())
-    assert found.novel.sum() == 17 and found.base.sum() == 48 and len(found.names) == 80
-    outputs = predictions.predict(found, again)
-    _, before = found.detect(found.test[0][0])
-    assert outputs.boxes[0].shape == (16, 4) and len(outputs.boxes) == len(found.test)
-    expected = before**0.3 * outputs.p["SIC-CADS"][0] ** 0.7
-    torch.testing.assert_close(predictions.refined(found, outputs, 0), expected, rtol=1e-4, atol=1e-6)
-    recipe.record(tmp_path / "measured.csv", p, found, outputs)
+    model, outputs = recipe.run(p, tmp_path)
+    weights, first = recipe.trained_weights(model), recipe.trained_weights(trained.model)
+    assert all(torch.equal(t, weights[n]) for n, t in first.items()) and weights.keys() == first.keys()
+    test = outputs.test
+    assert outputs.novel.sum() == 17 and len(test.base) == 48 and len(outputs.names) == 80
+    assert outputs.boxes[0].shape == (16, 4) and len(outputs.boxes) == len(test)
+    expected = outputs.probabilities[0] ** 0.3 * outputs.p["SIC-CADS"][0] ** 0.7
+    torch.testing.assert_close(outputs.refined(0), expected, rtol=1e-4, atol=1e-6)
     rows = recipe.RESULTS.measured(tmp_path / "measured.csv")
     plain = "owlvit-base-patch32"
-    assert [*rows.method] == [plain, f"{plain} + SIC-CADS, gamma 0.7, weights of {file.name}"]
-    values = predictions.ap50(found, outputs, "SIC-CADS")
-    assert rows.iloc[1][["novel", "base", "all"]].tolist() == pytest.approx([*values.values()], nan_ok=True)
+    full = f"{plain} + SIC-CADS, gamma 0.7"
+    assert {*rows.method} == {plain, f"{full}, no captions", f"{full}, weights of {file.name}"}
+    values = outputs.ap50("SIC-CADS")
+    assert rows.iloc[-1][["novel", "base", "all"]].tolist() == pytest.approx([*values.values()], nan_ok=True)
 
 
 def test_the_visual_branch_needs_no_training_and_a_part_of_the_images_is_tested(small, coco, tmp_path):  # noqa: F811
-    found = recipe.setting(given(data_root=str(coco), branch="visual+", images=1), tmp_path / "out")
-    _, history = found.train(batch=1, epochs=2)
-    assert history == [] and not (tmp_path / "out").exists() and len(found.test) == 1
+    _, outputs = recipe.run(given(data_root=str(coco), branch="visual+", images=1), tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["measured.csv"]
+    assert len(outputs.test) == len(outputs.boxes) == 1
 
 
-def test_a_dry_run_has_as_many_classes_as_the_dataset(small):
+def test_a_dry_run_has_as_many_classes_as_the_dataset(small, tmp_path):
     p = given(dataset="detection/ov-lvis", dry_run=True)
-    found = recipe.setting(p, Path("nowhere"))
-    model, history = found.train()
-    outputs = predictions.predict(found, model)
-    assert len(history) == 2 and outputs.p["SIC-CADS"].shape == (2, 1203)
-    scores = recipe.benchmark(p, found.test, predictions.detections(found, outputs, "SIC-CADS"))
+    _, outputs = recipe.run(p, tmp_path)
+    assert outputs.p["SIC-CADS"].shape == (2, 1203) and not [*tmp_path.iterdir()]
+    scores = recipe.benchmark(p, outputs.test, outputs.detections("SIC-CADS"))
     assert all(np.isfinite(value) for value in scores.values())
 
 

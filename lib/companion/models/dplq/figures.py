@@ -1,8 +1,8 @@
-"""Figures of DPLQ alone: quaternion blocks, class texts, predicted probabilities."""
+"""What DPLQ's notebook shows of a model: quaternion blocks, class texts, attention of prompts, probabilities."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -12,12 +12,50 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...viz import plots
+from ...viz.attention import Recorder
 from ...viz.style import COLOURS, styled
+from ..layers.clip_prompting import encode_text
+from .model import DPLQ
 
 BLOCKS = (("R", "I", "J", "K"), ("−I", "R", "K", "−J"), ("−J", "−K", "R", "I"), ("−K", "J", "−I", "R"))
 """Rows: r, i, j, k of the input; columns: of the output."""
 SENSORS = ("first sensor", "second sensor")
 MARKERS = ("s", "D", "*")  # of texts for the first sensor, for the second, and without bias
+SHADES = {"red": ("#8c0000", "#ff8a80"), "cyan": ("#007c8a", "#6fe3ef")}  # of the classes with this colour in the name
+SHADES |= {"green": ("#2e9e2e", "#b5e8b5"), "violet": ("#4b2a85", "#c3a6ff")}
+
+
+@torch.inference_mode()
+def class_texts(model: DPLQ, images: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+    """Text features of the classes without noise: for images with domain features (b, C, E), and of no bias (C, E)."""
+    _, texts = model.encode(images, model.prompts(features, torch.zeros(len(images), model.ctx.shape[1])))
+    context = model.mixed(model.mix_text, model.ctx, torch.zeros_like(model.ctx))
+    return texts, encode_text(model.clip, model.prompted(context), model.ends, model.deep_text)
+
+
+@torch.inference_mode()
+def prompt_attention(model: DPLQ, images: Tensor, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Attention of each prompt token to the patches in the last prompted block, mean of the heads, without noise.
+
+    Args:
+        features: domain features (b, F) of the images, by name.
+
+    Returns maps (b, rows, columns) by prompt and name.
+    """
+    tokens, grid, maps = len(model.ctx), tuple(model.clip.visual.grid_size), dict[str, Tensor]()
+    for name, given in features.items():
+        with Recorder(model.clip.visual) as record:
+            model.encode(images, model.prompts(given, torch.zeros(len(images), model.ctx.shape[1])))
+        rows = record.maps[len(model.deep_text)].mean(1)[:, -tokens:, 1:-tokens]  # (b, n, patches)
+        maps |= {f"prompt {k + 1}, {name}": rows[:, k].unflatten(-1, grid) for k in range(tokens)}
+    return maps
+
+
+def class_colours(classes: Sequence[str]) -> Sequence[str]:
+    """A shade of the colour that each class name begins with; where one has none left, the colours of the style."""
+    left = {colour: iter(shades) for colour, shades in SHADES.items()}
+    found = [next(left.get(name.partition(" ")[0], iter(())), "") for name in classes]
+    return found if all(found) else COLOURS
 
 
 @styled
@@ -39,14 +77,7 @@ def blocks(matrix: Tensor) -> Figure:
 
 
 @styled
-def texts(
-    features: Tensor,
-    unbiased: Tensor,
-    sensors: Tensor,
-    classes: Sequence[str],
-    seed: int = 0,
-    colours: Sequence[str] = COLOURS,
-) -> Figure:
+def texts(features: Tensor, unbiased: Tensor, sensors: Tensor, classes: Sequence[str], seed: int = 0) -> Figure:
     """t-SNE of class texts: one point for each image and class, one star for each class without bias.
 
     Args:
@@ -54,10 +85,9 @@ def texts(
         unbiased: (classes, E).
         sensors: (images,), 0 or 1; all 0 where the sensor is not known.
         classes: names; at most 8 are drawn.
-        colours: of the classes.
     """
     classes = list(classes)[:8]
-    kept, images = len(classes), len(features)
+    kept, images, colours = len(classes), len(features), class_colours(classes)
     cloud = torch.cat([features[:, :kept].flatten(0, 1), unbiased[:kept]])
     kinds = torch.cat([sensors.repeat_interleave(kept), torch.full((kept,), 2)])
     labels = torch.cat([torch.arange(kept).repeat(images), torch.arange(kept)])

@@ -47,6 +47,7 @@ from ..layers.state_dicts import load_official, renamed
 
 NOISE = ("always", "train", "off")
 PROMPT = "a photo of a {}."
+TEST_BATCH = 24  # as released: the noise of an image's prompts depends on its batch, also at test time
 
 
 def loss(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:

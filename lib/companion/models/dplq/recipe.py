@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import open_clip
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import TensorDataset, default_collate
 
 from ... import backbones
 from ...data import domains, fewshot
@@ -22,11 +20,12 @@ from ...errors import BadParameter, MissingWeights
 from ...evaluation.tables import Results, compare_published, published_table
 from ...ops import papers
 from ...training.fit import Hardware, History, RunParameters, predict
-from ...training.recipe import Training, run
+from ...training.recipe import Training
+from ...training.recipe import run as train
 from ...training.schedules import MakeOptimizer, Schedule, schedule, sgd
 from ..layers import coop
 from ..layers.clip_prompting import PromptedCLIP
-from .model import DPLQ, PROMPT, domain_model, loss
+from .model import DPLQ, PROMPT, TEST_BATCH, domain_model, loss
 
 CLIP = "ViT-B-16/openai"
 DOMAINS = {"remote": "remote-sensing", "medical": "medical"}
@@ -35,7 +34,6 @@ UNTRAINED = ("zero-shot CLIP",)
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4  # of SGD, on all trainable parameters
 SOURCES = {"remote": "remote/rsicd", "medical": "medical/btmri"}
 """The sets that the transfers begin from: of the medical script, and the example in the README of the successor."""
-TEST_BATCH = 24  # as released: the noise of an image's prompts depends on its batch, also at test time
 WORKERS = min(8, os.cpu_count() or 1)
 RESULTS = Results.of("dplq")
 
@@ -52,62 +50,29 @@ class Parameters(RunParameters, Protocol):
     noise: str
 
 
-@dataclass(frozen=True)
-class Setting:
-    """The trainings and test sets of a run.
-
-    Attributes:
-        classes: the names of the training classes, by label.
-        test_classes: the same of every test set, by its name.
-        trainings: by method, in the order of the tables.
-        learning_rates: of the methods that are trained.
-        inputs: of a method and "train" or the name of a test set: items (image, label), or (features or image, label,
-            and optionally domain feature) if features are cached.
-        accuracy: of a model, test inputs and their class names; top-1, in percent.
-        out: folder of the run, for checkpoints and final weights; None: they are not saved.
-    """
+class Tested(NamedTuple):
+    """A model of the `paper` profile with its training classes, the history of its training, its test sets by name,
+    and the accuracies on them in percent."""
 
     title: str
-    classes: tuple[str, ...]
-    test_classes: Mapping[str, tuple[str, ...]]
-    trainings: Mapping[str, Training]
-    learning_rates: Mapping[str, float]
-    inputs: Callable[[str, str], Dataset]
-    accuracy: Callable[[PromptedCLIP, Dataset, tuple[str, ...]], float]
-    out: Path | None = None
+    model: PromptedCLIP
+    history: History
+    tests: dict[str, Any]
+    scores: dict[str, float]
 
-    def train(self, method: str, **changes: Any) -> tuple[PromptedCLIP, History]:
-        """The trained model of a method and its history, empty where nothing is trained; `changes` go to `fit`.
-
-        With a folder, a stopped training is resumed, a finished one is loaded, and the final weights are saved: domain
-        generalisation tests those of the cross-dataset run in the same folder.
-        """
-        return run(self.trainings[method], self.out, **changes)
-
-    def scores(self, method: str, model: PromptedCLIP) -> dict[str, float]:
-        """Accuracy in percent on every test set over its own classes, and "HM", the harmonic mean of base and novel.
-
-        Afterwards the model has its training classes again.
-        """
-        accuracies = {
-            part: self.accuracy(model, self.inputs(method, part), classes)
-            for part, classes in self.test_classes.items()
-        }
-        model.set_classes(self.classes)
-        if {"base", "novel"} <= accuracies.keys():
-            accuracies["HM"] = fewshot.harmonic_mean(accuracies["base"], accuracies["novel"])
-        return accuracies
-
-    def items(self, method: str, part: str, count: int) -> tuple[Tensor, ...]:
-        """The first items of `inputs`, stacked: inputs of the model (n, ...), labels (n,), and optionally domain
-        features (n, F)."""
-        data = self.inputs(method, part)
-        rows = [data[i] for i in range(min(count, len(data)))]
-        return tuple(torch.stack([torch.as_tensor(x) for x in column]) for column in zip(*rows, strict=True))
+    def examples(self, count: int) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+        """The first images of the first test set, (n, 3, H, W), their labels (n,), and the names of its classes."""
+        data = next(iter(self.tests.values()))
+        images, labels = default_collate([data[i] for i in range(min(count, len(data)))])
+        return images, labels, tuple(data.class_names)
 
 
-def setting(p: Parameters, out: Path) -> Setting:
-    """The setting of the `paper` profile for the notebook's parameters; results go below `out`.
+def run(p: Parameters, out: Path) -> Tested:
+    """Train `p.method` as published and test it by `p.protocol`; rows of `out`/measured.csv.
+
+    A training resumes from its checkpoint in `out`/checkpoints, and a finished one is loaded from there: domain
+    generalisation tests the weights of the cross-dataset run in the same folder. The last weights are saved in
+    `out`/trained. A dry run takes two steps with random weights on generated images, and writes nothing.
 
     Raises `BadParameter`, `MissingData`, `MissingWeights`: with the change or download needed.
     """
@@ -115,40 +80,40 @@ def setting(p: Parameters, out: Path) -> Setting:
     torch.manual_seed(p.seed)  # of the random weights of a dry run
     clip = _clip("random" if p.dry_run else weights(p, "clip", p.weights))
     domain = _domain(p, clip)
-    parts = generated(p, clip) if p.dry_run else real(p, clip)
-    test_classes = {name: tuple(part.class_names) for name, part in parts.items()}
-    classes = test_classes.pop("train")
+    tests = generated(p, clip) if p.dry_run else real(p, clip)
+    learn = tests.pop("train")
+    model, history = train(training(p, learn, clip, domain), None if p.dry_run else out)
+    assert isinstance(model, PromptedCLIP)
+    scores = {name: accuracy(model, data, tuple(data.class_names), p.seed, hardware(p)) for name, data in tests.items()}
+    model.set_classes(tuple(learn.class_names))
+    if p.protocol == "base to novel":
+        scores["HM"] = fewshot.harmonic_mean(scores["base"], scores["novel"])
+    if not p.dry_run:
+        RESULTS.measured(out / "measured.csv", *rows(p, scores))
+    title = "generated images (dry run: accuracies mean nothing)" if p.dry_run else f"{p.dataset}, {p.protocol}"
+    return Tested(title, model, history, tests, scores)
 
+
+def training(p: Parameters, data: Any, clip: nn.Module, domain: nn.Module | None) -> Training:
+    """The training of `p.method` by the authors' settings, on images with labels and class names."""
     # both transfers test one model: the second run reuses the training of the first
     trained_on = "base classes" if p.protocol == "base to novel" else "all classes"
-    options = fit_options(p) | {"last": last(len(parts["train"]), published_settings(p.protocol)), "name": p.method}
+    options = fit_options(p) | {"last": last(len(data), published_settings(p.protocol)), "name": p.method}
     if p.dry_run:  # a single epoch would be all warm-up, so it uses the learning rate of the second published one
         options |= {"epochs": 1, "schedule": schedule("cosine by epoch", 0.0, 0.0)}
     facts = {"dataset": p.dataset, "noise": p.noise, "seed": p.seed, "precision": options["hardware"].precision}
     facts |= {"data_root": Path(p.data_root), "trained on": trained_on}
+    classes = tuple(data.class_names)
     if p.dataset == "folder" and not p.dry_run:  # its images and labels may change between runs
-        train = parts["train"]
-        images = [os.path.relpath(path, p.data_root) for path in train.sources]
-        facts |= {"images": images, "labels": train.labels, "classes": classes}
-
-    training = Training(
+        images = [os.path.relpath(path, p.data_root) for path in data.sources]
+        facts |= {"images": images, "labels": data.labels, "classes": classes}
+    return Training(
         name=f"{p.dataset}, {trained_on}, seed {p.seed}, {p.method}",
         build=lambda: build(p, p.method, classes, clip, domain),
         loss=loss,
-        data=None if p.method in UNTRAINED else lambda: parts["train"],
+        data=None if p.method in UNTRAINED else lambda: data,
         fit=options,
         facts=facts,
-    )
-    rate = published_settings(p.protocol)["learning rate"]
-    return Setting(
-        title="generated images (dry run: accuracies mean nothing)" if p.dry_run else f"{p.dataset}, {p.protocol}",
-        classes=classes,
-        test_classes=test_classes,
-        trainings={p.method: training},
-        learning_rates={} if p.method in UNTRAINED else {p.method: rate},
-        inputs=lambda method, part: parts[part],
-        accuracy=partial(accuracy, seed=p.seed, hardware=options["hardware"]),
-        out=None if p.dry_run else Path(out),
     )
 
 
@@ -334,8 +299,13 @@ def fit_options(p: Parameters) -> dict[str, Any]:
         "optimizer": optimizer(published["learning rate"]),
         "schedule": learning_rates(epochs, published["warm-up epochs"], published["warm-up learning rate"]),
         "seed": p.seed,
-        "hardware": Hardware.of(p, "dplq", workers=WORKERS),
+        "hardware": hardware(p),
     }
+
+
+def hardware(p: Parameters) -> Hardware:
+    """The hardware of training and tests."""
+    return Hardware.of(p, "dplq", workers=WORKERS)
 
 
 # --- test -------------------------------------------------------------------------------------------------------------
@@ -351,7 +321,7 @@ def accuracy(model: PromptedCLIP, data: Any, classes: tuple[str, ...], seed: int
 
 
 def rows(p: Parameters, scores: Mapping[str, float]) -> list[dict[str, Any]]:
-    """The result of `Setting.scores` as rows for `RESULTS.measured`, one per test set.
+    """The accuracies on the test sets as rows for `RESULTS.measured`.
 
     The method's name tells its differences from the published setting.
     """

@@ -1,4 +1,4 @@
-"""Figures of ECAMP alone: weights of words, reconstructions, super-resolution, lesions and attention maps."""
+"""Figures of ECAMP alone: weights of words, reconstructions, lesions and attention maps."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -16,10 +18,34 @@ from ...viz import plots
 from ...viz.style import COLOURS, styled
 from ..layers.mae import patchify, unpatchify
 from .model import ECAMP, Batch
+from .text import Vocabulary, boilerplate, descriptors, mask
 
 ROLES = {"entity": COLOURS[1], "descriptor": COLOURS[0], "boiler-plate": "#8c8c8c", "other": "#cfcfcf"}
 MASKED = 0.89  # grey value of masked patches
 LOOK: dict[str, Any] = {"mean": (0.5,) * 3, "std": (0.15,) * 3}  # of the synthetic chests
+
+
+def roles(ids: Sequence[int] | np.ndarray, vocabulary: Vocabulary) -> list[str]:
+    """The role of each position of a text, one of `ROLES`."""
+    found = ["boiler-plate" if plain else "other" for plain in boilerplate(ids, vocabulary)]
+    for i in descriptors(ids, vocabulary):
+        found[i] = "descriptor"
+    return ["entity" if int(word) in vocabulary.entities else role for word, role in zip(ids, found, strict=True)]
+
+
+def masked_shares(text: str, vocabulary: Vocabulary, kind: str, seed: int, draws: int = 3000) -> dict[str, float]:
+    """The share of draws in which the words of a text are masked, by their role; boiler-plate counts as "other".
+
+    Args:
+        kind: of `text.mask`.
+    """
+    ids, draw = vocabulary.encode(text, 48), np.random.default_rng(seed).random
+    share = np.mean([mask(ids, vocabulary, draw, kind) == vocabulary.mask for _ in range(draws)], axis=0)
+    found: dict[str, list[float]] = {}
+    for i, role in enumerate(roles(ids, vocabulary)):
+        if i and ids[i] != vocabulary.pad and int(ids[i]) not in vocabulary.continues:
+            found.setdefault(role.replace("boiler-plate", "other"), []).append(share[i])
+    return {role: float(np.mean(shares)) for role, shares in found.items()}
 
 
 @styled
@@ -59,17 +85,16 @@ def attention(pixels: Tensor, boxes: Tensor, rows: Mapping[str, Tensor], titles:
     return figure
 
 
-def reconstructions(
-    model: ECAMP, batch: Batch, out: Mapping[str, Tensor], titles: Sequence[str], mean: float, std: float
-) -> Figure:
+@torch.no_grad()
+def reconstructions(model: ECAMP, batch: Batch, titles: Sequence[str], mean: float, std: float) -> Figure:
     """Visible patches, reconstruction, super-resolved image (if the model has one) and original of a batch, in rows.
 
     The orange frame is the window of the super-resolution loss.
 
     Args:
-        out: of `ECAMP.forward_intermediates` of the batch.
         mean, std: of the images' normalisation.
     """
+    out = model.forward_intermediates(batch)[1]
     visible = patchify(out["low"], model.patch).masked_fill(out["hidden"][..., None] > 0, (MASKED - mean) / std)
     rows = {"visible patches": visible, "reconstruction": out["pixels"]}
     rows = {name: unpatchify(patches, model.patch) for name, patches in rows.items()}
@@ -82,16 +107,4 @@ def reconstructions(
         side, corners = 2 * model.patch, batch.window.tolist()
         boxes = [[side * x for x in (left, top, left + model.window, top + model.window)] for top, left in corners]
         _frame(figure.axes[2 * len(boxes) :], boxes, COLOURS[1])
-    return figure
-
-
-@styled
-def super_resolution(target: Tensor, output: Tensor) -> Figure:
-    """The output of super-resolution by the target's value, of pixels (n,) inside the window, normalised."""
-    figure, ax = plt.subplots(figsize=(4.6, 2.9))
-    limits = [[-3, 3.2], [-0.4, 3.2]]
-    counts = ax.hist2d(target.numpy(), output.numpy(), bins=60, range=limits, cmap="cividis", norm="log")
-    ax.plot([-3, 3.2], [-3, 3.2], color=COLOURS[3], linewidth=1)
-    ax.set(xlabel="target, normalised", ylabel="output", ylim=(-0.4, 3.2), title="pixels inside the window")
-    figure.colorbar(counts[3], ax=ax, label="pixels")
     return figure

@@ -1,13 +1,4 @@
-"""ECAMP's `paper` profile: pre-training and the downstream tasks by the authors' recipes.
-
-    model, history = run(pretraining(p, out), out)
-
-    training, data = downstream(p)
-    model, history = run(training, out)
-    evaluate(p, model, data["test"])                                   # in percent, see `metric`
-
-A training writes its checkpoint below `<out>/checkpoints`, from which it resumes, and its weights to `<out>/trained`.
-"""
+"""ECAMP's `paper` profile: pre-training and the downstream tasks by the authors' recipes."""
 
 from __future__ import annotations
 
@@ -16,13 +7,15 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from types import SimpleNamespace
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import pandas as pd
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from ... import backbones
 from ...data import DATASETS, xrays
@@ -36,6 +29,7 @@ from ...training.callbacks import ClipNorm, EarlyStop
 from ...training.checkpoints import checkpoint_key
 from ...training.fit import Hardware, RunParameters, evaluating
 from ...training.recipe import Training
+from ...training.recipe import run as train
 from ...training.schedules import adamw, given, sgd
 from . import detection, heads, official, text
 from . import model as ecamp
@@ -55,6 +49,14 @@ KINDS = {
     "linear probe": "classification",
     "segment": "segmentation",
     "detect": "detection",
+}
+# the tasks of a dry run, and the sets that their generated images stand for
+DRY_TASKS = {
+    "pre-train": "xrays/mimic-cxr",
+    "fine-tune": "xrays/chestx-ray14",
+    "linear probe": "xrays/covidx",
+    "segment": "xrays/siim",
+    "detect": "xrays/rsna",
 }
 TABLES = {
     "fine-tune": "recipe-finetune",
@@ -80,6 +82,50 @@ class Parameters(RunParameters, Protocol):
     labels: str
     encoder: str
     protocol: str
+
+
+class Result(NamedTuple):
+    """What a run of the `paper` profile trained.
+
+    Attributes:
+        table: columns task, steps, metric, score; of a pre-training its last loss.
+        model: the pre-trained model, in eval mode on the CPU; None without a pre-training.
+        batch: two of its pairs.
+    """
+
+    table: pd.DataFrame
+    model: ECAMP | None = None
+    batch: ecamp.Batch | None = None
+
+
+def run(p: Parameters, out: Path) -> Result:
+    """Train `p.task`, and test a downstream one: its score becomes a row of `out`/measured.csv.
+
+    A stopped training resumes from `out`/checkpoints, the final weights are in `out`/trained. A dry run takes two steps
+    of every task on generated images, and writes nothing.
+
+    Raises `BadParameter`, `MissingData`, `MissingWeights`, `BadCheckpoint`: with the change or download needed.
+    """
+    folder, rows, model, batch = None if p.dry_run else out, [], None, None
+    for task, dataset in ((DRY_TASKS if p.dry_run else {}) | {p.task: p.dataset}).items():
+        devices = 1 if p.task == "pre-train" != task else p.devices  # only pre-training runs on several
+        chosen: Any = SimpleNamespace(**vars(p) | {"task": task, "dataset": dataset, "devices": devices})
+        if task == "pre-train":
+            training, title = pretraining(chosen, out), f"{p.method} on {dataset}"
+            trained, history = train(training, folder)
+            pairs: Any = training.data()  # type: ignore[misc]
+            model, batch = trained.cpu(), default_collate([pairs[i] for i in range(2)])
+            name, score = "last loss", history[-1]["loss"]
+        else:
+            (training, data), title = downstream(chosen), f"{task} on {dataset}, {p.labels} % of the labels"
+            trained, history = train(training, folder)
+            name, score = metric(chosen), evaluate(chosen, trained, data["test"])
+            if folder:
+                facts = {key: getattr(chosen, key) for key in RESULTS.keys} | {"labels": int(p.labels)}
+                RESULTS.measured(out / "measured.csv", facts | {"score": score})
+        title += " (dry run on generated images: the score means nothing)" if p.dry_run else ""
+        rows.append((title, len(history), name, score))
+    return Result(pd.DataFrame(rows, columns=["task", "steps", "metric", "score"]), model, batch)
 
 
 # --- pre-training -----------------------------------------------------------------------------------------------------
@@ -253,9 +299,7 @@ def downstream_recipe(task: str, dataset: str, labels: str) -> dict[str, float]:
 
 def _check(dataset: str, kind: str) -> None:
     """Raises `BadParameter` for a data set without this kind of task."""
-    accepted = [
-        name for name, d in DATASETS.items() if d.task == "xrays" and d.group != "pocket" and kind in tasks(name)
-    ]
+    accepted = [name for name, d in DATASETS.items() if d.task == "xrays" and kind in tasks(name)]
     if dataset not in accepted:
         raise BadParameter("dataset", dataset, [*accepted, "folder"] if kind == "pre-training" else accepted)
 

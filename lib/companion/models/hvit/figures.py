@@ -1,19 +1,40 @@
-"""Figures of H-ViT alone: slides and regions, tiling, and maps of the three levels."""
+"""Figures of H-ViT: slides and regions, tiling, maps of the three levels, and views of real tissue.
+
+The authors' weights for prostate tissue are not public. A pretrained ViT-S has the architecture of the patch level and
+can stand in for it on real tissue. Nothing stands in for the region and the slide level.
+"""
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
+import torch
+from einops import rearrange, reduce
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
+from skimage.color import rgb2hed
+from skimage.filters import threshold_otsu
+from sklearn.decomposition import PCA
+from sklearn.metrics import roc_auc_score
 
+from ...data import real
+from ...data.photographs import PHOTOGRAPHS
+from ...viz.attention import token_pca
 from ...viz.style import COLOURS, HEAT, styled
+from .heatmaps import AttentionMaps, attention_maps, stitched
+from .model import HViT, PatchEncoder, RegionEncoder, SlideTransformer
+from .slides import Slide, Tiles, Tiling, tile, write_pyramid
 
 Cores = Mapping[tuple[int, int], bool | None]
 """Corner of a region -> whether its tumour lies in the core (True), on the rim (False), or is absent (None)."""
@@ -39,15 +60,21 @@ def frame_tumour(ax: Axes, cores: Cores, side: float, scale: float = 1.0) -> Non
 
 
 @styled
-def slide_and_regions(slide: np.ndarray, cores: Cores | None, regions: Mapping[str, np.ndarray], title: str) -> Figure:
-    """A synthetic slide with its regions framed, and one region of each kind, (S, S, 3), with its 4 x 4 patches."""
-    side = len(next(iter(regions.values())))
+def slide_and_regions(slide: np.ndarray, cores: Cores, side: int, title: str) -> Figure:
+    """A synthetic slide with its regions framed, and one region of each kind with its 4 x 4 patches.
+
+    Args:
+        side: of a region, in pixels of the slide.
+    """
+    names = {True: "core region", False: "rim region", None: "no tumour"}
+    corners = {names[kind]: corner for corner, kind in cores.items()}
+    regions = {name: slide[y : y + side, x : x + side] for name, (x, y) in sorted(corners.items())}
     figure, axes = plt.subplots(1, 1 + len(regions), figsize=(8, 2.5), width_ratios=[2.1] + [1.0] * len(regions))
     for ax, (name, image) in zip(axes, {title: slide, **regions}.items(), strict=True):
         ax.imshow(image)
         ax.set_title(name)
         ax.set_axis_off()
-    frame_tumour(axes[0], cores or {}, side)
+    frame_tumour(axes[0], cores, side)
     for ax in axes[1:]:
         frame(ax, [(x, y) for x in range(0, side, side // 4) for y in range(0, side, side // 4)], side / 4, "white")
     return figure
@@ -106,3 +133,119 @@ def level_maps(
     bar = figure.colorbar(ScalarMappable(Normalize(0, 1), HEAT), ax=axes, shrink=0.7, aspect=22, pad=0.015)
     bar.set_label(label)
     return figure
+
+
+def level_panels(maps: AttentionMaps, tiles: Tiles, size: tuple[int, int], shrink: float) -> dict[str, np.ndarray]:
+    """The attention of each level over the tissue, title -> (h, w), for `level_maps`.
+
+    Args:
+        size: (h, w) of the tissue's image.
+        shrink: pixels of level 0 a pixel of it.
+    """
+    slide = np.broadcast_to(maps.slide[:, None, None], maps.patch.shape)
+    levels = {"patch level": maps.patch, "region level": maps.region, "slide level": slide}
+    return {name: stitched(scores, tiles, size, shrink) for name, scores in levels.items()}
+
+
+# --- real tissue ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class View:
+    """The three levels on a slide, the region and the slide level with random weights.
+
+    Attributes:
+        tissue: (h, w, 3) uint8, the slide.
+        shrink: pixels of level 0 a pixel of `tissue`.
+        tiles: its regions.
+        maps: the attention of the levels.
+        components: (M, s, s, 3) in 0 to 1, the first three principal components of the patch tokens.
+    """
+
+    tissue: np.ndarray
+    shrink: float
+    tiles: Tiles
+    maps: AttentionMaps
+    components: np.ndarray
+
+    def panels(self) -> dict[str, np.ndarray]:
+        """Title -> map over the tissue, for `level_maps`; the slide level where there are regions to weigh."""
+        size = self.tissue.shape[:2]
+        patch, region, slide = level_panels(self.maps, self.tiles, size, self.shrink).values()
+        components = stitched(self.components, self.tiles, size, self.shrink)
+        shown = {"tissue": self.tissue, "patch level": patch, "patch tokens, PCA": components}
+        shown["region level,\nuntrained"] = region
+        return shown | ({"slide level,\nuntrained": slide} if len(self.tiles) > 1 else {})
+
+    def scores(self) -> dict[str, np.ndarray]:
+        """Scores of the slide's tokens (h, w), for `stain_auroc`; the mean colour of each token is the control."""
+        token = self.tiles.step / self.maps.patch.shape[-1]  # pixels of level 0
+        h, w = (round(side * self.shrink / token) for side in self.tissue.shape[:2])
+        colours = reduce(self.tissue.astype(float), "(h y) (w x) c -> (h w) c", "mean", h=h, w=w)
+        return {
+            "[CLS] attention, rank in its patch": stitched(self.maps.patch, self.tiles, (h, w), token),
+            "first principal component of the tokens": stitched(self.components[..., 0], self.tiles, (h, w), token),
+            "first principal component of the colours (control)": PCA(1).fit_transform(colours).reshape(h, w),
+        }
+
+
+def view(patch: PatchEncoder, path: str | Path, pixels: int, seed: int = 0, normalise: str = "imagenet") -> View:
+    """The three levels on a slide, in regions of 2 x 2 patches that cover all of it.
+
+    Args:
+        patch: pretrained.
+        pixels: side of a patch in pixels of level 0, which are resized to `patch.image`.
+        seed: of the random weights of the region and the slide level.
+        normalise: of the pixels, as `patch` wants them.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = HViT(SlideTransformer(192), RegionEncoder(2, patch.dim))
+    tokens: list[torch.Tensor] = []
+    watch = patch.norm.register_forward_hook(lambda module, given, out: tokens.append(out[:, 1:]))
+    with Slide(path) as slide, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # it is only read
+        mpp = slide.mpp * pixels / patch.image
+        settings = Tiling(region=2 * patch.image, mpp=mpp, resample=True, area=0.1, least=0.5)
+        tissue, shrink = slide.thumbnail(slide.size[1] / 512)
+        tiles = tile(slide, settings, np.ones(tissue.shape[:2], np.uint8))
+        maps = attention_maps(model, patch, slide, tiles, normalise)
+    watch.remove()
+    every = torch.cat(tokens)  # (M 4, T, D)
+    side = math.isqrt(every.shape[1])
+    colours = token_pca(every.flatten(0, 1), (len(every) * side, side))
+    laid = rearrange(colours, "(m i j h) w c -> m (i h) (j w) c", i=2, j=2, h=side)
+    return View(tissue, shrink, tiles, maps, laid)
+
+
+def views(patch: PatchEncoder, folder: Path, seed: int = 0, normalise: str = "imagenet") -> dict[str, View]:
+    """The photograph of colonic glands, written below `folder` as a slide, and the Aperio slide where it is found:
+    `slides/*.svs` below COMPANION_REAL_DATA (default: data/ of the checkout)."""
+    path = write_pyramid(folder / "glands.tiff", PHOTOGRAPHS["tissue"](), mpp=1.0, downsamples=(1, 4))
+    found = {"glands": view(patch, path, 256, seed, normalise)}
+    for slide in sorted((real.root() / "slides").glob("*.svs"))[:1]:
+        found["Aperio slide"] = view(patch, slide, 555, seed, normalise)
+    if len(found) == 1:
+        print("no .svs file in slides/ below COMPANION_REAL_DATA: the photograph alone is shown")
+    return found
+
+
+def stain_auroc(image: np.ndarray, scores: Mapping[str, np.ndarray]) -> pd.DataFrame:
+    """How well scores separate brown (DAB) from unstained tissue: the AUROC over squares of the image.
+
+    A square counts as stained where most of its pixels lie above Otsu's threshold of the DAB channel.
+
+    Args:
+        image: (H, W, 3) uint8, of immunohistochemistry.
+        scores: by name, (h, w) that divide H and W. The sign of a principal component is arbitrary, so the larger of
+            the two directions counts.
+    """
+    brown = rgb2hed(image)[..., 2]
+    stained = brown > threshold_otsu(brown)
+    rows = []
+    for name, values in scores.items():
+        h, w = values.shape
+        truth = reduce(stained.astype(float), "(h y) (w x) -> (h w)", "mean", h=h, w=w) > 0.5
+        area = roc_auc_score(truth, values.ravel())
+        rows.append({"score": name, "squares": truth.size, "AUROC": max(area, 1 - area)})
+    return pd.DataFrame(rows)

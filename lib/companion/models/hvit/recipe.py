@@ -12,9 +12,9 @@ import functools
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -27,14 +27,15 @@ from ...evaluation.tables import Results
 from ...ops import papers
 from ...training.callbacks import Callback, EarlyStop
 from ...training.fit import AUTO, Hardware, History, Loop, RunParameters, evaluating
-from ...training.recipe import Training, run
+from ...training.recipe import Training
+from ...training.recipe import run as train
 from ...training.schedules import MakeOptimizer, param_groups
 from ..layers.pos_embed import resize_pos_embed
 from . import model as hvit
-from .encoders import LARGEST_CROP
-from .features import stored_in
+from .encoders import LARGEST_CROP, PatchEncoder
+from .features import patch_encoder, stored_in
 from .official import read_checkpoint
-from .slides import PANDA
+from .slides import PANDA, Tiling, write_pyramid
 
 WORKERS = min(8, os.cpu_count() or 1)
 LEARNING_RATE, DECAY, HALVED, EPOCHS, BATCH, LAST = 2e-4, 1e-5, 20, 50, 32, "carry"
@@ -60,42 +61,50 @@ class Parameters(RunParameters, Protocol):
 
 
 @dataclass(frozen=True)
-class Setting:
-    """The data of a run, its trainings and its predictions.
+class Tested:
+    """The result of a run.
 
     Attributes:
         title: of the data.
-        folds: the data of each fold.
-        test: of all folds.
-        learning_rates: of each method that is trained.
-        train: (method, fold, arguments of `fit` that differ) to the trained model and its history.
-        grades: (model, method, data) to the predicted grades (n,).
+        models: one for each fold.
+        history: of the first fold's training.
+        test: the test data of all folds.
+        truth, grades: of the test slides (n,), the true ones and the vote of the folds.
+        scores: quadratic kappa in percent, of the vote, "kappa", and the mean of single folds, "fold".
     """
 
     title: str
-    folds: list[Fold]
+    models: list[nn.Module]
+    history: History
     test: Dataset
-    learning_rates: dict[str, float]
-    train: Callable[..., tuple[nn.Module, History]]
-    grades: Callable[[nn.Module, str, Dataset], Tensor]
+    truth: Tensor
+    grades: Tensor
+    scores: dict[str, float]
 
 
-def setting(p: Parameters, out: Path) -> Setting:
-    """The setting of the checked parameters of the notebook; checkpoints and trained weights go below `out`.
+def run(p: Parameters, out: Path) -> Tested:
+    """Train `p.method` on every fold and test their vote, as published; the scores become a row of `out`/measured.csv.
+
+    A training resumes from its checkpoint in `out`/checkpoints; the weights of each fold are saved under the authors'
+    names in `out`/trained, for `HViT.from_official`. A dry run takes two steps on generated features and writes
+    nothing.
 
     Raises `BadParameter`, `MissingData`, `MissingWeights`: with what to change or get.
     """
     if p.devices != 1:
         raise BadParameter("devices", p.devices, "1: training on stored features, tuned after each epoch, takes one")
     title, folds, test, classes = generated(p) if p.dry_run else stored(p)
-
-    def train(method: str, fold: int, **changes: Any) -> tuple[nn.Module, History]:
-        return run(of_fold(p, method, fold, folds[fold], classes), None if p.dry_run else out, **changes)
-
-    def grades(model: nn.Module, method: str, part: Dataset) -> Tensor:
-        return hvit.predict(p.head, outputs(model, part, hardware(p))[1], classes)
-
-    return Setting(title, folds, test, {p.method: LEARNING_RATE}, train, grades)
+    trainings = [of_fold(p, p.method, number, fold, classes) for number, fold in enumerate(folds)]
+    trained = [train(training, None if p.dry_run else out) for training in trainings]
+    models = [model for model, _ in trained]
+    each = [hvit.predict(p.head, outputs(model, test, hardware(p))[1], classes) for model in models]
+    names = [item.name for item in test.items] if isinstance(test, data.Features) else None
+    truth, grades = grades_of(test), voted(each, names)
+    scores = {"kappa": kappa(truth, grades), "fold": float(np.mean([kappa(truth, one) for one in each]))}
+    if not p.dry_run:
+        row = {"method": label(p), "dataset": p.dataset, "region": p.region, "head": p.head, "seed": p.seed}
+        RESULTS.measured(out / "measured.csv", row | scores)
+    return Tested(title, models, trained[0][1], test, truth, grades, scores)
 
 
 def hardware(p: Parameters) -> Hardware:
@@ -304,12 +313,6 @@ def of_fold(p: Parameters, method: str, number: int, fold: Fold, classes: int) -
     )
 
 
-def train(s: Setting, method: str, **changes: Any) -> tuple[list[nn.Module], History]:
-    """Train a method on every fold of a setting; the models, and the history of the first."""
-    trained = [s.train(method, fold, **changes) for fold in range(len(s.folds))]
-    return [model for model, _ in trained], trained[0][1]
-
-
 # --- test -------------------------------------------------------------------------------------------------------------
 
 
@@ -325,13 +328,6 @@ def outputs(model: nn.Module, part: Dataset, hardware: Hardware = AUTO) -> tuple
             logits.append(model(features, present=present).float().cpu())
             truth.append(torch.as_tensor(grade))
     return torch.cat(truth), torch.cat(logits)
-
-
-def scores(s: Setting, method: str, models: list[nn.Module]) -> dict[str, float]:
-    """Quadratic kappa in percent of the vote of all folds, "kappa", and the mean of single ones, "fold"."""
-    each, truth = [s.grades(model, method, s.test) for model in models], grades_of(s.test)
-    names = [item.name for item in s.test.items] if isinstance(s.test, data.Features) else None
-    return {"kappa": kappa(truth, voted(each, names)), "fold": float(np.mean([kappa(truth, one) for one in each]))}
 
 
 def voted(each: Sequence[Tensor], names: Sequence[str] | None = None, isup: bool = True) -> Tensor:
@@ -359,6 +355,37 @@ def quadratic_kappa(truth: Tensor, predicted: Tensor) -> float:
 def kappa(truth: Tensor, predicted: Tensor) -> float:
     """`quadratic_kappa` in percent, to two decimals."""
     return round(100 * quadratic_kappa(truth, predicted), 2)
+
+
+# --- the slide of the figures -----------------------------------------------------------------------------------------
+
+
+class Shown(NamedTuple):
+    """A slide for attention maps, how it is tiled, its patch level, and the normalisation of its pixels."""
+
+    title: str
+    path: Path
+    tiling: Tiling
+    patch: PatchEncoder
+    normalise: str
+
+
+def shown(p: Parameters, out: Path, test: Dataset) -> Shown:
+    """The first test slide with HIPT's patch level of `<data_root>`/weights.
+
+    Without that file, and in a dry run: a slide of one generated region, `out`/generated.tiff, and random weights.
+    """
+    tiling, file = replace(PANDA, region=p.region), Path(p.data_root) / "weights" / "vit256_small_dino.pth"
+    if not p.dry_run and file.is_file() and isinstance(test, data.Features):
+        return Shown(test.items[0].name, test.items[0].path, tiling, patch_encoder(file), p.normalise)
+    side = min(p.region, 2048)  # 4096 px take a CPU minutes
+    pixels = np.full((side + 512, side + 512, 3), 255, np.uint8)
+    grey = np.random.default_rng(p.seed).integers(90, 200, (side, side, 1), np.uint8)
+    pixels[256:-256, 256:-256] = grey // np.array([1, 2, 1], np.uint8)
+    path = write_pyramid(out / "generated.tiff", pixels, 0.5)
+    torch.manual_seed(p.seed)
+    title = "generated slide, random weights"
+    return Shown(title, path, replace(tiling, region=side), PatchEncoder().eval(), p.normalise)
 
 
 # --- results ----------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
+from ...data.rasters import MEAN, STD
 from ...viz import plots
 from ...viz.attention import Recorder
 from ...viz.style import HEAT, method_colours, styled
@@ -23,6 +24,11 @@ from .model import MetaSegNet
 
 ONLY = method_colours(["MetaSegNet", "unimodal"])
 """Colours of the pixels that one network alone predicts correctly."""
+
+
+def rgb(image: Tensor) -> Tensor:
+    """A network's input (3, H, W) as RGB in 0 to 1."""
+    return torch.from_numpy(plots.denormalise(image, MEAN, STD)).permute(2, 0, 1)
 
 
 def painted(image: np.ndarray | Tensor, classes: Mapping[str, str]) -> Tensor:
@@ -59,6 +65,48 @@ def land_cover(
     return figure
 
 
+def predictions(
+    rows: Mapping[str, tuple[Tensor, Tensor]],
+    predicted: Mapping[str, Sequence[Tensor]],
+    classes: Mapping[str, str],
+    title: str = "",
+) -> Figure:
+    """Images, their labels, the maps of both networks, and the pixels that one of them alone predicts correctly.
+
+    Args:
+        rows: name -> image (3, H, W), normalised, and labels (H, W).
+        predicted: method of `ONLY` -> a map (H, W) for each row.
+    """
+    drawn = {}
+    for i, (name, (image, truth)) in enumerate(rows.items()):
+        maps = {method: predicted[method][i] for method in ONLY}
+        drawn[name] = [rgb(image), truth, *maps.values(), differing(truth, maps)]
+    colours = {**classes, **{f"{name} alone correct": colour for name, colour in ONLY.items()}}
+    return land_cover(drawn, colours, ("image", "truth", *ONLY, "only one correct"), side=1.3, title=title)
+
+
+@torch.no_grad()
+def under_texts(
+    model: MetaSegNet,
+    rows: Mapping[str, tuple[Tensor, Tensor, Mapping[str, str]]],
+    classes: Mapping[str, str],
+    side: float = 1.25,
+    title: str = "",
+) -> Figure:
+    """Images, their labels, and the maps predicted with several texts, with the share of correct pixels.
+
+    Args:
+        rows: name -> image (3, H, W), normalised, labels (H, W), and the texts by their titles.
+    """
+    drawn, titles = {}, {}
+    for name, (image, truth, texts) in rows.items():
+        maps = {title: model(image[None], [text]).argmax(1)[0] for title, text in texts.items()}
+        shares = {title: 100 * float((found == truth).float().mean()) for title, found in maps.items()}
+        drawn[name] = [rgb(image), truth, *maps.values()]
+        titles[name] = ["image", "truth", *(f"{title}: {share:.0f} % correct" for title, share in shares.items())]
+    return land_cover(drawn, classes, titles, side=side, title=title)
+
+
 def legend(figure: Figure, colours: Mapping[str, str]) -> None:
     """Squares with names below a figure, in as few rows as its width allows."""
     handles = [Rectangle((0, 0), 1, 1, facecolor=c, edgecolor="#333333", linewidth=0.5) for c in colours.values()]
@@ -79,49 +127,32 @@ def attention(model: MetaSegNet, images: Tensor, texts: Sequence[str] | Tensor) 
 
 
 @styled
-def word_maps(image: Tensor, maps: Mapping[str, Tensor], words: Sequence[str], shown: Sequence[int]) -> Figure:
-    """Attention of each position to some words: a row for each stage, a column for each word, one colour scale.
+def word_maps(model: MetaSegNet, image: Tensor, text: str, count: int = 6, title: str = "image") -> Figure:
+    """Attention of an image's positions to words of its text: a row for each stage, a column for each word.
 
     Args:
-        image: (3, H, W) in 0 to 1.
-        maps: stage -> attention (h, w, L).
-        words: the L words. shown: the indices of those drawn.
+        image: (3, H, W), normalised.
+        count: of words, those whose maps vary most over the image, on one colour scale.
+        title: above the image.
     """
+    words = model.text.words(text) if model.text is not None else []
+    maps = {k: a[0, ..., : len(words)].cpu() for k, a in attention(model, image[None], [text]).items()}
+    varying = torch.stack([a.flatten(0, 1).std(0) for a in maps.values()]).sum(0)
+    shown = varying.argsort(descending=True)[:count].sort().values.tolist()
     size = (8.4, 1.02 * len(maps) + 0.3)
     figure, axes = plt.subplots(len(maps), 1 + len(shown), figsize=size, squeeze=False, layout="compressed")
-    scale = Normalize(0, max(float(m[..., list(shown)].max()) for m in maps.values()))
-    for line, (stage, attention) in zip(axes, maps.items(), strict=True):
-        line[0].imshow(image.permute(1, 2, 0).numpy())
-        line[0].set_ylabel(f"{stage}\n{attention.shape[0]} × {attention.shape[1]}")
+    scale = Normalize(0, max(float(a[..., shown].max()) for a in maps.values()))
+    for line, (stage, each) in zip(axes, maps.items(), strict=True):
+        line[0].imshow(rgb(image).permute(1, 2, 0).numpy())
+        line[0].set_ylabel(f"stage {stage}\n{each.shape[0]} × {each.shape[1]}")
         for ax, index in zip(line[1:], shown, strict=True):
-            ax.imshow(attention[..., index].numpy(), cmap=HEAT, norm=scale)
+            ax.imshow(each[..., index].numpy(), cmap=HEAT, norm=scale)
         for ax in line:
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(False)
-    axes[0, 0].set_title("synthetic image", fontsize=8.5)
+    axes[0, 0].set_title(title, fontsize=8.5)
     for ax, index in zip(axes[0, 1:], shown, strict=True):
         ax.set_title(f"“{words[index]}” ({index + 1})", fontsize=8.5)
     bar = figure.colorbar(ScalarMappable(scale, HEAT), ax=axes, shrink=0.7, aspect=25, pad=0.02)
     bar.set_label("attention, mean over heads")
-    return figure
-
-
-@styled
-def classes_and_words(panels: Mapping[str, tuple[Sequence[str], np.ndarray]], classes: Sequence[str]) -> Figure:
-    """Attention of the pixels of each class to each word, minus the mean over the classes, in percentage points.
-
-    Args:
-        panels: title -> words (L), attention (C, L) in percent.
-    """
-    figure, axes = plt.subplots(len(panels), 1, figsize=(8.6, 2.75 * len(panels)), squeeze=False)
-    excess = {title: values - values.mean(0) for title, (_, values) in panels.items()}
-    reach = max(float(np.abs(x).max()) for x in excess.values())
-    scale = Normalize(-reach, reach)
-    for ax, (title, values) in zip(axes[:, 0], excess.items(), strict=True):
-        drawn = ax.imshow(values, cmap="PuOr", norm=scale, aspect="auto")
-        words = panels[title][0]
-        ax.set_xticks(range(len(words)), words, rotation=90, fontsize=8)
-        ax.set_yticks(range(len(classes)), classes, fontsize=8)
-        ax.set_title(title)
-    figure.colorbar(drawn, ax=axes, aspect=25, pad=0.01, label="attention minus mean over classes (points)")
     return figure

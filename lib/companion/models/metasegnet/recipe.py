@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pandas as pd
@@ -427,8 +427,21 @@ def check(p: Parameters) -> None:
         raise BadParameter("checkpoint", p.checkpoint, "'' to train; task = 'test' with the file of a trained network")
 
 
-def run(p: Parameters, out: Path) -> pd.DataFrame:
-    """Train and test, or test alone, as the parameters ask, below `out`; a row for each test.
+class Tested(NamedTuple):
+    """A network of the `paper` profile, its scores, a row for each test, and one test image for figures.
+
+    `image` is (3, h, w), normalised; `text` is its text, None for the unimodal network.
+    """
+
+    title: str
+    model: MetaSegNet
+    scores: pd.DataFrame
+    image: Tensor
+    text: str | None
+
+
+def run(p: Parameters, out: Path) -> Tested:
+    """Train and test, or test alone, as the parameters ask, below `out`.
 
     The scores are added to `<out>/measured.csv`; a dry run writes nothing."""
     asked = setting(p)
@@ -437,12 +450,12 @@ def run(p: Parameters, out: Path) -> pd.DataFrame:
     facts["trainable parameters"] = f"{sum(t.numel() for t in model.trained().values()):,}"
     kind, hardware, rows = p.prompt if p.method == "MetaSegNet" else "", Hardware.of(p, "metasegnet"), []
     for name, test in asked.tests.items():
-        matrix = confusion(model, test, asked.texts(test, kind), p.augmentation, hardware)
-        measured = row(p, name, test, matrix)
+        texts = asked.texts(test, kind)
+        measured = row(p, name, test, confusion(model, test, texts, p.augmentation, hardware))
         rows.append(facts | {key: measured[key] for key in ("test", *RESULTS.values)})
         if not p.dry_run:
             RESULTS.measured(out / "measured.csv", measured)
-    return pd.DataFrame(rows)
+    return Tested(asked.title, model, pd.DataFrame(rows), test.data[0][0], texts[0] if texts else None)
 
 
 # --- results ----------------------------------------------------------------------------------------------------------

@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import os
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
-from torch.utils.data import Dataset, TensorDataset, default_collate
+from torch import nn
+from torch.utils.data import Dataset, TensorDataset
 from torchvision.transforms import v2
 
 from ... import backbones
@@ -20,8 +20,9 @@ from ...data import DATASETS, classification
 from ...evaluation.tables import Cells, Results, compare_published, published_table
 from ...ops import papers
 from ...training.callbacks import EarlyStop
-from ...training.fit import Hardware, RunParameters, device, predict
+from ...training.fit import Hardware, History, RunParameters, device, predict
 from ...training.recipe import Training
+from ...training.recipe import run as train
 from ...training.schedules import adamw, schedule
 from ..layers import vpt
 from .model import DROPOUT, PROMPT_WEIGHT, SA2VP, loss
@@ -48,79 +49,100 @@ class Parameters(RunParameters, Protocol):
     batch: int
 
 
-@dataclass(frozen=True)
-class Setting:
-    """The data of a run and its trainings.
+class Data(NamedTuple):
+    """The images of a run.
 
     Attributes:
-        train, test: items (image, label).
         classes: names by label.
         input: size and normalisation of the images.
-        hardware: of trainings and tests.
-        learning_rates: of the trained methods.
-        trainings: by method; `training.recipe.run` runs one.
-        folder: of the run, for checkpoints and final weights; None: they are not saved.
+        splits: items (image, label) of "train", "test", and of "val" where it selects the epoch.
     """
 
     title: str
-    train: Dataset
-    test: Dataset
     classes: tuple[str, ...]
     input: backbones.Input
-    hardware: Hardware
-    learning_rates: dict[str, float]
-    trainings: dict[str, Training]
-    folder: Path | None = None
+    splits: dict[str, Any]
 
 
-def setting(p: Parameters, out: Path) -> Setting:
-    """The setting of the `paper` profile for the notebook's parameters; results go below `out`.
+class Tested(NamedTuple):
+    """A model of the `paper` profile, the history of its training, and its accuracy in percent on the test images."""
+
+    data: Data
+    model: nn.Module
+    history: History
+    accuracy: float
+
+
+def run(p: Parameters, out: Path) -> Tested:
+    """Train and test `p.method` as published; the accuracy becomes a row of `out`/measured.csv.
+
+    A stopped training resumes from `out`/checkpoints; the trained tensors are saved in `out`/trained. A dry run takes
+    two steps on generated images and writes nothing.
 
     Raises `BadParameter`, `MissingData`, `MissingWeights`: with the change or download needed.
     """
-    hardware = Hardware.of(p, "sa2vp", workers=WORKERS)
-    weights = "random" if p.dry_run else p.weights or "pretrained"
-    seen = input_of(backbones.build(p.backbone, weights))
-    published = published_settings(p.backbone, p.dataset)
-    batch, epochs = p.batch or published["batch"], EPOCHS
-    if p.dry_run:
-        # the published batch needs the memory of a GPU
-        batch, epochs = batch if device(p.accelerator) == "cuda" else 8, 1
-        title, parts = "generated images (dry run: accuracies mean nothing)", generated(p, batch, seen)
-        names = tuple(f"class {i}" for i in range(DRY_CLASSES))
-    else:
-        title, parts = p.dataset, images(p, seen)
-        names = tuple(map(str, range(parts["train"].classes)))
-    facts = {"data_root": Path(p.data_root), "attention": p.attention, "precision": hardware.precision}
+    found = data(p)
+    model, history = train(training(p, found), None if p.dry_run else out)
+    score = accuracy(model, found.splits["test"], hardware(p))
+    if not p.dry_run:
+        row = {"backbone": p.backbone, "method": label(p), "dataset": p.dataset, "seed": p.seed}
+        RESULTS.measured(out / "measured.csv", row | {"accuracy": score})
+    return Tested(found, model, history, score)
+
+
+def training(p: Parameters, found: Data) -> Training:
+    """The training of `p.method` as published, or of two steps in a dry run."""
+    learn, val = found.splits["train"], found.splits.get("val")
+    batch, seen = batch_of(p), found.input
+    facts = {"data_root": Path(p.data_root), "attention": p.attention, "precision": hardware(p).precision}
     if p.dataset == "folder" and not p.dry_run:  # its images and labels may change between runs
-        train = parts["train"]
-        names, batch = tuple(train.class_names), min(batch, max(len(train) // p.devices, 1) * p.devices)
-        paths = [os.path.relpath(path, p.data_root) for path in train.sources]
-        facts |= {"images": paths, "labels": train.labels, "classes": names}
-    facts |= {"batch": batch, "mean": seen.mean, "std": seen.std, "epoch": "best on val" if "val" in parts else "last"}
-    options = fit_options(published["lr"], hardware, parts.get("val"))
-    training = Training(
-        name=f"{title}, {p.method}",
-        build=lambda: build(p, p.method, len(names), weights),
+        batch = min(batch, max(len(learn) // p.devices, 1) * p.devices)
+        paths = [os.path.relpath(path, p.data_root) for path in learn.sources]
+        facts |= {"images": paths, "labels": learn.labels, "classes": found.classes}
+    facts |= {"batch": batch, "mean": seen.mean, "std": seen.std, "epoch": "last" if val is None else "best on val"}
+    options = fit_options(published_settings(p.backbone, p.dataset)["lr"], hardware(p), val)
+    return Training(
+        name=f"{found.title}, {p.method}",
+        build=lambda: build(p, p.method, len(found.classes), weights(p)),
         loss=loss,
-        data=lambda: parts["train"],
-        fit=options | {"epochs": epochs, "batch": batch, "seed": p.seed, "name": p.method},
+        data=lambda: learn,
+        fit=options | {"epochs": 1 if p.dry_run else EPOCHS, "batch": batch, "seed": p.seed, "name": p.method},
         facts=facts,
     )
-    return Setting(
-        title=title,
-        train=parts["train"],
-        test=parts["test"],
-        classes=names,
-        input=seen,
-        hardware=hardware,
-        learning_rates={p.method: published["lr"]},
-        trainings={p.method: training},
-        folder=None if p.dry_run else Path(out),
-    )
+
+
+def hardware(p: Parameters) -> Hardware:
+    """The hardware of training and test."""
+    return Hardware.of(p, "sa2vp", workers=WORKERS)
+
+
+def weights(p: Parameters) -> str:
+    """The weights of the backbone: the parameter, or those of the cache; random in a dry run."""
+    return "random" if p.dry_run else p.weights or "pretrained"
+
+
+def batch_of(p: Parameters) -> int:
+    """Images per step; in a dry run on a CPU 8, since the published batch needs the memory of a GPU."""
+    few = p.dry_run and device(p.accelerator) != "cuda"
+    return 8 if few else p.batch or published_settings(p.backbone, p.dataset)["batch"]
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
+
+
+def data(p: Parameters) -> Data:
+    """The images of the notebook's parameters, generated in a dry run.
+
+    Raises `MissingData`, `CorruptFile`, `MissingWeights`: with the download needed.
+    """
+    seen = input_of(backbones.build(p.backbone, weights(p)))
+    if p.dry_run:
+        title, splits = "generated images (dry run: accuracies mean nothing)", generated(p, batch_of(p), seen)
+        return Data(title, tuple(f"class {i}" for i in range(DRY_CLASSES)), seen, splits)
+    splits = images(p, seen)
+    learn = splits["train"]
+    names = learn.class_names if p.dataset == "folder" else map(str, range(learn.classes))
+    return Data(p.dataset, tuple(names), seen, splits)
 
 
 def input_of(backbone: nn.Module) -> backbones.Input:
@@ -144,17 +166,17 @@ def images(p: Parameters, seen: backbones.Input) -> dict[str, classification.Ima
 
     Raises `MissingData`, `CorruptFile`: see `classification.load`.
     """
-    training, test = transforms(p.dataset, seen)
+    varied, fixed = transforms(p.dataset, seen)
     if p.dataset == "folder":
         own = classification.image_folder(p.data_root, seed=p.seed)
         parts = dict(zip(("train", "test"), ("trainval", "test") if "test" in own else ("train", "val"), strict=True))
         for part, name in parts.items():
-            own[name].transform = training if part == "train" else test
+            own[name].transform = varied if part == "train" else fixed
         return {part: own[name] for part, name in parts.items()}
     vtab = p.dataset.startswith("vtab/")
     parts = {"train": "trainval", "test": "test"} if vtab else {name: name for name in ("train", "val", "test")}
     return {
-        part: classification.load(p.dataset, p.data_root, name, training if part == "train" else test)
+        part: classification.load(p.dataset, p.data_root, name, varied if part == "train" else fixed)
         for part, name in parts.items()
     }
 
@@ -225,12 +247,6 @@ def accuracy(model: nn.Module, data: Dataset, hardware: Hardware, batch: int = 6
     predicted = predict(model, data, batch=batch, hardware=hardware).argmax(1)
     labels = data.tensors[1] if isinstance(data, TensorDataset) else torch.tensor(data.labels)
     return 100 * float((predicted == labels).float().mean())
-
-
-def items(data: Dataset, count: int) -> tuple[Tensor, Tensor]:
-    """The first items of a dataset: images (n, 3, H, W), labels (n,)."""
-    images, labels = default_collate([data[i] for i in range(min(count, len(data)))])
-    return images, labels
 
 
 # --- results ----------------------------------------------------------------------------------------------------------

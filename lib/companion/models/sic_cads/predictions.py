@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from ...data import detection
 from ...evaluation.metrics.detection import evaluate, recognition_ap
 from ...ops.progress import progress
-from ...training.fit import CPU, Hardware, History, evaluating
+from ...training.fit import CPU, Hardware, evaluating
 from ..layers.precision import without_autocast
 from . import detectors
 from . import model as sic_cads
@@ -23,32 +23,50 @@ BRANCHES = ("text", "visual", "visual+", "fused", "SIC-CADS")
 KEPT = 2**28  # bytes of probabilities that predictions hold
 
 
+@torch.no_grad()
+def branch_scores(model: sic_cads.MLR, images: Tensor, batch: int = 100) -> dict[str, Tensor]:
+    """The image-level probabilities (n, C) of images (n, 3, H, W), uint8, by branch; without a teacher only the learned
+    branches of `BRANCHES`."""
+    parts = images.split(batch)
+    learned = [model(model.prepared(part)) for part in parts]
+    e_text, e_image = (torch.cat(column) for column in zip(*learned, strict=True))
+    student = model.recognised(e_text, e_image)
+    scores = {"text": student.p_text, "visual": student.p_image, "fused": student.p}
+    if model.teacher is not None:
+        plus = model.recognised(e_text, torch.cat([model.teacher_embeddings(part) for part in parts]))
+        scores |= {"visual+": plus.p_image, "SIC-CADS": plus.p}
+    return {name: scores[name] for name in BRANCHES if name in scores}
+
+
 @dataclass(frozen=True)
-class Setting:
-    """The recogniser of a run, the detector that it refines, and the test images.
+class Predictions:
+    """The outputs of detector and recogniser for the first n test images, and how they are combined.
+
+    All probabilities of a large test do not fit in memory: LVIS has 20,000 images of 576 boxes and 1,203 classes.
 
     Attributes:
+        title: of the data.
         test: the test images and their boxes.
-        build: the recogniser, before training.
-        train: from arguments of `fit` that differ to the trained recogniser and its history, empty where nothing is
-            trained.
-        detect: one image (3, H, W), uint8, to all boxes (R, 4), xyxy, and their probabilities (R, C).
         branch, gamma: the image-level scores that refine, and their weight.
         threshold, nms, top: of the detections, after the refinement.
-        hardware: of the recogniser at test.
+        boxes: of each image, (R, 4).
+        p: by branch, (n, C).
+        best: by branch, the detections of each image refined by `gamma`, after threshold, suppression and top-k: scores
+            (k,), classes (k,) and rows (k,) of its boxes. Those of the detector alone are "".
+        probabilities: (R, C) of the first images, as many as `KEPT` bytes hold.
     """
 
     title: str
     test: detection.Boxes
-    build: Callable[[], sic_cads.MLR]
-    train: Callable[..., tuple[sic_cads.MLR, History]]
-    detect: Callable[[Tensor], tuple[Tensor, Tensor]]
-    branch: str
-    gamma: float
-    threshold: float
-    nms: float | None
-    top: int
-    hardware: Hardware = CPU
+    branch: str = "SIC-CADS"
+    gamma: float = 0.5
+    threshold: float = detectors.FLOOR
+    nms: float | None = None
+    top: int = 100
+    boxes: list[Tensor] = field(default_factory=list)
+    p: dict[str, Tensor] = field(default_factory=dict)
+    best: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = field(default_factory=dict)
+    probabilities: list[Tensor] = field(default_factory=list)
 
     @functools.cached_property
     def names(self) -> tuple[str, ...]:
@@ -56,71 +74,56 @@ class Setting:
         return tuple(self.test.class_names)
 
     @functools.cached_property
-    def base(self) -> Tensor:
-        """Which classes are base classes (C,) bool; classes that are neither base nor novel are not scored."""
-        return self.test.mask(self.test.base)
-
-    @functools.cached_property
     def novel(self) -> Tensor:
-        """Which classes are novel (C,) bool."""
+        """Which classes are novel (C,) bool; classes that are neither base nor novel are not scored."""
         return self.test.mask(self.test.novel)
 
+    def refined(self, index: int, branch: str = "", gamma: float | None = None) -> Tensor:
+        """The probabilities (R, C) of one of the first images after Eq. 7; `branch` and `gamma` are the usual unless
+        given."""
+        p = self.p[branch or self.branch][index]
+        return sic_cads.refine(self.probabilities[index], p, self.gamma if gamma is None else gamma)
 
-def truth_of(data: detection.Boxes, count: int) -> dict:
-    """The annotations of the first `count` images."""
-    images = data.truth["images"][:count]
-    ids = {image["id"] for image in images}
-    rows = [row for row in data.truth["annotations"] if row["image_id"] in ids]
-    return data.truth | {"images": images, "annotations": rows}
+    def detections(self, branch: str) -> list[dict]:
+        """Detections of all predicted images, rows in COCO's result format; `branch` "": of the detector alone."""
+        rows = []
+        for index, (boxes, (scores, classes, chosen)) in enumerate(zip(self.boxes, self.best[branch], strict=True)):
+            best = sic_cads.Detections(boxes[chosen], scores, classes, chosen)
+            rows += detectors.rows(best, self.test.image_ids[index], self.test.categories)
+        return rows
 
+    def ap50(self, branch: str) -> dict[str, float]:
+        """AP50 of novel and base classes and of all that are scored, over the predicted images, in percent.
 
-@torch.no_grad()
-def branch_scores(model: sic_cads.MLR, image: Tensor) -> dict[str, Tensor]:
-    """The image-level probabilities (C,) of one image (3, H, W), uint8, by branch; without a teacher only the learned
-    branches of `BRANCHES`."""
-    e_text, e_image = model(model.prepared(image[None]))
-    student = model.recognised(e_text, e_image)
-    scores = {"text": student.p_text[0], "visual": student.p_image[0], "fused": student.p[0]}
-    if model.teacher is not None:
-        plus = model.recognised(e_text, model.teacher_embeddings(image[None]))
-        scores |= {"visual+": plus.p_image[0], "SIC-CADS": plus.p[0]}
-    return {name: scores[name] for name in BRANCHES if name in scores}
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """The outputs of detector and recogniser for the first n test images.
-
-    All probabilities of a large test do not fit in memory: LVIS has 20,000 images of 576 boxes and 1,203 classes.
-
-    Attributes:
-        boxes: of each image, (R, 4).
-        p: by branch, (n, C).
-        best: by branch, the detections of each image refined by the setting's gamma, after threshold, suppression and
-            top-k: scores (k,), classes (k,) and rows (k,) of its boxes. Those of the detector alone are "".
-        probabilities: (R, C) of the first images, as many as `KEPT` bytes hold.
-    """
-
-    boxes: list[Tensor] = field(default_factory=list)
-    p: dict[str, Tensor] = field(default_factory=dict)
-    best: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = field(default_factory=dict)
-    probabilities: list[Tensor] = field(default_factory=list)
+        `branch`: of the image-level scores; "" for the detector alone.
+        """
+        style = "lvis" if self.test.name == "detection/ov-lvis" else "coco"
+        scored = evaluate(truth_of(self.test, len(self.boxes)), self.detections(branch), style=style, top=self.top)
+        groups = {"novel": self.test.novel, "base": self.test.base, "all": (*self.test.novel, *self.test.base)}
+        return {name: scored.mean(group) for name, group in groups.items()}
 
 
-def predict(setting: Setting, model: sic_cads.MLR, count: int = 0) -> Predictions:
-    """Run detector and recogniser on the first `count` test images, 0 for all."""
-    outputs, rows, held = Predictions(), [], 0
-    with evaluating(setting.hardware, model) as where:
-        for index in progress(range(min(count or len(setting.test), len(setting.test))), "test images"):
-            image, _ = setting.test[index]
+def predict(
+    model: sic_cads.MLR,
+    detect: detectors.Detector,
+    test: detection.Boxes,
+    count: int = 0,
+    hardware: Hardware = CPU,
+    **combined: Any,
+) -> Predictions:
+    """Run detector and recogniser on the first `count` test images, 0 for all; `combined`: see `Predictions`."""
+    outputs, rows, held = Predictions(test=test, **combined), [], 0
+    with evaluating(hardware, model) as where:
+        for index in progress(range(min(count or len(test), len(test))), "test images"):
+            image, _ = test[index]
             with without_autocast(where):  # half precision would move boxes by pixels
-                boxes, probabilities = setting.detect(image)
-            scores = {name: p.cpu() for name, p in branch_scores(model, image.to(where)).items()}
+                boxes, probabilities = (x.cpu() for x in detect(image)[:2])
+            scores = {name: p[0].cpu() for name, p in branch_scores(model, image[None].to(where)).items()}
             outputs.boxes.append(boxes)
             rows.append(scores)
             for branch, p in {"": None, **scores}.items():
-                matrix = probabilities if p is None else sic_cads.refine(probabilities, p, setting.gamma)
-                best = _best(setting, index, boxes, matrix)
+                matrix = probabilities if p is None else sic_cads.refine(probabilities, p, outputs.gamma)
+                best = _best(outputs, index, boxes, matrix)
                 reduced = best.scores.clone(), best.classes.int(), best.rows.int()
                 outputs.best.setdefault(branch, []).append(reduced)
             held += probabilities.nbytes
@@ -130,42 +133,22 @@ def predict(setting: Setting, model: sic_cads.MLR, count: int = 0) -> Prediction
     return outputs
 
 
-def _best(setting: Setting, index: int, boxes: Tensor, matrix: Tensor) -> sic_cads.Detections:
+def _best(outputs: Predictions, index: int, boxes: Tensor, matrix: Tensor) -> sic_cads.Detections:
     """The detections of an image; of LVIS those that count, of classes annotated in it or known to be absent."""
-    best = sic_cads.detect(boxes, matrix, setting.threshold, setting.nms, setting.top)
-    absent = setting.test.truth["images"][index].get("neg_category_ids")
+    best = sic_cads.detect(boxes, matrix, outputs.threshold, outputs.nms, outputs.top)
+    absent = outputs.test.truth["images"][index].get("neg_category_ids")
     if absent is None:
         return best
-    counted = (setting.test.positives[index] | setting.test.mask(absent))[best.classes]
+    counted = (outputs.test.positives[index] | outputs.test.mask(absent))[best.classes]
     return sic_cads.Detections(*(values[counted] for values in best))
 
 
-def refined(setting: Setting, outputs: Predictions, index: int, branch: str = "", gamma: float | None = None) -> Tensor:
-    """The probabilities (R, C) of one of the first images after Eq. 7; `branch` and `gamma` are the setting's unless
-    given."""
-    p = outputs.p[branch or setting.branch][index]
-    return sic_cads.refine(outputs.probabilities[index], p, setting.gamma if gamma is None else gamma)
-
-
-def detections(setting: Setting, outputs: Predictions, branch: str) -> list[dict]:
-    """Detections of all predicted images, rows in COCO's result format; `branch` "": of the detector alone."""
-    rows = []
-    for index, (boxes, (scores, classes, chosen)) in enumerate(zip(outputs.boxes, outputs.best[branch], strict=True)):
-        best = sic_cads.Detections(boxes[chosen], scores, classes, chosen)
-        rows += detectors.rows(best, setting.test.image_ids[index], setting.test.categories)
-    return rows
-
-
-def ap50(setting: Setting, outputs: Predictions, branch: str) -> dict[str, float]:
-    """AP50 of novel and base classes and of all that are scored, over the predicted images, in percent.
-
-    `branch`: of the image-level scores; "" for the detector alone.
-    """
-    style = "lvis" if setting.test.name == "detection/ov-lvis" else "coco"
-    truth, rows = truth_of(setting.test, len(outputs.boxes)), detections(setting, outputs, branch)
-    scored = evaluate(truth, rows, style=style, top=setting.top)
-    groups = {"novel": setting.test.novel, "base": setting.test.base, "all": (*setting.test.novel, *setting.test.base)}
-    return {name: scored.mean(group) for name, group in groups.items()}
+def truth_of(data: detection.Boxes, count: int) -> dict:
+    """The annotations of the first `count` images."""
+    images = data.truth["images"][:count]
+    ids = {image["id"] for image in images}
+    rows = [row for row in data.truth["annotations"] if row["image_id"] in ids]
+    return data.truth | {"images": images, "annotations": rows}
 
 
 def recognition(test: detection.Boxes, p: Tensor) -> dict[str, float]:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import open_clip
@@ -30,13 +30,14 @@ from ...evaluation.tables import Results
 from ...ops import papers
 from ...ops.files import read_json
 from ...training.callbacks import Callback, ClipValue
-from ...training.fit import Hardware, History, RunParameters, device
-from ...training.recipe import Training, run
+from ...training.fit import Hardware, RunParameters, device
+from ...training.recipe import Training
+from ...training.recipe import run as train
 from ...training.schedules import adamw
 from ..layers.state_dicts import load_official
 from . import detectors
 from . import model as sic_cads
-from .predictions import Predictions, Setting, detections, truth_of
+from .predictions import Predictions, predict, truth_of
 
 RESULTS = Results.of("sic_cads")
 CLIP, BODY = "ViT-B-32-quickgelu/openai", "resnet50.a1_in1k"
@@ -59,6 +60,43 @@ class Parameters(RunParameters, Protocol):
     checkpoint: str
     captions: bool
     images: int
+
+
+class Tested(NamedTuple):
+    """A recogniser of the `paper` profile, and the detector's outputs for the test images, refined by it."""
+
+    model: sic_cads.MLR
+    outputs: Predictions
+
+
+def run(p: Parameters, out: Path) -> Tested:
+    """Train a recogniser and refine a detector with it on a test set; two rows of `out`/measured.csv hold the scores.
+
+    The detectors here return all their boxes: the threshold is a lower bound, not the 0.15 or 0.2 that the released
+    configurations set for theirs, and set predictors need no suppression. A training resumes from its checkpoint in
+    `out`/checkpoints; its weights are saved in `out`/trained, for the parameter `checkpoint`. A dry run has full-size
+    models with random weights, two optimiser steps on generated images of the real shape, and writes nothing.
+
+    Raises `BadParameter`, `MissingData`, `MissingWeights`, `CorruptFile`: with what to change or get.
+    """
+    title, test = test_set(p)
+    r, where, (detector, clip, text) = published(p.dataset, p.captions), device(p.accelerator), frozen(p, test)
+    chosen = training(p, *recogniser(p, clip, text, test.unseen))
+    module, _ = train(chosen, None if p.dry_run else out)
+
+    def detect(image: Tensor) -> detectors.Output:
+        return detector.to(where)(image)  # moved at the first image, not before processes for training are forked
+
+    combined: dict[str, Any] = {
+        "branch": p.branch,
+        "gamma": p.gamma or r.gamma,
+        "threshold": detectors.FLOOR,
+        "top": r.top,
+    }
+    outputs = predict(module.model, detect, test, hardware=Hardware.of(p, "sic_cads"), title=title, **combined)
+    if not p.dry_run:
+        record(out / "measured.csv", p, outputs)
+    return Tested(module.model, outputs)
 
 
 @dataclass(frozen=True)
@@ -97,7 +135,7 @@ def published(dataset: str, captions: bool = False) -> Recipe:
 
     With `captions`, which OV-COCO alone has, boxes and captions take turns: each of the authors' `GPUS` draws the
     source of its share of a step. The thresholds of the released configurations, 0.15 and 0.2, belong to their
-    detectors and are not used here (see `setting`).
+    detectors and are not used here (see `run`).
     """
     coco, tables = dataset == "detection/ov-coco", {t["id"]: t["rows"] for t in papers.paper("sic_cads")["tables"]}
     training, values = (
@@ -140,6 +178,68 @@ def learning_rates(r: Recipe, steps: int) -> np.ndarray:
     done, warm = np.arange(steps) / steps, r.warmup / r.iterations
     cosine, reached = ((1 + np.cos(np.pi * x)) / 2 for x in (done, warm))
     return r.lr * np.where(done < warm, r.factor + (reached - r.factor) * done / warm, cosine)
+
+
+# --- data and models --------------------------------------------------------------------------------------------------
+
+
+def test_set(p: Parameters) -> tuple[str, detection.Boxes]:
+    """The title and the test images of the parameters; of a dry run two generated ones."""
+    if p.dry_run:
+        return "generated images (dry run: the scores mean nothing)", generated(p, 2)
+    if p.dataset in COLUMNS and p.branch != "visual+" and not p.checkpoint:
+        accepted = "a recogniser trained with dataset = 'detection/ov-lvis', or branch = 'visual+', which needs none"
+        raise BadParameter("checkpoint", p.checkpoint, accepted)
+    test = detection.load(p.dataset, p.data_root, "test")
+    if p.dataset in COLUMNS:  # nothing of a foreign vocabulary was trained on
+        test.novel = test.categories
+    if p.images:
+        truth = truth_of(test, p.images)
+        folder = Path(test.sources[0].removesuffix(truth["images"][0]["file_name"]))
+        test = detection.Boxes(test.dataset, test.root, folder, truth, test.base, test.novel)
+    return DATASETS[p.dataset].title, test
+
+
+def frozen(p: Parameters, test: detection.Boxes) -> tuple[nn.Module, nn.Module, Tensor]:
+    """The detector, the CLIP, and its text embeddings of the classes; of a dry run with random weights."""
+    tokenizer = open_clip.get_tokenizer(p.clip.partition("/")[0])
+    if p.dry_run:
+        if "owl" not in p.detector:
+            raise BadParameter("detector", p.detector, [OWLVIT, "or another OWL: a dry run has no file of a tokenizer"])
+        torch.manual_seed(p.seed)
+        clip = backbones.build(f"openclip:{p.clip}", "random")
+        detector = detectors.build(p.detector, test.class_names[:1], "random")
+        text, detector.queries = (  # random vectors: thousands of names take the text towers minutes
+            F.normalize(torch.randn(len(test.class_names), x.shape[1]), dim=-1)
+            for x in (sic_cads.vocabulary(clip, tokenizer, test.class_names[:1]), detector.queries)
+        )
+        return detector, clip, text
+    folder, file = Path(p.data_root, "weights", OWLVIT.rpartition("/")[2]), Path(p.data_root, "weights", CLIP_FILE)
+    weights = folder if p.detector == OWLVIT and folder.is_dir() else "pretrained"
+    detector = detectors.build(p.detector, test.class_names, weights)
+    clip = backbones.build(f"openclip:{p.clip}", file if p.clip == CLIP and file.is_file() else "pretrained")
+    return detector, clip, sic_cads.vocabulary(clip, tokenizer, test.class_names)
+
+
+def recogniser(
+    p: Parameters, clip: nn.Module, text: Tensor, novel: Tensor
+) -> tuple[Callable[[], sic_cads.MLR], Dataset | None]:
+    """What makes the recogniser of the parameters, and its training data: None where it is not trained."""
+    if p.dry_run:
+        r = published(p.dataset, p.captions)
+        data = Crops(generated(p, 2 * dry_batch(p, r)), r.size, r.crop)
+        return functools.partial(build, p, clip, text, novel, "random"), data
+    if p.checkpoint:
+        return functools.partial(load, p, clip, text, novel), None
+    if p.branch == "visual+":  # its ResNet and heads are not used
+        return functools.partial(build, p, clip, text, novel, "random"), None
+    data = training_data(p, detection.load(p.dataset, p.data_root, "train"))
+    return functools.partial(build, p, clip, text, novel, p.weights or "pretrained"), data
+
+
+def dry_batch(p: Parameters, r: Recipe) -> int:
+    """Images of a step of a dry run: the published number needs a GPU."""
+    return r.batch if device(p.accelerator) == "cuda" else 2
 
 
 # --- training data ----------------------------------------------------------------------------------------------------
@@ -320,21 +420,25 @@ def trained_weights(model: sic_cads.MLR) -> dict[str, Tensor]:
 def training(
     p: Parameters,
     build: Callable[[], sic_cads.MLR],
-    data: Dataset,
+    data: Dataset | None,
     *,
     r: Recipe | None = None,
     epochs: float | None = None,
     batch: int | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> Training:
-    """The training of a recogniser by the released recipe `r`.
+    """The training of a recogniser by the released recipe `r`; of two steps in a dry run without `r`,
+    none without data.
 
     AdamW of all that is trained, in one parameter group; gradients are clipped entry by entry on OV-LVIS, and not on
     OV-COCO. The last step is tested. `batch` is of images; of groups (`Turns`) as many as hold them make a step.
     """
+    if p.dry_run and r is None:
+        epochs, batch = 1, dry_batch(p, published(p.dataset, p.captions))
     r = r or published(p.dataset, p.captions)
     batch = max((batch or r.batch) // getattr(data, "group", 1), 1)
-    epochs, on = epochs or r.iterations / max(len(data) // batch, 1), Hardware.of(p, "sic_cads", workers=WORKERS)
+    items, on = 0 if data is None else len(data), Hardware.of(p, "sic_cads", workers=WORKERS)
+    epochs = epochs or r.iterations / max(items // batch, 1)
     facts = {key: getattr(p, key) for key in ("dataset", "captions", "seed", "devices")}
     facts |= {"precision": on.precision, "data_root": Path(p.data_root), "epochs": epochs, "batch": batch}
     return Training(
@@ -342,7 +446,7 @@ def training(
         + ", no captions" * ("coco" in p.dataset and not p.captions),
         build=lambda: BatchLoss(build()),
         loss=lambda module, items: module(*items),
-        data=lambda: data,
+        data=None if data is None else lambda: data,
         fit={
             "name": "recogniser",
             "epochs": epochs,
@@ -356,84 +460,6 @@ def training(
         facts=facts,
         weights=lambda module: trained_weights(module.model),
         every=1000,
-    )
-
-
-# --- settings ---------------------------------------------------------------------------------------------------------
-
-
-def setting(p: Parameters, out: Path) -> Setting:
-    """The setting of the checked parameters of the notebook; checkpoints and trained weights go below `out`.
-
-    The detectors here return all their boxes: the threshold is a lower bound, not the 0.15 or 0.2 that the released
-    configurations set for theirs, and set predictors need no suppression. A dry run has full-size models with random
-    weights, and two optimiser steps on generated images of the real shape.
-
-    Raises `BadParameter`, `MissingData`, `MissingWeights`, `CorruptFile`: with what to change or get.
-    """
-    if p.dry_run and "owl" not in p.detector:
-        raise BadParameter("detector", p.detector, [OWLVIT, "or another OWL: a dry run has no file of a tokenizer"])
-    if p.dataset in COLUMNS and p.branch != "visual+" and not (p.checkpoint or p.dry_run):
-        accepted = "a recogniser trained with dataset = 'detection/ov-lvis', or branch = 'visual+', which needs none"
-        raise BadParameter("checkpoint", p.checkpoint, accepted)
-    r, where = published(p.dataset, p.captions), device(p.accelerator)
-    tokenizer = open_clip.get_tokenizer(p.clip.partition("/")[0])
-    data, options = None, dict[str, Any]()
-    if p.dry_run:
-        torch.manual_seed(p.seed)
-        title, test = "generated images (dry run: the scores mean nothing)", generated(p, 2)
-        clip = backbones.build(f"openclip:{p.clip}", "random")
-        detector = detectors.build(p.detector, test.class_names[:1], "random")
-        text, detector.queries = (  # random vectors: thousands of names take the text towers minutes
-            F.normalize(torch.randn(len(test.class_names), x.shape[1]), dim=-1)
-            for x in (sic_cads.vocabulary(clip, tokenizer, test.class_names[:1]), detector.queries)
-        )
-        make = functools.partial(build, p, clip, text, test.unseen, "random")
-        batch = r.batch if where == "cuda" else 2
-        data, options = Crops(generated(p, 2 * batch), r.size, r.crop), {"batch": batch, "epochs": 1}
-    else:
-        title, test = DATASETS[p.dataset].title, detection.load(p.dataset, p.data_root, "test")
-        if p.dataset in COLUMNS:  # nothing of a foreign vocabulary was trained on
-            test.novel = test.categories
-        if p.images:
-            truth = truth_of(test, p.images)
-            folder = Path(test.sources[0].removesuffix(truth["images"][0]["file_name"]))
-            test = detection.Boxes(test.dataset, test.root, folder, truth, test.base, test.novel)
-        folder, file = Path(p.data_root, "weights", OWLVIT.rpartition("/")[2]), Path(p.data_root, "weights", CLIP_FILE)
-        weights = folder if p.detector == OWLVIT and folder.is_dir() else "pretrained"
-        detector = detectors.build(p.detector, test.class_names, weights)
-        clip = backbones.build(f"openclip:{p.clip}", file if p.clip == CLIP and file.is_file() else "pretrained")
-        text = sic_cads.vocabulary(clip, tokenizer, test.class_names)
-        if p.checkpoint:
-            make = functools.partial(load, p, clip, text, test.unseen)
-        elif p.branch == "visual+":  # its ResNet and heads are not used
-            make = functools.partial(build, p, clip, text, test.unseen, "random")
-        else:
-            make = functools.partial(build, p, clip, text, test.unseen, p.weights or "pretrained")
-            data = training_data(p, detection.load(p.dataset, p.data_root, "train"))
-
-    def detect(image: Tensor) -> tuple[Tensor, Tensor]:
-        out = detector.to(where)(image)  # moved at the first image, not before processes for training are forked
-        return out.boxes.cpu(), out.probabilities.cpu()
-
-    def train(**changes: Any) -> tuple[sic_cads.MLR, History]:
-        if data is None:
-            return make().eval(), []
-        module, history = run(training(p, make, data, **options), None if p.dry_run else out, **changes)
-        return module.model, history
-
-    return Setting(
-        title=title,
-        test=test,
-        build=make,
-        train=train,
-        detect=detect,
-        branch=p.branch,
-        gamma=p.gamma or r.gamma,
-        threshold=detectors.FLOOR,
-        nms=None,
-        top=r.top,
-        hardware=Hardware.of(p, "sic_cads"),
     )
 
 
@@ -498,10 +524,10 @@ def label(p: Parameters, gamma: float) -> str:
     return ", ".join([f"{name} + {p.branch}, gamma {gamma:g}", *changed])
 
 
-def record(path: Path, p: Parameters, setting: Setting, outputs: Predictions) -> None:
+def record(path: Path, p: Parameters, outputs: Predictions) -> None:
     """Add the results of a run, with and without refinement, to those in `path`."""
-    for branch, weight in (("", 0.0), (setting.branch, setting.gamma)):
-        values = benchmark(p, setting.test, detections(setting, outputs, branch))
+    for branch, weight in (("", 0.0), (outputs.branch, outputs.gamma)):
+        values = benchmark(p, outputs.test, outputs.detections(branch))
         row = {"method": label(p, weight), "dataset": p.dataset, "images": p.images, "seed": p.seed}
         RESULTS.measured(path, row | values)
 

@@ -1,5 +1,5 @@
 """The two toy models of open-vocabulary detection: a CLIP of scenes, and a detector whose classes are its text
-embeddings. The ablation trains both again for each seed.
+embeddings. The ablation, `toy.sic_cads`, trains both again for each seed, on the scenes that it draws.
 
 The CLIP learns from images and the names of the objects on them, novel classes among them, as in captions, and from no
 boxes. The detector learns from boxes of base classes alone, on images without novel objects (zero-shot splits remove
@@ -17,31 +17,36 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
-from torchvision.ops import box_convert, box_iou, complete_box_iou_loss, nms, roi_align
+from torchvision.ops import box_iou, complete_box_iou_loss, nms, roi_align
 
 from ... import backbones
 from ...errors import BadParameter
 from ...models.layers.precision import without_autocast
 from ...models.layers.state_dicts import load_official
 from ...models.sic_cads.model import PROMPT
+from ...ops.recorded import Recorded, recorded
 from ...training.schedules import schedule
 from .. import encoders
-from ..datasets.detection import BASE, CLASSES, SIDE, Scene, scenes
 from ..tokens import END, UNKNOWN, Tokenizer
 from .training import fit_steps
-from .vit_and_clip import pixels
 
 CLIP, DETECTOR = "pocket_scene_clip", "pocket_ov_detector"
 WIDTH = 64  # of the space that images, texts and regions share
 PROPOSALS = 30  # boxes of an image
+SIDE = 64  # of an image, in pixels
+CONTEXT = 12  # tokens of a text
 
 # The order is part of the shipped weights: append only.
-WORDS, CONTEXT = CLASSES, 12
+CLASSES = (
+    *("apple", "tent", "daisy", "lamp", "sign", "hook", "pebble", "cone", "crate", "moon", "rocket", "star"),
+    *("ball", "tile", "flag", "flare"),
+)
+"""The names of `toy.sic_cads.THINGS`: 12 base classes, four novel ones."""
 
 
 def tokenizer() -> Tokenizer:
     """The vocabulary of this CLIP; all other words share one id, which is ignored."""
-    return Tokenizer(WORDS, context_length=CONTEXT)
+    return Tokenizer(CLASSES, context_length=CONTEXT)
 
 
 def _stage(inputs: int, outputs: int, stride: int = 2) -> nn.Sequential:
@@ -49,7 +54,7 @@ def _stage(inputs: int, outputs: int, stride: int = 2) -> nn.Sequential:
     return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
 
 
-class Stages(nn.Module):
+class Stages(Recorded, nn.Module):
     """Four stages of one convolution each, which halve the image: maps of strides 2, 4, 8 and 16."""
 
     channels = (24, 48, 72, 96)
@@ -113,6 +118,7 @@ class SceneCLIP(nn.Module):
         return F.normalize(features, dim=-1) if normalize else features
 
 
+@recorded(weights="random")
 def clip(weights: str | Path = "pocket") -> SceneCLIP:
     """The CLIP of scenes in eval mode: "pocket" the shipped one, "random", or a file.
 
@@ -139,19 +145,6 @@ def _load(model: nn.Module, name: str, weights: str | Path) -> nn.Module:
 # --- the CLIP's training ----------------------------------------------------------------------------------------------
 
 
-def stack(drawn: Sequence[Scene]) -> Tensor:
-    """The images of scenes (n, 3, 64, 64), in [-1, 1]."""
-    return pixels([shown.image for shown in drawn])
-
-
-def named(drawn: Sequence[Scene]) -> Tensor:
-    """Which classes are on each scene, (n, 16) of 0 and 1."""
-    there = torch.zeros(len(drawn), len(CLASSES))
-    for row, shown in zip(there, drawn, strict=True):
-        row[list(shown.labels)] = 1
-    return there
-
-
 def contrast(model: SceneCLIP, batch: tuple[Tensor, Tensor]) -> Tensor:
     """CLIP's loss between images and the names of their objects, a fifth of the names left out at random.
 
@@ -170,21 +163,20 @@ def contrast(model: SceneCLIP, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def train_clip(
-    pictures: int = 3000, steps: int = 480, batch: int = 64, learning_rate: float = 3e-3, seed: int = 0
+    images: Tensor, named: Tensor, steps: int = 480, batch: int = 64, learning_rate: float = 3e-3, seed: int = 0
 ) -> SceneCLIP:
-    """Train the CLIP of scenes from scratch; returned in eval mode."""
-    drawn = scenes(pictures, "train", own_seed(seed))
+    """Train the CLIP of scenes from scratch; returned in eval mode.
+
+    Args:
+        images: (n, 3, 64, 64) in [-1, 1].
+        named: (n, 16) of 0 and 1, the classes on each.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = SceneCLIP()
-    data, warmup = TensorDataset(stack(drawn), named(drawn)), schedule("cosine", warmup=0.2)
+    data, warmup = TensorDataset(images, named), schedule("cosine", warmup=0.2)
     fit_steps(model, contrast, data, steps, batch, learning_rate, seed, CLIP, schedule=warmup)
     return model.eval()
-
-
-def own_seed(seed: int) -> int:
-    """The seed of the scenes of the toy models, which no run with seed `seed` has."""
-    return 1_000_000 + seed
 
 
 # --- the detector -----------------------------------------------------------------------------------------------------
@@ -272,15 +264,6 @@ def detector(weights: str | Path = "pocket") -> Detector:
     return _load(Detector(), DETECTOR, weights)
 
 
-def boxes_of(drawn: Sequence[Scene]) -> tuple[Tensor, Tensor]:
-    """Boxes (n, 4, 4) as x1 y1 x2 y2 and labels (n, 4) of scenes with at most four objects; label -1: none."""
-    boxes, labels = torch.zeros(len(drawn), 4, 4), torch.full((len(drawn), 4), -1)
-    for i, shown in enumerate(drawn):
-        boxes[i, : len(shown.labels)] = box_convert(torch.from_numpy(shown.boxes).float(), "xywh", "xyxy")
-        labels[i, : len(shown.labels)] = torch.tensor(shown.labels)
-    return boxes, labels
-
-
 def _samples(boxes: Tensor, own: Tensor) -> Tensor:
     """Training boxes: the true ones moved and resized slightly, random ones, and the detector's own."""
     copies = boxes.repeat(3, 1)
@@ -321,22 +304,25 @@ def detector_loss(text: Tensor, model: Detector, batch: tuple[Tensor, Tensor, Te
 
 
 def train_detector(
-    pictures: int = 2000,
+    images: Tensor,
+    boxes: Tensor,
+    labels: Tensor,
+    text: Tensor,
     steps: int = 600,
     batch: int = 16,
     learning_rate: float = 2e-3,
     seed: int = 0,
-    teacher: SceneCLIP | None = None,
 ) -> Detector:
     """Train the detector from scratch, on images with base objects alone; returned in eval mode.
 
-    `teacher`: the CLIP of its text embeddings; the shipped one when None.
+    Args:
+        images: (n, 3, 64, 64) in [-1, 1].
+        boxes, labels: (n, k, 4) as x1 y1 x2 y2 and (n, k), label -1: none.
+        text: (12, WIDTH), the text embeddings of the base classes.
     """
-    drawn = scenes(pictures, "train", own_seed(seed), novel=False)
-    text = texts(teacher or clip())[list(BASE)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Detector()
-    data, loss = TensorDataset(stack(drawn), *boxes_of(drawn)), functools.partial(detector_loss, text)
+    data, loss = TensorDataset(images, boxes, labels), functools.partial(detector_loss, text)
     fit_steps(model, loss, data, steps, batch, learning_rate, seed, DETECTOR, clip=5.0)
     return model.eval()

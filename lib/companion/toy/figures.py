@@ -12,11 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from ...models.layers import dino
-from ...viz.style import COLOURS, styled
-from .. import bat, dmt, promptpar, scenes, tip
-from ..datasets import chests, classification, detection, domains, landcover, slides
-from ..encoders import slide_dino
+from ..models.layers import dino
+from ..viz.style import COLOURS, styled
+from . import bat, dmt, dplq, ecamp, hvit, metasegnet, promptpar, sa2vp, scenes, sic_cads, tip
 
 SPLIT_COLOURS = dict(zip(scenes.SPLITS, (COLOURS[0], COLOURS[1], COLOURS[4]), strict=True))
 NOVEL, BASE = COLOURS[3], COLOURS[0]  # boxes of novel and of base classes
@@ -41,13 +39,13 @@ def overview(seed: int) -> Figure:
     frame = bat.Clip(bat.plan("test", 0, seed), np.random.default_rng(seed)).frame(0)
     rng = np.random.default_rng((seed, 6))
     visible, infrared = frame[..., :3], frame[..., 3:]
-    land = landcover.pictures("Csa", 1, "test", seed)[0][0]
-    region, _ = slides.region(rng, slides.arrangement(rng, "place", 4)[0], "test")
+    land = metasegnet.drawn("Csa", 1, "test", seed)[0][0]
+    region = hvit.region(rng, hvit.arrangement(rng, "place", 4)[0], "test")
     people, _ = promptpar.people(6, "test", "street", seed)
     shown = {
-        "SA²VP\nlocation, digits, …": next(iter(classification.examples("where", "test", seed)))[0],
-        "DPLQ\ntwo sensors": domains.picture(rng, "remote", "test", 3, 1),
-        "SIC-CADS\nobjects in context": detection.scene(rng, "test").image,
+        "SA²VP\nlocation, digits, …": next(sa2vp.examples("where", "test", seed))[0],
+        "DPLQ\ntwo sensors": dplq.draw(rng, "remote", "test", 3, 1),
+        "SIC-CADS\nobjects in context": sic_cads.scene(rng, "test").image,
         "BAT\nvisible stream": visible,
         "BAT\ninfrared stream": infrared,
         "PromptPAR\nattributes": people[-1],
@@ -55,7 +53,7 @@ def overview(seed: int) -> Figure:
         "DMT\ncollages of factors": dmt.collages(1, "test", seed)[0][0],
         "H-ViT\nregion of a slide": region,
         "MetaSegNet\nland cover": land,
-        "ECAMP\nchest and report": chests.chests(1, "test", seed)[0].image,
+        "ECAMP\nchest and report": ecamp.chests(1, "test", seed)[0].image,
         "encoders\nscenes with captions": scenes.scene(rng, "test").image,
     }
     figure, axes = plt.subplots(2, 6, figsize=(8.6, 4.0))
@@ -113,8 +111,8 @@ def captioned(drawn: Sequence[scenes.Scene]) -> Figure:
 def tasks(seed: int = 0, columns: int = 6) -> Figure:
     """Test images of the four classification tasks with their labels, a row for each task."""
     figure, axes = plt.subplots(4, columns, figsize=(7.6, 6.4))
-    for row, (task, facts) in zip(axes, classification.TASKS.items(), strict=True):
-        for ax, (image, label) in zip(row, classification.examples(task, "test", seed), strict=False):
+    for row, (task, facts) in zip(axes, sa2vp.TASKS.items(), strict=True):
+        for ax, (image, label) in zip(row, sa2vp.examples(task, "test", seed), strict=False):
             _show(ax, image, facts.classes[label])
         row[0].set_ylabel(task)
     return figure
@@ -124,12 +122,12 @@ def tasks(seed: int = 0, columns: int = 6) -> Figure:
 def sensors(seed: int, labels: Sequence[int] = (0, 3, 5, 6)) -> Figure:
     """The same scenes of both domains through the first sensor (above) and the second (below)."""
     figure, axes = plt.subplots(2, 2 * len(labels), figsize=(9.2, 2.7))
-    for block, (name, domain) in zip(np.split(axes, 2, 1), domains.DOMAINS.items(), strict=True):
+    for block, (name, domain) in zip(np.split(axes, 2, 1), dplq.DOMAINS.items(), strict=True):
         for column, label in zip(block.T, labels, strict=True):
             for sensor, ax in enumerate(column):
                 same = np.random.default_rng((seed, label))  # the same scene for both sensors
                 title = "" if sensor else domain.classes[label].replace(" at the ", "\nat the ")
-                _show(ax, domains.picture(same, name, "train", label, sensor), title)
+                _show(ax, dplq.draw(same, name, "train", label, sensor), title)
                 if label == labels[0]:
                     ax.set_ylabel(f"{name},\n{('first', 'second')[sensor]} sensor", fontsize=8)
     return figure
@@ -150,9 +148,9 @@ def cameras(seed: int, count: int = 8, named: int = 4) -> Figure:
 @styled
 def crops(seed: int) -> Figure:
     """A region of a synthetic slide with a patch of tumour framed, the patch, and its large and small DINO crops."""
-    regions, cells = slide_dino.unlabelled(6, "train", seed)
-    shown = next(i for i, row in enumerate(cells) if (row == slides.TUMOUR).any())
-    y, x = (32 * index for index in divmod(int((cells[shown] == slides.TUMOUR).nonzero()[0]), 4))
+    regions, cells = hvit.unlabelled(6, "train", seed)
+    shown = next(i for i, row in enumerate(cells) if (row == hvit.TUMOUR).any())
+    y, x = (32 * index for index in divmod(int((cells[shown] == hvit.TUMOUR).nonzero()[0]), 4))
     pixels = regions[shown] * 0.5 + 0.5
     patch = pixels[:, y : y + 32, x : x + 32]
     torch.manual_seed(seed)
@@ -172,20 +170,20 @@ def crops(seed: int) -> Figure:
 def objects(seed: int) -> Figure:
     """Two scenes of each of the detection dataset's contexts; boxes of base classes blue, of novel ones orange."""
     rng = np.random.default_rng((seed, 8))
-    contexts = [*detection.PLACES, *detection.PLACES]
+    contexts = [*sic_cads.PLACES, *sic_cads.PLACES]
     figure, axes = plt.subplots(1, len(contexts), figsize=(9.2, 1.6))
     for ax, context in zip(axes, contexts, strict=True):
-        shown = detection.scene(rng, "test", place=context)
+        shown = sic_cads.scene(rng, "test", place=context)
         _show(ax, shown.image, context)
         for label, box in zip(shown.labels, shown.boxes, strict=True):
-            _frame(ax, box, NOVEL if label in detection.NOVEL else BASE)
+            _frame(ax, box, NOVEL if label in sic_cads.NOVEL else BASE)
     return figure
 
 
 @styled
-def findings(part: chests.Part) -> Figure:
+def findings(part: ecamp.Part) -> Figure:
     """The first chest with each finding, the lesion framed, below its report."""
-    figure, axes = plt.subplots(1, len(chests.FINDINGS), figsize=(8.8, 2.8))
+    figure, axes = plt.subplots(1, len(ecamp.FINDINGS), figsize=(8.8, 2.8))
     for finding, ax in enumerate(axes):
         i = int(torch.nonzero(part.labels[:, finding])[0])
         left, top, right, bottom = part.boxes[i].tolist()
