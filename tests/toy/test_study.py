@@ -199,7 +199,8 @@ def test_the_committed_study_is_that_of_the_code_and_tested_on_seeds_not_used_be
     module = importlib.import_module(f"companion.toy.{slug}").STUDY
     facts, rows = read_json(REPORTS / slug / "study.json"), ablations.read(REPORTS / slug)
     chosen, tested = (set(rows[rows.stage == stage].seed) for stage in ("select", "test"))
-    assert sorted(tested) == facts["seeds"] == list(module.seeds) and min(tested) >= 200 > max(chosen)
+    assert sorted(tested) == facts["seeds"] == list(module.seeds)[: len(tested)], "the first seeds, whatever they give"
+    assert len(tested) >= 5 and min(tested) >= 200 > max(chosen)
     assert sorted(chosen) == facts["selection_seeds"] == list(module.selection_seeds)
     assert set(paper(slug)["data_built_for"]) == set(module.tasks)
     names = {task: set(methods) for task, methods in module.tasks.items()}
