@@ -97,6 +97,7 @@ def datasets(folder: Path) -> list[Dataset]:
         pretraining.Instances(own, ROOT, Path("a.json"), ROOT, TRUTH),
         pretraining.Scenes(own, ROOT, ["a.jpg"], ["a.png"], 2),
         captioned,
+        restoration.Pairs(own, ROOT, ["a.png"], ["a"], ["b.png"]),
         degraded,
         tip.Tensors(degraded, SimpleNamespace(tokenizer=None, text_encoder=WordText(["a"]))),
         tip.Generated(1, 8, 0),

@@ -13,7 +13,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from companion.evaluation.claims import CHECK
 from companion.ops import needs, notebooks
-from companion.ops.papers import slugs
+from companion.ops.papers import paper, slugs
 from tests.conftest import ROOT
 
 COMMITTED = [ROOT / "notebooks" / f"{name}.ipynb" for name in (*slugs(), "pocket")]
@@ -85,11 +85,15 @@ def test_pocket_path_needs_no_network(tmp_path: Path) -> None:
     assert "stderr" not in [output.get("name") for cell in cells for output in cell.get("outputs", ())]
 
 
-def test_the_tables_of_the_readme_are_those_of_the_records() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_tables_of_the_readmes_are_those_of_the_records_and_each_paper_has_its_figure() -> None:
+    readme, index = ((ROOT / name / "README.md").read_text(encoding="utf-8") for name in ("", "notebooks"))
     tables = {"papers": notebooks.papers_table(), "runs": needs.table(), "claims": notebooks.claims_table()}
-    for mark, text in tables.items():
-        assert f"<!-- {mark} -->\n{text}\n<!-- /{mark} -->" in readme
+    for mark, text in (tables | {"notebooks": notebooks.index_table()}).items():
+        assert f"<!-- {mark} -->\n{text}\n<!-- /{mark} -->" in (index if mark == "notebooks" else readme)
+    for slug in slugs():
+        source = (ROOT / "notebooks" / f"{slug}.ipynb").read_text(encoding="utf-8")
+        assert f'run.figure(\\"{paper(slug)["figure"]}\\"' in source
+        assert (ROOT / "notebooks" / "figures" / f"{slug}.jpg").is_file()
 
 
 @pytest.mark.slow

@@ -127,10 +127,10 @@ def problems(notebook: nbformat.NotebookNode) -> list[str]:
     return found
 
 
-def write_figure(out: Path, slug: str) -> None:
-    """Write the figure of a paper's first screen, at most `WIDE` pixels wide, from the figures of a run."""
-    with PIL.Image.open(out / "figures" / f"{paper(slug)['figure']}.png") as figure:
-        small = figure.convert("RGB")
+def write_figure(figure: Path, slug: str) -> None:
+    """Write a figure of a run as that of the paper's first screen, at most `WIDE` pixels wide."""
+    with PIL.Image.open(figure) as image:
+        small = image.convert("RGB")
     small.thumbnail((WIDE, WIDE), PIL.Image.Resampling.LANCZOS)
     with atomic(root() / "notebooks" / "figures" / f"{slug}.jpg") as temporary:
         small.save(temporary, "jpeg", quality=85, optimize=True)
@@ -197,8 +197,9 @@ def main(words: list[str] | None = None) -> int:
                 print(f"{path}: started", flush=True)
                 refresh(path)
                 if (out := Path(runs, "pocket", path.stem)).exists():
-                    if path.stem in slugs() and "figure" in paper(path.stem):
-                        write_figure(out, path.stem)
+                    name = paper(path.stem)["figure"] if path.stem in slugs() else ""
+                    if (figure := out / "figures" / f"{name}.png").exists():
+                        write_figure(figure, path.stem)
                     adopt(out)
                 print(f"{path}: done in {time.monotonic() - start:.0f} s", flush=True)
             except CompanionError as error:
