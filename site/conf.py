@@ -1,5 +1,6 @@
 """Sphinx settings of the site. All content is local: no page loads anything from the network."""
 
+import os
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,6 +28,8 @@ smartquotes = False  # no typographic quotes in claims
 
 # myst_nb brings sphinx.ext.mathjax
 extensions = ["myst_nb", "sphinx_design", "sphinx.ext.apidoc", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+# a name is documented where it is defined; apidoc reads this for packages, and `automodule_options` for modules alone
+os.environ["SPHINX_APIDOC_OPTIONS"] = "members,ignore-module-all"
 apidoc_modules = [
     {
         "path": str(HERE.parent / "lib" / "companion"),
@@ -34,7 +37,6 @@ apidoc_modules = [
         "exclude_patterns": [str(HERE.parent / "lib" / "companion" / name) for name in ("toy", "cli.py")],
         "module_first": True,
         "max_depth": 1,
-        "automodule_options": ["members", "ignore-module-all"],  # a name is documented where it is defined
     }
 ]
 autodoc_member_order = "bysource"
