@@ -109,6 +109,8 @@ def write_notebook(folder: Path, claims: list[dict], target: Path) -> None:
         if "injected-parameters" in tags:
             continue
         cell.source = cell.source.replace(f"../lib/companion/models/{slug}/findings.yaml", f"#findings-{slug}")
+        if cell.cell_type == "markdown":  # files of the checkout are no pages
+            cell.source = re.sub(r"\[([^\]]+)\]\(\.\./lib/[^)]*\)", r"\1", cell.source)
         if cell.cell_type == "code":
             cell.outputs = [shown for shown in map(still, cell.outputs) if shown]
             closes = "run.close()" in cell.source
