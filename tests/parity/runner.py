@@ -154,7 +154,8 @@ def outputs(case: Case) -> dict[str, Tensor]:
         for step in steps:
             if "call" in step:
                 given, named = look(step.get("args", [])), look(step.get("kwargs", {}))
-                if step["call"].startswith("evaluation."):  # metrics are computed on the CPU
+                # metrics, and maps that figures read, are on the CPU
+                if step["call"].startswith(("evaluation.", "torch:index_select")):
                     given = [value.cpu() if isinstance(value, Tensor) else value for value in given]
                 value = _called(step["call"], look)(*given, **named)
             elif "watch" in step:
