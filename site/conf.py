@@ -18,6 +18,7 @@ html_theme_options = {
     "use_fullscreen_button": False,
     "navbar_persistent": [],  # one search field is enough: the sidebar's
     "footer_content_items": [],
+    "max_navbar_depth": 1,  # the theme's buttons that unfold a level have no name
 }
 html_context = {"default_mode": "auto"}  # light or dark by the reader's system setting
 html_static_path = [str(HERE / "static"), str(MATHJAX)]
