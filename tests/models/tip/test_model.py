@@ -178,16 +178,27 @@ def test_windows_cover_a_map_and_a_local_operation_is_that_of_the_whole_map() ->
     torch.testing.assert_close(larger, F.interpolate(x, scale_factor=2))
 
 
-def test_a_tiled_image_has_no_seam_and_one_tile_is_the_whole(image: Tensor) -> None:
+def test_windows_that_disagree_leave_no_seam() -> None:
+    """Neighbours that predict 0 and 1: over 8 shared positions the result rises in steps of an eighth, not of 1."""
+    windows, values = Windows((16, 48), 16, 8), {}
+
+    def compute(rows: slice, columns: slice) -> Tensor:
+        value = values.setdefault(columns.start, len(values) % 2)
+        return torch.full((1, 1, rows.stop - rows.start, columns.stop - columns.start), float(value))
+
+    found = windows.blend(compute)
+    assert len(values) == 5 and found.amax() > 0.9
+    assert (found[..., 1:] - found[..., :-1]).abs().amax() < 1 / 8 + 1e-6
+
+
+def test_a_tile_that_holds_the_image_is_the_whole_and_smaller_ones_keep_its_size(image: Tensor) -> None:
     pipe = shaken(small_pipe())
     options = {"prompt": ROWS, "restoration": DEBLUR, "steps": 2}
     whole = pipe(image, **options, generator=seeded(3)).images
     assert torch.equal(pipe(image, **options, generator=seeded(3), tile=64, overlap=32).images, whole)
-    wide = F.interpolate(image, (32, 96), mode="bicubic").clamp(0, 1)
+    wide = F.interpolate(image, (32, 90), mode="bicubic").clamp(0, 1)
     tiled = pipe(wide, **options, generator=seeded(3), tile=32, overlap=16).images
-    steps = (tiled[..., 1:] - tiled[..., :-1]).abs().mean((0, 1, 2))  # between neighbouring columns
-    seams = [column - 1 for column in (16, 32, 48, 64, 80)]  # where a window begins or ends
-    assert steps[seams].mean() < 1.5 * steps.mean()
+    assert tiled.shape == wide.shape and tiled.isfinite().all()
     with pytest.raises(BadParameter, match="tile"):
         pipe(image, tile=30)
 
