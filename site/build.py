@@ -259,7 +259,7 @@ def data_page(claims: Mapping[str, list[dict]], reports: Path) -> str:
                 f"{cell(found.title)}<br>Cite: {cell(found.citation)}",
                 "<br>".join(f"{cell(split)}&nbsp;{n:,}" for split, n in found.sizes.items()) or "as found",
                 cell(found.licence),
-                cell(found.source) + (" (`companion fetch`)" if found.fetchable else ""),
+                cell(found.where) + (" (`companion fetch`)" if found.fetchable else ""),
             ]
             for found in alike
         ]

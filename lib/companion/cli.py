@@ -1,5 +1,5 @@
 """The `companion` command: requirements of a run, downloads, comparison with the authors' outputs, importing a run,
-features of whole slides, and maps of land cover.
+features and heat maps of whole slides, and maps of land cover.
 
 companion doctor sa2vp [--data-root DIR]      what is missing for each table; the parameters and their accepted values
 companion fetch sa2vp [--data-root DIR]       weights and data that are free and have a checksum
@@ -7,7 +7,9 @@ companion data [--data-root DIR]              all data sets: present, missing or
 companion parity sa2vp [--checkpoint FILE]    our model against outputs of the authors' code
 companion parity sa2vp --recipe     our training and evaluation against the authors'
 companion slides slides/panda --weights FILE [--part I/N]    patch embeddings, slide by slide; resumes
+companion heatmap SLIDE --checkpoint FILE --weights FILE    a slide's predicted class and map of attention
 companion landcover DIR --checkpoint FILE     a map of every GeoTIFF in DIR/images, by a network that you trained
+companion landcover DIR --check     the values of the masks in DIR/labels, their classes, and their shares
 companion adopt DIR                           import a run made on another machine
 """
 
@@ -71,19 +73,36 @@ def commands() -> dict[str, argparse.ArgumentParser]:
     sub.add_argument("--accelerator", default="cpu", choices=["cpu", "cuda"], help="device of our model (default: cpu)")
     sub = command(slides, "slides", "store the patch embeddings of slides, one HDF5 each; resumes", "dataset")
     sub.add_argument("--weights", required=True, help="file of the patch level, such as HIPT's vit256_small_dino.pth")
-    sub.add_argument("--heads", type=int, help="attention heads of the patch level (default: one for 64 channels)")
     sub.add_argument("--data-root", default="data", help="folder of the data sets; of the slides, for dataset `folder`")
     sub.add_argument("--features", default="", help="output folder (default: DATA_ROOT/features)")
-    sub.add_argument("--mpp", type=float, help="microns per pixel of level 0 (default: each slide's own)")
-    sub.add_argument("--region", type=int, default=2048, help="side of a region in pixels")
-    sub.add_argument("--normalise", default="unit", choices=hvit["normalise"]["choices"], help="of the pixels")
-    raw = "encode regions as read (default: after JPEG compression, as HS2P stores them for the authors)"
-    sub.add_argument("--raw", action="store_true", help=raw)
+    table = "a CSV with slide_id and mpp, the microns per pixel of level 0 of single slides; before --mpp"
+    sub.add_argument("--spacing", help=table)
+    sub.add_argument("--preview", action="store_true", help="a PNG of each slide and its regions, next to its features")
     sub.add_argument("--part", default="0/1", help="I/N: every N-th slide from the I-th on, for N parallel jobs")
     sub.add_argument("--batch", type=int, default=1, help="regions per step")
-    sub.add_argument("--accelerator", default="auto", choices=["auto", "cpu", "cuda"])
+    what = "the class of a slide by a trained model, and its attention as PNG and as pyramid for slide viewers"
+    sub = command(heatmap, "heatmap", what, "slide")
+    sub.add_argument("--checkpoint", required=True, help="model of companion.save, or <out>/trained/<name>.safetensors")
+    sub.add_argument("--weights", help="file of the patch level, unless the model contains it")
+    for name in ("head", "position"):
+        choices = hvit[name]["choices"]
+        sub.add_argument(f"--{name}", choices=choices, help=f"{name} of the model in <out>/trained")
+    sub.add_argument("--gamma", type=float, default=0.5, help="weight of trained levels; frozen ones weigh 1 - GAMMA")
+    sub.add_argument("--out", default="heatmaps", help="output folder (default: heatmaps)")
+    for sub in (found["companion slides"], found["companion heatmap"]):  # how the regions are found and encoded
+        sub.add_argument("--heads", type=int, help="attention heads of the patch level (default: one for 64 channels)")
+        sub.add_argument("--mpp", type=float, help="microns per pixel of level 0 (default: each slide's own)")
+        masks = "folder of a tissue mask a slide, <slide id>.png or .tif, in its proportions: 0 (black) is background, "
+        sub.add_argument("--masks", help=f"{masks}any other value tissue (default: tissue is detected by colour)")
+        sub.add_argument("--region", type=int, default=2048, help="side of a region in pixels")
+        sub.add_argument("--normalise", default="unit", choices=hvit["normalise"]["choices"], help="of the pixels")
+        raw = "encode regions as read (default: after JPEG compression, as HS2P stores them for the authors)"
+        sub.add_argument("--raw", action="store_true", help=raw)
+        sub.add_argument("--accelerator", default="auto", choices=["auto", "cpu", "cuda"])
     sub = command(landcover, "landcover", "predict maps for the GeoTIFFs of a folder, of any size", "folder")
-    sub.add_argument("--checkpoint", required=True, help="trained weights, <out>/trained/<name>.safetensors")
+    kind = sub.add_mutually_exclusive_group(required=True)
+    kind.add_argument("--checkpoint", help="trained weights, <out>/trained/<name>.safetensors; maps and PNG previews")
+    kind.add_argument("--check", action="store_true", help="no maps: list the values of the masks in FOLDER/labels")
     for name, default, what in (
         ("method", "MetaSegNet", "the trained model"),
         ("augmentation", "none", "test-time augmentation of a tile"),
@@ -136,7 +155,8 @@ def _weights(facts: dict, root: str | Path) -> list[tuple[dict, str]]:
             continue
         if "file" in weights:
             path = Path(root) / "weights" / weights["file"]
-            found.append((weights, "" if path.is_file() else f"not at {path}; by hand from {weights['source']}"))
+            where = data.dated(weights["source"], weights.get("checked"))
+            found.append((weights, "" if path.is_file() else f"not at {path}; by hand from {where}"))
             continue
         try:
             backbones.find_weights(weights["id"])
@@ -177,7 +197,7 @@ def doctor(given: argparse.Namespace) -> int:
         # sets with the same layout and source are printed together
         alike: dict[tuple[str, str], list[tuple[data.DataSet, data.Status]]] = {}
         for dataset, state in absent:
-            alike.setdefault((dataset.layout, dataset.source), []).append((dataset, state))
+            alike.setdefault((dataset.layout, dataset.where), []).append((dataset, state))
         for (layout, source), members in alike.items():
             for dataset, state in members:
                 print(f"    {dataset.name}: {state.state} ({state.detail}); licence: {dataset.licence}")
@@ -207,7 +227,7 @@ def doctor(given: argparse.Namespace) -> int:
     for entry in facts["weights"]:
         if entry.get("released") == "never":
             print(f"{entry['name']}: never released")
-    print("Free parts: " + f"companion fetch {given.paper} --data-root {given.data_root}")
+    print("Free parts: " + f"companion fetch {given.paper} --data-root {given.data_root}\n{data.LINKS}")
     return int(lacking)
 
 
@@ -245,8 +265,15 @@ def show_data(given: argparse.Namespace) -> int:
         source = f"{row['source']}; licence: {row['licence']}"
         print(f"{'':{width}}  {'':10}  {'as above' if source == before else source}")
         before = source
-        if row["state"] == "incomplete":
+        if row["state"] != "missing":
             print(f"{'':{width}}  {'':10}  {row['detail']}")
+    print()
+    for group in dict.fromkeys(row["name"].partition("/")[0] for row in rows):
+        some = [row for row in rows if row["name"].startswith(f"{group}/")]
+        lacking = ", ".join(f"{row['name']} {row['state']}" for row in some if row["state"] != "present")
+        here = sum(row["state"] == "present" for row in some)
+        print(f"{group:{width}}  {here} of {len(some)} present{f': {lacking}' if 0 < here < len(some) else ''}")
+    print(f"\n{data.LINKS}")
     return 0
 
 
@@ -272,7 +299,8 @@ def slides(given: argparse.Namespace) -> int:
     check_folder("--features", features.stored_in(given.features, given.data_root))
     patch, bad = features.patch_encoder(given.weights, given.heads), []
     tiling, parameters = replace(PANDA, jpeg=not given.raw), SimpleNamespace(**vars(given))
-    for name, found in features.store(parameters, patch, (int(i), int(n)), given.batch, tiling, given.mpp):
+    options = {name: getattr(given, name) for name in ("batch", "mpp", "spacing", "masks", "preview")}
+    for name, found in features.store(parameters, patch, (int(i), int(n)), tiling=tiling, **options):
         if isinstance(found, CompanionError):
             bad.append(name)
             print(f"{name}: {found}", file=sys.stderr, flush=True)
@@ -283,16 +311,79 @@ def slides(given: argparse.Namespace) -> int:
     return int(bool(bad))
 
 
-def landcover(given: argparse.Namespace) -> int:
-    """Write a map for each image and print its path."""
-    from .models.metasegnet import geotiff
+def heatmap(given: argparse.Namespace) -> int:
+    """Print a slide's predicted class, and write its attention over the tissue."""
+    from .models.hvit import HViT, features, heatmaps
+    from .models.hvit.model import predict
+    from .models.hvit.slides import PANDA, Slide, read_mask, tile
+    from .training.fit import Hardware, evaluating
 
+    path, out = Path(given.slide), Path(given.out)
+    if out.resolve() == path.resolve().parent:
+        raise BadParameter("--out", given.out, "another folder than the slide's, where the map would be a slide")
+    check_folder("--out", out)
+    model = heatmaps.trained(given.checkpoint, given.head, given.position)
+    patch = features.patch_encoder(given.weights, given.heads) if given.weights else model.patch
+    if patch is None:
+        raise BadParameter("--weights", None, "the file of the patch level, which the model does not contain")
+    heatmaps.level_weights(given.gamma, model.variant)  # a wrong one is refused before the slide is encoded
+    whole, tiling = HViT(model.slide, model.region, patch, model.variant), replace(PANDA, region=given.region)
+    with Slide(path, given.mpp) as slide, evaluating(Hardware(given.accelerator), whole):
+        mask = read_mask(given.masks, slide, tiling.downsample) if given.masks else None
+        tiles = tile(slide, replace(tiling, jpeg=not given.raw), mask)
+        print(f"{path.stem}: {len(tiles)} regions", flush=True)
+        maps = heatmaps.attention_maps(whole, whole.patch, slide, tiles, given.normalise)
+        scores = maps.factorised(given.gamma, model.variant)
+        files = heatmaps.write_heatmap(slide, tiles, scores, out / path.stem)
+    top, names = model.slide, getattr(model, "class_names", ())
+    grade = int(predict(top.head, maps.output, top.classes))
+    names = names or [f"class {i}" for i in range(top.classes)]
+    if top.head == "regression":
+        sure = f"output {float(maps.output):.2f}; a regression gives no probabilities"
+    else:
+        each = heatmaps.probabilities(top.head, maps.output)[0].tolist()
+        sure = "probabilities " + ", ".join(f"{name} {p:.3f}" for name, p in zip(names, each, strict=True))
+    print(f"{path.stem}: {names[grade]} ({sure})")
+    print(*files.values(), sep="\n")
+    return 0
+
+
+def landcover(given: argparse.Namespace) -> int:
+    """Write a map and a preview for each image and print the map's path; or list the values of the masks."""
     if not Path(given.folder).is_dir():
         raise BadParameter("folder", given.folder, "a folder with images/ and classes.txt: there is no such folder")
+    if given.check:
+        return check_masks(given.folder)
+    from .models.metasegnet import geotiff
+
     check_folder("--out", given.out or Path(given.folder) / "maps")
-    for path, zone in geotiff.maps(**{name: value for name, value in vars(given).items() if name != "run"}):
+    options = {name: value for name, value in vars(given).items() if name not in ("run", "check")}
+    for path, zone in geotiff.maps(**options):
         print(f"{path}  ({zone or 'location unknown'})", flush=True)
     return 0
+
+
+def check_masks(folder: str) -> int:
+    """Print the values of all masks of a folder, the classes they mean and their shares; 1 if no pixel has a class."""
+    from .data import landcover as sets
+
+    masks = sets.own(folder, sets.read_classes(folder))
+    values, names = sets.label_values(masks), [*masks.classes, "ignored"]
+    total, labelled = sum(values.values()), sum(picture.label is not None for picture in masks.pictures)
+    print(f"{labelled} of {len(masks)} images have a mask in {Path(folder) / 'labels'}")
+    if labelled:
+        print(f"{'value':>15}  {'pixels':>8}  class")
+    for (value, label), count in values.items():
+        print(f"{', '.join(map(str, value)):>15}  {count / total:8.2%}  {names[label]}")
+    if absent := [name for i, name in enumerate(masks.classes) if not any(i == label for _, label in values)]:
+        print(f"no pixel: {', '.join(absent)}")
+    if any(len(value) == 1 for value, _ in values):
+        print(
+            f"0 to {len(masks.classes) - 1} are the classes in the order of classes.txt; other values are ignored in "
+            "training and scores.\nMasks with such values look black in a viewer: that is right. Previews of maps are "
+            "in colour."
+        )
+    return int(all(label == masks.ignore for _, label in values))
 
 
 def adopt(given: argparse.Namespace) -> int:

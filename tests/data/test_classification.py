@@ -17,7 +17,7 @@ import torch
 import torchvision
 from torch.utils.data import DataLoader
 
-from companion import data
+from companion import cli, data
 from companion.data import classification
 from companion.data.classification import SPLITS, crop_transform, image_folder, in_memory, load, resize_transform
 from companion.errors import BadParameter, CompanionError, CorruptFile, MissingData
@@ -191,6 +191,138 @@ def test_class_ids_of_cub_are_text_and_those_of_nabirds_are_sorted_over_all_spli
     folder = fgvc(tmp_path, "nabirds", ids=ids)
     assert [list(load("fgvc/nabirds", tmp_path, split).labels) for split in ids] == [[2, 0, 1], [2, 0], [1, 1, 0, 2]]
     unreadable(folder / "val.json", lambda: load("fgvc/nabirds", tmp_path, "val"), {'{"a.jpg": 7}': "7"})
+
+
+OFFICIAL_LABELS = [1 + (i % 3 == 0) for i in range(70)]  # of 60 images for training and 10 for testing
+
+
+def birds(folder: Path, ids: list[str]) -> list[str]:
+    paths = [f"{label:03d}.Bird/{image}.jpg" for image, label in enumerate(OFFICIAL_LABELS)]
+    learned = [int(image < 60) for image in range(70)]
+    for name, column in (("images", paths), ("image_class_labels", OFFICIAL_LABELS), ("train_test_split", learned)):
+        rows = [f"{image} {value}\n" for image, value in zip(ids, column, strict=True)]
+        (folder / f"{name}.txt").write_text("".join(rows))
+    return paths
+
+
+def cub(folder: Path) -> list[str]:
+    return birds(folder, [str(i) for i in range(1, 71)])
+
+
+def nabirds(folder: Path) -> list[str]:
+    return birds(folder, [f"0010a930-{i:04x}" for i in range(70)])
+
+
+def flowers(folder: Path) -> list[str]:
+    scipy.io.savemat(folder / "imagelabels.mat", {"labels": np.array([OFFICIAL_LABELS])})
+    numbers = np.arange(1, 71)[None]
+    parts = {"trnid": numbers[:, :54], "valid": numbers[:, 54:60], "tstid": numbers[:, 60:]}
+    scipy.io.savemat(folder / "setid.mat", parts)
+    return [f"jpg/image_{i:05d}.jpg" for i in range(1, 71)]
+
+
+def dogs(folder: Path) -> list[str]:
+    paths = [f"n02-Dog/n02_{i}.jpg" for i in range(70)]
+    for split, part in (("train", slice(60)), ("test", slice(60, 70))):
+        columns = {"file_list": np.array(paths, dtype=object)[part, None]}
+        columns["labels"] = np.array(OFFICIAL_LABELS)[part, None]
+        scipy.io.savemat(folder / f"{split}_list.mat", columns)
+    return paths
+
+
+def cars(folder: Path) -> list[str]:
+    paths = [f"car_ims/{i:06d}.jpg" for i in range(1, 71)]
+    fields = [(name, object) for name in ("relative_im_path", "bbox_x1", "class", "test")]
+    rows = [(path, 1, OFFICIAL_LABELS[i], int(i >= 60)) for i, path in enumerate(paths)]
+    (folder / "devkit").mkdir()
+    scipy.io.savemat(folder / "devkit" / "cars_annos.mat", {"annotations": np.array([rows], dtype=fields)})
+    return paths
+
+
+@pytest.mark.parametrize(("key", "make"), [*zip(FGVC, (cub, nabirds, flowers, dogs, cars), strict=True)])
+def test_lists_from_the_official_split_are_stratified_and_named_as_not_vpts(key, make, tmp_path, monkeypatch):
+    name, images = f"fgvc/{key}", classification.IMAGES[key]
+    shrink(monkeypatch, name, 2, 54, 6, 10)
+    folder = tmp_path / "fgvc" / FGVC[key][0]
+    folder.mkdir(parents=True)
+    paths = make(folder)
+    for i, path in enumerate(paths):
+        picture(folder / images / path, i)
+    refused(MissingData, "train.json", load, name, tmp_path, "train")
+    out = classification.official_lists(name, tmp_path)
+    lists = {split: json.loads((out / f"{split}.json").read_text()) for split in ("train", "val", "test")}
+    labels = dict(zip(paths, OFFICIAL_LABELS, strict=True))
+    assert {**lists["train"], **lists["val"]} == {path: labels[path] for path in paths[:60]}
+    assert lists["test"] == {path: labels[path] for path in paths[60:]} and len(lists["val"]) == 6
+    if key == "flowers102":
+        assert list(lists["val"]) == paths[54:60]
+    else:
+        assert sorted(lists["val"].values()) == [1, 1, 1, 1, 2, 2]  # as the classes are in training
+    assert not lists["train"].keys() & lists["val"].keys()
+    before = [(out / f"{split}.json").read_bytes() for split in lists]
+    classification.official_lists(name, tmp_path)
+    assert [(out / f"{split}.json").read_bytes() for split in lists] == before
+    with pytest.warns(UserWarning, match="not VPT's"):
+        found = load(name, tmp_path, "test")
+    assert "not VPT's" in found.name and items(found) == [(60 + i, OFFICIAL_LABELS[60 + i] - 1) for i in range(10)]
+    assert data.status(name, tmp_path).state == "present" and "not VPT's" in data.status(name, tmp_path).detail
+    for split in ("train", "val", "test"):  # VPT's lists come first
+        (folder / f"{split}.json").write_bytes((out / f"{split}.json").read_bytes())
+    assert load(name, tmp_path, "test").name == name and "VPT" not in data.status(name, tmp_path).detail
+    (folder / "val.json").unlink()  # and are not mixed with others
+    refused(MissingData, "val.json", load, name, tmp_path, "val")
+
+
+def test_official_splits_that_are_short_or_damaged_are_refused(tmp_path, monkeypatch):
+    for name in ("vtab/dtd", "hta/dtd"):
+        refused(BadParameter, "fgvc/cub200", classification.official_lists, name, tmp_path)
+    refused(MissingData, "CUB_200_2011", classification.official_lists, "fgvc/cub200", tmp_path)
+    shrink(monkeypatch, "fgvc/cub200", 2, 54, 6, 10)
+    folder = tmp_path / "fgvc/CUB_200_2011"
+    folder.mkdir(parents=True)
+    refused(MissingData, "images.txt", classification.official_lists, "fgvc/cub200", tmp_path)
+    cub(folder)
+    whole = (folder / "images.txt").read_text()
+    (folder / "images.txt").write_text(whole[: whole.index("70 ")])
+    refused(MissingData, "9 images for 'test', 10", classification.official_lists, "fgvc/cub200", tmp_path)
+    for damaged in ("71 a.jpg\n", "1\n", "\xff"):
+        (folder / "images.txt").write_text(damaged, encoding="latin-1")
+        refused(CorruptFile, r"images\.txt", classification.official_lists, "fgvc/cub200", tmp_path)
+    shrink(monkeypatch, "fgvc/dogs120", 2, 54, 6, 10)
+    folder = tmp_path / "fgvc/dogs"
+    folder.mkdir(parents=True)
+    dogs(folder)
+    (folder / "train_list.mat").write_bytes((folder / "train_list.mat").read_bytes()[:100])
+    refused(CorruptFile, r"train_list\.mat", classification.official_lists, "fgvc/dogs120", tmp_path)
+    assert not list(tmp_path.rglob(classification.NOT_VPT))
+
+
+VTAB_TESTS = {  # of the whole official sets
+    "cifar100": 10000, "caltech101": 6084, "dtd": 1880, "flowers102": 6149, "pets": 3669, "svhn": 26032,
+    "sun397": 21750, "patch_camelyon": 32768, "eurosat": 5400, "resisc45": 6300, "retinopathy": 42670,
+    "clevr_count": 15000, "clevr_distance": 15000, "dmlab": 22735, "kitti_distance": 711,
+    "dsprites_location": 73728, "dsprites_orientation": 73728, "smallnorb_azimuth": 12150,
+    "smallnorb_elevation": 12150,
+}  # fmt: skip
+
+
+def test_a_copy_of_vtab_with_12_of_its_19_sets_is_told_as_such(tmp_path, monkeypatch, capsys):
+    sizes = {name[5:]: found.sizes for name, found in data.DATASETS.items() if name.startswith("vtab/")}
+    published = {"train": 800, "val": 200, "trainval": 1000}
+    assert sizes == {name: published | {"test": count} for name, count in VTAB_TESTS.items()}
+    for name in list(VTAB_TESTS)[:13]:
+        shrink(monkeypatch, f"vtab/{name}", 3, 3, 2, 4)
+        vtab(tmp_path, data.find(f"vtab/{name}").folders[0])
+    short = data.find("vtab/eurosat").folder(tmp_path) / "test.txt"
+    short.write_text("".join(short.read_text().splitlines(keepends=True)[:3]))
+    (data.find("vtab/clevr_count").folder(tmp_path) / "images/test/0.png").unlink()
+    assert cli.main(["data", "--data-root", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "test.txt gives 3 images for 'test', 4 expected" in said and "1 of 14 listed images are not there" in said
+    row = next(row for row in said.splitlines() if "11 of 19 present" in row)
+    for name, state in (("eurosat", "incomplete"), ("clevr_count", "incomplete"), ("dmlab", "missing")):
+        assert f"vtab/{name} {state}" in row
+    assert "vtab/svhn" not in row
 
 
 ORDER = [4, 6, 2, 7, 3, 5, 9, 0, 8, 1]  # of the ten training images

@@ -10,7 +10,7 @@ from PIL import Image
 
 from companion import data
 from companion.data import climate, landcover
-from companion.data.landcover_sets import CLASSES, LOVEDA, OEM, POTSDAM, POTSDAM_TILES, TO_LOVEDA, XBD
+from companion.data.landcover_sets import CLASSES, LOVEDA, OEM, POTSDAM, POTSDAM_TILES, TO_LOVEDA, UAVID, XBD
 from companion.data.rasters import Raster
 from companion.errors import BadParameter, CorruptFile, MissingData
 from tests.data.conftest import expect, refused, unreadable
@@ -152,6 +152,55 @@ def test_potsdam(tmp_path, geoseg, bands):
     if not geoseg:
         full = landcover.load(POTSDAM, tmp_path, "test", size=60, labels="full")
         assert np.array_equal(full[1][1].numpy(), truth["2_14"])
+
+
+def uavid(root: Path, monkeypatch) -> Path:
+    """UAVid with one sequence of one small frame in each split, and three in training."""
+    top = data.find(UAVID).folder(root)
+    sequences = {"train": ("seq1", "seq10", "seq2"), "val": ("seq16",), "test": ("seq21",)}
+    palette = np.array([*CLASSES[UAVID].values()], np.uint8)
+    for split, names in sequences.items():
+        for i, name in enumerate(names):
+            png(top / f"uavid_{split}" / name / "Images" / "000000.png", noise(60, 80, i))
+            if split != "test":
+                ids = labels(7, 60, 80, i)[0]
+                png(top / f"uavid_{split}" / name / "Labels" / "000000.png", palette[ids].transpose(2, 0, 1))
+    expect(monkeypatch, UAVID, sizes={split: len(names) for split, names in sequences.items()})
+    return top
+
+
+def test_uavid(tmp_path, monkeypatch):
+    assert data.find(UAVID).sizes == {"train": 200, "val": 70, "test": 150}
+    top = uavid(tmp_path, monkeypatch)
+    train = landcover.load(UAVID, tmp_path, "train", size=50)
+    assert len(train) == 3 * 4 and train.classes[-1] == "clutter" and train.zones() == [None] * 12
+    assert [picture.region for picture in train.pictures] == ["seq1", "seq2", "seq10"]
+    image, found = train[0]
+    assert np.array_equal(found.numpy(), labels(7, 60, 80, 0)[0, :50, :50])  # black is clutter, not ignored
+    assert torch.equal(image, torch.from_numpy(noise(60, 80, 0)[:, :50, :50]))
+    assert (train[1][1][:, 30:] == 8).all() and (landcover.load(UAVID, tmp_path, "test", size=50)[0][1] == 8).all()
+    assert data.status(UAVID, tmp_path) == data.Status("present", "3 train, 1 val, 1 test")
+    label = top / "uavid_train" / "seq1" / "Labels" / "000000.png"
+    png(label, np.full((3, 60, 80), 5, np.uint8))
+    refused(CorruptFile, r"000000\.png.*\(5, 5, 5\)", lambda: landcover.load(UAVID, tmp_path, "train", size=50)[0])
+    label.unlink()
+    refused(MissingData, r"seq1.Labels", landcover.load, UAVID, tmp_path, "train")
+    (top / "uavid_val" / "seq16" / "Images" / "000000.png").unlink()
+    refused(MissingData, "0 images, 1", landcover.load, UAVID, tmp_path, "val")
+
+
+def test_values_on_disk_and_the_labels_they_mean(tmp_path, monkeypatch):
+    loveda(tmp_path, monkeypatch)
+    found = landcover.label_values(landcover.load(LOVEDA, tmp_path, "train"))
+    assert {value: label for (value,), label in found} == {0: 7} | {i: i - 1 for i in range(1, 8)}
+    raw = np.stack([labels(7, 64, 64, i) for i in (0, 1)])
+    assert [*found.values()] == np.bincount(raw.ravel()).tolist()
+    uavid(tmp_path, monkeypatch)
+    monkeypatch.setattr(landcover, "TILE", 32)  # by windows
+    found = landcover.label_values(landcover.load(UAVID, tmp_path, "train"))
+    assert {colour: label for colour, label in found} == {c: i for i, c in enumerate(CLASSES[UAVID].values())}
+    assert sum(found.values()) == 3 * 60 * 80
+    assert landcover.label_values(landcover.load(UAVID, tmp_path, "test")) == {}
 
 
 def test_geosegs_patches_are_padded_with_ignore(tmp_path):

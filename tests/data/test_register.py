@@ -1,5 +1,6 @@
 """Every set of the register: the error of a missing set names its source, that of a wrong name the known ones."""
 
+import datetime
 import importlib
 
 import pytest
@@ -7,10 +8,10 @@ import pytest
 from companion import data
 from companion.data import DATASETS, classification, real, xrays
 from companion.errors import BadParameter, CompanionError, MissingData
-from tests.data.conftest import refused
+from tests.data.conftest import expect, refused
 
 SPLITS = ("train", "val", "trainval", "test", "all")
-TOTALS = (81, 7400, 2539348, 155922, 663154, 897040, 190961)
+TOTALS = (82, 7408, 2539548, 155992, 663154, 897190, 190961)
 FETCHED = {
     "landcover/loveda": "landcover.download_and_extract_archive",
     "restoration/div2k": "restoration.download_and_extract_archive",
@@ -73,6 +74,16 @@ def test_the_error_of_an_unknown_name_lists_the_sets_of_the_task(task, tmp_path)
 def test_the_nearest_names_are_listed_first(tmp_path):
     for call in (data.status, data.fetch, lambda name, root: classification.load(name, root, "train")):
         refused(BadParameter, "Accepted: 'fgvc/cub200', 'hta/cub200'", call, "cub200", tmp_path)
+
+
+def test_the_day_on_which_links_worked_is_told_where_it_is_known(tmp_path, monkeypatch):
+    days = [found.checked for found in DATASETS.values() if found.checked]
+    assert all(type(day) is datetime.date and day <= datetime.date.today() for day in days)
+    expect(monkeypatch, "landcover/uavid", checked=datetime.date(2026, 3, 1))
+    rows = {row["name"]: row["source"] for row in data.table(tmp_path)}
+    assert rows["landcover/uavid"] == f"{DATASETS['landcover/uavid'].source} (worked on 2026-03-01)"
+    assert rows["landcover/loveda"] == DATASETS["landcover/loveda"].source
+    refused(MissingData, "2026-03-01", load, "landcover/uavid", tmp_path)
 
 
 def test_table_has_a_row_for_each_set(tmp_path):

@@ -108,6 +108,47 @@ def test_own_folder(tmp_path):
         refused(MissingData, name, slides.folder, tmp_path / name)
 
 
+def test_all_slides_of_a_patient_are_in_one_part(tmp_path):
+    rows = [f"s{i:02d},{i // 2 % 3},p{i // 3}" for i in range(48)]  # three slides a patient, of one grade or two
+
+    def items(*lines: str, head: str = "slide_id,label,patient") -> list[slides.Item]:
+        for line in lines:
+            (tmp_path / f"{line.split(',')[0]}.svs").touch()
+        (tmp_path / "labels.csv").write_text("\n".join([head, *lines]))
+        return slides.folder(tmp_path)
+
+    found = slides.split_folds(items(*rows), 3, test=0.25, seed=1)
+    tuned = []
+    for fold in found:
+        patients = [{item.patient for item in fold[name]} for name in slides.SPLITS]
+        assert sum(map(len, patients)) == len(set.union(*patients)) == 16 and sum(map(len, fold.values())) == 48
+        assert fold["test"] == found[0]["test"] and len(fold["test"]) == 12  # a quarter, of every grade
+        assert set(Counter(item.grade for item in fold["test"]).values()) == {4}
+        tuned += fold["tune"]
+    assert len(set(tuned)) == len(tuned) == 36
+    assert slides.split_folds(items(*rows), 3, test=0.25, seed=1) == found
+    assert slides.split_folds(items(*rows), 3, test=0.25, seed=2) != found
+    few = items(*(f"s{i:02d},{i % 2},{'ab'[i // 24]}" for i in range(48)))
+    refused(BadParameter, "2 patients", slides.split_folds, few, 3)
+    refused(CorruptFile, "line 3: the slide 's01' has no patient", items, "s00,1,a", "s01,0, ")
+
+
+def test_spacings_of_single_slides(tmp_path):
+    table = tmp_path / "spacings.csv"
+    table.write_text("slide_id,mpp\na.svs,0.25\nb.1,0.5\n")
+    assert slides.spacings(table, {"a", "b.1", "c"}) == {"a": 0.25, "b.1": 0.5}
+    rows = {
+        "a,x": "'x'",
+        "a,0": "'0'",
+        "a,nan": "'nan'",
+        "a,inf": "'inf'",
+        "d,1": "'d' is none",
+        "a,1\na.svs,1": "twice",
+    }
+    bad = {f"slide_id,mpp\n{row}\n": value for row, value in rows.items()} | {"slide_id,spacing\na,1\n": "'mpp'"}
+    unreadable(table, lambda: slides.spacings(table, {"a", "b"}), bad)
+
+
 def stored(path: Path, features: np.ndarray) -> None:
     with h5py.File(path, "w") as file:
         file["features"], file["coords"] = features, np.zeros((len(features), 2), np.int64)

@@ -60,7 +60,8 @@ def of(slug, module, name):
 
 TASKS = {"dplq": "domains", "ecamp": "xrays", "hvit": "slides", "metasegnet": "landcover", "promptpar": "attributes"}
 TASKS |= {"sa2vp": "classification", "tip": "restoration"}
-IN_CODE = {(slug, "dataset"): [*sets(task), "folder"] for slug, task in TASKS.items()} | {
+UNUSED = {"landcover/uavid"}  # sets with a reader and without published settings of a paper here
+IN_CODE = {(slug, "dataset"): [*({*sets(task)} - UNUSED), "folder"] for slug, task in TASKS.items()} | {
     ("bat", "dataset"): sets("tracking"),
     ("dmt", "dataset"): ["", *sets("pretraining"), "folder"],
     ("sic_cads", "dataset"): sets("detection"),

@@ -9,20 +9,22 @@ paper.
 from __future__ import annotations
 
 import contextlib
+import copy
+import datetime
 import http.client
 import importlib
 import io
 import socket
 import tarfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import yaml
 
-from ..errors import BadParameter, CompanionError, MissingData
+from ..errors import BadParameter, CompanionError, CorruptFile, MissingData
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class DataSet:
         folders: the folders searched below the data root; the first is the usual spelling.
         layout: the files expected below the folder, one per line.
         source: where to get it.
+        checked: the day on which the links of `source` were last known to work; None: not checked.
         licence: its licence, or the access conditions.
         citation: the work to cite.
         fetchable: whether `fetch` can download it.
@@ -56,6 +59,7 @@ class DataSet:
     licence: str
     citation: str
     fetchable: bool = False
+    checked: datetime.date | None = None
 
     def folder(self, root: str | Path) -> Path:
         """The first of `folders` that exists below `root`; the usual spelling when none does."""
@@ -66,7 +70,20 @@ class DataSet:
         """The error that lists what is missing below `root`, what was expected and where to get it."""
         also = f" (also accepted: {', '.join(self.folders[1:])})" if self.folders[1:] else ""
         layout = "\n".join([f"{self.folders[0]}/{also}", *("    " + line for line in self.layout.splitlines())])
-        return MissingData(self.title, self.folder(root), layout, self.source, self.licence, detail)
+        return MissingData(self.title, self.folder(root), layout, self.where, self.licence, detail)
+
+    @property
+    def where(self) -> str:
+        """`source`, with the day on which its links were last known to work."""
+        return dated(self.source, self.checked)
+
+
+LINKS = "Links are not checked, except where it says on which day they worked."
+
+
+def dated(source: str, checked: datetime.date | None) -> str:
+    """A source, and the day on which its links were last known to work, if that was checked."""
+    return f"{source} (worked on {checked})" if checked else source
 
 
 def own_set(root: str | Path, task: str, layout: str, classes: int = 0) -> DataSet:
@@ -118,6 +135,70 @@ def status(name: str, root: str | Path) -> Status:
         return _reader(dataset).status(dataset, root)
     except CompanionError as error:
         return Status("incomplete", getattr(error, "detail", "") or str(error))
+
+
+def present(name: str, root: str | Path) -> bool:
+    """Whether a dry run reads a data set below `root`: any of its folders is there; "folder" is `root` itself.
+
+    Raises `MissingData`: it is there, but not all of it.
+    """
+    if name == "folder":
+        return Path(root).is_dir()
+    found = status(name, root)
+    if found.state == "incomplete":
+        raise find(name).missing(root, found.detail)
+    return found.state == "present"
+
+
+def few(splits: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """At most `count` items of each split, evenly spaced over it, for a dry run. Each was read once.
+
+    Raises `CorruptFile`: an image that cannot be read, or that is in "train" and in "test".
+    """
+    learned = set(map(str, _files(splits["train"]))) if "train" in splits else set()
+    for name in _files(splits.get("test", ())):
+        if str(name) in learned:
+            raise CorruptFile(name, "it is in the splits 'train' and 'test': a test on it would mean nothing")
+    found = {}
+    for name, split in splits.items():
+        found[name] = split.part(spaced(len(split), count))
+        for i in range(len(found[name])):
+            found[name][i]
+    return found
+
+
+def spaced(length: int, count: int) -> list[int]:
+    """At most `count` of the numbers below `length`, evenly spaced, the first and the last among them."""
+    count = min(count, length)
+    return sorted({round(i * (length - 1) / max(count - 1, 1)) for i in range(count)})
+
+
+def _files(split: Any) -> list:
+    """The files of a split's images; none for images in one array."""
+    found = getattr(split, "sources", getattr(split, "paths", ()))
+    return list(found) if all(isinstance(name, str | Path) for name in found) else []
+
+
+class Parts:
+    """A data set of which some items can be taken.
+
+    Attributes:
+        each: names of its attributes that have an entry for each item.
+    """
+
+    each: ClassVar[tuple[str, ...]]
+
+    def part(self, rows: Sequence[int]) -> Self:
+        """The items of these numbers; all else is that of the whole set, such as the classes."""
+        found = copy.copy(self)
+        for name in self.each:
+            values = getattr(self, name)
+            if isinstance(values, Parts):
+                setattr(found, name, values.part(rows))
+            elif values is not None:
+                listed = isinstance(values, list | tuple | range)
+                setattr(found, name, [values[i] for i in rows] if listed else values[list(rows)])
+        return found
 
 
 def fetch(name: str, root: str | Path, progress: bool = True) -> Path:
@@ -178,7 +259,7 @@ def table(root: str | Path) -> list[dict[str, str]]:
                 "state": found.state,
                 "detail": found.detail,
                 "licence": dataset.licence,
-                "source": dataset.source,
+                "source": dataset.where,
             }
         )
     return rows

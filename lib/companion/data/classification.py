@@ -23,10 +23,11 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import psutil
+import scipy.io
 import torch
 from PIL import ExifTags, Image
 from torch.utils.data import Dataset, TensorDataset
@@ -35,20 +36,21 @@ from torchvision.datasets.utils import check_integrity
 from torchvision.transforms import v2
 
 from ..errors import BadParameter, CompanionError, CorruptFile, MissingData, check_choice
-from ..ops.files import read_json, write_json
+from ..ops.files import atomic_folder, read_json, write_json
 from ..ops.recorded import recorded
-from . import DataSet, Status, decoding, downloading, find, own_set
-from .classification_sets import IMAGES
+from . import DataSet, Parts, Status, decoding, downloading, find, own_set
+from .classification_sets import IMAGES, OFFICIAL
 
 SPLITS = ("train", "val", "trainval", "test")
 _LISTS = {"train": "train800.txt", "val": "val200.txt", "trainval": "train800val200.txt", "test": "test.txt"}
+NOT_VPT = "lists-not-vpt"  # the folder of `official_lists`, below that of the set
 Listed = tuple[Path, "Sequence[str] | np.ndarray", list[int]]  # the list that was read, the images, their labels
 
 
 # --- public functions --------------------------------------------------------------------------------------------
 
 
-class Images(Dataset):
+class Images(Parts, Dataset):
     """Labelled images that are decoded on access: `images[i]` is (float32 tensor (3, H, W), int).
 
     Args:
@@ -64,6 +66,8 @@ class Images(Dataset):
         MissingData: the file is listed but missing.
         CorruptFile: the file is truncated, no image, or has no full scale (see `decoding`); its path is in the message.
     """
+
+    each: ClassVar[tuple[str, ...]] = ("sources", "labels")
 
     def __init__(
         self,
@@ -124,7 +128,8 @@ def load(
         transform: from a PIL image (RGB) to a tensor (3, H, W); see `resize_transform` and `crop_transform`.
 
     Returns:
-        A data set of (float32 tensor (3, H, W), int), with `.classes` and `.name`.
+        A data set of (float32 tensor (3, H, W), int), with `.classes` and `.name`. With the lists of `official_lists`,
+        which are read where VPT's are missing, the name says so, and a warning.
 
     Raises:
         BadParameter: unknown name or split.
@@ -138,7 +143,82 @@ def load(
         for path in (sources[0], sources[-1]):  # check two files only: opening must stay instant
             if not Path(path).is_file():
                 raise dataset.missing(root, f"{listing.name} is there, but the image {path} is not")
-    return Images(dataset, root, sources, labels, dataset.classes, transform)
+    found = Images(dataset, root, sources, labels, dataset.classes, transform)
+    if listing.parent.name == NOT_VPT:
+        found.name = f"{name} (lists not VPT's)"
+        told = "are not VPT's: do not compare results on them with published ones"
+        warnings.warn(f"{name}: the lists of {listing.parent} {told}", stacklevel=2)
+    return found
+
+
+def official_lists(name: str, root: str | Path) -> Path:
+    """The folder of new lists {train,val,test}.json of an FGVC set, in VPT's format, made from its official split.
+
+    Training images are held out for validation, as many as VPT holds out, about a tenth, stratified by class, with seed
+    0; Oxford Flowers has an official validation split. They are not the images that VPT chose. The folder is `NOT_VPT`
+    below that of the set; `load` reads it where VPT's lists are missing. Its files are replaced.
+
+    The official split is in the files `classification_sets.OFFICIAL`, in the folder of the set or one below it; of
+    Stanford Cars, `cars_annos.mat` names images as car_ims/000001.jpg.
+
+    Raises:
+        BadParameter: not a set of FGVC.
+        MissingData: the folder or a file is missing, or the number of images in a split is not the published one.
+        CorruptFile: a file cannot be read as the official split.
+    """
+    from sklearn.model_selection import train_test_split
+
+    dataset, root = find(name, "classification"), Path(root)
+    folder, key = dataset.folder(root), name.partition("/")[2]
+    if key not in IMAGES or name.startswith("vtab/"):
+        raise BadParameter("data set", name, [f"fgvc/{key}" for key in IMAGES])
+    if not folder.is_dir():
+        raise dataset.missing(root)
+    files = []
+    for file in OFFICIAL[key]:
+        places = [path for path in (folder / file, *folder.glob(f"*/{file}")) if path.is_file()]
+        files.append(_existing(dataset, root, (places or [folder / file])[0]))
+    lists = dict[str, dict[str, int]](train={}, val={}, test={})
+    try:
+        for path, class_id, split in _official(key, files):
+            lists[split][str(path)] = int(class_id)
+        if not lists["val"] and len(lists["train"]) == dataset.sizes["trainval"]:
+            paths, ids = list(lists["train"]), list(lists["train"].values())
+            held = train_test_split(paths, test_size=dataset.sizes["val"], stratify=ids, random_state=0)[1]
+            lists["val"] = {path: lists["train"].pop(path) for path in sorted(held)}
+    except Exception as error:  # a damaged .mat can raise anything
+        told = f"not the official split ({type(error).__name__}: {error})"
+        raise CorruptFile(files[0], told) from error
+    for split, listed in lists.items():
+        if len(listed) != dataset.sizes[split]:
+            what = f"{files[-1].name} gives {len(listed)} images for '{split}', {dataset.sizes[split]} expected"
+            raise dataset.missing(root, what)
+    with atomic_folder(folder / NOT_VPT) as new:
+        for split, listed in lists.items():
+            write_json(new / f"{split}.json", listed)
+    return folder / NOT_VPT
+
+
+def _official(key: str, files: Sequence[Path]) -> Iterator[tuple[str, int, str]]:
+    """Path, class id and split of each image of an FGVC set, from its files `OFFICIAL`."""
+    if key in ("cub200", "nabirds"):
+        tables = [dict(line.split(maxsplit=1) for line in path.read_text("utf-8").splitlines()) for path in files]
+        paths, ids, learned = tables
+        for image, path in paths.items():
+            yield path.strip(), int(ids[image]), {"1": "train", "0": "test"}[learned[image].strip()]
+        return
+    found = [scipy.io.loadmat(path, simplify_cells=True) for path in files]
+    if key == "flowers102":
+        for split, part in (("train", "trnid"), ("val", "valid"), ("test", "tstid")):
+            for number in found[1][part]:
+                yield f"jpg/image_{number:05d}.jpg", found[0]["labels"][number - 1], split
+    elif key == "dogs120":
+        for split, listed in zip(("train", "test"), found, strict=True):
+            for path, class_id in zip(listed["file_list"], listed["labels"], strict=True):
+                yield path, class_id, split
+    else:
+        for image in found[0]["annotations"]:
+            yield image["relative_im_path"], image["class"], "test" if image["test"] else "train"
 
 
 @recorded()
@@ -366,7 +446,8 @@ def status(dataset: DataSet, root: Path) -> Status:
     if problems:
         return Status("incomplete", "; ".join(dict.fromkeys(problems)))
     images = dataset.sizes["trainval"] + dataset.sizes["test"]
-    return Status("present", f"{images:,} images in {folder}")
+    lists = "" if _lists(folder) == folder else "; the lists are not VPT's"
+    return Status("present", f"{images:,} images in {folder}{lists}")
 
 
 def fetch(dataset: DataSet, root: Path, progress: bool) -> None:
@@ -466,9 +547,10 @@ def _read_json(dataset: DataSet, root: Path, split: str) -> Listed:
     folder, key = dataset.folder(root), dataset.name.partition("/")[2]
     if split == "trainval":
         return _both(_read_json, dataset, root)
-    listing = _existing(dataset, root, folder / f"{split}.json")
+    lists = _lists(folder)
+    listing = _existing(dataset, root, lists / f"{split}.json")
     if key == "nabirds":  # raw ids, renumbered in sorted order over the training list so that all splits agree
-        known: Sequence[int] = sorted(set(_class_ids(_existing(dataset, root, folder / "train.json")).values()))
+        known: Sequence[int] = sorted(set(_class_ids(_existing(dataset, root, lists / "train.json")).values()))
         if len(known) != dataset.classes:
             raise dataset.missing(root, f"train.json names {len(known)} classes, {dataset.classes} expected")
         accepted = "a class of train.json"
@@ -483,6 +565,12 @@ def _read_json(dataset: DataSet, root: Path, split: str) -> Listed:
         sources.append(f"{folder}/{IMAGES[key]}{_inside(listing, 'entry', path)}")
         labels.append(number[class_id])
     return listing, sources, labels
+
+
+def _lists(folder: Path) -> Path:
+    """The folder of an FGVC set's lists: VPT's, or those of `official_lists` where none of VPT's is there."""
+    vpts = any((folder / f"{split}.json").is_file() for split in ("train", "val", "test"))
+    return folder if vpts or not (folder / NOT_VPT).is_dir() else folder / NOT_VPT
 
 
 def _class_ids(listing: Path) -> dict[str, int]:

@@ -13,7 +13,6 @@ are mapped to training labels; unknown, border and padding pixels are ignored in
 from __future__ import annotations
 
 import colorsys
-import copy
 import csv
 import functools
 import math
@@ -23,7 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -34,14 +33,14 @@ from torchvision.datasets.utils import download_and_extract_archive
 
 from ..errors import BadParameter, CorruptFile, check_choice
 from ..ops.files import atomic
-from . import DataSet, Status, climate, downloading, find, own_set
-from .landcover_sets import CLASSES, LEFT_OUT, LOVEDA, LOVEDA_FILES, OEM, POTSDAM, POTSDAM_TILES, XBD
+from . import DataSet, Parts, Status, climate, downloading, find, own_set
+from .landcover_sets import CLASSES, LEFT_OUT, LOVEDA, LOVEDA_FILES, OEM, POTSDAM, POTSDAM_TILES, UAVID, XBD
 from .rasters import SUFFIXES, Raster, quiet
 
 SPLITS = ("train", "val", "test")
 LABELS = ("full", "eroded")
 PADDINGS = ("ignored", "impervious")
-TILE = 1024  # side in pixels of the windows of Potsdam's tiles
+TILE = 1024  # side in pixels of the windows of Potsdam's tiles and UAVid's frames
 FLIPS: dict[str, tuple[int, ...]] = {"": (), "left-right": (-1,), "upside down": (-2,)}
 ENDINGS = ("_mask", "_label", "_labels", "_gt")  # endings of the names of users' label files
 PLACES = Path(__file__).with_name("openearthmap_places.csv")
@@ -68,7 +67,7 @@ class Place:
     text: str | None = None
 
 
-class LandCover(Dataset):
+class LandCover(Parts, Dataset):
     """Map-style: images and labels, whole or by windows.
 
     Attributes:
@@ -170,13 +169,19 @@ class LandCover(Dataset):
         """The items for which `keep` is true, such as those of some zones; raises `BadParameter` when none is left."""
         if len(keep) != len(self) or not any(keep):
             raise BadParameter("keep", f"{sum(map(bool, keep))} of {len(keep)}", f"some of {len(self)} items")
-        part = copy.copy(self)
+        return self.part([i for i, kept in enumerate(keep) if kept])
+
+    def part(self, rows: Sequence[int]) -> Self:
+        """The items of these numbers."""
+        found = super().part(rows)
         if self.windows is None:
-            part.pictures = [x for x, kept in zip(self.pictures, keep, strict=True) if kept]
-            part.__dict__.pop("_zones", None)
-        else:
-            part.windows = [x for x, kept in zip(self.windows, keep, strict=True) if kept]
-        return part
+            found.__dict__.pop("_zones", None)
+        return found
+
+    @property
+    def each(self) -> tuple[str, ...]:  # type: ignore[override]
+        """See `Parts`."""
+        return ("pictures",) if self.windows is None else ("windows",)
 
     @functools.cached_property
     def _zones(self) -> list[str | None]:
@@ -231,8 +236,8 @@ def load(
         name: a name of `DATASETS` whose task is "landcover".
         root: the data folder.
         split: "train", "val" or "test"; Potsdam has no "val". Withheld labels are all ignored.
-        size, stride: see `LandCover`; Potsdam's tiles are read by 1,024 pixels unless `size` is given, padded at
-            the top and the left.
+        size, stride: see `LandCover`; Potsdam's tiles and UAVid's frames are read by 1,024 pixels unless `size` is
+            given, Potsdam's padded at the top and the left.
         labels: for Potsdam "full" or "eroded"; None: full for training, eroded for testing, as in GeoSeg.
         mirrored: for Potsdam: see `LandCover`; GeoSeg's training patches are mirrored already.
         padding: for Potsdam: "ignored", or "impervious", the label that GeoSeg's tool assigns by mistake.
@@ -262,6 +267,9 @@ def load(
         options = {"before": True, "mirrored": mirrored and decode is colours}
         if padding == "impervious":
             options["padding"], decode = 0, colours if decode is colours else functools.partial(plain, 6)
+    elif name == UAVID:
+        pictures, places, size = _uavid(dataset, root, split), {}, size or TILE
+        decode = functools.partial(plain_or_coloured, tuple(CLASSES[UAVID].values()))
     else:
         pictures, absent = _earth(dataset, root, split, without_xbd)
         decode, table = earth, dataset.folder(root) / "places.csv"
@@ -400,6 +408,32 @@ def read_classes(root: str | Path) -> dict[str, tuple[int, int, int]]:
     return found
 
 
+def label_values(data: LandCover) -> dict[tuple[tuple[int, ...], int], int]:
+    """Pixels by (value on disk, training label), sorted, over all label files of a set.
+
+    A value is (class number,), or (red, green, blue) where a label file has three bands. The training label is the
+    index in `data.classes`, or `data.ignore`. Files are read by windows: memory does not grow with an image's height.
+
+    Raises `CorruptFile`: a label differs in size from its image, or has a code or colour that its set does not know."""
+    found: Counter[tuple[tuple[int, ...], int]] = Counter()
+    for picture in data.pictures:
+        if picture.label is None:
+            continue
+        with Raster(picture.image) as image, Raster(picture.label) as truth:
+            if truth.size != image.size:
+                raise CorruptFile(picture.label, f"it is {truth.size}, its image {image.size}")
+            bands = (1, 2, 3) if truth.bands > 2 else (1,)
+            for top in range(0, truth.size[0], TILE):
+                window = (top, 0, min(TILE, truth.size[0] - top), truth.size[1])
+                keys = data.decode(truth, image.read(*window), *window)  # label, then a byte for each band
+                for band in truth.raw(bands, *window):
+                    keys = keys << 8 | band
+                for key, count in zip(*np.unique(keys, return_counts=True), strict=True):
+                    label, value = divmod(int(key), 256 ** len(bands))
+                    found[tuple(value.to_bytes(len(bands), "big")), label] += int(count)
+    return dict(sorted(found.items()))
+
+
 def compile_xbd(root: str | Path, xbd: str | Path) -> int:
     """Put xBD's images into OpenEarthMap, as GeoTIFF with the georeference of their labels; returns how many were new.
 
@@ -520,7 +554,7 @@ def plain_or_coloured(
         labels[colours == (red << 16 | green << 8 | blue)] = i
     if (labels < 0).any():
         wrong = tuple(raw[:, labels < 0][:, 0].tolist())
-        way = "one band of class numbers, or the colours of classes.txt, are expected"
+        way = "one band of class numbers, or the colours of the classes, are expected"
         raise CorruptFile(truth.path, f"it has three bands and pixels of the colour {wrong}, which no class has: {way}")
     return labels
 
@@ -536,6 +570,8 @@ def status(dataset: DataSet, root: Path) -> Status:
             found = _loveda(dataset, root, split)
         elif dataset.name == POTSDAM:
             found, _ = _potsdam(dataset, root, split, "full" if split == "train" else "eroded")
+        elif dataset.name == UAVID:
+            found = _uavid(dataset, root, split)
         else:
             found, _ = _earth(dataset, root, split, False)
         counts[split] = len(found)
@@ -613,6 +649,21 @@ def _loveda(dataset: DataSet, root: Path, split: str) -> list[Picture]:
             if split != "test" and not label.is_file():
                 raise dataset.missing(root, f"{label} is not there")
             pictures.append(Picture(image, None if split == "test" else label, scene.lower()))
+    return _complete(dataset, root, split, folder, pictures)
+
+
+def _uavid(dataset: DataSet, root: Path, split: str) -> list[Picture]:
+    folder, pictures = dataset.folder(root) / f"uavid_{split}", []
+    for sequence in sorted(folder.glob("seq*"), key=lambda path: (len(path.name), path.name)):
+        for image in _files(sequence / "Images"):
+            label = sequence / "Labels" / image.name
+            if split != "test" and not label.is_file():
+                raise dataset.missing(root, f"{label} is not there")
+            pictures.append(Picture(image, None if split == "test" else label, sequence.name))
+    return _complete(dataset, root, split, folder, pictures)
+
+
+def _complete(dataset: DataSet, root: Path, split: str, folder: Path, pictures: list[Picture]) -> list[Picture]:
     if len(pictures) != dataset.sizes[split]:
         raise dataset.missing(root, f"{folder} has {len(pictures):,} images, {dataset.sizes[split]:,} are expected")
     return pictures

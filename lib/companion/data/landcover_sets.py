@@ -6,6 +6,7 @@ from . import facts
 
 _FACTS = facts("landcover")
 OEM, LOVEDA, POTSDAM = "landcover/openearthmap", "landcover/loveda", "landcover/potsdam"
+UAVID = "landcover/uavid"
 
 CLASSES: dict[str, dict[str, tuple[int, int, int]]] = _FACTS["CLASSES"]
 """By set, the classes in the order of their training labels, with the colour (red, green, blue) of each.

@@ -14,8 +14,10 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import math
+import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from torch.utils.data import Dataset, default_collate
 
 from ..errors import BadParameter, CorruptFile, MissingData, check_choice
 from ..ops.files import atomic, atomic_folder, sha256
-from . import DataSet, Status, find
+from . import DataSet, Parts, Status, find
 
 SPLITS = ("train", "tune", "test")
 GRADES = 6
@@ -45,6 +47,7 @@ class Item:
         mask: the label mask, if there is one.
         provider: the scanning institution; empty if unknown.
         gleason: the Gleason score as written; empty if there is none.
+        patient: whose slide it is; empty if unknown.
     """
 
     name: str
@@ -53,6 +56,7 @@ class Item:
     mask: Path | None = None
     provider: str = ""
     gleason: str = ""
+    patient: str = ""
 
 
 def isup(gleason: str) -> int:
@@ -117,11 +121,13 @@ def folder(path: str | Path, labels: str | Path | None = None, column: str = "la
         path: the folder; any format that openslide reads.
         labels: a CSV with `slide_id` (the file's name, with or without its ending) and `column`; by default
             `<path>/labels.csv` if it exists. Classes are grades from 0 to 5, all counted even if some have no slide; or
-            0, 1, 2, ... without a gap; or names, numbered in sorted order.
+            0, 1, 2, ... without a gap; or names, numbered in sorted order. A column `patient` keeps a patient's slides
+            in one part of a split, see `split_folds`.
 
     Raises:
         MissingData: there is no folder, no slide in it, or a slide in the table is missing.
-        CorruptFile: a table without its columns, with a duplicate name, or with an invalid class.
+        CorruptFile: a table without its columns, with a duplicate name, with an invalid class, or with a patient for
+            some slides only.
     """
     path = Path(path)
     files = unlabelled(path)
@@ -135,10 +141,13 @@ def folder(path: str | Path, labels: str | Path | None = None, column: str = "la
                 raise _missing(path, f"the slide {name!r} of {labels}, line {line}")
             if label.lower() in ("", "nan", "na", "n/a", "none", "null"):
                 raise CorruptFile(labels, f"line {line}: the slide {name!r} has no class ({label!r}): leave it out")
-            found.append((stem, files[stem], label))
+            patient = row.get("patient", "").strip()
+            if "patient" in row and not patient:
+                raise CorruptFile(labels, f"line {line}: the slide {name!r} has no patient: fill or drop the column")
+            found.append((stem, files[stem], label, patient))
     else:
         found = [
-            (file.stem, file, group.name)
+            (file.stem, file, group.name, "")
             for group in sorted(path.iterdir())
             if group.is_dir()
             for file in sorted(group.iterdir())
@@ -148,8 +157,9 @@ def folder(path: str | Path, labels: str | Path | None = None, column: str = "la
         raise _missing(path, "no labels.csv and no folder for each class: no file gives the class of a slide")
     if twice := [name for name, count in Counter(name for name, *_ in found).items() if count > 1]:
         raise CorruptFile(labels if labels.is_file() else path, f"the slide {twice[0]!r} is there twice")
-    numbers = _numbered(labels if labels.is_file() else path, sorted({label for *_, label in found}))
-    return sorted((Item(name, file, numbers[label]) for name, file, label in found), key=lambda item: item.name)
+    numbers = _numbered(labels if labels.is_file() else path, sorted({label for *_, label, _ in found}))
+    items = [Item(name, file, numbers[label], patient=patient) for name, file, label, patient in found]
+    return sorted(items, key=lambda item: item.name)
 
 
 def unlabelled(path: str | Path) -> dict[str, Path]:
@@ -173,8 +183,30 @@ def unlabelled(path: str | Path) -> dict[str, Path]:
     return found
 
 
+def spacings(path: str | Path, slides: Collection[str]) -> dict[str, float]:
+    """Microns per pixel of level 0 by slide, of a CSV with `slide_id`, as in `folder`, and `mpp`.
+
+    Raises `CorruptFile`: a table without its columns, a slide that is none of `slides` or there twice, no number above
+    0; file and line are named.
+    """
+    found: dict[str, float] = {}
+    for line, row in _rows(Path(path), ("slide_id", "mpp")):
+        name = row["slide_id"] if row["slide_id"] in slides else Path(row["slide_id"]).stem
+        if name not in slides or name in found:
+            wrong = "there twice" if name in found else "none of the slides"
+            raise CorruptFile(path, f"line {line}: {row['slide_id']!r} is {wrong}")
+        try:
+            found[name] = float(row["mpp"])
+        except ValueError:
+            found[name] = math.nan
+        if not 0 < found[name] < math.inf:
+            raise CorruptFile(path, f"line {line}: mpp is {row['mpp']!r}, microns per pixel above 0 are expected")
+    return found
+
+
 def _missing(path: Path, detail: str) -> MissingData:
-    layout = "labels.csv         slide_id,label\n<slide_id>.tiff    or .svs, .ndpi, ...\nor <class>/<slide>.tiff"
+    table = "labels.csv         slide_id,label; and patient, where patients have several slides"
+    layout = f"{table}\n<slide_id>.tiff    or .svs, .ndpi, ...\nor <class>/<slide>.tiff"
     return MissingData("slides of one's own", path, layout, "your slides", "yours", detail)
 
 
@@ -194,19 +226,23 @@ def _numbered(source: Path, classes: Sequence[str]) -> dict[str, int]:
 
 
 def split_folds(items: Sequence[Item], folds: int = 5, test: float = 0.0, seed: int = 0) -> list[dict[str, list[Item]]]:
-    """Folds stratified by grade and provider.
+    """Folds stratified by grade and provider; where patients are known, all slides of one are in the same part.
 
     Args:
         folds: their number; each has a different tuning share and trains on the rest.
-        test: share used by no fold for training or tuning; the same for all.
+        test: share used by no fold for training or tuning; the same for all. With patients the nearest of 1/2, 1/3, ...
 
     Returns:
         For each fold its "train", "tune" and "test" slides.
+
+    Raises `BadParameter`: fewer slides, or patients, than folds.
     """
     if folds < 2 or folds > len(items):
         raise BadParameter("folds", folds, f"2 to {len(items)}, the slides there are")
     if not 0 <= test < 1:
         raise BadParameter("test", test, "0 or more and less than 1")
+    if any(item.patient for item in items):
+        return _split_patients(items, folds, test, seed)
     groups: dict[tuple[int, str], list[int]] = {}
     for i, item in enumerate(items):
         groups.setdefault((item.grade, item.provider), []).append(i)
@@ -226,6 +262,27 @@ def split_folds(items: Sequence[Item], folds: int = 5, test: float = 0.0, seed: 
         chosen = {"train": [i for i in part if part[i] != fold], "tune": [i for i in part if part[i] == fold]}
         found.append({name: [items[i] for i in sorted(own)] for name, own in (chosen | {"test": list(held)}).items()})
     return found
+
+
+def _split_patients(items: Sequence[Item], folds: int, test: float, seed: int) -> list[dict[str, list[Item]]]:
+    """`split_folds` where patients are known."""
+    from sklearn.model_selection import StratifiedGroupKFold  # here: it takes a second to import
+
+    def dealt(own: Sequence[Item], parts: int) -> list[list[list[Item]]]:
+        """For each of `parts` the other slides and its own."""
+        grades, patients = [f"{item.grade} {item.provider}" for item in own], [item.patient for item in own]
+        count, most = len(set(patients)), max(Counter(grades).values())
+        if parts > min(count, most):
+            few = f"{count} patients, {most} slides of the most frequent grade"
+            raise BadParameter("folds, test", (folds, test), f"those that need fewer than {parts} parts of {few}")
+        splitter = StratifiedGroupKFold(parts, shuffle=True, random_state=seed)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The least populated class")  # some parts lack rare grades
+            chosen = list(splitter.split(own, grades, patients))
+        return [[[own[i] for i in sorted(numbers)] for numbers in pair] for pair in chosen]
+
+    rest, held = dealt(items, max(round(1 / test), 2))[0] if test else (list(items), [])
+    return [{"train": train, "tune": tune, "test": held} for train, tune in dealt(rest, folds)]
 
 
 def write_folds(
@@ -277,7 +334,7 @@ def read_features(path: str | Path) -> dict[str, Any]:
     return found
 
 
-class Features(Dataset):
+class Features(Parts, Dataset):
     """Stored features of slides, padded to one length: (features (M, ...), present (M,) bool, grade).
 
     Args:
@@ -291,6 +348,8 @@ class Features(Dataset):
         MissingData: features are missing.
         CorruptFile: a file that cannot be read, or whose shape differs from the others.
     """
+
+    each = ("items", "files")
 
     def __init__(self, items: Sequence[Item], path: str | Path, longest: int | None = None, drop: bool = False):
         self.path = Path(path)

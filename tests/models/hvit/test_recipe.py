@@ -1,5 +1,7 @@
 """H-ViT's published recipe: samples, folds that vote, stored features, missing files."""
 
+import json
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -7,14 +9,16 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import TensorDataset
 
+import companion
 from companion import cli
 from companion.data import slides as data
 from companion.data.slides import read_features
 from companion.errors import BadParameter, MissingData, MissingWeights
 from companion.models import hvit
-from companion.models.hvit import features, heatmaps, recipe
+from companion.models.hvit import features, heatmaps, recipe, slides
 from companion.models.hvit.model import grids
 from companion.models.hvit.official import read_checkpoint
 from companion.models.hvit.slides import PANDA, Slide, tensor, tile, write_pyramid
@@ -22,6 +26,7 @@ from companion.models.layers.pos_embed import resize_pos_embed
 from companion.toy import encoders
 from companion.toy import hvit as synthetic
 from companion.toy.encoders import slide_dino
+from companion.training.checkpoints import save
 from tests.conftest import parameters
 from tests.data.conftest import expect
 from tests.data.test_slides import panda
@@ -229,6 +234,92 @@ def test_slides_in_one_folder_need_no_classes_and_may_be_given_their_scale(tmp_p
     assert "a.tiff" in (error := capsys.readouterr().err) and "--mpp" in error
     assert command(tmp_path / "flat", "128", "--mpp", "0.5") == 0
     assert '"mpp": 0.5' in read_features(tmp_path / "flat" / "features" / "a.h5")["settings"]
+
+
+def test_spacings_and_masks_of_single_slides_are_files(tmp_path, command, capsys, monkeypatch):
+    monkeypatch.setattr(slides, "PANDA", replace(PANDA, area=0.1))
+    own = tmp_path / "own"
+    for name, mpp in (("a", 0.25), ("b", None), ("c", None)):  # a states a wrong one
+        write_pyramid(own / f"{name}.tiff", np.full((256, 256, 3), (200, 60, 120), np.uint8), mpp, (1, 4))
+        (tmp_path / "masks").mkdir(exist_ok=True)
+        Image.fromarray(np.full((16, 16), name != "c")).save(tmp_path / "masks" / f"{name}.png")
+    table = tmp_path / "spacings.csv"
+    table.write_text("slide_id,mpp\na,0.5\nb.tiff,0.45\n")
+    words = ["128", "--spacing", str(table), "--masks", str(tmp_path / "masks"), "--preview"]
+    assert command(own, *words) == 1
+    assert "c.tiff" in (error := capsys.readouterr().err) and "--spacing" in error
+    assert command(own, *words, "--mpp", "0.55") == 0
+    kept = [read_features(own / "features" / f"{name}.h5") for name in "abc"]
+    assert [json.loads(found["settings"])["slide_mpp"] for found in kept] == [0.5, 0.45, 0.55]
+    assert [len(found["features"]) for found in kept] == [4, 4, 0]
+    assert {file.name for file in own.glob("features/*.png")} == {"a.png", "b.png", "c.png"}
+    (tmp_path / "masks" / "b.png").unlink()
+    assert command(own, *words, "--mpp", "0.55") == 1
+    assert "masks/b.png" in capsys.readouterr().err
+    table.write_text("slide_id,mpp\nd,0.5\n")
+    assert command(own, *words) == 1
+    assert "'d'" in capsys.readouterr().err
+
+
+def test_heatmap_of_an_own_slide(tmp_path, capsys, monkeypatch):
+    """With the model of `companion.save` and that of a run, which has the authors' names: the class and the map."""
+    monkeypatch.chdir(tmp_path)
+    path = synthetic.save(tmp_path / "own", synthetic.slides(1, "place", "test")) / "slide_0.tiff"
+    patch = encoders.weights_file(slide_dino.NAME)
+    torch.manual_seed(0)
+    # one head at the region level, as the authors' tensors of that width would have
+    region = hvit.RegionEncoder(4, 48, 48, 2, heads=1, mlp_ratio=2, std=None)
+    model, regression = (
+        hvit.HViT(hvit.SlideTransformer(48, 3, head, dropout=0.1), region, variant="local")
+        for head in ("ordinal", "regression")
+    )
+    companion.save(model, "saved.safetensors", class_names=["x", "y", "z"])
+    save("run", "trained", model.to_official())
+    companion.save(regression, "regression.safetensors")
+    companion.save(slide_dino.build()[0], "other.safetensors")
+    settings = replace(PANDA, downsample=4, median=3, close=3, area=0.1, hole_area=0.05, jpeg=False)
+    monkeypatch.setattr(slides, "PANDA", settings)
+
+    def command(checkpoint: str, *more: str) -> tuple[int, str, str]:
+        words = ["--region", "128", "--normalise", "half", "--raw", "--weights", str(patch), "--heads", "3", *more]
+        code = cli.main(["heatmap", str(path), "--checkpoint", checkpoint, "--accelerator", "cpu", *words])
+        return code, *capsys.readouterr()
+
+    with Slide(path) as slide:
+        tiles = tile(slide, replace(settings, region=128))
+        maps = heatmaps.attention_maps(model, features.patch_encoder(patch, 3), slide, tiles, "half")
+        scores = maps.factorised(0.5, "local")
+        expected = heatmaps.write_heatmap(slide, tiles, scores, tmp_path / "expected")
+        size, mpp = slide.size, slide.mpp
+    grade = int(hvit.predict("ordinal", maps.output, 3))
+    each = heatmaps.probabilities("ordinal", maps.output)[0].tolist()
+    code, out, error = command("saved.safetensors")
+    assert code == 0, error
+    printed = [float(p) for p in re.findall(r"[xyz] (0\.\d+)", out)]
+    assert f"slide_0: {'xyz'[grade]} (" in out and printed == pytest.approx(each, abs=0.002)
+    drawn, right = (np.asarray(Image.open(file)).astype(int) for file in ("heatmaps/slide_0.png", expected["png"]))
+    assert drawn.shape == right.shape and np.abs(drawn - right).mean() < 1  # rounding may change a few ranks
+    for backend in ("openslide", "tiffslide"):
+        with Slide("heatmaps/slide_0.tiff", backend=backend) as found:
+            assert found.size == tuple(-(-side // 16) for side in size) and len(found.levels) == 3
+            assert found.mpp == pytest.approx(16 * mpp, rel=1e-3)
+    code, out, error = command("run/trained.safetensors", "--head", "ordinal", "--gamma", "1", "--out", "run")
+    assert code == 0 and f"class {grade} (" in out, error
+    assert (np.asarray(Image.open("run/slide_0.png")).astype(int) != drawn).any()
+    assert "no probabilities" in command("regression.safetensors")[1]
+    for words, code, named in (
+        (("run/trained.safetensors",), 2, "head"),
+        (("saved.safetensors", "--gamma", "2"), 2, "gamma"),
+        (("saved.safetensors", "--region", "100"), 2, "32"),
+        (("saved.safetensors", "--out", str(path.parent)), 2, "--out"),
+        (("other.safetensors",), 2, "PatchEncoder"),
+        (("nowhere.safetensors",), 1, "nowhere.safetensors"),
+    ):
+        found, _, error = command(*words)
+        assert found == code and named in error, words
+    write_pyramid(path, np.full((512, 512, 3), 255, np.uint8), 0.5)
+    found, _, error = command("saved.safetensors")
+    assert found == 1 and "no region" in error
 
 
 def test_the_patch_level_of_a_file_of_several_levels(tmp_path):

@@ -9,6 +9,7 @@ import rasterio
 import torch
 from PIL import Image
 
+from companion import cli
 from companion.data.rasters import Raster, pixels
 from companion.errors import CorruptFile
 from companion.models.metasegnet import geotiff, segment
@@ -43,6 +44,48 @@ def test_a_map_lies_where_its_image_lies(tmp_path):
     Image.fromarray(image.transpose(1, 2, 0)).save(tmp_path / "a.png")
     with Raster(geotiff.label(brightest, tmp_path / "a.png", tmp_path / "map.tif", PALETTE, **tiles)) as raster:
         assert raster.place is None and raster.size == (70, 90) and raster.colours[0][:3] == PALETTE[0]
+
+
+def test_a_preview_shows_the_classes_in_their_colours_at_a_bounded_size(tmp_path, monkeypatch):
+    image = noise()
+    image[:, :20, :30] = 7
+    source = written(tmp_path / "a.tif", image, nodata=7)
+    out = geotiff.label(brightest, source, tmp_path / "map.tif", PALETTE, tile=32, overlap=8)
+    with rasterio.open(out) as found:
+        classes = found.read(1)
+    with Image.open(geotiff.preview(out)) as shown:
+        assert shown.filename == str(tmp_path / "map.png") and shown.size == (90, 70)
+        pixels = np.asarray(shown.convert("RGBA"))
+    hidden = classes == NODATA
+    assert np.array_equal(pixels[~hidden][:, :3], np.array(PALETTE)[classes[~hidden]])
+    assert (pixels[hidden][:, 3] == 0).all() and (pixels[~hidden][:, 3] == 255).all() and hidden.any()
+    monkeypatch.setattr(geotiff, "PREVIEW", 45)
+    with Image.open(geotiff.preview(out)) as shown:
+        assert shown.size == (45, 35)
+
+
+def test_masks_are_listed_with_values_classes_and_shares(tmp_path, capsys):
+    (tmp_path / "classes.txt").write_text("field 1 2 3\nwood 4 5 6\nwater\n")
+    for name in ("a", "b"):
+        written(tmp_path / "images" / f"{name}.tif", noise(40, 10))
+    command = ["landcover", str(tmp_path), "--check"]
+    assert cli.main(command) == 1 and "0 of 2 images" in capsys.readouterr().out
+    ids = np.repeat(np.array([0, 0, 1, 255], np.uint8), 10)[None, :, None].repeat(10, 2)
+    written(tmp_path / "labels" / "a.tif", ids)
+    assert cli.main(command) == 0
+    rows = [row.split() for row in capsys.readouterr().out.splitlines()]
+    for row in (["0", "50.00%", "field"], ["1", "25.00%", "wood"], ["255", "25.00%", "ignored"]):
+        assert row in rows
+    assert ["no", "pixel:", "water"] in rows
+    written(tmp_path / "labels" / "a.tif", np.full((1, 40, 10), 3, np.uint8))  # counted from 1, one class
+    assert cli.main(command) == 1
+    painted = np.array([[1, 2, 3], [4, 5, 6]], np.uint8)[np.arange(400).reshape(40, 10) % 2].transpose(2, 0, 1)
+    written(tmp_path / "labels" / "a.tif", painted)
+    capsys.readouterr()
+    assert cli.main(command) == 0 and "1, 2, 3    50.00%  field" in capsys.readouterr().out
+    written(tmp_path / "labels" / "a.tif", painted + 1)
+    assert cli.main(command) == 1 and "a.tif" in capsys.readouterr().err
+    assert cli.main(["landcover", str(tmp_path / "none"), "--check"]) == 2
 
 
 def test_no_half_map_is_left(tmp_path):

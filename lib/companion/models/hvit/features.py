@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from ...training.checkpoints import checkpoint_key
 from ...training.fit import Hardware, evaluating
 from . import official
 from .model import HViT, PatchEncoder, RegionEncoder, SlideTransformer
-from .slides import PANDA, Slide, Tiles, Tiling, tensor, tile
+from .slides import PANDA, Slide, Tiles, Tiling, read_mask, tensor, tile, tissue_mask, write_preview
 
 READERS = 4  # threads that read regions ahead, each for one step
 
@@ -56,6 +56,8 @@ def extract(
     normalise: str = "unit",
     batch: int = 1,
     mpp: float | None = None,
+    masks: str | Path | None = None,
+    preview: bool = False,
     device: str | torch.device = "cpu",
 ) -> Path:
     """Features of a slide's regions, as HDF5: `features` (M, ...) float32, `coords` (M, 2), the settings as attributes.
@@ -70,16 +72,20 @@ def extract(
             features of two encoders.
         batch: regions per step.
         mpp: see `Slide`.
+        masks: a folder of tissue masks, see `read_mask`; None: tissue is detected by colour.
+        preview: write the slide with its regions next to `out`, as PNG, see `write_preview`.
 
     Raises:
-        BadParameter: `out` or its unfinished parts were made with other settings.
-        CorruptFile: the slide cannot be read.
+        BadParameter: `out` or its unfinished parts were made with other settings; a mask of other proportions.
+        MissingData: the slide has no mask.
+        CorruptFile: the slide or its mask cannot be read.
     """
     if batch < 1:
         raise BadParameter("batch", batch, "1 or more")
     out, parts = Path(out), Path(f"{out}.parts")
     with Slide(path, mpp) as slide:
-        tiles = tile(slide, tiling)
+        mask = read_mask(masks, slide, tiling.downsample) if masks else None
+        tiles = tile(slide, tiling, mask)
         settings = {
             "slide": slide.path.name,
             "size": list(slide.size),
@@ -96,12 +102,15 @@ def extract(
         }
         if out.is_file():
             _same(settings, json.loads(data.read_features(out)["settings"]), out)
-            return out
-        plan = parts / "plan.json"
-        if plan.is_file():
+        elif (plan := parts / "plan.json").is_file():
             _same(settings | {"batch": batch}, read_json(plan), parts)
         else:
             write_json(plan, settings | {"batch": batch})
+        if preview:
+            shown = tissue_mask(slide.thumbnail(tiling.downsample)[0], tiling) if mask is None else mask
+            write_preview(out.with_suffix(".png"), slide, tiles, shown)
+        if out.is_file():
+            return out
         starts = [i for i in range(0, len(tiles), batch) if not (parts / f"{i:06d}.safetensors").is_file()]
 
         def pixels(start: int) -> np.ndarray:
@@ -110,8 +119,8 @@ def extract(
         threads = READERS if slide.backend == "openslide" else 1  # declared safe for several threads
         with ThreadPoolExecutor(threads) as reader:
             ahead = deque(reader.submit(pixels, start) for start in starts[:threads])
-            shown = progress(starts, slide.path.stem, -(-len(tiles) // batch), -(-len(tiles) // batch) - len(starts))
-            for i, start in enumerate(shown):
+            count = -(-len(tiles) // batch)
+            for i, start in enumerate(progress(starts, slide.path.stem, count, count - len(starts))):
                 regions = ahead.popleft().result()
                 ahead += [reader.submit(pixels, following) for following in starts[i + threads : i + threads + 1]]
                 features = encode(tensor(regions, normalise, device)).float().cpu().numpy()
@@ -169,6 +178,8 @@ def store(
     batch: int = 1,
     tiling: Tiling = PANDA,
     mpp: float | None = None,
+    spacing: str | Path | None = None,
+    **options: Any,
 ) -> Iterator[tuple[str, Path | CompanionError]]:
     """Patch embeddings of the slides of `dataset`, as the paper profile reads them; a killed run is resumed.
 
@@ -178,6 +189,8 @@ def store(
         batch: regions a step.
         tiling: how regions are found; its size of a region is `p.region`.
         mpp: microns per pixel of level 0, where the slides do not state it, or are wrong.
+        spacing: a table with that of single slides, see `data.slides.spacings`; before `mpp`.
+        options: `masks`, `preview` of `extract`.
 
     Yields:
         The name of each slide as it is done, and its file, or the error: one slide that cannot be read does not stop
@@ -194,11 +207,13 @@ def store(
         named = [(item.name, item.path) for item in data.load(p.dataset, p.data_root)]
     # `embed_patches` belongs to the whole model; the levels above are not run
     whole = HViT(SlideTransformer(192), RegionEncoder(p.region // patch.image, patch.dim), patch)
-    options = {"tiling": dataclasses.replace(tiling, region=p.region), "encoder": patch, "normalise": p.normalise}
+    options |= {"tiling": dataclasses.replace(tiling, region=p.region), "encoder": patch, "normalise": p.normalise}
+    own = data.spacings(spacing, {name for name, _ in named}) if spacing else {}
     with evaluating(Hardware(p.accelerator), whole) as device:
         for name, path in named[i::n]:
             target = stored_in(p.features, p.data_root) / f"{name}.h5"
             try:
-                yield name, extract(path, whole.embed_patches, target, device=device, batch=batch, mpp=mpp, **options)
+                scale = {"mpp": own.get(name, mpp), "device": device, "batch": batch}
+                yield name, extract(path, whole.embed_patches, target, **scale, **options)
             except CompanionError as error:
                 yield name, error

@@ -7,7 +7,6 @@ can stand in for it on real tissue. Nothing stands in for the region and the sli
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,8 +202,7 @@ def view(patch: PatchEncoder, path: str | Path, pixels: int, seed: int = 0, norm
         model = HViT(SlideTransformer(192), RegionEncoder(2, patch.dim))
     tokens: list[torch.Tensor] = []
     watch = patch.norm.register_forward_hook(lambda module, given, out: tokens.append(out[:, 1:]))
-    with Slide(path) as slide, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # it is only read
+    with Slide(path) as slide:
         mpp = slide.mpp * pixels / patch.image
         settings = Tiling(region=2 * patch.image, mpp=mpp, resample=True, area=0.1, least=0.5)
         tissue, shrink = slide.thumbnail(slide.size[1] / 512)

@@ -24,10 +24,13 @@ from matplotlib import colormaps
 from PIL import Image
 from scipy.stats import rankdata
 from torch import Tensor
+from torch.nn import functional as F
 
-from ...errors import BadParameter
+from ... import saving
+from ...errors import BadParameter, CorruptFile, check_choice
 from ...ops.files import atomic
-from .model import HViT, PatchEncoder, grids, patches_of
+from .model import HEADS, HViT, PatchEncoder, grids, patches_of
+from .official import read_checkpoint
 from .slides import LARGEST_THUMBNAIL, Slide, Tiles, tensor, write_pyramid
 
 TRAINED = {"global": (False, False, True), "local": (False, True, True), "whole": (True, True, True)}
@@ -107,9 +110,10 @@ def granular(
 
 def level_weights(gamma: float, variant: str) -> list[float]:
     """What patch, region and slide level weigh: gamma where `variant` trains the level, else 1 - gamma."""
-    if not 0 <= gamma <= 1:
-        raise BadParameter("gamma", gamma, "0 to 1")
-    return [gamma if trained else 1 - gamma for trained in TRAINED[variant]]
+    weights = [gamma if trained else 1 - gamma for trained in TRAINED[variant]]
+    if not 0 <= gamma <= 1 or not any(weights):
+        raise BadParameter("gamma", gamma, "0 to 1; more than 0 where all levels are trained")
+    return weights
 
 
 def stitched(maps: np.ndarray, tiles: Tiles, size: tuple[int, int], shrink: float = 1.0) -> np.ndarray:
@@ -161,7 +165,7 @@ class AttentionMaps:
 def cls_maps(attention: Tensor) -> np.ndarray:
     """From (..., 1 + s s) to (..., s, s): the [CLS] key left out, nothing renormalised."""
     s = math.isqrt(attention.shape[-1] - 1)
-    return rearrange(attention[..., 1:], "... (i j) -> ... i j", i=s, j=s).numpy()
+    return rearrange(attention[..., 1:], "... (i j) -> ... i j", i=s, j=s).cpu().numpy()
 
 
 @torch.inference_mode()
@@ -170,11 +174,21 @@ def attention_maps(model: HViT, patch: PatchEncoder, slide: Slide, tiles: Tiles,
 
     Args:
         model: the two upper levels, in eval mode.
-        patch: the level below them, in eval mode.
+        patch: the level below them, in eval mode, on the same device.
+
+    Raises:
+        BadParameter: regions that are no whole patches, or embeddings that do not fit the region level.
+        CorruptFile: the slide has no region.
     """
+    if not len(tiles):
+        raise CorruptFile(slide.path, "no region with tissue was found")
     low, high, embedded, region = [], [], [], model.level("region")
+    device = patch.cls_token.device
+    if tiles.region % patch.image or patch.dim != region.inputs:
+        given = f"regions of {tiles.region} px, patches of {patch.image} px and width {patch.dim}"
+        raise BadParameter("patch", given, f"regions of whole patches, and the model's width of them, {region.inputs}")
     for x, y in tiles.coords:
-        pixels = tensor(slide.region(x, y, tiles)[None], normalise)
+        pixels = tensor(slide.region(x, y, tiles)[None], normalise, device)
         each = [patch.forward_intermediates(part) for part in patches_of(pixels, patch.image).split(128)]
         e = torch.cat([cls for cls, _ in each])  # (p, d)
         r, out = region.forward_intermediates(grids(e[None]))
@@ -183,8 +197,40 @@ def attention_maps(model: HViT, patch: PatchEncoder, slide: Slide, tiles: Tiles,
         high.append(region_map(cls_maps(out["attention"][0]), maps.shape[-1]).mean(0))
         embedded.append(r)
     output, out = model.slide.forward_intermediates(torch.cat(embedded)[None])
-    alpha = out["pooling"][0].numpy()
-    return AttentionMaps(np.stack(low), np.stack(high), ranks(alpha, axes=1), alpha, output)
+    alpha = out["pooling"][0].cpu().numpy()
+    return AttentionMaps(np.stack(low), np.stack(high), ranks(alpha, axes=1), alpha, output.cpu())
+
+
+def probabilities(head: str, outputs: Tensor) -> Tensor:
+    """The probability of each grade (b, k) by the outputs (b, ...) of a head other than "regression", which has none.
+
+    The outputs of ordinal heads are those of the grade lying above each threshold. They are made to decrease as
+    `model.predict` reads them: by the running minimum, of CORN by the running product.
+    """
+    check_choice("head", head, [name for name in HEADS if name != "regression"])
+    if head == "classification":
+        return outputs.softmax(1)
+    above = outputs.sigmoid().cumprod(1) if head == "corn" else outputs.sigmoid().cummin(1).values
+    return F.pad(above, (1, 0), value=1.0) - F.pad(above, (0, 1))
+
+
+def trained(path: str | Path, head: str | None = None, position: str | None = None) -> HViT:
+    """The trained model of a file of `companion.save`, or of the authors' tensors, as runs write to `<out>/trained`.
+
+    Args:
+        head, position: of the authors' tensors, see `HViT.from_official`.
+
+    Raises:
+        BadParameter: a model of another paper; authors' tensors with several outputs, and no `head`.
+        BadCheckpoint, CorruptFile: tensors that do not match; a file that cannot be read.
+    """
+    state = read_checkpoint(path)
+    if "classifier.weight" in state:
+        return HViT.from_official(state, head, position=position)
+    model = saving.load(path)
+    if not isinstance(model, HViT):
+        raise BadParameter("checkpoint", f"{type(model).__name__} in {path}", "a model of H-ViT")
+    return model
 
 
 def write_heatmap(
@@ -194,11 +240,11 @@ def write_heatmap(
 
     Args:
         maps: (M, s, s) in 0 to 1, in the order of `tiles`.
-        downsample: of the image.
+        downsample: of the image; doubled until it has at most `LARGEST_THUMBNAIL` pixels.
     """
-    width, height = (-(-side // downsample) for side in slide.size)
-    if width * height > LARGEST_THUMBNAIL:
-        raise BadParameter("downsample", downsample, f"one that leaves at most {LARGEST_THUMBNAIL} pixels")
+    while math.prod(size := [-(-side // downsample) for side in slide.size]) > LARGEST_THUMBNAIL:
+        downsample *= 2
+    width, height = size
     scores = stitched(maps, tiles, (height, width), downsample)[..., None]
     thumbnail, _ = slide.thumbnail(downsample)
     tissue = np.asarray(Image.fromarray(thumbnail).resize((width, height), Image.Resampling.BILINEAR))

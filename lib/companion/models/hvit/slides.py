@@ -22,10 +22,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from torch import Tensor
 
-from ...errors import BadParameter, CompanionError, CorruptFile, check_choice
+from ...data import decoding
+from ...errors import BadParameter, CompanionError, CorruptFile, MissingData, check_choice
 from ...ops.files import atomic
 
 BACKENDS = {"openslide": "OpenSlide", "tiffslide": "TiffSlide"}  # the class of each library that opens a slide
@@ -34,6 +35,7 @@ NORMALISATIONS = {
     "half": (0.5, 0.5),  # HIPT's
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
+MASKS = (".png", ".tif", ".tiff")  # endings of tissue masks
 EXTRA = "pip install -e '.[slides]'"
 LARGEST_THUMBNAIL = 64_000_000  # pixels; a level with more is reduced band by band
 
@@ -85,7 +87,8 @@ class Slide:
         stated = [float(self._slide.properties.get(f"{self.backend}.mpp-{axis}") or 0) for axis in "xy"]
         values = [value for value in stated if value > 0]
         if not values:
-            accepted = f"the microns per pixel of level 0 (`companion slides --mpp`): {self.path} does not contain them"
+            how = "the option --mpp, or a row in the table of `companion slides --spacing`"
+            accepted = f"the microns per pixel of level 0, which {self.path} does not contain: {how}"
             raise BadParameter("mpp", None, accepted)
         return sum(values) / len(values)
 
@@ -106,7 +109,7 @@ class Slide:
             corner = (x if left >= 0 else 0, y if top >= 0 else 0)
             try:
                 part = self._slide.read_region(corner, level, (x1 - x0, y1 - y0))
-                opaque = part.mode == "RGB" or part.getchannel("A").getextrema()[0] == 255
+                opaque = "A" not in part.getbands() or part.getchannel("A").getextrema()[0] == 255
             except Exception as error:  # as above
                 raise CorruptFile(self.path, f"level {level} at ({x}, {y}): {error}") from error
             # what was not scanned is transparent
@@ -118,12 +121,12 @@ class Slide:
         pixels = self.read(int(x), int(y), tiles.level, tiles.pixels, tiles.pixels)
         if tiles.pixels != tiles.region:
             size = (tiles.region, tiles.region)
-            pixels = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR))
+            pixels = np.array(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR))
         if not tiles.jpeg:
             return pixels
         compressed = io.BytesIO()
         Image.fromarray(pixels).save(compressed, "JPEG")  # at PIL's default quality
-        return np.asarray(Image.open(compressed))
+        return np.array(Image.open(compressed))  # a copy: torch warns of arrays that cannot be written
 
     def thumbnail(self, downsample: float) -> tuple[np.ndarray, float]:
         """The level nearest to `downsample`, whole, and its downsample.
@@ -229,6 +232,32 @@ def tissue_mask(rgb: np.ndarray, tiling: Tiling) -> np.ndarray:
     return cv2.morphologyEx(mask, cv2.MORPH_CLOSE, np.ones((tiling.close, tiling.close), np.uint8))
 
 
+def read_mask(folder: str | Path, slide: Slide, downsample: float) -> np.ndarray:
+    """The tissue mask of a slide from a folder of masks: uint8 (h, w), 0 or 255. Black, 0, is background; every other
+    value is tissue.
+
+    Args:
+        folder: of `<slide id>.png`, `.tif` or `.tiff`, in the proportions of the slide; a TIFF may be a pyramid.
+        downsample: of the level that is read of a pyramid, against the slide.
+
+    Raises:
+        MissingData: the slide has no mask.
+        CorruptFile: a mask that cannot be read.
+    """
+    files = [Path(folder) / f"{slide.path.stem}{ending}" for ending in MASKS]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        layout, source = "<slide id>.png    or .tif, .tiff", "your masks"
+        raise MissingData("tissue masks of slides", folder, layout, source, "yours", f"{files[0]}, or .tif, .tiff")
+    if file.suffix.lower() == ".png":
+        with decoding.opened(file) as image:
+            pixels = np.array(image.convert("RGB"))
+    else:
+        with Slide(file) as pyramid:
+            pixels, _ = pyramid.thumbnail(downsample * pyramid.size[0] / slide.size[0])
+    return np.where(pixels.any(-1), 255, 0).astype(np.uint8)
+
+
 def axis_factors(size: tuple[int, int], mask: np.ndarray) -> tuple[float, float]:
     """Level-0 pixels per pixel of a mask (h, w) that covers a slide of `size` (width, height): along x, along y."""
     return size[0] / mask.shape[1], size[1] / mask.shape[0]
@@ -311,7 +340,7 @@ def tile(slide: Slide, tiling: Tiling, mask: np.ndarray | None = None) -> Tiles:
         mask = tissue_mask(slide.thumbnail(tiling.downsample)[0], tiling)
     else:
         if mask.ndim != 2 or abs(slide.size[1] / mask.shape[0] / (slide.size[0] / mask.shape[1]) - 1) > 0.05:
-            raise BadParameter("mask", mask.shape, f"(h, w) in the proportions of the slide, {slide.size[::-1]}")
+            raise BadParameter("mask", mask.shape, f"(h, w) in the proportions of {slide.path}, {slide.size[::-1]}")
         mask = np.where(mask > 0, 255, 0).astype(np.uint8)
     step = int(pixels * slide.downsamples[level])
     unit = 256 * pixels / tiling.region * slide.downsamples[level]
@@ -337,6 +366,28 @@ def tensor(pixels: np.ndarray, normalise: str = "unit", device: str | torch.devi
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def write_preview(path: str | Path, slide: Slide, tiles: Tiles, mask: np.ndarray, longest: int = 1600) -> None:
+    """Write a thumbnail as PNG: tissue outlined in orange, regions framed in blue, what is in no region faded.
+
+    Args:
+        mask: see `tissue_mask`.
+        longest: side of the image in pixels.
+    """
+    image = Image.fromarray(slide.thumbnail(max(slide.size) / longest)[0])
+    image.thumbnail((longest, longest))
+    scale, used = image.width / slide.size[0], Image.new("L", image.size, 110)
+    frames = [(x, y, x + tiles.step * scale, y + tiles.step * scale) for x, y in (tiles.coords * scale).tolist()]
+    for frame in frames:
+        ImageDraw.Draw(used).rectangle(frame, fill=255)
+    image = Image.composite(image, Image.new("RGB", image.size, "white"), used)
+    tissue = Image.fromarray(mask).resize(image.size, Image.Resampling.NEAREST)
+    image.paste((255, 130, 0), mask=ImageChops.subtract(tissue, tissue.filter(ImageFilter.MinFilter(5))))
+    for frame in frames:
+        ImageDraw.Draw(image).rectangle(frame, outline=(0, 60, 255), width=2)
+    with atomic(path) as temporary:
+        image.save(temporary)
 
 
 def write_pyramid(

@@ -3,7 +3,8 @@
     label(network, "area.tif", "cover.tif", palette)        one image
     for path, zone in maps("my_area", checkpoint=FILE):     a folder, each image with the text of its climate zone
 
-A map is a GeoTIFF with the georeference of its image and a colour for each class.
+A map is a GeoTIFF with the georeference of its image and a colour for each class; `maps` writes a small PNG in these
+colours next to it, since viewers without palettes show class numbers as black.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ...data import landcover
@@ -26,6 +28,7 @@ from .inference import Predict, augmented, bands
 
 NODATA = 255  # of a map, where the image has no data
 BLOCK = 512  # side of a map's tiles
+PREVIEW = 2048  # longest side of a preview in pixels
 
 
 def label(
@@ -69,6 +72,21 @@ def label(
     return Path(out)
 
 
+def preview(path: str | Path) -> Path:
+    """Write the preview <map>.png of a map: its classes in their colours, at most `PREVIEW` pixels a side.
+
+    Pixels are skipped, not averaged; those without data are transparent. Returns its path."""
+    out = Path(path).with_suffix(".png")
+    with quiet() as rasterio, rasterio.open(path) as file, atomic(out) as temporary:
+        step = max(1, max(file.shape) / PREVIEW)
+        shape = tuple(max(1, round(side / step)) for side in file.shape)
+        image = Image.fromarray(file.read(1, out_shape=shape))
+        colours = file.colormap(1)
+        image.putpalette([channel for i in range(256) for channel in colours[i][:3]])
+        image.save(temporary, transparency=NODATA)
+    return out
+
+
 def maps(
     folder: str | Path,
     out: str | Path = "",
@@ -85,7 +103,7 @@ def maps(
     """Segment the images of your own folder (see `landcover.own`, with its `classes.txt`), one after the other.
 
     Args:
-        out: folder of the maps <image>.tif; empty: `<folder>/maps`.
+        out: folder of the maps <image>.tif and their previews <image>.png; empty: `<folder>/maps`.
         checkpoint: weights that a training saved; `method`: that of the training.
         prompts: file of the texts; empty for the included one.
         data_root: BERT is in <data_root>/weights.
@@ -99,8 +117,9 @@ def maps(
     data, texts = landcover.own(folder, landcover.read_classes(folder)), Prompts.read(prompts or PROMPTS)
     targets = [Path(out or Path(folder) / "maps") / f"{picture.image.stem}.tif" for picture in data.pictures]
     inputs = {path.resolve() for picture in data.pictures for path in (picture.image, picture.label) if path}
-    if taken := [target for target in targets if target.resolve() in inputs]:
-        raise BadParameter("out", str(out), f"another folder: a map would overwrite {taken[0]}")
+    written = [file for target in targets for file in (target, target.with_suffix(".png"))]
+    if taken := [file for file in written if file.resolve() in inputs]:
+        raise BadParameter("out", str(out), f"another folder: a map or its preview would overwrite {taken[0]}")
     model = networks.network(method, texts, len(data.classes), data_root=data_root, checkpoint=checkpoint)
     zones = data.zones()
     prompted = networks.texts(texts, method, zones, own=data.texts())
@@ -112,4 +131,6 @@ def maps(
                 return augmented(lambda view: model(view, *ids), x.to(device), augmentation)
 
             tiles = {"tile": tile, "overlap": overlap, "batch": 1}
-            yield label(network, picture.image, target, data.palette, data.classes, **tiles), zones[i]
+            label(network, picture.image, target, data.palette, data.classes, **tiles)
+            preview(target)
+            yield target, zones[i]
