@@ -5,6 +5,7 @@ synthetic datasets.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from types import ModuleType
 from typing import Any
@@ -51,7 +52,9 @@ def _dmt(recipe: ModuleType, patch: pytest.MonkeyPatch) -> None:
     def build(size: str, **options: object) -> torch.nn.Module:
         return recipe.ViT(224, 16, 48, depth[size], 4, **options) if size in depth else whole(size, **options)
 
-    patch.setattr(recipe, "SIZES", {"detect": 256, "segment": 128})
+    patch.setattr(recipe, "SIZES", {"detect": 128, "segment": 128})
+    few = {"rpn_post_nms_top_n_train": 64, "rpn_post_nms_top_n_test": 16, "box_batch_size_per_image": 32}
+    patch.setattr(recipe.down, "MaskRCNN", functools.partial(recipe.down.MaskRCNN, **few, box_detections_per_img=4))
     patch.setattr(recipe.vit, "build", build)
     patch.setattr(recipe.dmt_teachers, "build", build)
 
@@ -75,8 +78,12 @@ def _ecamp(recipe: ModuleType, patch: pytest.MonkeyPatch) -> None:
         torch.manual_seed(0)
         return VisionTransformer(img_size=224, embed_dim=48, depth=1, num_heads=2, num_classes=0, global_pool="")
 
-    narrow = {"encoder": Blocks(48, 1, 2), "decoder": Blocks(32, 1, 2), "text": Bert(width=48, depth=1, heads=2)}
+    text = Bert(width=48, depth=1, heads=2, length=16)
+    narrow = {"encoder": Blocks(48, 1, 2), "decoder": Blocks(32, 1, 2), "text": text}
     patch.setattr(recipe, "encoder", encoder)
+    patch.setattr(recipe, "Pairs", functools.partial(recipe.Pairs, length=16))
+    patch.setattr(recipe.heads, "Segmenter", functools.partial(recipe.heads.Segmenter, channels=(32, 16, 8, 8)))
+    patch.setattr(recipe.detection, "Detector", functools.partial(recipe.detection.Detector, channels=(64, 32, 16)))
     patch.setitem(recipe.ecamp.SIZES, "paper", narrow)
 
 
@@ -97,7 +104,8 @@ def _metasegnet(recipe: ModuleType, patch: pytest.MonkeyPatch) -> None:
         return Words.of(prompts.texts(list(prompts.zones)), length=64)
 
     patch.setitem(SIZES, "paper", SIZES["pocket"])
-    patch.setattr(recipe, "DRY_SIDE", 64)
+    published = recipe.published
+    patch.setattr(recipe, "published", lambda dataset: dataclasses.replace(published(dataset), crop=64))
     patch.setattr(networks.backbones, "build", lambda name, weights: swin(**SIZES["pocket"]["swin"]))
     patch.setattr(networks, "text_encoder", words)
 
@@ -111,7 +119,7 @@ def small_backbones(embed: int = 64) -> tuple[CLIP, VisionTransformer]:
 
 
 def _promptpar(recipe: ModuleType, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(recipe, "_backbones", lambda p, clip, fusion: small_backbones())
+    patch.setattr(recipe, "_backbones", lambda p: small_backbones())
     patch.setattr(recipe.open_clip, "get_tokenizer", lambda name: Tokenizer())
 
 
@@ -121,7 +129,12 @@ def _sa2vp(recipe: ModuleType, patch: pytest.MonkeyPatch) -> None:
     def small(name: str, *args: object, **options: object) -> torch.nn.Module:
         counted = torch.get_default_device().type == "meta"  # the parameters of the full-size models
         photographs = name == "vit_small_patch14_dinov2"  # the real encoder's own section, which trains nothing
-        return build(name, *args, **options) if counted or photographs else encoders.build("pocket_vit")
+        if counted or photographs:
+            return build(name, *args, **options)
+        if name == "swin_b":
+            sizes = {"embed_dim": 16, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 4, 8)}
+            return timm.create_model("swin_base_patch4_window7_224", num_classes=0, **sizes, **options).eval()
+        return encoders.build("pocket_vit")
 
     patch.setattr(recipe.backbones, "build", small)
 

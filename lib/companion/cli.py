@@ -10,12 +10,14 @@ companion slides slides/panda --weights FILE [--part I/N]    patch embeddings, s
 companion heatmap SLIDE --checkpoint FILE --weights FILE    a slide's predicted class and map of attention
 companion landcover DIR --checkpoint FILE     a map of every GeoTIFF in DIR/images, by a network that you trained
 companion landcover DIR --check     the values of the masks in DIR/labels, their classes, and their shares
+companion run sa2vp vitb_fgvc_per_task --data-root DIR     all runs of a published table, then the table; resumes
 companion adopt DIR                           import a run made on another machine
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import shutil
 import subprocess
@@ -52,13 +54,15 @@ def commands() -> dict[str, argparse.ArgumentParser]:
         found[f"companion {name}"] = sub
         return sub
 
-    for run, name, what in (
+    for function, name, what in (
         (doctor, "doctor", "missing requirements of each table of a paper; accepted parameters of its notebook"),
         (fetch, "fetch", "download a paper's weights and data where they are free"),
     ):
-        sub = command(run, name, what, "paper")
+        sub = command(function, name, what, "paper")
         sub.add_argument("--data-root", default="data")
-        if run is doctor:
+        if function is doctor:
+            sub.add_argument("--devices", type=int, default=1, help="as the notebook's parameter (default: 1)")
+            sub.add_argument("--accumulate", type=int, default=1, help="as the notebook's parameter (default: 1)")
             sub.add_argument("--gpu", choices=needs.GPUS, help="the time is on this GPU (default: this one, or A100)")
             choices = COMMON["precision"]["choices"]
             sub.add_argument("--precision", default="paper", choices=choices, help="the time is at this precision")
@@ -115,6 +119,11 @@ def commands() -> dict[str, argparse.ArgumentParser]:
     sub.add_argument("--tile", type=int, default=1024, help="side of a tile in pixels")
     sub.add_argument("--overlap", type=int, default=256, help="overlap of tiles in pixels")
     sub.add_argument("--accelerator", default="auto", choices=["auto", "cpu", "cuda"])
+    what = "run what a published table needs, one run after the other on each GPU, and fill the table; resumes"
+    sub = command(run, "run", what, "paper", "table")
+    sub.add_argument("--data-root", default="data")
+    sub.add_argument("--dry-run", action="store_true", help="rehearse all of them: two steps each on a few items")
+    sub.add_argument("--profile", default="profiles/local", help="of Snakemake: profiles/local or profiles/slurm")
     command(adopt, "adopt", "import the results of a run made on another machine", "folder")
     return found
 
@@ -171,6 +180,9 @@ def doctor(given: argparse.Namespace) -> int:
     parameters."""
     import torch
 
+    from .ops import record
+    from .ops.files import read_json
+
     facts, root = paper(given.paper), Path(given.data_root)
     weights = {w["name"]: (w, lack) for w, lack in _weights(facts, root)}
     card = torch.cuda.is_available()
@@ -183,17 +195,22 @@ def doctor(given: argparse.Namespace) -> int:
     gpu = given.gpu or (here or ["A100"])[0]
     precision = facts["precision"] if given.precision == "paper" else given.precision
     peak = needs.GPUS[gpu][precision == "32-true"]
+    dry_runs = [*record.root().glob(f"r*/paper/{given.paper}/**/dry_run/step.json")]  # runs/ and reports/
+    step = read_json(max(dry_runs, key=lambda file: file.stat().st_mtime)) if dry_runs else None
     lacking = False
     print(f"{facts['title']}  (arXiv {facts['arxiv']})\ndata root: {root.resolve()}\n")
     for run in facts["runs"]:
         print(f"{run['title']}\n  tables   {', '.join(run['tables'])}")
-        absent = []
-        for name in needs.sets(run["data"]):
-            dataset, state = data.DATASETS[name], data.status(name, root)
-            if state.state != "present":
-                absent.append((dataset, state))
-        total = len(needs.sets(run["data"]))
-        print(f"  data     {total - len(absent)} of {total} sets are present")
+        looked = {name: data.look(name, root) for name in needs.sets(run["data"])}
+        absent = [(data.DATASETS[name], state) for name, state in looked.items() if state.state != "present"]
+        print(f"  data     {len(looked) - len(absent)} of {len(looked)} sets are present")
+        for name, state in looked.items():
+            if state.state == "present":
+                print(
+                    textwrap.fill(
+                        f"{name}: ready: {state.detail}", 110, initial_indent="    ", subsequent_indent="      "
+                    )
+                )
         # sets with the same layout and source are printed together
         alike: dict[tuple[str, str], list[tuple[data.DataSet, data.Status]]] = {}
         for dataset, state in absent:
@@ -213,11 +230,17 @@ def doctor(given: argparse.Namespace) -> int:
         wanted, how = needs.memory(given.paper, run, precision)
         print(f"  memory   {wanted:.3g} GB needed{how}; {memory:.0f} GB here ({where})")
         print(f"  disk     {run['disk_gb']} GB needed, {disk:.0f} GB free")
+        if "batch" in run:
+            text = needs.batch(run["batch"], given.devices, given.accumulate)
+            print(textwrap.fill(text, 110, initial_indent="  batch    ", subsequent_indent=" " * 11))
         hours, flop = needs.hours(run, peak)
         print(
             f"  time     about {hours:.1f} h on one {gpu} (not measured): {flop:.1e} operations of forward and\n"
             f"           backward passes, {needs.SHARE:.0%} of its peak of {peak} TFLOP/s at {precision}\n"
         )
+        if step and run["epochs"]:
+            took = f"{step['seconds']:.2f} s for a step of {step['images']} images on {step['device']}"
+            print(f"           {needs.measured(run, step):.1f} h of training by the last dry run:\n           {took}\n")
         lacking |= bool(absent) or memory < wanted or disk < run["disk_gb"]
     print(f"Parameters of notebooks/{given.paper}.ipynb and their accepted values")
     wrap = textwrap.TextWrapper(110, subsequent_indent=" " * 18, break_long_words=False, break_on_hyphens=False)
@@ -384,6 +407,36 @@ def check_masks(folder: str) -> int:
             "in colour."
         )
     return int(all(label == masks.ignore for _, label in values))
+
+
+def run(given: argparse.Namespace) -> int:
+    """Queue the runs of a table with Snakemake, and print the paper's tables with what was measured.
+
+    Finished runs are not repeated, and a stopped training resumes.
+    """
+    import pandas as pd
+
+    from .ops import batch, record
+    from .ops.files import write_json
+
+    config = batch.of_table(given.paper, given.table, given.data_root, given.dry_run)
+    root = record.root()
+    if Path(given.profile).name == "local" and not batch.gpus():
+        print("no GPU here: the runs are on the CPU")
+        for one in config["runs"]:
+            one["resources"]["gpu"] = 0
+    write_json(file := root / "build" / "runs" / f"{given.paper}, {given.table}.json", config)
+    words = [sys.executable, "-m", "snakemake", "--profile", given.profile, "--configfile", str(file)]
+    code = subprocess.run(words, cwd=root).returncode
+    measured = root / "reports" / "paper" / given.paper / f"{'dry_runs' if given.dry_run else 'grid'}.csv"
+    if measured.exists():
+        recipe = importlib.import_module(f"companion.models.{given.paper}.recipe")
+        rows = recipe.RESULTS.measured(measured)
+        with pd.option_context("display.width", None, "display.max_columns", None):
+            for title, table in recipe.tables(rows).items():
+                print(f"\n{title}\n{table.to_string(index=False)}")
+        print(f"\n{len(rows)} rows in {measured}{': dry runs, whose numbers mean nothing' if given.dry_run else ''}")
+    return code
 
 
 def adopt(given: argparse.Namespace) -> int:

@@ -12,6 +12,7 @@ import pytest
 
 from companion.errors import BadParameter
 from companion.ops import batch
+from companion.ops.papers import paper, slugs
 
 PAPERS = {name: ["profile", "seed", "dataset", "data_root", "out"] for name in ("bat", "sa2vp")}
 HOLDS = """
@@ -51,6 +52,22 @@ def test_lists_are_axes_and_name_the_runs() -> None:
 def test_a_bad_grid_is_refused_before_anything_runs(runs: list[dict] | None, named: str) -> None:
     with pytest.raises(BadParameter, match=re.escape(named)):
         batch.expand({"runs": runs}, PAPERS)
+
+
+@pytest.mark.parametrize("slug", slugs())
+def test_every_published_table_is_a_grid_that_its_notebook_accepts(root: Path, slug: str) -> None:
+    """Runs of one paper never share a folder, nor do a run and its rehearsal."""
+    known = {slug: batch.parameters(root / "notebooks" / f"{slug}.ipynb")}
+    folders: dict[str, dict] = {}
+    for run in paper(slug)["runs"]:
+        for table in [*run["tables"], run["id"]] if "parameters" in run else ():
+            real, rehearsed = (batch.expand(batch.of_table(slug, table, "/d", dry), known) for dry in (False, True))
+            assert real and len(real) == len(rehearsed) and not real.keys() & rehearsed.keys()
+            assert all(facts["parameters"]["data_root"] == "/d" for facts in real.values())
+            for folder, facts in real.items():
+                assert folders.setdefault(folder, facts) == facts
+    with pytest.raises(BadParameter, match=table):
+        batch.of_table(slug, "no table", "/d")
 
 
 def test_the_parameters_of_a_notebook_are_read_without_running_it(root: Path) -> None:

@@ -1,6 +1,8 @@
 """What a run of a notebook leaves: tables, figures, claims and the record; and the committed studies."""
 
 import json
+import subprocess
+import sys
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -11,6 +13,7 @@ from companion.evaluation import ablations
 from companion.evaluation.claims import PAPER, SYNTHETIC, counts
 from companion.evaluation.tables import compare_published, published_table, upsert_rows
 from companion.ops import record, report
+from companion.ops.adopt import adopt
 from companion.ops.files import sha256
 from companion.ops.papers import paper
 from tests.models.common import refuses
@@ -153,3 +156,32 @@ def test_the_notice_of_a_study_names_choices_at_an_end_of_the_grid(tmp_path):
     (tmp_path / "study.json").write_text(json.dumps(facts))
     notice = ablations.notice("sa2vp", tmp_path)
     assert "outside" in notice and "inside" not in notice and "2 minutes" in notice and "OLDER" in notice
+
+
+def test_a_folder_belongs_to_one_process_at_a_time(run, tmp_path):
+    """A run that has not ended keeps others out; the same kernel may begin again."""
+    other = "from companion.ops import report; report.start('sa2vp', {'profile': 'pocket', 'out': 'OUT'})"
+    other = other.replace("OUT", str(run.out))
+
+    def elsewhere() -> str:
+        return subprocess.run([sys.executable, "-c", other], capture_output=True, text=True).stderr
+
+    assert f"out = '{run.out}'" in elsewhere() and "a run that has not ended" in elsewhere()
+    report.start("sa2vp", {"profile": "pocket", "out": str(run.out)}).close()
+    assert elsewhere() == ""
+
+
+def test_a_dry_run_has_a_folder_of_its_own_which_a_killed_one_keeps_and_a_finished_one_loses(tmp_path):
+    values = {"profile": "paper", "dry_run": True, "out": str(tmp_path)}
+    run = report.start("sa2vp", values)
+    (run.out / "checkpoints").mkdir()
+    run = report.start("sa2vp", values)
+    assert run.out == tmp_path / "dry_run" and (run.out / "checkpoints").is_dir()
+    assert "dry run" in run.table("t", pd.DataFrame({"a": [1.0]})).data
+    run.claims_from_measured({("SA2VP", "vtab_natural"): 99.0, ("SA2VP", "hta"): 1.0})
+    run.close()
+    judged = [claim for claim in json.loads((run.out / "claims.json").read_text()) if claim["status"] != "not run"]
+    assert judged and all("dry run" in claim["evidence"] for claim in judged)
+    refuses((lambda: adopt(run.out), "no dry run"))
+    report.start("sa2vp", values)
+    assert [path.name for path in run.out.iterdir()] == [".lock"]

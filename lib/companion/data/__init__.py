@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
+import numpy as np
 import yaml
 
 from ..errors import BadParameter, CompanionError, CorruptFile, MissingData
@@ -135,6 +136,34 @@ def status(name: str, root: str | Path) -> Status:
         return _reader(dataset).status(dataset, root)
     except CompanionError as error:
         return Status("incomplete", getattr(error, "detail", "") or str(error))
+
+
+def look(name: str, root: str | Path) -> Status:
+    """`status`, and of a set that is present the counts of each split, the range of its labels, and one item, decoded.
+
+    Raises as `status`.
+    """
+    found, dataset, rows = status(name, root), find(name), []
+    if found.state != "present":
+        return found
+    for split in dict.fromkeys([*dataset.sizes, "train", "val", "test"]):
+        try:
+            items = _reader(dataset).load(name, root, split)
+            row = f"{split} {len(items):,}"
+            labels = np.asarray(getattr(items, "labels", ()))
+            if getattr(items, "classes", 0) and labels.size and labels.dtype.kind in "iuf":
+                row += f", labels {labels.min():g} to {labels.max():g}"
+            if len(items):
+                item = items[len(items) // 2]
+                first = item.frame(0) if hasattr(item, "frame") else item[0] if isinstance(item, tuple) else item
+                if shape := getattr(first, "shape", ()):
+                    row += f", an item of {' x '.join(map(str, shape))}"
+            rows.append(row)
+        except BadParameter:  # a split that this set does not have
+            continue
+        except CompanionError as error:
+            return Status("incomplete", getattr(error, "detail", "") or str(error))
+    return Status("present", "; ".join(rows) or found.detail)
 
 
 def present(name: str, root: str | Path) -> bool:

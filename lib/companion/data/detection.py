@@ -17,7 +17,7 @@ import functools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -60,6 +60,8 @@ class Boxes(Images):
     Raises (on indexing) as `classification.Images`.
     """
 
+    each = ("sources", "labels", "image_ids", "positives")
+
     def __init__(
         self, dataset: DataSet, root: Path, folder: Path, truth: Mapping, base: Sequence[int], novel: Sequence[int]
     ):
@@ -78,6 +80,13 @@ class Boxes(Images):
         for row, image in zip(self.positives, truth["images"], strict=True):
             found = image.get("pos_category_ids") or [a["category_id"] for a in self._rows[image["id"]]]
             row[[self.index[category] for category in found]] = True
+
+    def part(self, rows: Sequence[int]) -> Self:
+        """The images of these numbers, with their annotations."""
+        found = super().part(rows)
+        annotations = [row for image in found.image_ids for row in self._rows[image]]
+        found.truth = self.truth | {"images": found.labels, "annotations": annotations}
+        return found
 
     def mask(self, categories: Sequence[int]) -> Tensor:
         """(C,) bool: which classes these category ids are, for instance of `boxes.novel`."""

@@ -15,6 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -39,6 +40,8 @@ class Captioned(Images):
     Raises (on indexing) as `classification.Images`.
     """
 
+    each = ("sources", "labels", "captions")
+
     def __init__(self, dataset: DataSet, root: Path, sources: Sequence[str], captions: Sequence[str]):
         super().__init__(dataset, root, sources, range(len(sources)), 0)
         self.captions = tuple(captions)
@@ -46,11 +49,6 @@ class Captioned(Images):
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
         image = torch.from_numpy(decoding.upright(*self.pixels(index))).permute(2, 0, 1)
         return to_dtype(image, torch.float32, scale=True), self.captions[index]
-
-    def part(self, rows: Sequence[int]) -> Captioned:
-        """The images of these numbers."""
-        lists = ([values[i] for i in rows] for values in (self.sources, self.captions))
-        return Captioned(self.dataset, self.root, *lists)
 
 
 class Pairs(Captioned):
@@ -65,10 +63,11 @@ class Pairs(Captioned):
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
         return *super().__getitem__(index), self.low[index][0]
 
-    def part(self, rows: Sequence[int]) -> Pairs:
+    def part(self, rows: Sequence[int]) -> Self:
         """The pairs of these numbers."""
-        lists = ([values[i] for i in rows] for values in (self.sources, self.captions, self.low.sources))
-        return Pairs(self.dataset, self.root, *lists)
+        found = super().part(rows)
+        found.low = self.low.part(rows)
+        return found
 
 
 # --- public functions -------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ Crops and pairs follow BAT (Cao et al., AAAI 2024), which uses those of OSTrack 
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import io
 import math
@@ -22,7 +23,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ from torch.utils.data import Dataset, TensorDataset, get_worker_info
 from ..backbones import per_channel
 from ..errors import BadParameter, CompanionError, CorruptFile, MissingData, check_choice
 from ..ops.files import atomic
-from . import DataSet, Status, decoding, find
+from . import DataSet, Status, decoding, find, spaced
 from .tracking_sets import ATTRIBUTES
 
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, for both streams
@@ -91,6 +92,22 @@ class Sequence:
                 f"only the ground truth of '{self.name}' is at hand, not its frames: `load` reads both"
             )
         return read_frame(self.visible[index], self.infrared[index])
+
+
+def short(videos: list[Sequence], count: int, frames: int) -> list[Sequence]:
+    """At most `count` of the videos, evenly spaced, and at most `frames` of each, read once; for a dry run.
+
+    Raises `CorruptFile`: a frame that cannot be read.
+    """
+    found = []
+    for i in spaced(len(videos), count):
+        cut: dict[str, Any] = {
+            name: x[:frames] for name, x in vars(videos[i]).items() if isinstance(x, tuple | np.ndarray)
+        }
+        found.append(dataclasses.replace(videos[i], **cut))
+        for frame in range(len(found[-1])):
+            found[-1].frame(frame)
+    return found
 
 
 def read_frame(visible: str | Path, infrared: str | Path) -> np.ndarray:
@@ -766,7 +783,7 @@ def read_results(
 def status(dataset: DataSet, root: Path) -> Status:
     """See `companion.data.status`: every sequence's annotation is read and its frames are counted, none is opened."""
     folder = dataset.folder(root)
-    problems, sequences, frames = [], 0, 0
+    problems, sequences, frames = [], set[str](), 0
     for split in SPLITS[dataset.name]:
         if split == "trainval":
             continue
@@ -777,8 +794,10 @@ def status(dataset: DataSet, root: Path) -> Status:
         except CorruptFile as error:
             problems.append(str(error))
         else:
-            sequences += len(videos)
+            names = {video.name for video in videos}
+            problems += [f"{name} is in two splits" for name in sorted(sequences & names)]
+            sequences |= names
             frames += sum(map(len, videos))
     if problems:
         return Status("incomplete", "; ".join(dict.fromkeys(problems)))
-    return Status("present", f"{sequences:,} sequences, {frames:,} frame pairs in {folder}")
+    return Status("present", f"{len(sequences):,} sequences, {frames:,} frame pairs in {folder}")

@@ -22,6 +22,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar, Self
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ from torchvision.transforms import v2
 from ..errors import BadParameter, CorruptFile, check_choice
 from ..ops.files import atomic, read_json
 from ..ops.recorded import recorded
-from . import DataSet, Status, decoding, downloading, find, own_set
+from . import DataSet, Parts, Status, decoding, downloading, find, own_set
 from .xrays_sets import ONE_OF, REPORTS, SIZES, TASKS, WINDOWS, lists, tasks
 
 SPLITS = ("train", "val", "test")
@@ -197,7 +198,7 @@ def _same(x: Tensor) -> Tensor:
 # --- data sets --------------------------------------------------------------------------------------------------------
 
 
-class Pictures(Dataset):
+class Pictures(Parts, Dataset):
     """Images that are decoded on access: item i is the transformed image i, without a label.
 
     Args:
@@ -210,6 +211,8 @@ class Pictures(Dataset):
         MissingData: listed but missing.
         CorruptFile: not readable; the path is in the message.
     """
+
+    each: ClassVar[tuple[str, ...]] = ("paths",)
 
     def __init__(self, dataset: DataSet, root: str | Path, paths: Sequence[str], transform: Callable | None = None):
         self.dataset, self.root, self.paths, self.transform = dataset, Path(root), list(paths), transform
@@ -237,6 +240,8 @@ class Pictures(Dataset):
 class Labelled(Pictures):
     """Item i: (image, labels): float32 (classes,) of 0 and 1, or a class number for sets with one class per image."""
 
+    each: ClassVar[tuple[str, ...]] = ("paths", "labels")
+
     def __init__(
         self,
         dataset: DataSet,
@@ -254,6 +259,8 @@ class Labelled(Pictures):
 
 class Boxed(Pictures):
     """Item i: (image, boxes (10, 5)): class 0, centre and size as fractions of the image; padded with zeros."""
+
+    each = ("paths", "boxes")
 
     def __init__(
         self,
@@ -293,6 +300,12 @@ class Masked(Pictures):
     ):
         super().__init__(dataset, root, paths, transform)
         self.mask, self.finish, self.colour = mask, finish, colour
+
+    def part(self, rows: Sequence[int]) -> Self:
+        """The items of these numbers."""
+        found = super().part(rows)
+        found.mask = lambda i: self.mask(rows[i])
+        return found
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         image, mask = self._read(i, self.colour), self.mask(i)
@@ -500,6 +513,9 @@ _READERS = {"classification": _labelled, "segmentation": _masked, "detection": _
 class _Stacked(Labelled):
     """ChestMNIST: the images are one array."""
 
+    each = ("paths", "labels", "pictures")
+    sources = ()  # its paths are numbers, not files
+
     def __init__(self, dataset: DataSet, root: Path, pictures: np.ndarray, labels: Tensor, transform):
         super().__init__(dataset, root, [f"{i}" for i in range(len(pictures))], labels, transform)
         self.pictures = pictures
@@ -644,8 +660,10 @@ def status(dataset: DataSet, root: Path) -> Status:
     folder = dataset.folder(root)
     parts = [(split, share) for split in SPLITS for share in (SHARES if split == "train" else ("100",))]
     absent: list[str] = []
+    pairs = ""
     if tasks(dataset.name)[0] == "pre-training":
-        absent = _absent(folder, reports(dataset.name, root).images.paths)
+        paths = reports(dataset.name, root).images.paths
+        absent, pairs = _absent(folder, paths), f"{len(paths):,} images with reports"
     else:
         for task in (t for t in tasks(dataset.name) if t in TASKS[:3]):
             for split, share in parts:
@@ -657,7 +675,7 @@ def status(dataset: DataSet, root: Path) -> Status:
                     absent += _absent(folder, found.paths)
     if absent:
         return Status("incomplete", f"{len(absent)} listed images are not there, the first is {absent[0]}")
-    return Status("present", "")
+    return Status("present", pairs)
 
 
 def _absent(folder: Path, paths: Sequence[str]) -> list[str]:

@@ -118,9 +118,12 @@ class Results:
         """The results of a paper, as its YAML describes them."""
         return cls(slug, **paper(slug)["results"])
 
-    def measured(self, path: str | Path, *new: Mapping[str, object]) -> pd.DataFrame:
-        """The rows in the CSV `path`, after `new` rows were added to it or replaced those with the same keys."""
-        rows = upsert_rows(path, self.keys, self.values, new)
+    def measured(self, path: str | Path, *new: Mapping[str, object], dry_run: bool = False) -> pd.DataFrame:
+        """The rows in the CSV `path`, after `new` rows were added to it or replaced those with the same keys.
+
+        Rows of a dry run say so in a column of that name.
+        """
+        rows = upsert_rows(path, self.keys, self.values, [{"dry_run": True, **row} for row in new] if dry_run else new)
         for name, usual in self.usual.items():
             rows[name] = rows[name].fillna(usual) if name in rows else usual
         return rows.drop_duplicates([key for key in self.keys if key in rows], keep="last")

@@ -27,7 +27,7 @@ def adopt(folder: str | Path) -> str:
     files of the previous run are replaced; a study is not deleted.
 
     Raises:
-        BadParameter: the record is of an unknown paper or profile.
+        BadParameter: the record is of an unknown paper or profile, or of a dry run.
         CorruptFile: a file is missing, or its hash differs from the record's.
     """
     source = Path(folder)
@@ -43,6 +43,8 @@ def adopt(folder: str | Path) -> str:
     if slug not in known:
         raise BadParameter("slug", slug, sorted(known))
     check_choice("profile", profile, ("pocket", "paper"))
+    if facts.get("parameters", {}).get("dry_run"):
+        raise BadParameter("folder", folder, "a run that is no dry run, whose numbers mean nothing")
     notebook = root / "notebooks" / f"{slug}.ipynb"
     if not notebook.is_file():
         raise CorruptFile(notebook, "there is no such file: call `companion adopt` in the project's checkout")

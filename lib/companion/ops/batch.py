@@ -35,7 +35,7 @@ from filelock import FileLock, Timeout
 from ..errors import BadParameter, check_choice
 from .files import atomic, read_json, write_json
 
-FIELDS = ("paper", "resources")  # fields of an entry of `runs`; all others are parameters of its notebook
+FIELDS = ("paper", "name", "resources")  # fields of an entry of `runs`; all others are parameters of its notebook
 RESOURCES = ("gpu", "threads", "mem_mb", "runtime")
 CONFIG = ("profile", "parameters", "runs", "papers", "parts", "slides")  # the fields of Snakemake's configuration
 PROFILES = ("pocket", "paper")
@@ -53,7 +53,8 @@ def check(config: Mapping) -> None:
 def expand(config: Mapping, papers: Mapping[str, Collection[str]]) -> dict[str, dict]:
     """The runs of a grid by their folder, `<paper>/<run>`: their parameters and resources.
 
-    A run is named by its values on the axes, such as `dataset=vtab-svhn,seed=0`, or "run" if the entry has no axis.
+    A run is named by its values on the axes, such as `dataset=vtab-svhn,seed=0`, after the `name` of its entry if it
+    has one, or "run" if it has neither.
 
     Args:
         papers: the parameters that each notebook has.
@@ -87,7 +88,8 @@ def expand(config: Mapping, papers: Mapping[str, Collection[str]]) -> dict[str, 
             raise BadParameter(f"{empty[0]} of a run of {paper}", [], "a value, or a list of some")
         for values in itertools.product(*axes.values()):
             chosen = dict(zip(axes, values, strict=True))
-            said = ",".join(f"{name}={value}" for name, value in chosen.items()).replace("/", "-").replace(" ", "+")
+            parts = [*filter(None, [entry.get("name")]), *(f"{name}={value}" for name, value in chosen.items())]
+            said = ",".join(parts).replace("/", "-").replace(" ", "+")
             folder = f"{paper}/{said or 'run'}"
             if not NAME.fullmatch(said or "run"):
                 raise BadParameter(f"value of a run of {paper}", said, "letters, digits, blanks and / . - _")
@@ -98,6 +100,34 @@ def expand(config: Mapping, papers: Mapping[str, Collection[str]]) -> dict[str, 
                     convert(name, value, known[name])
             found[folder] = {"parameters": {**common, **own, **chosen}, "resources": dict(resources)}
     return found
+
+
+def of_table(slug: str, table: str, data_root: str | Path, dry_run: bool = False) -> dict:
+    """Snakemake's configuration that measures a published table: every run that fills it, with its seeds.
+
+    Args:
+        table: an id of the paper's `tables`, or of its `runs`.
+        dry_run: rehearse them, in folders of their own.
+
+    Raises `BadParameter`: no run fills such a table.
+    """
+    from . import needs
+    from .papers import paper
+
+    every = [run for run in paper(slug)["runs"] if "parameters" in run]
+    check_choice("table", table, dict.fromkeys(name for run in every for name in [*run["tables"], run["id"]]))
+    runs, root = [], Path(data_root).resolve()
+    for run in every:
+        if table in (*run["tables"], run["id"]):
+            given: dict = {"dataset": needs.sets(run["data"]), **run["parameters"]}
+            for name, value in given.items():
+                filled = [str(x).format(data_root=root) for x in (value if isinstance(value, list) else [value])]
+                given[name] = filled if isinstance(value, list) else filled[0]
+            # a day at least: hours are those of the fastest GPU that was assumed, and of no failure
+            minutes = 24 * 60 + round(60 * 3 * needs.hours(run, needs.GPUS["A100"][0])[0])
+            rehearsed = {"dry_run": [True]} if dry_run else {}
+            runs.append({"paper": slug, "name": run["id"], **rehearsed, **given, "resources": {"runtime": minutes}})
+    return {"profile": "paper", "parameters": {"data_root": str(root)}, "runs": runs}
 
 
 def parameters(notebook: str | Path) -> list[str]:
@@ -119,19 +149,19 @@ def devices(count: int, folder: Path, poll: float = 1.0) -> Iterator[list[str]]:
 
     Raises `BadParameter`: the machine has fewer GPUs.
     """
-    gpus = _gpus() if count else []
-    if not count or ("SLURM_JOB_ID" in os.environ and len(gpus) <= count):
+    found = gpus() if count else []
+    if not count or ("SLURM_JOB_ID" in os.environ and len(found) <= count):
         yield []
         return
-    if len(gpus) < count:
-        raise BadParameter("gpu", count, f"0 to {len(gpus)}, the GPUs of this machine")
+    if len(found) < count:
+        raise BadParameter("gpu", count, f"0 to {len(found)}, the GPUs of this machine")
     folder = folder / platform.node()  # machines that share a checkout have a GPU 0 each
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as held:
         reserved: list[str] = []
         while len(reserved) < count:
             with FileLock(folder / "dealing.lock"):  # one run reserves at a time: two runs of two GPUs cannot deadlock
-                for gpu in gpus:
+                for gpu in found:
                     lock = FileLock(folder / f"{re.sub(r'[^0-9A-Za-z-]', '_', gpu)}.lock", blocking=False)
                     with contextlib.suppress(Timeout):
                         held.enter_context(lock)
@@ -146,7 +176,8 @@ def devices(count: int, folder: Path, poll: float = 1.0) -> Iterator[list[str]]:
         yield reserved
 
 
-def _gpus() -> list[str]:
+def gpus() -> list[str]:
+    """The GPUs of this machine: those of CUDA_VISIBLE_DEVICES, or all that `nvidia-smi` lists."""
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [gpu for gpu in visible.split(",") if gpu]
     try:
@@ -193,7 +224,8 @@ def summarise(runs: Iterable[str], reports: Path) -> str:
     """Write `reports`/summary.csv, one row per run with its seconds, memory and, for a failure, the reason.
 
     The results of runs on real data (their `measured.csv`) are collected in one file per paper, `<paper>/grid.csv`; the
-    `measured.csv` next to it belongs to runs without a grid. Returns the summary as text for a terminal.
+    `measured.csv` next to it belongs to runs without a grid. Dry runs are collected in `<paper>/dry_runs.csv`. Returns
+    the summary as text for a terminal.
     """
     import pandas as pd
 
@@ -207,15 +239,15 @@ def summarise(runs: Iterable[str], reports: Path) -> str:
             state, facts = "failed", read_json(folder / "failed.json")
         elif (folder / f"{paper}.ipynb").exists():
             state, facts = "done", read_json(folder / "run.json") if (folder / "run.json").exists() else {}
-            if (folder / "measured.csv").exists():
-                measured.setdefault(paper, []).append(pd.read_csv(folder / "measured.csv", dtype=str))
+            for below, gathered in (("", "grid"), ("dry_run", "dry_runs")):
+                if (folder / below / "measured.csv").exists():
+                    rows_of_run = pd.read_csv(folder / below / "measured.csv", dtype=str)
+                    measured.setdefault(f"{paper}/{gathered}.csv", []).append(rows_of_run)
         memory, reason = facts.get("memory_mb", facts.get("peak_memory_mb")), facts.get("reason", "").partition("\n")[0]
         rows.append((paper, run, state, facts.get("seconds"), memory, facts.get("device"), reason))
     summary = pd.DataFrame(rows, columns=["paper", "run", "state", "seconds", "memory_mb", "device", "reason"])
-    tables = {paper: pd.concat(parts) for paper, parts in measured.items()}
-    for path, table in (
-        {"summary.csv": summary} | {f"{paper}/grid.csv": table for paper, table in tables.items()}
-    ).items():
+    tables = {file: pd.concat(parts) for file, parts in measured.items()}
+    for path, table in ({"summary.csv": summary} | tables).items():
         with atomic(reports / path) as temporary:
             table.to_csv(temporary, index=False)
     counts = ", ".join(f"{number} {state}" for state, number in summary.state.value_counts().items())

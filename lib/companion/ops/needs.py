@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 import yaml
 
 from .. import data
@@ -41,6 +43,21 @@ def memory(slug: str, run: dict, precision: str) -> tuple[float, str]:
     return wanted, f" for a step of {counted['images']} images at {precision} (counted: {how})"
 
 
+def batch(published: int | list[int], devices: int = 1, accumulate: int = 1) -> str:
+    """The effective batch of a training as text: the authors', and how it is divided here; a warning if it is not.
+
+    Args:
+        published: the images of a step, or [images, devices, accumulation] of the authors.
+    """
+    parts = published if isinstance(published, list) else [published]
+    whole, shares = math.prod(parts), devices * accumulate
+    how = f" = {parts[0]} images x {parts[1]} devices x {parts[2]} accumulated" if len(parts) > 1 else ""
+    text = f"{whole:,} images a step{how}, as published, whatever `devices` and `accumulate` are; "
+    if whole % shares:
+        return text + f"WARNING: {devices} devices x {accumulate} parts do not divide it, choose others"
+    return text + f"at once {whole // shares:,} = {whole:,} / ({devices} devices x {accumulate} parts)"
+
+
 def hours(run: dict, peak: float) -> tuple[float, float]:
     """Hours of a run on one GPU with a peak of `peak` TFLOP/s, of which it reaches `SHARE`; and the FLOPs."""
     flop = 0.0
@@ -50,6 +67,14 @@ def hours(run: dict, peak: float) -> tuple[float, float]:
         seen = {"train": sizes.get("trainval"), "test": sizes.get("test")} | run.get("images", {})
         flop += run["gflop"] * 1e9 * (3 * seen["train"] * run["epochs"] + seen["test"])
     return flop / (SHARE * peak * 1e12) / 3600, flop
+
+
+def measured(run: dict, step: dict) -> float:
+    """Hours of a run's training, without its tests, by the `step.json` of a dry run."""
+    seen = sum(
+        run.get("images", {}).get("train") or data.DATASETS[name].sizes["trainval"] for name in sets(run["data"])
+    )
+    return seen * run["epochs"] * step["seconds"] / step["images"] / 3600
 
 
 def longest(slug: str, gpu: str = "A100") -> tuple[dict, str, float]:

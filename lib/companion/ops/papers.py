@@ -17,7 +17,10 @@ MODELS = Path(__file__).parents[1] / "models"
 # The parameters of every notebook. A paper's own parameters are in its YAML, in the same form.
 COMMON: dict[str, dict] = {
     "profile": {"type": "choice", "choices": ["pocket", "paper"], "help": "pocket (laptop) or paper (as published)"},
-    "dry_run": {"type": "switch", "help": "paper profile: two steps on generated data"},
+    "dry_run": {
+        "type": "switch",
+        "help": "paper profile: two steps on a few items of the data that are there, or on generated ones",
+    },
     "study": {"type": "switch", "help": "run all baselines, learning rates and seeds of the study (resumes)"},
     "seed": {"type": "integer", "low": 0, "high": 2**31 - 1, "help": "seed of the live run"},
     "data_root": {"type": "text", "help": "folder of the data sets"},

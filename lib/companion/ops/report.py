@@ -14,6 +14,7 @@ import ast
 import io
 import itertools
 import os
+import shutil
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any
 
 import pandas as pd
 import PIL.Image
+from filelock import FileLock, Timeout
 from IPython import get_ipython
 from IPython.display import HTML, Image, Markdown, display
 from matplotlib import pyplot as plt
@@ -110,8 +112,10 @@ def start(slug: str, namespace: Mapping[str, Any]) -> Run:
     Args:
         namespace: the notebook's `globals()`, or any values by name: those that are parameters of `slug` are read.
 
+    A dry run writes into the folder `dry_run` below that of the run.
+
     Raises `BadParameter`: a value that is not accepted, or papermill injected an unknown parameter, of which it only
-    warns.
+    warns; another run is writing into the same folder.
     """
     known = rules(slug)
     for name in sorted(_injected() - known.keys()):
@@ -123,6 +127,7 @@ def start(slug: str, namespace: Mapping[str, Any]) -> Run:
         raise BadParameter("dry_run", True, "False with profile = 'pocket', which is quick as it is")
     run = Run(slug, SimpleNamespace(**values))
     check_folder("out", run.out)
+    run.begin()
     # JupyterLab runs a notebook in its own folder, the shell's commands (`companion fetch`) in the checkout's
     below = run.root / values.get("data_root", "")
     if values.get("data_root") and not Path(values["data_root"]).exists() and below.exists():
@@ -151,12 +156,36 @@ class Run:
         self.root = record.root()
         base = self.root if Path.cwd().is_relative_to(self.root) else Path.cwd()
         self.out = base / (given or Path(os.environ.get("COMPANION_RUNS") or "runs", profile, slug))
+        self.dry_run = getattr(parameters, "dry_run", False)
+        if self.dry_run:
+            self.out /= "dry_run"
+        # of this process: a notebook that is run again in its kernel goes on
+        self._lock = FileLock(self.out / ".lock", blocking=False, is_singleton=True)
         self.claims: dict[str, dict] = {}
         self._files: list[Path] = []
         self._began = time.monotonic()
 
+    def begin(self) -> None:
+        """Lock the folder until `close`; a dry run that was finished is deleted, one that was killed resumes.
+
+        Raises `BadParameter`: another process has locked it.
+        """
+        self.out.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire()
+        except Timeout:
+            accepted = "another folder, or later: a run that has not ended writes into this one"
+            raise BadParameter("out", str(self.out), accepted) from None
+        if self.dry_run and (self.out / "run.json").exists():
+            for path in self.out.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name != ".lock":
+                    path.unlink()
+
     def table(self, name: str, frame: pd.DataFrame, digits: int = 2, title: str = "") -> HTML:
         """Write `tables/<name>.csv` and return the table to show."""
+        title += " (dry run: the numbers mean nothing)" if self.dry_run else ""
         path = self.out / "tables" / f"{name}.csv"
         with atomic(path) as temporary:
             frame.to_csv(temporary, index=False)
@@ -213,7 +242,8 @@ class Run:
         for claim in paper(self.slug)["claims"]:
             names = {tuple(c[key]) for c in claim.get("measured", []) for key in ("of", "over") if key in c}
             if names & cells.keys():
-                self.claim(claim["id"], *judge_measured(claim["measured"], cells))
+                evidence = "a dry run: it means nothing" if self.dry_run else ""
+                self.claim(claim["id"], *judge_measured(claim["measured"], cells), evidence=evidence)
 
     def ledger(self) -> list[dict]:
         """All claims of the paper with this run's verdict on each."""
@@ -252,6 +282,8 @@ class Run:
         if (folder / "study.json").exists():
             facts["study"] = {"sha256": sha256(folder / "study.csv"), "stale": stale(self.slug, folder)}
         write_json(self.out / "run.json", facts)
+        (self.out / ".lock").unlink(missing_ok=True)
+        self._lock.release(force=True)
         return HTML("<br>".join(f"{kind}s: {said}".capitalize() for kind, said in counts(ledger).items()))
 
     def _judged(self, kind: str) -> HTML:

@@ -44,12 +44,14 @@ def checkpoint_key(**facts: Any) -> str:
 
 
 def as_json(fact: object) -> object:
-    """A fact as JSON: tensors as hashes, NumPy's numbers as Python's, tuples as lists."""
+    """A fact as JSON: tensors and arrays as hashes, NumPy's numbers as Python's, tuples as lists."""
     if isinstance(fact, nn.Module):
         return as_json(fact.state_dict())
     if isinstance(fact, Tensor):
         data = fact.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         return [str(fact.dtype), list(fact.shape), hashlib.sha256(data.tobytes()).hexdigest()]
+    if isinstance(fact, np.ndarray):
+        return as_json(torch.from_numpy(fact))
     if isinstance(fact, Path):
         return str(fact.resolve())
     if isinstance(fact, np.generic):

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from ..ops import record
+from ..ops.files import write_json
+from .callbacks import Callback, Loop
 from .checkpoints import Checkpoint, save, trained_state
-from .fit import History, Loss, fit
+from .fit import Hardware, History, Loss, RunParameters, device, fit
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,7 @@ class Training:
         weights: the tensors of the model to save at the end.
         metadata: text to save with them.
         every: steps between two checkpoints.
+        dry_run: one epoch of two steps; `data` makes few items, see `dry_items`.
     """
 
     name: str
@@ -39,6 +45,31 @@ class Training:
     weights: Callable[[nn.Module], Mapping[str, Tensor]] = trained_state
     metadata: Callable[[nn.Module], Mapping[str, str]] | None = None
     every: int = 200
+    dry_run: bool = False
+
+
+def dry_items(p: RunParameters, batch: int) -> int:
+    """The images of a split that a dry run reads: of two steps with `batch` images, on a CPU with at most 4."""
+    return 2 * (batch if device(p.accelerator) == "cuda" else min(batch, 4))
+
+
+class Clock(Callback):
+    """Write the seconds of the last step to `file`, by which `companion doctor` estimates hours."""
+
+    def __init__(self, file: Path, images: int):
+        self.file, self.images, self.times = file, images, [time.monotonic()]
+
+    def on_step_end(self, loop: Loop) -> None:
+        """Wait for the device and read the clock."""
+        if loop.fabric.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.times.append(time.monotonic())
+
+    def on_fit_end(self, loop: Loop) -> None:
+        """Write the file; the first step's seconds include what happens once."""
+        if loop.fabric.global_rank == 0 and len(self.times) > 1:
+            seconds = self.times[-1] - self.times[-2]
+            write_json(self.file, {"images": self.images, "seconds": seconds, "device": record.device()})
 
 
 def run(training: Training, out: str | Path | None = None, **changes: Any) -> tuple[nn.Module, History]:
@@ -55,7 +86,16 @@ def run(training: Training, out: str | Path | None = None, **changes: Any) -> tu
     if out:
         folder, facts = Path(out) / "checkpoints", {**training.facts, "model": model}
         options["checkpoint"] = Checkpoint.of(folder, training.name, training.every, **facts)
-    history = fit(model, training.loss, training.data(), **options)
+    data = training.data()
+    if training.dry_run:  # a small set has fewer images than two batches; micro-batches stay as large as they are
+        hardware = options.get("hardware", Hardware())
+        batch = min(options["batch"], max(len(data) // (2 * hardware.devices), 1) * hardware.devices)
+        hardware = replace(hardware, accumulate=-(-hardware.accumulate * batch // options["batch"]))
+        options |= {"epochs": 1, "batch": batch, "last": "drop", "hardware": hardware}
+        if out:
+            clock = Clock(Path(out) / "step.json", options["batch"])
+            options["callbacks"] = [*options.get("callbacks", ()), clock]
+    history = fit(model, training.loss, data, **options)
     if out:
         metadata = training.metadata(model) if training.metadata else None
         save(Path(out) / "trained", training.name, training.weights(model), metadata)

@@ -8,20 +8,21 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import nn
-from torch.utils.data import TensorDataset
 
 from ... import backbones
+from ...data import present
 from ...data import tracking as data
 from ...errors import BadParameter, MissingWeights
 from ...evaluation.metrics.tracking import Scores, evaluate
-from ...evaluation.tables import Results
+from ...evaluation.tables import Results, compare_published, published_table
 from ...ops.papers import paper
 from ...ops.papers import protocol as filled
 from ...training.callbacks import ClipNorm
-from ...training.fit import Batch, Hardware, RunParameters, device
-from ...training.recipe import Training
+from ...training.fit import Batch, Hardware, RunParameters
+from ...training.recipe import Training, dry_items
 from ...training.recipe import run as train
 from ...training.schedules import MakeOptimizer, adamw, learning_rates
 from . import tracking
@@ -35,6 +36,7 @@ RULES = {"rgbt/lasher": "lasher", "rgbt/rgbt234": "rgbt234", "rgbt/gtot": "gtot"
 # Their script starts 3 processes of 32 pairs for LasHeR, 4 for VisEvent
 EPOCHS, BATCH, EVENT_BATCH, PAIRS, WORKERS = 60, 96, 128, 60_000, 8
 TOGETHER = 16  # videos of a test
+DRY_FRAMES = 4  # of a video of a dry run
 LEARNING_RATE, LAST_LEARNING_RATE, WEIGHT_DECAY, CLIP = 4e-4, 4e-5, 1e-4, 0.1
 EVENT_SIDE = 5  # pixels: a smaller box of VisEvent does not show the object
 RESULTS = Results.of("bat")
@@ -71,7 +73,10 @@ class Tested(NamedTuple):
 
 
 def run(p: Parameters, out: Path) -> Tested:
-    """Train and test as published; the scores become a row of `out`/measured.csv. A dry run writes nothing.
+    """Train and test as published; the scores become a row of `out`/measured.csv.
+
+    A dry run takes two steps, and tests a few frames of two videos of the benchmark, or generated ones where it is not
+    below `data_root`.
 
     A training resumes from its checkpoint in `out`/checkpoints; its weights are saved under the authors' names as
     `out`/trained/<method>, <rgbt or rgbe>, seed <n>.safetensors, for the parameter `checkpoint`. Tracks of finished
@@ -80,36 +85,28 @@ def run(p: Parameters, out: Path) -> Tested:
     Raises `BadParameter`, `MissingData`, `MissingWeights`, with the change or download needed.
     """
     hardware = Hardware.of(p, "bat", workers=WORKERS)
-    if p.dry_run:
-        title, videos = "generated videos (dry run: the scores mean nothing)", generated_videos(p)
-        model, _ = train(training(p, hardware))
-        boxes = follow_in_memory(model, videos, p.method, hardware)
-        return Tested(title, model, videos, boxes, evaluate(boxes, videos, "lasher"))
-    title, sequences = TITLES[p.dataset], data.load(p.dataset, p.data_root, "test")
+    title, sequences = TITLES[p.dataset], test_videos(p)
     chosen = training(p, hardware)
     model, _ = train(chosen, out)
     boxes = tracking.run(model, sequences, out / "results" / title / chosen.name, together=TOGETHER, hardware=hardware)
     scores = evaluate(boxes, sequences, RULES[p.dataset])
     source = f"weights of {Path(p.checkpoint).name}" if p.checkpoint else "trained here"
     row = {"method": p.method, "weights": source, "dataset": p.dataset, "seed": p.seed}
-    RESULTS.measured(out / "measured.csv", row | scores.totals)
+    RESULTS.measured(out / "measured.csv", row | scores.totals, dry_run=p.dry_run)
     return Tested(title, model, sequences, boxes, scores)
 
 
 def training(p: Parameters, hardware: Hardware) -> Training:
     """The training of `p.method`: as published, of two steps in a dry run, or none with a checkpoint or a baseline."""
     pairs: Any = None
-    if p.dry_run:
-        name, make = p.method, partial(build, p.method, tracker := foundation("random"), p.seed)
-        pairs, batch = generated_pairs(p, tracker)
-    elif p.checkpoint:
-        name, make, batch = p.method, partial(BAT.from_official, official_state(p)), 0
+    if p.checkpoint:
+        name, make = p.method, partial(BAT.from_official, official_state(p))
     else:
-        make, batch = partial(build, p.method, tracker := foundation(weights(p)), p.seed), batch_of(p.dataset)
+        make = partial(build, p.method, tracker := foundation(weights(p)), p.seed)
         # RGB-T and RGB-E have different training sets
         name = f"{p.method}, {p.dataset.partition('/')[0]}, seed {p.seed}" if p.method in TRAINED else p.method
         pairs = train_pairs(p, tracker) if p.method in TRAINED else None
-    options = {"epochs": 1 if p.dry_run else EPOCHS, "batch": batch, "seed": p.seed, "hardware": hardware}
+    options = {"epochs": EPOCHS, "batch": batch_of(p.dataset), "seed": p.seed, "hardware": hardware}
     return Training(
         name=name,
         build=make,
@@ -118,32 +115,35 @@ def training(p: Parameters, hardware: Hardware) -> Training:
         fit=fit_options() | options | {"name": p.method},
         facts={"videos": [video.name for video in getattr(pairs, "sequences", ())]},
         weights=BAT.to_official,
+        dry_run=p.dry_run,
     )
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
 
 
+def test_videos(p: Parameters) -> Sequence:
+    """The test videos of a benchmark; in a dry run a few frames of two of them, or of two generated ones."""
+    if not p.dry_run:
+        return data.load(p.dataset, p.data_root, "test")
+    if not present(p.dataset, p.data_root):
+        return [Generated(f"generated {i}", np.random.default_rng((p.seed, i))) for i in (1, 2)]
+    return data.short(data.load(p.dataset, p.data_root, "test"), 2, DRY_FRAMES)
+
+
 def train_pairs(p: Parameters, tracker: OSTrack) -> data.Pairs:
     """The training pairs of a benchmark; RGBT234 and GTOT have no training videos: the authors trained on LasHeR."""
     name = p.dataset if p.dataset.startswith("rgbe/") else "rgbt/lasher"
-    videos = data.load(name, p.data_root, "train")
+    videos: Sequence
+    if p.dry_run and not present(name, p.data_root):
+        videos = [Generated("generated", np.random.default_rng(p.seed), 24)]
+    else:
+        videos = data.load(name, p.data_root, "train")
+    if p.dry_run:
+        data.short([video for video in videos if isinstance(video, data.Sequence)], DRY_FRAMES, 1)
+    pairs = dry_items(p, batch_of(p.dataset)) if p.dry_run else PAIRS
     template, search = (2, tracker.template), (4, tracker.search)
-    return data.Pairs(videos, PAIRS, min_side=min_side(p.dataset), template=template, search=search)
-
-
-def generated_videos(p: Parameters) -> list[Generated]:
-    """Two videos of 4 frames."""
-    rng = np.random.default_rng(p.seed)
-    return [Generated(f"generated {i}", rng) for i in (1, 2)]
-
-
-def generated_pairs(p: Parameters, tracker: OSTrack) -> tuple[TensorDataset, int]:
-    """Pairs for two optimiser steps, and the batch: the published one needs a GPU."""
-    batch = BATCH if device(p.accelerator) == "cuda" else 2
-    generator = torch.Generator().manual_seed(p.seed)
-    crops = [torch.randn(2 * batch, 6, s, s, generator=generator) for s in (tracker.template, tracker.search)]
-    return TensorDataset(*crops, torch.tensor([[0.4, 0.4, 0.2, 0.2]]).repeat(2 * batch, 1)), batch
+    return data.Pairs(videos, pairs, min_side=min_side(p.dataset), template=template, search=search)
 
 
 def min_side(dataset: str) -> float:
@@ -207,8 +207,12 @@ def batch_of(dataset: str) -> int:
 
 
 def weights(p: Parameters) -> str | Path:
-    """The weights of `foundation` at the `paper` profile: the parameter, or OSTrack's file in `<data_root>/weights`."""
+    """The weights of `foundation` at the `paper` profile: the parameter, or OSTrack's file in `<data_root>/weights`,
+    without which those of a dry run are random."""
     usual = Path(p.data_root) / "weights" / "OSTrack_ep0300.pth.tar"
+    if p.dry_run and not (p.weights or usual.is_file()):
+        print(f"no {usual}; random weights in this dry run")
+        return "random"
     return p.weights or (usual if usual.is_file() else "pretrained")
 
 
@@ -261,6 +265,12 @@ def rescored(folder: str | Path) -> dict[tuple[str, str], float]:
         for name, scores in rescore(folder).items()
         for metric, value in scores.totals.items()
     }
+
+
+def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Published and measured numbers by title."""
+    published = published_table("bat", "bat_main")
+    return {published.attrs["title"]: compare_published(published, RESULTS.claimed(rows))}
 
 
 def protocol() -> dict[str, str]:

@@ -17,17 +17,19 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from ...data import few, present
 from ...data import slides as data
 from ...errors import BadParameter, MissingData, MissingWeights
 from ...evaluation.tables import Results
 from ...ops import papers
 from ...training.callbacks import Callback, EarlyStop
 from ...training.fit import AUTO, Hardware, History, Loop, RunParameters, evaluating
-from ...training.recipe import Training
+from ...training.recipe import Training, dry_items
 from ...training.recipe import run as train
 from ...training.schedules import MakeOptimizer, param_groups
 from ..layers.pos_embed import resize_pos_embed
@@ -86,24 +88,24 @@ def run(p: Parameters, out: Path) -> Tested:
     """Train `p.method` on every fold and test their vote, as published; the scores become a row of `out`/measured.csv.
 
     A training resumes from its checkpoint in `out`/checkpoints; the weights of each fold are saved under the authors'
-    names in `out`/trained, for `HViT.from_official`. A dry run takes two steps on generated features and writes
-    nothing.
+    names in `out`/trained, for `HViT.from_official`. A dry run takes two steps a fold on a few slides, or on generated
+    features where the dataset is not below `data_root`.
 
     Raises `BadParameter`, `MissingData`, `MissingWeights`: with what to change or get.
     """
     if p.devices != 1:
         raise BadParameter("devices", p.devices, "1: training on stored features, tuned after each epoch, takes one")
-    title, folds, test, classes = generated(p) if p.dry_run else stored(p)
+    made_up = p.dry_run and not present(p.dataset, p.data_root)
+    title, folds, test, classes = generated(p) if made_up else stored(p)
     trainings = [of_fold(p, p.method, number, fold, classes) for number, fold in enumerate(folds)]
-    trained = [train(training, None if p.dry_run else out) for training in trainings]
+    trained = [train(training, out) for training in trainings]
     models = [model for model, _ in trained]
     each = [hvit.predict(p.head, outputs(model, test, hardware(p))[1], classes) for model in models]
     names = [item.name for item in test.items] if isinstance(test, data.Features) else None
     truth, grades = grades_of(test), voted(each, names)
     scores = {"kappa": kappa(truth, grades), "fold": float(np.mean([kappa(truth, one) for one in each]))}
-    if not p.dry_run:
-        row = {"method": label(p), "dataset": p.dataset, "region": p.region, "head": p.head, "seed": p.seed}
-        RESULTS.measured(out / "measured.csv", row | scores)
+    row = {"method": label(p), "dataset": p.dataset, "region": p.region, "head": p.head, "seed": p.seed}
+    RESULTS.measured(out / "measured.csv", row | scores, dry_run=p.dry_run)
     return Tested(title, models, trained[0][1], test, truth, grades, scores)
 
 
@@ -133,6 +135,9 @@ def stored(p: Parameters) -> tuple[str, list[Fold], Dataset, int]:
     for fold in parts:
         for part, split in zip(fold, data.SPLITS, strict=True):
             _check_features(p, part, split)
+    if p.dry_run:
+        count = dry_items(p, BATCH)
+        parts = [[*few(dict(zip(data.SPLITS, fold, strict=True)), count).values()] for fold in parts]
     folds: list[Fold] = [(train, tune) for train, tune, _ in parts]
     return f"{p.dataset}, {p.folds} folds", folds, parts[0][2], classes
 
@@ -143,12 +148,12 @@ def generated(p: Parameters) -> tuple[str, list[Fold], Dataset, int]:
 
     def slides(count: int) -> TensorDataset:
         features = torch.randn(count, DRY_REGIONS, (p.region // 256) ** 2, 384, generator=generator)
-        present = torch.ones(count, DRY_REGIONS, dtype=torch.bool)
-        present[::2, -1] = False  # ragged, as real slides are
-        return TensorDataset(features, present, torch.arange(count) % data.GRADES)
+        there = torch.ones(count, DRY_REGIONS, dtype=torch.bool)
+        there[::2, -1] = False  # ragged, as real slides are
+        return TensorDataset(features, there, torch.arange(count) % data.GRADES)
 
-    title = "generated slides (dry run: kappas mean nothing)"
-    return title, [(slides(2 * BATCH), slides(12))], slides(12), data.GRADES
+    title = f"generated slides in place of {p.dataset} (dry run)"
+    return title, [(slides(dry_items(p, BATCH)), slides(12))], slides(12), data.GRADES
 
 
 class ClassBalanced(Dataset):
@@ -296,20 +301,20 @@ def of_fold(p: Parameters, method: str, number: int, fold: Fold, classes: int) -
     loss = functools.partial(tuning_loss, p.head, classes, tuning, hardware=hardware(p))
     selection = [] if tuning is None else [Selection(loss, p.patience)]
     facts: dict[str, Any] = {}
-    if not p.dry_run:
+    if isinstance(part, data.Features):
         facts = {k: getattr(p, k) for k in ("head", "position", "sampling", "patience", "seed", "epochs")}
         slides = [[(item.name, item.grade) for item in split.items] for split in fold if split is not None]
         facts |= {"precision": hardware(p).precision, "slides": slides, "features": part.made_by}
     names = [label(p), p.dataset, f"{p.region} px", p.head, *filter(None, [Path(p.weights).stem]), f"fold {number}"]
-    epochs = 1 if p.dry_run else p.epochs
     return Training(
         name=", ".join([*names, f"seed {p.seed}"]),
         build=functools.partial(build, p, method, number, classes, levels),
         loss=functools.partial(batch_loss, p.head, classes),
         data=lambda: drawn,
-        fit=fit_options(drawn, *selection, epochs=epochs, seed=p.seed, hardware=hardware(p)),
+        fit=fit_options(drawn, *selection, epochs=p.epochs, seed=p.seed, hardware=hardware(p)),
         facts=facts,
         weights=hvit.HViT.to_official,
+        dry_run=p.dry_run,
     )
 
 
@@ -373,10 +378,11 @@ class Shown(NamedTuple):
 def shown(p: Parameters, out: Path, test: Dataset) -> Shown:
     """The first test slide with HIPT's patch level of `<data_root>`/weights.
 
-    Without that file, and in a dry run: a slide of one generated region, `out`/generated.tiff, and random weights.
+    Without that file, and with generated features: a slide of one generated region, `out`/generated.tiff, and random
+    weights.
     """
     tiling, file = replace(PANDA, region=p.region), Path(p.data_root) / "weights" / "vit256_small_dino.pth"
-    if not p.dry_run and file.is_file() and isinstance(test, data.Features):
+    if file.is_file() and isinstance(test, data.Features):
         return Shown(test.items[0].name, test.items[0].path, tiling, patch_encoder(file), p.normalise)
     side = min(p.region, 2048)  # 4096 px take a CPU minutes
     pixels = np.full((side + 512, side + 512, 3), 255, np.uint8)
@@ -391,6 +397,11 @@ def shown(p: Parameters, out: Path, test: Dataset) -> Shown:
 # --- results ----------------------------------------------------------------------------------------------------------
 
 RESULTS = Results.of("hvit")
+
+
+def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The measured rows: the paper's tables were not found."""
+    return {"measured on real slides, kappa in percent": rows}
 
 
 def label(p: Parameters) -> str:
@@ -440,6 +451,9 @@ def _check_features(p: Parameters, part: data.Features, split: str) -> None:
         accepted = f"{patches} for regions of {p.region} px; for Global also (192,), of whole regions"
         raise BadParameter("features", f"embeddings {part.shape} in {part.path}", accepted)
     if p.method == "Global" and part.shape == patches and not (p.weights or region_weights(p)):
+        if p.dry_run:
+            print("H-ViT's region level: its weights are not here; random ones in this dry run")
+            return
         ways = [
             f"put vit4k_xs_dino.pth of github.com/mahmoodlab/HIPT (HIPT_4K/Checkpoints) into {p.data_root}/weights",
             "give the file of another region level as `weights`, such as one that DINO trained",

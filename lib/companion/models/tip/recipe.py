@@ -19,15 +19,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ...data import DATASETS, restoration
-from ...errors import BadParameter
+from ...data import DATASETS, few, present, restoration
+from ...errors import BadParameter, MissingWeights
 from ...evaluation.metrics.restoration import perceptual, psnr, ssim
-from ...evaluation.tables import Cells, Results
+from ...evaluation.tables import Cells, Results, with_measured
 from ...ops import papers
 from ...training import checkpoints
 from ...training.callbacks import ClipNorm
 from ...training.fit import CPU, Hardware, History, RunParameters, device, evaluating
-from ...training.recipe import Training
+from ...training.recipe import Training, dry_items
 from ...training.recipe import run as run_training
 from ...training.schedules import adamw, schedule
 from . import model as tip
@@ -52,7 +52,6 @@ WORKERS = min(16, os.cpu_count() or 1)
 WEIGHTS, HUB = "stable-diffusion-v1-5", "stable-diffusion-v1-5/stable-diffusion-v1-5"
 DRY_SIZE, DRY_STEPS = 128, 2
 SHOWN = 8  # images of the figures
-DRY_TRAINING: dict[str, Any] = {"epochs": 1, "batch": 2, "warmup": 0}
 SCORES = ("PSNR", "SSIM", "LPIPS", "FID")
 
 
@@ -92,35 +91,34 @@ class Tested(NamedTuple):
 
 
 def run(p: Parameters, out: Path) -> Tested:
-    """Train and test a method; the scores become a row of `out`/measured.csv. A dry run writes nothing.
+    """Train and test a method; the scores become a row of `out`/measured.csv.
 
     COCO, DIV2K or a folder of one's own ("folder": `data_root` itself), on a released Stable Diffusion. A dry run
-    trains a full-size model with random weights on generated images of 128 pixels; its UNet is in bfloat16, to fit in
-    a laptop's memory. A training resumes from its checkpoint in `out`/checkpoints; its adaptor is saved below
+    takes two steps on a few of the images, or on generated ones, of 128 pixels where there is no GPU. A training
+    resumes from its checkpoint in `out`/checkpoints; its adaptor is saved below
     `out`/trained, for the parameter `checkpoint`.
 
     Raises `BadParameter`, `MissingData`, `MissingWeights`, `CorruptFile`, `BadCheckpoint`: with what to change or get.
     """
-    if not p.dry_run and p.task == "test" and not p.checkpoint:
+    if p.task == "test" and not p.checkpoint:
         raise BadParameter("checkpoint", p.checkpoint, "the folder of a trained adaptor for task = 'test'")
-    size, steps = (DRY_SIZE, DRY_STEPS) if p.dry_run else (p.size, p.steps)
+    size = DRY_SIZE if p.dry_run and device(p.accelerator) == "cpu" else p.size
+    steps = DRY_STEPS if p.dry_run else p.steps
     title, images, test = datasets(p)
     pipe = pipeline(p, p.method)
     if images is not None:
-        data = samples(images, size, p.method, p.seed)
+        listed = None
         if isinstance(images, restoration.Captioned):
             listed = {"images": [*map(str, images.sources)], "captions": [*images.captions]}
             if isinstance(images, restoration.Pairs):
                 listed["low"] = [*map(str, images.low.sources)]
-            train(p, pipe, data, out, name=p.method, listed=listed)
-        else:
-            train(p, pipe, data, name=p.method, **DRY_TRAINING)
+        train(p, pipe, samples(images, size, p.method, p.seed), out, name=p.method, listed=listed)
     given = Degraded(test, size, seed=p.seed, **TASKS[p.degradation])
     options: dict[str, Any] = {"steps": steps, "guidance": p.guidance, "scale": p.scale, "seed": p.seed}
     restored = functools.partial(restore, pipe, hardware=Hardware.of(p, "tip"), **options)
     values, missing = score(whole_test(restored, given, texts_of(p.method, p.texts), pipe.device))
-    if not p.dry_run:
-        RESULTS.measured(out / "measured.csv", {key: getattr(p, key) for key in RESULTS.keys} | values)
+    row = {key: getattr(p, key) for key in RESULTS.keys} | values
+    RESULTS.measured(out / "measured.csv", row, dry_run=p.dry_run)
     return Tested(title, pipe, [given[i] for i in range(min(SHOWN, len(given)))], restored, values, missing)
 
 
@@ -153,14 +151,21 @@ def base(p: Parameters) -> str:
 
 
 def pipeline(p: Parameters, method: str) -> TIPPipeline:
-    """The pipeline of a method: with a new adaptor, or that of the parameter `checkpoint`."""
+    """The pipeline of a method: with a new adaptor, or that of the parameter `checkpoint`.
+
+    A dry run without a Stable Diffusion has random weights, on a CPU in bfloat16 to fit in a laptop's memory.
+    """
     fusion = METHODS[method].get("fusion", "modulate")
     torch.manual_seed(p.seed)
-    if p.dry_run:
+    try:
+        pipe = TIPPipeline.from_stable_diffusion(base(p), fusion=fusion)
+    except MissingWeights:
+        if not p.dry_run or p.weights:
+            raise
+        print(f"{WEIGHTS}: not here; random weights in this dry run")
         pipe = build(fusion=fusion)
-        pipe.unet.bfloat16()
-        return pipe
-    pipe = TIPPipeline.from_stable_diffusion(base(p), fusion=fusion)
+        if device(p.accelerator) == "cpu":
+            pipe.unet.bfloat16()
     if p.checkpoint:
         adaptor = load_adaptor(p.checkpoint, pipe.unet)
         if adaptor.config.fusion != fusion:
@@ -172,8 +177,8 @@ def pipeline(p: Parameters, method: str) -> TIPPipeline:
 
 def datasets(p: Parameters) -> tuple[str, Dataset | None, Dataset]:
     """Title, training images (None with a trained adaptor) and test images."""
-    if p.dry_run:
-        title = "generated images (dry run: losses and scores mean nothing)"
+    if p.dry_run and not present(p.dataset, p.data_root):
+        title = f"generated images in place of {p.dataset} (dry run)"
         return title, Generated(4, DRY_SIZE, p.seed), Generated(2, DRY_SIZE, p.seed + 1)
     train: restoration.Captioned | None = None
     if p.dataset == "folder":
@@ -191,6 +196,9 @@ def datasets(p: Parameters) -> tuple[str, Dataset | None, Dataset]:
     )
     if same.get(p.texts):
         raise BadParameter("texts", p.texts, "others: all test images have the same prompt, or there is only one")
+    if p.dry_run:
+        parts = few({"test": test} | ({"train": train} if train else {}), dry_items(p, BATCH))
+        train, test = parts.get("train"), parts["test"]
     return title, train, test
 
 
@@ -305,7 +313,9 @@ def train(
         options["checkpoint"] = checkpoints.Checkpoint.of(out / "checkpoints", f"{name}, seed {p.seed}", 500, **facts)
     items = Tensors(data, pipe)
     _, history = run_training(
-        Training(name, lambda: Learner(pipe), lambda model, batch: model(*batch), lambda: items, options)
+        Training(
+            name, lambda: Learner(pipe), lambda model, batch: model(*batch), lambda: items, options, dry_run=p.dry_run
+        )
     )
     pipe.to(device(p.accelerator))  # for the test
     if out is not None:  # in diffusers' layout
@@ -394,6 +404,12 @@ def score(pairs: Iterable[tuple[Tensor, Tensor]], download: bool = False) -> tup
 # --- results ----------------------------------------------------------------------------------------------------------
 
 RESULTS = Results.of("tip")
+
+
+def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Published and measured numbers by title, of the tables in which something was measured."""
+    measured = {name: found for name in RESULTS.cells if (found := cells(rows, name))}
+    return with_measured("tip", measured)
 
 
 def cells(rows: pd.DataFrame, table: str) -> Cells:

@@ -1,0 +1,77 @@
+"""Dry runs of the `paper` profile on miniatures of the data sets, in their layouts, with the small models of
+`tests.small`.
+
+`tests/rehearsal/<slug>.py` has the runs of a paper: `write` makes the miniature of a data set, `RUNS` are the
+parameters of all runs, of which the first is that of the notebook's tests, and `FAULTS` what may be wrong with a copy.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import NamedTuple
+
+import pandas as pd
+import pytest
+
+from companion.errors import CompanionError
+from companion.ops import needs
+from companion.ops.papers import paper
+from tests.conftest import parameters
+from tests.small import shrink
+
+
+class Fault(NamedTuple):
+    """A copy that cannot be used.
+
+    Attributes:
+        run: the parameters of a dry run on it.
+        damage: spoils the miniature below the data root; returns the file that the error names.
+        words: which the error has too.
+    """
+
+    run: Mapping[str, object]
+    damage: Callable[[Path], Path]
+    words: str
+
+
+def runs(slug: str) -> ModuleType:
+    """The module of a paper."""
+    return importlib.import_module(f"tests.rehearsal.{slug}")
+
+
+def prepare(slug: str, run: Mapping[str, object], root: Path, patch: pytest.MonkeyPatch) -> tuple[ModuleType, dict]:
+    """The recipe with small models, and the parameters of a dry run; the data are written below `root`."""
+    recipe = shrink(slug, patch)
+    root.mkdir(parents=True, exist_ok=True)
+    runs(slug).write(run["dataset"], root, patch)
+    return recipe, dict(run) | {"profile": "paper", "dry_run": True, "data_root": str(root)}
+
+
+def rehearse(slug: str, run: Mapping[str, object], folder: Path, patch: pytest.MonkeyPatch) -> pd.DataFrame:
+    """The measured rows of a dry run on the CPU, in a folder of its own."""
+    recipe, changes = prepare(slug, run, folder / "data", patch)
+    recipe.run(parameters(slug, accelerator="cpu", **changes), folder / "out")
+    return recipe.RESULTS.measured(folder / "out" / "measured.csv")
+
+
+def refused(slug: str, fault: Fault, folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """A dry run on the damaged miniature ends before its first step, with an error that names the file."""
+    recipe, changes = prepare(slug, fault.run, folder / "data", patch)
+    path = fault.damage(folder / "data")
+
+    def step(*args: object, **options: object) -> None:
+        raise AssertionError("a step was taken")
+
+    patch.setattr("companion.training.recipe.fit", step)
+    with pytest.raises(CompanionError, match=fault.words) as error:
+        recipe.run(parameters(slug, accelerator="cpu", **changes), folder / "out")
+    assert path.name in str(error.value), error.value
+
+
+def unknown(slug: str) -> set[str]:
+    """Data sets of the paper's runs that no rehearsal reads."""
+    wanted = {name for run in paper(slug)["runs"] for name in needs.sets(run["data"])}
+    return wanted - {SimpleNamespace(**run).dataset for run in runs(slug).RUNS}
