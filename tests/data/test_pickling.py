@@ -28,7 +28,6 @@ from companion.data import (
 )
 from companion.models.dmt import cache, downstream
 from companion.models.dmt import recipe as dmt
-from companion.models.dplq import recipe as dplq
 from companion.models.ecamp.text import Pairs, Vocabulary
 from companion.models.hvit import recipe as hvit
 from companion.models.metasegnet import recipe as metasegnet
@@ -101,7 +100,6 @@ def datasets(folder: Path) -> list[Dataset]:
         degraded,
         tip.Tensors(degraded, SimpleNamespace(tokenizer=None, text_encoder=WordText(["a"]))),
         tip.Generated(1, 8, 0),
-        dplq.Generated(torch.zeros(1, 3, 8, 8), ("a",)),
         land,
         mosaic,
         metasegnet.Prompted(mosaic, Words.of(["a b"]), ["a b"]),

@@ -424,7 +424,8 @@ def _selection(case: Case) -> list[Row]:
     model.register_forward_hook(lambda module, *_: modes.append(module.training))
     short = dataclasses.replace(coco, iterations=steps, warmup=1, batch=1)
     p, data = _parameters("detection/ov-coco", True), InOrder(items, steps)
-    _, history = run(recipe.training(p, lambda: model, data, r=short, callbacks=[watch]))
+    training = recipe.training(p, lambda: model, data, r=short, callbacks=[watch])
+    _, history = run(dataclasses.replace(training, dry_run=False))
     last = torch.equal(model.heads.shared.weight, watch.seen[-1]) and not torch.equal(watch.seen[-1], watch.seen[-2])
     kept = "the weights after the last step, bit by bit"
     expected = case.expected
@@ -484,7 +485,8 @@ def _trajectory(case: Case) -> list[Row]:
     )
     watch = _Watch(settings["steps_done"])
     p = _parameters(dataset, captions, seed)
-    _, history = run(recipe.training(p, lambda: model, InOrder(items, r.iterations), r=r, callbacks=[watch]))
+    training = recipe.training(p, lambda: model, InOrder(items, r.iterations), r=r, callbacks=[watch])
+    _, history = run(dataclasses.replace(training, dry_run=False))
     losses = [[row[name] for name in ("loss", "rank", "distill")] for row in history]
     rows = [
         near("losses_of_each_step", expected["losses_of_each_step"], losses, relative=tolerance["loss"]),

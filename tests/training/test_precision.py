@@ -48,7 +48,7 @@ def dplq(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
 def promptpar(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
     found = recipe.run(p, out)
     torch.manual_seed(p.seed)
-    untrained = recipe.build(p, found.names, *recipe._backbones(p, "random", "random"))
+    untrained = recipe.build(p, found.names, *recipe._backbones(p))
     return found.history, recipe.probabilities(p, untrained, found.test)
 
 
@@ -59,8 +59,8 @@ def hvit(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
 
 def ecamp(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
     if p.task == "pre-train":
-        return run(recipe.pretraining(p, out))[1], None
-    training, data = recipe.downstream(p)
+        return run(recipe.pretraining(p, out, real=False))[1], None
+    training, data = recipe.downstream(p, real=False)
     torch.manual_seed(0)
     history = run(training)[1]
     torch.manual_seed(0)
@@ -69,10 +69,11 @@ def ecamp(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
 
 
 def sic_cads(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
-    title, test = recipe.test_set(p)
+    title, images = recipe.data(p)
+    test, learn = images["test"], images["train"]
     detector, *parts = recipe.frozen(p, test)
     torch.manual_seed(0)
-    history = run(recipe.training(p, *recipe.recogniser(p, *parts, test.unseen)))[1]
+    history = run(recipe.training(p, *recipe.recogniser(p, *parts, test.unseen, learn)))[1]
     torch.manual_seed(0)
     model = recipe.build(p, *parts, test.unseen, "random")
     outputs = predictions.predict(model, detector, test, hardware=Hardware.of(p, "sic_cads"), title=title)
@@ -91,8 +92,8 @@ def metasegnet(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
 
 def dmt(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
     if p.task == "distil":
-        return run(recipe.distillation(p, out)[1])[1], None
-    found = recipe.downstream(p)
+        return run(recipe.distillation(p, out, real=False)[1])[1], None
+    found = recipe.downstream(p, real=False)
     model, history = run(found.training)
     assert np.isfinite([*found.score(model).values()]).all()
     return history, None
@@ -139,7 +140,7 @@ def test_a_paper_trains_and_predicts_in_float32_and_bfloat16(name, monkeypatch, 
     def found(precision: str) -> tuple[Tensor, Tensor | None, bool]:
         p, kinds = parameters(slug, **usual | changes, precision=precision), set()
         with register_module_forward_hook(lambda module, given, output: kinds.add(getattr(output, "dtype", None))):
-            history, outputs = case(recipe, p, tmp_path)
+            history, outputs = case(recipe, p, tmp_path / precision)
         return torch.tensor([row["loss"] for row in history]), outputs, torch.bfloat16 in kinds
 
     (case, changes), slug = CASES[name], name.partition(",")[0]

@@ -51,6 +51,8 @@ class Listing:
     ):
         self.file, self.pictures, self.names = file, list(pictures), list(names)
         self.labels = np.asarray(labels).clip(0).astype(np.float32)
+        if (wrong := self.labels[~np.isin(self.labels, (0, 1, 2))]).size:
+            raise CorruptFile(file, f"a label is {wrong[0]:g}: 1, 0 (absent) and 2 (unclear) are expected")
         if self.labels.ndim != 2 or self.labels.shape != (len(self.pictures), len(self.names)):
             raise CorruptFile(
                 file, f"labels {self.labels.shape} for {len(self.pictures)} images and {len(self.names)} attributes"
@@ -90,7 +92,7 @@ class Pedestrians(Images):
         self,
         dataset: DataSet,
         root: Path,
-        sources: Sequence[str],
+        sources: Sequence[str] | np.ndarray,
         labels: np.ndarray,
         names: Sequence[str],
         sentences: Sequence[str],

@@ -676,11 +676,12 @@ def _paths(dataset: DataSet, root: Path, split: str) -> Listed:
     return listing, sources, labels
 
 
-def check_listed(dataset: DataSet, root: Path, paths: Iterable[str]) -> None:
-    """Raise `MissingData`, with the first missing one, unless all `paths` of a list are on disk."""
+def check_listed(dataset: DataSet, root: Path, paths: Iterable[str], listing: str = "") -> None:
+    """Raise `MissingData`, with the first missing one, unless all `paths` of a list, of that name, are on disk."""
     wanted = set(paths)
     if absent := _absent(wanted):
-        what = f"{len(absent)} of {len(wanted)} listed images are not there, the first: {min(absent)}"
+        by = f" of {listing}" if listing else ""
+        what = f"{len(absent)} of {len(wanted)} listed images{by} are not there, the first: {min(absent)}"
         raise dataset.missing(root, what)
 
 

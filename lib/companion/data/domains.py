@@ -147,9 +147,10 @@ def status(dataset: DataSet, root: Path) -> Status:
     _, parts = _read(dataset, root)
     base, _ = _place(dataset, root)
     wanted = {f"{base}/{path}" for part in _PARTS for path, _ in parts[part]}
-    check_listed(dataset, root, wanted)
     listing = split_file(dataset.name)
-    how = f"split by {listing}" if (dataset.folder(root) / listing).is_file() else "split with a fixed seed"
+    listing = listing if (dataset.folder(root) / listing).is_file() else ""
+    check_listed(dataset, root, wanted, listing)
+    how = f"split by {listing}" if listing else "split with a fixed seed"
     return Status("present", f"{len(wanted):,} images in {base}, {how}")
 
 

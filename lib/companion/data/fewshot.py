@@ -26,12 +26,13 @@ import torch
 from torch.utils.data import ConcatDataset, Dataset
 
 from ..errors import BadParameter
+from . import Parts
 
 VALIDATION_SHOTS = 4  # images of a class for validation, at most
 Splits = Mapping[str, Dataset]
 
 
-class Part(Dataset):
+class Part(Parts, Dataset):
     """A subset of a data set with its own labels: `part[i]` is (image, int in 0..classes - 1).
 
     Attributes:
@@ -40,6 +41,8 @@ class Part(Dataset):
         class_names: the names by label; `classes` is their number.
         name: the data set's name, where it has one.
     """
+
+    each = ("indices", "labels")
 
     def __init__(self, dataset: Dataset, indices: Sequence[int], labels: Sequence[int], class_names: Sequence[str]):
         self.dataset, self.indices, self.labels = dataset, list(indices), list(labels)

@@ -6,17 +6,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from companion.errors import CorruptFile, MissingData, MissingWeights
-from companion.models.promptpar import PromptPAR, Settings, recipe
+from companion.models.promptpar import recipe
 from companion.models.promptpar.model import Output
 from companion.toy.tokens import Tokenizer
 from tests.conftest import parameters
 from tests.models.common import refuses
+from tests.rehearsal import promptpar as rehearsal
 from tests.small import shrink, small_backbones
-
-SENTENCES = ("A person with a hat", "A person with a bag", "A person in red")
 
 
 def given(**changes) -> SimpleNamespace:
@@ -31,14 +29,9 @@ def run(**changes) -> recipe.Tested:
 
 
 @pytest.fixture
-def networks(monkeypatch) -> None:
-    """Small networks in place of the real ones."""
+def small(monkeypatch) -> None:
+    """Small networks in place of the real ones, and one epoch."""
     shrink("promptpar", monkeypatch)
-
-
-@pytest.fixture
-def small(monkeypatch, networks) -> None:
-    """And one epoch."""
     epochs(monkeypatch, 1)
 
 
@@ -50,24 +43,15 @@ def epochs(monkeypatch, count: int) -> None:
 
 
 @pytest.fixture
-def folder(tmp_path) -> str:
-    """Own images: 32 to train, 8 to test; the first attribute is a bright head, the last a red image."""
-    rng, lines = np.random.default_rng(0), [f"image,split,{','.join(SENTENCES)}"]
-    for i in range(40):
-        labels = rng.integers(0, 2, 3)
-        pixels = rng.integers(0, 100, (40, 20, 3))
-        pixels[:10] += 150 * labels[0]
-        pixels[20:30, :5] += 150 * labels[1]
-        pixels[..., 0] += 50 * labels[2]
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(tmp_path / f"{i}.png")
-        lines.append(f"{i}.png,{'train' if i < 32 else 'test'},{','.join(map(str, labels))}")
-    (tmp_path / "labels.csv").write_text("\n".join(lines))
+def folder(tmp_path, monkeypatch) -> str:
+    """Own images: 20 to train, 4 to test."""
+    rehearsal.write("folder", tmp_path, monkeypatch)
     return str(tmp_path)
 
 
 @pytest.mark.parametrize("method", recipe.METHODS)
 def test_methods_are_trained_and_scored(method, small, folder):
-    found = run(data_root=folder, method=method)
+    found = run(data_root=folder, method=method, dry_run=True)
     model, history = found.model, found.history
     assert len(history) == 2 and all(np.isfinite(row["loss"]) for row in history)
     expected = {"deep prompts": (0, 50), "heads only": (0, 0)}.get(method, (4, 50))
@@ -96,27 +80,17 @@ def test_trained_weights_are_a_checkpoint(small, folder, tmp_path):
     found = run(data_root=folder)
     again = run(data_root=folder, checkpoint=str(tmp_path / "trained" / "PromptPAR, folder, seed 0.safetensors"))
     assert again.history == [] and torch.equal(again.model.prompts, found.model.prompts)
-    assert again.scores.totals == found.scores.totals
+    assert again.scores.totals == found.scores.totals and not again.model.training
+    images, truth = again.examples(3)
+    assert images.shape == (3, 3, 64, 64) and torch.equal(truth, again.test.labels[:3])
     for changes in ({"quirks": False}, {"select": "maxima"}, {"seed": 1}):
         run(data_root=folder, **changes)
     assert len(list((tmp_path / "checkpoints").glob("*.pt"))) == 4, "other settings are another training"
 
 
-def test_the_authors_weights_are_tested_without_training(small, folder, tmp_path):
-    clip, fusion = small_backbones()
-    state = PromptPAR(clip, SENTENCES, Tokenizer(), fusion, Settings(official_quirks=True)).to_official()
-    parts = {p: {n.removeprefix(p): t for n, t in state.items() if n.startswith(p)} for p in ("clip_model.", "model.")}
-    torch.save({"ViT_model": parts["clip_model."], "model_state_dict": parts["model."]}, tmp_path / "c.pth")
-    found = run(data_root=folder, checkpoint=str(tmp_path / "c.pth"))
-    assert found.history == [] and not found.model.training and 0 <= found.scores.totals["mA"] <= 100
-    assert torch.equal(found.model.prompts, state["clip_model.visual.transformer.prompt_deep"].squeeze(2))
-    images, truth = found.examples(3)
-    assert images.shape == (3, 3, 64, 64) and torch.equal(truth, found.test.labels[:3])
-
-
 def test_releases_and_quirks(small, folder):
     for release, quirks in (("2025", False), ("2023", True)):
-        model = run(data_root=folder, release=release, quirks=quirks).model
+        model = run(data_root=folder, release=release, quirks=quirks, dry_run=True).model
         embedded = any(name.startswith("visual_embed.") for name in model.trained())
         assert embedded == (release == "2025") and model.settings.official_quirks == quirks
 
@@ -132,7 +106,7 @@ def test_what_is_missing_or_does_not_fit_is_refused(folder, tmp_path, monkeypatc
     )
     refuses((lambda: run(data_root=folder, checkpoint=str(tmp_path / "c.pth")), r"c\.pth"), error=CorruptFile)
     monkeypatch.setattr(recipe.open_clip, "get_tokenizer", lambda name: Tokenizer())
-    monkeypatch.setattr(recipe, "_backbones", lambda p, clip, fusion: small_backbones(embed=32))
+    monkeypatch.setattr(recipe, "_backbones", lambda p: small_backbones(embed=32))
     refuses(
         (lambda: run(data_root=folder, checkpoint="x.pth", method="heads only"), "heads only"),
         (lambda: run(data_root=folder), "'2025'"),
@@ -193,7 +167,7 @@ def test_clip_is_in_half_precision_where_the_authors_precision_runs(small, folde
     monkeypatch.setattr(recipe, "device", lambda accelerator: "cuda")
     assert recipe.hardware(given()).precision == "32-true"
     assert not recipe.half(given(precision="32-true"))
-    found = run(data_root=folder)
+    found = run(data_root=folder, dry_run=True)
     model, history = found.model, found.history
     visual = model.clip.visual
     assert visual.conv1.weight.dtype == visual.proj.dtype == torch.float16

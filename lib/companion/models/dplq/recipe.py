@@ -7,20 +7,22 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import open_clip
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset, default_collate
+from torch.utils.data import default_collate
 
 from ... import backbones
-from ...data import domains, fewshot
+from ...data import domains, few, fewshot, find, present
+from ...data.classification import Images
 from ...data.domains_sets import CLASSES
 from ...errors import BadParameter, MissingWeights
 from ...evaluation.tables import Results, compare_published, published_table
 from ...ops import papers
 from ...training.fit import Hardware, History, RunParameters, predict
-from ...training.recipe import Training
+from ...training.recipe import Training, dry_items
 from ...training.recipe import run as train
 from ...training.schedules import MakeOptimizer, Schedule, schedule, sgd
 from ..layers import coop
@@ -72,25 +74,25 @@ def run(p: Parameters, out: Path) -> Tested:
 
     A training resumes from its checkpoint in `out`/checkpoints, and a finished one is loaded from there: domain
     generalisation tests the weights of the cross-dataset run in the same folder. The last weights are saved in
-    `out`/trained. A dry run takes two steps with random weights on generated images, and writes nothing.
+    `out`/trained. A dry run takes two steps on a few images of the datasets, or on generated ones where the dataset is
+    not below `data_root`.
 
     Raises `BadParameter`, `MissingData`, `MissingWeights`: with the change or download needed.
     """
     check_targets(p)
     torch.manual_seed(p.seed)  # of the random weights of a dry run
-    clip = _clip("random" if p.dry_run else weights(p, "clip", p.weights))
+    chosen = weights(p, "clip", p.weights)
+    clip = _clip(backbones.or_random(f"openclip:{CLIP}", chosen) if p.dry_run else chosen)
     domain = _domain(p, clip)
-    tests = generated(p, clip) if p.dry_run else real(p, clip)
+    title, tests = data(p, clip)
     learn = tests.pop("train")
-    model, history = train(training(p, learn, clip, domain), None if p.dry_run else out)
+    model, history = train(training(p, learn, clip, domain), out)
     assert isinstance(model, PromptedCLIP)
     scores = {name: accuracy(model, data, tuple(data.class_names), p.seed, hardware(p)) for name, data in tests.items()}
     model.set_classes(tuple(learn.class_names))
     if p.protocol == "base to novel":
         scores["HM"] = fewshot.harmonic_mean(scores["base"], scores["novel"])
-    if not p.dry_run:
-        RESULTS.measured(out / "measured.csv", *rows(p, scores))
-    title = "generated images (dry run: accuracies mean nothing)" if p.dry_run else f"{p.dataset}, {p.protocol}"
+    RESULTS.measured(out / "measured.csv", *rows(p, scores), dry_run=p.dry_run)
     return Tested(title, model, history, tests, scores)
 
 
@@ -99,12 +101,11 @@ def training(p: Parameters, data: Any, clip: nn.Module, domain: nn.Module | None
     # both transfers test one model: the second run reuses the training of the first
     trained_on = "base classes" if p.protocol == "base to novel" else "all classes"
     options = fit_options(p) | {"last": last(len(data), published_settings(p.protocol)), "name": p.method}
-    if p.dry_run:  # a single epoch would be all warm-up, so it uses the learning rate of the second published one
-        options |= {"epochs": 1, "schedule": schedule("cosine by epoch", 0.0, 0.0)}
     facts = {"dataset": p.dataset, "noise": p.noise, "seed": p.seed, "precision": options["hardware"].precision}
     facts |= {"data_root": Path(p.data_root), "trained on": trained_on}
     classes = tuple(data.class_names)
-    if p.dataset == "folder" and not p.dry_run:  # its images and labels may change between runs
+    # its images and labels may change between runs
+    if p.dataset == "folder" and not isinstance(data.sources[0], np.ndarray):
         images = [os.path.relpath(path, p.data_root) for path in data.sources]
         facts |= {"images": images, "labels": data.labels, "classes": classes}
     return Training(
@@ -114,6 +115,7 @@ def training(p: Parameters, data: Any, clip: nn.Module, domain: nn.Module | None
         data=None if p.method in UNTRAINED else lambda: data,
         fit=options,
         facts=facts,
+        dry_run=p.dry_run,
     )
 
 
@@ -146,41 +148,35 @@ def splits(p: Parameters, name: str, transform: Callable) -> dict[str, Any]:
     return domains.splits(name, p.data_root, transform)
 
 
-def real(p: Parameters, clip: nn.Module) -> dict[str, Any]:
-    """Images of a run: "train", 16 per class of the training set, and the test sets of the protocol."""
-    size = backbones.input_of(clip)
-    transform, shots = domains.clip_transform(size), int(published_settings(p.protocol)["shots"])
-    source = splits(p, p.dataset, transform)
+def data(p: Parameters, clip: nn.Module) -> tuple[str, dict[str, Any]]:
+    """A title, and the images of a run: "train", 16 per class of the training set, and the test sets of the protocol;
+    in a dry run a few of them, or generated ones.
+
+    Raises `BadParameter`, `MissingData`, `CorruptFile`: with the change or download needed.
+    """
+    size, settings = backbones.input_of(clip), published_settings(p.protocol)
+    made = p.dry_run and not present(p.dataset, p.data_root)
+    read, transform, shots = generated if made else splits, domains.clip_transform(size), int(settings["shots"])
+    source = read(p, p.dataset, transform)
     source["train"].transform = domains.clip_transform(size, train=True)
     if p.protocol == "base to novel":
         protocol = fewshot.base_to_novel(source, shots, p.seed)
     else:
-        others = {name: splits(p, name, transform) for name in targets(p)}
+        others = {name: read(p, name, transform) for name in targets(p)}
         protocol = TRANSFERS[p.protocol](source, others, shots, p.seed)
-    return {"train": protocol.train, **protocol.tests}
+    found: dict[str, Any] = {"train": protocol.train, **protocol.tests}
+    found = few(found, dry_items(p, int(settings["train batch"]))) if p.dry_run else found
+    return f"generated images in place of {p.dataset} (dry run)" if made else f"{p.dataset}, {p.protocol}", found
 
 
-class Generated(TensorDataset):
-    """Images (n, 3, s, s) of some classes in turn."""
-
-    def __init__(self, images: Tensor, class_names: tuple[str, ...]):
-        self.class_names, self.labels = class_names, [i % len(class_names) for i in range(len(images))]
-        super().__init__(images, torch.tensor(self.labels))
-
-
-def generated(p: Parameters, clip: nn.Module) -> dict[str, Any]:
-    """Generated images of the real shape, for two optimiser steps of a dry run."""
-    names = tuple(CLASSES.get(p.dataset, CLASSES["remote/aid"]).values())
-    base, novel = fewshot.halves(names)
-    parts = {"train": base, "base": base, "novel": novel}
-    if p.protocol != "base to novel":
-        parts = {"train": names, "source": names, "generated": names}
-    size, generator = backbones.input_of(clip).size, torch.Generator().manual_seed(p.seed)
-    # two test images: on a CPU the medical domain model takes many seconds for each
-    counts = dict.fromkeys(parts, 2) | {"train": 2 * int(published_settings(p.protocol)["train batch"])}
+def generated(p: Parameters, name: str, transform: Callable) -> dict[str, Any]:
+    """An image of noise of each class in each split of a dataset."""
+    dataset = find("remote/aid" if name == "folder" else name)
+    names = tuple(CLASSES[dataset.name].values())
+    pixels = np.random.default_rng(p.seed).integers(0, 256, (len(names), 64, 64, 3), np.uint8)
     return {
-        part: Generated(torch.randn(counts[part], 3, size, size, generator=generator), classes)
-        for part, classes in parts.items()
+        part: Images(dataset, Path(), pixels, range(len(names)), len(names), transform, names)
+        for part in domains.SPLITS
     }
 
 
@@ -242,13 +238,17 @@ def weights(p: Parameters, name: str, parameter: str) -> str | Path:
 
 
 def _domain(p: Parameters, clip: nn.Module) -> nn.Module | None:
+    """The domain model of DPLQ; a random one in a dry run without its weights."""
     if p.method != "DPLQ":
         return None
-    name = domain_name(p)
-    if p.dry_run:
-        return _domain_model(name, "random", clip)
-    ours = name in DOMAINS.values()
-    return _domain_model(name, weights(p, name, p.domain_weights) if ours else p.domain_weights or "pretrained", clip)
+    name, source = domain_name(p), p.domain_weights or "pretrained"
+    try:
+        return _domain_model(name, weights(p, name, p.domain_weights) if name in DOMAINS.values() else source, clip)
+    except MissingWeights:
+        if not p.dry_run:
+            raise
+    print(f"{name}: its weights are not here; random ones in this dry run")
+    return _domain_model(name, "random", clip)
 
 
 class OneByOne(nn.Module):

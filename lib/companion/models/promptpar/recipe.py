@@ -1,4 +1,4 @@
-"""PromptPAR's published training and its tests on the pedestrian attribute datasets; or a dry run on noise."""
+"""PromptPAR's published training and its tests on the pedestrian attribute datasets."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import open_clip
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, TensorDataset, default_collate
+from torch.utils.data import Dataset, default_collate
 
 from ... import backbones
-from ...data import attributes
+from ...data import attributes, few, find, present
 from ...data.attributes_sets import PHRASES, SENTENCES
 from ...errors import BadParameter, MissingWeights
 from ...evaluation.metrics.attributes import THRESHOLD, Scores, evaluate
@@ -24,7 +24,7 @@ from ...evaluation.tables import Results, published_table
 from ...ops import papers
 from ...training.callbacks import Callback, ClipNorm, Loop
 from ...training.fit import Batch, Hardware, History, RunParameters, device, predict
-from ...training.recipe import Training
+from ...training.recipe import Training, dry_items
 from ...training.recipe import run as train
 from ...training.schedules import Schedule, sgd
 from .model import PromptPAR, Settings, loss, read_checkpoint
@@ -40,6 +40,7 @@ METHODS: dict[str, dict] = {
 # in these the loss does not reach a norm, a temperature or empty prompts, which are trainable tensors
 UNUSED_PARAMETERS = ("regions, no similarity loss", "heads only")
 RESULTS = Results.of("promptpar")
+tables = RESULTS.tables  # published and measured, by title
 CLIP, FUSION = "ViT-L-14-quickgelu/openai", "vit_base_patch16_224.orig_in21k_ft_in1k"
 TEST_BATCH = 64
 LAST = "train"  # the last images of an epoch, see `fit`
@@ -70,7 +71,7 @@ class Tested(NamedTuple):
     names: tuple[str, ...]
     model: PromptPAR
     history: History
-    test: Dataset
+    test: attributes.Pedestrians
     scores: Scores
 
     def examples(self, count: int) -> tuple[Tensor, Tensor]:
@@ -83,42 +84,26 @@ def run(p: Parameters, out: Path) -> Tested:
     """Train on trainval as published, or load trained weights, and test; a row of `out`/measured.csv.
 
     A training resumes from its checkpoint in `out`/checkpoints; its weights are saved under the authors' names as
-    `out`/trained/<method, dataset, seed>.safetensors, for the parameter `checkpoint`. A dry run trains a full-size
-    model with random weights for two steps on generated images, and writes nothing.
+    `out`/trained/<method, dataset, seed>.safetensors, for the parameter `checkpoint`. A dry run trains for two steps on
+    a few images of the dataset, or on generated ones where it is not below `data_root`.
 
     Raises `BadParameter`, `MissingData`, `MissingWeights`, `CorruptFile`: with the change or download needed.
     """
     if p.checkpoint and p.method != "PromptPAR":
         raise BadParameter("method", p.method, ["PromptPAR with a checkpoint: it holds PromptPAR's weights"])
     heads = published()["heads"]
-    epochs, batch, released = int(heads["epochs"]), int(heads["batch"]), None
-    if p.dry_run:
-        names = texts = read_by_clip(p, SENTENCES.get(p.dataset, SENTENCES["par/peta"]))
-        torch.manual_seed(p.seed)
-        clip, fusion = _backbones(p, "random", "random")
-        epochs, batch = 1, batch if device(p.accelerator) == "cuda" else 2
-        title, ratio = "generated images (dry run: the scores mean nothing)", torch.full((len(names),), 0.3)
-        size = clip.visual.image_size[0]
-        learn, test = (
-            TensorDataset(torch.randn(count, 3, size, size), torch.rand(count, len(names)).lt(0.3).float())
-            for count in (2 * batch, 4)
-        )
-    else:
-        own = p.dataset == "folder"
-        splits = attributes.own_folder(p.data_root) if own else attributes.splits(p.dataset, p.data_root)
-        learn, test = splits["trainval"], splits["test"]
-        names, texts = learn.names, read_by_clip(p, learn.sentences)
-        released = load(p, texts) if p.checkpoint else None
-        clip, fusion = (released.clip, None) if released else _backbones(p, weights(p), "pretrained")
-        title, batch = RESULTS.names["dataset"].get(p.dataset, learn.name), min(batch, len(learn))
-        ratio = learn.ratio if p.quirks else torch.as_tensor(learn.labels).eq(1).float().mean(0)
-        for data, varied in ((learn, True), (test, False)):
-            data.transform = attributes.square_transform(clip.visual.image_size[0], train=varied)
-    truth = (test.tensors[1] if p.dry_run else test.labels).numpy()
+    epochs, batch = int(heads["epochs"]), int(heads["batch"])
+    title, learn, test = pedestrians(p, batch)
+    names, texts = learn.names, read_by_clip(p, learn.sentences)
+    released = load(p, texts) if p.checkpoint else None
+    clip, fusion = (released.clip, None) if released else _backbones(p)
+    ratio = learn.ratio if p.quirks else torch.as_tensor(learn.labels).eq(1).float().mean(0)
+    for data, varied in ((learn, True), (test, False)):
+        data.transform = attributes.square_transform(clip.visual.image_size[0], train=varied)
     totals: list[dict[str, float]] = []  # filled in training if `select` is "maxima"
 
     def score(model: nn.Module) -> Scores:
-        return evaluate(truth, probabilities(p, model, test).numpy())
+        return evaluate(np.asarray(test.labels), probabilities(p, model, test).numpy())
 
     history: History = []
     if released:
@@ -126,13 +111,47 @@ def run(p: Parameters, out: Path) -> Tested:
     else:
         callbacks = [Epochs(lambda model: score(model).totals, totals)] if p.select == "maxima" else []
         whole = training(
-            p, lambda: build(p, texts, clip, fusion), learn, ratio, epochs=epochs, batch=batch, callbacks=callbacks
+            p,
+            lambda: build(p, texts, clip, fusion),
+            learn,
+            ratio,
+            epochs=epochs,
+            batch=min(batch, len(learn)),
+            callbacks=callbacks,
         )
-        model, history = train(whole, None if p.dry_run else out)
+        model, history = train(whole, out)
     scores = score(model)
-    if not p.dry_run:
-        RESULTS.measured(out / "measured.csv", row(p, scores, totals))
+    RESULTS.measured(out / "measured.csv", row(p, scores, totals), dry_run=p.dry_run)
     return Tested(title, names, model, history, test, scores)
+
+
+def pedestrians(p: Parameters, batch: int) -> tuple[str, attributes.Pedestrians, attributes.Pedestrians]:
+    """A title, the training and the test images; in a dry run a few of them, or generated ones.
+
+    Raises `BadParameter`, `MissingData`, `CorruptFile`: with the change or download needed.
+    """
+    count = dry_items(p, batch)
+    if p.dry_run and not present(p.dataset, p.data_root):
+        rng, dataset = np.random.default_rng(p.seed), find("par/peta" if p.dataset == "folder" else p.dataset)
+        texts = SENTENCES[dataset.name]
+        learn, test = (
+            attributes.Pedestrians(
+                dataset,
+                Path(p.data_root),
+                rng.integers(0, 256, (count, 160, 64, 3), dtype=np.uint8),
+                (rng.random((count, len(texts))) < 0.3).astype(np.float32),
+                names=texts,
+                sentences=texts,
+                transform=None,
+            )
+            for _ in range(2)
+        )
+        return f"generated images in place of {p.dataset} (dry run)", learn, test
+    own = p.dataset == "folder"
+    splits = attributes.own_folder(p.data_root) if own else attributes.splits(p.dataset, p.data_root)
+    chosen = {"train": splits["trainval"], "test": splits["test"]}
+    chosen = few(chosen, count) if p.dry_run else chosen
+    return RESULTS.names["dataset"].get(p.dataset, chosen["train"].name), chosen["train"], chosen["test"]
 
 
 def probabilities(p: Parameters, model: nn.Module, data: Dataset) -> Tensor:
@@ -155,9 +174,12 @@ def weights(p: Parameters) -> str | Path:
     return p.weights or (usual if p.clip == CLIP and usual.is_file() else "pretrained")
 
 
-def _backbones(p: Parameters, clip: str | Path, fusion: str) -> tuple[nn.Module, nn.Module]:
-    """The CLIP and the ViT of the fusion, each with the named weights."""
-    return backbones.build(f"openclip:{p.clip}", clip), backbones.build(FUSION, fusion)
+def _backbones(p: Parameters) -> list[nn.Module]:
+    """The CLIP and the ViT of the fusion; random ones in a dry run without their weights."""
+    torch.manual_seed(p.seed)  # of random ones
+    chosen = {f"openclip:{p.clip}": weights(p), FUSION: "pretrained"}
+    either = backbones.or_random if p.dry_run else lambda name, source: source
+    return [backbones.build(name, either(name, source)) for name, source in chosen.items()]
 
 
 def build(p: Parameters, sentences: Sequence[str], clip: nn.Module, fusion: nn.Module) -> PromptPAR:
@@ -292,6 +314,7 @@ def training(
             "quirks": p.quirks,
         },
         weights=final,
+        dry_run=p.dry_run,
     )
 
 

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import resize
 
 from ... import backbones
-from ...data import DATASETS, detection
+from ...data import DATASETS, detection, few, present
 from ...data.detection_sets import COCO_BASE, COCO_NOVEL, COCO_OTHER
 from ...errors import BadParameter, MissingWeights
 from ...evaluation.metrics.detection import evaluate
@@ -31,7 +31,7 @@ from ...ops import papers
 from ...ops.files import read_json
 from ...training.callbacks import Callback, ClipValue
 from ...training.fit import Hardware, RunParameters, device
-from ...training.recipe import Training
+from ...training.recipe import Training, dry_items
 from ...training.recipe import run as train
 from ...training.schedules import adamw
 from ..layers.state_dicts import load_official
@@ -40,6 +40,7 @@ from . import model as sic_cads
 from .predictions import Predictions, predict, truth_of
 
 RESULTS = Results.of("sic_cads")
+tables = RESULTS.tables  # published and measured, by title
 CLIP, BODY = "ViT-B-32-quickgelu/openai", "resnet50.a1_in1k"
 OWLVIT = "google/owlvit-base-patch32"
 CLIP_FILE = "clip_vit_b32_openai.safetensors"  # in <data_root>/weights, like the folder of OWL-ViT
@@ -74,15 +75,15 @@ def run(p: Parameters, out: Path) -> Tested:
 
     The detectors here return all their boxes: the threshold is a lower bound, not the 0.15 or 0.2 that the released
     configurations set for theirs, and set predictors need no suppression. A training resumes from its checkpoint in
-    `out`/checkpoints; its weights are saved in `out`/trained, for the parameter `checkpoint`. A dry run has full-size
-    models with random weights, two optimiser steps on generated images of the real shape, and writes nothing.
+    `out`/checkpoints; its weights are saved in `out`/trained, for the parameter `checkpoint`. A dry run takes two steps
+    on a few images of the dataset, or on generated ones where it is not below `data_root`.
 
     Raises `BadParameter`, `MissingData`, `MissingWeights`, `CorruptFile`: with what to change or get.
     """
-    title, test = test_set(p)
-    r, where, (detector, clip, text) = published(p.dataset, p.captions), device(p.accelerator), frozen(p, test)
-    chosen = training(p, *recogniser(p, clip, text, test.unseen))
-    module, _ = train(chosen, None if p.dry_run else out)
+    title, images = data(p)
+    r, where, test = published(p.dataset, p.captions), device(p.accelerator), images["test"]
+    detector, clip, text = frozen(p, test)
+    module, _ = train(training(p, *recogniser(p, clip, text, test.unseen, images.get("train"))), out)
 
     def detect(image: Tensor) -> detectors.Output:
         return detector.to(where)(image)  # moved at the first image, not before processes for training are forked
@@ -94,8 +95,7 @@ def run(p: Parameters, out: Path) -> Tested:
         "top": r.top,
     }
     outputs = predict(module.model, detect, test, hardware=Hardware.of(p, "sic_cads"), title=title, **combined)
-    if not p.dry_run:
-        record(out / "measured.csv", p, outputs)
+    record(out / "measured.csv", p, outputs)
     return Tested(module.model, outputs)
 
 
@@ -183,63 +183,70 @@ def learning_rates(r: Recipe, steps: int) -> np.ndarray:
 # --- data and models --------------------------------------------------------------------------------------------------
 
 
-def test_set(p: Parameters) -> tuple[str, detection.Boxes]:
-    """The title and the test images of the parameters; of a dry run two generated ones."""
-    if p.dry_run:
-        return "generated images (dry run: the scores mean nothing)", generated(p, 2)
-    if p.dataset in COLUMNS and p.branch != "visual+" and not p.checkpoint:
-        accepted = "a recogniser trained with dataset = 'detection/ov-lvis', or branch = 'visual+', which needs none"
-        raise BadParameter("checkpoint", p.checkpoint, accepted)
-    test = detection.load(p.dataset, p.data_root, "test")
+def data(p: Parameters) -> tuple[str, dict[str, detection.Boxes]]:
+    """A title, and the images: "test", and "train" where a recogniser is trained; in a dry run a few of them, or
+    generated ones.
+
+    Raises `BadParameter`, `MissingData`, `CorruptFile`: with what to change or get.
+    """
+    parts, count = ["test"], dry_items(p, published(p.dataset, p.captions).batch)
+    if p.branch != "visual+" and not p.checkpoint:  # "visual+" does not use the ResNet and the heads
+        if p.dataset in COLUMNS:
+            accepted = (
+                "a recogniser trained with dataset = 'detection/ov-lvis', or branch = 'visual+', which needs none"
+            )
+            raise BadParameter("checkpoint", p.checkpoint, accepted)
+        parts.append("train")
+    if p.dry_run and not present(p.dataset, p.data_root):
+        title = f"generated images in place of {DATASETS[p.dataset].title} (dry run)"
+        return title, {part: generated(p, count) for part in parts}
+    found = {part: detection.load(p.dataset, p.data_root, part) for part in parts}
+    found = few(found, count) if p.dry_run else found
+    test = found["test"]
     if p.dataset in COLUMNS:  # nothing of a foreign vocabulary was trained on
         test.novel = test.categories
     if p.images:
         truth = truth_of(test, p.images)
         folder = Path(test.sources[0].removesuffix(truth["images"][0]["file_name"]))
-        test = detection.Boxes(test.dataset, test.root, folder, truth, test.base, test.novel)
-    return DATASETS[p.dataset].title, test
+        found["test"] = detection.Boxes(test.dataset, test.root, folder, truth, test.base, test.novel)
+    return DATASETS[p.dataset].title, found
 
 
 def frozen(p: Parameters, test: detection.Boxes) -> tuple[nn.Module, nn.Module, Tensor]:
-    """The detector, the CLIP, and its text embeddings of the classes; of a dry run with random weights."""
-    tokenizer = open_clip.get_tokenizer(p.clip.partition("/")[0])
-    if p.dry_run:
-        if "owl" not in p.detector:
-            raise BadParameter("detector", p.detector, [OWLVIT, "or another OWL: a dry run has no file of a tokenizer"])
-        torch.manual_seed(p.seed)
-        clip = backbones.build(f"openclip:{p.clip}", "random")
-        detector = detectors.build(p.detector, test.class_names[:1], "random")
-        text, detector.queries = (  # random vectors: thousands of names take the text towers minutes
-            F.normalize(torch.randn(len(test.class_names), x.shape[1]), dim=-1)
-            for x in (sic_cads.vocabulary(clip, tokenizer, test.class_names[:1]), detector.queries)
-        )
-        return detector, clip, text
+    """The detector, the CLIP, and its text embeddings of the classes; in a dry run random ones without the weights."""
     folder, file = Path(p.data_root, "weights", OWLVIT.rpartition("/")[2]), Path(p.data_root, "weights", CLIP_FILE)
-    weights = folder if p.detector == OWLVIT and folder.is_dir() else "pretrained"
-    detector = detectors.build(p.detector, test.class_names, weights)
-    clip = backbones.build(f"openclip:{p.clip}", file if p.clip == CLIP and file.is_file() else "pretrained")
-    return detector, clip, sic_cads.vocabulary(clip, tokenizer, test.class_names)
+    weights: str | Path = folder if p.detector == OWLVIT and folder.is_dir() else "pretrained"
+    source: str | Path = file if p.clip == CLIP and file.is_file() else "pretrained"
+    tokenizer, names = open_clip.get_tokenizer(p.clip.partition("/")[0]), test.class_names
+    if p.dry_run:
+        torch.manual_seed(p.seed)
+        source = backbones.or_random(f"openclip:{p.clip}", source)
+    try:
+        detector = detectors.build(p.detector, names, weights)
+    except MissingWeights:
+        if not p.dry_run or weights != "pretrained" or "owl" not in p.detector:
+            raise
+        print(f"{p.detector}: its weights are not here; random ones in this dry run")
+        detector = detectors.build(p.detector, names[:1], "random")
+        # random vectors, here and below: thousands of names take the text towers minutes
+        detector.queries = F.normalize(torch.randn(len(names), detector.queries.shape[1]), dim=-1)
+    clip = backbones.build(f"openclip:{p.clip}", source)
+    text = sic_cads.vocabulary(clip, tokenizer, names[:1] if source == "random" else names)
+    text = F.normalize(torch.randn(len(names), text.shape[1]), dim=-1) if source == "random" else text
+    return detector, clip, text
 
 
 def recogniser(
-    p: Parameters, clip: nn.Module, text: Tensor, novel: Tensor
+    p: Parameters, clip: nn.Module, text: Tensor, novel: Tensor, learn: detection.Boxes | None
 ) -> tuple[Callable[[], sic_cads.MLR], Dataset | None]:
     """What makes the recogniser of the parameters, and its training data: None where it is not trained."""
-    if p.dry_run:
-        r = published(p.dataset, p.captions)
-        data = Crops(generated(p, 2 * dry_batch(p, r)), r.size, r.crop)
-        return functools.partial(build, p, clip, text, novel, "random"), data
     if p.checkpoint:
         return functools.partial(load, p, clip, text, novel), None
-    if p.branch == "visual+":  # its ResNet and heads are not used
+    if learn is None:
         return functools.partial(build, p, clip, text, novel, "random"), None
-    data = training_data(p, detection.load(p.dataset, p.data_root, "train"))
-    return functools.partial(build, p, clip, text, novel, p.weights or "pretrained"), data
-
-
-def dry_batch(p: Parameters, r: Recipe) -> int:
-    """Images of a step of a dry run: the published number needs a GPU."""
-    return r.batch if device(p.accelerator) == "cuda" else 2
+    weights: str | Path = p.weights or "pretrained"
+    weights = backbones.or_random(BODY, weights) if p.dry_run else weights
+    return functools.partial(build, p, clip, text, novel, weights), training_data(p, learn)
 
 
 # --- training data ----------------------------------------------------------------------------------------------------
@@ -335,6 +342,8 @@ def training_data(p: Parameters, train: detection.Boxes) -> Dataset:
         return Repeated(crops, detection.repeat_factors(train, r.repeat))
     if not p.captions:
         return crops
+    if isinstance(train.sources, np.ndarray):  # generated ones, without captions
+        return Turns([crops, Crops(train, r.size, r.crop, boxes=False)], r.group)
     file = train.dataset.folder(train.root) / "annotations" / "captions_train2017.json"
     if not file.is_file():
         raise train.dataset.missing(train.root, f"{file} is not there (or set captions = False)")
@@ -342,6 +351,7 @@ def training_data(p: Parameters, train: detection.Boxes) -> Dataset:
     captioned = detection.Boxes(
         train.dataset, train.root, Path(train.sources[0]).parent, labels, train.base, train.novel
     )
+    captioned = few({"captions": captioned}, len(train))["captions"] if p.dry_run else captioned
     return Turns([crops, Crops(captioned, r.size, r.crop, boxes=False)], r.group)
 
 
@@ -427,14 +437,11 @@ def training(
     batch: int | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> Training:
-    """The training of a recogniser by the released recipe `r`; of two steps in a dry run without `r`,
-    none without data.
+    """The training of a recogniser by the released recipe `r`; none without data.
 
     AdamW of all that is trained, in one parameter group; gradients are clipped entry by entry on OV-LVIS, and not on
     OV-COCO. The last step is tested. `batch` is of images; of groups (`Turns`) as many as hold them make a step.
     """
-    if p.dry_run and r is None:
-        epochs, batch = 1, dry_batch(p, published(p.dataset, p.captions))
     r = r or published(p.dataset, p.captions)
     batch = max((batch or r.batch) // getattr(data, "group", 1), 1)
     items, on = 0 if data is None else len(data), Hardware.of(p, "sic_cads", workers=WORKERS)
@@ -460,6 +467,7 @@ def training(
         facts=facts,
         weights=lambda module: trained_weights(module.model),
         every=1000,
+        dry_run=p.dry_run,
     )
 
 
@@ -529,7 +537,7 @@ def record(path: Path, p: Parameters, outputs: Predictions) -> None:
     for branch, weight in (("", 0.0), (outputs.branch, outputs.gamma)):
         values = benchmark(p, outputs.test, outputs.detections(branch))
         row = {"method": label(p, weight), "dataset": p.dataset, "images": p.images, "seed": p.seed}
-        RESULTS.measured(path, row | values)
+        RESULTS.measured(path, row | values, dry_run=p.dry_run)
 
 
 def protocol() -> dict[str, str]:

@@ -1,0 +1,68 @@
+"""DPLQ: base to novel classes on eleven sets, the transfers of both domains, and a folder of one's own."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from companion.data import DATASETS
+from companion.data.domains_sets import CLASSES
+from tests.data import test_domains as layouts
+from tests.data.conftest import expect
+from tests.rehearsal.common import Fault
+
+LIST = "medical/BTMRI/split_cao_BTMRI.json"
+TARGETS = {"remote/rsicd": ["remote/whurs19", "remote/rsscn7"], "medical/btmri": ["medical/chmnist", "medical/ccbtm"]}
+
+
+def write(name: str, root: Path, patch: pytest.MonkeyPatch) -> None:
+    """Four images of each class in the authors' layout, BTMRI with a list; of two sets those of their transfers too."""
+    if name == "folder":
+        layouts.tree(root, ("bear", "cat", "owl"), 10)
+        return
+    for each in (name, *TARGETS.get(name, ())):
+        folder, own = DATASETS[each].folders
+        classes = sorted(CLASSES[each])
+        counts = {part: images * len(classes) for part, images in {"train": 2, "val": 1, "test": 1, "all": 4}.items()}
+        expect(patch, each, sizes=counts)
+        layouts.tree(root / folder / own, classes, 10 if each == "medical/btmri" else 4)
+    if name == "medical/btmri":
+        layouts.listed(root / LIST, CLASSES[name])
+
+
+RUNS = [{"dataset": name} for name in sorted(CLASSES, reverse=True)]
+RUNS += [
+    {"dataset": name, "protocol": protocol, "targets": ", ".join(others)}
+    for protocol in ("cross-dataset", "domain generalisation")
+    for name, others in TARGETS.items()
+]
+RUNS += [{"dataset": "folder", "domain": "clip"}, {"dataset": "folder", "method": "zero-shot CLIP"}]
+
+
+def missing(root: Path) -> Path:
+    shutil.rmtree(path := root / "remote/RSSCN7/RSSCN7/Grass")
+    return path
+
+
+def listed(name: str = "medical/btmri", **parts: list):  # type: ignore[no-untyped-def]
+    """The list with other classes or entries."""
+
+    def damage(root: Path) -> Path:
+        return layouts.listed(root / LIST, CLASSES[name], **parts)
+
+    return damage
+
+
+def unreadable(root: Path) -> Path:
+    (path := root / "medical/BTMRI/BTMRI/glioma/7.jpg").write_bytes(path.read_bytes()[:300])
+    return path
+
+
+BTMRI = {"dataset": "medical/btmri"}
+FAULTS = {
+    "a missing class": Fault({"dataset": "remote/rsscn7"}, missing, "1 of 7"),
+    "a label out of range": Fault(BTMRI, listed(test=[["glioma/0.jpg", 4, "glioma"]]), "label 4 is not in"),
+    "an unreadable image": Fault(BTMRI, unreadable, "cannot read"),
+    "splits that overlap": Fault(BTMRI, listed(test=[["glioma/7.jpg", 0, "glioma"]]), "already in 'train'"),
+    "the list of another set": Fault(BTMRI, listed("medical/ccbtm"), "16 of 16 .* of split_cao_BTMRI.json"),
+}
