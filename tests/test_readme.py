@@ -1,4 +1,4 @@
-"""The README's examples on own data run unchanged, on small models, two steps and tiny generated folders."""
+"""The examples on own data run unchanged, on small models, two steps and generated folders; links lead somewhere."""
 
 from __future__ import annotations
 
@@ -22,10 +22,13 @@ from companion.training import fit
 from tests.small import small_pipe
 from tests.test_saving import picture
 
-README = Path(__file__).parents[1] / "README.md"
-SECTION = README.read_text(encoding="utf-8").partition("## Your own data")[2].partition("\n## ")[0]
-IMPORTS = re.search(r"```python\n(.*?)```", SECTION, re.S)[1]
-EXAMPLES = dict(re.findall(r"(?:\n`|<code>)(\w+)(?:`|</code>): .*?```python\n(.*?)```", SECTION, re.S))
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "site" / "docs" / "own_data.md").read_text(encoding="utf-8")
+IMPORTS = re.search(r"```python\n(.*?)```", PAGE, re.S)[1]
+EXAMPLES = dict(re.findall(r"\n## `(\w+)`: .*?```python\n(.*?)```", PAGE, re.S))
+EXAMPLES = {slug: IMPORTS + code for slug, code in EXAMPLES.items()}
+EXAMPLES["README"] = re.search(r"```python\n(.*?)```", README, re.S)[1]
 
 
 def small(name: str, weights: str | Path = "pretrained", **options: Any) -> nn.Module:
@@ -129,6 +132,7 @@ def photographs() -> None:
 
 
 FOLDERS: dict[str, tuple[Callable[[], None], str]] = {
+    "README": (flowers, r"\[\{'(rose|tulip)': 0\.\d+, "),
     "sa2vp": (flowers, r"\[\{'(rose|tulip)': 0\.\d+, "),
     "dplq": (flowers, r"\[\{'(rose|tulip)': 0\.\d+, "),
     "promptpar": (people, r"\[\{'a pedestrian with a (hat|bag)': 0\.\d+, "),
@@ -189,7 +193,17 @@ def test_an_example_trains_saves_loads_and_predicts(
     monkeypatch.chdir(tmp_path)
     make()
     shrink(monkeypatch, paper)
-    exec(compile(IMPORTS + EXAMPLES[paper], f"README.md, {paper}", "exec"), {})
+    exec(compile(EXAMPLES[paper], f"own_data.md, {paper}", "exec"), {})
     assert re.match(prediction, capsys.readouterr().out)
     if paper == "tip":
         assert Image.open("new.png").size == Image.open("old.jpg").size
+
+
+def test_links_of_the_readme_lead_to_files_and_headings() -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", README)
+    assert len(links) > 20
+    for name, heading in links:
+        assert (ROOT / name).is_file(), name
+        if heading:
+            titles = re.findall(r"(?m)^#+ (.*)$", (ROOT / name).read_text(encoding="utf-8"))
+            assert heading in [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles], heading

@@ -1,13 +1,13 @@
 """Readers of ImageNet-1k, COCO's instances and ADE20K in their layouts, and errors of broken files."""
 
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from companion import data
 from companion.data.pretraining import instances, load, pictures, scenes
 from companion.data.pretraining_sets import ADE20K, COCO, IMAGENET
 from companion.errors import BadParameter, CorruptFile, MissingData
@@ -19,29 +19,31 @@ picture = partial(picture, size=(12, 8))
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
+    shrink(monkeypatch)
+
+
+def shrink(patch: pytest.MonkeyPatch) -> None:
+    """Four training images and a test image; two classes, of ADE20K all."""
     for name, classes in ((IMAGENET, 2), (COCO, 2), (ADE20K, 150)):
-        expect(monkeypatch, name, sizes={"train": 2, "test": 1}, classes=classes)
+        expect(patch, name, sizes={"train": 4, "test": 1}, classes=classes)
 
 
-def incomplete(monkeypatch, name: str, root) -> None:
-    """Another number of images than the published one is refused."""
-    expect(monkeypatch, name, sizes={"train": 3, "test": 1})
-    refused(MissingData, "2 images.* 3 ", load, name, root, "train")
-    assert data.status(name, root).state == "incomplete"
+def imagenet(root: Path) -> None:
+    for split, name, count in [("train", "n01", 2), ("train", "n02", 2), ("val", "n02", 1)]:
+        for i in range(count):
+            picture(root / "imagenet" / split / name / f"{name}_{i}.JPEG")
+    (root / "imagenet" / "val" / "n01").mkdir()
 
 
 def test_imagenet(tmp_path, monkeypatch):
-    for split, name in [("train", "n01"), ("train", "n02"), ("val", "n02")]:
-        picture(tmp_path / "imagenet" / split / name / f"{name}_1.JPEG")
-    (tmp_path / "imagenet" / "val" / "n01").mkdir()
+    imagenet(tmp_path)
     train, test = (load(IMAGENET, tmp_path, split) for split in ("train", "test"))
-    assert train.labels == [0, 1] and test.labels == [1] and train.class_names == ("n01", "n02")
+    assert train.labels == [0, 0, 1, 1] and test.labels == [1] and train.class_names == ("n01", "n02")
     assert train[0][0].shape == (3, 8, 12) and train[0][0].dtype == torch.float32
     small = load(IMAGENET, tmp_path, "train", lambda picture: torch.tensor(picture.size))
-    assert small[0][0].tolist() == [12, 8] and data.status(IMAGENET, tmp_path).state == "present"
+    assert small[0][0].tolist() == [12, 8]
     refused(BadParameter, "val", load, IMAGENET, tmp_path, "val")
     refused(BadParameter, "transform", load, COCO, tmp_path, "train", lambda x: x)
-    incomplete(monkeypatch, IMAGENET, tmp_path)
     expect(monkeypatch, IMAGENET, classes=3)
     refused(MissingData, "2 class folders, 3", load, IMAGENET, tmp_path, "train")
 
@@ -51,10 +53,10 @@ def annotation(number, image, category, segmentation, box=(1, 2, 4, 3), **more):
     return ids | {"bbox": list(box), "area": 12, "iscrowd": 0, "segmentation": segmentation} | more
 
 
-def test_coco(tmp_path, monkeypatch):
+def coco(root: Path) -> None:
+    """In the first image of a split polygons, run lengths, a crowd and a box without width; in others nothing."""
     square, runs = [[1, 2, 5, 2, 5, 5, 1, 5]], {"size": [8, 12], "counts": [0, 8, 88]}  # the second: the first column
-    folder = tmp_path / "coco"
-    for split, numbers in (("train", [1, 2]), ("val", [3])):
+    for split, numbers in (("train", [1, 2, 4, 5]), ("val", [3])):
         found = [
             annotation(1, numbers[0], 7, square),
             annotation(2, numbers[0], 3, runs, (0, 0, 1, 8)),
@@ -64,9 +66,14 @@ def test_coco(tmp_path, monkeypatch):
         listed = [{"id": i, "file_name": f"{i}.jpg", "width": 12, "height": 8} for i in numbers]
         categories = [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}]
         for i in numbers:
-            picture(folder / f"{split}2017" / f"{i}.jpg")
+            picture(root / "coco" / f"{split}2017" / f"{i}.jpg")
         content = {"images": listed, "annotations": found, "categories": categories}
-        write_json(folder / f"annotations/instances_{split}2017.json", content)
+        write_json(root / f"coco/annotations/instances_{split}2017.json", content)
+
+
+def test_coco(tmp_path, monkeypatch):
+    coco(tmp_path)
+    folder = tmp_path / "coco"
     train = load(COCO, tmp_path, "train")
     image, target = train[0]
     assert image.dtype == torch.uint8 and image.shape == (3, 8, 12)
@@ -77,37 +84,38 @@ def test_coco(tmp_path, monkeypatch):
     assert torch.equal(target["masks"], expected)
     assert train[1][1]["boxes"].shape == (0, 4) and train[1][1]["masks"].shape == (0, 8, 12)
     file = folder / "annotations/instances_val2017.json"
-    assert len(instances(file, folder / "val2017")) == 1 and data.status(COCO, tmp_path).state == "present"
+    assert len(instances(file, folder / "val2017")) == 1
     whole = read_json(file)
-    for shape in ("somewhere", {"size": [8, 12]}, {"size": [8, 13], "counts": [0, 104]}):
+    for shape in ({"size": [8, 12]}, {"size": [8, 13], "counts": [0, 104]}):
         write_json(file, whole | {"annotations": [annotation(5, 3, 3, shape)]})
         refused(CorruptFile, r"instances_val2017\.json: annotation 5", lambda: load(COCO, tmp_path, "test")[0])
-    (folder / "train2017/2.jpg").unlink()
-    assert "2.jpg" in data.status(COCO, tmp_path).detail
-    incomplete(monkeypatch, COCO, tmp_path)
 
 
-def test_ade20k(tmp_path, monkeypatch):
-    folder = tmp_path / "ade/ADEChallengeData2016"
-    truth = np.zeros((8, 12), np.uint8)
+def ade20k(root: Path) -> Path:
+    """The first line has the first class, the second the last one."""
+    folder, truth = root / "ade/ADEChallengeData2016", np.zeros((8, 12), np.uint8)
     truth[0], truth[1] = 1, 150
-    for split, names in (("training", "ab"), ("validation", "c")):
+    for split, names in (("training", "abde"), ("validation", "c")):
         (folder / "annotations" / split).mkdir(parents=True)
         for name in names:
             picture(folder / "images" / split / f"{name}.jpg")
             Image.fromarray(truth).save(folder / "annotations" / split / f"{name}.png")
+    return folder
+
+
+def test_ade20k(tmp_path):
+    folder = ade20k(tmp_path)
     train = load(ADE20K, tmp_path, "train")
     image, found = train[0]
-    assert len(train) == 2 and image.shape == (3, 8, 12) and found.dtype == torch.int64
-    assert found[:, 0].tolist() == [0, 149, *[255] * 6] and data.status(ADE20K, tmp_path).state == "present"
+    assert len(train) == 4 and image.shape == (3, 8, 12) and found.dtype == torch.int64
+    assert found[:, 0].tolist() == [0, 149, *[255] * 6]
     own = scenes(folder, "validation", 150)
     assert own[0][1].unique().tolist() == [0, 149, 255]
     marked = folder / "annotations/training/a.png"
-    for wrong in (np.full((8, 12), 151), np.zeros((8, 12, 3)), np.zeros((8, 11))):
-        Image.fromarray(wrong.astype(np.uint8)).save(marked)
-        refused(CorruptFile, r"a\.png", lambda: train[0])
+    Image.fromarray(np.zeros((8, 12, 3), np.uint8)).save(marked)
+    refused(CorruptFile, r"a\.png", lambda: train[0])
     marked.unlink()
-    refused(MissingData, r"1 of 2 .*a\.png", load, ADE20K, tmp_path, "train")
+    refused(MissingData, r"1 of 4 .*a\.png", load, ADE20K, tmp_path, "train")
 
 
 def test_own_images_of_all_formats_that_are_decoded(tmp_path):

@@ -37,7 +37,14 @@ def _given(task: str, **changes: Any) -> SimpleNamespace:
     """The parameters of a run on the CPU; as a dry run, whose loaders start no processes and which needs no files."""
     dataset = SETS.get(task, "xrays/chestx-ray14")
     usual = {"profile": "paper", "task": task, "dataset": dataset, "labels": "100", "encoder": "ECAMP", "seed": 0}
-    hardware = {"dry_run": True, "accelerator": "cpu", "devices": 1, "precision": "32-true"}
+    hardware = {
+        "data_root": "nowhere",
+        "weights": "",
+        "dry_run": True,
+        "accelerator": "cpu",
+        "devices": 1,
+        "precision": "32-true",
+    }
     return SimpleNamespace(**usual | hardware | changes)
 
 

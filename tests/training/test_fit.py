@@ -14,8 +14,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 
+from companion.data import spaced
 from companion.errors import CompanionError, CorruptFile
 from companion.ops.papers import paper, slugs
+from companion.training import recipe
 from companion.training.callbacks import EMA, Callback, ClipNorm, ClipValue, EarlyStop, Lookahead, ema_copy
 from companion.training.checkpoints import Checkpoint, trained_state
 from companion.training.fit import CPU, PRECISIONS, Hardware, device, fit, launcher, predict
@@ -511,3 +513,20 @@ def test_the_precision_of_the_authors_is_that_of_the_paper_profile_on_a_gpu(monk
         assert authors == Hardware("auto", 2, paper(slug)["precision"], 0) and authors.precision in PRECISIONS
     assert used(profile="pocket").precision == used(accelerator="cpu").precision == "32-true"
     assert used(precision="bf16-mixed").precision == "bf16-mixed"
+
+
+def test_a_dry_run_takes_two_steps_whose_micro_batches_are_those_of_the_training():
+    sizes = []
+
+    def loss(model, batch):
+        sizes.append(len(batch[0]))
+        return squared(model, batch)
+
+    hardware = Hardware("cpu", accumulate=8)
+    options = {"epochs": 90, "batch": 64, "optimizer": adamw(1e-2), "hardware": hardware, "last": "train"}
+    for images, expected in ((64, [8] * 8), (9, [4, 4])):
+        data = TensorDataset(*(t[:images] for t in pairs().tensors))
+        recipe.run(recipe.Training("a", noisy_model, loss, lambda data=data: data, options, dry_run=True))
+        assert sizes == expected
+        sizes.clear()
+    assert spaced(5, 8) == [0, 1, 2, 3, 4] and spaced(100, 3)[::2] == [0, 99]

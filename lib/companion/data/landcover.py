@@ -165,6 +165,11 @@ class LandCover(Parts, Dataset):
         """The file of an item."""
         return self.pictures[index if self.windows is None else self.windows[index][0]]
 
+    @property
+    def sources(self) -> list[str]:
+        """The image file of each item."""
+        return [str(self.picture(i).image) for i in range(len(self))]
+
     def where(self, keep: Sequence[bool]) -> LandCover:
         """The items for which `keep` is true, such as those of some zones; raises `BadParameter` when none is left."""
         if len(keep) != len(self) or not any(keep):

@@ -3,8 +3,8 @@
 A notebook is rewritten only if its run was clean: every cell ran, nothing was written to stderr, no output contains a
 path of this machine, and the file is smaller than `LIMIT`. Its tables, claims and run record then replace those in
 `reports/pocket/<slug>/`, its figure named `figure` in the paper's YAML becomes `notebooks/figures/<slug>.jpg`, which
-first screens and `notebooks/README.md` show, and the README's tables are updated. With `--check` nothing is run: the
-notebooks on disk must follow these rules.
+first screens and `notebooks/README.md` show, and the README's tables and its figure, `notebooks/figures/all.jpg`, are
+updated. With `--check` nothing is run: the notebooks on disk must follow these rules.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ import tempfile
 import time
 from pathlib import Path
 
+import matplotlib
 import nbformat
-import PIL.Image
 from nbclient.exceptions import DeadKernelError
 from papermill import PapermillExecutionError, execute_notebook
+from PIL import Image, ImageDraw, ImageFont
 
 from ..errors import CompanionError
 from ..evaluation.claims import KINDS, counts
@@ -32,6 +33,25 @@ from .papers import paper, slugs
 from .record import root
 
 WIDE = 1600  # pixels of a figure of a first screen
+# the README's figure by rows: of each paper a part of its figure (left, top, right, bottom in pixels) and a caption
+MONTAGE: list[dict[str, tuple[tuple[int, int, int, int], str]]] = [
+    {
+        "sa2vp": ((182, 54, 1009, 865), "SA²VP: photographs, attention by method"),
+        "dmt": ((277, 45, 950, 704), "DMT: two teachers, their student"),
+        "hvit": ((56, 84, 875, 811), "H-ViT: tissue, attention of patches"),
+    },
+    {
+        "bat": ((495, 81, 914, 507), "BAT (synthetic)"),
+        "dplq": ((710, 122, 1191, 595), "DPLQ (synthetic)"),
+        "promptpar": ((575, 44, 1065, 482), "PromptPAR (synthetic)"),
+        "sic_cads": ((172, 92, 860, 697), "SIC-CADS (synthetic)"),
+    },
+    {
+        "metasegnet": ((195, 110, 1089, 599), "MetaSegNet (synthetic)"),
+        "tip": ((173, 113, 1111, 806), "TIP (synthetic)"),
+        "ecamp": ((40, 0, 1280, 405), "ECAMP: findings in 3,927 real reports"),
+    },
+]
 LIMIT = 1_000_000  # bytes; GitHub does not render larger notebooks
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 ABSOLUTE_PATH = re.compile(r"""(?:^|(?<=[\s'"(]))(?:/[\w.~-]+/[\w./~-]+|[A-Za-z]:\\[\w.\\-]+)""", re.MULTILINE)
@@ -129,21 +149,41 @@ def problems(notebook: nbformat.NotebookNode) -> list[str]:
 
 def write_figure(figure: Path, slug: str) -> None:
     """Write a figure of a run as that of the paper's first screen, at most `WIDE` pixels wide."""
-    with PIL.Image.open(figure) as image:
+    with Image.open(figure) as image:
         small = image.convert("RGB")
-    small.thumbnail((WIDE, WIDE), PIL.Image.Resampling.LANCZOS)
+    small.thumbnail((WIDE, WIDE), Image.Resampling.LANCZOS)
     with atomic(root() / "notebooks" / "figures" / f"{slug}.jpg") as temporary:
         small.save(temporary, "jpeg", quality=85, optimize=True)
 
 
+def montage(gap: int = 48, line: int = 48) -> Image.Image:
+    """The README's figure: parts of the ten papers' figures by the rows of `MONTAGE`, each row as wide as `WIDE`.
+
+    Captions have `line` pixels below each row.
+    """
+    font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), 22)
+    whole, top = Image.new("RGB", (WIDE, 4 * WIDE), "white"), 0
+    for row in MONTAGE:
+        parts = {slug: Image.open(root() / "notebooks" / "figures" / f"{slug}.jpg").crop(row[slug][0]) for slug in row}
+        room = WIDE - gap * (len(row) - 1)
+        height, left = round(room / sum(part.width / part.height for part in parts.values())), 0
+        for slug, part in parts.items():
+            width = round(height * part.width / part.height)
+            whole.paste(part.resize((width, height), Image.Resampling.LANCZOS), (left, top))
+            ImageDraw.Draw(whole).text((left, top + height + 6), row[slug][1], fill="#333333", font=font)
+            left += width + gap
+        top += height + line
+    return whole.crop((0, 0, WIDE, top))
+
+
 def papers_table() -> str:
-    """The notebook, the method and one finding of each paper, as a Markdown table."""
-    lines = ["| notebook | method | what we found |", "| --- | --- | --- |"]
+    """The notebook with its method, and one finding of each paper, as a Markdown table."""
+    lines = ["| notebook | what we found |", "| --- | --- |"]
     for slug in slugs():
         facts = paper(slug)
         method = facts["method"] + (", **reconstruction**" if facts.get("reconstruction") else "")
         link = f"[paper](https://arxiv.org/abs/{facts['arxiv']})"
-        lines.append(f"| [`{slug}`](notebooks/{slug}.ipynb) | {method} ({link}) | {facts['headline']} |")
+        lines.append(f"| [`{slug}`](notebooks/{slug}.ipynb): {method} ({link}) | {facts['headline']} |")
     return "\n".join(lines)
 
 
@@ -163,7 +203,7 @@ def index_table() -> str:
 def claims_table() -> str:
     """How many claims of each kind hold in the committed records, per paper and in total, and the seeds of the
     study."""
-    lines = ["| paper | " + " | ".join(f"{kind}s" for kind in KINDS) + " | seeds of the study |"]
+    lines = ["| paper | " + " | ".join(f"{kind}s" for kind in KINDS) + " | seeds of selection; of the test |"]
     lines.append("| --- " * (2 + len(KINDS)) + "|")
     everything: list[dict] = []
     for slug in slugs():
@@ -171,11 +211,16 @@ def claims_table() -> str:
             read_json(root() / "reports" / "pocket" / slug / f"{name}.json") for name in ("claims", "study")
         )
         everything += ledger
-        chosen, tested = (", ".join(map(str, study[key])) for key in ("selection_seeds", "seeds"))
-        said = f"selected on {chosen}; tested on {tested}"
+        said = "; ".join(span(study[key]) for key in ("selection_seeds", "seeds"))
         lines.append(f"| `{slug}` | {' | '.join(counts(ledger).values())} | {said} |")
     lines.append(f"| **all** | {' | '.join(counts(everything).values())} | |")
     return "\n".join(lines)
+
+
+def span(seeds: list[int]) -> str:
+    """`200 to 209` for consecutive seeds, otherwise all of them."""
+    first, last = seeds[0], seeds[-1]
+    return f"{first} to {last}" if seeds == list(range(first, last + 1)) else ", ".join(map(str, seeds))
 
 
 def main(words: list[str] | None = None) -> int:
@@ -211,6 +256,9 @@ def main(words: list[str] | None = None) -> int:
         for mark, (path, table) in (tables | {"notebooks": (index, index_table)}).items():
             if path.exists():
                 write_between(path, mark, table())
+        if all((root() / "notebooks" / "figures" / f"{slug}.jpg").exists() for slug in slugs()):
+            with atomic(root() / "notebooks" / "figures" / "all.jpg") as temporary:
+                montage().save(temporary, "jpeg", quality=82, optimize=True)
     return int(failed > 0)
 
 

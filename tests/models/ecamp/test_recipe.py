@@ -2,7 +2,6 @@
 
 import copy
 import functools
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,11 +13,9 @@ from timm.models.vision_transformer import VisionTransformer
 
 from companion import backbones
 from companion.data import xrays
-from companion.errors import BadCheckpoint, MissingData, MissingWeights
+from companion.errors import BadCheckpoint, MissingWeights
 from companion.evaluation.claims import judge_measured
-from companion.models.ecamp import model as ecamp
 from companion.models.ecamp import recipe
-from companion.models.ecamp.text import Pairs
 from companion.ops.papers import paper
 from companion.training.recipe import run
 from tests.conftest import parameters
@@ -73,9 +70,9 @@ def test_pairs_of_mimic_and_of_ones_own_folder(tmp_path, reports, small):
         return recipe.pretraining(p, tmp_path).data()
 
     item = pairs()[0]
-    assert item.images.shape == (3, 448, 448) and item.ids.shape == (256,) and item.window.tolist() == [1, 1]
-    assert not torch.equal(item.weights, torch.ones(256))
-    assert torch.equal(pairs("ECAMP, no re-balancing")[0].weights, torch.ones(256))
+    assert item.images.shape == (3, 448, 448) and item.ids.shape == (16,) and item.window.tolist() == [1, 1]
+    assert not torch.equal(item.weights, torch.ones(16))
+    assert torch.equal(pairs("ECAMP, no re-balancing")[0].weights, torch.ones(16))
     (reports / "mimic-cxr-2.0.0-entity-llm.csv").rename(reports / "pretrain.csv")
     own = {"dataset": "folder", "data_root": str(reports)}
     # learned again from the same reports, the pieces have other ids: no checkpoint would fit
@@ -87,10 +84,7 @@ def test_a_pre_trained_encoder_starts_a_downstream_task(tmp_path, monkeypatch, r
     """From a MAE file to the file of the trained model, and to the encoder of a task."""
     own_encoder = recipe.encoder
     shrink("ecamp", monkeypatch)
-    text = replace(ecamp.SIZES["paper"]["text"], length=16)
-    monkeypatch.setitem(ecamp.SIZES, "paper", ecamp.SIZES["paper"] | {"text": text})
     monkeypatch.setattr(recipe, "pretraining_learning_rates", lambda images, r: np.full(2, 1e-3))
-    monkeypatch.setattr(recipe, "Pairs", functools.partial(Pairs, length=16))
     torch.manual_seed(0)
     mae = VisionTransformer(img_size=224, embed_dim=48, depth=1, num_heads=2, num_classes=0, global_pool="")
     torch.save({"model": mae.state_dict()}, tmp_path / "mae.pth")
@@ -116,33 +110,18 @@ def test_a_pre_trained_encoder_starts_a_downstream_task(tmp_path, monkeypatch, r
 
 
 @pytest.mark.parametrize(
-    ("task", "dataset", "encoder", "frozen", "metric"),
+    ("task", "dataset", "encoder", "frozen"),
     [
-        ("fine-tune", "xrays/chestx-ray14", "MRM", False, "AUROC"),
-        ("linear probe", "xrays/covidx", "MRM", True, "accuracy"),
-        ("segment", "fundus/riga", "ECAMP", True, "Dice (plain)"),
-        ("segment", "fundus/riga", "random", False, "Dice (plain)"),
-        ("detect", "xrays/rsna", "random", True, "mAP (plain)"),
+        ("fine-tune", "xrays/rsna", "MRM", False),
+        ("linear probe", "xrays/rsna", "MRM", True),
+        ("segment", "fundus/riga", "ECAMP", True),
+        ("segment", "fundus/riga", "random", False),
+        ("detect", "xrays/rsna", "random", True),
     ],
 )
-def test_a_dry_run_of_each_task(task, dataset, encoder, frozen, metric, small):
-    """The authors freeze the encoder of segmentation and detection, but train a random one on RIGA."""
-    p = given(task=task, dataset=dataset, encoder=encoder, dry_run=True, protocol="plain")
-    training, data = recipe.downstream(p)
-    model, history = run(training)
-    assert recipe.metric(p) == metric and len(history) == 2
-    assert any(not t.requires_grad for t in model.parameters()) == frozen
-    assert 0 <= recipe.evaluate(p, model, data["test"]) <= 100 and not model.training
-
-
-def test_a_dry_run_takes_two_steps_of_every_task_and_writes_nothing(tmp_path, monkeypatch, small):
-    text = replace(ecamp.SIZES["paper"]["text"], length=16)
-    monkeypatch.setitem(ecamp.SIZES, "paper", ecamp.SIZES["paper"] | {"text": text})
-    monkeypatch.setattr(recipe, "Pairs", functools.partial(Pairs, length=16))
-    done = recipe.run(pretraining(dataset="xrays/mimic-cxr", dry_run=True, devices=2), tmp_path)
-    assert done.table.steps.tolist() == [2] * 5 and done.table.metric[0] == "last loss"
-    assert np.isfinite(done.model(done.batch).total.item()) and not done.model.training
-    assert not list(tmp_path.iterdir())
+def test_the_encoder_is_frozen_where_the_authors_freeze_it(task, dataset, encoder, frozen, small):
+    model = recipe.head(given(task=task, dataset=dataset, encoder=encoder))
+    assert all(t.requires_grad for t in model.parameters()) != frozen
 
 
 @pytest.mark.parametrize(("protocol", "expected"), [("released", np.nan), ("plain", 0.0)])
@@ -184,10 +163,9 @@ def test_what_cannot_be_run_is_refused(tmp_path, monkeypatch):
         (downstream(task="segment"), "fundus/riga"),
         (downstream(dataset="xrays/mimic-cxr"), "xrays/chexpert"),
         (downstream(devices=2), "2"),
-        (lambda: recipe.pretraining(given(dataset="xrays/rsna", dry_run=True), tmp_path), "xrays/mimic-cxr"),
+        (lambda: recipe.pretraining(given(dataset="xrays/rsna"), tmp_path), "xrays/mimic-cxr"),
         (lambda: recipe.downstream_recipe("fine-tune", "fundus/odir", "10"), "CheXpert"),
     )
-    refuses((downstream(data_root=str(tmp_path)), "COVIDx"), error=MissingData)
     weights = functools.partial(recipe.encoder, given(encoder="ECAMP", data_root=str(tmp_path)))
     refuses((weights, r"ECAMP_ViT_Base_16\.pth"), error=MissingWeights)
     ours, theirs = (recipe.downstream_recipe("fine-tune", f"xrays/{n}", "10") for n in ("chestmnist", "chestx-ray14"))

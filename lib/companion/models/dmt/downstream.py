@@ -65,7 +65,7 @@ def layer_decayed(
     has the full learning rate; [CLS] token, positions, vectors and biases have no weight decay.
 
     Args:
-        rates: the full learning rate at each step, (steps,).
+        rates: the full learning rate at each step, (steps,); a dry run has the first ones.
         encoder: where the ViT is in the model, such as "backbone.vit."; "" for the model itself.
     """
     stem, blocks = rf"^{encoder}(?:cls_token|pos_embed|patch_embed)", [(rf"^{encoder}blocks\.(\d+)", None)]
@@ -80,7 +80,7 @@ def layer_decayed(
 
     return {
         "optimizer": adamw(peak, weight_decay, groups=groups),
-        "schedule": lambda base, steps, per_epoch: rates * (base / peak),
+        "schedule": lambda base, steps, per_epoch: rates[:steps] * (base / peak),
     }
 
 

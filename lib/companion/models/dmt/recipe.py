@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 from torchvision.transforms import InterpolationMode, v2
 
-from ...data import find, pretraining
+from ...data import few, find, present, pretraining
 from ...data.pretraining_sets import ADE20K, COCO, IMAGENET
 from ...errors import BadParameter, MissingWeights
 from ...evaluation.metrics import detection, landcover
@@ -29,7 +29,7 @@ from ...ops import papers
 from ...ops.progress import progress
 from ...training import checkpoints
 from ...training.fit import Hardware, Loss, RunParameters, apart, device, evaluating, predict
-from ...training.recipe import Training
+from ...training.recipe import Training, dry_items
 from ...training.recipe import run as train
 from ...training.schedules import adamw, learning_rates, schedule, sgd
 from . import cache as dmt_cache
@@ -48,7 +48,6 @@ CLASSES = {"fine-tune": 1000, "linear probe": 1000, "detect": 80, "segment": 150
 CROP = (0.2, 1.0)  # share of an image's area in a crop of distillation
 DROPS = (163_889, 177_546)  # of 184,375 steps, those at which a detector's learning rate falls to a tenth
 TEST_BATCH = 8  # images per batch of a detector's test
-DRY_BATCH = 2
 # choices of the reconstruction, with their defaults; cached: one fixed crop of each image in all epochs
 CHOICES = {"target_norm": "channel", "losses": "token and map", "mask_ratio": 0.75, "cached": False}
 DISTILLED = ("student", "teachers", *CHOICES)  # the parameters that a student's file records
@@ -93,30 +92,28 @@ def run(p: Parameters, out: Path) -> Result:
     """Train `p.task`, and test a downstream one: its scores become rows of `out`/measured.csv.
 
     A stopped training resumes from `out`/checkpoints, the final weights are in `out`/trained. A dry run takes two steps
-    of every task, and writes nothing.
+    on a few images of the dataset, or of every task on generated ones where it is not below `data_root`.
 
     Raises `BadParameter`, `MissingData`, `MissingWeights`, `BadCheckpoint`: with the change or download needed.
     """
-    folder, titles, rows = None if p.dry_run else out, [], []
-    student, taught_by = None, {}
-    for task in USUAL if p.dry_run else [p.task]:
-        chosen: Any = SimpleNamespace(**vars(p) | {"task": task})
+    titles, rows, student, taught_by = [], [], None, {}
+    real = not p.dry_run or present(p.dataset or USUAL[p.task], p.data_root)
+    for task in [p.task] if real else USUAL:
+        chosen: Any = SimpleNamespace(**vars(p) | {"task": task, "dataset": p.dataset if task == p.task else ""})
         if task == "distil":
-            title, training = distillation(chosen, out)
-            model, history = train(training, folder)
+            title, training = distillation(chosen, out, real)
+            model, history = train(training, out)
             # a model whose teachers' tokens are cached has none
             student, taught_by = model.export(), dict((model.teachers or teachers(p)).models.items())
-            title += f"; the student is {student_file(training, out)}" if folder else ""
+            title += f"; the student is {student_file(training, out)}"
             scores = {"last loss": history[-1]["loss"]}
         else:
-            work = downstream(chosen)
-            model, history = train(work.training, folder)
+            work = downstream(chosen, real)
+            model, history = train(work.training, out)
             title, scores = work.title, work.score(model)
-            if folder:
-                settings = {name: getattr(chosen, name) for name in ("task", "encoder", "seed", *DISTILLED)}
-                RESULTS.measured(
-                    out / "measured.csv", *(settings | {"metric": m, "score": s} for m, s in scores.items())
-                )
+            settings = {name: getattr(chosen, name) for name in ("task", "encoder", "seed", *DISTILLED)}
+            new = (settings | {"metric": metric, "score": score} for metric, score in scores.items())
+            RESULTS.measured(out / "measured.csv", *new, dry_run=p.dry_run)
         titles.append(title)
         rows += [(task, len(history), metric, value) for metric, value in scores.items()]
     return Result(
@@ -154,13 +151,19 @@ def _facts(p: Parameters) -> dict[str, Any]:
 
 
 def released(p: Parameters, name: str) -> ViT:
-    """A teacher of the parameters: from its file, from the cache, or random in a dry run without a file."""
+    """A teacher of the parameters: from its file or the cache, without which a dry run's is random."""
     entries = [entry.partition("=") for entry in p.teacher_files.split(",") if entry.strip()]
     files = {key.strip(): path.strip() for key, _, path in entries}
     if unused := files.keys() - p.teachers.split(", "):
         raise BadParameter("teacher_files", sorted(unused), f"name=file, the name one of {p.teachers} (`teachers`)")
     torch.manual_seed(p.seed + zlib.crc32(name.encode()))  # random teachers differ from each other
-    return dmt_teachers.released(name, files.get(name, "random" if p.dry_run else "pretrained"))
+    try:
+        return dmt_teachers.released(name, files.get(name, "pretrained"))
+    except MissingWeights:
+        if not p.dry_run:
+            raise
+        print(f"{name}: its weights are not here; random ones in this dry run")
+        return dmt_teachers.released(name, "random")
 
 
 def teachers(p: Parameters) -> Teachers:
@@ -184,26 +187,29 @@ def build(p: Parameters, taught_by: Teachers) -> DMT:
     )
 
 
-def distillation(p: Parameters, out: Path) -> tuple[str, Training]:
+def distillation(p: Parameters, out: Path, real: bool = True) -> tuple[str, Training]:
     """The data's title, and the training of the notebook's parameters; cached tokens are below `out`.
+
+    A dry run has a micro-batch for each of its two steps, of generated images unless `real`.
 
     Raises `BadParameter`, `MissingData`, `MissingWeights`: with the change or download needed.
     """
     taught_by, facts, dataset = teachers(p), _facts(p), p.dataset or IMAGENET
-    if p.dry_run:
-        generator = torch.Generator().manual_seed(p.seed)
-        images: Any = TensorDataset(torch.rand(DRY_BATCH * p.devices, 3, 224, 224, generator=generator))
-        title = "generated images, random teachers without a file (dry run: losses mean nothing)"
+    if dataset not in (IMAGENET, "folder"):
+        raise BadParameter("dataset", dataset, [IMAGENET, "folder"])
+    count = dry_items(p, MICRO_BATCH * p.devices)
+    if not real:
+        images: Any = _generated(p, count, p.seed)
+    elif dataset == "folder":  # at any depth, no label is needed; its images may change between runs
+        images = pretraining.pictures(p.data_root)
+        facts["images"] = [os.path.relpath(path, p.data_root) for path in images.sources]
     else:
-        if dataset == "folder":  # at any depth, no label is needed; its images may change between runs
-            images = pretraining.pictures(p.data_root)
-            facts["images"] = [os.path.relpath(path, p.data_root) for path in images.sources]
-        elif dataset == IMAGENET:
-            images = pretraining.load(dataset, p.data_root, "train")
-        else:
-            raise BadParameter("dataset", dataset, [IMAGENET, "folder"])
-        title = f"{dataset}, {len(images):,} images"
-        facts["models"] = taught_by
+        images = pretraining.load(dataset, p.data_root, "train")
+    title = f"{dataset}, {len(images):,} images" if real else f"generated images in place of {dataset}"
+    options = stage(p, len(images))
+    if p.dry_run and real:
+        images = few({"train": images}, count)["train"]
+    facts["models"] = taught_by
 
     def data() -> Dataset:
         if not p.cached:
@@ -222,10 +228,11 @@ def distillation(p: Parameters, out: Path) -> tuple[str, Training]:
         build=lambda: build(p, taught_by),
         loss=loss,
         data=data,
-        fit=stage(p, len(images)),
+        fit=options,
         facts=facts,
         weights=lambda model: model.student.to_official(),
         metadata=metadata,
+        dry_run=p.dry_run,
     )
 
 
@@ -239,7 +246,7 @@ def stage(p: Parameters, images: int) -> dict[str, Any]:
     batch = min(int(r["batch"]), max(images // p.devices, 1) * p.devices)
     scale = batch / r["batch"]
     return {
-        "epochs": 2 if p.dry_run else r["epochs"],
+        "epochs": r["epochs"],
         "batch": batch,
         "optimizer": adamw(r["lr"] * scale, r["weight_decay"], betas=(0.9, r["beta2"])),
         "schedule": schedule("cosine", r["warmup_epochs"] / r["epochs"], r["final_lr"] * scale),
@@ -324,8 +331,9 @@ def encoder(p: Parameters) -> ViT:
     return student
 
 
-def downstream(p: Parameters) -> Downstream:
-    """The task of the parameters `task`, `dataset`, `encoder`, `student` and `weights`.
+def downstream(p: Parameters, real: bool = True) -> Downstream:
+    """The task of the parameters `task`, `dataset`, `encoder`, `student` and `weights`; in a dry run on a few images,
+    generated ones unless `real`.
 
     Raises `BadParameter`, `MissingData`, `MissingWeights`, `BadCheckpoint`: with the change or download needed.
     """
@@ -333,20 +341,29 @@ def downstream(p: Parameters) -> Downstream:
     if p.dataset not in ("", dataset):
         raise BadParameter("dataset", p.dataset, [dataset, "empty"])
     r, title = published(p.task), f"{p.task} on {dataset}, {p.encoder} encoder"
-    if p.dry_run:
-        r |= {"steps": 2, "warmup_steps": 0, "epochs": 1, "warmup_epochs": 0}
-        r["batch"] = p.devices * (1 if p.task == "detect" else DRY_BATCH)
-        title = f"{p.task}, generated images in the shape of {dataset} (dry run: scores mean nothing)"
-    return Downstream(title, *TASKS[p.task](p, r))
+    title += "" if real else ", generated images in its place"
+    return Downstream(title, *TASKS[p.task](p, r, *splits(p, dry_items(p, int(r["batch"])), real)))
+
+
+def splits(p: Parameters, count: int, real: bool) -> list[Any]:
+    """The splits "train" and "test" of a task; in a dry run `count` images of each, generated ones unless `real`."""
+    if not real:
+        return [_generated(p, count, p.seed + i) for i in range(2)]
+    dataset, augments = USUAL[p.task], p.task == "fine-tune"
+    test = down.test_transform() if dataset == IMAGENET else None
+    found = {
+        "train": pretraining.load(dataset, p.data_root, "train", down.train_transform() if augments else test),
+        "test": pretraining.load(dataset, p.data_root, "test", test),
+    }
+    return list((few(found, count) if p.dry_run else found).values())
 
 
 Task = tuple[Training, Callable[[nn.Module], dict[str, float]]]
 """A training, and the scores of its model."""
 
 
-def _fine_tuning(p: Parameters, r: Mapping[str, float]) -> Task:
-    data, test = _images(p, "train", down.train_transform()), _images(p, "test", down.test_transform())
-    start, classes, per_epoch = encoder(p), CLASSES["fine-tune"], len(data) // int(r["batch"])
+def _fine_tuning(p: Parameters, r: Mapping[str, float], data: Any, test: Any) -> Task:
+    start, classes, per_epoch = encoder(p), CLASSES["fine-tune"], max(len(data) // int(r["batch"]), 1)
     rates = learning_rates(
         "cosine", r["lr"], int(r["epochs"]) * per_epoch, int(r["warmup_epochs"]) * per_epoch, r["final_lr"]
     )
@@ -358,9 +375,8 @@ def _fine_tuning(p: Parameters, r: Mapping[str, float]) -> Task:
     return _training(p, model, down.mixed_loss(classes), lambda: data, options), lambda model: _top1(p, model, test)
 
 
-def _probing(p: Parameters, r: Mapping[str, float]) -> Task:
+def _probing(p: Parameters, r: Mapping[str, float], data: Any, test: Any) -> Task:
     """Features are computed once, of whole images without augmentation; the probe is trained on one device."""
-    data, test = (_images(p, split, down.test_transform()) for split in ("train", "test"))
     features = down.Features(encoder(p))
 
     def model() -> nn.Module:
@@ -381,8 +397,8 @@ def _probing(p: Parameters, r: Mapping[str, float]) -> Task:
     return whole, lambda model: _top1(p, nn.Sequential(features, model), test)
 
 
-def _detection(p: Parameters, r: Mapping[str, float]) -> Task:
-    size, (data, test), start = SIZES["detect"], _scenes(p, r, COCO), encoder(p)
+def _detection(p: Parameters, r: Mapping[str, float], data: Any, test: Any) -> Task:
+    size, start = SIZES["detect"], encoder(p)
     step = np.arange(int(r["steps"]))
     # x 0.1 twice, and a linear warm-up, as in the script
     rates = r["lr"] * np.array([1.0, 0.1, 0.01])[np.searchsorted(DROPS, step, "right")]
@@ -400,8 +416,8 @@ def _detection(p: Parameters, r: Mapping[str, float]) -> Task:
     return _training(p, model, down.detection_loss, lambda: down.Crops(data, size), options), score
 
 
-def _segmentation(p: Parameters, r: Mapping[str, float]) -> Task:
-    size, classes, (data, test), start = SIZES["segment"], CLASSES["segment"], _scenes(p, r, ADE20K), encoder(p)
+def _segmentation(p: Parameters, r: Mapping[str, float], data: Any, test: Any) -> Task:
+    size, classes, start = SIZES["segment"], CLASSES["segment"], encoder(p)
     layers = [len(start.blocks) * i // 12 - 1 for i in (4, 6, 8, 12)]
     rates = learning_rates("linear", r["lr"], int(r["steps"]), int(r["warmup_steps"]), r["final_lr"])
 
@@ -443,7 +459,11 @@ def _layer_decayed(
         encoder: where it is in the model, see `downstream.layer_decayed`.
     """
     batch = int(r["batch"])
-    steps = {"epochs": len(rates) / (len(data) // batch), "batch": batch, "hardware": _hardware(p, batch, micro_batch)}
+    steps = {
+        "epochs": len(rates) / max(len(data) // batch, 1),
+        "batch": batch,
+        "hardware": _hardware(p, batch, micro_batch),
+    }
     return down.layer_decayed(rates, encoder, r["layer_decay"], r["weight_decay"]) | steps
 
 
@@ -459,14 +479,7 @@ def _training(
     facts = _facts(p) | {"task": p.task, "encoder": p.encoder, "weights": p.weights}
     name = f"{p.task}, seed {p.seed}, {checkpoints.checkpoint_key(**facts)}"
     fit = {"seed": p.seed, "name": p.task, **options}
-    return Training(name, build, loss, data, fit, facts, weights=lambda model: model.state_dict())
-
-
-def _images(p: Parameters, split: str, transform: Callable) -> Any:
-    if not p.dry_run:
-        return pretraining.load(IMAGENET, p.data_root, split, transform)
-    count, generator = 2 * DRY_BATCH * p.devices, torch.Generator().manual_seed(p.seed + (split == "test"))
-    return TensorDataset(torch.randn(count, 3, 224, 224, generator=generator), torch.arange(count))
+    return Training(name, build, loss, data, fit, facts, lambda model: model.state_dict(), dry_run=p.dry_run)
 
 
 def _labels(data: Any) -> Tensor:
@@ -478,18 +491,15 @@ def _top1(p: Parameters, model: nn.Module, data: Dataset) -> dict[str, float]:
     return {"top-1": 100 * float(right.float().mean())}
 
 
-def _scenes(p: Parameters, r: Mapping[str, float], dataset: str) -> list[Any]:
-    """The splits "train" and "test" of COCO or ADE20K."""
-    if not p.dry_run:
-        return [pretraining.load(dataset, p.data_root, split) for split in ("train", "test")]
-    return [_generated(p.task, count, SIZES[p.task], p.seed + count) for count in (2 * int(r["batch"]), 1)]
-
-
-def _generated(task: str, count: int, side: int, seed: int) -> Any:
-    """Noise with a box in each image, read as COCO's, or with two halves, as ADE20K's."""
+def _generated(p: Parameters, count: int, seed: int) -> Any:
+    """So many images of noise: classified, with a box in each, read as COCO's, or with two halves, as ADE20K's."""
+    if p.task not in SIZES:
+        images = torch.rand(count, 3, 224, 224, generator=torch.Generator().manual_seed(seed))
+        return TensorDataset(images, torch.arange(count))
+    side = SIZES[p.task]
     pixels = np.random.default_rng(seed).integers(0, 256, (count, side, side, 3), np.uint8)
     low, half = side // 4, side // 2
-    if task == "segment":
+    if p.task == "segment":
         labels = torch.zeros(side, side, dtype=torch.long)
         labels[:, half:] = 1
         return [(torch.from_numpy(image).movedim(2, 0), labels) for image in pixels]
@@ -497,7 +507,7 @@ def _generated(task: str, count: int, side: int, seed: int) -> Any:
     box["segmentation"] = [[low, low, low, low + half, low + half, low + half, low + half, low]]
     truth = {
         "images": [{"id": i, "width": side, "height": side, "file_name": ""} for i in range(count)],
-        "categories": [{"id": i + 1, "name": str(i)} for i in range(CLASSES[task])],
+        "categories": [{"id": i + 1, "name": str(i)} for i in range(CLASSES[p.task])],
         "annotations": [{"id": i, "image_id": i, **box} for i in range(count)],
     }
     instances = pretraining.Instances(find(COCO, "pretraining"), Path(), Path(), Path(), truth)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from ... import backbones
-from ...data import DATASETS, xrays
+from ...data import DATASETS, few, present, xrays
 from ...data.xrays_sets import CLASSES, ONE_OF, tasks
 from ...errors import BadParameter, MissingWeights
 from ...evaluation.metrics import radiology
@@ -28,9 +28,9 @@ from ...ops.files import atomic
 from ...training.callbacks import ClipNorm, EarlyStop
 from ...training.checkpoints import checkpoint_key
 from ...training.fit import Hardware, RunParameters, evaluating
-from ...training.recipe import Training
+from ...training.recipe import Training, dry_items
 from ...training.recipe import run as train
-from ...training.schedules import adamw, given, sgd
+from ...training.schedules import adamw, sgd
 from . import detection, heads, official, text
 from . import model as ecamp
 from .model import ECAMP
@@ -40,7 +40,6 @@ from .variants import METHODS
 SIDE = 224  # of an image downstream
 WORKERS = min(16, os.cpu_count() or 1)
 TEST_BATCH = 64
-DRY_BATCH = 2
 # pairs that a device processes at once: the 16,384 positions of 64 have 2 GB of logits over 30,000 words
 MICRO_BATCH = 64
 
@@ -50,7 +49,7 @@ KINDS = {
     "segment": "segmentation",
     "detect": "detection",
 }
-# the tasks of a dry run, and the sets that their generated images stand for
+# the tasks of a dry run without data, and the sets that their generated images stand for
 DRY_TASKS = {
     "pre-train": "xrays/mimic-cxr",
     "fine-tune": "xrays/chestx-ray14",
@@ -70,6 +69,7 @@ BOUND = 50  # limit of a downstream training in multiples of the published steps
 CLIP, MOMENTUM, DECAY = 1.0, 0.9, 0.05  # the norm of a gradient; SGD's; AdamW's weight decay
 
 RESULTS = Results.of("ecamp")
+tables = RESULTS.tables  # published and measured, by title
 TITLES = RESULTS.names["dataset"]  # of the data sets, in the tables
 
 
@@ -102,28 +102,28 @@ def run(p: Parameters, out: Path) -> Result:
     """Train `p.task`, and test a downstream one: its score becomes a row of `out`/measured.csv.
 
     A stopped training resumes from `out`/checkpoints, the final weights are in `out`/trained. A dry run takes two steps
-    of every task on generated images, and writes nothing.
+    on a few images of the dataset, or of every task on generated ones where it is not below `data_root`.
 
     Raises `BadParameter`, `MissingData`, `MissingWeights`, `BadCheckpoint`: with the change or download needed.
     """
-    folder, rows, model, batch = None if p.dry_run else out, [], None, None
-    for task, dataset in ((DRY_TASKS if p.dry_run else {}) | {p.task: p.dataset}).items():
+    rows, model, batch = [], None, None
+    real = not p.dry_run or present(p.dataset, p.data_root)
+    for task, dataset in (({} if real else DRY_TASKS) | {p.task: p.dataset}).items():
         devices = 1 if p.task == "pre-train" != task else p.devices  # only pre-training runs on several
         chosen: Any = SimpleNamespace(**vars(p) | {"task": task, "dataset": dataset, "devices": devices})
         if task == "pre-train":
-            training, title = pretraining(chosen, out), f"{p.method} on {dataset}"
-            trained, history = train(training, folder)
+            training, title = pretraining(chosen, out, real), f"{p.method} on {dataset}"
+            trained, history = train(training, out)
             pairs: Any = training.data()  # type: ignore[misc]
             model, batch = trained.cpu(), default_collate([pairs[i] for i in range(2)])
             name, score = "last loss", history[-1]["loss"]
         else:
-            (training, data), title = downstream(chosen), f"{task} on {dataset}, {p.labels} % of the labels"
-            trained, history = train(training, folder)
+            (training, data), title = downstream(chosen, real), f"{task} on {dataset}, {p.labels} % of the labels"
+            trained, history = train(training, out)
             name, score = metric(chosen), evaluate(chosen, trained, data["test"])
-            if folder:
-                facts = {key: getattr(chosen, key) for key in RESULTS.keys} | {"labels": int(p.labels)}
-                RESULTS.measured(out / "measured.csv", facts | {"score": score})
-        title += " (dry run on generated images: the score means nothing)" if p.dry_run else ""
+            facts = {key: getattr(chosen, key) for key in RESULTS.keys} | {"labels": int(p.labels), "score": score}
+            RESULTS.measured(out / "measured.csv", facts, dry_run=p.dry_run)
+        title += "" if real else ", generated images in its place"
         rows.append((title, len(history), name, score))
     return Result(pd.DataFrame(rows, columns=["task", "steps", "metric", "score"]), model, batch)
 
@@ -131,8 +131,8 @@ def run(p: Parameters, out: Path) -> Result:
 # --- pre-training -----------------------------------------------------------------------------------------------------
 
 
-def pretraining(p: Parameters, out: Path) -> Training:
-    """The pre-training of a method on reports; in a dry run two steps on generated pairs.
+def pretraining(p: Parameters, out: Path, real: bool = True) -> Training:
+    """The pre-training of a method on reports; in a dry run on a few pairs, generated ones unless `real`.
 
     Its losses are "mim", "sr" and "mlm". A learned vocabulary is saved in `out`.
 
@@ -140,16 +140,16 @@ def pretraining(p: Parameters, out: Path) -> Training:
     """
     if p.dataset != "folder":
         _check(p.dataset, "pre-training")
-    pairs, facts = _generated_pairs(p) if p.dry_run else _pairs(p, out)
+    pairs, facts = _pairs(p, out) if real else _generated_pairs(p)
     options = pretraining_fit(p, len(pairs), published())
-    if p.dry_run:
-        options |= {"epochs": 1, "batch": DRY_BATCH, "schedule": given(np.full(2, published()["lr"]))}
+    if p.dry_run:  # a step has 8,192 pairs: here each device takes one micro-batch of them
+        pairs = few({"train": pairs}, dry_items(p, MICRO_BATCH * p.devices))["train"]
 
     def build() -> ECAMP:
         torch.manual_seed(p.seed)
         model = METHODS[p.method][0]("paper", words=len(pairs.vocabulary))
-        if not p.dry_run:
-            model.load_mae(backbones.read_state(_file(p, "mae")))
+        if file := _file(p, "mae"):
+            model.load_mae(backbones.read_state(file))
         return model
 
     return Training(
@@ -160,6 +160,7 @@ def pretraining(p: Parameters, out: Path) -> Training:
         fit=options,
         facts={"method": p.method, **facts},
         weights=lambda model: model.to_official(),
+        dry_run=p.dry_run,
     )
 
 
@@ -185,7 +186,7 @@ def _pairs(p: Parameters, out: Path) -> tuple[Pairs, dict[str, Any]]:
 
 def _generated_pairs(p: Parameters) -> tuple[Pairs, dict[str, Any]]:
     """As `_pairs`, of the real shape, with as many words as MIMIC's vocabulary: the model has the published size."""
-    count = 2 * DRY_BATCH
+    count = dry_items(p, MICRO_BATCH * p.devices)
     images = torch.randn(count, 3, 448, 448, generator=torch.Generator().manual_seed(p.seed))
     reports = ["There is a small right effusion. There is no evidence of pneumothorax."] * count
     words = Vocabulary.train(reports, 200)
@@ -247,7 +248,7 @@ def pretraining_fit(p: Parameters, pairs: int, r: Mapping[str, float]) -> dict[s
         "epochs": len(learning_rates) / (pairs // batch),
         "batch": batch,
         "optimizer": adamw(r["lr"], r["weight_decay"], betas=(r["beta1"], r["beta2"])),
-        "schedule": given(learning_rates),
+        "schedule": lambda base, steps, per_epoch: learning_rates[:steps],  # all, but in a dry run
         "seed": p.seed,
         "hardware": Hardware.of(p, "ecamp", workers=WORKERS, accumulate=accumulate),
     }
@@ -256,9 +257,9 @@ def pretraining_fit(p: Parameters, pairs: int, r: Mapping[str, float]) -> dict[s
 # --- downstream: training ---------------------------------------------------------------------------------------------
 
 
-def downstream(p: Parameters) -> tuple[Training, dict[str, Dataset]]:
+def downstream(p: Parameters, real: bool = True) -> tuple[Training, dict[str, Dataset]]:
     """The training of a downstream task, which ends with the weights that were best on "val", and the data: "train",
-    "val" and "test". In a dry run two steps on generated images.
+    "val" and "test"; in a dry run a few images of each, generated ones unless `real`.
 
     Raises `BadParameter`, `MissingData`, `MissingWeights`, `BadCheckpoint`: with the change or download needed.
     """
@@ -267,9 +268,9 @@ def downstream(p: Parameters) -> tuple[Training, dict[str, Dataset]]:
         raise BadParameter("devices", p.devices, accepted)
     _check(p.dataset, KINDS[p.task])
     numbers = downstream_recipe(p.task, p.dataset, p.labels)
-    if p.dry_run:
-        numbers |= {"batch": DRY_BATCH, "steps": 2, "warmup_steps": 0}
-    data = generated(p) if p.dry_run else splits(p)
+    count = dry_items(p, int(numbers["batch"]))
+    data = splits(p) if real else generated(p, count)
+    data = few(data, count) if p.dry_run and real else data
     best = selection(p, lambda model: evaluate(p, model, data["val"]))
     facts = {key: getattr(p, key) for key in ("task", "dataset", "labels", "protocol", "encoder")}
     training = Training(
@@ -280,6 +281,7 @@ def downstream(p: Parameters) -> tuple[Training, dict[str, Dataset]]:
         fit=downstream_fit(p, len(data["train"]), best, numbers),
         facts={"data_root": Path(p.data_root), **facts},
         weights=lambda model: getattr(model, "to_official", model.state_dict)(),
+        dry_run=p.dry_run,
     )
     return training, data
 
@@ -327,9 +329,9 @@ def mask_transform(dataset: str, train: bool, size: int = SIDE) -> xrays.MaskTra
     return xrays.MaskTransform(size, train, warp_mask=dataset != "xrays/siim", mask=reduce)
 
 
-def generated(p: Parameters) -> dict[str, Dataset]:
-    """Random images for a dry run; each class has positive and negative labels, as an area under the curve needs."""
-    generator, count, classes = torch.Generator().manual_seed(p.seed), 2 * DRY_BATCH, len(CLASSES[p.dataset])
+def generated(p: Parameters, count: int) -> dict[str, Dataset]:
+    """So many random images; each class has positive and negative labels, as an area under the curve needs."""
+    generator, classes = torch.Generator().manual_seed(p.seed), len(CLASSES[p.dataset])
     images, numbers = torch.randn(count, 3, SIDE, SIDE, generator=generator), torch.arange(count)
     if KINDS[p.task] == "segmentation":
         truth = (torch.rand(count, classes, SIDE, SIDE, generator=generator) > 0.7).float()
@@ -347,18 +349,21 @@ def encoder(p: Parameters) -> VisionTransformer:
     """The ViT-B/16 of the parameter `encoder`, with the weights of `weights` or of `<data_root>/weights`, or random."""
     torch.manual_seed(p.seed)
     vit = VisionTransformer(img_size=SIDE, num_classes=0, global_pool="")
-    if p.encoder != "random" and not p.dry_run:
-        official.load_vit(vit, backbones.read_state(_file(p, p.encoder.lower())), f"{p.encoder}'s ViT-B/16")
+    if p.encoder != "random" and (file := _file(p, p.encoder.lower())):
+        official.load_vit(vit, backbones.read_state(file), f"{p.encoder}'s ViT-B/16")
     return vit
 
 
-def _file(p: Parameters, name: str) -> Path:
-    """A file of the paper's weights: the parameter `weights`, or the file's default path."""
+def _file(p: Parameters, name: str) -> Path | None:
+    """A file of the paper's weights: the parameter `weights`, or the default path, where a dry run needs none."""
     entry, folder = (
         next(w for w in papers.paper("ecamp")["weights"] if w["name"] == name),
         Path(p.data_root) / "weights",
     )
     path = Path(p.weights) if p.weights else folder / entry["file"]
+    if p.dry_run and not p.weights and not path.is_file():
+        print(f"{path} is not here; random weights in this dry run")
+        return None
     if not path.is_file():
         ways = [f"put {entry['file']} into {folder}; {entry['source']}", "weights = '<file>'"]
         untrained = ["encoder = 'random', for an untrained one"] if name != "mae" else []
@@ -442,7 +447,7 @@ def downstream_fit(p: Parameters, images: int, best: EarlyStop, numbers: Mapping
         "batch": batch,
         "last": "train",
         "optimizer": optimizer,
-        "schedule": given(downstream_learning_rates(numbers, longest)),
+        "schedule": lambda base, steps, per_epoch: downstream_learning_rates(numbers, steps),
         "callbacks": [ClipNorm(CLIP), best],
         "seed": p.seed,
         "hardware": Hardware.of(p, "ecamp", workers=WORKERS),
@@ -460,16 +465,21 @@ def metric(p: Parameters) -> str:
 
 
 def evaluate(p: Parameters, model: nn.Module, part: Dataset) -> float:
-    """The score of a model on a split, in percent."""
-    return score(KINDS[p.task], outputs(p, model, part), p.protocol)
+    """The score of a model on a split, in percent; nan where the few images of a dry run have none."""
+    try:
+        return score(KINDS[p.task], outputs(p, model, part), p.protocol)
+    except BadParameter:  # a class without positives
+        if p.dry_run:
+            return math.nan
+        raise
 
 
 @torch.no_grad()
 def outputs(p: Parameters, model: nn.Module, part: Dataset) -> Iterator[tuple[Any, Tensor]]:
     """Outputs and labels, batch by batch, on the CPU. Afterwards the model is on its former device."""
-    batch, workers = (2 * DRY_BATCH, 0) if p.dry_run else (TEST_BATCH, WORKERS)
+    workers = 0 if p.dry_run else WORKERS
     with evaluating(Hardware.of(p, "ecamp"), model) as device:
-        for images, truth in DataLoader(part, batch, num_workers=workers, pin_memory=device.type == "cuda"):
+        for images, truth in DataLoader(part, TEST_BATCH, num_workers=workers, pin_memory=device.type == "cuda"):
             out = model(images.to(device, non_blocking=True))
             yield [x.float().cpu() for x in out] if isinstance(out, list) else out.float().cpu(), truth
 

@@ -27,6 +27,7 @@ from tokenizers.trainers import WordPieceTrainer
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ...data import Parts
 from ...errors import BadParameter, CorruptFile, check_choice
 from .model import Batch
 
@@ -223,7 +224,7 @@ def _read(text: str, length: int, vocabulary: Vocabulary) -> tuple[np.ndarray, n
     return ids, weights(ids, vocabulary)
 
 
-class Pairs(Dataset):
+class Pairs(Parts, Dataset):
     """Image-report pairs for pre-training, with all random numbers: items are `model.Batch` without the B.
 
     Args:
@@ -242,6 +243,8 @@ class Pairs(Dataset):
 
     Raises `BadParameter`: other numbers of texts or corners than of images, or a window beyond the image.
     """
+
+    each = ("images", "reports", "statements", "windows")
 
     def __init__(
         self,

@@ -65,7 +65,7 @@ def text_encoder(
     unimodal network.
 
     Args:
-        random: random weights, for a dry run; BERT's vocabulary, a file, is then replaced by that of our texts.
+        random: where BERT is not there it is random, for a dry run, with the vocabulary of our texts.
 
     Raises `MissingWeights`: BERT's folder is not below `<data_root>/weights`."""
     level = LEVELS[method]
@@ -73,15 +73,16 @@ def text_encoder(
         return None
     if level == "code":
         return Words.of(list(prompts.zones), layers=0, length=1)
-    if random:
+    weights = next(w for w in paper("metasegnet")["weights"] if w["name"] == "bert")
+    folder = (Path(data_root) / "weights" / weights["file"]).parent
+    if random and not folder.joinpath("config.json").is_file():
         import transformers as hf  # imported here because it takes seconds
 
+        print(f"BERT is not in {folder}; a random one in this dry run")
         known = [*prompts.texts([*prompts.zones, None]), prompts.constant]
         words = sorted({word for text in known for word in hf.BasicTokenizer().tokenize(text)})
         vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words])}
         return BertText(hf.BertModel(hf.BertConfig()), hf.BertTokenizer(vocab=vocabulary))
-    weights = next(w for w in paper("metasegnet")["weights"] if w["name"] == "bert")
-    folder = (Path(data_root) / "weights" / weights["file"]).parent
     if not folder.joinpath("config.json").is_file():
         ways = [f"put the files of the hub's google-bert/bert-base-uncased into {folder}"]
         raise MissingWeights(weights["what"], folder, ways)
@@ -104,7 +105,7 @@ def network(
     Args:
         weights: empty for timm's released Swin-B from the cache, or a file of it, or the author's `stseg_*.pth`.
         checkpoint: weights that a training saved, or of GeoSeg's FT-UNetFormer for the unimodal network.
-        random: random weights, for a dry run.
+        random: weights that are not there are random, for a dry run.
 
     Raises `MissingWeights`, `CorruptFile`, `BadCheckpoint`: with the change or download needed.
     """
@@ -113,7 +114,7 @@ def network(
     model = MetaSegNet(encoder, classes, words, **SIZES["paper"]["model"])
     if checkpoint:
         load(model, checkpoint)
-    elif not random:
+    elif weights or not random or backbones.or_random(SWIN, "pretrained") == "pretrained":
         load_swin(model, weights)
     return model.eval()
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from ...data import DATASETS, landcover
+from ...data import DATASETS, Parts, few, landcover, present
 from ...data.landcover_sets import CLASSES, LEFT_OUT, LOVEDA, OEM, POTSDAM, POTSDAM_FAULTY, POTSDAM_TILES, TO_LOVEDA
 from ...data.landcover_transforms import SCALES, Mosaic, test_transform, train_transform
 from ...errors import BadParameter
@@ -34,8 +34,8 @@ from ...ops import papers
 from ...ops.files import sha256
 from ...training import schedules
 from ...training.callbacks import EarlyStop, Lookahead
-from ...training.fit import AUTO, Hardware, RunParameters, device, evaluating, same_shapes
-from ...training.recipe import Training
+from ...training.fit import AUTO, Hardware, RunParameters, evaluating, same_shapes
+from ...training.recipe import Training, dry_items
 from ...training.recipe import run as train
 from . import networks
 from .climate import PROMPTS, Prompts, headless
@@ -57,7 +57,6 @@ TEST_SPLIT = {OEM: "val", LOVEDA: "val", POTSDAM: "test"}  # other test labels a
 RESULTS = Results.of("metasegnet")
 WORKERS = min(8, os.cpu_count() or 1)
 TEST_BATCH = 4  # images of 1,024 pixels
-DRY_SIDE, DRY_STEPS = 512, 2
 
 
 class Parameters(RunParameters, Protocol):
@@ -167,7 +166,7 @@ def options(
     """
     return {
         "optimizer": schedules.adamw(r.lr, groups=functools.partial(param_groups, r=r)),
-        "schedule": lambda base, steps, per_epoch: learning_rates(r, base, per_epoch),
+        "schedule": lambda base, steps, per_epoch: learning_rates(r, base, per_epoch)[:steps],  # all, but in a dry run
         "epochs": r.epochs,
         "batch": r.batch * hardware.devices,
         "last": LAST,
@@ -180,8 +179,8 @@ def options(
 # --- data -------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Part:
+@dataclass
+class Part(Parts):
     """The training items or those of a test.
 
     Attributes:
@@ -197,6 +196,18 @@ class Part:
     left_out: tuple[int, ...] = ()
     texts: Sequence[str | None] | None = None
     into: Tensor | None = None
+    each = ("data", "zones", "texts")
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.data[index]
+
+    @property
+    def sources(self) -> list[str]:
+        """The image file of each item."""
+        return self.data.sources
 
 
 class Prompted(Dataset):
@@ -281,21 +292,15 @@ def test_parts(p: Parameters) -> dict[str, Part]:
     return parts
 
 
-def generated(p: Parameters, r: Recipe) -> tuple[Part, Part]:
-    """Training and test items of a dry run: noise in squares of one class each, of the recipe's crop size, in two
-    alternating zones."""
-    names = CLASSES.get(p.dataset, CLASSES[OEM])
-    side = r.crop if device(p.accelerator) == "cuda" else min(r.crop, DRY_SIDE)
-
-    def part(count: int, seed: int) -> Part:
-        generator = torch.Generator().manual_seed(1000 * p.seed + seed)
-        coarse = torch.randint(len(names) + 1, (count, 1, 8, 8), generator=generator)
-        labels = coarse.repeat_interleave(side // 8, 2).repeat_interleave(side // 8, 3)[:, 0]  # (count, side, side)
-        images = torch.randn(count, 3, side, side, generator=generator) + labels[:, None] / len(names)
-        zones = [("Cfa", "Aw")[i % 2] for i in range(count)]
-        return Part(TensorDataset(images, labels), zones, list(names), LEFT_OUT.get(p.dataset, ()))
-
-    return part(DRY_STEPS * r.batch * p.devices, 1), part(2, 2)
+def generated(p: Parameters, r: Recipe, count: int) -> Part:
+    """So many items for a dry run: noise in squares of one class each, of the recipe's crop size, in two alternating
+    zones."""
+    names, generator = CLASSES.get(p.dataset, CLASSES[OEM]), torch.Generator().manual_seed(p.seed)
+    coarse = torch.randint(len(names) + 1, (count, 1, 8, 8), generator=generator)
+    labels = coarse.repeat_interleave(r.crop // 8, 2).repeat_interleave(r.crop // 8, 3)[:, 0]  # (count, side, side)
+    images = torch.randn(count, 3, r.crop, r.crop, generator=generator) + labels[:, None] / len(names)
+    zones = [("Cfa", "Aw")[i % 2] for i in range(count)]
+    return Part(TensorDataset(images, labels), zones, list(names), LEFT_OUT.get(p.dataset, ()))
 
 
 # --- test and selection -----------------------------------------------------------------------------------------------
@@ -358,22 +363,27 @@ class Setting:
 
 
 def setting(p: Parameters) -> Setting:
-    """The training and the tests of the notebook's checked parameters, which paper.yaml explains.
+    """The training and the tests of the notebook's checked parameters, which paper.yaml explains; in a dry run on a few
+    images, generated ones where the data are not below `data_root`.
 
     Raises `BadParameter`, `MissingData`, `MissingWeights`, `CorruptFile`: with the change or download needed.
     """
     check(p)
     prompts, r = Prompts.read(p.prompts or PROMPTS), published(p.dataset)
     facts: dict[str, Any] = {key: getattr(p, key) for key in ("dataset", "without_xbd", "held_out", "padding")}
-    part = None
-    if p.dry_run:
-        r = replace(r, epochs=1, batch=r.batch if device(p.accelerator) == "cuda" else 1)
-        part, test = generated(p, r)
-        tests, title = {"test": test}, "generated land (dry run: the scores mean nothing)"
+    part, count = None, dry_items(p, r.batch * p.devices)
+    if p.dry_run and not there(p):
+        part = generated(p, r, count)
+        tests, title = {"test": part}, f"generated land in place of {p.dataset}"
     else:
-        tests, title = test_parts(p), p.dataset
+        found: dict[str, Any] = test_parts(p)
+        # of a folder without lists all images are in both
+        learn = "train" if p.dataset != "folder" or (Path(p.data_root) / "train.txt").is_file() else "all"
         if p.task == "train":
-            data = train_data(p)
+            found[learn] = train_data(p)
+        found = few(found, count) if p.dry_run else found
+        data, tests, title = found.pop(learn, None), found, p.dataset
+        if data is not None:
             title += f", {len(data):,} images" + (f", zone {p.held_out} left out" if p.held_out else "")
             part = Part(randomised(data, data.zones(), r), data.zones(), data.classes, texts=data.texts())
             if p.dataset == "folder":
@@ -399,10 +409,18 @@ def setting(p: Parameters) -> Setting:
         build=build,
         loss=loss,
         data=functools.partial(train_items, p, prompts, part, texts) if part else None,
-        fit=options(r, hardware, p.seed, validate if chosen(p) == "best" and not p.dry_run else None),
+        fit=options(r, hardware, p.seed, validate if chosen(p) == "best" else None),
         facts=facts | {"data_root": Path(p.data_root), "texts": texts, "select": chosen(p)},
+        dry_run=p.dry_run,
     )
     return Setting(title, training, tests, prompted)
+
+
+def there(p: Parameters) -> bool:
+    """Whether a dry run reads the data; raises `MissingData` where they are not complete."""
+    if p.without_xbd:  # which `present` asks for
+        return DATASETS[OEM].folder(p.data_root).is_dir()
+    return all(present(name, p.data_root) for name in (p.dataset, p.test_on) if name)
 
 
 def _name(p: Parameters) -> str:
@@ -423,7 +441,7 @@ def check(p: Parameters) -> None:
         raise BadParameter("select", p.select, "'last' with `test_on`: the best epoch would be chosen on that set")
     if p.padding != "ignored" and p.dataset != POTSDAM:
         raise BadParameter("padding", p.padding, f"'ignored'; 'impervious' with dataset = {POTSDAM!r}")
-    if not p.dry_run and (p.task == "train") == bool(p.checkpoint):
+    if (p.task == "train") == bool(p.checkpoint):
         raise BadParameter("checkpoint", p.checkpoint, "'' to train; task = 'test' with the file of a trained network")
 
 
@@ -443,9 +461,9 @@ class Tested(NamedTuple):
 def run(p: Parameters, out: Path) -> Tested:
     """Train and test, or test alone, as the parameters ask, below `out`.
 
-    The scores are added to `<out>/measured.csv`; a dry run writes nothing."""
+    The scores are added to `<out>/measured.csv`."""
     asked = setting(p)
-    model, history = train(asked.training, None if p.dry_run else out)
+    model, history = train(asked.training, out)
     facts = {"data": asked.title, "method": p.method, "steps": len(history)}
     facts["trainable parameters"] = f"{sum(t.numel() for t in model.trained().values()):,}"
     kind, hardware, rows = p.prompt if p.method == "MetaSegNet" else "", Hardware.of(p, "metasegnet"), []
@@ -453,8 +471,7 @@ def run(p: Parameters, out: Path) -> Tested:
         texts = asked.texts(test, kind)
         measured = row(p, name, test, confusion(model, test, texts, p.augmentation, hardware))
         rows.append(facts | {key: measured[key] for key in ("test", *RESULTS.values)})
-        if not p.dry_run:
-            RESULTS.measured(out / "measured.csv", measured)
+        RESULTS.measured(out / "measured.csv", measured, dry_run=p.dry_run)
     return Tested(asked.title, model, pd.DataFrame(rows), test.data[0][0], texts[0] if texts else None)
 
 

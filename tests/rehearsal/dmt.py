@@ -1,0 +1,81 @@
+"""DMT: distillation and classification on ImageNet-1k, detection on COCO, segmentation on ADE20K, a folder."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from companion.data.pretraining_sets import ADE20K, COCO, IMAGENET
+from companion.ops.files import read_json, write_json
+from tests.data import test_pretraining as layouts
+from tests.rehearsal.common import Fault
+
+
+def write(name: str, root: Path, patch: pytest.MonkeyPatch) -> None:
+    """The data set in its layout, of 4 training images and a test image."""
+    layouts.shrink(patch)
+    if name == "folder":
+        for i in range(4):
+            layouts.picture(root / "ab"[i % 2] / f"{i}.png", 50 * i)
+    else:
+        {IMAGENET: layouts.imagenet, COCO: layouts.coco, ADE20K: layouts.ade20k}[name](root)
+
+
+FINE, DETECT = {"task": "fine-tune", "dataset": IMAGENET}, {"task": "detect", "dataset": COCO}
+SEGMENT, OWN = {"task": "segment", "dataset": ADE20K}, {"task": "distil", "dataset": "folder"}
+RUNS = [FINE, FINE | {"task": "linear probe"}, FINE | {"encoder": "teacher"}, DETECT, SEGMENT, OWN]
+RUNS += [OWN | {"dataset": IMAGENET}]
+
+
+def spoil(name: str, content: bytes | None = None) -> Callable[[Path], Path]:
+    """A file below the data root with another content, or without it."""
+
+    def damage(root: Path) -> Path:
+        path = root / name
+        path.unlink() if content is None else path.write_bytes(content)
+        return path
+
+    return damage
+
+
+def boxes(**changes: object) -> Callable[[Path], Path]:
+    """COCO's test annotations with other entries; "first" are changes of the first instance."""
+
+    def damage(root: Path) -> Path:
+        content = read_json(path := root / "coco/annotations/instances_val2017.json")
+        content["annotations"][0] |= changes.get("first", {})
+        write_json(path, content | changes)
+        return path
+
+    return damage
+
+
+def labels(value: int, size: tuple[int, int] = (12, 8)) -> Callable[[Path], Path]:
+    """A label image of ADE20K with another value or size."""
+
+    def damage(root: Path) -> Path:
+        path = root / "ade/ADEChallengeData2016/annotations/training/b.png"
+        layouts.picture(path, value, size=size, mode="L")
+        return path
+
+    return damage
+
+
+def emptied(root: Path) -> Path:
+    """A class folder of ImageNet without its image; the error names the folder of the split."""
+    return spoil("imagenet/train/n02/n02_0.JPEG")(root).parents[1]
+
+
+LVIS = [{"id": i, "name": str(i)} for i in range(1203)]
+FAULTS = {
+    "a missing list": Fault(DETECT, spoil("coco/annotations/instances_train2017.json"), "is not there"),
+    "a listed image that is missing": Fault(DETECT, spoil("coco/train2017/2.jpg"), "1 of 4 listed"),
+    "a category out of range": Fault(DETECT, boxes(first={"category_id": 12}), "category"),
+    "an instance without a mask": Fault(DETECT, boxes(first={"segmentation": "none"}), "annotation 1: 'segm"),
+    "the annotations of LVIS": Fault(DETECT, boxes(categories=LVIS), "1203 categories, 2 are"),
+    "a label out of range": Fault(SEGMENT, labels(151), "0 to 150 a pixel .* up to 151"),
+    "labels of another size": Fault(SEGMENT, labels(1, (10, 8)), "its image"),
+    "an unreadable image": Fault(FINE, spoil("imagenet/val/n02/n02_0.JPEG", b"none"), "cannot read"),
+    "an unreadable image to distil": Fault(OWN, spoil("a/2.png", b"none"), "cannot read"),
+    "fewer images": Fault(FINE, emptied, "3 images for 'train' .* 4 are expected"),
+}

@@ -1,0 +1,120 @@
+"""ECAMP: pre-training on MIMIC-CXR, OpenI or a folder, and the four downstream tasks."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from companion.data import DATASETS, xrays
+from companion.data.xrays_sets import CLASSES, ONE_OF, REPORTS, SIZES, lists, tasks
+from tests.data.test_xrays import openi, picture, table
+from tests.rehearsal.common import Fault
+
+COUNTS = {"1": 4, "10": 5, "100": 6, "val": 4, "test": 5}
+FOLDERS = {"xrays/chestx-ray14": "images_001", "xrays/rsna": "train_images", "fundus/riga": "Image/BinRushed"}
+FOLDERS |= {"xrays/siim": "train/images/1024/dicom"}
+BOXES = ("[[0.0, 0.0, 0.0, 0.0]]", "[[256.0, 512.0, 512.0, 1024.0], [0.0, 0.0, 128.0, 128.0]]")
+TEXTS = ["The heart is large. No pneumothorax.", "There is a small right effusion.", "No mass.", "Mild edema."]
+
+
+def write(name: str, root: Path, patch: pytest.MonkeyPatch) -> None:
+    """The data set in its layout: a few images of each list, none of which is in another."""
+    folder = root if name == "folder" else root / DATASETS[name].folders[0]
+    if name == "xrays/openi":
+        openi(folder)
+    elif name in ("folder", "xrays/mimic-cxr"):
+        paths = [f"files/p10/p1000003{i}/s5041426{i}/{i}.jpg" for i in range(4)]
+        for path in paths:
+            picture(folder / path, 90)
+        xrays.write_reports(folder / REPORTS[name == "folder" or 1], paths, TEXTS, [f"There is {t}" for t in TEXTS])
+    for task in (task for task in tasks(name) if (name, task) in SIZES):
+        known = {key: COUNTS[key] for key in SIZES[name, task]}
+        patch.setitem(xrays.SIZES, (name, task), known)
+        if name == "xrays/chestmnist":
+            chestmnist(folder, {"train": COUNTS["100"], "val": COUNTS["val"], "test": COUNTS["test"]})
+            continue
+        for key, file in lists(task).items():
+            listed(name, task, folder / file, [f"{key}_{i}" for i in range(COUNTS[key])])
+
+
+def listed(name: str, task: str, path: Path, ids: list[str]) -> None:
+    """A list of a task with the images, whose labels, masks or boxes alternate."""
+    below, end = FOLDERS.get(name, "train"), "tif" if name == "fundus/riga" else "png"
+    images = [f"{below}/{each}.{end}" for each in ids]
+    for image in images:
+        colour = {"value": (90, 60, 30), "mode": "RGB"} if name.startswith("fundus/") else {"value": 90}
+        picture(path.parent / image, **colour, size=(48, 40))
+    if task == "classification":
+        classes = len(CLASSES[name])
+        labels = [[i % classes] if name in ONE_OF else [(i + c) % 2 for c in range(classes)] for i in range(len(ids))]
+        lines = [" ".join(map(str, (image, *of))) for image, of in zip(images, labels, strict=True)]
+        path.write_text("\n".join(lines) + "\n")
+    elif name == "xrays/siim":
+        table(path, ("ImageId", "EncodedPixels"), *((each, ("-1", "0 1024")[i % 2]) for i, each in enumerate(ids)))
+    elif name == "fundus/riga":
+        masks = [image.replace("Image", "FinalLabel") for image in images]
+        for i, mask in enumerate(masks):
+            picture(path.parent / mask, (128, 255)[i % 2], size=(48, 40))
+        table(path, ("img_path", "mask_path"), *zip(images, masks, strict=True))
+    else:
+        table(path, ("image_path", "bbox"), *((image, BOXES[i % 2]) for i, image in enumerate(images)))
+
+
+def chestmnist(folder: Path, counts: dict[str, int]) -> None:
+    arrays = {f"{split}_images": np.full((n, 224, 224), 90, np.uint8) for split, n in counts.items()}
+    arrays |= {f"{split}_labels": np.indices((n, 14)).sum(0).astype(np.uint8) % 2 for split, n in counts.items()}
+    folder.mkdir(parents=True)
+    np.savez(folder / "chestmnist_224.npz", **arrays)
+
+
+def run(task: str, name: str, **changes: str) -> dict[str, str]:
+    return {"task": task, "dataset": name} | changes
+
+
+COVIDX = run("fine-tune", "xrays/covidx")
+RUNS = [COVIDX]
+RUNS += [run("fine-tune", f"xrays/{name}", labels="10") for name in ("chestx-ray14", "chexpert", "rsna", "chestmnist")]
+RUNS += [run("linear probe", "xrays/chestx-ray14", encoder="MRM")]
+RUNS += [run("segment", f"xrays/{name}", labels="1") for name in ("siim", "rsna")]
+RUNS += [run("segment", "fundus/riga", encoder=encoder, protocol="plain") for encoder in ("ECAMP", "random")]
+RUNS += [run("detect", "xrays/rsna", protocol=protocol) for protocol in ("released", "plain")]
+RUNS += [run("pre-train", name) for name in ("xrays/mimic-cxr", "xrays/openi", "folder")]
+RUNS += [run("pre-train", "xrays/mimic-cxr", method="ECAMP, no distillation")]
+
+
+def spoil(name: str, content: str | None = None, image: str = ""):  # type: ignore[no-untyped-def]
+    """A file below the data root with another content, or without it; the error names the `image`, or the file."""
+
+    def damage(root: Path) -> Path:
+        path = root / name
+        path.unlink() if content is None else path.write_text(content)
+        return Path(image) if image else path
+
+    return damage
+
+
+TEST = "xrays/covidx/test_list.txt"
+MIMIC = run("pre-train", "xrays/mimic-cxr")
+FAULTS = {
+    "a missing list": Fault(COVIDX, spoil("xrays/covidx/val_list.txt"), "the list of val"),
+    "a shorter list": Fault(COVIDX, spoil(TEST, "train/test_0.png 1\n"), "1 images, 5 are known"),
+    "a label out of range": Fault(COVIDX, spoil(TEST, "train/test_0.png 3\n"), "line 1 .*'0', '1', '2'"),
+    "a missing image": Fault(COVIDX, spoil("xrays/covidx/train/100_2.png"), "1 listed images are not there"),
+    "an unreadable image": Fault(COVIDX, spoil("xrays/covidx/train/100_5.png", "no image"), "cannot read"),
+    "splits that overlap": Fault(COVIDX, spoil(TEST, "train/100_1.png 1\n" * 5, "100_1.png"), "'train' and 'test'"),
+    "the lists of another set": Fault(COVIDX, spoil(TEST, "a.png" + " 0" * 14), "line 1 is not a path and 1 of"),
+    "runs beyond the image": Fault(
+        run("segment", "xrays/siim", labels="1"),
+        spoil("xrays/siim/train_list_1.csv", "ImageId,EncodedPixels\n" + "".join(f"1_{i},9 9 9\n" for i in range(4))),
+        "1_0: an odd number",
+    ),
+    "boxes of another scale": Fault(
+        run("detect", "xrays/rsna"),
+        spoil("xrays/rsna/val_list.csv", 'image_path,bbox\ntrain_images/val_0.png,"[[0, 0, 2048, 2048]]"\n'),
+        "line 2: the box .* 1024",
+    ),
+    "no reports": Fault(MIMIC, spoil(f"xrays/mimic-cxr/{REPORTS[1]}"), "none of"),
+    "the reports of another set": Fault(
+        MIMIC, spoil(f"xrays/mimic-cxr/{REPORTS[1]}", "path,text\na.png,none\n"), "has no column img_path, report"
+    ),
+}
