@@ -21,6 +21,7 @@ html_theme_options = {
     "max_navbar_depth": 1,  # the theme's buttons that unfold a level have no name
 }
 html_context = {"default_mode": "auto"}  # light or dark by the reader's system setting
+exclude_patterns = ["files"]  # downloads
 html_static_path = [str(HERE / "static"), str(MATHJAX)]
 html_css_files = ["companion.css"]
 html_show_copyright = False
@@ -89,5 +90,7 @@ def numbered(app, document) -> None:
 
 
 def setup(app) -> None:
+    # a page's figures are loaded as the reader comes to them
+    app.connect("builder-inited", lambda app: app.env.settings.update(image_loading="lazy"))
     app.connect("doctree-read", numbered)
     app.connect("autodoc-process-docstring", restructured, priority=400)  # before napoleon

@@ -132,7 +132,7 @@ def _sa2vp(recipe: ModuleType, patch: pytest.MonkeyPatch) -> None:
         if counted or photographs:
             return build(name, *args, **options)
         if name == "swin_b":
-            sizes = {"embed_dim": 16, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 4, 8)}
+            sizes = {"embed_dim": 16, "depths": (1, 1, 6, 1), "num_heads": (1, 2, 4, 8)}
             return timm.create_model("swin_base_patch4_window7_224", num_classes=0, **sizes, **options).eval()
         return encoders.build("pocket_vit")
 

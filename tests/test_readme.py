@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -207,3 +212,22 @@ def test_links_of_the_readme_lead_to_files_and_headings() -> None:
         if heading:
             titles = re.findall(r"(?m)^#+ (.*)$", (ROOT / name).read_text(encoding="utf-8"))
             assert heading in [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles], heading
+
+
+@pytest.mark.slow
+def test_the_wheel_alone_runs_the_examples(tmp_path: Path) -> None:
+    """Unpacked, in front of the checkout on the path."""
+    pytest.importorskip("setuptools", "77")
+    source, wheel = tmp_path / "source", tmp_path / "wheel"
+    shutil.copytree(ROOT / "lib" / "companion", source / "lib" / "companion")
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
+    subprocess.run([*pip, str(source)], check=True)
+    zipfile.ZipFile(*tmp_path.glob("*.whl")).extractall(wheel)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(wheel), os.environ.get("PYTHONPATH", "")])}
+    where = [sys.executable, "-c", "import companion; print(companion.__file__)"]
+    printed = subprocess.run(where, env=environment, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+    assert Path(printed).is_relative_to(wheel)
+    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "an_example", __file__]
+    subprocess.run(tests, env=environment, cwd=ROOT, check=True)

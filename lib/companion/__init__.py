@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .prediction import predict
     from .saving import load, push_to_hub, save
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["export", "load", "predict", "push_to_hub", "save"]
 _HOMES = {"export": "exporting", "predict": "prediction"}
 
