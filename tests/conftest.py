@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 SPREAD = {"test_ablation.py", "test_exporting.py", "test_notebooks.py", "test_parity.py", "test_recipes.py"}
-SPREAD |= {"test_simulated.py", "test_snakefile.py"}
+SPREAD |= {"test_rehearsal.py", "test_simulated.py", "test_snakefile.py"}
 """Files of long independent tests: side by side, their tests go to whatever process is free."""
 LONGEST = ("test_site.py", "test_two_processes.py", "test_jupyterlab.py", "test_robustness.py", *sorted(SPREAD))
 """Files whose tests are begun first, so that no process is left with a long one at the end."""

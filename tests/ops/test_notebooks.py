@@ -96,14 +96,6 @@ def test_the_tables_of_the_readmes_are_those_of_the_records_and_each_paper_has_i
         assert (ROOT / "notebooks" / "figures" / f"{slug}.jpg").is_file()
 
 
-@pytest.mark.slow
-def test_dry_run_of_the_paper_profile_on_a_cpu(tmp_path: Path) -> None:
-    """`dry_run`: the full-size model, two optimiser steps on generated data, every cell of the notebook."""
-    record = executed("hvit", tmp_path, {"profile": "paper", "dry_run": "true"})
-    assert record["profile"] == "paper" and record["parameters"]["dry_run"] is True
-    assert not (tmp_path / "out" / "measured.csv").exists(), "a dry run measures nothing"
-
-
 def write(path: Path, *sources: str) -> Path:
     parameters = new_code_cell("seed = 0  # of everything")
     parameters.metadata["tags"] = ["parameters"]

@@ -52,9 +52,7 @@ def weights(pipe: TIPPipeline) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(("method", "fusion"), [("TIP", "modulate"), ("plain ControlNet", "add")])
-def test_a_dry_run_trains_the_adaptor_alone(
-    pocket: None, method: str, fusion: str, tmp_path: Path
-) -> None:
+def test_a_dry_run_trains_the_adaptor_alone(pocket: None, method: str, fusion: str, tmp_path: Path) -> None:
     p = given(method=method)
     tested, start = recipe.run(p, tmp_path), recipe.pipeline(p, method)
     before, after = weights(start), weights(tested.pipe)
