@@ -1,6 +1,6 @@
 """Grids of runs from one file: paper x data set x seed, on this machine's GPUs or a cluster's nodes.
 
-snakemake --cores all --configfile grid.yaml        # see README, "In batch"
+snakemake --cores all --configfile grid.yaml        # see site/docs/gpu.md
 
     profile: paper
     parameters: {data_root: /data}                    # of every run
