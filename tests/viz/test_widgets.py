@@ -66,6 +66,9 @@ def test_photographs_fit_and_too_many_are_refused(monkeypatch):
     squares = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
     monkeypatch.setattr(widgets, "LIMIT", (whole := size(squares)) - 1)
     assert size(squares) < whole  # of fewer colours
+    large = np.random.default_rng(0).integers(0, 255, (24, 128, 384, 3), dtype=np.uint8)
+    monkeypatch.undo()
+    assert len(widgets.explorer(dict(enumerate(large)), {"step": range(24)}).data) <= widgets.LIMIT  # at half the side
     monkeypatch.setattr(widgets, "LIMIT", 5_000)
     fewer = {key: frame for key, frame in FRAMES.items() if key != (3, "SA²VP")}
     refuses(

@@ -91,7 +91,8 @@ def explorer(frames: Mapping[Any, Frame], controls: Mapping[str, Sequence[Any]],
         controls: the name of each control and its values; the first ones are shown first.
         title: shown above the image.
 
-    Raises `BadParameter`: a combination without an image, or more than 300 kB in all, even with 64 colours an image.
+    Raises `BadParameter`: a combination without an image, or more than 300 kB in all, even with 64 colours an image and
+    a quarter of the side.
     """
     if not controls or not all(len(values) for values in controls.values()):
         raise BadParameter("controls", dict(controls), "at least one name, each with at least one value")
@@ -104,8 +105,8 @@ def explorer(frames: Mapping[Any, Frame], controls: Mapping[str, Sequence[Any]],
         wrong = [f"no image for {key}" for key in missing] + [f"no such values {key}" for key in unknown]
         raise BadParameter("frames", "; ".join(wrong[:4]), f"one image for each of {len(wanted)} combinations")
     images = [_image(given[key]) for key in wanted]
-    for colours in (256, 128, 64):
-        page = _page([_uri(image, colours) for image in images], controls, title)
+    for colours, shrink in ((256, 1), (128, 1), (64, 1), (64, 2), (64, 4)):
+        page = _page([_uri(image.reduce(shrink), colours) for image in images], controls, title)
         if len(page) <= LIMIT:
             return HTML(page)
     raise BadParameter(
