@@ -96,9 +96,9 @@ def main() -> None:
                 text = text.replace(name, said)
             path.write_text(text + pages.get(path.name, ""), encoding="utf-8")
         commands_page(source / "docs" / "commands.md")
-        for path in source.glob("docs/*.md"):  # `make reports PAPERS=...` runs some of the notebooks
+        for path in source.rglob("*.md"):  # `make reports PAPERS=...` runs some of the notebooks
             text = path.read_text(encoding="utf-8")
-            missing = re.compile(rf"\[([^\]]+)\]\(\.\./notebooks/(?!(?:{'|'.join(runs)})\.ipynb)[^)]*\)")
+            missing = re.compile(rf"\[([^\]]+)\]\((?:\.\./)?notebooks/(?!(?:{'|'.join(runs)})\.ipynb)[^)]*\)")
             path.write_text(missing.sub(r"\1", text), encoding="utf-8")
         options = ["-q", "-W", "--keep-going", "-c", str(HERE), "-d", f"{temporary}/trees"]
         if code := sphinx([*options, str(source), str(built)]):
