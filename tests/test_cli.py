@@ -1,6 +1,7 @@
 """The `companion` command: missing files are listed, checkpoints compared, only verified runs imported."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -58,6 +59,28 @@ def test_doctor_reads_what_is_there_and_says_how_a_step_is_divided(capsys, tmp_p
         path.write_bytes(b"")
     out = call(capsys, *words[:-1], 4)[1]
     assert "v000.png" in out and "at once 24 = 96 / (4 devices x 1 parts)" in " ".join(out.split())
+
+
+def test_run_prints_the_tables_of_this_run_alone(capsys, tmp_path, monkeypatch):
+    """What Snakemake measures now, not what an earlier run left."""
+    monkeypatch.setattr(record, "root", lambda: tmp_path)
+    grid, done = tmp_path / "reports/paper/bat/grid.csv", subprocess.CompletedProcess([], 0)
+    keys = {"method": "BAT", "weights": "trained here", "dataset": "rgbt/lasher", "seed": 0}
+
+    def measure(*words, **options):
+        grid.parent.mkdir(parents=True, exist_ok=True)
+        pd.DataFrame([keys | {"PR": 71.25}]).to_csv(grid, index=False)
+        return done
+
+    words = ("run", "bat", "lasher", "--data-root", tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(cli.subprocess, "run", measure)
+    assert "71.25" in call(capsys, *words)[1]
+    os.utime(grid, (0, 0))
+    monkeypatch.setattr(cli.subprocess, "run", lambda *words, **options: done)
+    assert "71.25" not in call(capsys, *words)[1]
+    asked = json.loads((tmp_path / "build/runs/bat, lasher.json").read_text())
+    assert asked["runs"][0]["dataset"] == ["rgbt/lasher"] and call(capsys, "run", "bat", "no table")[0] == 2
 
 
 def test_data_lists_every_set_also_to_a_reader_who_leaves(capsys, tmp_path):

@@ -23,6 +23,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -206,11 +207,8 @@ def doctor(given: argparse.Namespace) -> int:
         print(f"  data     {len(looked) - len(absent)} of {len(looked)} sets are present")
         for name, state in looked.items():
             if state.state == "present":
-                print(
-                    textwrap.fill(
-                        f"{name}: ready: {state.detail}", 110, initial_indent="    ", subsequent_indent="      "
-                    )
-                )
+                line = f"{name}: ready: {state.detail}"
+                print(textwrap.fill(line, 110, initial_indent="    ", subsequent_indent="      "))
         # sets with the same layout and source are printed together
         alike: dict[tuple[str, str], list[tuple[data.DataSet, data.Status]]] = {}
         for dataset, state in absent:
@@ -427,9 +425,10 @@ def run(given: argparse.Namespace) -> int:
             one["resources"]["gpu"] = 0
     write_json(file := root / "build" / "runs" / f"{given.paper}, {given.table}.json", config)
     words = [sys.executable, "-m", "snakemake", "--profile", given.profile, "--configfile", str(file)]
+    began = time.time()
     code = subprocess.run(words, cwd=root).returncode
     measured = root / "reports" / "paper" / given.paper / f"{'dry_runs' if given.dry_run else 'grid'}.csv"
-    if measured.exists():
+    if measured.exists() and measured.stat().st_mtime >= began:  # not that of another table, where nothing was measured
         recipe = importlib.import_module(f"companion.models.{given.paper}.recipe")
         rows = recipe.RESULTS.measured(measured)
         with pd.option_context("display.width", None, "display.max_columns", None):
