@@ -54,7 +54,7 @@ class Input:
 @torch.inference_mode(False)
 def per_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
     """A value for each channel, (channels, 1, 1), copied to a device once."""
-    return torch.tensor(values, device=device).view(-1, 1, 1)
+    return torch.tensor(values).view(-1, 1, 1).to(device)
 
 
 @recorded(weights="random", download=False)

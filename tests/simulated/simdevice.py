@@ -16,9 +16,9 @@ CUDA runs every operator's CPU kernel on the same memory. It raises, as a GPU do
 The GPU's random numbers are a stream of their own, seeded by `torch.manual_seed` as on a GPU.
 
 It cannot show: memory, asynchrony (a kernel's error comes at once), streams and events, cuDNN and fused attention (SDPA
-takes its "math" path), several GPUs, rounding, device-side asserts, `torch.Generator("cuda")`. It needs a CPU build of
-PyTorch on Linux; made with 2.13, whose C++ tables it relies on (`_gpu`). It holds for the whole process and for its
-forks; there is no uninstall.
+takes its "math" path), several GPUs, rounding, device-side asserts, `torch.Generator("cuda")`, and
+`torch.tensor(…, device="cuda")` below a `FlopCounterMode`. It needs a CPU build of PyTorch on Linux; made with 2.13,
+whose C++ tables it relies on (`_gpu`). It holds for the whole process and for its forks; there is no uninstall.
 """
 
 from __future__ import annotations
