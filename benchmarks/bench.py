@@ -101,6 +101,6 @@ def update_readme() -> None:
     for path in sorted(RESULTS.glob("*.json")):
         facts = json.loads(path.read_text())
         row = facts["rows"][0]
-        ratios = f"{row['time_ratio']:.2f} x | {row['memory_ratio']:.2f} x"
+        ratios = f"{row['time_ratio']:.2f}× | {row['memory_ratio']:.2f}×"
         lines.append(f"| `{facts['paper']}` | {row['what']} | {ratios} |")
     write_between(ROOT / "README.md", "benchmarks", "\n".join(lines))

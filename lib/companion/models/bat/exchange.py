@@ -86,5 +86,5 @@ def exchanged(model: BAT, groups: Mapping[str, Sequence[tuple[data.Annotated, in
         for stream, name in enumerate(STREAMS):
             ratios = [ratio[stream] for block in traced for ratio in block.exchange.values()]
             rows[f"{group}, into {name}"] = [100 * float(ratio.mean()) for ratio in ratios]
-    columns = [f"{i + 1} {stage}" for i in range(len(model.adapters)) for stage in ("attn", "MLP")]
+    columns = [f"{stage}\n{i + 1}" for i in range(len(model.adapters)) for stage in ("attn", "MLP")]
     return pd.DataFrame(rows, index=columns).T
