@@ -32,7 +32,7 @@ from torch import nn
 from . import packaged
 from .errors import BadCheckpoint, BadParameter, CorruptFile, MissingWeights, check_choice
 from .ops import unpickle
-from .ops.recorded import recorded
+from .ops.config import configure
 
 SECONDS = 5  # timeout of the hub
 # Our short names and the exact releases: `.orig_in21k` is Google's original ViT
@@ -57,7 +57,6 @@ def per_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor
     return torch.tensor(values).view(-1, 1, 1).to(device)
 
 
-@recorded(weights="random", download=False)
 def build(name: str, weights: str | Path = "pretrained", *, download: bool = False, **overrides: Any) -> nn.Module:
     """Build an encoder in eval mode.
 
@@ -77,9 +76,8 @@ def build(name: str, weights: str | Path = "pretrained", *, download: bool = Fal
         CorruptFile: a file that cannot be read.
         BadCheckpoint: weights that do not match the model; the names are listed.
     """
-    if name.startswith("openclip:"):
-        return _build_openclip(name, weights, download, overrides)
-    return _build_timm(name, weights, download, overrides)
+    of = _build_openclip if name.startswith("openclip:") else _build_timm
+    return configure(of(name, weights, download, overrides), {"name": name, **overrides}, build)
 
 
 def build_text(name: str, weights: str | Path = "pretrained", *, download: bool = False) -> tuple[nn.Module, Any]:
