@@ -76,8 +76,26 @@ def build(name: str, weights: str | Path = "pretrained", *, download: bool = Fal
         CorruptFile: a file that cannot be read.
         BadCheckpoint: weights that do not match the model; the names are listed.
     """
-    of = _build_openclip if name.startswith("openclip:") else _build_timm
-    return configure(of(name, weights, download, overrides), {"name": name, **overrides}, build)
+    # the path is resolved before the model is built: a missing file should fail before it costs seconds and gigabytes
+    path = None
+    if weights == "pretrained":
+        path = find_weights(name, download=download)
+    elif weights != "random":
+        path = Path(weights)
+        if not path.is_file():
+            raise BadParameter("weights", str(weights), "'pretrained', 'random' or an existing file")
+    if name.startswith("openclip:"):
+        model = _clip(name, overrides, tagless=weights != "pretrained")
+    else:
+        full = TIMM.get(name, name)
+        if not timm.is_model(full):
+            raise BadParameter("name", name, f"{list(TIMM)}, 'openclip:<model>/<tag>', or a timm model")
+        model = timm.create_model(full, pretrained=False, **{"num_classes": 0, **overrides})
+    if path is not None:
+        load_weights(model, path, name)
+        if about := packaged.about(path):
+            model.pretrained_cfg |= about
+    return configure(model.eval(), {"name": name, **overrides}, build)
 
 
 def build_text(name: str, weights: str | Path = "pretrained", *, download: bool = False) -> tuple[nn.Module, Any]:
@@ -228,42 +246,16 @@ def input_of(model: nn.Module) -> Input:
     raise BadParameter("model", type(model).__name__, "a model made by backbones.build")
 
 
-# --- timm -------------------------------------------------------------------------------------------------------------
-
-
-def _build_timm(name: str, weights: str | Path, download: bool, overrides: dict) -> nn.Module:
-    full = TIMM.get(name, name)
-    if not timm.is_model(full):
-        raise BadParameter("name", name, f"{list(TIMM)}, 'openclip:<model>/<tag>', or a timm model")
-    if timm.get_pretrained_cfg(full) is None and weights == "pretrained":
-        raise BadParameter("weights", weights, f"'random' or a file: timm knows no released weights of {full}")
-    # the path is resolved before the model is built: a missing file should fail before it costs seconds and gigabytes
-    path = None
-    if weights == "pretrained":
-        path = find_weights(full, download=download)
-    elif weights != "random":
-        path = _file(weights)
-    model = timm.create_model(full, pretrained=False, **{"num_classes": 0, **overrides})
-    if path is not None:
-        load_weights(model, path, full)
-        model.pretrained_cfg |= packaged.about(path)
-    return model.eval()
-
-
 # --- open_clip --------------------------------------------------------------------------------------------------------
 
 
-def _build_openclip(name: str, weights: str | Path, download: bool, overrides: dict) -> nn.Module:
+def _clip(name: str, overrides: dict, tagless: bool) -> nn.Module:
+    """A CLIP with random weights and the preprocessing of its release."""
     import open_clip  # imported here and below: it imports transformers, and half of the papers use neither
     from open_clip.model import set_model_preprocess_cfg
 
-    architecture, release = _openclip(name, tagless=weights != "pretrained")
-    path = None
-    if weights == "pretrained":
-        path = find_weights(name, download=download)
-    elif weights != "random":
-        path = _file(weights)
-    # open_clip warns on the root logger about a model without weights; here the file is loaded a few lines below
+    architecture, release = _openclip(name, tagless)
+    # open_clip warns on the root logger about a model without weights; here the file is loaded afterwards
     logging.disable(logging.WARNING)
     try:
         model = open_clip.create_model(
@@ -276,9 +268,7 @@ def _build_openclip(name: str, weights: str | Path, download: bool, overrides: d
         logging.disable(logging.NOTSET)
     if release:
         set_model_preprocess_cfg(model, {**model.visual.preprocess_cfg, **release})
-    if path is not None:
-        load_weights(model, path, name)
-    return model.eval()
+    return model
 
 
 def _openclip(name: str, tagless: bool = False) -> tuple[str, dict]:
@@ -295,12 +285,6 @@ def _openclip(name: str, tagless: bool = False) -> tuple[str, dict]:
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
-
-
-def _file(path: str | Path) -> Path:
-    if not Path(path).is_file():
-        raise BadParameter("weights", str(path), "'pretrained', 'random' or an existing file")
-    return Path(path)
 
 
 def hub_file(name: str, repository: str | None, files: list[str], download: bool) -> Path:
@@ -363,7 +347,7 @@ def load_weights(model: nn.Module, path: Path, name: str) -> None:
         try:
             load_checkpoint(model, str(path), strict=True)
         except (KeyError, RuntimeError, AttributeError) as error:
-            _compare(model.state_dict(), state, name)
+            compare(model.state_dict(), state, name)
             raise BadCheckpoint(f"{name} ({error})") from error
         return
     # timm has a filter next to each model that renames other releases (Swin's own .pth, MAE's, CLIP's)
@@ -373,22 +357,19 @@ def load_weights(model: nn.Module, path: Path, name: str) -> None:
     except (KeyError, RuntimeError, ValueError, AttributeError) as error:
         raise BadCheckpoint(f"{name} ({error})") from error
     own = model.state_dict()
-    heads = tuple(f"{head}." for head in _classifiers(model))
+    names = model.pretrained_cfg.get("classifier") or "head"
+    heads = tuple(f"{head}." for head in ([names] if isinstance(names, str) else names))
     state = {
         key: value
         for key, value in state.items()
         if not key.startswith(heads) or (key in own and own[key].shape == value.shape)
     }
-    _compare({key: value for key, value in own.items() if key in state or not key.startswith(heads)}, state, name)
+    compare({key: value for key, value in own.items() if key in state or not key.startswith(heads)}, state, name)
     model.load_state_dict(state, strict=False)
 
 
-def _classifiers(model: nn.Module) -> tuple[str, ...]:
-    names = model.pretrained_cfg.get("classifier") or "head"
-    return (names,) if isinstance(names, str) else tuple(names)
-
-
-def _compare(own: dict, state: dict, name: str) -> None:
+def compare(own: dict, state: dict, name: str) -> None:
+    """Raise `BadCheckpoint` with the names and shapes in which the tensors `state` differ from those expected."""
     shapes = [
         f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}"
         for key in own.keys() & state.keys()

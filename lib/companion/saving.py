@@ -32,8 +32,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from . import __version__
-from .backbones import input_of
-from .errors import BadCheckpoint, BadParameter, CompanionError, CorruptFile, check_choice, check_names
+from .backbones import compare, input_of
+from .errors import BadParameter, CompanionError, CorruptFile, check_choice, check_names
 from .ops.config import build, config_of
 from .ops.files import atomic, atomic_folder, read_json
 from .training import checkpoints
@@ -119,15 +119,7 @@ def load(path: str | Path) -> Any:
     if not isinstance(model, nn.Module):
         raise CorruptFile(path, "it names no model")
     state, own = load_file(path), _tensors(model)
-    shapes = [
-        f"{name} {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
-        for name in own.keys() & state.keys()
-        if own[name].shape != state[name].shape
-    ]
-    if own.keys() != state.keys() or shapes:
-        raise BadCheckpoint(
-            f"the model that {path} names", own.keys() - state.keys(), state.keys() - own.keys(), shapes
-        )
+    compare(own, state, f"the model that {path} names")
     for name, parameter in model.named_parameters():
         parameter.data = state[name]
     for name, _ in list(model.named_buffers()):

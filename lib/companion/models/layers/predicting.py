@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as F
 
 from ...backbones import input_of
-from ...data import classification, decoding, own_set, xrays
+from ...data import classification, decoding, own_set
 from ...errors import CorruptFile, check_names
 
 BATCH = 16
@@ -32,14 +33,14 @@ def picture(image: Picture) -> Image.Image:
     """An RGB image, read like those of your own folders."""
     if isinstance(image, Image.Image):
         return decoding.in_memory(image)
-    return classification.Images(_own(image), Path(), [str(image)], [0], 1).picture(0)
+    own = own_set(_file(image).parent, "classification", "")
+    return classification.Images(own, Path(), [str(image)], [0], 1).picture(0)
 
 
 def grey(image: Picture) -> Tensor:
     """A grey image (1, H, W) in 0 to 1, read like X-rays."""
-    if isinstance(image, Image.Image):
-        return torch.from_numpy(decoding.unit_in_memory(image))[None]
-    return xrays.Pictures(_own(image), ".", [str(Path(image).absolute())]).grey(0)
+    values = decoding.unit_in_memory(image) if isinstance(image, Image.Image) else decoding.unit(_file(image))
+    return torch.from_numpy(np.ascontiguousarray(values))[None]
 
 
 def coloured(image: Picture) -> Tensor:
@@ -47,10 +48,10 @@ def coloured(image: Picture) -> Tensor:
     return F.to_dtype(F.pil_to_tensor(picture(image)), torch.float32, scale=True)
 
 
-def _own(image: str | Path) -> Any:
+def _file(image: str | Path) -> Path:
     if not Path(image).is_file():
         raise CorruptFile(image, "there is no such file")
-    return own_set(Path(image).parent, "classification", "")
+    return Path(image)
 
 
 def batches(
