@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import HfApi
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -280,13 +280,13 @@ def push_to_hub(path: str | Path, repository: str, *, private: bool = False) -> 
     Raises `CorruptFile`: the file was not written by `save`. Errors of the hub are raised by its client.
     """
     path, hub = Path(path), HfApi()
-    files = [f for f in _pipeline(path).rglob("*") if f.is_file()] if path.is_dir() else [path]
-    if files == [path]:
-        _header(path)
+    (_pipeline if path.is_dir() else _header)(path)
     address = hub.create_repo(repository, private=private, exist_ok=True)
-    root = path if path.is_dir() else path.parent
-    added = [CommitOperationAdd(file.relative_to(root).as_posix(), file) for file in files]
-    hub.create_commit(repository, added, commit_message=f"{path.name}, saved by companion {__version__}")
+    message = f"{path.name}, saved by companion {__version__}"
+    if path.is_dir():
+        hub.upload_folder(repo_id=repository, folder_path=path, commit_message=message)
+    else:
+        hub.upload_file(repo_id=repository, path_or_fileobj=path, path_in_repo=path.name, commit_message=message)
     return str(address)
 
 
