@@ -23,7 +23,7 @@ from ..layers.attend import attention_map
 from ..layers.heads import vit_sizes
 from ..layers.mae import initialise, visible_tokens
 from ..layers.pos_embed import sincos_table
-from ..layers.predicting import Images, Names, Shapes, Transform, named, outputs
+from ..layers.predicting import Images, Names, Transform, named, outputs
 
 # students [paper: tiny, small, base]; with the usual widths. Pocket: ours, for a CPU (section 14)
 SIZES: dict[str, dict[str, Any]] = {
@@ -112,9 +112,6 @@ class ViT(VisionTransformer):
         if not self.num_classes:
             return list(outputs(self, images, transform, run=self.features))
         return named(outputs(self, images, transform).softmax(1), names)
-
-    def export_inputs(self, side: int) -> Shapes:
-        return {"images": (3, *self.patch_embed.img_size)}
 
     def features(self, images: Tensor) -> Tensor:
         """The input of a linear probe, (B, 2 D): the [CLS] token and the mean patch token, after the norm [house]."""

@@ -374,8 +374,7 @@ class ECAMP(OfficialModel):
     def predict(self, images: Images, names: Names, transform: Transform = None) -> list[Tensor]:
         """Features (D,) of each image, the mean of its patches' tokens."""
         transform = transform or test_transform(self.image)
-        tokens = outputs(self, images, transform, grey, self.encoder.forward_features)  # (n, 1 + N, D)
-        return list(tokens[:, 1:].mean(1))
+        return list(outputs(self, images, transform, grey, lambda x: self.encoder.forward_features(x)[:, 1:].mean(1)))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the encoder's activations in the backward pass: less memory, more time."""
