@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import companion
-from companion import exporting
+from companion import saving
 from companion.errors import CompanionError
 from tests.models.common import refuses
 from tests.test_saving import trained
@@ -20,7 +20,7 @@ MODELS = ("SA²VP", "SA²VP on a Swin", "PromptPAR", "MetaSegNet", "BAT", "ECAMP
 def run(path: Path, inputs: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
     """The outputs of an exported program, without this package."""
     if path.suffix == ".pt2":
-        return list(exporting._tuple(torch.export.load(path).module()(*inputs)))
+        return list(torch.export.load(path).module()(*inputs))
     session = pytest.importorskip("onnxruntime").InferenceSession(str(path))
     given = {i.name: x.numpy() for i, x in zip(session.get_inputs(), inputs, strict=True)}
     return [torch.from_numpy(output) for output in session.run(None, given)]
@@ -34,11 +34,11 @@ def test_a_program_gives_the_models_outputs_at_any_batch(name: str, suffix: str,
     model, path, text = trained(name).float(), tmp_path / f"model{suffix}", TEXT if name == "MetaSegNet" else None
     assert companion.export(model, path, text=text, size=64) == path and list(tmp_path.iterdir()) == [path]
     for count in (1, 5):
-        examples, _ = exporting._examples(model, 64)
-        inputs = tuple(torch.randn(count, *x.shape[1:], generator=torch.Generator().manual_seed(5)) for x in examples)
+        shapes = saving.export_inputs(model, 64).values()
+        inputs = tuple(torch.randn(count, *shape, generator=torch.Generator().manual_seed(5)) for shape in shapes)
         with torch.no_grad():
-            expected = model(*inputs, [TEXT]) if text else exporting._Network(model, None)(*inputs)
-            for ours, theirs in zip(run(path, inputs), exporting._tuple(expected), strict=True):
+            expected = (model(*inputs, [TEXT]),) if text else saving.Program(model)(*inputs)
+            for ours, theirs in zip(run(path, inputs), expected, strict=True):
                 torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
@@ -52,6 +52,6 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path, monkeypatch: pytest.
         (lambda: companion.export(trained("VPT"), out, text="a"), "MetaSegNet"),
         (lambda: companion.export(trained("VPT"), tmp_path / "m.pth"), ".pth"),
     )
-    monkeypatch.setattr(exporting.torch, "allclose", lambda *args, **options: False)
+    monkeypatch.setattr(saving.torch, "allclose", lambda *args, **options: False)
     refuses((lambda: companion.export(trained("VPT"), out), "VPT differs"), error=CompanionError)
     assert not list(tmp_path.iterdir())

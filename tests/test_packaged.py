@@ -64,7 +64,7 @@ def test_minilm_knows_meanings():
         sentences = F.normalize((model(**batch).last_hidden_state * mask).sum(1) / mask.sum(1), dim=-1)
     _, heart, car = (sentences[0] @ sentences.T).tolist()
     assert heart > 0.4 and car < 0.3 and not model.training
-    assert same(backbones.build_text("all-MiniLM-L6-v2", packaged.find("all-MiniLM-L6-v2"))[0], model)
+    assert same(backbones.read_bert(packaged.find("all-MiniLM-L6-v2"))[0], model)
 
 
 def test_the_cache_of_the_hub_comes_first(tmp_path):

@@ -36,6 +36,10 @@ EXAMPLES = {slug: IMPORTS + code for slug, code in EXAMPLES.items()}
 EXAMPLES["README"] = re.search(r"```python\n(.*?)```", README, re.S)[1]
 
 
+build = backbones.build
+
+
+@functools.wraps(build)  # its name, by which a saved model is built again
 def small(name: str, weights: str | Path = "pretrained", **options: Any) -> nn.Module:
     """A small random encoder of the same kind."""
     torch.manual_seed(0)
@@ -46,10 +50,6 @@ def small(name: str, weights: str | Path = "pretrained", **options: Any) -> nn.M
     if name.startswith("resnet"):
         return build("resnet18", "random")
     return build("vit_tiny_patch16_224", "random", depth=6, embed_dim=64, num_heads=2)
-
-
-build = backbones.build
-small.recorded = True  # type: ignore[attr-defined]  # a saved model is made again by it
 
 
 def images(folder: Path, names: list[str], size: tuple[int, int] = (40, 48)) -> None:

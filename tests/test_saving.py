@@ -182,7 +182,7 @@ def rewritten(path: Path, about: str = "", **tensors: torch.Tensor) -> Path:
 def test_what_would_be_loaded_as_something_else_is_not_saved(tmp_path: Path) -> None:
     changed, foreign, out = MODELS["VPT"](), MODELS["VPT"](), tmp_path / "m.safetensors"
     changed.head = nn.Linear(48, 7)
-    foreign._made["args"]["backbone"] = {"unknown": "torch.nn.Sequential"}
+    foreign.config["args"]["backbone"] = {"unknown": "torch.nn.Sequential"}
     refuses(
         (lambda: companion.save(changed, out), "VPT"),
         (lambda: companion.save(foreign, out), "torch.nn.Sequential"),
@@ -223,7 +223,7 @@ def test_other_files_are_refused_by_name(tmp_path: Path) -> None:
         (about_is(made={"by": "companion.backbones:Input", "args": {"size": 1, "mean": [], "std": []}}), "no model"),
         error=CorruptFile,
     )
-    # only recorded calls are executed, whatever the file contains; Loop is a dataclass, but not frozen
+    # nothing else is executed, whatever the file contains; Loop is a dataclass, but not frozen
     for by in ("os:system", "torch:load", "companion.cli:main", "companion.none:f", "companion.training.fit:Loop"):
         refuses((about_is(made={"by": by, "args": {"command": "touch hacked"}}), by))
     refuses(
@@ -233,7 +233,34 @@ def test_other_files_are_refused_by_name(tmp_path: Path) -> None:
     )
 
 
-def test_a_record_names_no_other_setting_of_a_text_encoder(tmp_path: Path) -> None:
+OLD = """{"paper": "", "made": {"by": "companion.models.layers.vpt:VPT", "args": {
+"backbone": {"by": "companion.backbones:build", "args": {"name": "vit_tiny_patch16_224", "weights": "random",
+  "download": false, "img_size": 32, "depth": 1, "embed_dim": 48, "num_heads": 3}},
+"classes": 3, "tokens": 8, "deep": true, "dropout": 0.1}},
+"class_names": ["a", "b", "c"], "preprocessing": {"by": "companion.data.classification:crop_transform", "args": {
+"input": {"by": "companion.backbones:Input", "args": {"size": 32, "mean": {"tuple": [0.5, 0.5, 0.5]},
+  "std": {"tuple": [0.25, 0.25, 0.25]}}}, "train": false}}}"""
+
+
+def test_a_file_of_an_older_version_loads(tmp_path: Path) -> None:
+    model = trained("VPT")
+    path = rewritten(companion.save(model, tmp_path / "m.safetensors"), OLD)
+    again = companion.load(path)
+    assert repr(again) == repr(model) and again.class_names == ("a", "b", "c")
+    assert torch.equal(again.transform(picture()), TRANSFORMS["crop"][1](picture()))
+
+
+def test_no_weights_are_looked_up(tmp_path: Path) -> None:
+    """Whatever a config says: it is in a file."""
+    path = companion.save(MODELS["VPT"](), tmp_path / "m.safetensors")
+    backbone = '"backbone": {"by": "companion.backbones:build", "args": {'
+    text = json.dumps(header(path))
+    assert text.count(backbone) == 1
+    rewritten(path, text.replace(backbone, f'{backbone}"weights": "/etc/passwd", "download": true, '))
+    assert type(companion.load(path)) is vpt.VPT
+
+
+def test_a_config_names_no_other_setting_of_a_text_encoder(tmp_path: Path) -> None:
     """`attn_implementation` of transformers may name code on a hub."""
     path = companion.save(land_with_bert(), tmp_path / "m.safetensors")
     text = json.dumps(header(path))
@@ -242,14 +269,14 @@ def test_a_record_names_no_other_setting_of_a_text_encoder(tmp_path: Path) -> No
     refuses((lambda: companion.load(path), "attn_implementation"), error=CompanionError)
 
 
-def test_a_model_is_put_on_the_hub_with_one_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_is_put_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, hub = companion.save(MODELS["SA²VP"](), tmp_path / "flowers.safetensors"), MagicMock()
-    assert header(path)["paper"] == "sa2vp"
+    assert header(path)["made"]["by"] == "companion.models.sa2vp.model:SA2VP"
     monkeypatch.setattr(saving, "HfApi", lambda: hub)
     companion.push_to_hub(path, "me/flowers", private=True)
     hub.create_repo.assert_called_once_with("me/flowers", private=True, exist_ok=True)
-    name, (added,) = hub.create_commit.call_args.args
-    assert name == "me/flowers" and added.path_in_repo == "flowers.safetensors"
+    sent = hub.upload_file.call_args.kwargs
+    assert (sent["repo_id"], sent["path_in_repo"]) == ("me/flowers", "flowers.safetensors")
     save_file({}, tmp_path / "other.safetensors")
     refuses((lambda: companion.push_to_hub(tmp_path / "other.safetensors", "me/x"), "other"), error=CorruptFile)
-    hub.create_commit.assert_called_once()
+    hub.upload_file.assert_called_once()

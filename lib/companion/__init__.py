@@ -7,17 +7,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .exporting import export
-    from .prediction import predict
-    from .saving import load, push_to_hub, save
+    from .saving import export, load, predict, push_to_hub, save
 
 __version__ = "0.2.0"
 __all__ = ["export", "load", "predict", "push_to_hub", "save"]
-_HOMES = {"export": "exporting", "predict": "prediction"}
 
 
 def __getattr__(name: str) -> Any:
     """The functions above, imported on first access, since importing torch takes seconds."""
     if name not in __all__:
         raise AttributeError(f"module 'companion' has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_HOMES.get(name, 'saving')}", __name__), name)
+    return getattr(importlib.import_module(".saving", __name__), name)

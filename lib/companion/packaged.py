@@ -25,7 +25,9 @@ normal size", so it encodes the topic but hardly the finding.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import itertools
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -115,24 +117,18 @@ def _from_onnx(source: Path, target: Path) -> None:
         if node.op_type == "MatMul" and node.input[1] in theirs:
             layer = node.name.strip("/").replace("/", ".").removesuffix(".MatMul")
             theirs[f"{layer}.weight"] = theirs[node.input[1]].T
-    parts = {"norm1": "norm1", "attention.output.dense": "attn.proj", "norm2": "norm2", "mlp.fc1": "mlp.fc1"}
-    parts["mlp.fc2"] = "mlp.fc2"
-    ours = {
-        "cls_token": theirs["backbone.embeddings.cls_token"],
-        "pos_embed": torch.cat([theirs["onnx::Concat_1957"], theirs["onnx::Reshape_1962"]], 1),
-    }
-    for kind in ("weight", "bias"):
-        ours[f"patch_embed.proj.{kind}"] = theirs[f"backbone.embeddings.patch_embeddings.projection.{kind}"]
-        ours[f"norm.{kind}"] = theirs[f"backbone.layernorm.{kind}"]
-        for i in range(12):
-            layer, block = f"backbone.encoder.layer.{i}", f"blocks.{i}"
-            qkv = [theirs[f"{layer}.attention.attention.{part}.{kind}"] for part in ("query", "key", "value")]
-            ours[f"{block}.attn.qkv.{kind}"] = torch.cat(qkv)
-            for part, name in parts.items():
-                ours[f"{block}.{name}.{kind}"] = theirs[f"{layer}.{part}.{kind}"]
-    for i in range(12):
-        for n in (1, 2):
-            ours[f"blocks.{i}.ls{n}.gamma"] = theirs[f"backbone.encoder.layer.{i}.layer_scale{n}.lambda1"]
+    renames = {"backbone.embeddings.": "", "backbone.layernorm": "norm", "backbone.encoder.layer": "blocks"}
+    renames |= {"patch_embeddings.projection": "patch_embed.proj", "attention.output.dense": "attn.proj"}
+    renames |= {"layer_scale": "ls", "lambda1": "gamma"}
+    ours = {"pos_embed": torch.cat([theirs["onnx::Concat_1957"], theirs["onnx::Reshape_1962"]], 1)}
+    for name, tensor in theirs.items():
+        if name.startswith("backbone.") and ".attention.attention." not in name:
+            ours[functools.reduce(lambda new, pair: new.replace(*pair), renames.items(), name)] = tensor
+    for i, kind in itertools.product(range(12), ("weight", "bias")):
+        layer = f"backbone.encoder.layer.{i}.attention.attention"
+        ours[f"blocks.{i}.attn.qkv.{kind}"] = torch.cat(
+            [theirs[f"{layer}.{x}.{kind}"] for x in ("query", "key", "value")]
+        )
     _save(ours, target)
 
 

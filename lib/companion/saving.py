@@ -1,41 +1,51 @@
-"""Saves a trained model as one file, loads it, and uploads it to the hub.
+"""Saves, loads, applies and exports a trained model of any paper.
 
     companion.save(model, "flowers.safetensors", class_names=["rose", "tulip"], transform=data["test"].transform)
     model = companion.load("flowers.safetensors")
     companion.predict(model, "new.jpg")                     # [{"rose": 0.97, "tulip": 0.03}]
+    companion.export(model, "flowers.pt2")                  # torch.export.load("flowers.pt2").module()(images)
+    companion.export(model, "flowers.onnx")                 # the same as ONNX
 
 The file is in safetensors format: all tensors, including the frozen backbone's, so that neither cache nor network is
-needed; and JSON in its header: the paper, the record that rebuilds the model (class, options, backbone), class names,
-preprocessing.
+needed; and JSON in its header: the model's `config` (see `ops.config`), class names, preprocessing.
+
+A model has a `config`, which its constructor sets, a method `predict(images, names, **options)`, and
+`export_inputs(side)`, the shape of each input, or `not_exported`, the reason why there is no program of it.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
+import importlib.util
+import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import HfApi
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from . import __version__
-from .errors import BadCheckpoint, BadParameter, CompanionError, CorruptFile, check_names
-from .ops.files import atomic_folder, read_json
-from .ops.recorded import made_by, make
+from .backbones import compare, input_of
+from .errors import BadParameter, CompanionError, CorruptFile, check_choice, check_names
+from .ops.config import build, config_of
+from .ops.files import atomic, atomic_folder, read_json
 from .training import checkpoints
 
 FORMAT = "1"
+TOLERANCE = 1e-4  # of the exported program's outputs, relative to the largest
 
 
 def save(model: Any, path: str | Path, *, class_names: Sequence[str] = (), transform: Any = None) -> Path:
     """Write a model's file, under a temporary name first, and return its path; an existing file is replaced.
 
-    Before writing, the model is rebuilt from its record and compared: a model that cannot be restored exactly is
-    refused.
+    Before writing, the model is built from its config and compared: a model that cannot be restored exactly is refused.
 
     Args:
         model: of any paper, or a baseline of `models.layers`. TIP's pipeline is written to a folder, by diffusers.
@@ -57,25 +67,25 @@ def save(model: Any, path: str | Path, *, class_names: Sequence[str] = (), trans
         return path
     if path.suffix != ".safetensors":
         raise BadParameter("path", str(path), "a file name that ends in .safetensors")
-    note = made_by(model)
-    if not isinstance(model, nn.Module) or not isinstance(note, dict) or "args" not in note:
+    config, preprocessing = config_of(model), config_of(transform)
+    if config is None or not isinstance(model, nn.Module) or "args" not in config:
         accepted = "a model of companion.models, or one that backbones.build made"
         raise BadParameter("model", type(model).__name__, accepted)
-    preprocessing = made_by(transform)
-    if preprocessing is not None and "by" not in preprocessing:
+    if transform is not None and preprocessing is None:
         accepted = "a transform of companion.data, such as classification.resize_transform(input)"
         raise BadParameter("transform", type(transform).__name__, accepted)
     if preprocessing is not None and "train" in preprocessing["args"]:  # a copy: the transform stays as it is
         preprocessing = preprocessing | {"args": preprocessing["args"] | {"train": False}}
-    check_names(class_names, _outputs(model, note))
+    outputs = config["args"].get("classes", getattr(model, "classes", None))
+    check_names(class_names, outputs if isinstance(outputs, int) and outputs > 1 else None)
     with torch.random.fork_rng(devices=[]):
-        again = make(note)
+        again = build(config)
     state = _tensors(model)
     expected = {name: tuple(value.shape) for name, value in _tensors(again).items()}
     if repr(again) != repr(model) or expected != {name: tuple(value.shape) for name, value in state.items()}:
         accepted = "one that was not changed after it was made: from its arguments another one would be loaded"
         raise BadParameter("model", type(model).__name__, accepted)
-    about = {"paper": _paper(note), "made": note, "class_names": list(class_names), "preprocessing": preprocessing}
+    about = {"made": config, "class_names": list(class_names), "preprocessing": preprocessing}
     metadata = {"companion": FORMAT, "model": json.dumps(about, ensure_ascii=False)}
     return checkpoints.save(path.parent, path.stem, state, metadata)
 
@@ -96,8 +106,8 @@ def load(path: str | Path) -> Any:
     about = _header(path)
     try:
         with torch.random.fork_rng(devices=[]):
-            model = make(about["made"])
-        transform, names = make(about["preprocessing"]), tuple(map(str, about["class_names"]))
+            model = build(about["made"])
+        transform, names = build(about["preprocessing"]), tuple(map(str, about["class_names"]))
     except CompanionError:
         raise
     except Exception as error:  # a constructor with arguments of a wrong type may raise any error
@@ -109,15 +119,7 @@ def load(path: str | Path) -> Any:
     if not isinstance(model, nn.Module):
         raise CorruptFile(path, "it names no model")
     state, own = load_file(path), _tensors(model)
-    shapes = [
-        f"{name} {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
-        for name in own.keys() & state.keys()
-        if own[name].shape != state[name].shape
-    ]
-    if own.keys() != state.keys() or shapes:
-        raise BadCheckpoint(
-            f"the model that {path} names", own.keys() - state.keys(), state.keys() - own.keys(), shapes
-        )
+    compare(own, state, f"the model that {path} names")
     for name, parameter in model.named_parameters():
         parameter.data = state[name]
     for name, _ in list(model.named_buffers()):
@@ -125,6 +127,142 @@ def load(path: str | Path) -> Any:
         model.get_submodule(owner)._buffers[last] = state[name]
     vars(model).update(class_names=names, transform=transform)  # not by nn.Module: a transform is no submodule
     return model.eval()
+
+
+def predict(
+    model: Any, images: Any, *, class_names: Sequence[str] = (), transform: Callable | None = None, **options: Any
+) -> Any:
+    """Predictions for images by the model's method `predict`: a list with one entry per image.
+
+        SA²VP, DPLQ, their baselines, DMT's classifier     {class: probability}, the most probable first
+        PromptPAR                                          {attribute: probability}
+        ECAMP's classifier                                 {finding: probability}; with `exclusive` they sum to 1
+        ECAMP's segmenter, detector                        probabilities (outputs, S, S); boxes (n, 7), see `suppress`
+        ECAMP, DMT's student                               features (D,)
+        MetaSegNet                                         the class of each pixel, (H, W) uint8, 255 without data
+        SIC-CADS' recogniser                               {class: score}; with a `detector`, refined detections
+        H-ViT                                              the grade of a slide, by name if names are known
+        BAT, its baselines                                 for a pair of videos: `bat.tracking.Track`, boxes and scores
+        TIP's pipeline                                     the restored image, a PIL image
+
+    The model is set to eval mode and runs on its device.
+
+    Args:
+        model: of any paper, trained here or loaded.
+        images: paths or PIL images, or one of them. For X-rays DICOM too. For H-ViT: files of `companion slides`, or
+            tensors (M, ...) of a slide's regions, as in `HViT.forward`. For BAT: two folders or two video files, RGB
+            and the second stream.
+        class_names, transform: as in `save`. By default those saved with a loaded model; else class numbers, and the
+            paper's transform for the backbone.
+        options: for MetaSegNet `texts`, one for each image or one for all, and `tile`, `overlap`; for SIC-CADS
+            `detector`, `gamma` and others of `sic_cads.detectors.refined`; for ECAMP `exclusive`; for BAT `box`, x, y,
+            w, h in the first frame, and others of `bat.tracking.track`, such as `video`, a file to write; for TIP
+            `prompt`, `restoration` and others of the pipeline.
+
+    Raises:
+        BadParameter: no image; a model, option or number of names that does not match.
+        CorruptFile: an image that is missing or cannot be read.
+    """
+    kind, method = type(model).__name__, getattr(model, "predict", None)
+    if method is None:
+        raise BadParameter("model", kind, "a model of companion.models")
+    if inspect.isfunction(method):  # of a model whose class is timm's
+        method = functools.partial(method, model)
+    given = [images] if isinstance(images, (str, Path, Image.Image, Tensor)) else list(images)
+    if not given:
+        raise BadParameter("images", "an empty list", "at least one image")
+    check_names(class_names)
+    names, signature = tuple(class_names or getattr(model, "class_names", ())), inspect.signature(method)
+    if "transform" in signature.parameters:
+        options["transform"] = transform or getattr(model, "transform", None)
+    elif transform is not None:
+        raise BadParameter("transform", type(transform).__name__, f"None: {kind} has its own")
+    try:
+        signature.bind(given, names, **options)
+    except TypeError as error:
+        raise BadParameter("options", sorted(options), f"those of {kind} ({error})") from error
+    if isinstance(model, nn.Module):
+        model.eval()
+    with torch.no_grad():  # not inference mode: tensors that a model caches in it could not be used in training
+        return method(given, names, **options)
+
+
+def export(model: Any, path: str | Path, *, text: str | None = None, size: int = 512) -> Path:
+    """Export a model as a program that runs without this package: torch.export, or ONNX (the extra `[export]`).
+
+    The batch is dynamic, height and width are fixed. Inputs are images after the model's transform, outputs logits
+    (B, classes); for PromptPAR (B, attributes), for MetaSegNet and ECAMP's segmenter (B, classes, H, W); for ECAMP's
+    detector three heads; for BAT score, size, offset and box. The program's outputs are compared with the model's.
+
+    Args:
+        path: ends in .pt2 or .onnx; it is returned.
+        text: for MetaSegNet: the text of one climate zone, which becomes part of the program.
+        size: side of MetaSegNet's images; the other models have one size.
+
+    Raises:
+        BadParameter: a model that cannot be exported, with the reason; or another `path`.
+        CompanionError: the package onnxscript is not installed; or the program's outputs differ from the model's.
+    """
+    path, kind = Path(path), type(model).__name__
+    check_choice("path", path.suffix, (".pt2", ".onnx"))
+    if path.suffix == ".onnx" and importlib.util.find_spec("onnxscript") is None:
+        raise CompanionError("ONNX needs onnxscript, which is not installed: pip install -e '.[export]'")
+    reason = getattr(model, "not_exported", None)
+    if reason or not isinstance(model, nn.Module):
+        accepted = f"one that is a single pass of fixed size; {reason or 'a model of companion.models'}"
+        raise BadParameter("model", kind, accepted)
+    if text is not None:
+        if not hasattr(model, "with_text"):
+            raise BadParameter("text", text, "None: only MetaSegNet reads one")
+        model = model.with_text(text)
+    network, shapes = Program(copy.deepcopy(model)).eval(), export_inputs(model, size)
+    device, generator = next(model.parameters()).device, torch.Generator().manual_seed(0)
+    three = [torch.randn(3, *shape, generator=generator).to(device) for shape in shapes.values()]
+    given = tuple(x[:2] for x in three)  # a batch of 1 would be specialised to a constant
+    batch = {0: torch.export.Dim("batch", min=1, max=1024)}
+    with torch.no_grad():
+        expected = network(*three)
+        try:
+            # strict mode keeps `len(images)` symbolic
+            program = torch.export.export(network, given, dynamic_shapes=((batch,) * len(given),), strict=True)
+        except Exception as error:  # torch raises many kinds of errors
+            reason = str(error).strip().partition("\n")[0]
+            raise BadParameter("model", kind, f"one that torch.export follows: {reason}") from error
+        for ours, theirs in zip(program.module()(*three), expected, strict=True):
+            if not torch.allclose(ours, theirs, atol=TOLERANCE * float(theirs.abs().max())):
+                difference = float((ours - theirs).abs().max())
+                raise CompanionError(
+                    f"{path} is not written: the exported {kind} differs from the model by {difference:g}"
+                )
+    with atomic(path) as temporary:
+        if path.suffix == ".pt2":
+            torch.export.save(program, temporary)
+        else:
+            torch.onnx.export(program, input_names=list(shapes), f=str(temporary), external_data=False)
+    return path
+
+
+def export_inputs(model: nn.Module, side: int) -> dict[str, tuple[int, ...]]:
+    """The shape of each input of a model, without the batch; of an encoder of another package its images."""
+    if own := getattr(model, "export_inputs", None):
+        return own(side)
+    embed = getattr(model, "patch_embed", None)
+    size = embed.img_size if embed is not None else (input_of(model).size,) * 2
+    return {"images": (3, *size)}
+
+
+class Program(nn.Module):
+    """A model that returns a tuple of the exported outputs: of several the first, which is the prediction, or all."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        found = self.model(*inputs)
+        if isinstance(found, list) or getattr(self.model, "all_outputs", False):
+            return tuple(found)
+        return (found[0] if isinstance(found, tuple) else found,)
 
 
 def push_to_hub(path: str | Path, repository: str, *, private: bool = False) -> str:
@@ -139,22 +277,14 @@ def push_to_hub(path: str | Path, repository: str, *, private: bool = False) -> 
     Raises `CorruptFile`: the file was not written by `save`. Errors of the hub are raised by its client.
     """
     path, hub = Path(path), HfApi()
-    files = [f for f in _pipeline(path).rglob("*") if f.is_file()] if path.is_dir() else [path]
-    if files == [path]:
-        _header(path)
+    (_pipeline if path.is_dir() else _header)(path)
     address = hub.create_repo(repository, private=private, exist_ok=True)
-    root = path if path.is_dir() else path.parent
-    added = [CommitOperationAdd(file.relative_to(root).as_posix(), file) for file in files]
-    hub.create_commit(repository, added, commit_message=f"{path.name}, saved by companion {__version__}")
+    message = f"{path.name}, saved by companion {__version__}"
+    if path.is_dir():
+        hub.upload_folder(repo_id=repository, folder_path=path, commit_message=message)
+    else:
+        hub.upload_file(repo_id=repository, path_or_fileobj=path, path_in_repo=path.name, commit_message=message)
     return str(address)
-
-
-def _outputs(model: nn.Module, note: dict[str, Any]) -> int | None:
-    """How many class names a model has; None where that is not known or it has a single output."""
-    count = note["args"].get("classes", getattr(getattr(model, "slide", None), "classes", None))
-    if isinstance(text := note["args"].get("text"), dict) and "tensor" in text:  # an embedding of each class
-        count = text["tensor"][0]
-    return count if isinstance(count, int) and count > 1 else None
 
 
 def _header(path: Path) -> dict[str, Any]:
@@ -192,9 +322,3 @@ def _pipeline(folder: Path) -> Path:
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """All tensors by name: parameters and buffers, including non-persistent buffers."""
     return {name: tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-
-
-def _paper(note: Mapping[str, Any]) -> str:
-    """The paper of a recorded model; empty for a baseline that several share."""
-    package, name = str(note.get("by")).split(".")[:2], str(note.get("by")).split(".")[2:3]
-    return name[0] if package == ["companion", "models"] and name != ["layers"] else ""

@@ -29,7 +29,7 @@ from torchvision.transforms.v2 import functional as F
 
 from ..errors import CorruptFile, check_choice
 from ..ops import unpickle
-from ..ops.recorded import recorded
+from ..ops.config import configure
 from . import DataSet, Status, find, own_set
 from .attributes_sets import ANNOTATIONS, COLUMNS, IMAGES, SENTENCES, WIDER_FILES, ZERO_SHOT, ZERO_SHOT_FILES
 from .classification import Images, _inside, _normalised, _to_tensor, check_listed
@@ -188,7 +188,6 @@ class PadToSquare:
         return square
 
 
-@recorded()
 def square_transform(size: int = 224, train: bool = False, antialias: bool = False) -> v2.Transform:
     """PromptPAR's transform: padded to a square, resized (bilinear), normalised by 0.5, not by CLIP's statistics.
 
@@ -201,7 +200,9 @@ def square_transform(size: int = 224, train: bool = False, antialias: bool = Fal
     """
     cut = [v2.Pad(10), v2.RandomCrop(size), v2.RandomHorizontalFlip(0.5)] if train else []
     halves = SimpleNamespace(mean=(0.5,) * 3, std=(0.5,) * 3)
-    return v2.Compose([PadToSquare(size, antialias), v2.Resize((size, size)), *cut, *_normalised(halves)])
+    steps = [PadToSquare(size, antialias), v2.Resize((size, size)), *cut, *_normalised(halves)]
+    arguments = {"size": size, "train": train, "antialias": antialias}
+    return configure(v2.Compose(steps), arguments, square_transform)
 
 
 # --- called by `companion.data` ----------------------------------------------------------------------------------

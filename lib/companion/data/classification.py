@@ -36,8 +36,8 @@ from torchvision.datasets.utils import check_integrity
 from torchvision.transforms import v2
 
 from ..errors import BadParameter, CompanionError, CorruptFile, MissingData, check_choice
+from ..ops.config import configure
 from ..ops.files import atomic_folder, read_json, write_json
-from ..ops.recorded import recorded
 from . import DataSet, Parts, Status, decoding, downloading, find, own_set
 from .classification_sets import IMAGES, OFFICIAL
 
@@ -221,7 +221,6 @@ def _official(key: str, files: Sequence[Path]) -> Iterator[tuple[str, int, str]]
             yield image["relative_im_path"], image["class"], "test" if image["test"] else "train"
 
 
-@recorded()
 def resize_transform(input) -> v2.Transform:
     """VTAB-1k's transform, for training and test alike: resize to (size, size), ignoring the aspect ratio, then
     normalise.
@@ -232,10 +231,10 @@ def resize_transform(input) -> v2.Transform:
     Returns:
         From a PIL image to a float32 tensor (3, size, size).
     """
-    return v2.Compose([v2.Resize((input.size, input.size)), *_normalised(input)])
+    steps = [v2.Resize((input.size, input.size)), *_normalised(input)]
+    return configure(v2.Compose(steps), {"input": input}, resize_transform)
 
 
-@recorded()
 def crop_transform(input, train: bool) -> v2.Transform:
     """FGVC's transform: resize the short side to size * 256 / 224, then crop to `size`; random crop and flip in
     training.
@@ -248,7 +247,8 @@ def crop_transform(input, train: bool) -> v2.Transform:
         From a PIL image to a float32 tensor (3, size, size).
     """
     cut = [v2.RandomCrop(input.size), v2.RandomHorizontalFlip(0.5)] if train else [v2.CenterCrop(input.size)]
-    return v2.Compose([v2.Resize(round(input.size * 256 / 224)), *cut, *_normalised(input)])
+    steps = [v2.Resize(round(input.size * 256 / 224)), *cut, *_normalised(input)]
+    return configure(v2.Compose(steps), {"input": input, "train": train}, crop_transform)
 
 
 class InMemory(TensorDataset):

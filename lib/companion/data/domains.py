@@ -33,8 +33,8 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from ..errors import CompanionError, CorruptFile, check_choice
+from ..ops.config import configure
 from ..ops.files import read_json
-from ..ops.recorded import recorded
 from . import DataSet, Status, downloading, find, own_set
 from .classification import (
     Images,
@@ -118,7 +118,6 @@ def own_folder(root: str | Path, transform: Transform | None = None) -> dict[str
     return sets | {"all": Images(own, root, sources, labels, test.classes, transform, test.class_names)}
 
 
-@recorded()
 def clip_transform(input, train: bool = False) -> v2.Transform:
     """CLIP's transform, as used in prompt-learning papers (bicubic throughout).
 
@@ -136,7 +135,7 @@ def clip_transform(input, train: bool = False) -> v2.Transform:
         if train
         else [v2.Resize(input.size, interpolation=bicubic), v2.CenterCrop(input.size)]
     )
-    return v2.Compose([*cut, *_normalised(input)])
+    return configure(v2.Compose([*cut, *_normalised(input)]), {"input": input, "train": train}, clip_transform)
 
 
 # --- called by `companion.data` ----------------------------------------------------------------------------------

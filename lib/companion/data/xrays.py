@@ -34,8 +34,8 @@ from torchvision.datasets.utils import check_integrity, download_url
 from torchvision.transforms import v2
 
 from ..errors import BadParameter, CorruptFile, check_choice
+from ..ops.config import configure
 from ..ops.files import atomic, read_json
-from ..ops.recorded import recorded
 from . import DataSet, Parts, Status, decoding, downloading, find, own_set
 from .xrays_sets import ONE_OF, REPORTS, SIZES, TASKS, WINDOWS, lists, tasks
 
@@ -117,20 +117,20 @@ def train_transform(size: int = 224) -> v2.Transform:
     return v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), *_coloured(MEAN, STD)])
 
 
-@recorded()
 def test_transform(size: int = 224) -> v2.Transform:
     """Classification: the short side resized to `size`, then a centre crop."""
-    return v2.Compose([v2.Resize(size), v2.CenterCrop(size), *_coloured(MEAN, STD)])
+    steps = [v2.Resize(size), v2.CenterCrop(size), *_coloured(MEAN, STD)]
+    return configure(v2.Compose(steps), {"size": size}, test_transform)
 
 
-@recorded()
 def squeeze_transform(size: int = 224, antialias: bool = False) -> v2.Transform:
     """Detection: resized to a square, ignoring the aspect ratio; deterministic.
 
     Args:
         antialias: as released, False: OpenCV's bilinear interpolation uses four pixels at any reduction.
     """
-    return v2.Compose([v2.Resize((size, size), antialias=antialias), *_coloured(MEAN, STD)])
+    steps = [v2.Resize((size, size), antialias=antialias), *_coloured(MEAN, STD)]
+    return configure(v2.Compose(steps), {"size": size, "antialias": antialias}, squeeze_transform)
 
 
 MASKS = ("nearest", "area")

@@ -40,6 +40,7 @@ from ..evaluation.metrics.tracking import evaluate, iou
 from ..models.bat import BAT, FeatureFusion, FullFineTuning, HigherPeak, OSTrack, recipe
 from ..models.bat.model import Adapter, halves
 from ..models.bat.tracking import Frames
+from ..ops.config import configure
 from ..training.callbacks import ClipNorm
 from ..training.fit import CPU, History, fit
 from ..training.schedules import adamw
@@ -540,6 +541,7 @@ class OneDirection(BAT):
     """BAT whose adapters pass features into one stream alone, 0 or 1."""
 
     def __init__(self, tracker: OSTrack, into: int, **options: Any):
+        configure(self, {"tracker": tracker, "into": into} | options)
         self.into = into
         super().__init__(tracker, **options)
 

@@ -34,7 +34,7 @@ from torchvision.transforms import v2
 
 from ..evaluation.metrics.attributes import evaluate
 from ..models.promptpar import PromptPAR, Settings, loss
-from ..ops.recorded import recorded
+from ..ops.config import configure
 from ..training.callbacks import ClipNorm
 from ..training.fit import CPU, Batch, History, fit, predict
 from ..training.schedules import adamw
@@ -290,17 +290,10 @@ def images(seed: int, split: str) -> TensorDataset:
     return TensorDataset(pixels(drawn), torch.tensor([person.labels for person in persons], dtype=torch.float32))
 
 
-@recorded()
 def transform() -> v2.Transform:
     """From a PIL image to the input (3, 64, 32) of the toy CLIP, in [-1, 1]."""
-    return v2.Compose(
-        [
-            v2.Resize([HEIGHT, WIDTH]),
-            v2.ToImage(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize([0.5] * 3, [0.5] * 3),
-        ]
-    )
+    steps = [v2.Resize([HEIGHT, WIDTH]), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+    return configure(v2.Compose([*steps, v2.Normalize([0.5] * 3, [0.5] * 3)]), {}, transform)
 
 
 def save(folder: Path, seed: int, names: tuple[str, ...], count: int = 200) -> Path:
@@ -329,8 +322,8 @@ PROMPTS = 10  # two for each of the five groups, ten as published
 class FullFineTuning(PromptPAR):
     """The baseline that trains the whole image tower, of a copy of the CLIP."""
 
-    def __init__(self, clip: CLIP, *options: Any):
-        super().__init__(copy.deepcopy(clip), *options)
+    def __init__(self, clip: CLIP, *args: Any, **options: Any):
+        super().__init__(copy.deepcopy(clip), *args, **options)
         self.clip.visual.requires_grad_(True)
 
 

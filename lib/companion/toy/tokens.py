@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..ops.recorded import Recorded
+from ..ops.config import configure
 
 # The order is part of the shipped weights: append only (the text tower has room for 64 ids, `END` is the last one).
 WORDS = (
@@ -23,7 +23,7 @@ WORDS = (
 PAD, START, UNKNOWN, FIRST, END = 0, 1, 2, 3, 63
 
 
-class Tokenizer(Recorded):
+class Tokenizer:
     """Texts to ids, with the interface of `open_clip.SimpleTokenizer`.
 
     `END` is the largest id: open_clip's text tower reads its feature at the position of the largest one.
@@ -36,6 +36,7 @@ class Tokenizer(Recorded):
     vocab_size = 64
 
     def __init__(self, words: Sequence[str] = WORDS, context_length: int = 16):
+        configure(self, locals())
         self.words, self.context_length = tuple(words), context_length
 
     def __call__(self, texts: str | Sequence[str], context_length: int | None = None) -> Tensor:

@@ -6,12 +6,12 @@ import copy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...errors import check_choice
-from ...ops.recorded import Recorded
+from ...ops.config import configure
 from ..layers.frozen import frozen_copy
-from .model import BAT, halves, streams
+from .model import BAT, Tracks, halves, streams
 from .ostrack import OSTrack, Prediction
 
 FUSIONS = ("sum", "mean")
@@ -28,10 +28,11 @@ class FullFineTuning(BAT):
                 getattr(self.tracker.vit, name).requires_grad_(False)
 
 
-class _Frozen(Recorded, nn.Module):
+class _Frozen(Tracks):
     """A frozen tracker on the two streams, called as `BAT`: subclasses have `locate`."""
 
     def __init__(self, tracker: OSTrack):
+        configure(self, locals())
         super().__init__()
         self.tracker = frozen_copy(tracker)
 
@@ -52,6 +53,7 @@ class SingleStream(_Frozen):
     """The frozen foundation on one stream of the pair. `stream` is 0 (RGB) or 1 (thermal, events)."""
 
     def __init__(self, tracker: OSTrack, stream: int):
+        configure(self, locals())
         super().__init__(tracker)
         check_choice("stream", stream, (0, 1))
         self.stream = stream
@@ -68,6 +70,7 @@ class FeatureFusion(_Frozen):
     """The frozen foundation on each stream, and its head on the sum or the mean of their features."""
 
     def __init__(self, tracker: OSTrack, fusion: str = "sum"):
+        configure(self, locals())
         super().__init__(tracker)
         check_choice("fusion", fusion, FUSIONS)
         self.fusion = fusion

@@ -17,7 +17,7 @@ Shapes: b pairs of crops, n template tokens and m search tokens of each stream, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ...errors import BadParameter
+from ...ops.config import configure
 from ..layers import state_dicts
 from ..layers.attend import attention_map
 from ..layers.frozen import frozen_copy
@@ -88,7 +89,25 @@ class Adapter(nn.Module):
         return self.up(self.dropout(self.mid(self.down(h))))
 
 
-class BAT(state_dicts.OfficialModel):
+class Tracks(nn.Module):
+    """What `companion.predict` and `companion.export` read of BAT and its baselines."""
+
+    tracker: OSTrack
+    all_outputs = True
+
+    def predict(self, images: Sequence[Any], names: Sequence[str], *, box: Sequence[float], **options: Any) -> Any:
+        """The `tracking.Track` of `box` (x, y, w, h) in two folders or video files; options as of `tracking.track`."""
+        from .tracking import track  # imported here: OpenCV
+
+        if len(images) != 2:
+            raise BadParameter("images", f"{len(images)} of them", "two folders or two video files, RGB and thermal")
+        return track(images[0], images[1], box, self, **options)
+
+    def export_inputs(self, side: int) -> dict[str, tuple[int, ...]]:
+        return {name: (6, n, n) for name, n in (("template", self.tracker.template), ("search", self.tracker.search))}
+
+
+class BAT(Tracks, state_dicts.OfficialModel):
     """OSTrack on two streams with bi-directional adapters.
 
     Args:
@@ -108,6 +127,7 @@ class BAT(state_dicts.OfficialModel):
         std: float = 0.02,
         elimination: Mapping[int, float] | None = None,
     ):
+        configure(self, locals())
         super().__init__()
         self.tracker, self.grad_checkpointing = frozen_copy(tracker), False
         self.elimination = checked(elimination or {}, len(tracker.vit.blocks))

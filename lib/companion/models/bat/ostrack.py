@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ... import backbones
 from ...errors import BadParameter, MissingWeights
+from ...ops.config import configure
 from ..layers import state_dicts
 from ..layers.heads import vit_sizes
 from ..layers.pos_embed import resize_pos_embed
@@ -108,6 +109,7 @@ class OSTrack(state_dicts.OfficialModel):
     """
 
     def __init__(self, vit: VisionTransformer, template: int = 128, search: int = 256, head_channels: int = 256):
+        configure(self, locals())
         super().__init__()
         patch = vit.patch_embed.patch_size[0]
         if template % patch or search % patch:

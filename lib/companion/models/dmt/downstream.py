@@ -35,8 +35,8 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign, box_convert
 from torchvision.transforms import InterpolationMode, v2
 
+from ...ops.config import configure
 from ...ops.progress import progress
-from ...ops.recorded import recorded
 from ...training.fit import AUTO, Hardware, History, evaluating, fit, same_shapes
 from ...training.schedules import adamw, learning_rates
 from ..layers import heads
@@ -87,12 +87,11 @@ def layer_decayed(
 # --- classification ---------------------------------------------------------------------------------------------------
 
 
-@recorded()
 def classifier(vit: ViT, classes: int, *, drop_path: float = 0.1) -> ViT:
     """MAE's classifier on a copy of the encoder, (B, 3, S, S) to logits (B, classes); see `heads.classifier`."""
     model = heads.classifier(vit, classes, drop_path=drop_path)
     model.masked_embed = None
-    return model
+    return configure(model, {"vit": vit, "classes": classes, "drop_path": drop_path}, classifier)
 
 
 def train_transform(size: int = 224) -> Callable:
@@ -110,12 +109,12 @@ def train_transform(size: int = 224) -> Callable:
     )
 
 
-@recorded()
 def test_transform(size: int = 224) -> v2.Transform:
     """The centre of an image whose short side is size x 256 / 224, bicubic."""
     cubic = InterpolationMode.BICUBIC
     steps = [v2.Resize(round(size * 256 / 224), cubic, antialias=True), v2.CenterCrop(size), v2.PILToTensor()]
-    return v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(MEAN), list(STD))])
+    steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(MEAN), list(STD))]
+    return configure(v2.Compose(steps), {"size": size}, test_transform)
 
 
 def mixed_loss(classes: int) -> Callable:

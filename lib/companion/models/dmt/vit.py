@@ -17,12 +17,13 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ...ops.recorded import Recorded
+from ...ops.config import configure
 from ..layers import state_dicts
 from ..layers.attend import attention_map
 from ..layers.heads import vit_sizes
 from ..layers.mae import initialise, visible_tokens
 from ..layers.pos_embed import sincos_table
+from ..layers.predicting import Images, Names, Transform, named, outputs
 
 # students [paper: tiny, small, base]; with the usual widths. Pocket: ours, for a CPU (section 14)
 SIZES: dict[str, dict[str, Any]] = {
@@ -34,7 +35,7 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-class ViT(Recorded, VisionTransformer):
+class ViT(VisionTransformer):
     """timm's ViT with the position embeddings of MAE, MoCo v3, iBOT and DINO, and MAE's initial weights.
 
     Images to tokens after the final norm, also of visible patches alone (MAE), with masked patches (iBOT), and of
@@ -59,6 +60,7 @@ class ViT(Recorded, VisionTransformer):
         positions: str = "mae",
         masked: bool = False,
     ):
+        configure(self, locals())
         any_size = partial(PatchEmbed, strict_img_size=False)
         sizes = {"embed_dim": width, "depth": depth, "num_heads": heads, "mlp_ratio": mlp_ratio, "num_classes": 0}
         super().__init__(
@@ -101,6 +103,15 @@ class ViT(Recorded, VisionTransformer):
     def forward(self, images: Tensor, keep: Tensor | None = None, masked: Tensor | None = None) -> Tensor:
         """As `forward_features`, or logits (B, C) when it has been given a classifier."""
         return self.forward_head(self.forward_features(images, keep, masked))
+
+    def predict(self, images: Images, names: Names, transform: Transform = None) -> list[Any]:
+        """Features (2 D,) of each image; of a classifier the probability of each class."""
+        from .downstream import test_transform  # imported here: it imports this module
+
+        transform = transform or test_transform(self.patch_embed.img_size[0])
+        if not self.num_classes:
+            return list(outputs(self, images, transform, run=self.features))
+        return named(outputs(self, images, transform).softmax(1), names)
 
     def features(self, images: Tensor) -> Tensor:
         """The input of a linear probe, (B, 2 D): the [CLS] token and the mean patch token, after the norm [house]."""

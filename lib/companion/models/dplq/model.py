@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from ... import backbones
 from ...errors import BadParameter, MissingWeights, check_choice
-from ...ops.recorded import Recorded
+from ...ops.config import configure
 from ..layers import mae
 from ..layers.clip_prompting import (
     LEARNER,
@@ -41,6 +41,7 @@ from ..layers.clip_prompting import (
 )
 from ..layers.coop import DEEP_PROJECTIONS, DEEP_TEXT, META_NET, meta_net
 from ..layers.frozen import frozen_copy
+from ..layers.predicting import Shapes
 from ..layers.quaternion import QuaternionLinear
 from ..layers.state_dicts import depth as depth_of
 from ..layers.state_dicts import load_official, renamed
@@ -103,6 +104,7 @@ class DPLQ(PromptLearner):
         hidden: int | None = None,
         noise: str = "always",
     ):
+        configure(self, locals())
         super().__init__(clip, classes, tokenizer, tokens, template)
         check_depth(clip, depth)
         check_choice("noise", noise, NOISE)
@@ -157,6 +159,11 @@ class DPLQ(PromptLearner):
         prompts = self.prompts(self.domain_features(images) if domain is None else domain, eps)
         return similarity(self.clip, *self.encode(images, prompts))
 
+    def export_inputs(self, side: int) -> Shapes:
+        if self.noise == "always":
+            raise BadParameter("noise", "always", "'train' or 'off': the predictions of this DPLQ are random")
+        return super().export_inputs(side)
+
     def encode(self, images: Tensor, prompts: Prompts) -> tuple[Tensor, Tensor]:
         """Features of the images (b, E) and of the classes for each image (b, C, E), not normalised."""
         image = encode_image(self.clip, images, prompts.first_image, prompts.deep_image)
@@ -184,7 +191,7 @@ class DPLQ(PromptLearner):
 # --- domain models ----------------------------------------------------------------------------------------------------
 
 
-class MAEFeatures(Recorded, nn.Module):
+class MAEFeatures(nn.Module):
     """The domain feature (b, F) of a masked autoencoder with nothing masked: the mean of its patches' decoder tokens.
 
     The file with this pass is missing from DPLQ's repository: that the tokens are the decoder's, 512 wide, before the
@@ -192,6 +199,7 @@ class MAEFeatures(Recorded, nn.Module):
     """
 
     def __init__(self, model: mae.MAE):
+        configure(self, locals())
         super().__init__()
         self.model, self.num_features = model, model.pixels.in_features
 
@@ -207,10 +215,11 @@ class CLIPFeatures(ImageFeatures):
         return F.normalize(super().forward(images), dim=-1) * math.sqrt(self.num_features)
 
 
-class NoFeatures(Recorded, nn.Module):
+class NoFeatures(nn.Module):
     """A control: zeros (b, F). The small net gives its biases for every image, and the noise vanishes with μ."""
 
     def __init__(self, num_features: int):
+        configure(self, locals())
         super().__init__()
         self.num_features = num_features
 
@@ -218,7 +227,7 @@ class NoFeatures(Recorded, nn.Module):
         return images.new_zeros(len(images), self.num_features)
 
 
-class DomainModel(Recorded, nn.Module):
+class DomainModel(nn.Module):
     """A frozen encoder for images of another size, normalised for CLIP as in the released code.
 
     Args:
@@ -227,6 +236,7 @@ class DomainModel(Recorded, nn.Module):
     """
 
     def __init__(self, encoder: nn.Module, size: int | None = None):
+        configure(self, locals())
         super().__init__()
         self.encoder, self.size = frozen_copy(encoder), size
         self.num_features = encoder.num_features

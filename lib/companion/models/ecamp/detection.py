@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -18,7 +19,10 @@ from torch.nn import functional as F
 from torchvision.models.resnet import Bottleneck
 from torchvision.ops import Conv2dNormActivation, batched_nms, box_convert, box_iou
 
+from ...data.xrays import squeeze_transform
+from ...ops.config import configure
 from ..layers.heads import vit_sizes
+from ..layers.predicting import Images, Names, Shapes, Transform, batches, grey
 from ..layers.state_dicts import OfficialModel, check_names, load_official
 from . import official
 from .heads import COUNTERS, PatchMap
@@ -91,6 +95,7 @@ class Detector(OfficialModel):
         expansion: int = 4,
         channels: Sequence[int] = (2048, 1024, 512),
     ):
+        configure(self, locals())
         super().__init__()
         self.size = encoder.patch_embed.img_size[0]
         self.map, self.pyramid = PatchMap(encoder), Pyramid(encoder.embed_dim, expansion, channels)
@@ -111,6 +116,14 @@ class Detector(OfficialModel):
     def decode(self, outputs: Sequence[Tensor], confidence: float = 0.5, overlap: float = 0.5) -> list[Tensor]:
         """The boxes (n, 7) of each image from the outputs of `forward`, see `suppress`."""
         return decode(outputs, self.size, confidence, overlap)
+
+    def predict(self, images: Images, names: Names, transform: Transform = None, **options: Any) -> list[Tensor]:
+        """Boxes (n, 7) of each image; options as of `decode`."""
+        found = batches(self, images, transform or squeeze_transform(self.size), grey)
+        return [boxes.cpu() for heads in found for boxes in self.decode([x.float() for x in heads], **options)]
+
+    def export_inputs(self, side: int) -> Shapes:
+        return {"images": (3, self.size, self.size)}
 
     def official_names(self) -> dict[str, str]:
         """Our names -> the authors'."""

@@ -23,10 +23,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...data.xrays import squeeze_transform, test_transform
 from ...errors import BadCheckpoint
-from ...ops.recorded import recorded
+from ...ops.config import configure
 from ..layers import heads as shared
 from ..layers.heads import like, vit_sizes
+from ..layers.predicting import Images, Names, Shapes, Transform, coloured, grey, named, outputs
 from ..layers.state_dicts import OfficialModel, load_official
 from . import official
 
@@ -37,15 +39,24 @@ COUNTERS = ("num_batches_tracked",)  # of BatchNorm, which some files lack
 # --- classification ---------------------------------------------------------------------------------------------------
 
 
-@recorded()
 def classifier(
     encoder: VisionTransformer, classes: int, *, probe: bool = False, drop_path: float = 0.1
 ) -> VisionTransformer:
     """The classifier: MAE's, see `layers.heads.classifier`."""
-    return shared.classifier(encoder, classes, probe=probe, drop_path=drop_path)
+    model = shared.classifier(encoder, classes, probe=probe, drop_path=drop_path)
+    vars(model)["predict"] = findings
+    given = {"encoder": encoder, "classes": classes, "probe": probe, "drop_path": drop_path}
+    return configure(model, given, classifier)
 
 
-@recorded()
+def findings(
+    model: VisionTransformer, images: Images, names: Names, transform: Transform = None, exclusive: bool = False
+) -> list[dict[str, float]]:
+    """The probability of each finding by a classifier, its method `predict`; with `exclusive` they sum to 1."""
+    logits = outputs(model, images, transform or test_transform(model.patch_embed.img_size[0]), grey)
+    return named(logits.softmax(1) if exclusive else logits.sigmoid(), names)
+
+
 def classifier_from_official(state: Mapping[str, Tensor], heads: int | None = None) -> VisionTransformer:
     """The classifier of a state dict of the authors, whose names are timm's; in eval mode.
 
@@ -54,7 +65,7 @@ def classifier_from_official(state: Mapping[str, Tensor], heads: int | None = No
     if "head.weight" not in state:
         raise BadCheckpoint("ECAMP's classifier", ["head.weight"])
     encoder = VisionTransformer(**vit_sizes(state, heads), num_classes=0)
-    model = shared.classifier(encoder, len(state["head.weight"]), drop_path=0.0).eval()
+    model = classifier(encoder, len(state["head.weight"]), drop_path=0.0).eval()
     load_official(model, state, {name: name for name in model.state_dict()}, "ECAMP's classifier")
     return model
 
@@ -117,6 +128,7 @@ class Segmenter(OfficialModel):
         frozen: bool = True,
         classes: int = 1,
     ):
+        configure(self, locals())
         super().__init__()
         channels = channels or (512, 256, 128, 64)[-int(math.log2(encoder.patch_embed.patch_size[0])) :]
         self.map = PatchMap(encoder, frozen)
@@ -126,6 +138,14 @@ class Segmenter(OfficialModel):
     def forward(self, images: Tensor) -> Tensor:
         x = self.map(images)  # (B, D, g, g)
         return torch.cat([decoder(x) for decoder in self.decoders.values()], 1)
+
+    def predict(self, images: Images, names: Names, transform: Transform = None) -> list[Tensor]:
+        """Probabilities (outputs, S, S) of each image; disc and cup are those of RIGA's images in colour."""
+        transform = transform or squeeze_transform(self.map.encoder.patch_embed.img_size[0])
+        return list(outputs(self, images, transform, coloured if len(self.decoders) == 2 else grey).sigmoid())
+
+    def export_inputs(self, side: int) -> Shapes:
+        return {"images": (3, *self.map.encoder.patch_embed.img_size)}
 
     def official_names(self) -> dict[str, str]:
         """Our names -> the authors'."""

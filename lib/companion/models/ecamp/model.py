@@ -35,11 +35,14 @@ from torch.nn import functional as F
 from transformers import BertConfig
 from transformers.models.bert import modeling_bert as bert
 
+from ...data.xrays import test_transform
 from ...errors import BadParameter
+from ...ops.config import configure
 from ..layers.attend import attention_map
 from ..layers.heads import vit_sizes
 from ..layers.mae import Decoder, initialise, patchify, random_mask, unpatchify, visible, visible_tokens
 from ..layers.pos_embed import sincos_table
+from ..layers.predicting import Images, Names, Transform, grey, outputs
 from ..layers.state_dicts import OfficialModel, depth, load_official
 from . import official
 
@@ -316,6 +319,7 @@ class ECAMP(OfficialModel):
     Raises `BadParameter`: a window that is larger than the image.
     """
 
+    not_exported = "it is a pre-training: export a classifier or segmenter of `heads`"
     fusion: type[nn.Module] = Fusion  # of the text decoder; `variants` have others
 
     def __init__(
@@ -328,6 +332,7 @@ class ECAMP(OfficialModel):
         text: Bert = Bert(),
         window: int | None = 12,
     ):
+        configure(self, locals())
         super().__init__()
         side = image // patch
         if window is not None and not 1 <= window <= side:
@@ -365,6 +370,11 @@ class ECAMP(OfficialModel):
         if words:
             options["text"] = replace(options["text"], words=words)
         return cls(**options)
+
+    def predict(self, images: Images, names: Names, transform: Transform = None) -> list[Tensor]:
+        """Features (D,) of each image, the mean of its patches' tokens."""
+        transform = transform or test_transform(self.image)
+        return list(outputs(self, images, transform, grey, lambda x: self.encoder.forward_features(x)[:, 1:].mean(1)))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the encoder's activations in the backward pass: less memory, more time."""

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ...errors import BadParameter
-from ...ops.recorded import Recorded
+from ...ops.config import configure
 from ..layers.attend import Attend, attention_map
 from ..layers.pos_embed import resize_pos_embed
 from ..layers.state_dicts import load_official
@@ -63,7 +63,7 @@ class Block(nn.Module):
         return z, out
 
 
-class Encoder(Recorded, nn.Module):
+class Encoder(nn.Module):
     """A ViT over a grid of tokens, read out at its [CLS] token: the base of `PatchEncoder` and `RegionEncoder`.
 
     Args:
@@ -191,6 +191,9 @@ class PatchEncoder(Encoder):
         side: int | None = None,
         **others: Any,
     ):
+        configure(
+            self, {"image": image, "token": token, "dim": dim, "depth": depth, "heads": heads, "side": side} | others
+        )
         super().__init__(side or int(image * LARGEST_CROP // token), dim, depth, heads, **others)
         self.image, self.token = image, token
         self.patch_embed = PatchEmbed(None, token, 3, dim, flatten=False)
@@ -232,6 +235,8 @@ class RegionEncoder(Encoder):
         side: int | None = None,
         **others: Any,
     ):
+        sizes = {"patches": patches, "inputs": inputs, "dim": dim, "depth": depth, "heads": heads, "side": side}
+        configure(self, sizes | others)
         super().__init__(side or int(patches * LARGEST_CROP), dim, depth, heads, **others)
         self.inputs = inputs
         self.phi = nn.Sequential(nn.Linear(inputs, dim), nn.GELU())

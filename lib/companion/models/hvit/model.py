@@ -33,7 +33,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...errors import BadParameter, check_choice
-from ...ops.recorded import Recorded
+from ...errors import check_names as check_class_names
+from ...ops.config import configure
 from ..layers.state_dicts import OfficialModel, check_names, depth, load_official, renamed
 from . import official
 from .encoders import Named, PatchEncoder, RegionEncoder, grids, patches_of
@@ -108,7 +109,7 @@ class SlidePosition(nn.Module):
         return self.dropout(x + table[: x.shape[1]])
 
 
-class SlideTransformer(Recorded, nn.Module):
+class SlideTransformer(nn.Module):
     """The slide level: two post-norm Transformer layers over the regions, gated attention pooling, one output.
 
     Args:
@@ -132,6 +133,7 @@ class SlideTransformer(Recorded, nn.Module):
         position: str = "none",
         longest: int = 512,
     ):
+        configure(self, locals())
         super().__init__()
         check_choice("head", head, HEADS)
         check_choice("position", position, POSITIONS)
@@ -189,6 +191,8 @@ class HViT(OfficialModel):
         variant: what is trained: "global" the slide level, "local" the region level too, "whole" everything.
     """
 
+    not_exported = "slides have any number of regions, with a mask: export its `patch` or `region` level's blocks"
+
     def __init__(
         self,
         slide: SlideTransformer,
@@ -196,12 +200,14 @@ class HViT(OfficialModel):
         patch: PatchEncoder | None = None,
         variant: str = "global",
     ):
+        configure(self, locals())
         super().__init__()
         check_choice("variant", variant, VARIANTS)
         if (variant != "global" and region is None) or (variant == "whole" and patch is None):
             raise BadParameter("variant", variant, "one whose trained levels are given")
         self.patch, self.region, self.slide = copy.deepcopy(patch), copy.deepcopy(region), copy.deepcopy(slide)
         below = {"global": ("patch", "region"), "local": ("patch",), "whole": ()}[variant]
+        self.classes = slide.classes
         self.variant, self.frozen = variant, [name for name in below if getattr(self, name) is not None]
         for name in self.frozen:
             self.level(name).requires_grad_(False)
@@ -229,6 +235,18 @@ class HViT(OfficialModel):
             patches = None if keep is None else keep.any(-1)  # (b m, p)
             x = rearrange(self.embed_regions(x.flatten(0, 1), patches), "(b m) d -> b m d", b=b)
         return self.slide(x, present)
+
+    def predict(self, slides: Sequence[Any], names: Sequence[str]) -> list[Any]:
+        """The grade of each slide, by name where names are known: of a file of features, or a tensor of `forward`."""
+        check_class_names(names, self.classes)
+        from ...data.slides import read_features  # imported here: h5py
+
+        device, found = next(self.parameters()).device, list[Any]()
+        for slide in slides:
+            x = slide if isinstance(slide, Tensor) else read_features(slide)["features"]
+            grade = int(predict(self.slide.head, self(x[None].to(device)).float().cpu(), self.classes))
+            found.append(names[grade] if names else grade)
+        return found
 
     def embed_patches(self, regions: Tensor, keep: Tensor | None = None, batch: int = 128) -> Tensor:
         """Patch embeddings (m, p, d) of regions (m, 3, R, R), `batch` patches at a time.

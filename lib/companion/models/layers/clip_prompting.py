@@ -25,10 +25,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ...backbones import input_of
+from ...data.domains import clip_transform
 from ...errors import BadCheckpoint, BadParameter
-from ...ops.recorded import Recorded, recorded
+from ...ops.config import as_json, configure
 from .frozen import frozen_copy
 from .precision import without_autocast
+from .predicting import Images, Names, Shapes, Transform, named, outputs
 from .state_dicts import check_names, load_official, official_state
 from .state_dicts import depth as depth_of
 
@@ -96,10 +99,11 @@ def similarity(clip: CLIP, image: Tensor, text: Tensor) -> Tensor:
         return clip.logit_scale.exp() * cosine.squeeze(-1)
 
 
-class ImageFeatures(Recorded, nn.Module):
+class ImageFeatures(nn.Module):
     """CLIP's plain image features (b, E), for `fit.predict(ImageFeatures(clip), data)`, once per image."""
 
     def __init__(self, clip: CLIP):
+        configure(self, locals())
         super().__init__()
         self.clip = clip
         self.num_features = clip.visual.output_dim
@@ -170,7 +174,7 @@ def embed_texts(tokenizer: Tokenizer, clip: CLIP, texts: Sequence[str], free: in
 # --- prompted CLIPs ---------------------------------------------------------------------------------------------------
 
 
-class PromptedCLIP(Recorded, nn.Module):
+class PromptedCLIP(nn.Module):
     """A frozen CLIP and the texts of the classes.
 
     Args:
@@ -184,6 +188,7 @@ class PromptedCLIP(Recorded, nn.Module):
     """
 
     def __init__(self, clip: CLIP, classes: Classes, tokenizer: Tokenizer | None, template: str, free: int = 0):
+        configure(self, locals())
         super().__init__()
         self.clip = frozen_copy(checked_clip(clip))
         self.tokenizer, self.template, self.free = tokenizer, template, free
@@ -195,7 +200,8 @@ class PromptedCLIP(Recorded, nn.Module):
 
     def set_classes(self, classes: Classes) -> None:
         """Exchange the class names, for instance for novel ones after training; the parameters are unchanged."""
-        self.record(classes=classes)
+        vars(self)["config"]["args"]["classes"] = as_json(classes)
+        self.classes = () if isinstance(classes, Texts) else tuple(classes)
         if not isinstance(classes, Texts):
             if self.tokenizer is None or isinstance(classes, str):
                 raise BadParameter("classes", classes, "a list of names, with a tokenizer; or embedded Texts")
@@ -204,6 +210,14 @@ class PromptedCLIP(Recorded, nn.Module):
         device = self.clip.positional_embedding.device
         self.embedded, self.ends = classes.embedded.to(device), classes.ends.to(device)
         self.length = int(classes.ends.max()) + 1
+
+    def predict(self, images: Images, names: Names, transform: Transform = None) -> list[dict[str, float]]:
+        """The probability of each class, by default under the names that the prompts have."""
+        transform = transform or clip_transform(input_of(self.clip))
+        return named(outputs(self, images, transform).softmax(1), names or self.classes)
+
+    def export_inputs(self, side: int) -> Shapes:
+        return {"images": (3, *self.clip.visual.image_size)}
 
     def train(self, mode: bool = True):
         super().train(mode)
@@ -239,6 +253,7 @@ class PromptLearner(PromptedCLIP):
     """
 
     def __init__(self, clip: CLIP, classes: Classes, tokenizer: Tokenizer | None, tokens: int, template: str):
+        configure(self, locals())
         if tokens < 1:
             raise BadParameter("tokens", tokens, "1 or more")
         start, free = None, 0
@@ -344,7 +359,6 @@ def tower_names(model: nn.Module) -> dict[str, str]:
     return names
 
 
-@recorded()
 def clip_of(
     state: Mapping[str, Tensor], image: str, text: str, heads: tuple[int | None, int | None], words: int = 1
 ) -> CLIP:
@@ -359,9 +373,11 @@ def clip_of(
     length, text_width = state[f"{text}positional_embedding"].shape
     image_heads, text_heads = heads[0] or width // 64, heads[1] or text_width // 64
     layers = [depth_of(state, f"{tower}transformer.resblocks.") for tower in (image, text)]
-    return CLIP(
+    clip = CLIP(
         state[f"{image}proj"].shape[1],
         CLIPVisionCfg(layers[0], width, width // image_heads, patch_size=patch, image_size=side * patch),
         CLIPTextCfg(length, words, width=text_width, heads=text_heads, layers=layers[1]),
         quick_gelu=True,
     )
+    arguments = {"state": state, "image": image, "text": text, "heads": heads, "words": words}
+    return configure(clip, arguments, clip_of)

@@ -21,6 +21,7 @@ from open_clip.model import CLIP
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...ops.config import configure
 from .clip_prompting import (
     LEARNER,
     Classes,
@@ -41,6 +42,7 @@ class ZeroShot(PromptedCLIP):
     """CLIP unchanged: nothing is trained, the classes' text features are computed once. Arguments as `PromptedCLIP`."""
 
     def __init__(self, clip: CLIP, classes: Classes, tokenizer: Tokenizer, template: str = "a photo of {}."):
+        configure(self, locals())
         super().__init__(clip, classes, tokenizer, template)
 
     @torch.no_grad()
@@ -60,6 +62,7 @@ class CoOp(PromptLearner):
     def __init__(
         self, clip: CLIP, classes: Classes, tokenizer: Tokenizer | None, *, tokens: int = 16, template: str = "{}."
     ):
+        configure(self, locals())
         super().__init__(clip, classes, tokenizer, tokens, template)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -95,6 +98,7 @@ class CoCoOp(PromptLearner):
         template: str = "a photo of a {}.",
         hidden: int | None = None,
     ):
+        configure(self, locals())
         super().__init__(clip, classes, tokenizer, tokens, template)
         shared = clip.visual.output_dim
         self.meta_net = meta_net(shared, hidden or max(1, shared // 16), self.ctx.shape[1])
@@ -148,6 +152,7 @@ class MaPLe(PromptLearner):
         depth: int = 9,
         template: str = "a photo of a {}.",
     ):
+        configure(self, locals())
         super().__init__(clip, classes, tokenizer, tokens, template)
         check_depth(clip, depth)
         text, image = self.ctx.shape[1], clip.visual.conv1.out_channels

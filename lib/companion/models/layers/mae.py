@@ -15,6 +15,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from ...errors import BadParameter
+from ...ops.config import configure
 from .heads import vit_sizes
 from .pos_embed import resize_pos_embed, sincos_table
 from .state_dicts import OfficialModel, check_names, depth, load_official
@@ -183,6 +184,7 @@ class MAE(OfficialModel):
         normalise: bool = True,
         xavier: bool = True,
     ):
+        configure(self, locals())
         super().__init__()
         embed = encoder.patch_embed
         visible(embed.num_patches, mask_ratio)

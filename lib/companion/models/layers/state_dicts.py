@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import BadCheckpoint
-from ...ops.recorded import Recorded
 
 Names = Mapping[str, "str | list"]
 """Our tensor names to the official ones; to a (nested) list of them where ours holds several."""
@@ -79,7 +78,7 @@ def official_state(ours: Mapping[str, Tensor], names: Names) -> dict[str, Tensor
     return state
 
 
-class OfficialModel(Recorded, nn.Module):
+class OfficialModel(nn.Module):
     """A model whose tensors have names in the authors' code."""
 
     def official_names(self) -> Names:

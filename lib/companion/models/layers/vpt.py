@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...errors import BadParameter
-from ...ops.recorded import Recorded
+from ...ops.config import configure
 from .frozen import frozen_copy
+from .predicting import OnBackbone
 
 
 def plain_vit(backbone: nn.Module) -> bool:
@@ -48,10 +49,11 @@ def head(dim: int, classes: int) -> nn.Linear:
     return layer
 
 
-class FineTuning(Recorded, nn.Module):
+class FineTuning(OnBackbone):
     """Full fine-tuning: the encoder and the head are trained. `backbone` is any timm model without classifier."""
 
     def __init__(self, backbone: nn.Module, classes: int):
+        configure(self, locals())
         super().__init__()
         self.backbone = copy.deepcopy(backbone).requires_grad_(True)
         self.head = head(backbone.num_features, classes)
@@ -60,7 +62,7 @@ class FineTuning(Recorded, nn.Module):
         return self.head(self.backbone(images))
 
 
-class _Frozen(Recorded, nn.Module):
+class _Frozen(OnBackbone):
     """A head on a frozen copy of the encoder, which stays in eval mode."""
 
     def __init__(self, backbone: nn.Module):
@@ -77,6 +79,7 @@ class LinearProbe(_Frozen):
     """Linear probing: the encoder is frozen, runs without autograd and without dropout; only the head is trained."""
 
     def __init__(self, backbone: nn.Module, classes: int):
+        configure(self, locals())
         super().__init__(backbone)
         self.head = head(backbone.num_features, classes)
 
@@ -105,6 +108,7 @@ class VPT(_Frozen):
     """
 
     def __init__(self, backbone: nn.Module, classes: int, tokens: int = 8, deep: bool = True, dropout: float = 0.1):
+        configure(self, locals())
         super().__init__(backbone)
         if plain_vit(backbone):
             dims = [backbone.embed_dim] * (len(backbone.blocks) if deep else 1)

@@ -20,17 +20,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from einops import rearrange
+from PIL import Image
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...errors import BadParameter
-from ...ops.recorded import recorded
+from ...ops.config import configure
 from ..layers.attend import Attend
+from ..layers.predicting import Images, Names, Shapes
 from ..layers.state_dicts import OfficialModel, load_official
 from . import official
 from .decoder import Decoder
@@ -107,7 +111,6 @@ class SwinBlock(nn.Module):
         return x.new_zeros(apart.shape).masked_fill(apart, -100.0)
 
 
-@recorded()
 def swin(**sizes: Any) -> SwinTransformer:
     """A timm Swin without classifier, for images of any size, which computes what the author's does (section 3.2).
 
@@ -118,7 +121,7 @@ def swin(**sizes: Any) -> SwinTransformer:
     model = SwinTransformer(num_classes=0, always_partition=True, strict_img_size=False, **sizes)
     for stage in model.layers:
         stage.blocks = nn.Sequential(*map(SwinBlock, stage.blocks))
-    return model
+    return configure(model, sizes, swin)
 
 
 # --- cross-modal fusion -----------------------------------------------------------------------------------------------
@@ -185,6 +188,7 @@ class MetaSegNet(OfficialModel):
         fusion_stages: Sequence[int] = (1, 2, 3, 4),
         fusion_heads: int | None = None,
     ):
+        configure(self, locals())
         super().__init__()
         self.indices = list(range(len(encoder.feature_info)))[-4:]
         info = [encoder.feature_info[i] for i in self.indices]
@@ -215,13 +219,17 @@ class MetaSegNet(OfficialModel):
         """The maps after the fusion with the words of the texts; without a text encoder they do not change."""
         if (texts is None) != (self.text is None):
             raise BadParameter("texts", texts, "a text for each image; None for the unimodal network")
+        if self.text is None or texts is None:
+            return list(maps)
+        ids = texts if isinstance(texts, Tensor) else self.text.ids(texts)
+        ids = ids.to(maps[0].device).expand(len(maps[0]), -1)
+        return self.fuse(maps, self.text(ids), self.text.mask(ids))
+
+    def fuse(self, maps: Sequence[Tensor], states: Tensor, mask: Tensor) -> list[Tensor]:
+        """The maps after the fusion with the states (B, L, D) of words; `mask` (B, L): True at words."""
         fused = list(maps)
-        if self.text is not None and texts is not None:
-            ids = texts if isinstance(texts, Tensor) else self.text.ids(texts)
-            ids = ids.to(maps[0].device).expand(len(maps[0]), -1)
-            states, mask = self.text(ids), self.text.mask(ids)  # (B, L, D), (B, L)
-            for k, fusion in self.fusions.items():
-                fused[int(k) - 1] = fusion(maps[int(k) - 1], states, mask)
+        for k, fusion in self.fusions.items():
+            fused[int(k) - 1] = fusion(maps[int(k) - 1], states, mask)
         return fused
 
     def forward(self, images: Tensor, texts: Sequence[str] | Tensor | None = None) -> Tensor:
@@ -248,11 +256,51 @@ class MetaSegNet(OfficialModel):
         logits = self(images, texts)
         return joint_loss(logits, labels, ignore=logits.shape[1])
 
+    def predict(
+        self,
+        images: Images,
+        names: Names,
+        texts: str | Sequence[str] | None = None,
+        tile: int = 512,
+        overlap: int = 128,
+    ) -> list[Tensor]:
+        """The class of each pixel (H, W), uint8, 255 without data, of image files or GeoTIFF.
+
+        Args:
+            texts: one for each image, or one for all.
+            tile, overlap: see `segment`.
+        """
+        from ...data.rasters import Raster, pixels  # imported here: rasterio
+        from .geotiff import NODATA
+        from .inference import segment
+
+        given = [texts] if texts is None or isinstance(texts, str) else list(texts)
+        if len(given) not in (1, len(images)):
+            raise BadParameter("texts", f"{len(given)} of them", f"1, or one for each of {len(images)} images")
+        device, found = next(self.parameters()).device, []
+        for image, text in zip(images, given * (len(images) // len(given)), strict=True):
+            if isinstance(image, Image.Image):
+                raw, there = np.asarray(image.convert("RGB")).transpose(2, 0, 1), np.ones(image.size[::-1], bool)
+            else:
+                with Raster(image) as raster:
+                    raw, there = raster.read(), raster.valid(0, 0, *raster.size)
+            x, ids = torch.from_numpy(np.asarray(pixels(raw))).to(device), None if text is None else self.ids([text])
+            labels = segment(partial(self.forward, texts=ids), x, tile=tile, overlap=overlap)
+            found.append(labels.masked_fill(torch.from_numpy(~there), NODATA))
+        return found
+
+    def export_inputs(self, side: int) -> Shapes:
+        return {"images": (3, side, side)}
+
     def ids(self, texts: Sequence[str]) -> Tensor:
         """The ids (n, L) of texts. Raises `BadParameter`: the unimodal network has no text."""
         if self.text is None:
             raise BadParameter("texts", texts, "None for the unimodal network")
         return self.text.ids(texts)
+
+    def with_text(self, text: str) -> OneText:
+        """A copy that reads images alone, with this text as a constant, for `companion.export`."""
+        return OneText(self, text)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the image encoder's activations in the backward pass: less memory, more time."""
@@ -275,3 +323,24 @@ class MetaSegNet(OfficialModel):
 
     def official_names(self) -> dict[str, str]:
         return official.names(self)
+
+
+class OneText(nn.Module):
+    """A network whose text is a constant: images (B, 3, H, W) to logits (B, C, H, W)."""
+
+    def __init__(self, network: MetaSegNet, text: str):
+        super().__init__()
+        self.network = copy.deepcopy(network).eval()
+        ids = network.ids([text]).to(next(network.parameters()).device)
+        with torch.no_grad():
+            self.register_buffer("states", self.network.text(ids))
+        self.register_buffer("mask", self.network.text.mask(ids))
+        self.network.text = None
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.network.maps(images)
+        states, mask = self.states.expand(len(images), -1, -1), self.mask.expand(len(images), -1)
+        return self.network.decoder(self.network.fuse(maps, states, mask), images.shape[-2:])[0]
+
+    def export_inputs(self, side: int) -> Shapes:
+        return self.network.export_inputs(side)

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import BadParameter
-from ...ops.recorded import Recorded
+from ...ops.config import configure
 from ..layers.frozen import frozen_copy
 
 
-class Words(Recorded, nn.Module):
+class Words(nn.Module):
     """A small encoder of whole words, trained with the network: embedding + position, transformer layers, norm.
 
     Args:
@@ -35,6 +35,7 @@ class Words(Recorded, nn.Module):
     pad, unknown = 0, "unknown"  # `unknown`: a word outside the vocabulary
 
     def __init__(self, vocabulary: Sequence[str], width: int = 48, length: int = 48, layers: int = 1):
+        configure(self, locals())
         super().__init__()
         self.width, self.length = width, length
         self.vocabulary = ("<padding>", self.UNKNOWN, *vocabulary)
@@ -79,7 +80,7 @@ class Words(Recorded, nn.Module):
         return self.norm(x)[back]
 
 
-class BertText(Recorded, nn.Module):
+class BertText(nn.Module):
     """The last hidden states of a text encoder of `transformers` (BERT-base: D = 768), frozen.
 
     The states of each text are computed once: a data set has at most one text for each of the 30 climate zones. The
@@ -94,6 +95,7 @@ class BertText(Recorded, nn.Module):
     unknown = "[UNK]"
 
     def __init__(self, model: nn.Module, tokenizer: Any, length: int = 128):
+        configure(self, locals())
         super().__init__()
         self.model, self.tokenizer, self.length = frozen_copy(model), tokenizer, length
         self.width, self.pad = model.config.hidden_size, tokenizer.pad_token_id

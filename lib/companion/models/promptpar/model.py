@@ -32,10 +32,13 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...data.attributes import square_transform
 from ...errors import BadParameter
+from ...ops.config import configure
 from ..layers.attend import attention_map
 from ..layers.clip_prompting import Texts, Tokenizer, embed_texts, encode_text
 from ..layers.precision import without_autocast
+from ..layers.predicting import Images, Names, Shapes, Transform, named, outputs
 from .released import Released, prompted_text, read_checkpoint
 from .tower import PUBLISHED, Out, PromptedTower, Settings, attention, region_mask, uniform
 
@@ -107,6 +110,7 @@ class PromptPAR(PromptedTower, Released):
         fusion: VisionTransformer,
         settings: Settings = PUBLISHED,
     ):
+        configure(self, locals())
         super().__init__(clip, settings)
         self.read(sentences, tokenizer)
         s, attributes, width = settings, len(self.text_features), fusion.embed_dim
@@ -133,6 +137,7 @@ class PromptPAR(PromptedTower, Released):
 
     def read(self, sentences: Sequence[str] | Texts, tokenizer: Tokenizer | None) -> None:
         """Encode the sentences; store their features, `text_features` (A, E), not normalised."""
+        self.sentences = () if isinstance(sentences, Texts) else tuple(sentences)
         if not isinstance(sentences, Texts):
             if tokenizer is None:
                 raise BadParameter("tokenizer", None, "the CLIP's tokenizer, when sentences are given as text")
@@ -141,6 +146,14 @@ class PromptPAR(PromptedTower, Released):
         with torch.no_grad():
             features = encode_text(self.clip, sentences.embedded[:, :length], sentences.ends)
         self.register_buffer("text_features", features, persistent=False)
+
+    def predict(self, images: Images, names: Names, transform: Transform = None) -> list[dict[str, float]]:
+        """The probability of each attribute, by default under its sentence."""
+        transform = transform or square_transform(self.clip.visual.image_size[0])
+        return named(outputs(self, images, transform).sigmoid(), names or self.sentences)
+
+    def export_inputs(self, side: int) -> Shapes:
+        return {"images": (3, *self.clip.visual.image_size)}
 
     def fuse(self, tokens: Tensor) -> tuple[Tensor, Out]:
         """The attributes' tokens, (b, A, D), after the last norm, from image tokens (b, L, E); and `out` of the last

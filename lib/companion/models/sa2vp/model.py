@@ -28,8 +28,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ...errors import BadParameter, check_choice
+from ...ops.config import configure
 from ..layers.attend import Attend
 from ..layers.frozen import frozen_copy
+from ..layers.predicting import OnBackbone
 from ..layers.state_dicts import OfficialModel
 from ..layers.vpt import PLAIN_VIT, plain_vit
 from .released import PaddedAttention, ReleasedViT
@@ -106,7 +108,7 @@ class Adapter(nn.Module):
         return self.dropout(self.up(self.dropout(F.gelu(self.down(self.norm(z))))))
 
 
-class TwoPathways(OfficialModel):
+class TwoPathways(OnBackbone, OfficialModel):
     """The part that SA²VP on a ViT and on a Swin share.
 
     Args:
@@ -206,6 +208,7 @@ class SA2VP(TwoPathways, ReleasedViT):
         attention: str = "aligned",
         dropout: float = DROPOUT,
     ):
+        configure(self, locals())
         blocks = getattr(backbone, "blocks", ())
         usual = all(isinstance(b, Block) and type(b.mlp) is Mlp and type(b.attn) is Attention for b in blocks)
         if not plain_vit(backbone) or not usual or len(blocks) % 3 or len(blocks) < LEAST:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...errors import BadParameter
+from ...ops.config import configure
 from .model import DROPOUT, LEAST, Adapter, Named, Pathways, TwoPathways, halves
 from .released import ReleasedSwin
 
@@ -40,6 +41,7 @@ class SA2VPSwin(TwoPathways, ReleasedSwin):
         attention: str = "aligned",
         dropout: float = DROPOUT,
     ):
+        configure(self, locals())
         blocks = backbone.layers[stage].blocks
         if len(blocks) % 3 or len(blocks) < LEAST:
             accepted = f"one with {LEAST} blocks or more, divisible by 3"

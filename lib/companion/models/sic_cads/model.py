@@ -21,7 +21,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -31,12 +31,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import FeaturePyramidNetwork, batched_nms
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from ...backbones import Input, build, per_channel
 from ...errors import BadParameter, check_choice
-from ...ops.recorded import recorded
+from ...ops.config import configure
 from ..layers.clip_prompting import Tokenizer, tokenise
 from ..layers.precision import without_autocast
+from ..layers.predicting import Images, Names, named, picture
 from ..layers.state_dicts import OfficialModel, check_names, depth, load_official, renamed
 
 PROMPT = "There is a {}"  # as released: no article choice, no stop, the class name exactly as in the annotation file
@@ -223,6 +225,7 @@ class MLR(OfficialModel):
             available, and the distillation needs cached embeddings.
     """
 
+    not_exported = "it resizes images of any size by their own sizes: export its `body`"
     top: Callable[[int, int], nn.Module] | None = LastLevelP6P7  # P6 and P7 on top of the pyramid
 
     def __init__(
@@ -234,10 +237,12 @@ class MLR(OfficialModel):
         *,
         teacher: nn.Module | None = None,
     ):
+        configure(self, locals())
         super().__init__()
         if novel.shape != text.shape[:1] or novel.dtype != torch.bool:
             raise BadParameter("novel", (tuple(novel.shape), novel.dtype), f"one bool for each of {len(text)} classes")
-        self.settings = s = settings
+        self.settings, self.classes = settings, len(text)
+        s = settings
         self.body = copy.deepcopy(body)
         channels = [body.feature_info[i]["num_chs"] for i in s.indices]
         top = self.top and self.top(s.width, s.width)
@@ -338,6 +343,23 @@ class MLR(OfficialModel):
         e_text, e_image = self(self.prepared(images))
         return self.recognised(e_text, e_image if student else self.teacher_embeddings(images), share)
 
+    def predict(self, images: Images, names: Names, detector: Callable | None = None, **options: Any) -> list[Any]:
+        """The score of each class; with a `detector` refined detections, options as of `detectors.refined`."""
+        from .detectors import refined  # imported here: it imports this module
+
+        device, found = next(self.parameters()).device, list[Any]()
+        known = names or [str(i) for i in range(self.classes)]
+        for image in images:
+            pixels = pil_to_tensor(picture(image)).to(device)
+            scores = self.recognise(pixels[None], student=self.teacher is None).p.float().cpu()  # (1, C)
+            rows: list[Any] = named(scores, names)
+            if detector is not None:
+                best = refined(detector(pixels), scores[0], **options)
+                parts = zip(best.classes.tolist(), best.scores.tolist(), best.boxes.tolist(), strict=True)
+                rows = [[{"class": known[c], "score": score, "box": box} for c, score, box in parts]]
+            found += rows
+        return found
+
     def loss(
         self, images: Tensor, positives: Tensor, *, boxes: Tensor | bool = True, teacher: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -414,12 +436,11 @@ def _standardised(pixels: Tensor, target: Input) -> Tensor:
     return (pixels / 255 - mean) / std
 
 
-@recorded()
 def _tower(state: Mapping[str, Tensor]) -> VisionTransformer:
     """CLIP's image tower (QuickGELU) of the size that a state dict has."""
     width, _, patch, _ = state["conv1.weight"].shape
     side = round((len(state["positional_embedding"]) - 1) ** 0.5)
-    return VisionTransformer(
+    tower = VisionTransformer(
         image_size=side * patch,
         patch_size=patch,
         width=width,
@@ -428,11 +449,12 @@ def _tower(state: Mapping[str, Tensor]) -> VisionTransformer:
         mlp_ratio=len(state["transformer.resblocks.0.mlp.c_fc.weight"]) / width,
         output_dim=state["proj"].shape[1],
         act_layer=QuickGELU,
-    ).eval()
+    )
+    return configure(tower.eval(), {"state": state}, _tower)
 
 
 @torch.no_grad()
-def vocabulary(clip: CLIP, tokenizer: Tokenizer, names: Sequence[str], prompt: str = PROMPT, batch: int = 64) -> Tensor:
+def vocabulary(clip: CLIP, tokenizer: Tokenizer, names: Names, prompt: str = PROMPT, batch: int = 64) -> Tensor:
     """Class names embedded by CLIP's text tower (C, D), of length 1.
 
     The detector's own classifier has another table, of another prompt ("a {}" in Detic), in the same order of classes.

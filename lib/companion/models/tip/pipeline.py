@@ -34,6 +34,7 @@ from ...backbones import unreachable
 from ...errors import BadCheckpoint, BadParameter, CorruptFile, MissingWeights
 from ...ops.files import atomic_folder
 from ...ops.progress import progress
+from ..layers.predicting import Images, Names, coloured
 from .degradations import BLIND
 from .model import TIP, Adaptor, frozen, to_images
 from .text import END, clip_tokenizer, tokenize
@@ -116,6 +117,7 @@ class TIPPipeline(DiffusionPipeline):
         scheduler: `DDIMScheduler`.
     """
 
+    not_exported = "a sampler runs its networks many times: diffusers exports `unet`, `vae` and `text_encoder` alone"
     _optional_components = ["tokenizer"]  # noqa: RUF012 - a list is what diffusers looks for
 
     def __init__(self, vae, text_encoder, unet, adaptor, scheduler, tokenizer=None):
@@ -125,6 +127,10 @@ class TIPPipeline(DiffusionPipeline):
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
         if factor != adaptor.factor:
             raise BadParameter("adaptor", f"images reduced {adaptor.factor} times", f"{factor} times, as by the VAE")
+
+    def predict(self, images: Images, names: Names, **options: Any) -> list[Any]:
+        """The restored images, PIL images; options of the call."""
+        return [self(coloured(image)[None], **{"output": "pil"} | options).images[0] for image in images]
 
     @classmethod
     def from_pretrained(cls, path, **options) -> TIPPipeline:

@@ -19,7 +19,7 @@ from torch import nn
 
 from ...backbones import load_weights
 from ...errors import BadParameter, CorruptFile, MissingWeights, check_choice
-from ...ops.recorded import recorded
+from ...ops.config import configure
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -73,7 +73,6 @@ def weights_file(name: str) -> Path:
     return path
 
 
-@recorded(weights="random")
 def build(name: str, weights: str | Path = "shipped", **overrides: Any) -> nn.Module:
     """Build a small encoder in eval mode.
 
@@ -94,4 +93,4 @@ def build(name: str, weights: str | Path = "shipped", **overrides: Any) -> nn.Mo
         if not path.is_file():
             raise BadParameter("weights", str(weights), "'shipped', 'random' or an existing file")
         load_weights(model, path, name)
-    return model.eval()
+    return configure(model.eval(), {"name": name, **overrides}, build)

@@ -24,7 +24,7 @@ from ...errors import BadParameter
 from ...models.layers.precision import without_autocast
 from ...models.layers.state_dicts import load_official
 from ...models.sic_cads.model import PROMPT
-from ...ops.recorded import Recorded, recorded
+from ...ops.config import configure
 from ...training.schedules import schedule
 from .. import encoders
 from ..tokens import END, UNKNOWN, Tokenizer
@@ -54,13 +54,14 @@ def _stage(inputs: int, outputs: int, stride: int = 2) -> nn.Sequential:
     return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
 
 
-class Stages(Recorded, nn.Module):
+class Stages(nn.Module):
     """Four stages of one convolution each, which halve the image: maps of strides 2, 4, 8 and 16."""
 
     channels = (24, 48, 72, 96)
     feature_info = tuple({"num_chs": width} for width in channels)  # as timm's
 
     def __init__(self):
+        configure(self, locals())
         super().__init__()
         self.stages = nn.ModuleList(_stage(a, b) for a, b in zip((3, *self.channels), self.channels, strict=False))
 
@@ -118,13 +119,12 @@ class SceneCLIP(nn.Module):
         return F.normalize(features, dim=-1) if normalize else features
 
 
-@recorded(weights="random")
 def clip(weights: str | Path = "pocket") -> SceneCLIP:
     """The CLIP of scenes in eval mode: "pocket" the shipped one, "random", or a file.
 
     Raises `BadParameter`, `MissingWeights`, `CorruptFile`, `BadCheckpoint`: what cannot be loaded.
     """
-    return _load(SceneCLIP(), CLIP, weights)
+    return configure(_load(SceneCLIP(), CLIP, weights), {}, clip)
 
 
 def texts(model: SceneCLIP) -> Tensor:

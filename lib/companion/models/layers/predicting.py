@@ -1,0 +1,93 @@
+"""What the methods `predict` of several papers share: images from files, outputs in batches, values by name.
+
+`companion.predict` calls `model.predict(images, names, **options)`, `companion.export` reads
+`model.export_inputs(side)`, the shape of each input by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as F
+
+from ...backbones import input_of
+from ...data import classification, decoding, own_set
+from ...errors import CorruptFile, check_names
+
+BATCH = 16
+
+Picture = str | Path | Image.Image
+Images = Sequence[Picture]
+Names = Sequence[str]
+Transform = Callable | None
+Shapes = dict[str, tuple[int, ...]]
+
+
+def picture(image: Picture) -> Image.Image:
+    """An RGB image, read like those of your own folders."""
+    if isinstance(image, Image.Image):
+        return decoding.in_memory(image)
+    own = own_set(_file(image).parent, "classification", "")
+    return classification.Images(own, Path(), [str(image)], [0], 1).picture(0)
+
+
+def grey(image: Picture) -> Tensor:
+    """A grey image (1, H, W) in 0 to 1, read like X-rays."""
+    values = decoding.unit_in_memory(image) if isinstance(image, Image.Image) else decoding.unit(_file(image))
+    return torch.from_numpy(np.ascontiguousarray(values))[None]
+
+
+def coloured(image: Picture) -> Tensor:
+    """An RGB image (3, H, W) in 0 to 1."""
+    return F.to_dtype(F.pil_to_tensor(picture(image)), torch.float32, scale=True)
+
+
+def _file(image: str | Path) -> Path:
+    if not Path(image).is_file():
+        raise CorruptFile(image, "there is no such file")
+    return Path(image)
+
+
+def batches(
+    model: nn.Module, images: Images, transform: Callable, read: Callable = picture, run: Any = None
+) -> Iterator[Any]:
+    """The outputs of a model, or of its method `run`, for batches of images; of a tuple of outputs the first."""
+    device = next(model.parameters()).device
+    for start in range(0, len(images), BATCH):
+        batch = torch.stack([transform(read(image)) for image in images[start : start + BATCH]]).to(device)
+        found = (run or model)(batch)
+        yield found[0] if isinstance(found, tuple) else found
+
+
+def outputs(*args: Any, **options: Any) -> Tensor:
+    """Those of `batches` for all images, float32 on the CPU."""
+    return torch.cat([x.float().cpu() for x in batches(*args, **options)])
+
+
+def named(rows: Tensor, names: Names) -> list[dict[str, float]]:
+    """Each row of (n, C) as name -> value, the largest first; without names, numbers."""
+    check_names(names, rows.shape[1])  # equal ones would be one entry
+    names = names or [str(i) for i in range(rows.shape[1])]
+    order = rows.argsort(dim=1, descending=True, stable=True).tolist()
+    return [{names[i]: row[i] for i in best} for best, row in zip(order, rows.tolist(), strict=True)]
+
+
+class OnBackbone(nn.Module):
+    """A classifier on a `backbone` of timm."""
+
+    backbone: Any
+
+    def predict(self, images: Images, names: Names, transform: Transform = None) -> list[dict[str, float]]:
+        """The probability of each class."""
+        transform = transform or classification.resize_transform(input_of(self.backbone))
+        return named(outputs(self, images, transform).softmax(1), names)
+
+    def export_inputs(self, side: int) -> Shapes:
+        size = input_of(self.backbone).size
+        return {"images": (3, size, size)}
