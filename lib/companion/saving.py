@@ -228,7 +228,8 @@ def export(model: Any, path: str | Path, *, text: str | None = None, size: int =
         except Exception as error:  # torch raises many kinds of errors
             reason = str(error).strip().partition("\n")[0]
             raise BadParameter("model", kind, f"one that torch.export follows: {reason}") from error
-        for ours, theirs in zip(program.module()(*three), expected, strict=True):
+        both = (found if isinstance(found, tuple) else (found,) for found in (program.module()(*three), expected))
+        for ours, theirs in zip(*both, strict=True):
             if not torch.allclose(ours, theirs, atol=TOLERANCE * float(theirs.abs().max())):
                 difference = float((ours - theirs).abs().max())
                 raise CompanionError(
@@ -252,17 +253,17 @@ def export_inputs(model: nn.Module, side: int) -> dict[str, tuple[int, ...]]:
 
 
 class Program(nn.Module):
-    """A model that returns a tuple of the exported outputs: of several the first, which is the prediction, or all."""
+    """A model that returns what is exported: its prediction, a tensor; of BAT and ECAMP's detector a tuple of all."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         found = self.model(*inputs)
         if isinstance(found, list) or getattr(self.model, "all_outputs", False):
             return tuple(found)
-        return (found[0] if isinstance(found, tuple) else found,)
+        return found[0] if isinstance(found, tuple) else found
 
 
 def push_to_hub(path: str | Path, repository: str, *, private: bool = False) -> str:
