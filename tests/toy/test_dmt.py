@@ -7,45 +7,14 @@ import torch
 from companion.models.dmt import Teachers
 from companion.toy import dmt as toy
 from companion.toy.encoders import teachers
-from companion.toy.encoders.teachers import grey
 from tests.small import pinned
 
 SEED = 7
 
 
-def draw(shape=0, hue=0, quadrant=0, seed=0):
-    return toy.collage(np.random.default_rng(seed), "train", [1, shape, hue, quadrant])[0].astype(float) / 255
-
-
 def test_collages_follow_the_seed_to_the_bit():
     splits = [toy.part(40, split, SEED) for split in toy.COUNTS]
     assert [pinned(*split) for split in splits] == ["594f26e8cde5", "edc0b79e4f9d", "674620450d8e"]
-
-
-def test_factors_are_drawn_evenly_and_independently():
-    _, factors = toy.collages(800, "train", SEED)
-    for i, (name, count) in enumerate(toy.FACTORS.items()):
-        assert abs(np.bincount(factors[:, i], minlength=count) / 800 - 1 / count).max() < 0.06, name
-    assert abs(np.corrcoef(factors.T) - np.eye(4)).max() < 0.12
-
-
-def test_grey_hides_the_hue_and_the_square_but_not_the_shape():
-    def as_grey(**factors):
-        return grey(torch.from_numpy(draw(**factors)).permute(2, 0, 1)[None])[0, 0].numpy()
-
-    # what is left of the colours is what rounding and clipping do to them
-    for other in ({"hue": 4}, {"quadrant": 3}):
-        assert abs(as_grey() - as_grey(**other)).mean() < 0.001 and abs(draw() - draw(**other)).mean() > 0.02
-    assert abs(as_grey() - as_grey(shape=1)).mean() > 0.003
-
-
-def test_the_square_lies_in_its_quadrant_and_the_object_has_its_hue():
-    for quadrant in range(4):
-        drawn = [[draw(quadrant=(quadrant + i) % 4, seed=s) for s in range(20)] for i in (0, 1)]
-        mean = np.mean(np.subtract(*drawn), 0)
-        assert (mean[..., 0] - mean[..., 1]).reshape(2, 16, 2, 16).mean((1, 3)).argmax() == quadrant
-    red, cyan = (np.array([draw(0, hue, seed=s)[14:18, 14:18].mean((0, 1)) for s in range(12)]) for hue in (0, 4))
-    assert (red[:, 0] - red[:, 1]).min() > 0 > (cyan[:, 0] - cyan[:, 1]).max()
 
 
 @pytest.fixture

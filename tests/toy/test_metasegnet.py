@@ -11,48 +11,6 @@ from companion.models.metasegnet.text import Words
 from companion.toy import metasegnet as toy
 from tests.small import pinned
 
-FIELDS = ("bareland", "rangeland", "agriculture")
-
-
-def test_every_zone_has_its_own_look_of_all_colours():
-    looks = {zone: toy.look(zone) for zone in toy.ZONES}
-    assert {(z.moisture, z.style) for z in toy.ZONES.values()} == {*itertools.product(range(3), repeat=2)}
-    assert len({tuple(look.values()) for look in looks.values()}) == 9
-    for look in looks.values():
-        assert {look[name] for name in FIELDS} == {"green", "red-brown", "straw"}
-        assert [look[name] for name in ("tree", "road", "water")] == ["tree", "road", "water"]
-    # the colour of bare land in the desert is rangeland's in a temperate zone and ripe crops' in a wet one
-    where = [("BWh", "bareland"), ("Csa", "rangeland"), ("Aw", "agriculture")]
-    assert {looks[zone][name] for zone, name in where} == {"straw"}
-
-
-def test_the_layout_does_not_know_the_zone(monkeypatch):
-    def layouts():
-        return [labels for zone in ("BWh", "Aw") for _, labels in toy.drawn(zone, 5, "val", 7)]
-
-    before = layouts()
-    monkeypatch.setattr(toy, "FIELDS", toy.FIELDS[::-1])
-    monkeypatch.setattr(toy, "TINTED", 1.0)
-    assert all(map(np.array_equal, before, layouts()))
-    # classes that swap colours have one surface
-    owner = {name: photograph for photograph, names in toy.SURFACES.items() for name in names}
-    assert len({owner[name] for name in FIELDS}) == 1 and owner["building"] == owner["developed"]
-
-
-def test_texts_describe_the_looks_and_a_wrong_one_differs_in_all_of_them():
-    prompts, zones = toy.prompts(), toy.ZONES
-    sentences = {zone: prompts.zones[zone][1].split(". ") for zone in zones}
-    for a, b in itertools.combinations(zones, 2):
-        assert (sentences[a][:3] == sentences[b][:3]) == (zones[a].moisture == zones[b].moisture)
-        assert (sentences[a][3:] == sentences[b][3:]) == (zones[a].style == zones[b].style)
-    for code in zones:
-        others = {word for zone in zones if zone != code for word in prompts.zones[zone][1].split()}
-        assert {*prompts.zones[code][1].split()} <= others and len(prompts.text(code).split()) <= toy.LENGTH
-        first = toy.other_zone(code)
-        for other in (first, toy.other_zone(code, avoid=first)):
-            assert zones[code].moisture != zones[other].moisture and zones[code].style != zones[other].style
-        assert toy.other_zone(code, avoid=first) != first
-
 
 @pytest.fixture
 def few(monkeypatch):

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from companion.errors import BadParameter, MissingWeights
@@ -36,16 +35,6 @@ def test_every_digit_is_in_one_split_only(monkeypatch):
     monkeypatch.setattr(toy, "_originals", lambda: (np.zeros((1797, 8, 8)), np.arange(1797)))
     drawn = [label for split in scenes.SPLITS for _, label in toy.examples("digits", split)]
     assert sorted(drawn) == list(range(1797))
-
-
-def test_where_is_the_cell_of_the_object():
-    """In the mean image of a class its cell is the most saturated one, because objects have saturated colours."""
-    images, labels = zip(*itertools.islice(toy.examples("where", "train"), 400), strict=True)
-    colour = np.ptp(np.array(images, float), axis=-1)
-    for label in range(9):
-        mean = colour[np.array(labels) == label].mean(0)
-        cells = [part.mean() for rows in np.array_split(mean, 3) for part in np.array_split(rows, 3, 1)]
-        assert int(np.argmax(cells)) == label
 
 
 def test_a_split_is_what_the_small_vit_sees():
@@ -80,21 +69,6 @@ def test_what_the_methods_change():
     assert found == {"SA²VP": (1.5, 9), "global attention": (1.5, 64), "s = 0.1": (0.1, 9)}
     assert sum(p.numel() for p in models["VPT-deep"].prompts) == 6 * toy.TOKENS * 48
     assert isinstance(models["full fine-tuning"], vpt.FineTuning)
-
-
-def test_a_row_holds_the_accuracy_and_the_mean_loss_of_the_last_steps(monkeypatch):
-    """At a learning rate of 0 they are those of the model before training."""
-    images = torch.randn(20, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    learn = TensorDataset(images, torch.arange(20) % 9)
-    monkeypatch.setattr(toy, "OPTIONS", toy.OPTIONS | {"epochs": 1, "batch": 2})
-    model, history = toy.train("SA²VP", "where", learn, 0.0, 0)
-    assert len(history) == 10
-    with torch.no_grad():
-        image, prompt = model(images)
-    losses = [F.cross_entropy(logits, learn.tensors[1]).item() for logits in (image, prompt)]
-    mean = np.mean([step["loss"] for step in history])
-    assert mean == pytest.approx(0.8 * losses[0] + 0.2 * losses[1], abs=2e-4)
-    assert toy.score(model, "where", learn)["accuracy"] == 5 * (image.argmax(1) == learn.tensors[1]).sum()
 
 
 def test_a_probe_trains_its_head_as_on_the_images(monkeypatch):

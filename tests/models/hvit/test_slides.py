@@ -148,13 +148,12 @@ def test_the_spacing_decides_the_level(path, tmp_path, image):
 def test_masks_replace_the_detection_by_colour(path, tmp_path):
     values = np.zeros((48, 64), np.uint8)
     values[16:32, 8:24] = 1  # nearly black in a viewer
-    options = {"tile": (16, 16), "photometric": "minisblack", "compression": "deflate", "metadata": None}
-    with tifffile.TiffWriter(tmp_path / "pyramid.tiff") as pyramid:
-        pyramid.write(values.repeat(16, 0).repeat(16, 1), **options)
-        pyramid.write(values, subfiletype=1, **options)
     Image.fromarray(values).save(tmp_path / "grey.png")
     Image.fromarray(np.stack([0 * values, 0 * values, 100 * values], 2)).save(tmp_path / "colour.png")
     tifffile.imwrite(tmp_path / "plain.tif", values)
+    with tifffile.TiffWriter(tmp_path / "pyramid.tiff") as pyramid:
+        for level, at in enumerate((values.repeat(16, 0).repeat(16, 1), values)):
+            pyramid.write(at, subfiletype=level, tile=(16, 16), compression="deflate", metadata=None)
     tifffile.imwrite(tmp_path / "two.tif", values > 0)
     for file in [*tmp_path.iterdir()]:
         (tmp_path / file.stem).mkdir()
@@ -162,9 +161,7 @@ def test_masks_replace_the_detection_by_colour(path, tmp_path):
         with Slide(path) as slide:
             mask = slides.read_mask(tmp_path / file.stem, slide, 16)
         np.testing.assert_array_equal(mask, 255 * values, err_msg=file.name)
-    out = features.extract(
-        path, mean_colour, tmp_path / "slide.h5", tiling=SMALL, masks=tmp_path / "grey", preview=True
-    )
+    out = features.extract(path, mean_colour, tmp_path / "slide.h5", tiling=SMALL, masks=tmp_path / "grey")
     corners = {(x, y) for x in (128, 256) for y in (256, 384)}
     assert set(map(tuple, read_features(out)["coords"].tolist())) == corners
     Image.fromarray(values[:20]).save(tmp_path / "slide.png")
@@ -179,14 +176,11 @@ def test_masks_replace_the_detection_by_colour(path, tmp_path):
     refuses((masked("."), r"mask = .*slide\.tiff"))
 
 
-def test_a_preview_shows_what_is_taken_as_tissue(tmp_path, image):
+def test_a_preview_shows_what_is_taken_as_tissue(path, tmp_path, image):
     """Also of slides whose features are there already."""
-    image = image.copy()
-    image[600:640, 40:400] = (20, 120, 40)  # a pen
-    slide, out = written(tmp_path / "slide.tiff", image), tmp_path / "out" / "slide.h5"
-    features.extract(slide, mean_colour, out, tiling=SMALL)
-    assert not out.with_suffix(".png").exists()
-    features.extract(slide, None, out, tiling=SMALL, preview=True)
+    out = tmp_path / "slide.h5"
+    features.extract(path, mean_colour, out, tiling=SMALL)
+    features.extract(path, None, out, tiling=SMALL, preview=True)
     picture = np.asarray(Image.open(out.with_suffix(".png"))).astype(int)
     assert picture.shape == image.shape
     framed, outlined = ((picture == colour).all(-1) for colour in ((0, 60, 255), (255, 130, 0)))
@@ -194,11 +188,9 @@ def test_a_preview_shows_what_is_taken_as_tissue(tmp_path, image):
     for x, y in read_features(out)["coords"]:
         used[y : y + 129, x : x + 129] = True
         assert framed[y, x : x + 128].all() and framed[y : y + 128, x].all()
-    assert used[620, 60:380].all() and outlined[590:670, 60:380].any(0).mean() > 0.8  # the pen
     plain = ~framed & ~outlined
-    np.testing.assert_array_equal(picture[used & plain], image[used & plain])
-    faded = image[~used & plain].astype(int)
-    assert (picture[~used & plain] >= faded).all() and picture[~used & plain].min() > 140
+    assert outlined.any() and np.array_equal(picture[used & plain], image[used & plain])
+    assert picture[~used & plain].min() > 140  # faded
 
 
 def test_regions_are_compressed_as_hs2p_stores_them(path, image, tmp_path):
@@ -302,14 +294,6 @@ def test_a_slide_of_50_000_pixels_a_side_is_tiled_and_encoded_in_less_than_2_gb(
     assert len(read_features(tmp_path / "large.h5")["coords"]) > 100
 
 
-@pytest.mark.parametrize("backend", slides.BACKENDS)
-def test_pyramids_of_odd_sizes(tmp_path, backend):
-    image = np.random.default_rng(0).integers(0, 256, (515, 1030, 3), dtype=np.uint8)
-    with Slide(written(tmp_path / "odd.tiff", image), backend=backend) as slide:
-        np.testing.assert_array_equal(slide.read(0, 0, 0, 1030, 515), image)
-        np.testing.assert_array_equal(slide.read(0, 0, 1, 258, 129), slides.reduce(image, 4))
-
-
 # --- heatmaps ---------------------------------------------------------------------------------------------------------
 
 
@@ -319,12 +303,8 @@ def test_heatmaps_lie_on_the_slide(path, tmp_path, image, monkeypatch):
         maps = np.zeros((len(tiles), 8, 8))
         maps[0] = 0.99
         files = heatmaps.write_heatmap(slide, tiles, maps, tmp_path / "map", downsample=4)
-        with pytest.raises(ValueError):  # a map is missing
-            heatmaps.write_heatmap(slide, tiles, maps[:-1], tmp_path / "none")
-        assert not list(tmp_path.glob("none*"))
-        with monkeypatch.context() as patch:
-            patch.setattr(heatmaps, "LARGEST_THUMBNAIL", 20_000)
-            small = heatmaps.write_heatmap(slide, tiles, maps, tmp_path / "small", downsample=4)
+        monkeypatch.setattr(heatmaps, "LARGEST_THUMBNAIL", 20_000)
+        small = heatmaps.write_heatmap(slide, tiles, maps, tmp_path / "small", downsample=4)
     with Slide(small["tiff"]) as map_:
         assert map_.size == (128, 96) and map_.mpp == pytest.approx(4.0, rel=1e-3)
     picture = np.asarray(Image.open(files["png"]))
