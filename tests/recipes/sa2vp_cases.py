@@ -31,7 +31,7 @@ from companion.training.recipe import Training
 from companion.training.schedules import Schedule, adamw, schedule
 from tests.conftest import parameters as defaults
 from tests.parity import fill
-from tests.recipes.runner import Case, InOrder, Row, lines, near, parameters, same
+from tests.recipes.runner import Case, InOrder, Row, equal, lines, near, parameters, same
 from tests.recipes.steps import done, initial, normal
 
 USUAL = vars(defaults("sa2vp", profile="paper", accelerator="cpu"))
@@ -77,7 +77,7 @@ def _groups(case: Case) -> list[Row]:
         "numbers_trained": {"with_head": model.count(head=True), "without_head": model.count(), "decay": decayed},
         "examples": {name: status.get(name) for name in expected["examples"]},
     }
-    rows = [same(what, expected[what], ours) for what, ours in found.items()]
+    rows = equal(expected, found)
     text = [f"{name}\t{status[name]}" for name in sorted(status)]
     rows.append(lines("sorted_lines", expected["sorted_lines"], text))
     rows.append(same("line_format", expected["sorted_lines"]["first"], text[: len(expected["sorted_lines"]["first"])]))
@@ -118,7 +118,7 @@ def _operations(case: Case) -> list[Row]:
     expected, seen = case.expected, _seen("swin_b")
     datasets = {"vtab": "vtab/dtd", "fgvc": "fgvc/cub200"}
     steps = {name: done(recipe.transforms(dataset, seen)[0]) for name, dataset in datasets.items()}
-    rows = [same(name, expected[name], found) for name, found in steps.items()]
+    rows = equal(expected, steps)
     used = {name.lower() for found in steps.values() for name, *_ in found}
     sure = torch.tensor([[100.0, 0.0]])
     if two_pathway_loss(sure, sure, torch.tensor([0])) > 1e-6:
@@ -174,8 +174,7 @@ def _labels(case: Case) -> list[Row]:
         index = all(label == i % listed.classes for i, label in enumerate(listed.labels))
         rows += [
             same("vtab line", line, text),
-            same("vtab index", expected["vtab"]["index"], "label" if index else "another number"),
-            same("vtab files", expected["vtab"]["files"], files),
+            *equal(expected["vtab"], {"index": "label" if index else "another number", "files": files}, "vtab "),
         ]
         for theirs, dataset in case.settings["fgvc"].items():
             birds = dataset == "fgvc/nabirds"
@@ -227,10 +226,16 @@ def _scripts(case: Case) -> list[Row]:
     why = "its accuracy is of 200 images that were trained on; the figure reported is that of the test split"
     peak = int(np.argmax(rates)) + 1
     return [
-        same("scripts batch", expected["batch"], batch),
-        same("scripts epochs", expected["epochs"], loop.steps // loop.per_epoch),
-        same("scripts warmup_epochs", expected["warmup_epochs"], peak / loop.per_epoch),
-        same("scripts drop_path", expected["drop_path"], max(_drop_paths(model))),
+        *equal(
+            expected,
+            {
+                "batch": batch,
+                "epochs": loop.steps // loop.per_epoch,
+                "warmup_epochs": peak / loop.per_epoch,
+                "drop_path": max(_drop_paths(model)),
+            },
+            "scripts ",
+        ),
         near("scripts min_lr", expected["min_lr"], rates[-1], relative=2e-2),
         same("scripts weight_decay", expected["weight_decay"], max(groups)),
         same("scripts mode", [expected["mode"], False], tested, why),
