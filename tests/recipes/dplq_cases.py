@@ -28,7 +28,7 @@ from companion.training.recipe import Training, run
 from tests.conftest import parameters as defaults
 from tests.parity import fill
 from tests.recipes.runner import Case, InOrder, Row, close, equal, lines, near, parameters, same
-from tests.recipes.steps import Watched, done, initial, normal
+from tests.recipes.steps import Watched, done, initial, normal, picture
 
 LEFT_OUT = "`visual_net`, in no forward pass and hence without gradient and decay, is left out"
 NOT_USED = "the tables of results hold the accuracy over all images alone"
@@ -137,17 +137,10 @@ def _labels(case: Case) -> list[Row]:
 
 
 def _test_image(case: Case) -> list[Row]:
-    expected, settings, tolerance = case.expected, case.settings, case.facts["tolerance"]
+    settings, tolerance = case.settings, case.facts["tolerance"]
     seen = backbones.Input(settings["size"][0], tuple(settings["mean"]), tuple(settings["std"]))
     found = domains.clip_transform(seen)(Image.fromarray(case.data["in.image"].numpy()))
-    grid = found[:, expected["rows"]][:, :, expected["columns"]]
-    ours = {"grid": grid, "mean": found.mean((1, 2)), "std": found.std((1, 2))}
-    return [
-        same("shape", expected["shape"], found.shape),
-        same("rows", len(expected["rows"]), grid.shape[1]),
-        same("columns", len(expected["columns"]), grid.shape[2]),
-        *(near(name, expected[name], value, **tolerance[name]) for name, value in ours.items()),
-    ]
+    return picture(case.expected, found, **{name: room["absolute"] for name, room in tolerance.items()})
 
 
 def _training_images(case: Case) -> list[Row]:

@@ -32,7 +32,7 @@ from companion.training.schedules import Schedule, adamw, schedule
 from tests.conftest import parameters as defaults
 from tests.parity import fill
 from tests.recipes.runner import Case, InOrder, Row, equal, lines, near, parameters, same
-from tests.recipes.steps import done, initial, normal
+from tests.recipes.steps import done, initial, normal, picture
 
 USUAL = vars(defaults("sa2vp", profile="paper", accelerator="cpu"))
 
@@ -97,20 +97,10 @@ def _seen(backbone: str) -> backbones.Input:
 
 
 def _preprocess(case: Case) -> list[Row]:
-    expected, rows = case.expected, []
-    dataset = "vtab/dtd" if case.settings["transform"] == "vtab" else "fgvc/cub200"
+    dataset, rows = "vtab/dtd" if case.settings["transform"] == "vtab" else "fgvc/cub200", list[Row]()
     for backbone in ("vit_b16", "swin_b"):
-        seen = _seen(backbone)
-        tensor = recipe.transforms(dataset, seen)[1](Image.fromarray(case.data["in.image"].numpy()))
-        grid = tensor[:, expected["rows"]][:, :, expected["columns"]]
-        rows += [
-            same(f"shape {backbone}", expected["shape"], tensor.shape),
-            near(f"rows {backbone}", np.mean(expected["grid"], (0, 2)), grid.mean((0, 2)), absolute=2e-2),
-            near(f"columns {backbone}", np.mean(expected["grid"], (0, 1)), grid.mean((0, 1)), absolute=2e-2),
-            near(f"grid {backbone}", expected["grid"], grid, absolute=2e-2),
-            near(f"mean {backbone}", expected["mean"], tensor.mean((1, 2)), absolute=2e-3),
-            near(f"std {backbone}", expected["std"], tensor.std((1, 2)), absolute=2e-3),
-        ]
+        image = recipe.transforms(dataset, _seen(backbone))[1](Image.fromarray(case.data["in.image"].numpy()))
+        rows += picture(case.expected, image, f" {backbone}", grid=2e-2, mean=2e-3, std=2e-3)
     return rows
 
 

@@ -188,7 +188,6 @@ def test_streams_that_do_not_fit_or_cannot_be_decoded_are_refused(tmp_path, mode
     first, second = as_files(tmp_path, frames)
     _, short = as_files(tmp_path / "short", frames[:5])
     _, small = as_files(tmp_path / "small", [frame[:64] for frame in frames])
-    (text := tmp_path / "text.avi").write_text("not a video")
     (cut := tmp_path / "cut.avi").write_bytes(second.read_bytes()[: second.stat().st_size // 2])
     out = tmp_path / "boxes.txt"
 
@@ -200,8 +199,7 @@ def test_streams_that_do_not_fit_or_cannot_be_decoded_are_refused(tmp_path, mode
         (lambda: open_video(visible, second), r"infrared = .*infrared\.avi"),
         (tracked(first, small), r"infrared = .*\(128, 128\)"),
     )
-    refuses((tracked(first, short), r"short/infrared\.avi"), (tracked(first, text), r"text\.avi"), error=CorruptFile)
-    refuses((tracked(first, cut), r"cut\.avi"), error=CorruptFile)
+    refuses((tracked(first, short), r"short/infrared\.avi"), (tracked(first, cut), r"cut\.avi"), error=CorruptFile)
     Image.new("RGB", (64, 64)).save(infrared / "000004.png")
     refuses((tracked(visible, infrared), r"000004\.png.*64x64.*128x128"), error=CorruptFile)
     (infrared / "000004.png").unlink()

@@ -68,14 +68,12 @@ def test_pairs_of_mimic_and_of_ones_own_folder(tmp_path, reports, small):
         return recipe.pretraining(p, tmp_path).data()
 
     item = pairs()[0]
-    assert item.images.shape == (3, 448, 448) and item.ids.shape == (16,) and item.window.tolist() == [1, 1]
-    assert not torch.equal(item.weights, torch.ones(16))
-    assert torch.equal(pairs("ECAMP, no re-balancing")[0].weights, torch.ones(16))
+    assert item.images.shape == (3, 448, 448) and item.window.tolist() == [1, 1]
+    assert (item.weights != 1).any() and (pairs("ECAMP, no re-balancing")[0].weights == 1).all()
     (reports / "mimic-cxr-2.0.0-entity-llm.csv").rename(reports / "pretrain.csv")
     own = {"dataset": "folder", "data_root": str(reports)}
     # learned again from the same reports, the pieces have other ids: no checkpoint would fit
     assert pairs(**own).vocabulary.pieces == pairs(**own).vocabulary.pieces and len(pairs(**own)) == 3
-    assert len(list(tmp_path.glob("vocabulary *.json"))) == 1
 
 
 def test_a_pre_trained_encoder_starts_a_downstream_task(tmp_path, monkeypatch, reports):

@@ -63,10 +63,9 @@ def test_both_readers_give_the_pixels_and_refuse_a_truncated_file(path, image, b
         assert slide.backend == backend and slide.size == (1024, 768)
         assert slide.levels == [(1024, 768), (256, 192), (64, 48)] and slide.downsamples == [1, 4, 16]
         assert slide.mpp == pytest.approx(0.5, rel=1e-3)
-        np.testing.assert_array_equal(slide.read(100, 60, 0, 300, 200), image[60:260, 100:400])
         np.testing.assert_array_equal(slide.read(64, 32, 1, 50, 40), slides.reduce(image, 4)[8:48, 16:66])
         around = np.pad(image, ((200, 5000), (200, 5000), (0, 0)), constant_values=255)  # outside there is white
-        for x, y in ((-40, -30), (900, 700), (5000, 5000)):
+        for x, y in ((100, 60), (-40, -30), (900, 700), (5000, 5000)):
             np.testing.assert_array_equal(slide.read(x, y, 0, 200, 200), around[y + 200 :, x + 200 :][:200, :200])
     (tmp_path / "cut.tiff").write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(CorruptFile, match=r"cut\.tiff"), Slide(tmp_path / "cut.tiff", backend=backend) as slide:
@@ -122,8 +121,6 @@ def test_the_spacing_decides_the_level(path, tmp_path, image):
     with Slide(path) as slide:
         tiles = slides.tile(slide, dataclasses.replace(SMALL, downsample=4))
         assert [f"{x}_{y}" for x, y in tiles.coords] == sorted(f"{x}_{y}" for x, y in tiles.coords)
-        for (x, y), share in zip(tiles.coords, tiles.shares, strict=True):
-            assert abs((slide.region(x, y, tiles) != 255).any(-1).mean() - share) < 0.1 <= share
         resampled = slides.tile(slide, dataclasses.replace(SMALL, mpp=0.9, region=66, resample=True))
         assert (resampled.level, resampled.pixels) == (0, 119)  # 118.8
         assert slide.region(*resampled.coords[0], resampled).shape == (66, 66, 3)
@@ -131,13 +128,7 @@ def test_the_spacing_decides_the_level(path, tmp_path, image):
         for mpp, region, pieces, read in ((0.5, 128, {0, 1}, (0, 128, 128)), (2.0, 32, {0}, (1, 32, 128))):
             found = slides.tile(slide, dataclasses.replace(SMALL, mpp=mpp, region=region, area=0.1))
             assert set(found.contours) == pieces and (found.level, found.pixels, found.step) == read
-        mask = np.zeros((48, 64), bool)  # given instead of found
-        mask[16:32, 8:24] = True
-        assert len(slides.tile(slide, SMALL, mask)) == 4
-        refuses(
-            (lambda: slides.tile(slide, dataclasses.replace(SMALL, mpp=1.0)), r"mpp = 1\.0.*0\.5, 2, 8"),
-            (lambda: slides.tile(slide, SMALL, mask[:20]), "mask = "),
-        )
+        refuses((lambda: slides.tile(slide, dataclasses.replace(SMALL, mpp=1.0)), r"mpp = 1\.0.*0\.5, 2, 8"))
     bare = written(tmp_path / "bare.tiff", image, mpp=None)
     with Slide(bare) as slide:
         refuses((lambda: slides.tile(slide, SMALL), r"mpp.*bare\.tiff"), (lambda: Slide(bare, mpp=0), "mpp = 0"))
