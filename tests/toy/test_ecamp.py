@@ -61,8 +61,6 @@ def test_cells_are_the_patches_share_in_a_box():
     inside = toy.cells(torch.tensor([[0, 0, 8, 8], [4, 8, 20, 12], [0, 0, 64, 64]]))
     assert inside[0].tolist() == [1.0, *[0.0] * 63] and inside[2].eq(1).all()
     assert inside[1].unflatten(0, (8, 8))[1, :3].tolist() == [0.25, 0.5, 0.25] and float(inside[1].sum()) == 1
-    maps = toy.looks(toy.build("ECAMP", 5), toy.load(5, "test"), hide=True)
-    torch.testing.assert_close(maps.sum(1), torch.ones(60))
 
 
 def test_saved_chests_are_read_again(tmp_path):
@@ -76,11 +74,9 @@ def test_saved_chests_are_read_again(tmp_path):
     assert (read.texts[1], read.statements[1]) == (part.reports[1], part.distilled[1])
 
 
-@pytest.mark.parametrize("method", ["MIM only", "ECAMP"])
-def test_a_step_is_taken_and_the_encoder_is_scored(method, monkeypatch):
+def test_a_step_is_taken_and_the_encoder_is_scored(monkeypatch):
     monkeypatch.setattr(toy, "PROBES", {50: 2})
-    model, history = toy.train(method, toy.TASK, toy.data(toy.TASK, 5, "trainval"), 2e-3, 5, epochs=1)
+    model, history = toy.train("ECAMP", toy.TASK, toy.data(toy.TASK, 5, "trainval"), 2e-3, 5, epochs=1)
     assert len(history) == 5
-    gains = {"side gain", "finding gain"} if method == "ECAMP" else set()
     row = toy.score(model, toy.TASK, toy.data(toy.TASK, 5, "test"))
-    assert row.keys() == {"AUROC 50", "AUROC", "Dice"} | gains
+    assert row.keys() == {"AUROC 50", "AUROC", "Dice", "side gain", "finding gain"}

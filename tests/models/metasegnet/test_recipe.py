@@ -85,7 +85,6 @@ def test_texts_of_each_method():
     text, name = PROMPTS.text("Cfa"), PROMPTS.text("Cfa", "name")
     for method, zones, options, expected in (
         ("unimodal", ["Cfa", None], {}, None),
-        ("MetaSegNet", ["Cfa", None], {}, [text, PROMPTS.unknown]),
         ("MetaSegNet", ["Cfa", None], {"own": [None, "mine"]}, [text, "mine"]),
         ("MetaSegNet", ["Cfa", None], {"own": ["mine"] * 2, "kind": "constant"}, [PROMPTS.constant] * 2),
         ("constant text", ["Cfa", None], {}, [PROMPTS.constant] * 2),
@@ -95,10 +94,6 @@ def test_texts_of_each_method():
         ("one-hot zone", ["Cfa", "Aw"], {"kind": "wrong"}, ["Aw", "Cfa"]),
     ):
         assert networks.texts(PROMPTS, method, zones, **options) == expected, (method, options)
-    first, second, none = networks.texts(PROMPTS, "zone names", ["Cfa", "Cfa", None], "wrong")
-    assert first == second != name and none == PROMPTS.unknown, "the only zone gets the text of one that is not there"
-    shuffled = networks.texts(PROMPTS, "one-hot zone", [*"abcdefgh"], "shuffled")
-    assert sorted(shuffled) == [*"abcdefgh"] != shuffled
 
 
 def test_a_share_of_the_full_texts_loses_its_header():
