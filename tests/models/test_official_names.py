@@ -26,7 +26,7 @@ def test_names_there_and_back_and_what_does_not_fit(name):
     again = {n: t for n, t in read(state).to_official().items() if not n.endswith("num_batches_tracked")}
     assert again.keys() == {n for n in state if not n.startswith(UNUSED) and not n.endswith("num_batches_tracked")}
     assert all(torch.equal(t, state[n]) for n, t in again.items())
-    *_, other, missing = (n for n in again if n.endswith("bias") and n not in TIED.values())
+    *_, other, missing = (n for n in again if n.endswith("bias") and n not in {*TIED, *TIED.values()})
     state[f"{missing}_typo"], state[other] = state.pop(missing), torch.zeros(3, 7)
     found = misfits(read, state)
     assert found[:2] == ([missing], [f"{missing}_typo"]) and found[2][0].startswith(f"{other} (3, 7)")
