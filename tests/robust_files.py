@@ -4,10 +4,9 @@
 """
 
 import dataclasses
-import itertools
 import pickle
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,69 +15,24 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from companion import backbones
-from companion.data import DATASETS, attributes, classification, detection, landcover, tracking, xrays
+from companion.data import DATASETS, attributes, detection, tracking, xrays
 from companion.data import slides as slide_lists
 from companion.evaluation import ablations
 from companion.models.dmt import Teachers
 from companion.models.dmt import build as dmt_vit
 from companion.models.dmt import cache as dmt_cache
-from companion.models.ecamp.text import Vocabulary
 from companion.models.hvit import features, slides
 from companion.models.metasegnet.climate import PROMPTS, Prompts
 from companion.ops import unpickle
 from companion.ops.files import write_json
-from companion.toy import ecamp as toy_ecamp
-from companion.toy import sa2vp as toy_sa2vp
 from companion.training.checkpoints import Checkpoint
 from companion.training.fit import CPU
 from tests.data.test_attributes import pa100k
-from tests.data.test_landcover import earth, labels
 from tests.data.test_slides import panda
 from tests.models.hvit.test_slides import SMALL, drawn, mean_colour, written
 from tests.training.test_fit import noisy_model, run
 
 Do = Callable[[Path], object]
-
-
-def items(dataset: Iterable) -> None:
-    for _ in itertools.islice(iter(dataset), 1500):
-        pass
-
-
-def digits(folder: Path) -> None:
-    """The training images of VTAB-1k's SVHN, and their list."""
-    (images := folder / "vtab-1k" / "svhn" / "train").mkdir(parents=True)
-    lines = []
-    for number, (pixels, label) in enumerate(toy_sa2vp.examples("digits", "train")):
-        Image.fromarray(pixels).save(images / f"{number:04d}.png")
-        lines.append(f"train/{number:04d}.png {label}\n")
-    (images.parent / "train800.txt").write_text("".join(lines))
-
-
-def land(folder: Path) -> None:
-    """OpenEarthMap with two regions, compressed labels, and a table of their zones that ends with one."""
-    top = earth(folder)
-    for path in top.rglob("labels/*.tif"):
-        Image.fromarray(labels(8)[0]).save(path, compression="tiff_deflate")
-    (top / "places.csv").write_text("region,latitude,longitude,zone\ntokyo,35.7,139.7,\nel_rodeo,,,Aw\n")
-
-
-def read_land(folder: Path) -> None:
-    data = landcover.load("landcover/openearthmap", folder, "val")
-    data.zones()
-    items(data)
-
-
-def chests(folder: Path) -> None:
-    """An own folder of X-rays with boxes, and word pieces."""
-    files = toy_ecamp.save(toy_ecamp.load(0, "val"), folder, 9)
-    boxes = [f'{file.relative_to(folder)},"[[{8 * i}, 16, 512, 600]]"\n' for i, file in enumerate(files)]
-    (folder / "test_list.csv").write_text("image_path,bbox\n" + "".join(boxes))
-    toy_ecamp.VOCABULARY.tokenizer.save(str(folder / "wordpiece.json"))
-
-
-def read_chests(folder: Path) -> None:
-    items(xrays.load(xrays.own(folder), folder, "test", task="detection"))
 
 
 def read_slide(path: Path) -> None:
@@ -134,27 +88,18 @@ SINGLE: dict[str, tuple[str, Do, Do]] = {
     "texts of climate zones": ("prompts.yaml", lambda p: shutil.copy(PROMPTS, p), Prompts.read),
 }
 
-DIGITS = (digits, lambda folder: items(classification.load("vtab/svhn", folder, "train")))
 FEW = dataclasses.replace(DATASETS["par/pa100k"], sizes={})
-PEDESTRIANS = (pa100k, lambda folder: items(attributes._pedestrians(FEW, folder, None)["trainval"]))
+PEDESTRIANS = (pa100k, lambda folder: attributes._pedestrians(FEW, folder, None))
 BIOPSIES = dataclasses.replace(DATASETS["slides/panda"], sizes={})
 SLIDES = (panda, lambda folder: slide_lists._table(BIOPSIES, folder))
 TRACKS = (
     lambda folder: tracking.write_results(folder / "video.txt", np.full((9, 4), 7.5)),
     lambda folder: tracking.read_results(folder),
 )
-LAND = (land, read_land)
-CHESTS = (chests, read_chests)
 SETS: dict[str, tuple[str, Do, Do]] = {
-    "classification list": ("train800.txt", *DIGITS),
-    "classification picture": ("train/*.png", *DIGITS),
     "attributes of pedestrians": ("annotation.mat", *PEDESTRIANS),
     "boxes of a video": ("video.txt", *TRACKS),
     "table of slides": ("train.csv", *SLIDES),
-    "places of land cover": ("places.csv", *LAND),
-    "labels of land cover": ("labels/*_2.tif", *LAND),
-    "boxes of chests": ("test_list.csv", *CHESTS),
-    "word pieces": ("wordpiece.json", chests, lambda f: Vocabulary.read(next(f.rglob("wordpiece.json")))),
     "settings of cached teachers": ("cache.json", cache, cache),
 }
 FILES = [*SINGLE, *SETS]
@@ -169,7 +114,7 @@ def made(name: str, folder: Path) -> tuple[Path, Callable[[], object]]:
 
 
 UNSEEN = {
-    **dict.fromkeys(["classification picture", "X-ray", "safetensors"], "zeros at the end"),
+    **dict.fromkeys(["X-ray", "safetensors"], "zeros at the end"),
     **dict.fromkeys(["boxes of a video", "texts of climate zones"], "cut off"),
 }
 """The damage that cannot be seen: Pillow decodes zeros as pixels, and checks no sum; nor does the format safetensors; a

@@ -7,7 +7,6 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from companion.errors import BadCheckpoint, BadParameter
 
@@ -19,11 +18,6 @@ def draw(*shape: int, seed: int = 1) -> torch.Tensor:
 def numbers(model: nn.Module, trained: bool = False) -> int:
     """How many parameters a model has, or trains."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained)
-
-
-def ungraded(model: nn.Module) -> set[str]:
-    """The names of the parameters that a backward pass did not reach."""
-    return {name for name, p in model.named_parameters() if p.grad is None}
 
 
 def refuses(*cases: tuple[Callable[[], object], str], error: type[Exception] = BadParameter) -> None:
@@ -51,10 +45,3 @@ def assert_recomputed_gradients_are_equal(make: Callable[[], nn.Module], loss: C
         loss(model).backward()
         found.append([p.grad for p in model.parameters() if p.grad is not None])
     assert found[0] and all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-
-
-def gflop(run: Callable[[], object]) -> float:
-    """The floating point operations of a call, in billions, as torch counts them."""
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops() / 1e9

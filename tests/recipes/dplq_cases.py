@@ -27,8 +27,8 @@ from companion.training.fit import CPU, fit
 from companion.training.recipe import Training, run
 from tests.conftest import parameters as defaults
 from tests.parity import fill
-from tests.recipes.runner import Case, InOrder, Row, lines, near, parameters, same
-from tests.recipes.steps import Watched, done, initial, normal
+from tests.recipes.runner import Case, InOrder, Row, close, equal, lines, near, parameters, same
+from tests.recipes.steps import Watched, done, initial, normal, picture
 
 LEFT_OUT = "`visual_net`, in no forward pass and hence without gradient and decay, is left out"
 NOT_USED = "the tables of results hold the accuracy over all images alone"
@@ -56,10 +56,15 @@ def _groups(case: Case) -> list[Row]:
     every = len(held) == sum(1 for _ in model.parameters())
     departs = "frozen tensors have no gradient: they are not given to it"
     return [
-        same("optimizer", expected["optimizer"], type(optimizer).__name__),
-        same("groups", expected["groups"], len(optimizer.param_groups)),
-        same("weight_decay", expected["weight_decay"], group["weight_decay"]),
-        same("momentum", expected["momentum"], group["momentum"]),
+        *equal(
+            expected,
+            {
+                "optimizer": type(optimizer).__name__,
+                "groups": len(optimizer.param_groups),
+                "weight_decay": group["weight_decay"],
+                "momentum": group["momentum"],
+            },
+        ),
         same("optimizer_holds_all_parameters", expected["optimizer_holds_all_parameters"], every, departs),
         same("trained_tensors", expected["trained_tensors"], len(trained), LEFT_OUT),
         same("trained_numbers", expected["trained_numbers"], sum(t.numel() for t in trained.values()), LEFT_OUT),
@@ -101,7 +106,7 @@ def _schedule(case: Case) -> list[Row]:
             "prompt_depth": published["prompt depth"],
             "context_tokens": published["context tokens"],
         }
-        rows += [same(f"{protocol} {name}", expected[name], value) for name, value in ours.items()]
+        rows += equal(expected, ours, f"{protocol} ")
     return rows
 
 
@@ -118,26 +123,24 @@ def _labels(case: Case) -> list[Row]:
         lines("folders", expected["folders"], folders),
         lines("names", expected["names"], names),
         lines("prompts", expected["prompts"], [PROMPT.replace("{}", text.replace("_", " ")) for text in names]),
-        same("base_names", expected["base_names"], base),
-        same("new_names", expected["new_names"], novel),
-        same("base", expected["base"], len(base)),
-        same("new", expected["new"], len(novel)),
-        same("differ_from_folder", expected["differ_from_folder"], differ),
+        *equal(
+            expected,
+            {
+                "base_names": base,
+                "new_names": novel,
+                "base": len(base),
+                "new": len(novel),
+                "differ_from_folder": differ,
+            },
+        ),
     ]
 
 
 def _test_image(case: Case) -> list[Row]:
-    expected, settings, tolerance = case.expected, case.settings, case.facts["tolerance"]
+    settings, tolerance = case.settings, case.facts["tolerance"]
     seen = backbones.Input(settings["size"][0], tuple(settings["mean"]), tuple(settings["std"]))
     found = domains.clip_transform(seen)(Image.fromarray(case.data["in.image"].numpy()))
-    grid = found[:, expected["rows"]][:, :, expected["columns"]]
-    ours = {"grid": grid, "mean": found.mean((1, 2)), "std": found.std((1, 2))}
-    return [
-        same("shape", expected["shape"], found.shape),
-        same("rows", len(expected["rows"]), grid.shape[1]),
-        same("columns", len(expected["columns"]), grid.shape[2]),
-        *(near(name, expected[name], value, **tolerance[name]) for name, value in ours.items()),
-    ]
+    return picture(case.expected, found, **{name: room["absolute"] for name, room in tolerance.items()})
 
 
 def _training_images(case: Case) -> list[Row]:
@@ -149,8 +152,13 @@ def _training_images(case: Case) -> list[Row]:
     fit(nn.Linear(1, 2), loss, data, epochs=2, batch=batch, optimizer=recipe.optimizer(1e-3), hardware=CPU)
     order = "random" if data.asked[:count] != data.asked[count:] else "as listed"
     return [
-        same("training", expected["training"], done(domains.clip_transform(clip, train=True))),
-        same("loader", expected["loader"], {"batch": batch, "sampler": order, "drop_last": kinds}),
+        *equal(
+            expected,
+            {
+                "training": done(domains.clip_transform(clip, train=True)),
+                "loader": {"batch": batch, "sampler": order, "drop_last": kinds},
+            },
+        )
     ]
 
 
@@ -174,9 +182,7 @@ def _accuracy(case: Case) -> list[Row]:
     found = recipe.accuracy(_Given(), data, (), 0, CPU)
     ours = {"accuracy": found, "error_rate": 100 - found}
     unused = [Row(key, str(value)[:60], "not computed", False, NOT_USED) for key, value in expected.items()]
-    return [near(key, expected[key], value, **room) for key, value in ours.items()] + [
-        row for row in unused if row.what not in ours
-    ]
+    return close(expected, ours, **room) + [row for row in unused if row.what not in ours]
 
 
 def _harmonic(case: Case) -> list[Row]:
@@ -215,7 +221,7 @@ def _selection(case: Case) -> list[Row]:
         "test_batch": recipe.TEST_BATCH,
         "noise": given().noise,  # what the option does is in tests/models/dplq
     }
-    return [same(name, expected[name], value) for name, value in ours.items()]
+    return equal(expected, ours)
 
 
 class _Listed:

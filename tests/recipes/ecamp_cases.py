@@ -28,7 +28,7 @@ from companion.models.ecamp import model as ecamp
 from companion.models.ecamp.model import ECAMP, Batch, Bert, Blocks, Losses
 from companion.training.fit import fit
 from tests.parity import fill
-from tests.recipes.runner import Case, InOrder, Row, near, same
+from tests.recipes.runner import Case, InOrder, Row, close, equal, near, same
 
 SETS = {"segment": "xrays/rsna", "detect": "xrays/rsna"}  # a set that has the task; all others: ChestX-ray14
 
@@ -154,7 +154,7 @@ def _groups_pretraining(case: Case) -> list[Row]:
     ]
     for title, expected in case.expected.items():
         ours = {"tensors": len(groups[title]), "names_sha256": _sha(groups[title])}
-        rows += [same(f"{title} {key}", expected[key], value) for key, value in ours.items()]
+        rows += equal(expected, ours, f"{title} ")
         listed = expected.get("some", expected.get("names", []))
         rows.append(same(f"{title} names", True, set(listed) <= set(groups[title])))
     return rows
@@ -237,9 +237,7 @@ def _losses(case: Case) -> list[Row]:
     }
     gradient = data["out.gradient"]
     room_of_all = room["relative"] * float(gradient.abs().max())
-    return [near(name, wanted[name], value, **room) for name, value in ours.items()] + [
-        near("out.gradient", gradient, logits.grad[:, 0], absolute=room_of_all)
-    ]
+    return [*close(wanted, ours, **room), near("out.gradient", gradient, logits.grad[:, 0], absolute=room_of_all)]
 
 
 def _metrics(case: Case) -> list[Row]:
@@ -270,7 +268,7 @@ def _metrics(case: Case) -> list[Row]:
     }
     name, precision = said["map"], radiology.mean_precision(boxes, data["in.targets"], size) / 100
     return [
-        *(near(key, wanted[key], value, **room) for key, value in ours.items()),
+        *close(wanted, ours, **room),
         near(name, wanted[name], precision, **_room(case, "map")),
         same(f"{name} thresholds", said["ious"], [radiology.IOUS[0], radiology.IOUS[-1]]),
     ]
@@ -348,8 +346,7 @@ def _preprocess_segmentation(case: Case) -> list[Row]:
         same("image size", [3, size, size], image.shape),
         *_image(case, "image ", wanted["image"], image),
         near("mask_rsna sum", hard["sum"], rsna.sum()),
-        same("mask_rsna values", hard["values"], rsna.unique()),
-        same("mask_rsna grid", hard["grid"], _grid(rsna, len(hard["grid"]))),
+        *equal(hard, {"values": rsna.unique(), "grid": _grid(rsna, len(hard["grid"]))}, "mask_rsna "),
         near("mask_siim sum", smooth["sum"], siim.sum(), absolute=room * soft),
         near("mask_siim grid", smooth["grid"], _grid(siim, len(smooth["grid"])), absolute=room),
         same("mask_siim values_between_0_and_1", smooth["values_between_0_and_1"], soft),
@@ -465,10 +462,7 @@ def _schedule_pretraining(case: Case) -> list[Row]:
         "last_epoch": len(learning_rates) // steps - 1,
     }
     rates = [learning_rates[one["epoch"] * steps + one["step_in_epoch"]] for one in wanted["rates"]]
-    return [
-        *(same(name, wanted[name], value) for name, value in ours.items()),
-        near("rates", [one["lr"] for one in wanted["rates"]], rates, **_room(case)),
-    ]
+    return [*equal(wanted, ours), near("rates", [one["lr"] for one in wanted["rates"]], rates, **_room(case))]
 
 
 class _RanOut(Exception):

@@ -23,7 +23,7 @@ from companion.training.fit import CPU, History
 from companion.training.recipe import Training, run
 from tests.conftest import parameters
 from tests.parity import fill
-from tests.recipes.runner import Case, InOrder, Row, near, same
+from tests.recipes.runner import Case, InOrder, Row, equal, near, same
 
 
 def _labels(case: Case) -> list[Row]:
@@ -68,8 +68,7 @@ def _vote(case: Case) -> list[Row]:
     for what, isup in (("plain distance", False), ("custom distance", True)):
         vote, expected = recipe.voted(folds, names, isup), case.expected[what]
         rows += [
-            same(f"{what} row_order", expected["row_order"], [names[i] for i in order]),
-            same(f"{what} vote", expected["vote"], vote[order]),
+            *equal(expected, {"row_order": [names[i] for i in order], "vote": vote[order]}, f"{what} "),
             near(f"{what} kappa", expected["kappa"], recipe.quadratic_kappa(truth, vote), **tolerance),
         ]
     return rows
@@ -89,7 +88,7 @@ def _tiling(case: Case) -> list[Row]:
     }
     recorded = case.expected | {name: case.data[name] for name in ("out.mask_rows", "out.mask_columns")}
     ours |= {"out.mask_rows": (mask > 0).sum(1), "out.mask_columns": (mask > 0).sum(0)}
-    return [same(name, recorded[name], value) for name, value in ours.items()]
+    return equal(recorded, ours)
 
 
 def _slides(count: int) -> TensorDataset:
@@ -131,10 +130,15 @@ def _schedule(case: Case) -> list[Row]:
     lrs = recipe.halved(optim["lr"], s["nepochs"] * per_epoch, per_epoch, optim["lr_scheduler"]["step_size"])
     return [
         near("lr_of_each_epoch", expected["lr_of_each_epoch"], lrs[::per_epoch], **case.facts["tolerance"]),
-        same("steps_of_each_epoch", expected["steps_of_each_epoch"], per_epoch),
-        same("slides_left_over_in_each_epoch", expected["slides_left_over_in_each_epoch"], left),
-        same("left_over_slides", expected["left_over_slides"], recipe.LAST),
-        same("steps_in_all", expected["steps_in_all"], len(lrs)),
+        *equal(
+            expected,
+            {
+                "steps_of_each_epoch": per_epoch,
+                "slides_left_over_in_each_epoch": left,
+                "left_over_slides": recipe.LAST,
+                "steps_in_all": len(lrs),
+            },
+        ),
     ]
 
 
@@ -151,7 +155,7 @@ def _sampling(case: Case) -> list[Row]:
     }
     name = "weight_of_each_slide"
     weights = near(name, expected[name], balanced.weights, **case.facts["tolerance"])
-    return [weights, *(same(name, expected[name], value) for name, value in ours.items())]
+    return [weights, *equal(expected, ours)]
 
 
 def _scripted(losses: Iterator[float], seen: list[Tensor], model: nn.Module) -> float:
@@ -214,7 +218,7 @@ def _groups_slide(case: Case) -> list[Row]:
             "output_layer": [n for n in sorted(trained, key=_official) if n == "b" or n.startswith("classifier.")],
             "frozen": sorted({n.partition(".")[0] for n in frozen}),
         }
-        rows += [same(f"{name} {key}", case.expected[name][key], value) for key, value in ours.items()]
+        rows += equal(case.expected[name], ours, f"{name} ")
     return rows
 
 
@@ -248,7 +252,7 @@ def _groups_region(case: Case) -> list[Row]:
         "weighted_sampling": parameters("hvit").sampling == "weighted",
     }
     close = [near(key, expected[key], group[key], relative=relative) for key in ("lr", "weight_decay")]
-    return [*close, *(same(name, expected[name], value) for name, value in ours.items())]
+    return [*close, *equal(expected, ours)]
 
 
 def _trajectory(case: Case) -> list[Row]:

@@ -30,7 +30,7 @@ from companion.training.callbacks import Callback
 from companion.training.fit import CPU, Loop, fit
 from companion.training.schedules import sgd
 from tests.parity import fill
-from tests.recipes.runner import Case, InOrder, Row, lines, near, same
+from tests.recipes.runner import Case, InOrder, Row, close, equal, lines, near, same
 
 
 def groups(case: Case) -> list[Row]:
@@ -162,9 +162,9 @@ def test(case: Case) -> list[Row]:
     last = len(e["grid"][0]) - 1
     rows, columns = (torch.tensor([round(i * (n - 1) / last) for i in range(last + 1)]) for n in image.shape[1:])
     return [
-        near("mean", e["mean"], found.mean(), **room),
-        near("std", e["std"], found.std(correction=0), **room),
-        near("grid", e["grid"], found[:, rows][:, :, columns], **room),
+        *close(
+            e, {"mean": found.mean(), "std": found.std(correction=0), "grid": found[:, rows][:, :, columns]}, **room
+        ),
         same("labels_unchanged", e["labels_unchanged"], found.shape[1:] == truth.shape and torch.equal(kept, truth)),
     ]
 
@@ -221,7 +221,7 @@ def tiles(case: Case) -> list[Row]:
                 found |= {"picture_in_columns": inside[1], "tile_corners_row_column": corners}
                 found |= {"pixels_of_each_label": _counts(truth)}
                 found |= {f"{k}_tile_labels": _counts(data.pair(ours[i])[1]) for k, i in (("first", 0), ("last", -1))}
-                rows += [same(f"{what} {name}", e[name], value) for name, value in found.items()]
+                rows += equal(e, found, f"{what} ")
     return rows
 
 
@@ -330,7 +330,7 @@ def _cropped(e: Mapping) -> list[Row]:
         "ignored_at_the_edges": int((truth == ignore).sum()),
         "black": int((found[0] == 0).sum()),
     }
-    return [same(f"{what} {name}", e[name], value) for name, value in ours.items()]
+    return equal(e, ours, f"{what} ")
 
 
 def _tries(labels: list[int], shares: list[float], every: bool) -> int:
@@ -362,8 +362,7 @@ def views(case: Case) -> list[Row]:
         rows += [
             same(f"{what} views", e["views"], len(sizes)),
             same(f"{what} sizes", sorted(e["sizes_seen_height_width"]), sorted(sizes)),
-            near(f"{what} mean", e["mean"], found.mean(), **room),
-            near(f"{what} sum_of_squares", e["sum_of_squares"], (found.double() ** 2).sum(), **room),
+            *close(e, {"mean": found.mean(), "sum_of_squares": (found.double() ** 2).sum()}, f"{what} ", **room),
             near(f"out.{what}", case.data[f"out.{what}"], found, **room),
         ]
     return rows

@@ -31,7 +31,7 @@ from companion.training.recipe import run
 from tests.conftest import parameters as notebook
 from tests.data import test_attributes as files
 from tests.parity import fill
-from tests.recipes.runner import Case, InOrder, Row, lines, near, parameters, same
+from tests.recipes.runner import Case, InOrder, Row, close, equal, lines, near, parameters, same
 from tests.recipes.steps import Watched, done, initial
 
 _p = partial(notebook, "promptpar", profile="paper", dry_run=True, accelerator="cpu")
@@ -142,7 +142,7 @@ def metric(case: Case) -> list[Row]:
         "jaccard_of_attributes": f1 / (2 - f1),
     }
     room = case.facts["tolerance"]["values"]
-    return [near(name, case.expected[name], value, absolute=room) for name, value in ours.items()]
+    return close(case.expected, ours, absolute=room)
 
 
 def picture(case: Case) -> list[Row]:
@@ -188,8 +188,7 @@ def operations(case: Case) -> list[Row]:
     return [
         *rows,
         same("loader batch", [e["loader"]["batch"], 3 * 2], [batch, len(history)]),
-        same("loader drop_last", e["loader"]["drop_last"], not whole),
-        same("loader shuffle", e["loader"]["shuffle"], orders[0] != orders[1]),
+        *equal(e["loader"], {"drop_last": not whole, "shuffle": orders[0] != orders[1]}, "loader "),
         Row("ratio", e["ratio"], str(people.ratio.tolist()), torch.equal(people.ratio, labels.mean(0))),
         Row("seed", str(e["seed"]), seeds, str(e["seed"]) in seeds),
     ]
@@ -241,8 +240,7 @@ def selection(case: Case) -> list[Row]:
     epochs = {key: [i for i, row in enumerate(found, 1) if row[names[key]] == own[names[key]]] for key in names}
     last = "the last epoch's weights are saved, and those to resume from"
     return [
-        same("printed", e["printed"], printed),
-        same("epochs_of_the_maxima", e["epochs_of_the_maxima"], epochs),
+        *equal(e, {"printed": printed, "epochs_of_the_maxima": epochs}),
         Row("saved", e["saved"], "the last epoch", False, last),
         Row("evaluated_on", e["evaluated_on"], f"{len(found)} times in {len(queue)} epochs", found == queue),
         same("stops", e["stops"], int(recipe.published()["heads"]["epochs"])),

@@ -113,6 +113,16 @@ def near(
     return Row(what, f"{theirs.size} numbers", f"largest difference {gap:.1e}", agrees, departs)
 
 
+def equal(expected: Mapping[str, Any], ours: Mapping[str, Any], start: str = "") -> list[Row]:
+    """A row for each of ours, which must be equal to the recorded one of its name; `start` is put before the name."""
+    return [same(start + name, expected[name], value) for name, value in ours.items()]
+
+
+def close(expected: Mapping[str, Any], ours: Mapping[str, Any], start: str = "", **room: float) -> list[Row]:
+    """A row for each of ours, which must be `near` the recorded one of its name; `start` is put before the name."""
+    return [near(start + name, expected[name], value, **room) for name, value in ours.items()]
+
+
 def lines(what: str, expected: Mapping[str, Any], ours: Sequence[str], departs: str = "") -> Row:
     """A row of text lines that are recorded by their `count` and `sha256_of_lines`, joined by newlines."""
     digest = hashlib.sha256("\n".join(ours).encode()).hexdigest()

@@ -31,8 +31,8 @@ from companion.training.recipe import Training
 from companion.training.schedules import Schedule, adamw, schedule
 from tests.conftest import parameters as defaults
 from tests.parity import fill
-from tests.recipes.runner import Case, InOrder, Row, lines, near, parameters, same
-from tests.recipes.steps import done, initial, normal
+from tests.recipes.runner import Case, InOrder, Row, equal, lines, near, parameters, same
+from tests.recipes.steps import done, initial, normal, picture
 
 USUAL = vars(defaults("sa2vp", profile="paper", accelerator="cpu"))
 
@@ -77,7 +77,7 @@ def _groups(case: Case) -> list[Row]:
         "numbers_trained": {"with_head": model.count(head=True), "without_head": model.count(), "decay": decayed},
         "examples": {name: status.get(name) for name in expected["examples"]},
     }
-    rows = [same(what, expected[what], ours) for what, ours in found.items()]
+    rows = equal(expected, found)
     text = [f"{name}\t{status[name]}" for name in sorted(status)]
     rows.append(lines("sorted_lines", expected["sorted_lines"], text))
     rows.append(same("line_format", expected["sorted_lines"]["first"], text[: len(expected["sorted_lines"]["first"])]))
@@ -97,20 +97,10 @@ def _seen(backbone: str) -> backbones.Input:
 
 
 def _preprocess(case: Case) -> list[Row]:
-    expected, rows = case.expected, []
-    dataset = "vtab/dtd" if case.settings["transform"] == "vtab" else "fgvc/cub200"
+    dataset, rows = "vtab/dtd" if case.settings["transform"] == "vtab" else "fgvc/cub200", list[Row]()
     for backbone in ("vit_b16", "swin_b"):
-        seen = _seen(backbone)
-        tensor = recipe.transforms(dataset, seen)[1](Image.fromarray(case.data["in.image"].numpy()))
-        grid = tensor[:, expected["rows"]][:, :, expected["columns"]]
-        rows += [
-            same(f"shape {backbone}", expected["shape"], tensor.shape),
-            near(f"rows {backbone}", np.mean(expected["grid"], (0, 2)), grid.mean((0, 2)), absolute=2e-2),
-            near(f"columns {backbone}", np.mean(expected["grid"], (0, 1)), grid.mean((0, 1)), absolute=2e-2),
-            near(f"grid {backbone}", expected["grid"], grid, absolute=2e-2),
-            near(f"mean {backbone}", expected["mean"], tensor.mean((1, 2)), absolute=2e-3),
-            near(f"std {backbone}", expected["std"], tensor.std((1, 2)), absolute=2e-3),
-        ]
+        image = recipe.transforms(dataset, _seen(backbone))[1](Image.fromarray(case.data["in.image"].numpy()))
+        rows += picture(case.expected, image, f" {backbone}", grid=2e-2, mean=2e-3, std=2e-3)
     return rows
 
 
@@ -118,7 +108,7 @@ def _operations(case: Case) -> list[Row]:
     expected, seen = case.expected, _seen("swin_b")
     datasets = {"vtab": "vtab/dtd", "fgvc": "fgvc/cub200"}
     steps = {name: done(recipe.transforms(dataset, seen)[0]) for name, dataset in datasets.items()}
-    rows = [same(name, expected[name], found) for name, found in steps.items()]
+    rows = equal(expected, steps)
     used = {name.lower() for found in steps.values() for name, *_ in found}
     sure = torch.tensor([[100.0, 0.0]])
     if two_pathway_loss(sure, sure, torch.tensor([0])) > 1e-6:
@@ -174,8 +164,7 @@ def _labels(case: Case) -> list[Row]:
         index = all(label == i % listed.classes for i, label in enumerate(listed.labels))
         rows += [
             same("vtab line", line, text),
-            same("vtab index", expected["vtab"]["index"], "label" if index else "another number"),
-            same("vtab files", expected["vtab"]["files"], files),
+            *equal(expected["vtab"], {"index": "label" if index else "another number", "files": files}, "vtab "),
         ]
         for theirs, dataset in case.settings["fgvc"].items():
             birds = dataset == "fgvc/nabirds"
@@ -227,10 +216,16 @@ def _scripts(case: Case) -> list[Row]:
     why = "its accuracy is of 200 images that were trained on; the figure reported is that of the test split"
     peak = int(np.argmax(rates)) + 1
     return [
-        same("scripts batch", expected["batch"], batch),
-        same("scripts epochs", expected["epochs"], loop.steps // loop.per_epoch),
-        same("scripts warmup_epochs", expected["warmup_epochs"], peak / loop.per_epoch),
-        same("scripts drop_path", expected["drop_path"], max(_drop_paths(model))),
+        *equal(
+            expected,
+            {
+                "batch": batch,
+                "epochs": loop.steps // loop.per_epoch,
+                "warmup_epochs": peak / loop.per_epoch,
+                "drop_path": max(_drop_paths(model)),
+            },
+            "scripts ",
+        ),
         near("scripts min_lr", expected["min_lr"], rates[-1], relative=2e-2),
         same("scripts weight_decay", expected["weight_decay"], max(groups)),
         same("scripts mode", [expected["mode"], False], tested, why),

@@ -26,7 +26,7 @@ from companion.models.sic_cads.model import MLR, rank_loss, windows
 from companion.training.callbacks import Callback, Loop
 from companion.training.recipe import run
 from tests.parity import fill
-from tests.recipes.runner import Case, InOrder, Row, near, same
+from tests.recipes.runner import Case, InOrder, Row, close, equal, near, same
 
 COCO = [
     {"id": i, "name": name} for name, i in sorted((COCO_BASE | COCO_NOVEL | COCO_OTHER).items(), key=lambda x: x[1])
@@ -122,7 +122,7 @@ def _schedule(case: Case) -> list[Row]:
             "repeat_threshold": r.repeat or 0.0,
             "batch_of_each_data_set_per_gpu": [r.group] * 2 if expected["captions"] else None,
         }
-        rows += [same(f"{config} {key}", expected[key], value) for key, value in ours.items()]
+        rows += equal(expected, ours, f"{config} ")
         if turns:
             share = _share_of_boxes(r.group)
             ratio = expected["dataset_ratio"][0] / sum(expected["dataset_ratio"])
@@ -151,8 +151,11 @@ def _repeats(case: Case) -> list[Row]:
     odds = np.bincount(repeated.items, repeated.odds)  # how often an item is drawn, on average
     expected, options = case.expected, case.facts["tolerance"]
     return [
-        near("factor_of_the_first_five", expected["factor_of_the_first_five"], factors[:start], **options),
-        near("factor_of_the_last_three", expected["factor_of_the_last_three"], factors[-end:], **options),
+        *close(
+            expected,
+            {"factor_of_the_first_five": factors[:start], "factor_of_the_last_three": factors[-end:]},
+            **options,
+        ),
         near("factor_of_the_others", [expected["factor_of_the_others"]] * many, factors[start:-end], **options),
         near("sum", expected["sum"], factors.sum(), **options),
         Row("rounding", expected["rounding"], "the odds add up to the factors", np.allclose(odds, factors)),
@@ -371,10 +374,7 @@ def _metric(case: Case) -> list[Row]:
     absent = (
         "a class without a box is left out of its group's mean, in which it would be nan (no such class on real data)"
     )
-    rows = [
-        near("AP50", case.expected["AP50"], totals["AP50"], **options),
-        near("AP", case.expected["AP"], totals["AP"], **options),
-    ]
+    rows = [*close(case.expected, {"AP50": totals["AP50"], "AP": totals["AP"]}, **options)]
     for key, group in (("AP50-seen", "base"), ("AP50-unseen", "novel")):
         value = case.expected[key]
         theirs = np.nan if value is None else value
@@ -434,8 +434,7 @@ def _selection(case: Case) -> list[Row]:
     rows = [
         Row("kept", expected["kept"], kept, last),
         Row("evaluated_in_training", expected["evaluated_in_training"], f"{len(modes)} forward passes", never),
-        same("early_stop", expected["early_stop"], len(history) < steps),
-        same("moving_average", expected["moving_average"], not last),
+        *equal(expected, {"early_stop": len(history) < steps, "moving_average": not last}),
     ]
     for name in ("gamma", "lambda_base_novel", "score_threshold", "detections_per_image"):
         for what, want in expected[name].items():

@@ -57,6 +57,16 @@ def normal(*arrays: Mapping[str, Any]) -> Any:
     return found if len(found) > 1 else found[0]
 
 
+def picture(expected: Mapping[str, Any], image: Tensor, what: str = "", **room: float) -> list[Row]:
+    """The shape, some rows and columns, mean and std of an image (C, H, W); `room` by quantity, absolute."""
+    grid = image[:, expected["rows"]][:, :, expected["columns"]]
+    ours = {"grid": grid, "mean": image.mean((1, 2)), "std": image.std((1, 2), correction=0)}
+    sizes = {"shape": expected["shape"], "rows": [len(expected["rows"])], "columns": [len(expected["columns"])]}
+    found = {"shape": image.shape, "rows": [grid.shape[1]], "columns": [grid.shape[2]]}
+    rows = [same(name + what, sizes[name], value) for name, value in found.items()]
+    return rows + [near(name + what, expected[name], value, absolute=room[name]) for name, value in ours.items()]
+
+
 def initial(what: str, facts: Mapping[str, float], value: Tensor) -> list[Row]:
     """Count, standard deviation, mean and kind of an initial tensor; both are draws, which vary with their count."""
     value, count, std = value.detach().double().flatten(), facts["count"], facts["std"]

@@ -20,7 +20,6 @@ from companion.toy.encoders import (
     texture_prior,
     tracker,
 )
-from companion.toy.encoders.teachers import grey
 from companion.training.checkpoints import trained_state
 from tests.models.common import refuses
 from tests.training.test_fit import same
@@ -129,23 +128,6 @@ def test_an_encoder_computes_what_it_did(name):
 
 def test_every_shipped_file_is_loaded_by_an_output():
     assert sorted(", ".join(OUTPUTS).split(", ")) == SHIPPED
-
-
-def test_moco_v3_sees_no_colour():
-    images = ramp(3, 32, 32)
-    with torch.no_grad():
-        for name, model in teachers.load().items():
-            assert torch.allclose(model(images), model(grey(images)), atol=1e-3) == (name == "MoCo v3")
-
-
-def test_every_word_of_the_captions_and_prompts_is_known():
-    words = texture_prior.text()
-    for caption in (
-        *texture_prior.CAPTIONS,
-        "Remove all degradation",
-        "Denoise with sigma 0.05; Dejpeg with quality 50",
-    ):
-        assert "<unknown>" not in words.words(caption)
 
 
 def test_tokens_of_the_real_encoders():

@@ -1,8 +1,5 @@
 """PromptPAR's pedestrians, whose attributes only their height tells, its study, and its notebook's tables."""
 
-import dataclasses
-import itertools
-
 import numpy as np
 import pytest
 import torch
@@ -10,55 +7,9 @@ import torch
 from companion.models.promptpar import figures
 from companion.toy import encoders
 from companion.toy import promptpar as toy
-from companion.toy.encoders.pedestrian_clip import tokenizer
-from companion.toy.tokens import UNKNOWN
 from tests.small import pinned
 
-PLAIN = toy.Pedestrian("", "short", "grey", "plain", "trousers", "grey", "grey", "")
 # what is worn, the attributes that follow, and the rows in which it is drawn
-WORN = [
-    ({}, set(), None),
-    ({"hat": "red"}, {"hat"}, (0, 14)),
-    ({"hair": "long"}, {"long hair"}, (2, 24)),
-    ({"top": "red"}, {"red top"}, (8, 38)),
-    ({"pattern": "striped"}, {"striped top"}, (8, 38)),
-    ({"lower": "red"}, {"red trousers"}, (26, 62)),
-    ({"lower": "blue", "legs": "shorts"}, {"shorts"}, (26, 62)),
-    ({"shoes": "blue"}, {"blue shoes"}, (50, 64)),
-    ({"shoes": "green", "top": "green", "lower": "green", "hat": "green"}, {"hat"}, None),
-    ({"bag": "backpack"}, {"backpack"}, (8, 36)),
-    ({"bag": "handbag", "shoes": "red"}, {"handbag", "red shoes"}, (24, 64)),
-]
-
-
-@pytest.mark.parametrize(("changes", "expected", "rows"), WORN)
-def test_attributes_follow_from_what_is_worn_and_each_is_drawn_at_its_height(changes, expected, rows, monkeypatch):
-    """Two persons who differ in this alone, drawn from the same random numbers."""
-    person = dataclasses.replace(PLAIN, **changes)
-    assert {n for n, there in zip(toy.ATTRIBUTES, person.labels, strict=True) if there} == expected
-    if rows:
-        paints = {"red": [1, 0, 0], "blue": [0, 0, 1], "green": [0, 1, 0], "grey": [0.5, 0.5, 0.5]}
-        monkeypatch.setattr(toy, "_paint", lambda rng, colour: np.array(paints[colour]))  # draws no numbers
-        drawn = [
-            [toy.draw(np.random.default_rng(seed), who, "train", "clear") for seed in range(8)]
-            for who in (person, PLAIN)
-        ]
-        heat = (abs(np.subtract(*np.array(drawn, int))).max(-1) > 30).sum((0, 2))
-        assert heat[slice(*rows)].sum() > 0.98 * heat.sum() > 60
-
-
-def test_a_colour_says_little_and_its_place_everything():
-    """Red is somewhere on most images, and parts are dressed independently of one another."""
-    _, persons = toy.people(400, "train", "clear", 2)
-    assert 0.55 < np.mean(["red" in (p.hat, p.top, p.lower, p.shoes) for p in persons]) < 0.8
-    labels = np.array([p.labels for p in persons])
-    assert ((labels.mean(0) > 0.08) & (labels.mean(0) < 0.5)).all()
-    columns = {n: labels[:, i] for i, n in enumerate(toy.ATTRIBUTES) if n.startswith(("red", "blue"))}
-    for one, other in itertools.combinations(columns, 2):
-        if one.split()[-1] != other.split()[-1]:
-            assert abs(np.corrcoef(columns[one], columns[other])[0, 1]) < 0.2
-    said = [text for person in persons[:20] for text in person.captions().values()]
-    assert (tokenizer()([*said, *toy.SENTENCES.values()]) != UNKNOWN).all()
 
 
 @pytest.fixture
@@ -89,13 +40,6 @@ def test_methods_train_what_their_name_says(few, monkeypatch):
         with torch.no_grad():
             expected = toy.scores(model.eval()(images).logits.sigmoid(), labels)
         assert toy.score(model, "street", toy.images(7, "test")) == pytest.approx(expected, abs=0.02)
-
-
-def test_promptpar_learns():
-    data = toy.images(0, "val")
-    _, history = toy.train("PromptPAR", "street", data, 3e-2, 0, epochs=3)
-    losses = [step["loss"] for step in history]
-    assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
 
 
 def test_scores_of_the_parts_are_means_over_their_attributes():

@@ -54,23 +54,16 @@ def test_each_seed_draws_its_training_images_of_cifar_and_rsscn7_has_fixed_split
     assert [grey(RSSCN7, 200, split) for split in ("train", "val", "test")] == fixed
 
 
-def test_a_row_of_the_untrained_student(made):
-    row = dmt_real.STUDY.row("select", RSSCN7, "untrained", 0.0, 100)
-    assert 0 <= row["accuracy"] <= 100 and row["loss"] == 0 and row["trained"] == 0
-
-
 def test_rows_of_prompts_and_of_a_probe_on_features(made, monkeypatch):
+    row = dmt_real.STUDY.row("select", RSSCN7, "untrained", 0.0, 100)
+    assert row["loss"] == row["trained"] == 0
     for name, epochs in (("EPOCHS", 1), ("PROBE_EPOCHS", 2)):
         monkeypatch.setattr(sa2vp_real, name, epochs)
     for method in sa2vp_real.METHODS:
         model, history = sa2vp_real.train(method, RSSCN7, sa2vp_real.data(RSSCN7, 100, "trainval"), 1e-2, 100)
         steps = 28 // sa2vp_real.BATCH  # of an epoch
         assert len(history) == steps * (2 if method == sa2vp_real.PROBE else 1) and not model.training
-        score = sa2vp_real.score(model, RSSCN7, sa2vp_real.data(RSSCN7, 100, "test"))
-        assert 0 <= score["accuracy"] <= 100
-    # a probe is the head of a frozen encoder
-    features, labels = sa2vp_real.features(sa2vp_real.data(RSSCN7, 100, "test")).tensors
-    assert features.shape == (14, 24) and labels.bincount().tolist() == [2] * 7
+        assert 0 <= sa2vp_real.score(model, RSSCN7, sa2vp_real.data(RSSCN7, 100, "test"))["accuracy"] <= 100
 
 
 def test_missing_images_are_named_before_anything_is_trained(tmp_path, monkeypatch):

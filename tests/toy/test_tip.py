@@ -1,17 +1,13 @@
 """TIP's images, in which degradation takes what the two prompts tell, and its study."""
 
-from collections import Counter
-
-import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("diffusers")
 
-from companion.models.tip.degradations import BLIND, TEXTS, degrade, parse, prompt
+from companion.models.tip.degradations import BLIND, TEXTS, degrade, parse
 from companion.toy import scenes
 from companion.toy import tip as toy
-from companion.toy.encoders import texture_prior
 from companion.toy.encoders.words import WordText, split
 from tests.small import pinned
 
@@ -30,38 +26,12 @@ def test_what_the_study_reads_follows_the_seed_to_the_bit():
     assert hashes == ["6b1a7aa8f784", "5cb945100d7d", "15f05e39caf6"]
 
 
-def test_no_layout_is_in_two_splits_and_kind_and_contrast_are_drawn_independently():
-    own = [set(toy.layouts(split)) for split in scenes.SPLITS]
-    assert sum(map(len, own)) == len(set.union(*own)) == 216
-    counts = Counter((p.kind, p.contrast) for p in toy.pictures("train", 0, (1200, 0)))
-    table = np.array([[counts[k, c] for c in toy.CONTRASTS] for k in texture_prior.KINDS])
-    expected = table.sum(1, keepdims=True) * table.sum(0) / table.sum()
-    assert (abs(table - expected) < 4 * np.sqrt(expected)).all()
-
-
-def test_kind_and_contrast_are_read_off_a_clean_scene_and_lost_by_degradation():
-    found = toy.pictures("test", 0, (400, 0))
-    kinds, contrasts = tuple(p.kind for p in found), torch.tensor([p.contrast for p in found])
-    seen = np.array(toy.seen_kind(stacked(found))) == np.array(kinds)
-    # where the halves meet is a step, which a very faint texture can be taken for
-    assert seen[contrasts > 0.15].all() and seen.mean() > 0.9
-    assert (toy.seen_contrast(stacked(found), kinds) - contrasts * 2 / 3).abs().mean() < 0.02
-    strong = [p for p in found if p.contrast == 1]
-    kinds, clean = tuple(p.kind for p in strong), stacked(strong)
-    heavy = torch.stack([degrade(x, toy.HEAVY, i, edge=toy.EDGE) for i, x in enumerate(clean)])
-    assert toy.seen_contrast(heavy, kinds).abs().mean() < 0.15
-    blurred = torch.stack([degrade(x, toy.MILD[0][1], i, edge=toy.EDGE) for i, x in enumerate(clean)])
-    assert 0.15 < toy.seen_contrast(blurred, kinds).mean() * 1.5 < 0.7  # looks like a fainter one
-    drawn = [toy.RECIPE.draw(seed) for seed in range(100)]
-    assert {len(ops) for ops in drawn} == {0, 1, 2, 3, 4} and all(parse(prompt(ops)) == ops for ops in drawn)
-
-
 @pytest.fixture(scope="module")
 def few():
     caches = toy.data, toy.learnt, toy.adaptor
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(toy, "COUNTS", {"train": (20, 4), "val": (60, 2), "test": (60, 2)})
-        for name, value in {"STEPS": 2, "BATCH": 8, "EACH": 9}.items():
+        for name, value in {"STEPS": 1, "BATCH": 8, "EACH": 9}.items():
             patch.setattr(toy, name, value)
         for cached in caches:
             cached.cache_clear()
@@ -85,10 +55,9 @@ def test_what_the_methods_read(few):
 def test_the_tasks(few):
     heavy, _, _ = toy.tested("heavy", SEED, "test")
     assert {s.ops for s in heavy} == {toy.HEAVY} and len(heavy) == 9
-    mild, _, _ = toy.tested("mild", SEED, "test")
-    assert [s.ops for s in mild] == [ops for _, ops in toy.MILD] * 3
+    assert [s.ops for s in toy.tested("mild", SEED, "test")[0]] == [ops for _, ops in toy.MILD] * 3
     drawn, kinds, _ = toy.tested("parameterised", SEED, "test")
-    assert all(kinds) and all(s.ops for s in drawn) and len({s.restoration for s in drawn}) > 3
+    assert all(kinds) and all(s.ops for s in drawn)
     again = degrade(drawn[4].clean, parse(drawn[4].restoration), (SEED, 4), edge=toy.EDGE)
     assert torch.equal(again, drawn[4].degraded), "its text and its seed rebuild it"
 
@@ -116,3 +85,8 @@ def test_words_are_repeated_and_digits_apart(tmp_path):
     assert torch.equal(states, bag.embedding.weight[ids]) and not any(p.requires_grad for p in bag.parameters())
     bag.save_pretrained(tmp_path)
     assert torch.equal(WordText.from_pretrained(tmp_path, low_cpu_mem_usage=False)(ids)[0], states)
+
+
+def test_no_layout_is_in_two_splits():
+    own = [set(toy.layouts(split)) for split in scenes.SPLITS]
+    assert sum(map(len, own)) == len(set.union(*own)) == 216

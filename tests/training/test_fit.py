@@ -18,8 +18,8 @@ from companion.data import spaced
 from companion.errors import CompanionError, CorruptFile
 from companion.ops.papers import paper, slugs
 from companion.training import recipe
-from companion.training.callbacks import EMA, Callback, ClipNorm, ClipValue, EarlyStop, Lookahead, ema_copy
-from companion.training.checkpoints import Checkpoint, trained_state
+from companion.training.callbacks import Callback, ClipNorm, ClipValue, EarlyStop, Lookahead
+from companion.training.checkpoints import Checkpoint
 from companion.training.fit import CPU, PRECISIONS, Hardware, device, fit, launcher, predict
 from companion.training.schedules import adamw, given, learning_rates, param_groups, schedule, sgd
 from tests.models.common import refuses
@@ -231,36 +231,6 @@ class Weights(Callback):
 
     def on_step_end(self, loop):
         self.seen.append(next(loop.model.parameters()).detach().clone())
-
-
-def test_lookahead_goes_a_part_of_the_way_every_k_steps():
-    fast, kept = Weights(), Weights()
-    run(nn.Linear(5, 2), epochs=1, callbacks=[fast, Lookahead(k=2, alpha=0.25), kept])
-    slow = fast.seen[0]
-    for step, (weight, expected) in enumerate(zip(kept.seen, fast.seen, strict=True)):
-        if step and step % 2 == 0:
-            slow = expected = slow + 0.25 * (expected - slow)
-        torch.testing.assert_close(weight, expected)
-    assert not torch.allclose(kept.seen[2], fast.seen[2], atol=1e-4)
-
-
-def test_a_moving_average_follows_and_is_part_of_the_model():
-    class Pair(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.student = nn.Linear(5, 2)
-            self.teacher = ema_copy(self.student)
-
-        def forward(self, x):
-            return self.student(x)
-
-    model, weights = Pair(), Weights()
-    assert not list(model.teacher.parameters()) and "teacher.weight" in trained_state(model)
-    start = model.student.weight.detach().clone()
-    ema = EMA([(model.teacher, model.student)], momentum=lambda step: 1 - 1 / step)
-    run(model, epochs=1, callbacks=[weights, ema])
-    torch.testing.assert_close(model.teacher.weight, torch.stack(weights.seen).mean(0))  # momentum 1 - 1/n: the mean
-    assert not torch.equal(model.teacher.weight, start)
 
 
 def test_gradients_are_clipped_by_value_and_by_tensor():

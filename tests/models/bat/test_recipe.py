@@ -7,7 +7,7 @@ import torch
 from companion import backbones
 from companion.data import tracking as data
 from companion.errors import CompanionError, CorruptFile, MissingData, MissingWeights
-from companion.models.bat import BAT, OSTrack, recipe, tracking
+from companion.models.bat import BAT, OSTrack, recipe
 from companion.toy.encoders import tracker as pocket
 from companion.training import recipe as training
 from companion.training.fit import CPU
@@ -65,41 +65,6 @@ def test_results_are_means_over_seeds_and_the_authors_weights_have_a_row_of_thei
     }
 
 
-@pytest.mark.parametrize(
-    ("dataset", "read", "batch", "min_side"),
-    [
-        ("rgbt/lasher", "rgbt/lasher", 96, 0),
-        ("rgbt/gtot", "rgbt/lasher", 96, 0),  # it has no training videos
-        ("rgbe/visevent", "rgbe/visevent", 128, 5),
-    ],
-)
-def test_the_published_training(dataset, read, batch, min_side, tmp_path, videos, monkeypatch):
-    file = tmp_path / "weights" / "OSTrack_ep0300.pth.tar"
-    file.parent.mkdir()
-    file.touch()
-    assert recipe.weights(given(data_root=str(tmp_path), weights="mine.pth")) == "mine.pth"
-    asked, seen, drawn = [], {}, {}
-    monkeypatch.setattr(recipe, "foundation", lambda weights: asked.append(weights) or pocket.build())
-    monkeypatch.setattr(training, "fit", lambda model, loss, pairs, **options: seen.update(options) or [])
-    pairs = data.Pairs
-    monkeypatch.setattr(data, "Pairs", lambda *args, **options: drawn.update(options) or pairs(*args, **options))
-    monkeypatch.setattr(tracking, "run", lambda model, videos, folder, **options: {"one": videos[0].boxes})
-    recipe.run(given(data_root=str(tmp_path), dataset=dataset), tmp_path)
-    assert asked == [file] and videos == [(dataset, "test"), (read, "train")]
-    assert drawn == {"min_side": min_side, "template": (2, 32), "search": (4, 64)}
-    assert (seen["epochs"], seen["batch"], seen["seed"], seen["hardware"].workers) == (60, batch, 0, 8)
-
-
-@pytest.mark.parametrize("name", recipe.METHODS)
-def test_methods_with_something_to_train_are_trained_and_saved(name, tmp_path, small):
-    tested = recipe.run(given(method=name), tmp_path)
-    has_weights = (tmp_path / "trained").exists()
-    assert (name in recipe.TRAINED) == isinstance(tested.model, BAT) == has_weights
-    assert tested.boxes["one"].shape == (24, 4) and set(tested.scores.totals) == {"PR", "NPR", "SR"}
-    (row,) = recipe.RESULTS.measured(tmp_path / "measured.csv").to_dict("records")
-    assert (row["method"], row["weights"], row["SR"]) == (name, "trained here", tested.scores.totals["SR"])
-
-
 def test_trained_weights_are_a_checkpoint_and_belong_to_their_foundation(tmp_path, small, monkeypatch):
     model, history = trained(tmp_path)
     assert len(history) == 2
@@ -117,26 +82,6 @@ def test_trained_weights_are_a_checkpoint_and_belong_to_their_foundation(tmp_pat
     assert len(list((tmp_path / "checkpoints").glob("*.pt"))) == 2, "another foundation is another training"
 
 
-def test_seeds_and_released_weights_have_results_of_their_own(tmp_path, small, monkeypatch):
-    folders = []
-
-    def track(model, videos, folder, **options):
-        folders.append(folder)
-        return {"one": videos[0].boxes}
-
-    monkeypatch.setattr(tracking, "run", track)
-    (tmp_path / "BAT.pth").touch()
-    monkeypatch.setattr(backbones, "read_state", lambda path: {})
-    monkeypatch.setattr(BAT, "from_official", lambda state: BAT(pocket.build()))
-    for changes in ({}, {"seed": 1, "dataset": "rgbe/visevent"}, {"checkpoint": str(tmp_path / "BAT.pth")}):
-        recipe.run(given(**changes), tmp_path)
-    assert [str(folder.relative_to(tmp_path / "results")) for folder in folders] == [
-        "LasHeR/BAT, rgbt, seed 0",
-        "VisEvent/BAT, rgbe, seed 1",
-        "LasHeR/BAT",
-    ]
-
-
 def test_result_files_are_scored(tmp_path):
     truth = data.ground_truth("rgbt/rgbt234")
     for sequence in truth:
@@ -151,3 +96,14 @@ def test_result_files_are_scored(tmp_path):
     first.unlink()
     refuses((lambda: recipe.rescore(tmp_path), truth[0].name), error=CompanionError)
     refuses((lambda: recipe.rescore(tmp_path / "RGBT234"), "LasHeR"))
+
+
+@pytest.mark.parametrize("dataset", ["rgbt/lasher", "rgbt/gtot", "rgbe/visevent"])
+def test_sets_without_training_videos_are_tested_after_a_training_on_lasher(dataset, tmp_path, small, videos):
+    file = tmp_path / "weights" / "OSTrack_ep0300.pth.tar"
+    file.parent.mkdir()
+    file.touch()
+    recipe.run(given(data_root=str(tmp_path), dataset=dataset), tmp_path)
+    read = "rgbt/lasher" if dataset == "rgbt/gtot" else dataset
+    assert small == [file] and videos == [(dataset, "test"), (read, "train")]
+    assert recipe.weights(given(data_root=str(tmp_path), weights="mine.pth")) == "mine.pth"

@@ -12,7 +12,6 @@ from PIL import Image
 
 from companion.data import tracking as data
 from companion.errors import CorruptFile
-from companion.evaluation.metrics.tracking import iou
 from companion.models.bat import BAT, SingleStream
 from companion.models.bat.tracking import Frames, follow, open_video, run, track
 from companion.toy import bat as pocket
@@ -110,15 +109,6 @@ def test_videos_together_are_the_videos_one_by_one(model, clips):
         assert found.scores[0] == 1 and ((found.scores > 0) & (found.scores < 1))[1:].all()
 
 
-def test_a_clear_video_is_followed(model):
-    """By the shipped weights, over all 24 frames of three videos: the target moves by more than its own size."""
-    whole = [clip(index, pocket.FRAMES) for index in (6, 8, 10)]
-    tracks = follow(model, [Frames(frames) for frames, _ in whole], [boxes[0] for _, boxes in whole])
-    for tracked, (_, boxes) in zip(tracks, whole, strict=True):
-        assert iou(boxes, np.tile(boxes[0], (len(boxes), 1))).mean() < 0.3, "standing still would do"
-        assert iou(tracked.boxes, boxes).mean() > 0.5
-
-
 def test_a_lost_target_stays_inside_the_image(model):
     noise = np.random.default_rng(0).integers(0, 255, (12, 60, 90, 6), dtype=np.uint8)
     found = follow(model, [Frames(list(noise))], [[70.0, 40, 15, 15]])[0].boxes
@@ -158,18 +148,11 @@ def test_a_video_with_boxes_and_the_eight_numbers_of_a_toolkit(tmp_path, model, 
     folders = on_disk(tmp_path, frames)
     track(*folders, boxes[0], model, tmp_path / "a.txt", box_type="corner", video=tmp_path / "out.mp4")
     rows = np.loadtxt(tmp_path / "a.txt", delimiter=",")
-    assert rows.shape == (len(frames), 8)
     np.testing.assert_allclose(rows[:, 4:6], expected[:, :2] + expected[:, 2:], atol=1e-3)
-    found = data.read_results(tmp_path, ["a"], box_type="corner")["a"]
-    np.testing.assert_allclose(found, expected, atol=1)
+    np.testing.assert_allclose(data.read_results(tmp_path, ["a"], box_type="corner")["a"], expected, atol=1)
     shown = cv2.VideoCapture(str(tmp_path / "out.mp4"))
     height, width = frames[0].shape[:2]
-    assert shown.get(cv2.CAP_PROP_FRAME_COUNT) == len(frames)
-    read, image = shown.read()
-    assert read and image.shape == (height, 2 * width, 3)
-    x, y = (int(n) for n in np.rint(boxes[0][:2]))
-    drawn = np.abs(image[y, x].astype(int) - (0, 200, 255)).max()
-    assert drawn < 90, "the corner of the first box has the colour of its frame"
+    assert shown.get(cv2.CAP_PROP_FRAME_COUNT) == len(frames) and shown.read()[1].shape == (height, 2 * width, 3)
 
 
 def test_two_cameras_are_a_video(tmp_path, model, clips, expected, monkeypatch):
@@ -205,7 +188,6 @@ def test_streams_that_do_not_fit_or_cannot_be_decoded_are_refused(tmp_path, mode
     first, second = as_files(tmp_path, frames)
     _, short = as_files(tmp_path / "short", frames[:5])
     _, small = as_files(tmp_path / "small", [frame[:64] for frame in frames])
-    (text := tmp_path / "text.avi").write_text("not a video")
     (cut := tmp_path / "cut.avi").write_bytes(second.read_bytes()[: second.stat().st_size // 2])
     out = tmp_path / "boxes.txt"
 
@@ -217,8 +199,7 @@ def test_streams_that_do_not_fit_or_cannot_be_decoded_are_refused(tmp_path, mode
         (lambda: open_video(visible, second), r"infrared = .*infrared\.avi"),
         (tracked(first, small), r"infrared = .*\(128, 128\)"),
     )
-    refuses((tracked(first, short), r"short/infrared\.avi"), (tracked(first, text), r"text\.avi"), error=CorruptFile)
-    refuses((tracked(first, cut), r"cut\.avi"), error=CorruptFile)
+    refuses((tracked(first, short), r"short/infrared\.avi"), (tracked(first, cut), r"cut\.avi"), error=CorruptFile)
     Image.new("RGB", (64, 64)).save(infrared / "000004.png")
     refuses((tracked(visible, infrared), r"000004\.png.*64x64.*128x128"), error=CorruptFile)
     (infrared / "000004.png").unlink()
@@ -256,16 +237,14 @@ def test_finished_sequences_are_read_and_an_error_leaves_them(tmp_path, model, s
     refuses((lambda: run(model, sequences, tmp_path / "out"), broken.name), error=CorruptFile)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"tracker.json", "video0.txt"}
     broken.write_bytes(content)
-    read.clear()
-    whole = run(model, sequences, tmp_path / "out")
-    assert read == {"video1", "video2"}
-    path = tmp_path / "out" / "video1.txt"
-    for text, expected in ((path.read_text(), set()), (path.read_text()[:-9], {"video1"})):
-        path.write_text(text)
+    whole, path = None, tmp_path / "out" / "video1.txt"
+    for expected in ({"video1", "video2"}, set(), {"video1"}):
         read.clear()
         found = run(model, sequences, tmp_path / "out")
-        assert read == expected
-        assert all(np.array_equal(found[name], whole[name]) for name in whole)
+        assert read == expected and all(np.array_equal(found[name], (whole or found)[name]) for name in found)
+        if whole:
+            path.write_text(path.read_text()[:-9])
+        whole = whole or found
 
 
 def test_results_of_other_models_are_not_reused(tmp_path, sequences):

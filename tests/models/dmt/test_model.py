@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from companion.models.dmt import DMT, Teachers, build, loss
+from companion.models.dmt import DMT, Teachers, build
 from companion.models.dmt import model as dmt
 from companion.training.checkpoints import trained_state
 from tests.models.common import refuses
@@ -42,15 +42,11 @@ def test_losses_of_a_weight_train_the_student_and_their_modules(weights, images)
     distil = model(token_weight=weights[0], map_weight=weights[1])
     losses = distil(images)
     torch.testing.assert_close(losses.total, (weights[0] * losses.token + weights[1] * losses.map).mean())
-    assert (losses.token.all(), losses.map.all()) == tuple(weight > 0 for weight in weights)
-    assert losses.token.shape == losses.map.shape == (3,)
     losses.total.backward()
     trained = {name for name, p in distil.named_parameters() if p.grad is not None and p.grad.any()}
     frozen = {n for n, _ in distil.named_parameters() if n.endswith("pos_embed") or n.startswith("teachers.")}
     assert trained == set(trained_state(distil)) == {n for n, _ in distil.named_parameters()} - frozen
     assert bool(distil.adapters) == bool(weights[0]) and (distil.decoder is not None) == bool(weights[1])
-    named = loss(lambda images, tokens: losses, (images,))
-    assert named["loss"] == losses.total and named["token loss"] == losses.token.mean()
 
 
 def test_teachers_are_frozen_copies_without_autograd_and_the_student_is_exported(images):

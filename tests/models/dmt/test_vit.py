@@ -75,6 +75,7 @@ def test_a_checkpoint_that_does_not_fit():
     assert misfits(ViT.from_official, state, heads=4) == expected
 
 
+@pytest.mark.slow
 def test_the_effects_of_the_findings():
     """MoCo v3's table next to MAE's, and the 0.1 that iBOT adds to the sides of a new grid."""
     apart = (sincos_table(768, 14, "mae") - sincos_table(768, 14, "mocov3")).abs()

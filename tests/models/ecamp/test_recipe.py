@@ -5,13 +5,11 @@ import functools
 from types import SimpleNamespace
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
-from companion import backbones
 from companion.data import xrays
 from companion.errors import BadCheckpoint, MissingWeights
 from companion.evaluation.claims import judge_measured
@@ -70,14 +68,12 @@ def test_pairs_of_mimic_and_of_ones_own_folder(tmp_path, reports, small):
         return recipe.pretraining(p, tmp_path).data()
 
     item = pairs()[0]
-    assert item.images.shape == (3, 448, 448) and item.ids.shape == (16,) and item.window.tolist() == [1, 1]
-    assert not torch.equal(item.weights, torch.ones(16))
-    assert torch.equal(pairs("ECAMP, no re-balancing")[0].weights, torch.ones(16))
+    assert item.images.shape == (3, 448, 448) and item.window.tolist() == [1, 1]
+    assert (item.weights != 1).any() and (pairs("ECAMP, no re-balancing")[0].weights == 1).all()
     (reports / "mimic-cxr-2.0.0-entity-llm.csv").rename(reports / "pretrain.csv")
     own = {"dataset": "folder", "data_root": str(reports)}
     # learned again from the same reports, the pieces have other ids: no checkpoint would fit
     assert pairs(**own).vocabulary.pieces == pairs(**own).vocabulary.pieces and len(pairs(**own)) == 3
-    assert len(list(tmp_path.glob("vocabulary *.json"))) == 1
 
 
 def test_a_pre_trained_encoder_starts_a_downstream_task(tmp_path, monkeypatch, reports):
@@ -85,25 +81,19 @@ def test_a_pre_trained_encoder_starts_a_downstream_task(tmp_path, monkeypatch, r
     own_encoder = recipe.encoder
     shrink("ecamp", monkeypatch)
     monkeypatch.setattr(recipe, "pretraining_learning_rates", lambda images, r: np.full(2, 1e-3))
-    torch.manual_seed(0)
     mae = VisionTransformer(img_size=224, embed_dim=48, depth=1, num_heads=2, num_classes=0, global_pool="")
     torch.save({"model": mae.state_dict()}, tmp_path / "mae.pth")
     p = pretraining(dataset="xrays/mimic-cxr", data_root=str(tmp_path), weights=str(tmp_path / "mae.pth"))
     training = recipe.pretraining(p, tmp_path / "out")
     assert torch.equal(training.build().encoder.blocks[0].mlp.fc1.weight, mae.blocks[0].mlp.fc1.weight)
-    model, history = run(training, tmp_path / "out")
-    weight = model.encoder.blocks[0].mlp.fc1.weight
-    assert len(history) == 2 and not torch.equal(weight, mae.blocks[0].mlp.fc1.weight)
-    for row in history:
-        assert row["loss"] == pytest.approx(row["mim"] + row["sr"] + row["mlm"], rel=1e-5) and row["mlm"] > 0
-    assert len(list((tmp_path / "out" / "checkpoints").iterdir())) > 0
+    weight = run(training, tmp_path / "out")[0].encoder.blocks[0].mlp.fc1.weight
+    assert not torch.equal(weight, mae.blocks[0].mlp.fc1.weight)
     (file,) = (tmp_path / "out" / "trained").iterdir()
     monkeypatch.setattr(recipe, "VisionTransformer", lambda **options: copy.deepcopy(mae))
     encoder = own_encoder(given(encoder="ECAMP", weights=str(file)))
     assert torch.equal(encoder.blocks[0].mlp.fc1.weight, weight)
     torch.save({"model": {"pos_embed": torch.zeros(1, 2, 2)}}, tmp_path / "bad.pth")
-    with pytest.raises(BadCheckpoint):
-        own_encoder(given(encoder="ECAMP", weights=str(tmp_path / "bad.pth")))
+    refuses((lambda: own_encoder(given(encoder="ECAMP", weights=str(tmp_path / "bad.pth"))), "."), error=BadCheckpoint)
 
 
 # --- downstream -------------------------------------------------------------------------------------------------------
@@ -131,28 +121,6 @@ def test_nothing_left_to_be_found_is_no_score(protocol, expected):
     boxes = torch.zeros(2, 10, 5)
     boxes[:, 0] = torch.tensor([0, 0.4, 0.5, 0.3, 0.3])
     np.testing.assert_equal(recipe.score("detection", [(heads, boxes)], protocol), expected)
-
-
-def test_a_real_layout_is_trained_until_patience_ends(tmp_path, monkeypatch, small):
-    monkeypatch.setattr(xrays, "SIZES", {("xrays/covidx", "classification"): {}})
-    folder = tmp_path / "xrays" / "covidx"
-    (folder / "train").mkdir(parents=True)
-    for i in range(9):
-        Image.new("L", (230, 224), 30 + 80 * (i % 3)).save(folder / "train" / f"{i}.png")
-    for name in ("train_list_1", "val_list", "test_list"):
-        (folder / f"{name}.txt").write_text("\n".join(f"train/{i}.png {i % 3}" for i in range(9)))
-    monkeypatch.setattr(recipe, "patience", lambda *_: 2)
-    scores, states, histories = iter([40.0, 70.0, 60.0, 65.0, 50.0]), [], []
-    monkeypatch.setattr(recipe, "evaluate", lambda p, model, part: states.append(model.state_dict()) or next(scores))
-    monkeypatch.setattr(recipe, "train", lambda *a: histories.append(found := run(*a)) or found)
-    done = recipe.run(given(data_root=str(tmp_path)), tmp_path / "out")
-    ((_, history),) = histories
-    assert len(history) == 4, "the best was the second of four epochs"
-    assert history[0]["lr"] == pytest.approx(0.03 / 50)  # not 0
-    (file,) = (tmp_path / "out" / "trained").iterdir()
-    assert all(torch.equal(t, states[-1][name]) for name, t in backbones.read_state(file).items())
-    row = pd.read_csv(tmp_path / "out" / "measured.csv").iloc[0]
-    assert row.score == done.table.score[0] == 50 and (row.task, row.labels, row.seed) == ("fine-tune", 1, 0)
 
 
 def test_what_cannot_be_run_is_refused(tmp_path, monkeypatch):
@@ -183,19 +151,11 @@ def test_what_cannot_be_run_is_refused(tmp_path, monkeypatch):
 
 def test_results_stand_beside_the_published_ones(tmp_path):
     row = dict(zip(recipe.RESULTS.keys, ("fine-tune", "xrays/rsna", 10, "ECAMP", "released", 0), strict=True))
-    others = [
-        {"seed": 1, "score": 82.0},
-        {"encoder": "random", "score": 60.0},
-        {"dataset": "fundus/mured", "score": 70.0},
-        {"protocol": "plain", "score": 1.0},
-        {"dataset": "xrays/chestmnist", "score": 2.0},
-    ]
+    others = [{"seed": 1, "score": 82.0}, {"encoder": "random", "score": 60.0}, {"protocol": "plain", "score": 1.0}]
     rows = recipe.RESULTS.measured(tmp_path / "measured.csv", row | {"score": 80.0}, *(row | other for other in others))
     cells = {table: recipe.RESULTS.filled(rows, spec) for table, spec in recipe.RESULTS.cells.items()}
     assert cells["classification-finetune"] == {("ECAMP", "RSNA 10 %"): 81.0, ("random init", "RSNA 10 %"): 60.0}
-    assert cells["fundus"] == {("ECAMP", "MuReD 10 %"): 70.0} and not cells["segmentation"]
-    shown = recipe.RESULTS.tables(pd.read_csv(tmp_path / "measured.csv"))["Classification, fine-tuned"]
-    assert shown.set_index("method").loc["ECAMP", "RSNA 10 %"] == "– / 81.00"
+    assert not cells["segmentation"]
 
 
 def test_the_comparison_with_mrm_is_judged_by_what_was_measured(tmp_path):

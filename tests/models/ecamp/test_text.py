@@ -1,20 +1,13 @@
 """ECAMP's text preprocessing: words, splicing, masking, weights, pairs; recorded draws where the authors' code was
 run."""
 
-import itertools
-from dataclasses import replace
-
-import numpy as np
 import pytest
 import torch
-from torch.utils.data import default_collate
 
 from companion.errors import CorruptFile
-from companion.models.ecamp import model as ecamp
 from companion.models.ecamp import text
 from companion.models.ecamp.text import Pairs, Vocabulary
 from tests.models.common import refuses
-from tests.parity import runner as parity
 
 REPORTS = [
     "There is a small right pleural effusion. There is no evidence of pneumothorax.",
@@ -26,21 +19,6 @@ REPORTS = [
 @pytest.fixture(scope="module")
 def vocabulary():
     return Vocabulary.train(REPORTS * 4, 200)
-
-
-def test_draws_as_recorded():
-    """Every draw is asked for, none beyond; descriptors in the order in which they are found."""
-    (case,) = (c for c in parity.cases("ecamp") if c.name == "text_masking")
-    settings = case.facts["settings"]
-    words = Vocabulary.from_words(settings["vocabulary"])
-    for example in settings["examples"]:
-        ids, draws = np.array(example["ids"]), iter(example["draws_used"])
-        text.mask(ids, words, draws.__next__)  # its result is compared in tests/parity
-        assert text.descriptors(ids, words) == example["descriptor_positions"] and next(draws, None) is None
-    for example in settings["insertion_examples"]:
-        draws = iter(example["draws"])
-        spliced = text.splice(example["report"], example["llm_output"], draws.__next__)
-        assert "[CLS] " + spliced == example["sentence_given_to_tokenizer"] and next(draws, None) is None
 
 
 @pytest.mark.parametrize(("kind", "draw", "hidden"), [
@@ -58,19 +36,6 @@ def test_what_is_masked(kind, draw, hidden):
     assert known.words(ids[masked]) == hidden
 
 
-def test_texts_become_ids_and_pieces_go_with_their_word():
-    known = Vocabulary.from_words(["effusion", "3", "cm"])
-    assert known.words(known.encode("Éffusion 3cm.", 9)) == ["[CLS]", "effusion", "3", "cm", "."]
-    assert known.words(known.encode("effusion " * 20, 5)) == ["[CLS]"] + ["effusion"] * 4
-    assert known.words(known.encode("zebra", 5)) == ["[CLS]", "[UNK]"]
-    known = Vocabulary.from_words(["cardio", "##graph", "##ic", "film"])
-    ids = known.encode("cardiographic film", 8)
-    assert known.words(ids) == ["[CLS]", "cardio", "##graph", "##ic", "film"]
-    for draws in itertools.product((0.1, 0.9), repeat=2):
-        hidden = text.mask(ids, known, iter(draws).__next__) == known.mask
-        assert hidden[1:5].tolist() == [draws[0] < 0.75] * 3 + [draws[1] < 0.75]
-
-
 def test_a_tokenizer_is_learned_stored_and_read(vocabulary, tmp_path):
     vocabulary.tokenizer.save(str(tmp_path / "words.json"))
     again = Vocabulary.read(tmp_path / "words.json")
@@ -84,17 +49,6 @@ def test_a_tokenizer_is_learned_stored_and_read(vocabulary, tmp_path):
 def pairs(vocabulary, **options):
     images = torch.randn(3, 3, 64, 64)
     return Pairs(images, REPORTS, vocabulary, patches=64, length=32, window=6, **options)
-
-
-def test_pairs_feed_the_model(vocabulary):
-    data = pairs(vocabulary, statements=["There is effusion.", "There is no edema.", "There is cardiomegaly."])
-    batch = default_collate([data[i] for i in range(3)])
-    assert batch.window.tolist() == [[1, 1]] * 3
-    assert torch.equal(batch.ids[batch.ids != 3], batch.labels[batch.ids != 3])
-    assert torch.equal(batch.attention == 0, batch.labels == vocabulary.pad)
-    torch.testing.assert_close(batch.weights.sum(1), torch.full((3,), 32.0))
-    text = replace(ecamp.SIZES["pocket"]["text"], words=len(vocabulary), length=32)
-    assert torch.isfinite(ecamp.build("pocket", text=text)(ecamp.Batch(*batch)).total)
 
 
 def test_pairs_draw_anew_and_from_torch_alone(vocabulary):
@@ -120,3 +74,10 @@ def test_texts_of_other_images_are_refused(vocabulary):
         (lambda: pairs(vocabulary, windows=[(0, 3)] * 3), "0 to 2"),
         (lambda: Vocabulary.from_words({"a": 0, "[UNK]": 1}), r"\[CLS\]"),
     )
+
+
+def test_texts_become_ids():
+    known = Vocabulary.from_words(["effusion", "3", "cm"])
+    assert known.words(known.encode("Éffusion 3cm.", 9)) == ["[CLS]", "effusion", "3", "cm", "."]
+    assert known.words(known.encode("effusion " * 20, 5)) == ["[CLS]"] + ["effusion"] * 4
+    assert known.words(known.encode("zebra", 5)) == ["[CLS]", "[UNK]"]

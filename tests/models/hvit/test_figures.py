@@ -6,7 +6,7 @@ import timm
 import torch
 
 from companion.data.photographs import PHOTOGRAPHS
-from companion.models.hvit import PatchEncoder, figures
+from companion.models.hvit import figures
 
 
 def small():
@@ -18,21 +18,6 @@ def small():
             if "ls" in name or "pos_embed" in name:
                 tensor.normal_()
     return model
-
-
-def test_a_view_covers_the_photograph(tmp_path, monkeypatch):
-    monkeypatch.setenv("COMPANION_REAL_DATA", str(tmp_path / "none"))
-    patch = PatchEncoder.from_timm(small())
-    (view,) = figures.views(patch, tmp_path).values()
-    assert view.maps.patch.shape == (1, 8, 8) and view.components.shape == (1, 8, 8, 3)
-    panels = view.panels()
-    assert len(panels) == 4, "one region: no map of the slide level"
-    assert all(panel.shape[:2] == (512, 512) and not np.isnan(panel).any() for panel in panels.values())
-    again = figures.view(patch, tmp_path / "glands.tiff", 128, seed=1)
-    assert again.tiles.coords.tolist() == [[0, 0], [0, 256], [256, 0], [256, 256]] and len(again.panels()) == 5
-    scores = view.scores()
-    found = figures.stain_auroc(PHOTOGRAPHS["tissue"](), scores).AUROC
-    assert {values.shape for values in scores.values()} == {(8, 8)} and found.iloc[-1] > 0.9, "brown is a colour"
 
 
 def test_the_auroc_of_the_stain_itself_is_one():

@@ -67,13 +67,3 @@ def test_overlapping_maps_are_averaged_and_cropped():
     scores = heatmaps.stitched(maps, placed((0, 0), (16, 0), (-8, 24)), (8, 10), 8)
     assert scores[0, :6].tolist() == np.float32([0.2, 0.2, 0.5, 0.5, 0.8, 0.8]).tolist()
     assert np.isnan(scores[:, 6:]).all() and np.isclose(scores[3, 0], 0.3)
-
-
-def test_the_map_of_a_shifted_window_is_laid_where_it_belongs():
-    """The first pixel of a window that is 2 further right and down lies at (2, 2)."""
-    empty, shifted = np.zeros((8, 8)), np.zeros((8, 8))
-    shifted[0, 0], shifted[0, 3] = 1.0, 0.5
-    found = heatmaps.granular([empty, shifted], [empty, empty], 0.0, step=2, gamma=0.5)
-    assert np.argwhere(found).tolist() == [[2, 2], [2, 5]]
-    # of the two maps of one level of three, all of the same weight
-    assert np.isclose(found[2, 2], 1 / 2 / 3) and np.isclose(found[2, 5], 0.5 / 2 / 3)

@@ -10,7 +10,7 @@ from companion.errors import BadCheckpoint, CorruptFile
 from companion.models.hvit import model as hvit
 from companion.models.hvit.model import HViT, PatchEncoder, RegionEncoder, SlideTransformer
 from companion.models.hvit.official import read_checkpoint
-from tests.models.common import assert_recomputed_gradients_are_equal, misfits, refuses
+from tests.models.common import assert_recomputed_gradients_are_equal, refuses
 
 
 def pocket(variant: str = "local", head: str = "regression", seed: int = 0, **options) -> HViT:
@@ -64,16 +64,6 @@ def test_every_level_starts_the_same_pass():
     torch.testing.assert_close(frozen(x), whole)
 
 
-@pytest.mark.parametrize(("position", "invariant"), [("none", True), ("sine", False), ("learned", False)])
-def test_the_order_of_regions_counts_with_positions_only(position, invariant):
-    torch.manual_seed(0)
-    x, level = draw(1, 5, 48), SlideTransformer(48, position=position, longest=5).eval()
-    gap = (level(x) - level(x[:, [3, 1, 4, 0, 2]])).abs().max()
-    assert gap < 1e-5 if invariant else gap > 1e-4
-    if not invariant:
-        refuses((lambda: level(draw(1, 6, 48)), "6"))
-
-
 @torch.no_grad()
 def test_background_is_no_key_in_any_block():
     model, x = pocket("whole"), pixels()
@@ -111,19 +101,6 @@ def test_what_would_be_silently_wrong_is_refused():
     )
 
 
-@pytest.mark.parametrize("head", ["ordinal", "coral"])
-def test_the_authors_names_there_and_back(head):
-    slide = SlideTransformer(192, head=head, position="learned", longest=8)
-    model = HViT(slide, RegionEncoder(4, depth=2), PatchEncoder(depth=1), "local").eval()
-    state, ours = model.to_official(), model.state_dict()
-    again = HViT.from_official(state, head)
-    assert again.state_dict().keys() == ours.keys()
-    assert all(torch.equal(t, ours[n]) for n, t in again.state_dict().items())
-    assert (again.slide.head, again.slide.classes, again.variant) == (head, 6, "local")
-    state["typo"] = state.pop("global_rho.0.bias")
-    assert misfits(HViT.from_official, state, head) == (["global_rho.0.bias"], ["typo"], [])
-
-
 def test_what_the_outputs_mean_must_be_said_or_be_plain():
     states = {h: hvit.build("paper", "global", h, levels=("slide",)).to_official() for h in hvit.HEADS}
     for head in ("regression", "coral"):
@@ -138,14 +115,13 @@ def test_what_the_outputs_mean_must_be_said_or_be_plain():
 
 def test_a_dino_checkpoint_gives_its_teacher(tmp_path):
     """HIPT's files: wrapped names, a projection head, and the trainer's settings next to the tensors."""
-    encoder, student = PatchEncoder(depth=1), PatchEncoder(depth=1)
+    encoder = PatchEncoder(depth=1)
     wrapped = {f"module.backbone.{n}": t for n, t in encoder.state_dict().items()}
+    student = {n: t + 1 for n, t in wrapped.items()}
     wrapped["module.head.mlp.0.weight"] = torch.zeros(2, 384)
-    other = {f"module.backbone.{n}": t for n, t in student.state_dict().items()}
-    torch.save({"student": other, "teacher": wrapped, "epoch": 3, "args": object}, tmp_path / "dino.pth")
+    torch.save({"student": student, "teacher": wrapped, "epoch": 3, "args": object}, tmp_path / "dino.pth")
     read = PatchEncoder.from_official(read_checkpoint(tmp_path / "dino.pth"))
     assert all(torch.equal(t, read.state_dict()[n]) for n, t in encoder.state_dict().items())
-    assert (read.image, read.token, read.heads) == (256, 16, 6)
     (tmp_path / "bad.pth").write_bytes((tmp_path / "dino.pth").read_bytes()[:2000])
     refuses((lambda: read_checkpoint(tmp_path / "bad.pth"), r"bad\.pth"), error=CorruptFile)
     refuses((lambda: RegionEncoder.from_official(encoder.state_dict()), r"phi\.0\.weight"), error=BadCheckpoint)

@@ -71,16 +71,6 @@ def test_hipts_region_level_is_loaded_with_its_positions_resized(tmp_path):
     assert torch.equal(model.region.pos_embed, resize_pos_embed(saved.pos_embed, (7, 7)))
 
 
-@pytest.mark.parametrize("method", ["Local", "Global"])
-def test_a_dry_run_takes_two_steps(method, tmp_path):
-    found = recipe.run(given(method=method), tmp_path)
-    assert len(found.history) == 2
-    assert set(found.scores) == {"kappa", "fold"} and found.scores["kappa"] == found.scores["fold"]
-    slide = recipe.shown(given(), tmp_path, found.test)
-    with Slide(slide.path) as file:
-        assert len(tile(file, slide.tiling)) and slide.patch.dim == 384
-
-
 @pytest.fixture
 def stored(tmp_path, monkeypatch):
     """Features of one to three regions of 4 x 4 patches of 48 slides, in two folds: the parameters."""
@@ -104,32 +94,23 @@ def store(root, *shape: int) -> None:
 
 
 def test_folds_are_trained_on_stored_features_and_vote(tmp_path, stored):
-    stored.epochs = 3
     found = recipe.run(stored, tmp_path / "run")
-    models, test = found.models, found.test
+    model, test = found.models[0], found.test
     # a batch is filled up to its own longest slide, not to the fold's
-    padded = [models[0](test[i][0][None], present=test[i][1][None]) for i in range(len(test))]
-    truth, outputs = recipe.outputs(models[0], test)
+    padded = [model(test[i][0][None], present=test[i][1][None]) for i in range(len(test))]
+    truth, outputs = recipe.outputs(model, test)
     torch.testing.assert_close(outputs, torch.cat(padded).float())
-    batch = data.trimmed([test[0], test[0]])
-    assert batch[0].shape[1] == int(test[0][1].sum()) == batch[1].sum() // 2
-    each = [hvit.predict(stored.head, recipe.outputs(model, test)[1]) for model in models]
-    assert torch.equal(truth, recipe.grades_of(test)) and len(models) == 2
+    each = [hvit.predict(stored.head, recipe.outputs(model, test)[1]) for model in found.models]
     # votes are drawn by the row of the table sorted by name
     vote = recipe.voted(each, [item.name for item in test.items])
     kappas = {"kappa": recipe.kappa(truth, vote), "fold": np.mean([recipe.kappa(truth, one) for one in each])}
     assert torch.equal(found.grades, vote) and found.scores == pytest.approx(kappas)
-    (row,) = recipe.RESULTS.measured(tmp_path / "run" / "measured.csv").to_dict("records")
-    assert row["method"] == "Local, folds 2, sampling uniform, epochs 3" and row["kappa"] == kappas["kappa"]
 
 
 def test_the_weights_of_each_fold_are_saved_under_the_authors_names(tmp_path, stored):
     models = recipe.run(stored, tmp_path).models
     files = sorted((tmp_path / "trained").iterdir())
-    assert [(f.stem.startswith("Local"), f.stem.rpartition(", fold ")[2]) for f in files] == [
-        (True, "0, seed 1"),
-        (True, "1, seed 1"),
-    ]
+    assert [f.stem.rpartition(", fold ")[2] for f in files] == ["0, seed 1", "1, seed 1"]
     for model, file in zip(models, files, strict=True):
         saved = hvit.HViT.from_official(read_checkpoint(file)).state_dict()
         assert not model.training and all(torch.equal(t, saved[n]) for n, t in model.state_dict().items())
@@ -181,7 +162,7 @@ def own(tmp_path):
     return tmp_path / "own"
 
 
-def test_slides_of_ones_own_are_stored_in_parts_and_trained_on(own, tmp_path, monkeypatch):
+def test_slides_of_ones_own_are_stored_in_parts_and_trained_on(own, tmp_path):
     tiling = replace(PANDA, area=0.1, hole_area=0.05, close=3, median=3)
     patch, other = (hvit.PatchEncoder(64, 32, dim=384, depth=1).eval() for _ in range(2))
     p = given(dry_run=False, dataset="folder", data_root=str(own), features=str(tmp_path / "f"), region=128)
@@ -189,17 +170,12 @@ def test_slides_of_ones_own_are_stored_in_parts_and_trained_on(own, tmp_path, mo
     assert [len(part) for part in done] == [4, 3, 3]
     found = {name: path for part in done for name, path in part.items()}
     assert sorted(found) == sorted(item.name for item in data.folder(own))
-    stored = read_features(found["benign_0"])["features"]
-    assert stored.shape == (4, 4, 384)  # 2 x 2 regions of 2 x 2 patches
-    # a file that is there stays, and features of another encoder are refused
-    before = found["benign_0"].stat().st_mtime_ns
-    assert dict(features.store(p, patch, (0, 10), tiling=tiling))["benign_0"].stat().st_mtime_ns == before
+    assert read_features(found["benign_0"])["features"].shape == (4, 4, 384)  # 2 x 2 regions of 2 x 2 patches
+    # features of another encoder are refused
     assert isinstance(dict(features.store(p, other, (0, 10), tiling=tiling))["benign_0"], BadParameter)
-    p.region = 512  # 2 x 2 patches
-    p.epochs = 2
+    p.region, p.epochs = 512, 1  # 2 x 2 patches
     _, folds, test, _ = recipe.stored(p)
-    sizes = [(len(train), len(tune)) for train, tune in folds]
-    assert len(test) == 2 and len(sizes) == 2 and all(sum(pair) == 8 for pair in sizes)
+    assert len(test) == 2 and [len(train) + len(tune) for train, tune in folds] == [8, 8]
     assert recipe.run(p, tmp_path).models[0].slide.classes == 2
 
 
@@ -226,39 +202,27 @@ def test_one_bad_slide_does_not_stop_the_others(own, command, capsys):
         assert named in capsys.readouterr().err
 
 
-def test_slides_in_one_folder_need_no_classes_and_may_be_given_their_scale(tmp_path, command, capsys):
-    (tmp_path / "flat").mkdir()
-    pixels = np.full((256, 256, 3), (200, 60, 120), np.uint8)
-    write_pyramid(tmp_path / "flat" / "a.tiff", pixels, None)
-    assert command(tmp_path / "flat", "128") == 1
-    assert "a.tiff" in (error := capsys.readouterr().err) and "--mpp" in error
-    assert command(tmp_path / "flat", "128", "--mpp", "0.5") == 0
-    assert '"mpp": 0.5' in read_features(tmp_path / "flat" / "features" / "a.h5")["settings"]
-
-
 def test_spacings_and_masks_of_single_slides_are_files(tmp_path, command, capsys, monkeypatch):
     monkeypatch.setattr(slides, "PANDA", replace(PANDA, area=0.1))
     own = tmp_path / "own"
+    (tmp_path / "masks").mkdir()
     for name, mpp in (("a", 0.25), ("b", None), ("c", None)):  # a states a wrong one
         write_pyramid(own / f"{name}.tiff", np.full((256, 256, 3), (200, 60, 120), np.uint8), mpp, (1, 4))
-        (tmp_path / "masks").mkdir(exist_ok=True)
         Image.fromarray(np.full((16, 16), name != "c")).save(tmp_path / "masks" / f"{name}.png")
     table = tmp_path / "spacings.csv"
     table.write_text("slide_id,mpp\na,0.5\nb.tiff,0.45\n")
     words = ["128", "--spacing", str(table), "--masks", str(tmp_path / "masks"), "--preview"]
     assert command(own, *words) == 1
-    assert "c.tiff" in (error := capsys.readouterr().err) and "--spacing" in error
+    assert "c.tiff" in (error := capsys.readouterr().err) and "--mpp" in error and "--spacing" in error
     assert command(own, *words, "--mpp", "0.55") == 0
     kept = [read_features(own / "features" / f"{name}.h5") for name in "abc"]
     assert [json.loads(found["settings"])["slide_mpp"] for found in kept] == [0.5, 0.45, 0.55]
     assert [len(found["features"]) for found in kept] == [4, 4, 0]
     assert {file.name for file in own.glob("features/*.png")} == {"a.png", "b.png", "c.png"}
     (tmp_path / "masks" / "b.png").unlink()
-    assert command(own, *words, "--mpp", "0.55") == 1
-    assert "masks/b.png" in capsys.readouterr().err
+    assert command(own, *words, "--mpp", "0.55") == 1 and "masks/b.png" in capsys.readouterr().err
     table.write_text("slide_id,mpp\nd,0.5\n")
-    assert command(own, *words) == 1
-    assert "'d'" in capsys.readouterr().err
+    assert command(own, *words) == 1 and "'d'" in capsys.readouterr().err
 
 
 def test_heatmap_of_an_own_slide(tmp_path, capsys, monkeypatch):
@@ -276,7 +240,6 @@ def test_heatmap_of_an_own_slide(tmp_path, capsys, monkeypatch):
     companion.save(model, "saved.safetensors", class_names=["x", "y", "z"])
     save("run", "trained", model.to_official())
     companion.save(regression, "regression.safetensors")
-    companion.save(slide_dino.build()[0], "other.safetensors")
     settings = replace(PANDA, downsample=4, median=3, close=3, area=0.1, hole_area=0.05, jpeg=False)
     monkeypatch.setattr(slides, "PANDA", settings)
 
@@ -288,9 +251,7 @@ def test_heatmap_of_an_own_slide(tmp_path, capsys, monkeypatch):
     with Slide(path) as slide:
         tiles = tile(slide, replace(settings, region=128))
         maps = heatmaps.attention_maps(model, features.patch_encoder(patch, 3), slide, tiles, "half")
-        scores = maps.factorised(0.5, "local")
-        expected = heatmaps.write_heatmap(slide, tiles, scores, tmp_path / "expected")
-        size, mpp = slide.size, slide.mpp
+        expected = heatmaps.write_heatmap(slide, tiles, maps.factorised(0.5, "local"), tmp_path / "expected")
     grade = int(hvit.predict("ordinal", maps.output, 3))
     each = heatmaps.probabilities("ordinal", maps.output)[0].tolist()
     code, out, error = command("saved.safetensors")
@@ -299,27 +260,18 @@ def test_heatmap_of_an_own_slide(tmp_path, capsys, monkeypatch):
     assert f"slide_0: {'xyz'[grade]} (" in out and printed == pytest.approx(each, abs=0.002)
     drawn, right = (np.asarray(Image.open(file)).astype(int) for file in ("heatmaps/slide_0.png", expected["png"]))
     assert drawn.shape == right.shape and np.abs(drawn - right).mean() < 1  # rounding may change a few ranks
-    for backend in ("openslide", "tiffslide"):
-        with Slide("heatmaps/slide_0.tiff", backend=backend) as found:
-            assert found.size == tuple(-(-side // 16) for side in size) and len(found.levels) == 3
-            assert found.mpp == pytest.approx(16 * mpp, rel=1e-3)
     code, out, error = command("run/trained.safetensors", "--head", "ordinal", "--gamma", "1", "--out", "run")
     assert code == 0 and f"class {grade} (" in out, error
-    assert (np.asarray(Image.open("run/slide_0.png")).astype(int) != drawn).any()
     assert "no probabilities" in command("regression.safetensors")[1]
     for words, code, named in (
         (("run/trained.safetensors",), 2, "head"),
         (("saved.safetensors", "--gamma", "2"), 2, "gamma"),
         (("saved.safetensors", "--region", "100"), 2, "32"),
         (("saved.safetensors", "--out", str(path.parent)), 2, "--out"),
-        (("other.safetensors",), 2, "PatchEncoder"),
         (("nowhere.safetensors",), 1, "nowhere.safetensors"),
     ):
         found, _, error = command(*words)
         assert found == code and named in error, words
-    write_pyramid(path, np.full((512, 512, 3), 255, np.uint8), 0.5)
-    found, _, error = command("saved.safetensors")
-    assert found == 1 and "no region" in error
 
 
 def test_the_patch_level_of_a_file_of_several_levels(tmp_path):
@@ -337,12 +289,11 @@ def test_attention_of_all_levels_is_read_region_by_region(tmp_path):
     path = synthetic.save(tmp_path, synthetic.slides(1, "place", "test")) / "slide_0.tiff"
     torch.manual_seed(0)
     model = hvit.build("pocket", "local", "regression", patches=4, levels=("region", "slide"))
-    patch, before = slide_dino.build()[0].requires_grad_(True), set(model.trained())
+    patch = slide_dino.build()[0]
     with Slide(path) as slide:
         tiles = tile(slide, synthetic.TILING)
         found = heatmaps.attention_maps(model, patch, slide, tiles, "half")
         pixels = tensor(np.stack([slide.region(x, y, tiles) for x, y in tiles.coords]), "half")
-    assert set(model.trained()) == before and all(t.requires_grad for t in patch.parameters())  # nothing is frozen
     whole = hvit.HViT(model.slide, model.region, patch, "local").eval()
     with torch.no_grad():
         torch.testing.assert_close(found.output, whole(pixels[None]), atol=1e-5, rtol=1e-4)
@@ -350,7 +301,6 @@ def test_attention_of_all_levels_is_read_region_by_region(tmp_path):
         _, top = whole.slide.forward_intermediates(regions[None])
     assert found.patch.shape == found.region.shape == (5, 32, 32)
     np.testing.assert_allclose(found.alpha, top["pooling"][0], atol=1e-5)
-    assert sorted(found.slide) == [0.0, 0.2, 0.4, 0.6, 0.8]
     third = heatmaps.region_map(heatmaps.cls_maps(out["attention"][2]), 32).mean(0)
     assert np.abs(found.region[2] - third).mean() < 0.01  # rounding may change a few ranks
     mean = (found.patch + found.region + found.slide[:, None, None]) / 3

@@ -63,10 +63,9 @@ def test_both_readers_give_the_pixels_and_refuse_a_truncated_file(path, image, b
         assert slide.backend == backend and slide.size == (1024, 768)
         assert slide.levels == [(1024, 768), (256, 192), (64, 48)] and slide.downsamples == [1, 4, 16]
         assert slide.mpp == pytest.approx(0.5, rel=1e-3)
-        np.testing.assert_array_equal(slide.read(100, 60, 0, 300, 200), image[60:260, 100:400])
         np.testing.assert_array_equal(slide.read(64, 32, 1, 50, 40), slides.reduce(image, 4)[8:48, 16:66])
         around = np.pad(image, ((200, 5000), (200, 5000), (0, 0)), constant_values=255)  # outside there is white
-        for x, y in ((-40, -30), (900, 700), (5000, 5000)):
+        for x, y in ((100, 60), (-40, -30), (900, 700), (5000, 5000)):
             np.testing.assert_array_equal(slide.read(x, y, 0, 200, 200), around[y + 200 :, x + 200 :][:200, :200])
     (tmp_path / "cut.tiff").write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(CorruptFile, match=r"cut\.tiff"), Slide(tmp_path / "cut.tiff", backend=backend) as slide:
@@ -122,8 +121,6 @@ def test_the_spacing_decides_the_level(path, tmp_path, image):
     with Slide(path) as slide:
         tiles = slides.tile(slide, dataclasses.replace(SMALL, downsample=4))
         assert [f"{x}_{y}" for x, y in tiles.coords] == sorted(f"{x}_{y}" for x, y in tiles.coords)
-        for (x, y), share in zip(tiles.coords, tiles.shares, strict=True):
-            assert abs((slide.region(x, y, tiles) != 255).any(-1).mean() - share) < 0.1 <= share
         resampled = slides.tile(slide, dataclasses.replace(SMALL, mpp=0.9, region=66, resample=True))
         assert (resampled.level, resampled.pixels) == (0, 119)  # 118.8
         assert slide.region(*resampled.coords[0], resampled).shape == (66, 66, 3)
@@ -131,13 +128,7 @@ def test_the_spacing_decides_the_level(path, tmp_path, image):
         for mpp, region, pieces, read in ((0.5, 128, {0, 1}, (0, 128, 128)), (2.0, 32, {0}, (1, 32, 128))):
             found = slides.tile(slide, dataclasses.replace(SMALL, mpp=mpp, region=region, area=0.1))
             assert set(found.contours) == pieces and (found.level, found.pixels, found.step) == read
-        mask = np.zeros((48, 64), bool)  # given instead of found
-        mask[16:32, 8:24] = True
-        assert len(slides.tile(slide, SMALL, mask)) == 4
-        refuses(
-            (lambda: slides.tile(slide, dataclasses.replace(SMALL, mpp=1.0)), r"mpp = 1\.0.*0\.5, 2, 8"),
-            (lambda: slides.tile(slide, SMALL, mask[:20]), "mask = "),
-        )
+        refuses((lambda: slides.tile(slide, dataclasses.replace(SMALL, mpp=1.0)), r"mpp = 1\.0.*0\.5, 2, 8"))
     bare = written(tmp_path / "bare.tiff", image, mpp=None)
     with Slide(bare) as slide:
         refuses((lambda: slides.tile(slide, SMALL), r"mpp.*bare\.tiff"), (lambda: Slide(bare, mpp=0), "mpp = 0"))
@@ -148,13 +139,12 @@ def test_the_spacing_decides_the_level(path, tmp_path, image):
 def test_masks_replace_the_detection_by_colour(path, tmp_path):
     values = np.zeros((48, 64), np.uint8)
     values[16:32, 8:24] = 1  # nearly black in a viewer
-    options = {"tile": (16, 16), "photometric": "minisblack", "compression": "deflate", "metadata": None}
-    with tifffile.TiffWriter(tmp_path / "pyramid.tiff") as pyramid:
-        pyramid.write(values.repeat(16, 0).repeat(16, 1), **options)
-        pyramid.write(values, subfiletype=1, **options)
     Image.fromarray(values).save(tmp_path / "grey.png")
     Image.fromarray(np.stack([0 * values, 0 * values, 100 * values], 2)).save(tmp_path / "colour.png")
     tifffile.imwrite(tmp_path / "plain.tif", values)
+    with tifffile.TiffWriter(tmp_path / "pyramid.tiff") as pyramid:
+        for level, at in enumerate((values.repeat(16, 0).repeat(16, 1), values)):
+            pyramid.write(at, subfiletype=level, tile=(16, 16), compression="deflate", metadata=None)
     tifffile.imwrite(tmp_path / "two.tif", values > 0)
     for file in [*tmp_path.iterdir()]:
         (tmp_path / file.stem).mkdir()
@@ -162,9 +152,7 @@ def test_masks_replace_the_detection_by_colour(path, tmp_path):
         with Slide(path) as slide:
             mask = slides.read_mask(tmp_path / file.stem, slide, 16)
         np.testing.assert_array_equal(mask, 255 * values, err_msg=file.name)
-    out = features.extract(
-        path, mean_colour, tmp_path / "slide.h5", tiling=SMALL, masks=tmp_path / "grey", preview=True
-    )
+    out = features.extract(path, mean_colour, tmp_path / "slide.h5", tiling=SMALL, masks=tmp_path / "grey")
     corners = {(x, y) for x in (128, 256) for y in (256, 384)}
     assert set(map(tuple, read_features(out)["coords"].tolist())) == corners
     Image.fromarray(values[:20]).save(tmp_path / "slide.png")
@@ -179,14 +167,11 @@ def test_masks_replace_the_detection_by_colour(path, tmp_path):
     refuses((masked("."), r"mask = .*slide\.tiff"))
 
 
-def test_a_preview_shows_what_is_taken_as_tissue(tmp_path, image):
+def test_a_preview_shows_what_is_taken_as_tissue(path, tmp_path, image):
     """Also of slides whose features are there already."""
-    image = image.copy()
-    image[600:640, 40:400] = (20, 120, 40)  # a pen
-    slide, out = written(tmp_path / "slide.tiff", image), tmp_path / "out" / "slide.h5"
-    features.extract(slide, mean_colour, out, tiling=SMALL)
-    assert not out.with_suffix(".png").exists()
-    features.extract(slide, None, out, tiling=SMALL, preview=True)
+    out = tmp_path / "slide.h5"
+    features.extract(path, mean_colour, out, tiling=SMALL)
+    features.extract(path, None, out, tiling=SMALL, preview=True)
     picture = np.asarray(Image.open(out.with_suffix(".png"))).astype(int)
     assert picture.shape == image.shape
     framed, outlined = ((picture == colour).all(-1) for colour in ((0, 60, 255), (255, 130, 0)))
@@ -194,11 +179,9 @@ def test_a_preview_shows_what_is_taken_as_tissue(tmp_path, image):
     for x, y in read_features(out)["coords"]:
         used[y : y + 129, x : x + 129] = True
         assert framed[y, x : x + 128].all() and framed[y : y + 128, x].all()
-    assert used[620, 60:380].all() and outlined[590:670, 60:380].any(0).mean() > 0.8  # the pen
     plain = ~framed & ~outlined
-    np.testing.assert_array_equal(picture[used & plain], image[used & plain])
-    faded = image[~used & plain].astype(int)
-    assert (picture[~used & plain] >= faded).all() and picture[~used & plain].min() > 140
+    assert outlined.any() and np.array_equal(picture[used & plain], image[used & plain])
+    assert picture[~used & plain].min() > 140  # faded
 
 
 def test_regions_are_compressed_as_hs2p_stores_them(path, image, tmp_path):
@@ -302,14 +285,6 @@ def test_a_slide_of_50_000_pixels_a_side_is_tiled_and_encoded_in_less_than_2_gb(
     assert len(read_features(tmp_path / "large.h5")["coords"]) > 100
 
 
-@pytest.mark.parametrize("backend", slides.BACKENDS)
-def test_pyramids_of_odd_sizes(tmp_path, backend):
-    image = np.random.default_rng(0).integers(0, 256, (515, 1030, 3), dtype=np.uint8)
-    with Slide(written(tmp_path / "odd.tiff", image), backend=backend) as slide:
-        np.testing.assert_array_equal(slide.read(0, 0, 0, 1030, 515), image)
-        np.testing.assert_array_equal(slide.read(0, 0, 1, 258, 129), slides.reduce(image, 4))
-
-
 # --- heatmaps ---------------------------------------------------------------------------------------------------------
 
 
@@ -319,12 +294,8 @@ def test_heatmaps_lie_on_the_slide(path, tmp_path, image, monkeypatch):
         maps = np.zeros((len(tiles), 8, 8))
         maps[0] = 0.99
         files = heatmaps.write_heatmap(slide, tiles, maps, tmp_path / "map", downsample=4)
-        with pytest.raises(ValueError):  # a map is missing
-            heatmaps.write_heatmap(slide, tiles, maps[:-1], tmp_path / "none")
-        assert not list(tmp_path.glob("none*"))
-        with monkeypatch.context() as patch:
-            patch.setattr(heatmaps, "LARGEST_THUMBNAIL", 20_000)
-            small = heatmaps.write_heatmap(slide, tiles, maps, tmp_path / "small", downsample=4)
+        monkeypatch.setattr(heatmaps, "LARGEST_THUMBNAIL", 20_000)
+        small = heatmaps.write_heatmap(slide, tiles, maps, tmp_path / "small", downsample=4)
     with Slide(small["tiff"]) as map_:
         assert map_.size == (128, 96) and map_.mpp == pytest.approx(4.0, rel=1e-3)
     picture = np.asarray(Image.open(files["png"]))

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from companion.errors import BadParameter
 from companion.models.dmt.vit import build
 from companion.models.hvit.model import PatchEncoder, RegionEncoder
 from companion.models.hvit.pretrain import pretrain
@@ -63,19 +62,6 @@ def train(model, images, *callbacks, steps=2, optimizer=None, hardware=CPU):
 
 
 # --- losses -----------------------------------------------------------------------------------------------------------
-
-
-def test_class_loss_by_hand_and_its_centre():
-    loss = dino.Loss(4)
-    loss.centre = torch.randn(1, 4)
-    student, teacher, centre = torch.randn(3 * 2, 4), torch.randn(2 * 2, 4), loss.centre
-    p, q = ((teacher - centre) / 0.04).softmax(-1).chunk(2), (student / 0.1).log_softmax(-1).chunk(3)
-    pairs = [(0, 1), (0, 2), (1, 0), (1, 2)]
-    expected = torch.stack([-(p[i] * q[j]).sum(-1).mean() for i, j in pairs]).mean()
-    torch.testing.assert_close(loss.eval()(student, teacher, 3), expected)
-    assert torch.equal(loss.centre, centre)
-    torch.testing.assert_close(loss.train()(student, teacher, 3), expected)
-    torch.testing.assert_close(loss.centre, 0.9 * centre + 0.1 * teacher.mean(0, keepdim=True))
 
 
 @pytest.mark.parametrize("small", [0, 2])
@@ -142,7 +128,6 @@ def test_pretraining_of_either_level(kind):
     encoder, images, views = level(kind)
     before = {n: t.clone() for n, t in encoder.state_dict().items()}
     teacher, history = pretrain(encoder, images, views, **SMALL)
-    assert len(history) == 6 and all(math.isfinite(row["loss"]) and 0 <= row["entropy"] <= 1.0001 for row in history)
     cosine = [1e-6 + (1e-3 - 1e-6) * (1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)]
     assert [row["lr"] for row in history] == pytest.approx([0, 1e-3, *cosine])
     assert all(torch.equal(t, before[n]) for n, t in encoder.state_dict().items()), "the caller's encoder is unchanged"
@@ -172,5 +157,4 @@ def test_views():
         flipped = crop[..., :1, :1] > crop[..., :1, 1:2]
         plain = crop.flip(-1).where(flipped, crop) - first
         assert 0 < flipped.sum() < 200 and torch.equal(plain, grids[..., :side, :side])
-    with pytest.raises(BadParameter):
-        views(grids[..., :7])
+    refuses((lambda: views(grids[..., :7]), "."))

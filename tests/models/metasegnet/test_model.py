@@ -13,9 +13,7 @@ from companion.models.metasegnet.inference import reader
 from companion.models.metasegnet.model import Fusion, MetaSegNet
 from companion.models.metasegnet.text import BertText, Words
 from companion.viz.attention import Recorder
-from tests.models.common import assert_recomputed_gradients_are_equal, draw, misfits, numbers, refuses
-from tests.parity.runner import ROOT as PARITY
-from tests.parity.runner import Case
+from tests.models.common import assert_recomputed_gradients_are_equal, draw, numbers, refuses
 
 TEXTS = ["bare land is pale sand", "bare land is red laterite; towns use clay tiles"]
 CLASSES = 8
@@ -131,15 +129,13 @@ def test_with_closed_gates_it_is_the_twin_for_any_text():
 def test_each_image_gets_its_own_text():
     model, x = build(text(), fusion_stages=(1, 3)), draw(2, 3, 64, 64)
     ids = model.text.ids(TEXTS)
-    (out, maps), words = model.forward_intermediates(x, TEXTS), model.text.mask(ids)
-    longest = int(words.sum(1).max())
+    out, words = model(x, TEXTS), model.text.mask(ids)
     torch.testing.assert_close(model(x.flip(0), TEXTS[::-1]).flip(0), out, **CLOSE)
     torch.testing.assert_close(model(x, TEXTS[:1])[:1], out[:1], **CLOSE)  # one text for all
-    torch.testing.assert_close(model(x, ids[:, :longest]), out, **CLOSE)  # padding of a text changes nothing
+    torch.testing.assert_close(model(x, ids[:, : words.sum(1).max()]), out, **CLOSE)  # padding changes nothing
     attention = figures.attention(model, x, TEXTS)
     assert {k: tuple(a.shape) for k, a in attention.items()} == {1: (2, 16, 16, 48), 3: (2, 4, 4, 48)}
     assert all((a.sum((1, 2)) > 0).equal(words) for a in attention.values())
-    assert [torch.equal(*pair) for pair in zip(maps["maps"], maps["fused"], strict=True)] == [False, True] * 2
 
 
 # --- text encoders ----------------------------------------------------------------------------------------------------
@@ -182,20 +178,6 @@ def test_frozen_texts_are_encoded_once():
 
 
 # --- official names --------------------------------------------------------------------------------------------------
-
-
-def test_official_names_round_trip():
-    state = build().to_official()
-    names = {f"decoder.{n}" for n in Case(PARITY / "metasegnet" / "decoder_ft_swin_b").names}
-    assert {n for n in state if n.startswith("decoder.")} == names
-    model = MetaSegNet.from_official(state | {"backbone.layers.0.blocks.0.attn.relative_position_index": torch.ones(4)})
-    assert all(torch.equal(t, state[n]) for n, t in model.to_official().items())
-    multimodal = MetaSegNet.from_official(state, text(), fusion_heads=4)
-    assert all(torch.equal(t, state[n]) for n, t in multimodal.to_official().items()) and multimodal.fusions
-    state["typo"] = state.pop("decoder.p3.weights")
-    state["decoder.p2.weights"] = torch.zeros(5)
-    missing, unknown, (shape,) = misfits(MetaSegNet.from_official, state)
-    assert (missing, unknown) == (["decoder.p3.weights"], ["typo"]) and "decoder.p2.weights (5,)" in shape
 
 
 # --- inference --------------------------------------------------------------------------------------------------------

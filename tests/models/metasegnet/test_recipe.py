@@ -13,9 +13,8 @@ from torch.utils.data import TensorDataset
 from transformers import BertConfig, BertModel, BertTokenizer
 
 from companion import cli
-from companion.backbones import read_state
 from companion.data import landcover
-from companion.data.landcover_sets import LOVEDA, OEM, POTSDAM
+from companion.data.landcover_sets import LOVEDA, POTSDAM
 from companion.data.rasters import pixels
 from companion.errors import BadCheckpoint, MissingWeights
 from companion.evaluation.metrics import landcover as metrics
@@ -27,7 +26,7 @@ from companion.training.checkpoints import trained_state
 from companion.training.fit import CPU
 from companion.training.recipe import run as train
 from tests.conftest import parameters
-from tests.data.test_landcover import earth, loveda, potsdam
+from tests.data.test_landcover import earth, loveda
 from tests.data.test_rasters import noise, written
 from tests.models.common import refuses
 from tests.small import shrink
@@ -86,7 +85,6 @@ def test_texts_of_each_method():
     text, name = PROMPTS.text("Cfa"), PROMPTS.text("Cfa", "name")
     for method, zones, options, expected in (
         ("unimodal", ["Cfa", None], {}, None),
-        ("MetaSegNet", ["Cfa", None], {}, [text, PROMPTS.unknown]),
         ("MetaSegNet", ["Cfa", None], {"own": [None, "mine"]}, [text, "mine"]),
         ("MetaSegNet", ["Cfa", None], {"own": ["mine"] * 2, "kind": "constant"}, [PROMPTS.constant] * 2),
         ("constant text", ["Cfa", None], {}, [PROMPTS.constant] * 2),
@@ -96,10 +94,6 @@ def test_texts_of_each_method():
         ("one-hot zone", ["Cfa", "Aw"], {"kind": "wrong"}, ["Aw", "Cfa"]),
     ):
         assert networks.texts(PROMPTS, method, zones, **options) == expected, (method, options)
-    first, second, none = networks.texts(PROMPTS, "zone names", ["Cfa", "Cfa", None], "wrong")
-    assert first == second != name and none == PROMPTS.unknown, "the only zone gets the text of one that is not there"
-    shuffled = networks.texts(PROMPTS, "one-hot zone", [*"abcdefgh"], "shuffled")
-    assert sorted(shuffled) == [*"abcdefgh"] != shuffled
 
 
 def test_a_share_of_the_full_texts_loses_its_header():
@@ -189,27 +183,14 @@ def test_openearthmap_with_a_zone_left_out(quick, tmp_path):
     p, out = given(data_root=str(tmp_path), held_out="Aw", augmentation="lr"), tmp_path / "out"
     found = recipe.setting(p)
     assert [test.zones for test in found.tests.values()] == [["Cfa", "Cfa", "Cfb"], ["Aw"]]
-    for _ in range(2):  # the second time the training is complete, and the rows are replaced
-        shown = recipe.run(p, out)
-    assert shown.scores.steps.tolist() == [1, 1] and shown.text == PROMPTS.text(
-        "Aw"
-    )  # three images are left, of two a step
+    assert recipe.run(p, out).scores.steps.tolist() == [1, 1]  # three images are left, of two a step
     (file,) = (out / "trained").iterdir()
     assert file.name == "MetaSegNet, landcover-openearthmap, without Aw, seed 0.safetensors"
-    results = recipe.RESULTS
-    rows = results.measured(out / "measured.csv")
-    assert rows[results.keys].values.tolist() == [
-        ["MetaSegNet", OEM, test, "full", "climate_prompts.yaml", "lr", "Aw", "last", "ignored", 0]
-        for test in ("seen", "left out")
-    ]
-    network = networks.network("MetaSegNet", PROMPTS, 8, checkpoint=str(file))
-    seen = found.tests["seen"]
+    rows = recipe.RESULTS.measured(out / "measured.csv")
+    network, seen = networks.network("MetaSegNet", PROMPTS, 8, checkpoint=str(file)), found.tests["seen"]
     matrix = recipe.confusion(network, seen, found.texts(seen), "lr", CPU)
     assert matrix.sum() == sum((seen.data[i][1] < 8).sum() for i in range(3))
-    scores = metrics.scores(matrix, undefined=True)
-    assert [rows[c][0] for c in ("mIoU", "mF1", "OA", "IoU tree")] == pytest.approx(
-        [scores.miou, scores.mf1, scores.oa, float(scores.iou[list(landcover.CLASSES[OEM]).index("tree")])], nan_ok=True
-    )
+    assert rows.mIoU[0] == pytest.approx(metrics.scores(matrix, undefined=True).miou, nan_ok=True)
     refuses((lambda: recipe.setting(given(data_root=str(tmp_path), held_out="ET")), "Cfa"))
 
 
@@ -223,35 +204,6 @@ def test_openearthmap_tested_on_loveda(quick, tmp_path, monkeypatch):
     assert counts.shape == (7, 7) and counts.sum() == sum((test.data[i][1] < 7).sum() for i in range(2))
 
 
-def test_potsdam(quick, tmp_path, monkeypatch):
-    potsdam(tmp_path, side=40)
-    monkeypatch.setattr(landcover, "TILE", 40)
-    change(monkeypatch, batch=23)
-    found = recipe.setting(given(data_root=str(tmp_path), dataset=POTSDAM, method="unimodal"))
-    model, history = train(found.training)
-    assert len(history) == 3, "three copies of 23 tiles, all but 7_10"
-    test, counts = found.tests["test"], counted(found, model)
-    assert test.left_out == (5,) and counts.sum() == sum((test.data[i][1] < 6).sum() for i in range(len(test.data)))
-
-
-def test_the_best_epoch_is_that_of_the_validation_where_the_recipe_says_so(quick, tmp_path, monkeypatch):
-    loveda(tmp_path, monkeypatch)
-    weights, shares = [], iter([20, 50, 50, 10])
-
-    def confusion(model, test, *args, **options):
-        weights.append(trained_state(model))
-        correct = next(shares)
-        return correct * torch.eye(7, dtype=torch.int64) + (100 - correct) * torch.eye(7, dtype=torch.int64).roll(1, 0)
-
-    change(monkeypatch, epochs=4)
-    monkeypatch.setattr(recipe, "confusion", confusion)
-    for select, best, suffix in (("recipe", True, ""), ("last", False, "last epoch, ")):
-        p = given(data_root=str(tmp_path), dataset=LOVEDA, method="unimodal", select=select)
-        train(recipe.setting(p).training, tmp_path / select)
-        saved = read_state(tmp_path / select / "trained" / f"unimodal, landcover-loveda, {suffix}seed 0.safetensors")
-        assert all(torch.equal(t, saved[name]) for name, t in weights[1].items()) == best and len(weights) == 4
-
-
 def test_ones_own_folder_is_trained_and_mapped_and_its_files_are_never_overwritten(quick, tmp_path, capsys):
     for i in range(4):
         written(tmp_path / "images" / f"{i}.tif", noise(64, 80, i))
@@ -260,23 +212,17 @@ def test_ones_own_folder_is_trained_and_mapped_and_its_files_are_never_overwritt
     (tmp_path / "classes.txt").write_text("field 10 200 30\nwood\n")
     (tmp_path / "places.csv").write_text('image,text\n2,"red earth"\n')
     for stored in (1, 2):  # other labels are another training
-        found = recipe.setting(given(data_root=str(tmp_path), dataset="folder", seed=4))
-        assert found.tests["test"].classes == ["field", "wood"]
-        model, history = train(found.training, tmp_path)
-        assert len(history) == 2 and len(list((tmp_path / "checkpoints").glob("*.pt"))) == stored
+        model, _ = train(recipe.setting(given(data_root=str(tmp_path), dataset="folder", seed=4)).training, tmp_path)
+        assert len(list((tmp_path / "checkpoints").glob("*.pt"))) == stored
         (tmp_path / "labels" / "0.tif").write_bytes((tmp_path / "labels" / "1.tif").read_bytes())
     (weights,) = (tmp_path / "trained").iterdir()
-    image = pixels(noise(64, 80, 2))
-    wanted = segment(lambda x: model(x, ["red earth"]), image, tile=32, overlap=8, batch=1)
+    wanted = segment(lambda x: model(x, ["red earth"]), pixels(noise(64, 80, 2)), tile=32, overlap=8, batch=1)
     words = ["landcover", str(tmp_path), "--checkpoint", str(weights), "--tile", "32", "--overlap", "8"]
     capsys.readouterr()
     assert cli.main([*words, "--accelerator", "cpu"]) == 0 and "2.tif  (Cfb)" in capsys.readouterr().out
     with rasterio.open(tmp_path / "maps" / "2.tif") as made, rasterio.open(tmp_path / "images" / "2.tif") as source:
         assert (made.transform, made.crs) == (source.transform, source.crs)
         assert made.colormap(1)[0][:3] == (10, 200, 30) and (made.read(1) == wanted.numpy()).mean() > 0.999
-        with Image.open(tmp_path / "maps" / "2.png") as shown:  # the classes in their colours
-            colours = np.array([made.colormap(1)[i] for i in (0, 1)], np.uint8)
-            assert np.array_equal(np.asarray(shown.convert("RGBA")), colours[made.read(1)])
     before = {path: path.read_bytes() for kind in ("images", "labels") for path in (tmp_path / kind).iterdir()}
     for kind in ("images", "labels"):
         assert cli.main([*words, "--out", str(tmp_path / kind)]) == 2 and kind in capsys.readouterr().err
@@ -300,10 +246,10 @@ def test_settings_that_leak_or_mix_up_data_are_refused():
 # --- results ----------------------------------------------------------------------------------------------------------
 
 
-def test_rows_of_the_settings_closest_to_the_authors_stand_next_to_his_and_judge_the_claim(tmp_path):
+def test_rows_of_the_settings_closest_to_the_authors_judge_the_claim(tmp_path):
     results, path, twin = (recipe.RESULTS, tmp_path / "measured.csv", {"dataset": POTSDAM, "method": "unimodal"})
     test = recipe.Part(part(), ["Cfb"] * 4, list(landcover.CLASSES[POTSDAM]), landcover.LEFT_OUT[POTSDAM])
-    eye, accuracies, cell = torch.eye(6, dtype=torch.int64), [], ("unimodal", "Potsdam OA")
+    eye, accuracies = torch.eye(6, dtype=torch.int64), []
     for percent, changes in (
         (99, {"method": "MetaSegNet"}),  # not the twin
         (10, {}),
@@ -313,8 +259,5 @@ def test_rows_of_the_settings_closest_to_the_authors_stand_next_to_his_and_judge
     ):
         counts = percent * eye + (100 - percent) * eye.roll(1, 0)
         rows = results.measured(path, recipe.row(given(**twin | changes), "test", test, counts))
-        accuracies.append(results.claimed(recipe.closest(rows)).get(cell, 0))
+        accuracies.append(results.claimed(recipe.closest(rows)).get(("unimodal", "Potsdam OA"), 0))
     assert accuracies == pytest.approx([0, 10, 15, 30, 50])
-    anchors, _ = recipe.tables(rows).values()
-    (row,) = anchors[anchors["mIoU here"].notna()].to_dict("records")
-    assert (row["method"], row["set"], row["mIoU"], row["OA here"]) == ("FT-UNetFormer", "Potsdam", 87.5, 50)

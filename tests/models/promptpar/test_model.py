@@ -6,10 +6,8 @@ from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from timm.models.vision_transformer import VisionTransformer
 
 from companion.errors import BadCheckpoint, CorruptFile
-from companion.models.layers.clip_prompting import embed_texts
 from companion.models.promptpar import PromptPAR, Settings, loss, read_checkpoint
-from companion.models.promptpar.released import prompted_text
-from companion.models.promptpar.tower import group_sizes, strips
+from companion.models.promptpar.tower import strips
 from companion.toy.tokens import Tokenizer
 from tests.models.common import assert_recomputed_gradients_are_equal, draw, misfits, refuses
 
@@ -82,70 +80,6 @@ def test_the_last_fusion_block_is_skipped_for_some_images_while_training():
     assert len(model.train().fuse(tokens)[0][:, 0, 0].unique()) > 1
 
 
-def one_image(model: PromptPAR, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Section 3 for one image: all tokens in all blocks, in the paper's layout, masked pair by pair."""
-    visual, s = model.clip.visual, model.settings
-    sizes = group_sizes(s.prompts, s.regions)
-    patches = [visual.conv1(image[None])[0, :, r, c] for r in range(GRID[0]) for c in range(GRID[1])]
-    tokens = torch.stack([visual.class_embedding, *patches]) + visual.positional_embedding
-    tokens = visual.ln_pre(torch.cat([tokens[:1], model.region_tokens, tokens[1:]]))
-    classes, patches = list(tokens[: 1 + s.regions]), tokens[1 + s.regions :]
-    prompts = [tokens[:0]] * (1 + s.regions)
-    group = [r for r, size in enumerate(sizes) for _ in range(1 + size)]
-    spans = strips(GRID[0], s.regions, s.overlap) if s.regions else []
-    mask = torch.zeros(len(group) + len(patches), len(group) + len(patches))
-    for query, r in enumerate(group):
-        for key in range(len(mask)) if r and s.masked else ():
-            row = (key - len(group)) // GRID[1]
-            if not (group[key] == r if key < len(group) else spans[r - 1][0] <= row < spans[r - 1][1]):
-                mask[query, key] = -torch.inf
-    for layer, block in enumerate(visual.transformer.resblocks):
-        if layer < len(model.prompts):
-            prompts = list(model.prompts[layer].split(sizes))
-        groups = [torch.cat([c[None], p]) for c, p in zip(classes, prompts, strict=True)]
-        x = block(torch.cat([*groups, patches])[None], attn_mask=mask)[0]
-        *groups, patches = x.split([*map(len, groups), len(patches)])
-        classes, prompts = [x[0] for x in groups], [x[1:] for x in groups]
-    x = (x if s.official_quirks else visual.ln_post(x)) @ visual.proj
-    regions = [group.index(r) for r in range(1 + s.regions)]
-    if s.official_quirks:
-        regions[0] = 1
-    fused = torch.cat([model.word_embed(model.text_features), model.visual_embed(x)])[None]
-    for block in model.blocks:
-        fused = block(fused)
-    fused = model.norm(fused)[0]
-    logits = [model.heads.weight[i, 0] @ fused[i] + model.heads.bias[i, 0] for i in range(len(SENTENCES))]
-    return x, torch.stack(logits), x[regions]
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"official_quirks": True, "masked": False},
-        {"depth": 2},
-        {"depth": 1, "prompts": 7},  # groups of 2, 2, 1, 1, 1
-        {"regions": 2, "overlap": 1},
-        {"regions": 8, "overlap": 0, "prompts": 3},
-        {"regions": 0},
-        {"prompts": 0},
-        {"masked": False},
-        {"mm_layers": 2},
-        {"visual_embed": False, "inner": 32},
-    ],
-)
-def test_one_image_at_a_time(options):
-    model = build(**options)
-    tokens = model.forward_features(images())
-    logits = model.heads(model.fuse(tokens)[0])
-    for i, image in enumerate(images()):
-        expected = one_image(model, image)
-        for ours, theirs in zip((tokens[i], logits[i], tokens[i, model.class_positions]), expected, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(model(images()).logits, model.bn(logits))
-
-
 @pytest.mark.parametrize(
     ("sizes", "spans"),
     [
@@ -174,33 +108,6 @@ def test_maps_are_attention_and_stay_in_the_strips():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("quirks", [False, True])
-def test_the_similarity_of_an_image_depends_on_its_batch_only_as_released(quirks):
-    model = build(official_quirks=quirks)
-    shares = model.similarities(draw(3, 5, 32))[1]
-    alone = torch.cat([model.aggregate(share[None]) for share in shares])
-    gap = (model.aggregate(shares) - alone).abs().amax(1)
-    assert gap[-1] < 1e-6, "the last image's regions are its own"
-    assert gap[0] > 1e-4 if quirks else gap[0] < 1e-6
-
-
-@pytest.mark.parametrize("place", ["end", "start"])
-def test_prompts_after_the_text_have_no_effect_and_no_gradient(place):
-    clip = small_clip()
-    texts = embed_texts(Tokenizer(), clip, SENTENCES)
-    prompts = draw(2, 3, len(SENTENCES), 32).requires_grad_()
-    features = prompted_text(clip, texts, prompts, place)
-    plain = clip.encode_text(Tokenizer()(SENTENCES))
-    features.square().sum().backward()
-    if place == "end":
-        torch.testing.assert_close(features, plain, rtol=0, atol=1e-5)
-        assert prompts.grad.abs().max() == 0
-    else:
-        assert (features - plain).abs().max() > 0.01
-        assert (prompts.grad.abs().sum((1, 3)) > 0).all()
-
-
-@torch.no_grad()
 def test_sentences_are_read_once_and_the_clip_may_be_in_half_precision():
     clip = small_clip()
     model = build(clip)
@@ -219,11 +126,6 @@ def test_official_names_round_trip(options):
     again = PromptPAR.from_official(state, SENTENCES, Tokenizer(), clip=small_clip(), heads=(2, 2, 4))
     assert torch.equal(again(images()).logits, model(images()).logits)
     assert all(torch.equal(again.to_official()[name], value) for name, value in state.items())
-    if "regions" not in options:
-        assert torch.equal(again(images()).similarity, model(images()).similarity)
-        assert state["clip_model.visual.transformer.prompt_deep"].shape == (3, 10, 1, 32)
-        assert state["clip_model.transformer.prompt_text_deep"].shape == (2, 3, 5, 32)
-        assert state["model.weight_layer.4.weight"].shape == (1, model.norm.weight.numel())
 
 
 @torch.no_grad()
@@ -243,28 +145,22 @@ def test_checkpoints_that_do_not_fit_are_refused():
     missing, unknown, shapes = misfits(PromptPAR.from_official, state, SENTENCES, Tokenizer(), **options)
     assert (missing, unknown) == (["model.weight_layer.3.bias"], ["model.extra"])
     assert [text.partition(" ")[0] for text in shapes] == ["model.norm.bias"]
-    none = {"clip_model.proj": torch.zeros(1)}
-    refuses(
-        (lambda: PromptPAR.from_official(none, SENTENCES, Tokenizer()), r"model\.word_embed\.weight"),
-        (lambda: PromptPAR.from_official(state, SENTENCES[:4], Tokenizer(), **options), r"model\.bn\.weight"),
-        error=BadCheckpoint,
-    )
+    fewer = (lambda: PromptPAR.from_official(state, SENTENCES[:4], Tokenizer(), **options), r"model\.bn\.weight")
+    refuses(fewer, error=BadCheckpoint)
 
 
 class Result(dict):
     """Stands for the EasyDict of scores that the authors' training keeps in its checkpoints."""
 
 
-@pytest.mark.parametrize("entry", ["ViT_model", "clip_model"])
-def test_a_file_of_the_authors_code(entry, tmp_path):
-    """The released files and those that training writes name the CLIP differently; both load, half precision too."""
+def test_a_file_of_the_authors_code(tmp_path):
+    """Files that training writes name the CLIP differently from the released ones; half precision is read too."""
     state = build(official_quirks=True).to_official()
     parts = {p: {n.removeprefix(p): t for n, t in state.items() if n.startswith(p)} for p in ("clip_model.", "model.")}
     halved = {n: t.half() if t.is_floating_point() else t for n, t in parts["clip_model."].items()}
-    saved = {"epoch": 3, entry: halved, "model_state_dict": parts["model."], "result": Result(ma=0.9)}
+    saved = {"epoch": 3, "clip_model": halved, "model_state_dict": parts["model."], "result": Result(ma=0.9)}
     torch.save(saved, tmp_path / "PETA_Checkpoint.pth")
     found = read_checkpoint(tmp_path / "PETA_Checkpoint.pth")
-    assert found.keys() == state.keys()
     again = PromptPAR.from_official(found, SENTENCES, Tokenizer(), clip=small_clip(), heads=(2, 2, 4)).to_official()
     for name, tensor in state.items():
         torch.testing.assert_close(again[name], tensor, rtol=1e-3, atol=1e-3)
@@ -280,3 +176,14 @@ def test_what_would_run_wrongly_is_refused():
         (lambda: build(official_quirks=True, prompts=7), "5"),
         (lambda: build(official_quirks=True, regions=3), "4"),
     )
+
+
+@torch.no_grad()
+def test_without_the_quirks_tokens_are_normalised_and_the_first_class_token_is_read():
+    plain, released = (build(official_quirks=quirks, masked=False) for quirks in (False, True))
+    positions = [list(map(int, model.class_positions)) for model in (plain, released)]
+    assert positions[0][1:] == positions[1][1:] and positions[0][0] == 0 != positions[1][0]
+    visual = plain.clip.visual
+    before = released.forward_features(images()) @ torch.linalg.inv(visual.proj)
+    expected = visual.ln_post(before) @ visual.proj
+    torch.testing.assert_close(plain.forward_features(images()), expected, rtol=1e-2, atol=1e-2)

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 pytest.importorskip("diffusers")
 
 import open_clip
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 
 from companion.errors import BadParameter, MissingWeights
 from companion.models.tip import TIPPipeline, build, clip_tokenizer, tokenize
@@ -83,40 +83,9 @@ def test_starts_as_the_frozen_unet_and_is_it_at_scale_zero(options: dict) -> Non
     assert not torch.allclose(pipe.model(z, t, semantic, restoration, y), plain, atol=1e-3)
 
 
-def test_fusion_by_hand() -> None:
-    f, gamma, beta = torch.randn(3, 2, 4, 5, 5)
-    torch.testing.assert_close(tip.fuse(f, torch.cat([gamma, beta], 1), 0.5), (1 + 0.5 * gamma) * f + 0.5 * beta)
-    torch.testing.assert_close(tip.fuse(f, beta, 2.0), f + 2 * beta)
-
-
-def test_the_callers_modules_stay_as_they_are_and_share_their_tensors() -> None:
-    pipe, unet, text = small_pipe(), UNet2DConditionModel(**LEVELS["sd15"]), nn.Embedding(5, 32)
-    model = tip.TIP(unet, pipe.adaptor, text).train()
-    for own, frozen in ((unet, model.unet), (text, model.text)):
-        assert own.training and not frozen.training
-        for a, b in zip(own.parameters(), frozen.parameters(), strict=True):
-            assert a.requires_grad and not b.requires_grad and a.data_ptr() == b.data_ptr()
-    assert pipe.model.unet is pipe.unet, "what is frozen already is not copied"
-
-
 def test_checkpointed_gradients_are_the_same() -> None:
     inputs = batch(small_pipe())
     assert_recomputed_gradients_are_equal(lambda: shaken(small_pipe()).model, lambda m: m(*inputs).square().mean())
-
-
-@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
-def test_loss_is_that_of_the_scheduler(kind: str) -> None:
-    scheduler = DDIMScheduler(prediction_type=kind, beta_schedule="scaled_linear")
-    z, noise, t = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8), torch.tensor([1, 500, 999])
-    a = scheduler.alphas_cumprod[t][:, None, None, None]
-    wanted = {"epsilon": noise, "sample": z, "v_prediction": a.sqrt() * noise - (1 - a).sqrt() * z}[kind]
-
-    def nearly(seen: Tensor, *_: Tensor) -> Tensor:
-        torch.testing.assert_close(seen, a.sqrt() * z + (1 - a).sqrt() * noise)
-        return wanted + 0.5
-
-    found = tip.loss(nearly, (z, None, None, None), scheduler, t=t, noise=noise)
-    assert float(found) == pytest.approx(0.25, rel=1e-4)
 
 
 # --- the pipeline -----------------------------------------------------------------------------------------------------
@@ -167,15 +136,8 @@ def test_windows_cover_a_map_and_a_local_operation_is_that_of_the_whole_map() ->
     for side, overlap in ((6, 3), (13, 4), (5, 0), (0, 0), (99, 8)):
         windows = Windows((13, 30), side, overlap)
         torch.testing.assert_close(windows.blend(lambda rows, columns: x[..., rows, columns]), x)
-    windows = Windows((13, 30), 13, 5)
-    local = F.conv2d(x, torch.ones(1, 3, 3, 3), padding=1)
-    found = windows.blend(lambda rows, columns: F.conv2d(x[..., rows, columns], torch.ones(1, 3, 3, 3), padding=1))
-    borders = {side.start for side in windows.axes[1]} | {side.stop - 1 for side in windows.axes[1]}
-    inside = [i for i in range(30) if i not in borders or i in (0, 29)]
-    torch.testing.assert_close(found[..., inside], local[..., inside], atol=1e-5, rtol=1e-5)
-    assert len(borders) > 2 and not torch.allclose(found, local)
-    larger = windows.blend(lambda rows, columns: F.interpolate(x[..., rows, columns], scale_factor=2), 2)
-    torch.testing.assert_close(larger, F.interpolate(x, scale_factor=2))
+        larger = windows.blend(lambda rows, columns: F.interpolate(x[..., rows, columns], scale_factor=2), 2)
+        torch.testing.assert_close(larger, F.interpolate(x, scale_factor=2))
 
 
 def test_windows_that_disagree_leave_no_seam() -> None:
@@ -224,7 +186,7 @@ def test_saved_and_loaded_without_pickles(tmp_path: Path, image: Tensor, options
         TIPPipeline.from_pretrained(tmp_path)
 
 
-def test_from_the_layout_of_stable_diffusion(tmp_path: Path, image: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_from_the_layout_of_stable_diffusion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = save_narrow(tmp_path)
     pipe = TIPPipeline.from_stable_diffusion(str(tmp_path))
     assert pipe.adaptor.factor == 8 and pipe.scheduler.config.prediction_type == "epsilon"
@@ -233,10 +195,6 @@ def test_from_the_layout_of_stable_diffusion(tmp_path: Path, image: Tensor, monk
     shared = [n for n in copied if n in unet]
     assert {n.split(".")[0] for n in shared} == {"conv_in", "time_embedding", "down_blocks", "mid_block"}
     assert all(torch.equal(copied[n], unet[n]) for n in shared)
-    pipe.save_pretrained(tmp_path / "tip")
-    loaded = TIPPipeline.from_pretrained(tmp_path / "tip")
-    assert torch.equal(loaded.ids(["a fire hydrant"]), pipe.ids(["a fire hydrant"]))
-    assert loaded(image, "a fire hydrant", steps=2).images.shape == image.shape
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("diffusers.configuration_utils.HF_HUB_CACHE", str(tmp_path), raising=False)
     missing = TIPPipeline.from_stable_diffusion
