@@ -15,7 +15,7 @@ from transformers import BertConfig, BertModel, BertTokenizer
 from companion import cli
 from companion.backbones import read_state
 from companion.data import landcover
-from companion.data.landcover_sets import LOVEDA, OEM, POTSDAM
+from companion.data.landcover import LOVEDA, OEM, POTSDAM
 from companion.data.rasters import pixels
 from companion.errors import BadCheckpoint, MissingWeights
 from companion.evaluation.metrics import landcover as metrics
