@@ -11,7 +11,7 @@ from PIL import Image
 
 from companion import data
 from companion.data import detection
-from companion.data.detection import OV_COCO_BASE, OV_COCO_NOVEL, load, own_folder, splits
+from companion.data.detection import load, own_folder, splits
 from companion.errors import BadParameter, CorruptFile, MissingData
 from companion.ops.files import read_json, write_json
 from tests.data.conftest import expect, picture, refused, unreadable
@@ -54,7 +54,6 @@ def coco(tmp_path, sizes) -> Path:
 
 
 def test_ov_coco(coco):
-    assert len(OV_COCO_BASE) == 48 and len(OV_COCO_NOVEL) == 17 and not {*OV_COCO_BASE} & {*OV_COCO_NOVEL}
     sets = splits("detection/ov-coco", coco)
     train, test = sets["train"], sets["test"]
     assert train.image_ids == (1,) and test.image_ids == (1, 2) and len(train.class_names) == train.classes == 80
@@ -68,7 +67,6 @@ def test_ov_coco(coco):
     # images of rare classes are repeated: a person is on half of the images, a cat on both
     np.testing.assert_allclose(detection.repeat_factors(test, 0.001), [1, 1])
     np.testing.assert_allclose(detection.repeat_factors(test, 2), [2, np.sqrt(2)])
-    refused(BadParameter, "val", load, "detection/ov-coco", coco, "val")
 
 
 def lvis_file(**change) -> dict:
@@ -140,7 +138,6 @@ def test_own_folder_with_labels_without_boxes(tmp_path):
     assert mine.positives.tolist() == [[True, False]] and mine.novel == (8,) and mine.base == (5,)
     assert mine[0][1].boxes.shape == (0, 4)
     refused(BadParameter, "'c'", own_folder, tmp_path / "labels.json", tmp_path, novel=["c"])
-    refused(MissingData, "nothing", own_folder, tmp_path / "nothing.json", tmp_path)
 
 
 def test_images_that_are_broken_or_missing(coco, sizes):
@@ -152,7 +149,6 @@ def test_images_that_are_broken_or_missing(coco, sizes):
     file.with_name("2.jpg").unlink()
     found = data.status(name, coco)
     assert found.state == "incomplete" and "2.jpg" in found.detail
-    refused(MissingData, r"2\.jpg", load, name, coco, "test")
     sizes(name, sizes={"train": 4, "test": 5_000})
     refused(MissingData, "4 images, 5,000", load, name, coco, "test")
 
@@ -177,25 +173,21 @@ def test_broken_annotations_are_named(coco):
     file = coco / "coco" / "annotations" / "instances_val2017.json"
     whole = file.read_text()
 
-    def changed(part: str, number: int, field: str, value: object) -> str:
+    def changed(part: str, number: int, **fields: object) -> str:
         found = json.loads(whole)
-        found[part][number][field] = value
+        found[part][number] |= fields
         return json.dumps(found)
 
-    fields = [
-        ("annotations", 0, "image_id", 99),
-        ("images", 0, "height", 0),
-        ("images", 1, "id", 1),
-        ("images", 0, "file_name", "../../etc/passwd"),
-        ("images", 0, "neg_category_ids", [12]),
-        ("categories", 1, "id", 1),
-    ]
-    contents = {changed(*field): f"{field[0]}[{field[1]}]" for field in fields}
-    contents |= {
+    contents = {
+        changed("images", 0, height=0): "images[0]: 'height'",
+        changed("images", 1, id=1): "images[1]: id 1",
+        changed("images", 0, file_name="../../etc/passwd"): "images[0]",
+        changed("images", 0, neg_category_ids=[12]): "images[0]",
+        changed("annotations", 0, image_id=99): "annotations[0]",
+        changed("categories", 1, id=1): "categories[1]",
+        changed("categories", 0, id=100).replace('"category_id": 1,', '"category_id": 17,'): "person",
         whole[: len(whole) // 2]: "",
-        changed("categories", 0, "id", 100).replace('"category_id": 1,', '"category_id": 17,'): "person",
     }
     unreadable(file, lambda: load("detection/ov-coco", coco, "test"), contents)
-    assert data.status("detection/ov-coco", coco).state == "incomplete"
     file.unlink()
     assert "instances_val2017.json" in data.status("detection/ov-coco", coco).detail

@@ -1,7 +1,6 @@
 """Readers of radiographs: each layout, masks, boxes, reports. Depths and DICOM: tests/test_odd_files.py."""
 
 import csv
-import json
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from companion.data import DATASETS, xrays, xrays_sets
+from companion.data import DATASETS, xrays
 from companion.data.xrays import MaskTransform, load, reports, rle_mask
 from companion.errors import BadParameter, CorruptFile, MissingData
 from tests.data.conftest import picture, refused, unreadable
@@ -19,7 +18,7 @@ from tests.data.conftest import picture, refused, unreadable
 @pytest.fixture
 def any_length(monkeypatch):
     """Lists of any length are taken: the real ones are thousands of lines long."""
-    monkeypatch.setattr(xrays, "SIZES", {key: {} for key in xrays_sets.SIZES})
+    monkeypatch.setattr(xrays, "SIZES", {key: {} for key in xrays.SIZES})
 
 
 picture = partial(picture, size=(20, 16), mode="L")
@@ -59,7 +58,7 @@ def test_labels_of_several_classes(name, tmp_path, any_length):
     refused(MissingData, r"images/1\.png", lambda: images[1])
 
 
-@pytest.mark.parametrize("name", xrays_sets.ONE_OF)
+@pytest.mark.parametrize("name", xrays.ONE_OF)
 def test_labels_of_one_class(name, tmp_path, any_length):
     picture(tmp_path / name / "train" / "COVID(163).png")
     (tmp_path / name / "train_list.txt").write_text("train/COVID(163).png 2\n")
@@ -98,7 +97,6 @@ def test_masks_of_runs(tmp_path, any_length, monkeypatch):
     assert names == ["p1.png", "p2.png", "n2.png", "n4.png"]  # two with a mask, and two of the five without
     assert images.paths[:2] == other.paths[:2] and images.paths != other.paths
     assert torch.nonzero(images[0][1].sum((0, 1))).flatten().tolist() == [0, 2]  # two columns
-    assert len(load("xrays/siim", tmp_path, "train", share="10", balanced=False)) == 7
     # only the training list is balanced: a score counts all images
     assert [len(load("xrays/siim", tmp_path, split)) for split in ("val", "test")] == [7, 7]
 
@@ -153,16 +151,12 @@ def test_reports(tmp_path):
     paths = [f"files/p10/p1000/s{study}/{i}.jpg" for study, i in ((77, 0), (77, 1), (88, 2))]
     for path in paths:
         picture(folder / path)
-    file = tmp_path / "MIMIC-Vicuna.json"
-    file.write_text(json.dumps([{"study_id": 5, "llm_output": "There is edema."}]))
-    assert xrays.read_statements(file) == {"5": "There is edema."}
-    file.write_text(json.dumps({"s77": "There is edema.", "88": "There is no mass."}))
-    texts = ["Edema.", 'A "mass", none.', "X"]
-    written = xrays.write_reports(folder / xrays_sets.REPORTS[1], paths, texts, xrays.read_statements(file))
+    texts, said = ["Edema.", 'A "mass", none.', "X"], ["There is edema.", "There is edema.", "There is no mass."]
+    written = xrays.write_reports(folder / xrays.REPORTS[1], paths, texts, said)
     found = reports("xrays/mimic-cxr", tmp_path, xrays.pretrain_transform(32))
     assert found.texts == texts and found.windows is None and found.images[2].shape == (3, 32, 32)
-    assert found.statements == ["There is edema.", "There is edema.", "There is no mass."]
-    windows = folder / xrays_sets.WINDOWS[0]
+    assert found.statements == said
+    windows = folder / xrays.WINDOWS[0]
     table(windows, ("label_i", "label_j"), (0, 1), (2, 2), (1, 1))
     assert reports("xrays/mimic-cxr", tmp_path).windows.tolist() == [[0, 1], [2, 2], [1, 1]]
     unreadable(windows, lambda: reports("xrays/mimic-cxr", tmp_path), {"label_i,label_j\n0,1\n": "1 windows for 3"})
@@ -170,7 +164,6 @@ def test_reports(tmp_path):
     table(written, ("img_path", "report"), (paths[0], "Edema."))
     assert reports("xrays/mimic-cxr", tmp_path).statements is None
     unreadable(written, lambda: reports("xrays/mimic-cxr", tmp_path), {"img_path,report\n": ""})
-    unreadable(file, lambda: xrays.read_statements(file), {"[1]": "", '{"a": 2}': "", '[{"study_id": 1}]': ""})
     refused(BadParameter, "texts|statements", xrays.write_reports, tmp_path / "y.csv", ["a"], ["t"], [])
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from companion.data import DATASETS, xrays
-from companion.data.xrays_sets import CLASSES, ONE_OF, REPORTS, SIZES, lists, tasks
+from companion.data.xrays import CLASSES, ONE_OF, REPORTS, SIZES, lists, tasks
 from tests.data.test_xrays import openi, picture, table
 from tests.rehearsal.common import Fault
 

@@ -28,7 +28,7 @@ def read_text(path: str | Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise CorruptFile(path, f"no text in UTF-8 ({error})") from error
     if "\0" in text:
-        raise CorruptFile(path, "no text: it has bytes of 0")
+        raise CorruptFile(path, f"line {text[: text.index(chr(0))].count(chr(10)) + 1}: no text, it has a byte of 0")
     return text
 
 
