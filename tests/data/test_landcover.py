@@ -169,7 +169,7 @@ def test_uavid(tmp_path, monkeypatch):
     assert (train[1][1][:, 30:] == 8).all() and (landcover.load(UAVID, tmp_path, "test", size=50)[0][1] == 8).all()
     assert data.status(UAVID, tmp_path) == data.Status("present", "3 train, 1 val, 1 test")
     (top / "uavid_val" / "seq16" / "Images" / "000000.png").unlink()
-    refused(MissingData, "0 images, 1", landcover.load, UAVID, tmp_path, "val")
+    refused(MissingData, "0 images of 'val', 1", landcover.load, UAVID, tmp_path, "val")
 
 
 def test_values_on_disk_and_the_labels_they_mean(tmp_path, monkeypatch):

@@ -381,8 +381,7 @@ def _read(dataset: DataSet, root: Path, split: str) -> tuple[dict, Sequence[int]
     folder = dataset.folder(root)
     file = tables.existing(dataset, root, *(folder / name for name in FILES[dataset.name][split]))
     found = read_annotations(file)
-    if (known := dataset.sizes.get(split)) and len(found["images"]) != known:
-        raise dataset.missing(root, f"{file} has {len(found['images']):,} images, {known:,} are expected")
+    tables.check_count(dataset, root, len(found["images"]), dataset.sizes.get(split), f"images in {file}")
     ids = [category["id"] for category in found["categories"]]
     if dataset.classes and len(ids) != dataset.classes:
         raise CorruptFile(file, f"{len(ids)} categories, {dataset.classes} are expected")

