@@ -48,20 +48,16 @@ def test_crops_reach_the_edges_of_an_image_and_an_image_of_their_size_is_whole()
 
 
 def test_a_mosaic_is_of_one_zone(tmp_path, monkeypatch):
-    earth(tmp_path, ("tokyo", "el_rodeo", "kyoto", "lima", "pisco"))
+    earth(tmp_path, ("tokyo", "el_rodeo", "kyoto", "lima"))
     data = landcover.load(OEM, tmp_path, "train")
     zones, used, plain = data.zones(), [], data.pair
     monkeypatch.setattr(data, "pair", lambda i: used.append(i) or plain(i))
     torch.manual_seed(0)
     for index, (image, labels) in enumerate(transforms.Mosaic(data, 1.0, zones)):
-        assert image.shape == (3, 70, 90) and labels.shape == (70, 90)
+        assert image.shape == (3, 70, 90) and labels.shape == (70, 90) and not torch.equal(image, plain(index)[0])
         assert {zones[i] for i in used} == {zones[index]} and used[0] == index and len(used) == 4
-        if index == 1:  # alone in its zone: all four quarters are of it
-            colours = {tuple(c) for c in plain(1)[0].flatten(1).T.tolist()}
-            assert {tuple(c) for c in image.flatten(1).T.tolist()} <= colours and not torch.equal(image, plain(1)[0])
         used.clear()
     assert all(map(torch.equal, transforms.Mosaic(data, 0.0, zones)[0], plain(0)))
     refused(BadParameter, "groups", transforms.Mosaic, data, 0.5, zones[1:])
-    changed = transforms.Mosaic(data, 0.5, zones, transforms.train_transform(64, data.ignore))  # at the end
-    image, labels = changed[0]
-    assert image.shape == (3, 64, 64) and type(image) is type(labels) is torch.Tensor
+    image, _ = transforms.Mosaic(data, 0.5, zones, transforms.train_transform(64, data.ignore))[0]  # at the end
+    assert image.shape == (3, 64, 64)
