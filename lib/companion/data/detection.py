@@ -194,7 +194,7 @@ def read_annotations(path: str | Path) -> dict:
     for part, fields in SCHEMA.items():
         if not isinstance(found.get(part), list) or not (found[part] or part == "annotations"):
             raise wrong(f"no list '{part}', or an empty one")
-        check_fields(found[part], part, fields, wrong)
+        check_fields(found[part], part + "[{}]", fields, wrong)
         known[part] = {}
         for number, entry in enumerate(found[part] if "id" in fields else ()):
             if known[part].setdefault(entry["id"], number) != number:
@@ -248,13 +248,16 @@ SHAPES: dict[str, Fields] = {
 """The shape in a row of COCO's result format, by the kind of results."""
 
 
-def check_fields(rows: Sequence, part: str, fields: Fields, wrong: Callable[[str], CompanionError]) -> None:
-    """Raise `wrong` of the first row without one of the fields, or with a value that a field cannot have."""
+def check_fields(rows: Sequence, place: str, fields: Fields, wrong: Callable[[str], CompanionError]) -> None:
+    """Raise `wrong` of the first row without one of the fields, or with a value that a field cannot have.
+
+    `place` names a row in the message, such as "images[{}]".
+    """
     for number, row in enumerate(rows):
         for name, fits in fields.items():
             value = row.get(name) if isinstance(row, Mapping) else row
             if not isinstance(row, Mapping) or not fits(value):
-                raise wrong(f"{part}[{number}]: '{name}' is {str(value)[:80]!r}")
+                raise wrong(f"{place.format(number)}: '{name}' is {str(value)[:80]!r}")
 
 
 def check_results(rows: object, file: str | Path | None = None, kind: str = "bbox") -> list[dict]:
@@ -269,7 +272,7 @@ def check_results(rows: object, file: str | Path | None = None, kind: str = "bbo
     if not isinstance(rows, Sequence) or isinstance(rows, str):
         raise wrong("not COCO's result format: a list of objects was expected")
     fields = {"image_id": _is_id, "category_id": _is_whole, "score": _is_number} | dict(SHAPES[kind])
-    check_fields(rows, "row ", fields, wrong)
+    check_fields(rows, "row {}", fields, wrong)
     return [dict(row) for row in rows]
 
 
@@ -391,12 +394,8 @@ def _read(dataset: DataSet, root: Path, split: str) -> tuple[dict, Sequence[int]
             raise CorruptFile(file, f"the categories {wrong[:5]} have not COCO's ids")
         return ov_coco(found, split), OV_COCO_BASE, OV_COCO_NOVEL
     if dataset.name == "detection/ov-lvis":
-        check_fields(
-            found["categories"],
-            "categories",
-            {"frequency": FREQUENCIES.__contains__},
-            functools.partial(CorruptFile, file),
-        )
+        often: Fields = {"frequency": lambda value: value in FREQUENCIES}
+        check_fields(found["categories"], "categories[{}]", often, functools.partial(CorruptFile, file))
         rare = {category["id"] for category in found["categories"] if category["frequency"] == "r"}
         return ov_lvis(found, split), sorted({*ids} - rare), sorted(rare)
     if dataset.name == "detection/objects365":
