@@ -1,16 +1,14 @@
-"""Readers of COCO's and LVIS' files, the splits of open-vocabulary detection, and errors of broken files."""
+"""Readers of COCO's and LVIS' files, and errors of broken files; captions and repeat factors: see tests/recipes."""
 
 import json
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from companion import data
-from companion.data import detection
 from companion.data.detection import load, own_folder, splits
 from companion.errors import BadParameter, CorruptFile, MissingData
 from companion.ops.files import read_json, write_json
@@ -64,9 +62,6 @@ def test_ov_coco(coco):
     assert pixels.shape == (3, 8, 12) and pixels.dtype == torch.uint8
     assert target.boxes.tolist() == [[1, 2, 5, 5]] * 2 and target.crowd.tolist() == [False, True]
     assert [test.class_names[i] for i in target.labels] == ["person", "cat"] and target.image_id == 1
-    # images of rare classes are repeated: a person is on half of the images, a cat on both
-    np.testing.assert_allclose(detection.repeat_factors(test, 0.001), [1, 1])
-    np.testing.assert_allclose(detection.repeat_factors(test, 2), [2, np.sqrt(2)])
 
 
 def lvis_file(**change) -> dict:
@@ -102,25 +97,6 @@ def test_the_names_of_objects365_are_mended_by_a_table(tmp_path, sizes):
     table.write_text("1,Persn,Person\n2,Sneakers,Sneakers\n")
     assert load("detection/objects365", tmp_path, "test").class_names == ("Person", "Sneakers")
     unreadable(table, lambda: load("detection/objects365", tmp_path, "test"), {"Persn;Person\n": ""})
-
-
-def test_caption_labels_are_whole_words_of_any_synonym():
-    dog = {"id": 2, "name": "hot_dog", "synonyms": ["hot_dog", "frank"]}
-    categories = [{"id": 1, "name": "cat"}, dog, {"id": 3, "name": "car_(vehicle)"}]
-    said = [(1, "A cat on a carpet"), (2, "Two"), (2, "frank people"), (3, "catalogue of cars"), (4, "a hot dog")]
-    said += [(5, "cat"), (6, "a car, a cat."), (7, "the Car"), (8, "a cat sat")]
-    annotations = [{"image_id": i, "caption": text} for i, text in said]
-    captions = {"images": [{"id": i} for i in range(1, 10)], "annotations": annotations}
-    found = detection.caption_labels(captions, categories)
-    labels = {entry["id"]: entry["pos_category_ids"] for entry in found["images"]}
-    assert labels == {1: [1], 2: [2], 4: [2], 7: [3], 8: [1]}
-
-
-def test_coco_has_the_synonyms_of_lvis():
-    found = {c["name"]: c["synonyms"] for c in detection.with_synonyms(coco_categories())}
-    assert len(found) == 80 and {"man", "woman"} <= set(found["person"]) and found["hot dog"] == ["sausage"]
-    counts = [[c["frequency"] for c in detection.lvis_categories()].count(letter) for letter in "fcr"]
-    assert counts == [405, 461, 337] and detection.lvis_categories()[-1]["id"] == 1203
 
 
 def test_own_folder_with_labels_without_boxes(tmp_path):

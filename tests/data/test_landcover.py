@@ -207,12 +207,6 @@ def test_own_images(tmp_path):
     refused(CorruptFile, "a b", landcover.own, tmp_path, ["field"])
 
 
-def test_classes_with_and_without_colours(tmp_path):
-    (tmp_path / "classes.txt").write_text("open field 75 181 73\nzone 2\n\nwater\n")
-    found = landcover.read_classes(tmp_path)
-    assert list(found) == ["open field", "zone 2", "water"] and found["open field"] == (75, 181, 73)
-
-
 def test_a_part_of_a_set(tmp_path):
     earth(tmp_path, ("tokyo", "el_rodeo", "kyoto"))
     whole = landcover.load(OEM, tmp_path, "train", size=50)

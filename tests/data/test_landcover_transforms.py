@@ -27,24 +27,10 @@ def test_image_and_labels_stay_together():
         torch.testing.assert_close(back * 255 / 20, labels.as_subclass(torch.Tensor).float(), atol=1e-3, rtol=0)
 
 
-def test_scales_and_small_images():
-    torch.manual_seed(0)
+def test_a_scaled_label_is_that_of_the_pixel_under_its_centre():
     labels = torch.arange(60).expand(40, -1)
-    found = {tuple(transforms.Scale()(*pair(labels))[1].shape) for _ in range(40)}
-    assert found == {(30, 45), (40, 60), (50, 75), (60, 90)}
-    # the label of the pixel that the new pixel's centre is in, as the image's bicubic interpolation has it
-    scaled = transforms.Scale([0.75])(*pair(labels))[1]
+    scaled = transforms.Scale([0.75])(*pair(labels))[1]  # as the image's bicubic interpolation has it
     assert scaled[0].tolist() == [int((i + 0.5) / 0.75) for i in range(45)]
-    image, found = transforms.SmartCrop(64, ignore=99)(*pair(labels))
-    assert image.shape == (3, 64, 64) and (found == 99).any() and not image[:, found == 99].any()
-
-
-def test_crops_reach_the_edges_of_an_image_and_an_image_of_their_size_is_whole():
-    torch.manual_seed(0)
-    labels, crop = torch.arange(12).expand(8, -1), transforms.SmartCrop(8, ignore=99)
-    assert {int(crop(*pair(labels))[1][0, 0]) for _ in range(100)} == set(range(5))
-    square = labels[:, :8].clone()
-    assert torch.equal(crop(*pair(square))[1], square)
 
 
 def test_a_mosaic_is_of_one_zone(tmp_path, monkeypatch):

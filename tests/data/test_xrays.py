@@ -56,14 +56,6 @@ def test_labels_of_several_classes(name, tmp_path, any_length):
     refused(MissingData, r"images/1\.png", lambda: images[1])
 
 
-@pytest.mark.parametrize("name", xrays.ONE_OF)
-def test_labels_of_one_class(name, tmp_path, any_length):
-    picture(tmp_path / name / "train" / "COVID(163).png")
-    (tmp_path / name / "train_list.txt").write_text("train/COVID(163).png 2\n")
-    image, label = load(name, tmp_path, "train")[0]
-    assert image.shape == (1, 16, 20) and label == 2 and label.ndim == 0
-
-
 def test_boxes_and_their_masks(tmp_path, any_length):
     folder = tmp_path / "xrays" / "rsna"
     picture(folder / "a.png", size=(1024, 1024))
@@ -192,8 +184,3 @@ def test_own_folder(tmp_path):
     assert found.texts == ["No mass."] and found.statements is None
     refused(MissingData, r"test_list\.txt", load, mine, tmp_path, "test")
     refused(BadParameter, "classes", load, xrays.own(tmp_path), tmp_path, "train")
-
-
-def test_tasks_and_shares_that_a_set_lacks(tmp_path):
-    for options in ({"task": "detection"}, {"share": "5"}):
-        refused(BadParameter, next(iter(options)), load, "xrays/covidx", tmp_path, "train", **options)

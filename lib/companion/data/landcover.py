@@ -362,10 +362,10 @@ def read_classes(root: str | Path) -> dict[str, tuple[int, int, int]]:
     path = Path(root) / "classes.txt"
     found: dict[str, tuple[int, int, int]] = {}
     for i, line in enumerate(tables.lines(path)):
-        name, *colour = line.rsplit(maxsplit=3) if line[-1].isdigit() and len(line.split()) > 3 else [line]
-        if name in found or not all(v.isdigit() and int(v) < 256 for v in colour):
+        ((name, *colour),) = re.findall(r"^(.*?)(?:\s(\d+)\s+(\d+)\s+(\d+))?$", line)
+        red, green, blue = map(int, colour) if colour[0] else _colour(i)
+        if name in found or max(red, green, blue) > 255:
             raise CorruptFile(path, f"{line!r} is not a new name, or a name and three numbers from 0 to 255")
-        red, green, blue = map(int, colour) if colour else _colour(i)
         found[name] = red, green, blue
     if len(found) < 2:
         raise CorruptFile(path, "two classes or more are needed")
@@ -573,16 +573,14 @@ def _earth(folder: Path, listing: Path) -> tuple[list[Picture], list[str]]:
 def _potsdam(folder: Path, split: str, kind: str) -> list[Picture]:
     """The tiles as released, or in GeoSeg's folders; the first of these that exists."""
     check_choice("labels", kind, LABELS)
-    images, bands = folder / f"{split}_images", "RGB"
-    places = [folder / f"{split}_masks{'_eroded' if kind == 'eroded' else ''}"]
-    for released, of in (("2_Ortho_RGB", "RGB"), ("4_Ortho_RGBIR", "RGBIR")):
-        if not images.is_dir() and (folder / released).is_dir():
-            images, bands, places = folder / released, of, [folder / f"5_Labels_all{LABELS[kind]}", folder]
+    layouts = [(images, images[8:], f"5_Labels_all{LABELS[kind]}") for images in ("2_Ortho_RGB", "4_Ortho_RGBIR")]
+    layouts.append((f"{split}_images", "RGB", f"{split}_masks{'_eroded' if kind == 'eroded' else ''}"))
+    images, bands, masks = next((one for one in layouts if (folder / one[0]).is_dir()), layouts[0])
     found = []
     for tile in POTSDAM_TILES[split]:
-        labels = [place / f"top_potsdam_{tile}_label{LABELS[kind]}.tif" for place in places]
-        label = next((path for path in labels if path.is_file()), labels[0])
-        found.append(Picture(images / f"top_potsdam_{tile}_{bands}.tif", label, "potsdam"))
+        name = f"top_potsdam_{tile}_label{LABELS[kind]}.tif"
+        label = next((path for path in (folder / masks / name, folder / name) if path.is_file()), folder / masks / name)
+        found.append(Picture(folder / images / f"top_potsdam_{tile}_{bands}.tif", label, "potsdam"))
     return found
 
 

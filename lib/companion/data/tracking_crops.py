@@ -113,10 +113,10 @@ def box_from_crop(box: Iterable[float], centre_box: Iterable[float], scale: floa
 def clip_box(box: Iterable[float], height: int, width: int, margin: float = 10) -> np.ndarray:
     """Clip a box to the image: at least `margin` pixels remain inside, and no side is shorter than that. (4,)
     float64."""
-    x, y, w, h = _box(box)
-    x1, x2 = min(max(0, x), width - margin), min(max(margin, x + w), width)
-    y1, y2 = min(max(0, y), height - margin), min(max(margin, y + h), height)
-    return np.array([x1, y1, max(margin, x2 - x1), max(margin, y2 - y1)])
+    box, limit = _box(box), np.array([width, height])
+    first = np.minimum(np.maximum(box[:2], 0), limit - margin)
+    last = np.minimum(np.maximum(box[:2] + box[2:], margin), limit)
+    return np.concatenate([first, np.maximum(last - first, margin)])
 
 
 def _box(values: Iterable[float]) -> np.ndarray:

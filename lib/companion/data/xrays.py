@@ -101,18 +101,16 @@ def rle_mask(runs: str, side: int = RUN_SIDE) -> np.ndarray:
 
     Raises `ValueError`: not pairs of whole numbers, or a run beyond the image.
     """
-    flat, at = np.zeros(side * side, bool), 0
-    numbers = [int(n) for n in runs.split()]
-    if numbers == [-1]:
-        return flat.reshape(side, side)
-    if len(numbers) % 2:
-        raise ValueError("an odd number of starts and lengths")
-    for start, length in zip(numbers[::2], numbers[1::2], strict=True):
-        at += start
-        if start < 0 or length < 0 or at + length > flat.size:
-            raise ValueError(f"a run of {length} at {at} is not inside {flat.size} pixels")
-        flat[at : at + length] = True
-        at += length
+    flat, numbers = np.zeros(side * side, bool), np.array([int(n) for n in runs.split()])
+    if numbers.tolist() != [-1]:
+        if len(numbers) % 2:
+            raise ValueError("an odd number of starts and lengths")
+        starts, lengths = numbers.reshape(-1, 2).T
+        ends = np.cumsum(starts + lengths)
+        if numbers.min() < 0 or ends[-1] > flat.size:
+            raise ValueError(f"its runs, which end at {ends[-1]}, are not inside {flat.size} pixels")
+        for end, length in zip(ends, lengths, strict=True):
+            flat[end - length : end] = True
     return flat.reshape(side, side).T
 
 
@@ -608,18 +606,18 @@ def write_reports(path: str | Path, paths: Sequence[str], texts: Sequence[str], 
 
 def status(dataset: DataSet, root: Path) -> Status:
     """See `companion.data.status`: checks lists, their lengths, and that each listed image exists (opens none)."""
-    found: list[Pictures] = []
-    pairs = ""
-    if tasks(dataset.name)[0] == "pre-training":
-        found = [reports(dataset.name, root).images]
+    name, pairs = dataset.name, ""
+    # lists of unknown length, and lists that a set lacks, are not required
+    keys = [(task, key) for (each, task), known in SIZES.items() if each == name for key in known]
+    found = [
+        load(name, root, "train" if key in SHARES else key, task=task, share=key if key in SHARES else "100")
+        for task, key in keys
+    ]
+    if not keys:
+        found = [reports(name, root).images]
         pairs = f"{len(found[0]):,} images with reports"
-    for name, task in SIZES:
-        # lists of unknown length, and lists that a set lacks, are not required
-        for key in SIZES[name, task] if name == dataset.name else ():
-            split, share = ("train", key) if key in SHARES else (key, "100")
-            found.append(load(name, root, split, task=task, share=share))
-    images = [name for part in found if not isinstance(part, _Stacked) for name in part.paths]
-    if absent := [name for name in images if _there(dataset.folder(root), name) is None]:
+    images = [path for part in found if not isinstance(part, _Stacked) for path in part.paths]
+    if absent := [path for path in images if _there(dataset.folder(root), path) is None]:
         return Status("incomplete", f"{len(absent)} listed images are not there, the first is {absent[0]}")
     return Status("present", pairs)
 
