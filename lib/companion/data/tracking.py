@@ -29,6 +29,8 @@ from ..errors import BadParameter, CompanionError, CorruptFile, MissingData, che
 from ..ops.files import atomic
 from . import DataSet, Status, decoding, facts, find, spaced, tables
 from .tracking_crops import (  # noqa: F401  (names of this module for its users)
+    BRIGHTNESS,
+    FLIP,
     JITTER,
     MEAN,
     SHOWN,
