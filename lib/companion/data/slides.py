@@ -227,9 +227,12 @@ def split_folds(items: Sequence[Item], folds: int = 5, test: float = 0.0, seed: 
     Returns:
         For each fold its "train", "tune" and "test" slides.
 
-    Raises `BadParameter`: fewer slides of the most frequent grade, or patients, than folds.
+    Slides of fewer than `folds` in every grade are split at random.
+
+    Raises `BadParameter`: fewer slides than folds; fewer patients, or slides of the most frequent grade if patients are
+    known.
     """
-    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold  # here: it takes a second to import
+    from sklearn import model_selection  # here: it takes a second to import
 
     known = any(item.patient for item in items)
 
@@ -238,10 +241,11 @@ def split_folds(items: Sequence[Item], folds: int = 5, test: float = 0.0, seed: 
         grades = [f"{item.grade} {item.provider}" for item in own]
         patients = [item.patient for item in own] if known else None
         count, most = len(set(patients or own)), max(Counter(grades).values(), default=0)
-        if not 2 <= parts <= min(count, most):
+        if not 2 <= parts <= (min(count, most) if known else count):
             few = f"{count} {'patients' if known else 'slides'}, {most} slides of the most frequent grade"
             raise BadParameter("folds, test", (folds, test), f"those that need 2 parts or more of {few}")
-        splitter = (StratifiedGroupKFold if known else StratifiedKFold)(parts, shuffle=True, random_state=seed)
+        kind = "StratifiedGroupKFold" if known else "StratifiedKFold" if parts <= most else "KFold"
+        splitter = getattr(model_selection, kind)(parts, shuffle=True, random_state=seed)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The least populated class")  # some parts lack rare grades
             return [[[own[i] for i in numbers] for numbers in pair] for pair in splitter.split(own, grades, patients)]
