@@ -1,17 +1,15 @@
-"""Readers of COCO's and LVIS' files, the splits of open-vocabulary detection, and errors of broken files."""
+"""Readers of COCO's and LVIS' files, and errors of broken files; captions and repeat factors: see tests/recipes."""
 
 import json
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from companion import data
-from companion.data import detection
-from companion.data.detection import OV_COCO_BASE, OV_COCO_NOVEL, load, own_folder, splits
+from companion.data.detection import load, own_folder, splits
 from companion.errors import BadParameter, CorruptFile, MissingData
 from companion.ops.files import read_json, write_json
 from tests.data.conftest import expect, picture, refused, unreadable
@@ -54,7 +52,6 @@ def coco(tmp_path, sizes) -> Path:
 
 
 def test_ov_coco(coco):
-    assert len(OV_COCO_BASE) == 48 and len(OV_COCO_NOVEL) == 17 and not {*OV_COCO_BASE} & {*OV_COCO_NOVEL}
     sets = splits("detection/ov-coco", coco)
     train, test = sets["train"], sets["test"]
     assert train.image_ids == (1,) and test.image_ids == (1, 2) and len(train.class_names) == train.classes == 80
@@ -65,10 +62,6 @@ def test_ov_coco(coco):
     assert pixels.shape == (3, 8, 12) and pixels.dtype == torch.uint8
     assert target.boxes.tolist() == [[1, 2, 5, 5]] * 2 and target.crowd.tolist() == [False, True]
     assert [test.class_names[i] for i in target.labels] == ["person", "cat"] and target.image_id == 1
-    # images of rare classes are repeated: a person is on half of the images, a cat on both
-    np.testing.assert_allclose(detection.repeat_factors(test, 0.001), [1, 1])
-    np.testing.assert_allclose(detection.repeat_factors(test, 2), [2, np.sqrt(2)])
-    refused(BadParameter, "val", load, "detection/ov-coco", coco, "val")
 
 
 def lvis_file(**change) -> dict:
@@ -87,49 +80,23 @@ def test_ov_lvis(tmp_path, sizes):
     train, test = splits("detection/ov-lvis", tmp_path).values()
     assert train[0][1].labels.tolist() == [0] and test[0][1].labels.tolist() == [0, 1]
     assert train.base == (1, 3) and train.novel == (2,) and test.unseen.tolist() == [False, True, False]
-    assert data.status("detection/ov-lvis", tmp_path).state == "present"
     write_json(tmp_path / "lvis" / "lvis_v1_train.json", lvis_file(frequency="often"))
     refused(CorruptFile, "often", load, "detection/ov-lvis", tmp_path, "train")
 
 
-def test_foreign_vocabularies(tmp_path, sizes):
+def test_the_names_of_objects365_are_mended_by_a_table(tmp_path, sizes):
     sizes("detection/objects365", sizes={"test": 1}, classes=2)
-    sizes("detection/openimages", classes=2)
     categories = [{"id": 2, "name": "Sneakers"}, {"id": 1, "name": "Persn"}]
-    for place, file, number in (
-        ("objects365/val/images/v1/7.jpg", "objects365/annotations/zhiyuan_objv2_val.json", 7),
-        ("oid/images/0/00fe.jpg", "oid/annotations/oid_challenge_2019_val_expanded.json", "00fe"),
-    ):
-        listed = [image(number, file_name=place.partition("images/")[2] if "oid" in place else "images/v1/7.jpg")]
-        annotations = [box(1, number, 2)]
-        write_json(tmp_path / file, {"images": listed, "annotations": annotations, "categories": categories})
-        picture(tmp_path / place)
-    assert load("detection/openimages", tmp_path, "test")[0][1].image_id == "00fe"
+    found = {"images": [image(7, file_name="images/v1/7.jpg")], "annotations": [], "categories": categories}
+    root = tmp_path / "objects365"
+    write_json(root / "annotations" / "zhiyuan_objv2_val.json", found)
+    picture(root / "val" / "images" / "v1" / "7.jpg")
     plain = load("detection/objects365", tmp_path, "test")
     assert plain.class_names == ("Persn", "Sneakers") and plain.base == plain.novel == ()
-    table = tmp_path / "objects365" / "Objects365_names_fix.csv"
+    table = root / "Objects365_names_fix.csv"
     table.write_text("1,Persn,Person\n2,Sneakers,Sneakers\n")
     assert load("detection/objects365", tmp_path, "test").class_names == ("Person", "Sneakers")
     unreadable(table, lambda: load("detection/objects365", tmp_path, "test"), {"Persn;Person\n": ""})
-
-
-def test_caption_labels_are_whole_words_of_any_synonym():
-    dog = {"id": 2, "name": "hot_dog", "synonyms": ["hot_dog", "frank"]}
-    categories = [{"id": 1, "name": "cat"}, dog, {"id": 3, "name": "car_(vehicle)"}]
-    said = [(1, "A cat on a carpet"), (2, "Two"), (2, "frank people"), (3, "catalogue of cars"), (4, "a hot dog")]
-    said += [(5, "cat"), (6, "a car, a cat."), (7, "the Car"), (8, "a cat sat")]
-    annotations = [{"image_id": i, "caption": text} for i, text in said]
-    captions = {"images": [{"id": i} for i in range(1, 10)], "annotations": annotations}
-    found = detection.caption_labels(captions, categories)
-    labels = {entry["id"]: entry["pos_category_ids"] for entry in found["images"]}
-    assert labels == {1: [1], 2: [2], 4: [2], 7: [3], 8: [1]}
-
-
-def test_coco_has_the_synonyms_of_lvis():
-    found = {c["name"]: c["synonyms"] for c in detection.with_synonyms(coco_categories())}
-    assert len(found) == 80 and {"man", "woman"} <= set(found["person"]) and found["hot dog"] == ["sausage"]
-    counts = [[c["frequency"] for c in detection.lvis_categories()].count(letter) for letter in "fcr"]
-    assert counts == [405, 461, 337] and detection.lvis_categories()[-1]["id"] == 1203
 
 
 def test_own_folder_with_labels_without_boxes(tmp_path):
@@ -140,7 +107,6 @@ def test_own_folder_with_labels_without_boxes(tmp_path):
     assert mine.positives.tolist() == [[True, False]] and mine.novel == (8,) and mine.base == (5,)
     assert mine[0][1].boxes.shape == (0, 4)
     refused(BadParameter, "'c'", own_folder, tmp_path / "labels.json", tmp_path, novel=["c"])
-    refused(MissingData, "nothing", own_folder, tmp_path / "nothing.json", tmp_path)
 
 
 def test_images_that_are_broken_or_missing(coco, sizes):
@@ -150,11 +116,9 @@ def test_images_that_are_broken_or_missing(coco, sizes):
     Image.new("RGB", (5, 5)).save(file)
     refused(CorruptFile, r"1\.jpg.*5, 5", lambda: test[0])
     file.with_name("2.jpg").unlink()
-    found = data.status(name, coco)
-    assert found.state == "incomplete" and "2.jpg" in found.detail
     refused(MissingData, r"2\.jpg", load, name, coco, "test")
     sizes(name, sizes={"train": 4, "test": 5_000})
-    refused(MissingData, "4 images, 5,000", load, name, coco, "test")
+    refused(MissingData, "4 images .*5,000", load, name, coco, "test")
 
 
 def test_a_rotated_photograph_is_read_as_its_annotation_describes_it(coco):
@@ -177,25 +141,21 @@ def test_broken_annotations_are_named(coco):
     file = coco / "coco" / "annotations" / "instances_val2017.json"
     whole = file.read_text()
 
-    def changed(part: str, number: int, field: str, value: object) -> str:
+    def changed(part: str, number: int, **fields: object) -> str:
         found = json.loads(whole)
-        found[part][number][field] = value
+        found[part][number] |= fields
         return json.dumps(found)
 
-    fields = [
-        ("annotations", 0, "image_id", 99),
-        ("images", 0, "height", 0),
-        ("images", 1, "id", 1),
-        ("images", 0, "file_name", "../../etc/passwd"),
-        ("images", 0, "neg_category_ids", [12]),
-        ("categories", 1, "id", 1),
-    ]
-    contents = {changed(*field): f"{field[0]}[{field[1]}]" for field in fields}
-    contents |= {
+    contents = {
+        changed("images", 0, height=0): "images[0]: 'height'",
+        changed("images", 1, id=1): "images[1]: id 1",
+        changed("images", 0, file_name="../../etc/passwd"): "images[0]",
+        changed("images", 0, neg_category_ids=[12]): "images[0]",
+        changed("annotations", 0, image_id=99): "annotations[0]",
+        changed("categories", 1, id=1): "categories[1]",
+        changed("categories", 0, id=100).replace('"category_id": 1,', '"category_id": 17,'): "person",
         whole[: len(whole) // 2]: "",
-        changed("categories", 0, "id", 100).replace('"category_id": 1,', '"category_id": 17,'): "person",
     }
     unreadable(file, lambda: load("detection/ov-coco", coco, "test"), contents)
-    assert data.status("detection/ov-coco", coco).state == "incomplete"
     file.unlink()
     assert "instances_val2017.json" in data.status("detection/ov-coco", coco).detail

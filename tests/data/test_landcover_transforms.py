@@ -5,7 +5,7 @@ from torchvision import tv_tensors
 
 from companion.data import landcover
 from companion.data import landcover_transforms as transforms
-from companion.data.landcover_sets import OEM
+from companion.data.landcover import OEM
 from companion.data.rasters import MEAN, STD
 from companion.errors import BadParameter
 from tests.data.conftest import refused
@@ -27,42 +27,23 @@ def test_image_and_labels_stay_together():
         torch.testing.assert_close(back * 255 / 20, labels.as_subclass(torch.Tensor).float(), atol=1e-3, rtol=0)
 
 
-def test_scales_and_small_images():
-    torch.manual_seed(0)
+def test_a_scaled_label_is_that_of_the_pixel_under_its_centre():
     labels = torch.arange(60).expand(40, -1)
-    found = {tuple(transforms.Scale()(*pair(labels))[1].shape) for _ in range(40)}
-    assert found == {(30, 45), (40, 60), (50, 75), (60, 90)}
-    # the label of the pixel that the new pixel's centre is in, as the image's bicubic interpolation has it
-    scaled = transforms.Scale([0.75])(*pair(labels))[1]
+    scaled = transforms.Scale([0.75])(*pair(labels))[1]  # as the image's bicubic interpolation has it
     assert scaled[0].tolist() == [int((i + 0.5) / 0.75) for i in range(45)]
-    image, found = transforms.SmartCrop(64, ignore=99)(*pair(labels))
-    assert image.shape == (3, 64, 64) and (found == 99).any() and not image[:, found == 99].any()
-    refused(BadParameter, "scales", transforms.Scale, [])
-
-
-def test_crops_reach_the_edges_of_an_image_and_an_image_of_their_size_is_whole():
-    torch.manual_seed(0)
-    labels, crop = torch.arange(12).expand(8, -1), transforms.SmartCrop(8, ignore=99)
-    assert {int(crop(*pair(labels))[1][0, 0]) for _ in range(100)} == set(range(5))
-    square = labels[:, :8].clone()
-    assert torch.equal(crop(*pair(square))[1], square)
 
 
 def test_a_mosaic_is_of_one_zone(tmp_path, monkeypatch):
-    earth(tmp_path, ("tokyo", "el_rodeo", "kyoto", "lima", "pisco"))
+    earth(tmp_path, ("tokyo", "el_rodeo", "kyoto", "lima"))
     data = landcover.load(OEM, tmp_path, "train")
     zones, used, plain = data.zones(), [], data.pair
     monkeypatch.setattr(data, "pair", lambda i: used.append(i) or plain(i))
     torch.manual_seed(0)
     for index, (image, labels) in enumerate(transforms.Mosaic(data, 1.0, zones)):
-        assert image.shape == (3, 70, 90) and labels.shape == (70, 90)
+        assert image.shape == (3, 70, 90) and labels.shape == (70, 90) and not torch.equal(image, plain(index)[0])
         assert {zones[i] for i in used} == {zones[index]} and used[0] == index and len(used) == 4
-        if index == 1:  # alone in its zone: all four quarters are of it
-            colours = {tuple(c) for c in plain(1)[0].flatten(1).T.tolist()}
-            assert {tuple(c) for c in image.flatten(1).T.tolist()} <= colours and not torch.equal(image, plain(1)[0])
         used.clear()
     assert all(map(torch.equal, transforms.Mosaic(data, 0.0, zones)[0], plain(0)))
     refused(BadParameter, "groups", transforms.Mosaic, data, 0.5, zones[1:])
-    changed = transforms.Mosaic(data, 0.5, zones, transforms.train_transform(64, data.ignore))  # at the end
-    image, labels = changed[0]
-    assert image.shape == (3, 64, 64) and type(image) is type(labels) is torch.Tensor
+    image, _ = transforms.Mosaic(data, 0.5, zones, transforms.train_transform(64, data.ignore))[0]  # at the end
+    assert image.shape == (3, 64, 64)

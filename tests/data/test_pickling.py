@@ -3,6 +3,7 @@
 import importlib
 import pickle
 import pkgutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -48,14 +49,11 @@ TRUTH = {
 
 def lists(folder: Path) -> list[Dataset]:
     """The lists of masks, boxes and classes of radiographs."""
-    (folder / "runs.csv").write_text("ImageId,EncodedPixels\na,0 5\nb,-1\n")
-    (folder / "boxes.csv").write_text('image_path,bbox\na.png,"[[1, 2, 3, 4]]"\n')
-    (folder / "files.csv").write_text("img_path,mask_path\na.png,b.png\n")
-    turned = xrays.MaskTransform(train=True)
-    masks = ((xrays._run_masks, "runs"), (xrays._box_masks, "boxes"), (xrays._file_masks, "files"))
-    riga = DATASETS["fundus/riga"]
-    found = [make(riga, folder, folder / f"{file}.csv", turned, False, 0) for make, file in masks]
-    found.append(xrays._boxed(riga, folder, folder / "boxes.csv", xrays.squeeze_transform(), False, 0))
+    turned, riga = xrays.MaskTransform(train=True), DATASETS["fundus/riga"]
+    runs = partial(xrays._run_mask, folder, [("a", ["0 5"])])
+    masks = (runs, partial(xrays._box_mask, [np.ones((1, 4))]), xrays.Pictures(riga, folder, ["b.png"]).grey)
+    found: list[Dataset] = [xrays.Masked(riga, folder, ["a.png"], mask, turned, xrays._disc_and_cup) for mask in masks]
+    found.append(xrays.Boxed(riga, folder, ["a.png"], [np.ones((1, 4))], xrays.squeeze_transform()))
     labelled = xrays.Labelled(riga, folder, ["a.png"], torch.zeros(1), xrays.train_transform())
     stacked = xrays._Stacked(riga, folder, np.zeros((1, 8, 8), np.uint8), torch.zeros(1), xrays.test_transform())
     return [*found, labelled, stacked, xrays.Pictures(riga, folder, ["a.png"], xrays.pretrain_transform())]

@@ -1,7 +1,6 @@
 """Readers of radiographs: each layout, masks, boxes, reports. Depths and DICOM: tests/test_odd_files.py."""
 
 import csv
-import json
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from companion.data import DATASETS, xrays, xrays_sets
+from companion.data import DATASETS, xrays
 from companion.data.xrays import MaskTransform, load, reports, rle_mask
 from companion.errors import BadParameter, CorruptFile, MissingData
 from tests.data.conftest import picture, refused, unreadable
@@ -19,7 +18,7 @@ from tests.data.conftest import picture, refused, unreadable
 @pytest.fixture
 def any_length(monkeypatch):
     """Lists of any length are taken: the real ones are thousands of lines long."""
-    monkeypatch.setattr(xrays, "SIZES", {key: {} for key in xrays_sets.SIZES})
+    monkeypatch.setattr(xrays, "SIZES", {key: {} for key in xrays.SIZES})
 
 
 picture = partial(picture, size=(20, 16), mode="L")
@@ -46,25 +45,15 @@ def test_labels_of_several_classes(name, tmp_path, any_length):
     classes, folder = DATASETS[name].classes, tmp_path / name
     lines = [" ".join([f"images/{i}.png", *(str(int(c == i)) for c in range(classes))]) + " \n" for i in range(2)]
     picture(folder / "images" / "0.png")
-    for file in ("train_list", "val_list", "test_list"):
-        (folder / f"{file}.txt").write_text("".join(lines) + "\n")
-    for share in (1, 10):  # other images than those of the whole list
-        (folder / f"train_list_{share}.txt").write_text("".join(lines[:1] * share))
-    assert [len(load(name, tmp_path, "train", share=share)) for share in xrays.SHARES] == [1, 10, 2]
-    images = load(name, tmp_path, "val")
+    for file, count in {"train_list_1": 1, "train_list_10": 10, "train_list": 2}.items():
+        (folder / f"{file}.txt").write_text("".join(lines[:2] * count))
+    assert [len(load(name, tmp_path, "train", share=share)) for share in xrays.SHARES] == [2, 20, 4]
+    images = load(name, tmp_path, "train", share="1")
     assert images.paths == ["images/0.png", "images/1.png"] and torch.equal(images.labels, torch.eye(2, classes))
     image, labels = images[0]
     assert image.shape == (1, 16, 20) and image.mean().item() == pytest.approx(100 / 255)
     assert labels.dtype == torch.float32
     refused(MissingData, r"images/1\.png", lambda: images[1])
-
-
-@pytest.mark.parametrize("name", xrays_sets.ONE_OF)
-def test_labels_of_one_class(name, tmp_path, any_length):
-    picture(tmp_path / name / "train" / "COVID(163).png")
-    (tmp_path / name / "train_list.txt").write_text("train/COVID(163).png 2\n")
-    image, label = load(name, tmp_path, "train")[0]
-    assert image.shape == (1, 16, 20) and label == 2 and label.ndim == 0
 
 
 def test_boxes_and_their_masks(tmp_path, any_length):
@@ -98,7 +87,6 @@ def test_masks_of_runs(tmp_path, any_length, monkeypatch):
     assert names == ["p1.png", "p2.png", "n2.png", "n4.png"]  # two with a mask, and two of the five without
     assert images.paths[:2] == other.paths[:2] and images.paths != other.paths
     assert torch.nonzero(images[0][1].sum((0, 1))).flatten().tolist() == [0, 2]  # two columns
-    assert len(load("xrays/siim", tmp_path, "train", share="10", balanced=False)) == 7
     # only the training list is balanced: a score counts all images
     assert [len(load("xrays/siim", tmp_path, split)) for split in ("val", "test")] == [7, 7]
 
@@ -131,21 +119,17 @@ def test_image_and_mask_are_warped_together_or_the_image_alone():
 
 
 def test_chestmnist(tmp_path, any_length, monkeypatch):
-    counts = {"train": 200, "val": 3, "test": 2}
-    sizes = {"100": 200, "val": 3, "test": 2}
-    monkeypatch.setitem(xrays.SIZES, ("xrays/chestmnist", "classification"), sizes)
+    monkeypatch.setitem(xrays.SIZES, ("xrays/chestmnist", "classification"), {"100": 200})
     file = tmp_path / "xrays" / "chestmnist" / "chestmnist_224.npz"
     file.parent.mkdir(parents=True)
-    arrays = {f"{split}_images": np.full((count, 8, 8), 51, np.uint8) for split, count in counts.items()}
-    arrays |= {f"{split}_labels": np.zeros((count, 14), np.uint8) for split, count in counts.items()}
-    arrays["train_labels"][100, 3] = arrays["train_labels"][50, 5] = 1
-    np.savez(file, **arrays)
+    labels = np.zeros((200, 14), np.uint8)
+    labels[100, 3] = labels[50, 5] = 1
+    np.savez(file, train_images=np.full((200, 8, 8), 51, np.uint8), train_labels=labels)
     images = load("xrays/chestmnist", tmp_path, "train", share="1")
     assert len(images) == 2 and images[0][0].mean() == pytest.approx(0.2)
     assert images.labels.nonzero().tolist() == [[1, 3]], "every hundredth image, each with its own labels"
     assert len(load("xrays/chestmnist", tmp_path, "train", share="10")) == 20
-    assert [len(load("xrays/chestmnist", tmp_path, split, share="1")) for split in ("val", "test")] == [3, 2]
-    unreadable(file, lambda: load("xrays/chestmnist", tmp_path, "test"), {b"PK": ""})
+    unreadable(file, lambda: load("xrays/chestmnist", tmp_path, "train"), {b"PK": ""})
 
 
 def test_reports(tmp_path):
@@ -153,24 +137,15 @@ def test_reports(tmp_path):
     paths = [f"files/p10/p1000/s{study}/{i}.jpg" for study, i in ((77, 0), (77, 1), (88, 2))]
     for path in paths:
         picture(folder / path)
-    file = tmp_path / "MIMIC-Vicuna.json"
-    file.write_text(json.dumps([{"study_id": 5, "llm_output": "There is edema."}]))
-    assert xrays.read_statements(file) == {"5": "There is edema."}
-    file.write_text(json.dumps({"s77": "There is edema.", "88": "There is no mass."}))
-    texts = ["Edema.", 'A "mass", none.', "X"]
-    written = xrays.write_reports(folder / xrays_sets.REPORTS[1], paths, texts, xrays.read_statements(file))
+    texts, said = ["Edema.", 'A "mass",\nnone.', "X"], ["There is edema.", "There is edema.", "There is no mass."]
+    xrays.write_reports(folder / xrays.REPORTS[1], paths, texts, said)
     found = reports("xrays/mimic-cxr", tmp_path, xrays.pretrain_transform(32))
     assert found.texts == texts and found.windows is None and found.images[2].shape == (3, 32, 32)
-    assert found.statements == ["There is edema.", "There is edema.", "There is no mass."]
-    windows = folder / xrays_sets.WINDOWS[0]
+    assert found.statements == said
+    windows = folder / xrays.WINDOWS[0]
     table(windows, ("label_i", "label_j"), (0, 1), (2, 2), (1, 1))
     assert reports("xrays/mimic-cxr", tmp_path).windows.tolist() == [[0, 1], [2, 2], [1, 1]]
     unreadable(windows, lambda: reports("xrays/mimic-cxr", tmp_path), {"label_i,label_j\n0,1\n": "1 windows for 3"})
-    windows.unlink()
-    table(written, ("img_path", "report"), (paths[0], "Edema."))
-    assert reports("xrays/mimic-cxr", tmp_path).statements is None
-    unreadable(written, lambda: reports("xrays/mimic-cxr", tmp_path), {"img_path,report\n": ""})
-    unreadable(file, lambda: xrays.read_statements(file), {"[1]": "", '{"a": 2}': "", '[{"study_id": 1}]': ""})
     refused(BadParameter, "texts|statements", xrays.write_reports, tmp_path / "y.csv", ["a"], ["t"], [])
 
 
@@ -192,24 +167,20 @@ def test_openi(tmp_path):
 
 
 def test_own_folder(tmp_path):
+    """Labels and boxes: see tests/test_odd_files.py."""
     for i in range(2):
         picture(tmp_path / f"bücher {i}.png")
         picture(tmp_path / "masks" / f"{i}.png", 255 * i)
     (tmp_path / "train_list.txt").write_text(" bücher 0.png  0 1\nbücher 1.png 1 0\n", encoding="utf-8")
     masks = ((f"bücher {i}.png", f"masks/{i}.png") for i in range(2))
     table(tmp_path / "val_list.csv", ("img_path", "mask_path"), *masks)
-    table(tmp_path / "test_list.csv", ("image_path", "bbox"), ("bücher 0.png", "[[0, 0, 512, 512]]"))
     (tmp_path / "pretrain.csv").write_text("\ufeffimg_path,report\nbücher 0.png,No mass.\n", encoding="utf-8")
     mine = xrays.own(tmp_path, ["mass", "edema"])
     train = load(mine, tmp_path, "train")
     assert train.labels.tolist() == [[0, 1], [1, 0]] and train[0][0].shape == (1, 16, 20)
-    assert [mask.mean().item() for _, mask in load(mine, tmp_path, "val", task="segmentation")] == [0, 1]
-    assert load(mine, tmp_path, "test", task="detection")[0][1][0].tolist() == [0, 0.25, 0.25, 0.5, 0.5]
-    assert reports(mine, tmp_path).texts == ["No mass."]
+    masked = load(mine, tmp_path, "val", task="segmentation")
+    assert [mask.mean().item() for _, mask in masked] == [0, 1] and masked.part([1])[0][1].all()
+    found = reports(mine, tmp_path)
+    assert found.texts == ["No mass."] and found.statements is None
     refused(MissingData, r"test_list\.txt", load, mine, tmp_path, "test")
     refused(BadParameter, "classes", load, xrays.own(tmp_path), tmp_path, "train")
-
-
-def test_tasks_and_shares_that_a_set_lacks(tmp_path):
-    for options in ({"task": "detection"}, {"share": "5"}):
-        refused(BadParameter, next(iter(options)), load, "xrays/covidx", tmp_path, "train", **options)

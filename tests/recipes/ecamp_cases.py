@@ -20,7 +20,7 @@ from torch.utils.data import TensorDataset
 from torchvision.transforms import v2
 
 from companion.data import xrays
-from companion.data.xrays_sets import CLASSES, ONE_OF, SIZES
+from companion.data.xrays import CLASSES, ONE_OF, SIZES
 from companion.evaluation.metrics import radiology
 from companion.evaluation.tables import published_table
 from companion.models.ecamp import detection, heads, recipe, text

@@ -20,7 +20,7 @@ from torchvision import tv_tensors
 
 from companion.data import landcover
 from companion.data import landcover_transforms as transforms
-from companion.data.landcover_sets import CLASSES, LOVEDA, POTSDAM
+from companion.data.landcover import CLASSES, LOVEDA, POTSDAM
 from companion.data.rasters import quiet
 from companion.errors import CorruptFile
 from companion.evaluation.metrics import landcover as metrics
@@ -80,7 +80,7 @@ def _label(decode: Callable, *values: int) -> int:
     """The label of a pixel with these values in a label file, or -1 where the file is refused."""
     source = _Source(np.array(values, np.uint8)[:, None, None])
     try:
-        return int(decode(source, source.pixels)[0, 0])
+        return int(decode(source)[0, 0])
     except CorruptFile:
         return -1
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from companion import backbones
 from companion.data import DATASETS, detection
-from companion.data.detection_sets import COCO_BASE, COCO_NOVEL, COCO_OTHER
+from companion.data.detection import COCO_BASE, COCO_NOVEL, COCO_OTHER
 from companion.evaluation.metrics.detection import evaluate, recognition_ap
 from companion.models.layers.state_dicts import official_state
 from companion.models.sic_cads import detectors, recipe

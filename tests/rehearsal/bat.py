@@ -70,7 +70,7 @@ def overlap(root: Path) -> Path:
 
 LASHER, BIKE = {"dataset": "rgbt/lasher"}, "TestingSet/testingset/bike"
 FAULTS = {
-    "a missing annotation": Fault(LASHER, spoil("TrainingSet/trainingset/man/init.txt", None), "annotation"),
+    "a missing annotation": Fault(LASHER, spoil("TrainingSet/trainingset/man/init.txt", None), "is not there"),
     "a box of three numbers": Fault(LASHER, spoil(f"{BIKE}/visible.txt", b"1,2,3,4\n1,2,3\n"), "line 2"),
     "an unreadable frame": Fault(LASHER, spoil(f"{BIKE}/infrared/i000.png", b"\x89PNG"), "cannot|not|truncated"),
     "an unreadable frame to train on": Fault(

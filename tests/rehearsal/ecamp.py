@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from companion.data import DATASETS, xrays
-from companion.data.xrays_sets import CLASSES, ONE_OF, REPORTS, SIZES, lists, tasks
+from companion.data.xrays import CLASSES, ONE_OF, REPORTS, SIZES, lists, tasks
 from tests.data.test_xrays import openi, picture, table
 from tests.rehearsal.common import Fault
 
@@ -96,8 +96,8 @@ def spoil(name: str, content: str | None = None, image: str = ""):  # type: igno
 TEST = "xrays/covidx/test_list.txt"
 MIMIC = run("pre-train", "xrays/mimic-cxr")
 FAULTS = {
-    "a missing list": Fault(COVIDX, spoil("xrays/covidx/val_list.txt"), "the list of val"),
-    "a shorter list": Fault(COVIDX, spoil(TEST, "train/test_0.png 1\n"), "1 images, 5 are known"),
+    "a missing list": Fault(COVIDX, spoil("xrays/covidx/val_list.txt"), "is not there"),
+    "a shorter list": Fault(COVIDX, spoil(TEST, "train/test_0.png 1\n"), "1 images in test_list.txt, 5 are"),
     "a label out of range": Fault(COVIDX, spoil(TEST, "train/test_0.png 3\n"), "line 1 .*'0', '1', '2'"),
     "a missing image": Fault(COVIDX, spoil("xrays/covidx/train/100_2.png"), "1 listed images are not there"),
     "an unreadable image": Fault(COVIDX, spoil("xrays/covidx/train/100_5.png", "no image"), "cannot read"),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from companion.data import DATASETS, landcover
-from companion.data.landcover_sets import LOVEDA, OEM, POTSDAM
+from companion.data.landcover import LOVEDA, OEM, POTSDAM
 from tests.data import test_landcover as layouts
 from tests.data.test_rasters import noise, written
 from tests.rehearsal.common import Fault
@@ -72,7 +72,7 @@ def colour(root: Path) -> Path:
 LABEL = "tokyo/labels/tokyo_1.tif"
 FAULTS = {
     "a missing list": Fault(EARTH, earth("val.txt"), "is not there"),
-    "a missing label": Fault(EARTH, earth(LABEL), "1 labels of 'train'"),
+    "a missing label": Fault(EARTH, earth(LABEL), "1 files of 'train'"),
     "a missing image": Fault(EARTH, earth("kyoto/images/kyoto_2.tif", named="val.txt"), "1 images of val.txt in kyoto"),
     "a label out of range": Fault(EARTH, earth(LABEL, np.full((1, 70, 90), 9, np.uint8)), "code 9; 0 to 8 are known"),
     "labels of another size": Fault(EARTH, earth(LABEL, layouts.labels(8, 60, 60)), "its image"),

@@ -65,8 +65,6 @@ def zone(latitude: float | None, longitude: float | None, reach: int = 0) -> str
         raise BadParameter("latitude", latitude, "-90 to 90 degrees")
     if not -180 <= longitude <= 360:
         raise BadParameter("longitude", longitude, "-180 to 360 degrees")
-    if reach < 0:
-        raise BadParameter("reach", reach, "0 or more cells")
     cells, names = _map()
     height, width = cells.shape
     row = min(int((90 - latitude) / 180 * height), height - 1)

@@ -6,17 +6,16 @@
     sets["test"].truth                     # the annotations, for `metrics.detection.evaluate`
 
 A class has an index, its rank among the categories sorted by id, and a category id. Opening a set reads its annotations
-and checks them; an image is decoded on access. `root` is the data folder; `detection_sets` describes the
-sets and their splits.
+and checks them; an image is decoded on access. `root` is the data folder; detection_sets.yaml describes the sets and
+their splits.
 """
 
 from __future__ import annotations
 
 import csv
 import functools
-import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -26,9 +25,21 @@ from torchvision.ops import box_convert
 
 from ..errors import BadParameter, CompanionError, CorruptFile, check_choice
 from ..ops.files import read_json
-from . import DataSet, Status, decoding, find, own_set
-from .classification import Images, _inside, check_listed
-from .detection_sets import COCO_BASE, COCO_NOVEL, COCO_OTHER, FILES, IMAGES, NAMES_FIX
+from . import DataSet, Status, decoding, facts, find, own_set, tables
+from .classification import Images, check_listed
+
+_FACTS = facts("detection")
+COCO_BASE: dict[str, int] = _FACTS["COCO_BASE"]
+"""The 48 base classes of OV-COCO and COCO's category ids."""
+COCO_NOVEL: dict[str, int] = _FACTS["COCO_NOVEL"]
+"""The 17 novel classes of OV-COCO and COCO's category ids."""
+COCO_OTHER: dict[str, int] = _FACTS["COCO_OTHER"]
+"""The 15 of COCO's 80 classes that are annotated nowhere in OV-COCO, and COCO's category ids."""
+FILES: dict[str, dict[str, tuple[str, ...]]] = _FACTS["FILES"]
+"""The annotation file of each split below the set's folder, the usual spelling first."""
+IMAGES: dict[str, dict[str, tuple[str, ...]]] = _FACTS["IMAGES"]
+"""Where the images of each split may be."""
+NAMES_FIX: tuple[str, ...] = _FACTS["NAMES_FIX"]
 
 OV_COCO_BASE, OV_COCO_NOVEL = tuple(COCO_BASE.values()), tuple(COCO_NOVEL.values())
 """Category ids of the 48 and the 17."""
@@ -153,9 +164,7 @@ def own_folder(annotations: str | Path, images: str | Path, novel: Sequence[str]
     """
     file, folder = Path(annotations), Path(images)
     own = own_set(folder, "detection", f"{file.name}    in COCO's format\n{folder}/    the images")
-    if not file.is_file():
-        raise own.missing(file.parent, f"{file} is not there")
-    truth = read_annotations(file)
+    truth = read_annotations(tables.existing(own, file.parent, file))
     named = {category["id"]: category["name"] for category in truth["categories"]}
     if unknown := set(novel) - {*named.values()}:
         raise BadParameter("novel", sorted(unknown), sorted({*named.values()}))
@@ -164,73 +173,91 @@ def own_folder(annotations: str | Path, images: str | Path, novel: Sequence[str]
 
 
 def read_annotations(path: str | Path) -> dict:
-    """An annotation file in COCO's or LVIS' format, checked field by field.
+    """An annotation file in COCO's or LVIS' format, checked against `SCHEMA`.
 
     LVIS' images have a `coco_url` instead of a `file_name`; its last two parts are used.
 
     Raises `CorruptFile` with the path, the entry and the field.
     """
-    path, found = Path(path), read_json(path)
+    found = read_json(path)
+
+    def wrong(detail: str) -> CorruptFile:
+        return CorruptFile(path, f"not COCO's format: {detail}")
+
     if not isinstance(found, dict):
-        raise CorruptFile(path, "not COCO's format: an object was expected")
-    for part in ("images", "annotations", "categories"):
-        if not isinstance(found.get(part, [] if part == "annotations" else None), list):
-            raise CorruptFile(path, f"not COCO's format: no list '{part}'")
+        raise wrong("an object was expected")
+    found.setdefault("annotations", [])
+    for image in found.get("images", ()):
+        if isinstance(image, dict) and "file_name" not in image and isinstance(image.get("coco_url"), str):
+            image["file_name"] = "/".join(image["coco_url"].split("/")[-2:])
+    known: dict[str, dict[object, int]] = {}
+    for part, fields in SCHEMA.items():
+        if not isinstance(found.get(part), list) or not (found[part] or part == "annotations"):
+            raise wrong(f"no list '{part}', or an empty one")
+        check_fields(found[part], part + "[{}]", fields, wrong)
+        known[part] = {}
+        for number, entry in enumerate(found[part] if "id" in fields else ()):
+            if known[part].setdefault(entry["id"], number) != number:
+                raise wrong(f"{part}[{number}]: id {entry['id']!r} stands there twice")
+    for part, name, others in REFERENCES:
+        for number, entry in enumerate(found[part]):
+            values = entry.get(name, [])
+            values = values if isinstance(values, list) else [values]
+            if lost := [v for v in values if not _is_id(v) or v not in known[others]]:
+                raise wrong(f"{part}[{number}]: '{name}' is {lost[0]!r}, which is none of '{others}'")
+    return found
 
-    def wrong(part: str, number: int, reason: str) -> CorruptFile:
-        return CorruptFile(path, f"{part}[{number}]: {reason}")
 
-    def field(part: str, number: int, entry: Mapping, name: str, kind: type | tuple) -> Any:
-        value = entry.get(name) if isinstance(entry, Mapping) else None
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise wrong(part, number, f"'{name}' is {value!r}")
-        return value
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
-    images, categories = [], {}
-    for number, entry in enumerate(found["categories"]):
-        category = field("categories", number, entry, "id", int)
-        field("categories", number, entry, "name", str)
-        if category in categories:
-            raise wrong("categories", number, f"id {category} stands there twice")
-        categories[category] = entry
-    known = set()
-    for number, entry in enumerate(found["images"]):
-        image = field("images", number, entry, "id", (int, str))
-        for side in ("width", "height"):
-            if field("images", number, entry, side, int) < 1:
-                raise wrong("images", number, f"'{side}' is {entry[side]}")
-        if image in known:
-            raise wrong("images", number, f"id {image!r} stands there twice")
-        known.add(image)
-        if "file_name" not in entry and isinstance(entry.get("coco_url"), str):
-            entry = {**entry, "file_name": "/".join(entry["coco_url"].split("/")[-2:])}
-        _inside(path, f"images[{number}]", field("images", number, entry, "file_name", str))
-        for name in ("pos_category_ids", "neg_category_ids", "not_exhaustive_category_ids"):
-            listed = field("images", number, entry, name, list) if name in entry else []
-            if unknown := [c for c in listed if not isinstance(c, int) or c not in categories]:
-                raise wrong("images", number, f"'{name}' has {sorted(unknown, key=str)[:3]}, which no category is")
-        images.append(entry)
-    annotations = found.get("annotations", [])
-    for number, entry in enumerate(annotations):
-        if field("annotations", number, entry, "image_id", (int, str)) not in known:
-            raise wrong("annotations", number, f"'image_id' is {entry['image_id']!r}, which no image is")
-        if field("annotations", number, entry, "category_id", int) not in categories:
-            raise wrong("annotations", number, f"'category_id' is {entry['category_id']}, which no category is")
-        if not is_box(entry.get("bbox")):
-            raise wrong("annotations", number, f"'bbox' is {str(entry.get('bbox'))[:80]}, not [x, y, width, height]")
-    if not images or not categories:
-        raise CorruptFile(path, "no images, or no categories")
-    return {**found, "images": images, "annotations": annotations}
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, str) or _is_whole(value)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -LARGEST <= value <= LARGEST
 
 
 def is_box(value: object) -> bool:
     """Whether `value` is [x, y, width, height] in pixels."""
-    return (
-        isinstance(value, (list, tuple))
-        and len(value) == 4
-        and all(isinstance(v, (int, float)) and not isinstance(v, bool) and -LARGEST <= v <= LARGEST for v in value)
-        and min(value[2:]) >= 0
-    )
+    return isinstance(value, (list, tuple)) and len(value) == 4 and all(map(_is_number, value)) and min(value[2:]) >= 0
+
+
+def _is_file(value: object) -> bool:
+    """Whether `value` is a path below the images' folder: a file must not make us read others."""
+    path = PureWindowsPath(value if isinstance(value, str) else "..")  # its parts end at / too
+    return not path.anchor and ".." not in path.parts
+
+
+Fields = Mapping[str, Callable[[Any], bool]]
+_SIDE: Fields = dict.fromkeys(("width", "height"), lambda value: _is_whole(value) and value > 0)
+SCHEMA: dict[str, Fields] = {
+    "categories": {"id": _is_whole, "name": lambda value: isinstance(value, str)},
+    "images": {"id": _is_id, "file_name": _is_file, **_SIDE},
+    "annotations": {"image_id": _is_id, "category_id": _is_whole, "bbox": is_box},
+}
+"""The fields of each part of COCO's format that are read here, and what each must be."""
+REFERENCES = [("annotations", "image_id", "images"), ("annotations", "category_id", "categories")]
+REFERENCES += [("images", f"{kind}_category_ids", "categories") for kind in ("pos", "neg", "not_exhaustive")]
+SHAPES: dict[str, Fields] = {
+    "bbox": {"bbox": is_box},
+    "segm": {"segmentation": lambda value: isinstance(value, dict) and {"size", "counts"} <= value.keys()},
+}
+"""The shape in a row of COCO's result format, by the kind of results."""
+
+
+def check_fields(rows: Sequence, place: str, fields: Fields, wrong: Callable[[str], CompanionError]) -> None:
+    """Raise `wrong` of the first row without one of the fields, or with a value that a field cannot have.
+
+    `place` names a row in the message, such as "images[{}]".
+    """
+    for number, row in enumerate(rows):
+        for name, fits in fields.items():
+            value = row.get(name) if isinstance(row, Mapping) else row
+            if not isinstance(row, Mapping) or not fits(value):
+                raise wrong(f"{place.format(number)}: '{name}' is {str(value)[:80]!r}")
 
 
 def check_results(rows: object, file: str | Path | None = None, kind: str = "bbox") -> list[dict]:
@@ -244,18 +271,8 @@ def check_results(rows: object, file: str | Path | None = None, kind: str = "bbo
 
     if not isinstance(rows, Sequence) or isinstance(rows, str):
         raise wrong("not COCO's result format: a list of objects was expected")
-    field = "bbox" if kind == "bbox" else "segmentation"
-    for number, row in enumerate(rows):
-        if lost := {"image_id", "category_id", "score", field} - (row.keys() if isinstance(row, Mapping) else set()):
-            raise wrong(f"row {number} without {sorted(lost)}: {str(row)[:120]}")
-        score, shape = row["score"], row[field]
-        if not isinstance(score, (int, float)) or isinstance(score, bool) or not -LARGEST <= score <= LARGEST:
-            raise wrong(f"row {number}: 'score' is {str(score)[:80]!r}, not a finite number")
-        if not isinstance(row["category_id"], int) or not isinstance(row["image_id"], (int, str)):
-            raise wrong(f"row {number}: 'image_id' or 'category_id' is no id: {str(row)[:120]}")
-        if not (is_box(shape) if field == "bbox" else isinstance(shape, dict) and {"size", "counts"} <= shape.keys()):
-            wanted = "[x, y, width, height]" if field == "bbox" else '{"size", "counts"}'
-            raise wrong(f"row {number}: '{field}' is {str(shape)[:80]}, not {wanted}")
+    fields = {"image_id": _is_id, "category_id": _is_whole, "score": _is_number} | dict(SHAPES[kind])
+    check_fields(rows, "row {}", fields, wrong)
     return [dict(row) for row in rows]
 
 
@@ -289,17 +306,10 @@ def lvis_categories() -> tuple[dict[str, Any], ...]:
 
     "coco" is the id of COCO's category of the same synset, None where there is none.
     """
-    with LVIS_CLASSES.open(encoding="utf-8", newline="") as lines:
-        rows = list(csv.DictReader(line for line in lines if not line.startswith("#")))
+    rows = [row for _, row in tables.rows(LVIS_CLASSES)]
     return tuple(
-        {
-            "id": number,
-            "name": row["name"],
-            "frequency": row["frequency"],
-            "synonyms": row["synonyms"].split(";"),
-            "coco": int(row["coco"]) if row["coco"] else None,
-        }
-        for number, row in enumerate(rows, 1)
+        row | {"id": i, "synonyms": row["synonyms"].split(";"), "coco": int(row["coco"] or 0) or None}
+        for i, row in enumerate(rows, 1)
     )
 
 
@@ -357,13 +367,10 @@ def repeat_factors(boxes: Boxes, threshold: float = 0.001) -> np.ndarray:
 def status(dataset: DataSet, root: Path) -> Status:
     """See `companion.data.status`: annotations are read, no image is opened."""
     folder, counts = dataset.folder(root), []
-    files = [any((folder / file).is_file() for file in names) for names in FILES[dataset.name].values()]
-    if not any(files):
+    if not any((folder / file).is_file() for names in FILES[dataset.name].values() for file in names):
         return Status("missing", f"no annotations in {folder}")
     for split in FILES[dataset.name]:
-        truth, _, _ = _read(dataset, root, split)
-        place = _folder(dataset, root, split, truth)
-        wanted = {str(place / image["file_name"]) for image in truth["images"]}
+        wanted = {*load(dataset.name, root, split).sources}
         check_listed(dataset, root, wanted)
         counts.append(f"{len(wanted):,} in {split}")
     return Status("present", f"images: {', '.join(counts)}")
@@ -374,15 +381,10 @@ def status(dataset: DataSet, root: Path) -> Status:
 
 def _read(dataset: DataSet, root: Path, split: str) -> tuple[dict, Sequence[int], Sequence[int]]:
     """The annotations of a split, and the category ids of base and novel classes."""
-    folder, names = dataset.folder(root), FILES[dataset.name][split]
-    if not folder.is_dir():
-        raise dataset.missing(root)
-    file = next((folder / name for name in names if (folder / name).is_file()), None)
-    if file is None:
-        raise dataset.missing(root, f"{folder / names[0]} is not there")
+    folder = dataset.folder(root)
+    file = tables.existing(dataset, root, *(folder / name for name in FILES[dataset.name][split]))
     found = read_annotations(file)
-    if (known := dataset.sizes.get(split)) and len(found["images"]) != known:
-        raise dataset.missing(root, f"{file} has {len(found['images']):,} images, {known:,} are expected")
+    tables.check_count(dataset, root, len(found["images"]), dataset.sizes.get(split), f"images in {file}")
     ids = [category["id"] for category in found["categories"]]
     if dataset.classes and len(ids) != dataset.classes:
         raise CorruptFile(file, f"{len(ids)} categories, {dataset.classes} are expected")
@@ -392,12 +394,10 @@ def _read(dataset: DataSet, root: Path, split: str) -> tuple[dict, Sequence[int]
             raise CorruptFile(file, f"the categories {wrong[:5]} have not COCO's ids")
         return ov_coco(found, split), OV_COCO_BASE, OV_COCO_NOVEL
     if dataset.name == "detection/ov-lvis":
-        groups: dict[str, list] = {letter: [] for letter in FREQUENCIES}
-        for number, category in enumerate(found["categories"]):
-            if category.get("frequency") not in groups:
-                raise CorruptFile(file, f"categories[{number}]: 'frequency' is {category.get('frequency')!r}")
-            groups[category["frequency"]].append(category["id"])
-        return ov_lvis(found, split), sorted(groups["c"] + groups["f"]), groups["r"]
+        often: Fields = {"frequency": lambda value: value in FREQUENCIES}
+        check_fields(found["categories"], "categories[{}]", often, functools.partial(CorruptFile, file))
+        rare = {category["id"] for category in found["categories"] if category["frequency"] == "r"}
+        return ov_lvis(found, split), sorted({*ids} - rare), sorted(rare)
     if dataset.name == "detection/objects365":
         return _renamed(found, folder, file), (), ()
     return found, (), ()
@@ -408,11 +408,10 @@ def _renamed(found: Mapping, folder: Path, file: Path) -> dict:
     table = next((folder / name for name in NAMES_FIX if (folder / name).is_file()), None)
     if table is None or "fixname" in file.name:
         return dict(found)
-    with table.open(encoding="utf-8-sig", newline="") as lines:
-        rows = list(csv.reader(lines))
-    if any(len(row) < 3 or not re.fullmatch(r"\d+", row[0].strip()) for row in rows):
-        raise CorruptFile(table, "lines 'id,old name,new name' were expected")
-    names = {int(row[0]): row[2].strip() for row in rows}
+    try:
+        names = {int(number): name.strip() for number, _, name, *_ in csv.reader(tables.lines(table))}
+    except ValueError as error:
+        raise CorruptFile(table, f"lines 'id,old name,new name' were expected ({error})") from error
     categories = [{**category, "name": names.get(category["id"], category["name"])} for category in found["categories"]]
     return {**found, "categories": categories}
 
@@ -425,6 +424,5 @@ def _folder(dataset: DataSet, root: Path, split: str, truth: Mapping) -> Path:
     for place in places:
         if all((place / name).is_file() for name in ends):
             return place
-    absent = next((name for name in ends if not any((place / name).is_file() for place in places)), ends[0])
     where = " or ".join(str(place) for place in places)
-    raise dataset.missing(root, f"the annotations list {absent}, which is not in {where}")
+    raise dataset.missing(root, f"the annotations list {' and '.join(ends)}, which are not both in {where}")

@@ -31,8 +31,6 @@ class Scale(v2.Transform):
 
     def __init__(self, scales: Sequence[float] = SCALES):
         super().__init__()
-        if not scales or min(scales) <= 0:
-            raise BadParameter("scales", scales, "one or more above 0")
         self.scales = tuple(scales)
 
     def make_params(self, flat_inputs: list) -> dict[str, float]:
@@ -58,8 +56,6 @@ class SmartCrop(torch.nn.Module):
 
     def __init__(self, size: int, ignore: int, most: float = 0.75, tries: int = 11, *, every: bool = False):
         super().__init__()
-        if size < 1 or tries < 1 or not 0 < most <= 1:
-            raise BadParameter("size, most, tries", (size, most, tries), "1 or more pixels, a share, 1 or more")
         self.size, self.ignore, self.most, self.tries = size, ignore, most, tries
         self.counted = ignore + every
         self.crop = v2.RandomCrop(size)
@@ -140,8 +136,6 @@ class Mosaic(Dataset):
     """
 
     def __init__(self, data: LandCover, p: float, groups: Sequence[Hashable], transform: Transform | None = None):
-        if not 0 <= p <= 1:
-            raise BadParameter("p", p, "0 to 1")
         if len(groups) != len(data):
             raise BadParameter("groups", f"{len(groups)} of them", f"{len(data)}, one for each item")
         self.data, self.p, self.transform = data, p, transform

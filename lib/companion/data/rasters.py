@@ -30,18 +30,13 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in Ge
 CACHE_MB = 256  # of GDAL's decoded blocks; its default is a fraction of the machine's memory
 
 
-def _rasterio():
+@contextlib.contextmanager
+def quiet() -> Iterator[Any]:
+    """rasterio, with a bounded cache, no sidecar files and no warnings about images without a georeference."""
     try:
         import rasterio
     except ImportError as error:
         raise CompanionError("GeoTIFFs need rasterio, which is not installed: pip install -e '.[landcover]'") from error
-    return rasterio
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[Any]:
-    """rasterio, with a bounded cache, no sidecar files and no warnings about images without a georeference."""
-    rasterio = _rasterio()
     with rasterio.Env(GDAL_CACHEMAX=CACHE_MB, GDAL_PAM_ENABLED="NO"), warnings.catch_warnings():
         warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
         yield rasterio
@@ -64,25 +59,22 @@ class Raster:
     """
 
     def __init__(self, path: str | Path, crs: object = None):
-        rasterio, self.path = _rasterio(), Path(path)
-        with quiet():
+        self.path = Path(path)
+        with quiet() as rasterio:
             try:
                 self._file = rasterio.open(self.path)
             except rasterio.errors.RasterioError as error:
                 raise CorruptFile(path, f"no image that GDAL reads ({error})") from error
-            self.size, self.transform = (self._file.height, self._file.width), self._file.transform
-            self.crs = self._file.crs or self._sidecar_crs() or (rasterio.crs.CRS.from_user_input(crs) if crs else None)
+            self.size, self.transform, self.crs = self._file.shape, self._file.transform, self._file.crs
+            beside = self.path.with_suffix(".prj")
+            try:
+                if self.crs is None and beside.is_file():
+                    self.crs = rasterio.crs.CRS.from_wkt(beside.read_text(encoding="utf-8-sig"))
+            except (rasterio.errors.CRSError, UnicodeDecodeError) as error:
+                raise CorruptFile(beside, f"no coordinate system ({error})") from error
+            if self.crs is None and crs is not None:
+                self.crs = rasterio.crs.CRS.from_user_input(crs)
         self._whole: np.ndarray | None = None  # a decoded PNG or JPEG, (H, W) or (H, W, bands)
-
-    def _sidecar_crs(self):
-        """The coordinate system in a .prj file with the image's name."""
-        rasterio, path = _rasterio(), self.path.with_suffix(".prj")
-        if not path.is_file():
-            return None
-        try:
-            return rasterio.crs.CRS.from_wkt(path.read_text(encoding="utf-8-sig"))
-        except (rasterio.errors.CRSError, UnicodeDecodeError) as error:
-            raise CorruptFile(path, f"no coordinate system ({error})") from error
 
     def __enter__(self) -> Raster:
         return self
@@ -100,11 +92,10 @@ class Raster:
         """Latitude and longitude of the centre in degrees; None without a georeference."""
         if self.crs is None or self.transform.is_identity:
             return None
-        rasterio = _rasterio()
+        from rasterio.transform import xy
         from rasterio.warp import transform
 
-        height, width = self.size
-        x, y = rasterio.transform.xy(self.transform, height / 2, width / 2, offset="ul")
+        x, y = xy(self.transform, self.size[0] / 2, self.size[1] / 2, offset="ul")
         (longitude,), (latitude,) = transform(self.crs, "EPSG:4326", [x], [y])
         return (latitude, longitude) if math.isfinite(latitude) and math.isfinite(longitude) else None
 
@@ -114,7 +105,6 @@ class Raster:
         """A window of some bands, counted from 1, uint8 (bands, rows, columns); by default the whole image.
 
         Raises `CorruptFile`: fewer bands, another type than uint8, or a window that cannot be decoded."""
-        rasterio = _rasterio()
         if self._file.count < max(bands):
             way = " (grey: gdal_translate -b 1 -b 1 -b 1; a palette: -expand rgb)" if max(bands) == 3 else ""
             raise CorruptFile(self.path, f"it has {self._file.count} band(s), {max(bands)} are needed{way}")
@@ -124,9 +114,9 @@ class Raster:
         if self._file.driver != "GTiff":
             part = np.atleast_3d(self._decoded())[top : top + rows, left : left + columns]
             return np.stack([part[..., band - 1] for band in bands])
-        with quiet():
+        with quiet() as rasterio:
             try:
-                return self._file.read(list(bands), window=rasterio.windows.Window(left, top, columns, rows))
+                return self._file.read(list(bands), window=((top, top + rows), (left, left + columns)))
             except rasterio.errors.RasterioError as error:
                 raise CorruptFile(self.path, f"rows {top} to {top + rows} cannot be decoded ({error})") from error
 
@@ -147,11 +137,10 @@ class Raster:
         """True where a window has data, (rows, columns), by the file's no-data value, mask or transparency.
 
         A fourth band is transparency if the file declares it so, otherwise infrared."""
-        rasterio = _rasterio()
-        if all(rasterio.enums.MaskFlags.all_valid in flags for flags in self._file.mask_flag_enums):
-            return np.ones((rows, columns), bool)
-        with quiet():
-            return self._file.dataset_mask(window=rasterio.windows.Window(left, top, columns, rows)) > 0
+        with quiet() as rasterio:
+            if all(rasterio.enums.MaskFlags.all_valid in flags for flags in self._file.mask_flag_enums):
+                return np.ones((rows, columns), bool)
+            return self._file.dataset_mask(window=((top, top + rows), (left, left + columns))) > 0
 
     @property
     def colours(self) -> dict[int, tuple[int, ...]]:

@@ -12,7 +12,6 @@ needs the extra `slides`.
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
 import math
 import warnings
@@ -21,14 +20,13 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from ..errors import BadParameter, CorruptFile, MissingData, check_choice
 from ..ops.files import atomic, atomic_folder, sha256
-from . import DataSet, Parts, Status, find
+from . import DataSet, Parts, Status, find, tables
 
 SPLITS = ("train", "tune", "test")
 GRADES = 6
@@ -59,26 +57,28 @@ class Item:
     patient: str = ""
 
 
+_ISUP = {
+    "negative": 0,
+    "0+0": 0,
+    "3+3": 1,
+    "3+4": 2,
+    "4+3": 3,
+    "4+4": 4,
+    "3+5": 4,
+    "5+3": 4,
+    "4+5": 5,
+    "5+4": 5,
+    "5+5": 5,
+}
+
+
 def isup(gleason: str) -> int:
     """The ISUP grade, 0 to 5, of a Gleason score such as "4+3"; "negative" and "0+0" are 0."""
-    grades = {
-        "negative": 0,
-        "0+0": 0,
-        "3+3": 1,
-        "3+4": 2,
-        "4+3": 3,
-        "4+4": 4,
-        "3+5": 4,
-        "5+3": 4,
-        "4+5": 5,
-        "5+4": 5,
-        "5+5": 5,
-    }
-    check_choice("gleason", gleason, grades)
-    return grades[gleason]
+    check_choice("gleason", gleason, _ISUP)
+    return _ISUP[gleason]
 
 
-def load(name: str, root: str | Path, split: str = "all", fold: int = 0, exclude: Iterable[str] = ()) -> list[Item]:
+def load(name: str, root: str | Path, split: str = "all", fold: int = 0) -> list[Item]:
     """The slides of one split, in the order of its list. No image is opened.
 
     Args:
@@ -86,7 +86,6 @@ def load(name: str, root: str | Path, split: str = "all", fold: int = 0, exclude
         root: the data folder.
         split: "all" for every slide of train.csv, or "train", "tune", "test" of a fold.
         fold: number of the fold.
-        exclude: ids to leave out, such as a list of noisy labels.
 
     Raises:
         BadParameter: unknown name or split.
@@ -96,33 +95,29 @@ def load(name: str, root: str | Path, split: str = "all", fold: int = 0, exclude
     dataset = find(name, "slides")
     check_choice("split", split, ("all", *SPLITS))
     every = {item.name: item for item in _table(dataset, Path(root))}
-    gone = set(exclude)
     if split == "all":
-        return [item for item in every.values() if item.name not in gone]
+        return [*every.values()]
     path = dataset.folder(root) / "folds" / f"fold-{fold}" / f"{split}.csv"
     if not path.is_file():
         how = f'write_folds("{name}", "{root}", test=0.2)'  # with a share of 0 there is no list of test slides
         raise dataset.missing(root, f"no list {path}; `companion.data.slides.{how}` makes five folds with all lists")
     items = []
-    for line, row in _rows(path, ("slide_id", "isup_grade")):
+    for line, row in _rows(path, "slide_id", "isup_grade"):
         if row["slide_id"] not in every:
             raise CorruptFile(path, f"line {line}: {row['slide_id']!r} is in no line of train.csv")
-        item = every[row["slide_id"]]
         grade = _grade(path, line, row["isup_grade"], dataset.classes)
-        if item.name not in gone:
-            items.append(dataclasses.replace(item, grade=grade))
+        items.append(dataclasses.replace(every[row["slide_id"]], grade=grade))
     return items
 
 
-def folder(path: str | Path, labels: str | Path | None = None, column: str = "label") -> list[Item]:
+def folder(path: str | Path) -> list[Item]:
     """Your own slides, sorted by name: in one folder per class, or in one folder with a table.
 
     Args:
-        path: the folder; any format that openslide reads.
-        labels: a CSV with `slide_id` (the file's name, with or without its ending) and `column`; by default
-            `<path>/labels.csv` if it exists. Classes are grades from 0 to 5, all counted even if some have no slide; or
-            0, 1, 2, ... without a gap; or names, numbered in sorted order. A column `patient` keeps a patient's slides
-            in one part of a split, see `split_folds`.
+        path: the folder; any format that openslide reads. Its table `labels.csv` has `slide_id` (the file's name, with
+            or without its ending) and `label`. Classes are grades from 0 to 5, all counted even if some have no slide;
+            or 0, 1, 2, ... without a gap; or names, numbered in sorted order. A column `patient` keeps a patient's
+            slides in one part of a split, see `split_folds`.
 
     Raises:
         MissingData: there is no folder, no slide in it, or a slide in the table is missing.
@@ -130,36 +125,35 @@ def folder(path: str | Path, labels: str | Path | None = None, column: str = "la
             some slides only.
     """
     path = Path(path)
-    files = unlabelled(path)
-    labels = Path(labels) if labels else path / "labels.csv"
-    if labels.is_file():
+    files, source = unlabelled(path), path / "labels.csv"
+    if source.is_file():
         found = []
-        for line, row in _rows(labels, ("slide_id", column)):
-            name, label = row["slide_id"], row[column].strip()
-            stem = name if name in files else Path(name).stem
-            if stem not in files:
-                raise _missing(path, f"the slide {name!r} of {labels}, line {line}")
+        for line, row in _rows(source, "slide_id", "label"):
+            name, label = _stem(row["slide_id"], files), row["label"].strip()
+            if name not in files:
+                raise _missing(path, f"the slide {name!r} of {source}, line {line}")
             if label.lower() in ("", "nan", "na", "n/a", "none", "null"):
-                raise CorruptFile(labels, f"line {line}: the slide {name!r} has no class ({label!r}): leave it out")
-            patient = row.get("patient", "").strip()
-            if "patient" in row and not patient:
-                raise CorruptFile(labels, f"line {line}: the slide {name!r} has no patient: fill or drop the column")
-            found.append((stem, files[stem], label, patient))
+                raise CorruptFile(source, f"line {line}: the slide {name!r} has no class ({label!r}): leave it out")
+            if not row.get("patient", "all").strip():
+                raise CorruptFile(source, f"line {line}: the slide {name!r} has no patient: fill or drop the column")
+            found.append((name, label, row.get("patient", "").strip()))
     else:
-        found = [
-            (file.stem, file, group.name, "")
-            for group in sorted(path.iterdir())
-            if group.is_dir()
-            for file in sorted(group.iterdir())
-            if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
-        ]
+        source = path
+        found = [(name, file.parent.name, "") for name, file in files.items() if file.parent.parent == path]
     if not found:
         raise _missing(path, "no labels.csv and no folder for each class: no file gives the class of a slide")
     if twice := [name for name, count in Counter(name for name, *_ in found).items() if count > 1]:
-        raise CorruptFile(labels if labels.is_file() else path, f"the slide {twice[0]!r} is there twice")
-    numbers = _numbered(labels if labels.is_file() else path, sorted({label for *_, label, _ in found}))
-    items = [Item(name, file, numbers[label], patient=patient) for name, file, label, patient in found]
-    return sorted(items, key=lambda item: item.name)
+        raise CorruptFile(source, f"the slide {twice[0]!r} is there twice")
+    numbers = _numbered(source, sorted({label for _, label, _ in found}))
+    return sorted(
+        (Item(name, files[name], numbers[label], patient=patient) for name, label, patient in found),
+        key=lambda item: item.name,
+    )
+
+
+def _stem(name: str, files: Collection[str]) -> str:
+    """The name of a slide in a table, which may have the ending of its file."""
+    return name if name in files else Path(name).stem
 
 
 def unlabelled(path: str | Path) -> dict[str, Path]:
@@ -190,16 +184,14 @@ def spacings(path: str | Path, slides: Collection[str]) -> dict[str, float]:
     0; file and line are named.
     """
     found: dict[str, float] = {}
-    for line, row in _rows(Path(path), ("slide_id", "mpp")):
-        name = row["slide_id"] if row["slide_id"] in slides else Path(row["slide_id"]).stem
+    for line, row in _rows(Path(path), "slide_id", "mpp"):
+        name = _stem(row["slide_id"], slides)
         if name not in slides or name in found:
             wrong = "there twice" if name in found else "none of the slides"
             raise CorruptFile(path, f"line {line}: {row['slide_id']!r} is {wrong}")
-        try:
+        with contextlib.suppress(ValueError):
             found[name] = float(row["mpp"])
-        except ValueError:
-            found[name] = math.nan
-        if not 0 < found[name] < math.inf:
+        if not 0 < found.get(name, math.nan) < math.inf:
             raise CorruptFile(path, f"line {line}: mpp is {row['mpp']!r}, microns per pixel above 0 are expected")
     return found
 
@@ -230,70 +222,50 @@ def split_folds(items: Sequence[Item], folds: int = 5, test: float = 0.0, seed: 
 
     Args:
         folds: their number; each has a different tuning share and trains on the rest.
-        test: share used by no fold for training or tuning; the same for all. With patients the nearest of 1/2, 1/3, ...
+        test: share used by no fold for training or tuning, the same for all: the nearest of 1/2, 1/3, ..., or 0.
 
     Returns:
         For each fold its "train", "tune" and "test" slides.
 
-    Raises `BadParameter`: fewer slides, or patients, than folds.
+    Slides of fewer than `folds` in every grade are split at random.
+
+    Raises `BadParameter`: fewer slides than folds; fewer patients, or slides of the most frequent grade if patients are
+    known.
     """
-    if folds < 2 or folds > len(items):
-        raise BadParameter("folds", folds, f"2 to {len(items)}, the slides there are")
-    if not 0 <= test < 1:
-        raise BadParameter("test", test, "0 or more and less than 1")
-    if any(item.patient for item in items):
-        return _split_patients(items, folds, test, seed)
-    groups: dict[tuple[int, str], list[int]] = {}
-    for i, item in enumerate(items):
-        groups.setdefault((item.grade, item.provider), []).append(i)
-    rng = np.random.default_rng(seed)
-    held: set[int] = set()
-    part: dict[int, int] = {}
-    dealt = 0
-    for _, members in sorted(groups.items()):
-        members = [members[k] for k in rng.permutation(len(members))]
-        cut = round(test * len(members))
-        held |= set(members[:cut])
-        for i in members[cut:]:  # dealt out in turn, continuing from one group to the next
-            part[i] = dealt % folds
-            dealt += 1
-    found = []
-    for fold in range(folds):
-        chosen = {"train": [i for i in part if part[i] != fold], "tune": [i for i in part if part[i] == fold]}
-        found.append({name: [items[i] for i in sorted(own)] for name, own in (chosen | {"test": list(held)}).items()})
-    return found
+    from sklearn import model_selection  # here: it takes a second to import
 
-
-def _split_patients(items: Sequence[Item], folds: int, test: float, seed: int) -> list[dict[str, list[Item]]]:
-    """`split_folds` where patients are known."""
-    from sklearn.model_selection import StratifiedGroupKFold  # here: it takes a second to import
+    known = any(item.patient for item in items)
 
     def dealt(own: Sequence[Item], parts: int) -> list[list[list[Item]]]:
         """For each of `parts` the other slides and its own."""
-        grades, patients = [f"{item.grade} {item.provider}" for item in own], [item.patient for item in own]
-        count, most = len(set(patients)), max(Counter(grades).values())
-        if parts > min(count, most):
-            few = f"{count} patients, {most} slides of the most frequent grade"
-            raise BadParameter("folds, test", (folds, test), f"those that need fewer than {parts} parts of {few}")
-        splitter = StratifiedGroupKFold(parts, shuffle=True, random_state=seed)
+        grades = [f"{item.grade} {item.provider}" for item in own]
+        patients = [item.patient for item in own] if known else None
+        count, most = len(set(patients or own)), max(Counter(grades).values(), default=0)
+        if not 2 <= parts <= (min(count, most) if known else count):
+            few = f"{count} {'patients' if known else 'slides'}, {most} slides of the most frequent grade"
+            raise BadParameter("folds, test", (folds, test), f"those that need 2 parts or more of {few}")
+        kind = "StratifiedGroupKFold" if known else "StratifiedKFold" if parts <= most else "KFold"
+        splitter = getattr(model_selection, kind)(parts, shuffle=True, random_state=seed)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The least populated class")  # some parts lack rare grades
-            chosen = list(splitter.split(own, grades, patients))
-        return [[[own[i] for i in sorted(numbers)] for numbers in pair] for pair in chosen]
+            return [[[own[i] for i in numbers] for numbers in pair] for pair in splitter.split(own, grades, patients)]
 
+    if not 0 <= test < 1:
+        raise BadParameter("test", test, "0 or more and less than 1")
     rest, held = dealt(items, max(round(1 / test), 2))[0] if test else (list(items), [])
     return [{"train": train, "tune": tune, "test": held} for train, tune in dealt(rest, folds)]
 
 
 def write_folds(
-    name: str, root: str | Path, folds: int = 5, test: float = 0.0, seed: int = 0, exclude: Iterable[str] = ()
+    name: str, root: str | Path, folds: int = 5, test: float = 0.0, seed: int = 0, exclude: Collection[str] = ()
 ) -> Path:
     """Write `split_folds` of a set to `folds/fold-<k>/{train,tune,test}.csv` and return the folder.
 
+    Slides whose names are in `exclude`, such as a list of noisy labels, are in none of the lists.
     Existing lists in that folder are deleted: mixing two partitions would train on test slides.
     """
-    items = load(name, root, exclude=exclude)
     out = find(name, "slides").folder(root) / "folds"
+    items = [item for item in load(name, root) if item.name not in exclude]
     with atomic_folder(out) as new:
         for k, fold in enumerate(split_folds(items, folds, test, seed)):
             for split, own in fold.items():
@@ -357,32 +329,33 @@ class Features(Parts, Dataset):
         self.items: list[Item] = []
         self.files: list[Path] = []
         self.dropped: list[str] = []
-        counts = []
+        counts = [0]
         for item in items:
             file = next((f for f in (self.path / f"{item.name}{end}" for end in (".h5", ".pt")) if f.is_file()), None)
-            shape = (0,) if file is None else self._shape(file)
-            if file is None or not shape[0]:
+            count, *shape = (0,) if file is None else self._shape(file)
+            if file is None or not count:
                 if not drop:
                     what = "no features" if file is None else "no region with tissue"
-                    layout = "<slide_id>.h5    or <slide_id>.pt"
-                    source = "`companion slides`, one slide after the other"
-                    raise MissingData(
-                        "features of slides", self.path, layout, source, "that of the slides", f"{what}: {item.name}"
+                    layout, source = (
+                        "<slide_id>.h5    or <slide_id>.pt",
+                        "`companion slides`, one slide after the other",
                     )
+                    licence = "that of the slides"
+                    raise MissingData("features of slides", self.path, layout, source, licence, f"{what}: {item.name}")
                 self.dropped.append(item.name)
                 continue
-            if self.items and shape[1:] != self.shape:
-                raise CorruptFile(file, f"its features are {shape[1:]}, those of other slides {self.shape}")
-            self.shape = shape[1:]
+            if self.items and tuple(shape) != self.shape:
+                raise CorruptFile(file, f"its features are {tuple(shape)}, those of other slides {self.shape}")
+            self.shape = tuple(shape)
             self.items.append(item)
             self.files.append(file)
-            counts.append(shape[0])
-        self.longest = longest or max(counts, default=0)
+            counts.append(count)
+        self.longest = longest or max(counts)
 
     def _shape(self, file: Path) -> tuple[int, ...]:
         if file.suffix == ".h5":
             with _stored(file) as stored:
-                return tuple(stored["features"].shape)
+                return stored["features"].shape
         return tuple(self._read(file).shape)
 
     @staticmethod
@@ -390,8 +363,7 @@ class Features(Parts, Dataset):
         if file.suffix == ".h5":
             return read_features(file)["features"]
         try:
-            features = torch.load(file, map_location="cpu", weights_only=True)
-            return features.float()
+            return torch.load(file, map_location="cpu", weights_only=True).float()
         except Exception as error:  # a damaged file can raise anything
             raise CorruptFile(file, f"no tensor of features ({type(error).__name__})") from error
 
@@ -433,26 +405,18 @@ def status(dataset: DataSet, root: Path) -> Status:
 def _table(dataset: DataSet, root: Path) -> list[Item]:
     """The slides of train.csv, each with an existing file."""
     top = dataset.folder(root)
-    path = top / "train.csv"
-    if not top.is_dir() or not path.is_file():
-        raise dataset.missing(root, f"no table {path}")
-    there = {file.name for file in (top / "train_images").glob("*.tiff")}
-    masks = {file.name for file in (top / "train_label_masks").glob("*_mask.tiff")}
+    path = tables.existing(dataset, root, top / "train.csv")
+    there = {file.name for folder in ("train_images", "train_label_masks") for file in (top / folder).glob("*.tiff")}
     items, lost = [], []
-    for line, row in _rows(path, _COLUMNS):
-        name = row["image_id"]
-        if f"{name}.tiff" not in there:
-            lost.append(name)
-        mask = top / "train_label_masks" / f"{name}_mask.tiff" if f"{name}_mask.tiff" in masks else None
-        grade = _grade(path, line, row["isup_grade"], dataset.classes)
-        items.append(
-            Item(name, top / "train_images" / f"{name}.tiff", grade, mask, row["data_provider"], row["gleason_score"])
-        )
+    for line, row in _rows(path, *_COLUMNS):
+        name, grade = row["image_id"], _grade(path, line, row["isup_grade"], dataset.classes)
+        image, mask = top / "train_images" / f"{name}.tiff", top / "train_label_masks" / f"{name}_mask.tiff"
+        lost += [] if image.name in there else [name]
+        found = mask if mask.name in there else None
+        items.append(Item(name, image, grade, found, row["data_provider"], row["gleason_score"]))
     if lost:
         raise dataset.missing(root, f"{len(lost)} of {len(items)} slides, the first: train_images/{lost[0]}.tiff")
-    expected = dataset.sizes.get("train")
-    if expected is not None and len(items) != expected:
-        raise dataset.missing(root, f"{path} has {len(items)} slides, {expected} are expected")
+    tables.check_count(dataset, root, len(items), dataset.sizes.get("train"), f"slides in {path}")
     return items
 
 
@@ -462,24 +426,13 @@ def _grade(path: Path, line: int, text: str, classes: int) -> int:
     raise CorruptFile(path, f"line {line}: the grade {text!r} is not one of 0 to {classes - 1}")
 
 
-def _rows(path: Path, columns: Sequence[str]) -> list[tuple[int, dict[str, str]]]:
+def _rows(path: Path, *columns: str) -> Iterator[tuple[int, dict[str, str]]]:
     """The lines of a CSV with their numbers; the first column's names are plain file names, each unique."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            if absent := [name for name in columns if name not in (reader.fieldnames or [])]:
-                raise CorruptFile(path, f"no column {absent[0]!r}; it has {reader.fieldnames}")
-            rows = [(reader.line_num, row) for row in reader]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise CorruptFile(path, f"no table ({error})") from error
     seen: set[str] = set()
-    for line, row in rows:
-        if None in row.values():
-            raise CorruptFile(path, f"line {line} has fewer cells than the first")
+    for line, row in tables.rows(path, *columns):
         name = row[columns[0]]
-        if not name or "/" in name or "\\" in name or name.startswith("."):
-            raise CorruptFile(path, f"line {line}: {name!r} is not the name of a slide")
-        if name in seen:
-            raise CorruptFile(path, f"line {line}: {name!r} is there twice")
+        if not tables.is_name(name) or name in seen:
+            wrong = "there twice" if name in seen else "not the name of a slide"
+            raise CorruptFile(path, f"line {line}: {name!r} is {wrong}")
         seen.add(name)
-    return rows
+        yield line, row

@@ -6,7 +6,7 @@
     reports("xrays/mimic-cxr", "data").texts[0]
 
 `root` is the data folder (`data`). Opening a set reads its list; an image is decoded on access.
-`xrays_sets` describes the sets.
+xrays_sets.yaml describes the sets.
 
 Images come as one grey channel in 0 to 1: 16-bit images keep their full depth, colours are converted to grey as by PIL
 (as in the authors' code also fundus images for classification; for segmentation RIGA keeps its colours), and a DICOM's
@@ -19,10 +19,11 @@ from __future__ import annotations
 import ast
 import csv
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -30,15 +31,32 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
-from torchvision.datasets.utils import check_integrity, download_url
+from torchvision.datasets.utils import download_url
+from torchvision.ops import box_convert
 from torchvision.transforms import v2
 
 from ..errors import BadParameter, CorruptFile, check_choice
 from ..ops.config import configure
-from ..ops.files import atomic, read_json
-from . import DataSet, Parts, Status, decoding, downloading, find, own_set
-from .xrays_sets import ONE_OF, REPORTS, SIZES, TASKS, WINDOWS, lists, tasks
+from ..ops.files import atomic
+from . import DataSet, Parts, Status, decoding, downloading, facts, find, own_set, tables
 
+_FACTS = facts("xrays")
+TASKS: tuple[str, ...] = _FACTS["TASKS"]
+CLASSES: dict[str, tuple[str, ...]] = _FACTS["CLASSES"]
+"""Names by label, in the order of the columns in the authors' lists; of COVIDx and APTOS, whose lists have class
+numbers, the names of the sets' own tables."""
+ONE_OF: tuple[str, ...] = _FACTS["ONE_OF"]
+"""Sets with one class an image; all others have 0 or 1 for each class."""
+SIZES: dict[tuple[str, str], dict[str, int]] = {
+    (name, task): lengths for name, by_task in _FACTS["SIZES"].items() for task, lengths in by_task.items()
+}
+"""Images of each list: the training list for 1, 10 and 100 % of the labels, validation and test. Those of 100 % that
+are absent here could not be read; a list of any length is accepted for them."""
+REPORTS: tuple[str, ...] = _FACTS["REPORTS"]
+WINDOWS: tuple[str, ...] = _FACTS["WINDOWS"]
+
+# the training list for 1, 10 and 100 % of the labels (none is part of a larger one), then validation and test
+_SPLITS = {"1": "train_list_1", "10": "train_list_10", "100": "train_list", "val": "val_list", "test": "test_list"}
 SPLITS = ("train", "val", "test")
 SHARES = ("1", "10", "100")
 MEAN, STD = 0.4722, 0.3028  # of grey values downstream, as released
@@ -52,6 +70,16 @@ _CHESTMNIST = (
 )
 
 Transform = Callable[[Tensor], Tensor]
+
+
+def lists(task: str) -> dict[str, str]:
+    """The list of each share and split of a task, below a set's folder."""
+    return {key: f"{stem}.{'txt' if task == 'classification' else 'csv'}" for key, stem in _SPLITS.items()}
+
+
+def tasks(name: str) -> tuple[str, ...]:
+    """The tasks that a set supports, the usual one first."""
+    return tuple(task for task in TASKS if (name, task) in SIZES) or ("pre-training",)
 
 
 # --- one image --------------------------------------------------------------------------------------------------------
@@ -73,19 +101,16 @@ def rle_mask(runs: str, side: int = RUN_SIDE) -> np.ndarray:
 
     Raises `ValueError`: not pairs of whole numbers, or a run beyond the image.
     """
-    flat = np.zeros(side * side, bool)
-    numbers = [int(n) for n in runs.split()]
-    if numbers == [-1]:
-        return flat.reshape(side, side)
-    if len(numbers) % 2:
-        raise ValueError("an odd number of starts and lengths")
-    at = 0
-    for start, length in zip(numbers[::2], numbers[1::2], strict=True):
-        at += start
-        if start < 0 or length < 0 or at + length > flat.size:
-            raise ValueError(f"a run of {length} at {at} is not inside {flat.size} pixels")
-        flat[at : at + length] = True
-        at += length
+    flat, numbers = np.zeros(side * side, bool), np.array([int(n) for n in runs.split()])
+    if numbers.tolist() != [-1]:
+        if len(numbers) % 2:
+            raise ValueError("an odd number of starts and lengths")
+        starts, lengths = numbers.reshape(-1, 2).T
+        ends = np.cumsum(starts + lengths)
+        if numbers.min() < 0 or ends[-1] > flat.size:
+            raise ValueError(f"its runs, which end at {ends[-1]}, are not inside {flat.size} pixels")
+        for end, length in zip(ends, lengths, strict=True):
+            flat[end - length : end] = True
     return flat.reshape(side, side).T
 
 
@@ -191,10 +216,6 @@ def _shares(given: int, size: int) -> Tensor:
     return (inside.clamp_min(0) * size / given).float()
 
 
-def _same(x: Tensor) -> Tensor:
-    return x
-
-
 # --- data sets --------------------------------------------------------------------------------------------------------
 
 
@@ -221,20 +242,17 @@ class Pictures(Parts, Dataset):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def grey(self, i: int) -> Tensor:
-        """(1, H, W) in 0 to 1, before the transform."""
-        return self._read(i)
-
-    def _read(self, i: int, colour: bool = False) -> Tensor:
-        """(1, H, W) in 0 to 1, or (3, H, W)."""
+    def grey(self, i: int, colour: bool = False) -> Tensor:
+        """(1, H, W) in 0 to 1, before the transform; with `colour` (3, H, W)."""
         path = _there(self.folder, self.paths[i])
         if path is None:
             raise self.dataset.missing(self.root, f"{self.paths[i]} is listed but not there")
         values = torch.from_numpy(np.ascontiguousarray(read_image(path, colour)))
         return values.permute(2, 0, 1) if colour else values[None]
 
-    def __getitem__(self, i: int):
-        return (self.transform or _same)(self.grey(i))
+    def __getitem__(self, i: int) -> Any:
+        image = self.grey(i)
+        return self.transform(image) if self.transform else image
 
 
 class Labelled(Pictures):
@@ -242,51 +260,43 @@ class Labelled(Pictures):
 
     each: ClassVar[tuple[str, ...]] = ("paths", "labels")
 
-    def __init__(
-        self,
-        dataset: DataSet,
-        root: str | Path,
-        paths: Sequence[str],
-        labels: Tensor,
-        transform: Transform | None = None,
-    ):
+    def __init__(self, dataset: DataSet, root: str | Path, paths: Sequence[str], labels: Tensor, transform=None):
         super().__init__(dataset, root, paths, transform)
         self.labels = labels
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        return super().__getitem__(i), self.labels[i]
+        # a copy: the authors' loader divides the stored boxes by the image's side each time an item is loaded
+        return super().__getitem__(i), self.labels[i].clone()
 
 
-class Boxed(Pictures):
-    """Item i: (image, boxes (10, 5)): class 0, centre and size as fractions of the image; padded with zeros."""
+class Boxed(Labelled):
+    """Item i: (image, boxes (10, 5)): class 0, centre and size as fractions of the image; padded with zeros.
 
-    each = ("paths", "boxes")
+    Args:
+        boxes: of each image, (n, 4) x1, y1, x2, y2 in pixels of a square of `BOX_UNIT`.
+    """
 
     def __init__(
-        self,
-        dataset: DataSet,
-        root: str | Path,
-        paths: Sequence[str],
-        boxes: Sequence[np.ndarray],
-        transform: Transform | None = None,
+        self, dataset: DataSet, root: str | Path, paths: Sequence[str], boxes: Sequence[np.ndarray], transform=None
     ):
-        super().__init__(dataset, root, paths, transform)
-        self.boxes = torch.zeros(len(paths), BOXES, 5)
-        for i, corners in enumerate(boxes):
-            corners = torch.as_tensor(corners, dtype=torch.float32) / BOX_UNIT
-            centre, extent = (corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]
-            self.boxes[i, : len(corners), 1:] = torch.cat([centre, extent], 1)
+        super().__init__(dataset, root, paths, torch.zeros(len(paths), BOXES, 5), transform)
+        for own, corners in zip(self.labels, boxes, strict=True):
+            found = torch.as_tensor(corners, dtype=torch.float32) / BOX_UNIT
+            own[: len(found), 1:] = box_convert(found, "xyxy", "cxcywh")
 
-    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        # the authors' loader divides the stored boxes by the image's side each time an item is loaded
-        return super().__getitem__(i), self.boxes[i].clone()
+    @property
+    def boxes(self) -> Tensor:
+        """(images, 10, 5)."""
+        return self.labels
 
 
 class Masked(Pictures):
-    """Item i: (image, mask (k, S, S) in 0 to 1). `mask(i)` reads it, at any size; see `MaskTransform`.
+    """Item i: (image, mask (k, S, S) in 0 to 1). `mask(rows[i])` reads it, at any size; see `MaskTransform`.
 
     `finish` makes the final mask from the transformed one. With `colour` images keep their three channels.
     """
+
+    each = ("paths", "rows")
 
     def __init__(
         self,
@@ -295,23 +305,17 @@ class Masked(Pictures):
         paths: Sequence[str],
         mask: Callable[[int], Tensor],
         transform: MaskTransform | None = None,
-        finish: Transform = _same,
+        finish: Transform | None = None,
         colour: bool = False,
     ):
         super().__init__(dataset, root, paths, transform)
-        self.mask, self.finish, self.colour = mask, finish, colour
-
-    def part(self, rows: Sequence[int]) -> Self:
-        """The items of these numbers."""
-        found = super().part(rows)
-        found.mask = lambda i: self.mask(rows[i])
-        return found
+        self.mask, self.finish, self.colour, self.rows = mask, finish, colour, range(len(paths))
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        image, mask = self._read(i, self.colour), self.mask(i)
+        image, mask = self.grey(i, self.colour), self.mask(self.rows[i])
         if self.transform:
             image, mask = self.transform(image, mask)
-        return image, self.finish(mask)
+        return image, self.finish(mask) if self.finish else mask
 
 
 def _there(folder: Path, name: str) -> Path | None:
@@ -343,7 +347,6 @@ def load(
     task: str | None = None,
     share: str = "100",
     transform: Transform | MaskTransform | None = None,
-    balanced: bool = True,
     seed: int = 0,
 ) -> Pictures:
     """One split of a set.
@@ -356,7 +359,7 @@ def load(
         task: "classification", "segmentation" or "detection", where the set has several; the first of them if None.
         share: of "train": "1", "10" or "100" % of the labels.
         transform: see `train_transform`, `test_transform`, `squeeze_transform`, `MaskTransform`.
-        balanced: for SIIM's training list, draw as many negatives, by `seed`, as there are positives, as released.
+        seed: of SIIM's training list, of which as many negatives are drawn as there are positives, as released.
 
     Returns:
         `Labelled`, `Masked` or `Boxed`.
@@ -379,109 +382,95 @@ def load(
         raise BadParameter("classes", (), "a name for each label of a line: own(root, classes)")
     if name == "xrays/chestmnist":
         return _chestmnist(dataset, Path(root), split, share, transform)
-    path = dataset.folder(root) / lists(task)[key]
-    if not path.is_file():
-        raise dataset.missing(root, f"{path.name}, the list of {split}" + (f" with {share} %" * (split == "train")))
-    found = _READERS[task](dataset, root, path, transform, balanced and split == "train", seed)
+    path = tables.existing(dataset, root, dataset.folder(root) / lists(task)[key])
+    make: Callable[..., Masked] = functools.partial(Masked, dataset, root, transform=transform)  # type: ignore[arg-type]
+    found: Pictures
+    if task == "classification":
+        found = Labelled(dataset, root, *_labels(path, dataset), transform)
+    elif task == "detection":
+        found = Boxed(dataset, root, *_boxes(path), transform)
+    elif name == "xrays/rsna":
+        paths, boxes = _boxes(path)
+        found = make(paths, functools.partial(_box_mask, boxes))
+    elif name == "xrays/siim":
+        runs = _runs(path, seed if split == "train" else None)
+        paths = [f"train/images/1024/dicom/{image}.png" for image in runs]
+        found = make(paths, functools.partial(_run_mask, path, [*runs.items()]))
+    else:
+        paths, files = _columns(path, "img_path", "mask_path")
+        riga = name == "fundus/riga"
+        found = make(paths, Pictures(dataset, root, files).grey, finish=_disc_and_cup if riga else None, colour=riga)
     if not len(found):
         raise CorruptFile(path, "lists no image")
-    listed = len(set(_rows(path, "ImageId", "EncodedPixels")[0])) if name == "xrays/siim" else len(found)
-    expected = SIZES.get((name, task), {}).get(key, listed)
-    if listed != expected:
-        raise dataset.missing(root, f"{path.name} has {listed} images, {expected} are known")
+    listed = len(set(_columns(path, "ImageId")[0])) if name == "xrays/siim" else len(found)
+    tables.check_count(dataset, root, listed, SIZES.get((name, task), {}).get(key), f"images in {path.name}")
     return found
 
 
-def _rows(path: Path, *columns: str) -> list[list[str]]:
+def _columns(path: Path, *columns: str) -> list[list[str]]:
     """The columns of a CSV, each as a list."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets begin a CSV with a byte order mark
-            reader = csv.DictReader(file)
-            rows, given = list(reader), reader.fieldnames or ()
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise CorruptFile(path, f"not a CSV ({error})") from error
-    if absent := [column for column in columns if column not in given]:
-        raise CorruptFile(path, f"has no column {', '.join(absent)}; the columns are {', '.join(given)}")
-    return [[row[column] or "" for row in rows] for column in columns]
+    rows = tables.rows(path, *columns)
+    return [[row[column] for _, row in rows] for column in columns]
 
 
-def _labelled(dataset: DataSet, root: str | Path, path: Path, transform, balanced: bool, seed: int) -> Labelled:
+def _labels(path: Path, dataset: DataSet) -> tuple[list[str], Tensor]:
+    """The paths of a list, and their labels: a class number each, or 0 and 1 for each class."""
     one, paths, labels = dataset.name in ONE_OF, [], []
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise CorruptFile(path, f"not text in UTF-8 ({error})") from error
     count = 1 if one else dataset.classes
-    allowed = {str(i) for i in range(dataset.classes)} if one else {"0", "1"}
-    for number, line in enumerate(lines, 1):
-        entries = line.rsplit(maxsplit=count)  # a name may contain blanks
-        if not entries:
+    allowed = {str(i) for i in range(dataset.classes if one else 2)}
+    for number, line in enumerate(tables.read_text(path).splitlines(), 1):
+        name, *entries = line.rsplit(maxsplit=count) or [""]  # a name may contain blanks
+        if not name:
             continue
-        if len(entries) != 1 + count or not set(entries[1:]) <= allowed or entries[0].split()[-1].isdigit():
+        if len(entries) != count or not {*entries} <= allowed or name.split()[-1].isdigit():
             raise CorruptFile(path, f"line {number} is not a path and {count} of {sorted(allowed)}: {line[:80]!r}")
-        paths.append(entries[0].strip())
-        labels.append([int(value) for value in entries[1:]])
+        paths.append(name.strip())
+        labels.append([int(value) for value in entries])
     table = torch.tensor(labels).reshape(-1, count)
-    return Labelled(dataset, root, paths, table[:, 0] if one else table.float(), transform)
+    return paths, table[:, 0] if one else table.float()
 
 
 def _boxes(path: Path) -> tuple[list[str], list[np.ndarray]]:
-    paths, texts = _rows(path, "image_path", "bbox")
-    boxes = []
-    for number, text in enumerate(texts, 2):
+    paths, boxes = [], []
+    for line, row in tables.rows(path, "image_path", "bbox"):
         try:
-            found = np.array(ast.literal_eval(text), dtype=np.float64)
+            found = np.array(ast.literal_eval(row["bbox"]), dtype=np.float64)
             found = found.reshape(-1, 4) if found.size in (0, 4) else found
-            if found.ndim != 2 or found.shape[1] != 4:
+            if found.shape[1:] != (4,):
                 raise ValueError
         except (ValueError, SyntaxError, TypeError, OverflowError, RecursionError, MemoryError) as error:
-            raise CorruptFile(path, f"line {number}: not a list of [x1, y1, x2, y2]: {text[:80]!r}") from error
+            raise CorruptFile(path, f"line {line}: not a list of [x1, y1, x2, y2]: {row['bbox'][:80]!r}") from error
         found = found[found.any(1)]  # [0, 0, 0, 0] means no box
         if len(found) > BOXES:
-            raise CorruptFile(path, f"line {number}: {len(found)} boxes; at most {BOXES} are read")
-        for box in found:
-            if not ((box >= 0).all() and (box <= BOX_UNIT).all() and (box[2:] > box[:2]).all()):  # NaN fails, too
-                wanted = f"x1 < x2 and y1 < y2 in an image of {BOX_UNIT} pixels are expected"
-                raise CorruptFile(path, f"line {number}: the box [x1, y1, x2, y2] = {box.tolist()}: {wanted}")
+            raise CorruptFile(path, f"line {line}: {len(found)} boxes; at most {BOXES} are read")
+        inside = (found >= 0) & (found <= BOX_UNIT)  # NaN is not
+        if wrong := found[~(inside.all(1) & (found[:, 2:] > found[:, :2]).all(1))].tolist():
+            wanted = f"x1 < x2 and y1 < y2 in an image of {BOX_UNIT} pixels are expected"
+            raise CorruptFile(path, f"line {line}: the box [x1, y1, x2, y2] = {wrong[0]}: {wanted}")
+        paths.append(row["image_path"])
         boxes.append(found.astype(np.float32))
     return paths, boxes
 
 
-def _boxed(dataset: DataSet, root: str | Path, path: Path, transform, balanced: bool, seed: int) -> Boxed:
-    return Boxed(dataset, root, *_boxes(path), transform)
-
-
-def _masked(dataset: DataSet, root: str | Path, path: Path, transform, balanced: bool, seed: int) -> Masked:
-    kind = {"xrays/rsna": _box_masks, "xrays/siim": _run_masks}.get(dataset.name, _file_masks)
-    return kind(dataset, root, path, transform, balanced, seed)
-
-
-def _box_masks(dataset: DataSet, root: str | Path, path: Path, transform, balanced: bool, seed: int) -> Masked:
-    """RSNA: the boxes' union."""
-    paths, boxes = _boxes(path)
-    return Masked(dataset, root, paths, functools.partial(_box_mask, boxes), transform)
-
-
 def _box_mask(boxes: Sequence[np.ndarray], i: int) -> Tensor:
+    """RSNA: the union of an image's boxes."""
     found = torch.zeros(1, BOX_UNIT, BOX_UNIT)
     for x1, y1, x2, y2 in boxes[i].astype(int):
         found[:, y1:y2, x1:x2] = 1
     return found
 
 
-def _run_masks(dataset: DataSet, root: str | Path, path: Path, transform, balanced: bool, seed: int) -> Masked:
-    """SIIM: several run-length lines per image; positives, and as many negatives drawn at random."""
+def _runs(path: Path, seed: int | None) -> dict[str, list[str]]:
+    """SIIM: the run-length lines of each image; with a seed positives, and as many negatives drawn at random."""
     runs: dict[str, list[str]] = {}
-    for name, text in zip(*_rows(path, "ImageId", "EncodedPixels"), strict=True):
+    for name, text in zip(*_columns(path, "ImageId", "EncodedPixels"), strict=True):
         runs.setdefault(name, []).append(text.strip())
-    names = list(runs)
-    if balanced:
-        negative = [name for name in names if runs[name] == ["-1"]]
-        count = min(len(names) - len(negative), len(negative))
-        dropped = set(negative) - set(np.random.default_rng(seed).permutation(sorted(negative))[:count].tolist())
-        names = [name for name in names if name not in dropped]
-    mask = functools.partial(_run_mask, path, [(name, runs[name]) for name in names])
-    return Masked(dataset, root, [f"train/images/1024/dicom/{name}.png" for name in names], mask, transform)
+    negative = sorted(name for name in runs if runs[name] == ["-1"])
+    if seed is not None:
+        count = min(len(runs) - len(negative), len(negative))
+        for name in np.random.default_rng(seed).permutation(negative)[count:].tolist():
+            del runs[name]
+    return runs
 
 
 def _run_mask(path: Path, runs: Sequence[tuple[str, list[str]]], i: int) -> Tensor:
@@ -493,21 +482,10 @@ def _run_mask(path: Path, runs: Sequence[tuple[str, list[str]]], i: int) -> Tens
     return torch.from_numpy(found)[None].float()
 
 
-def _file_masks(dataset: DataSet, root: str | Path, path: Path, transform, balanced: bool, seed: int) -> Masked:
-    """RIGA: in colour; after resizing, disc where a mask is not 0, cup where it is 255. Other sets: the mean of the
-    mask."""
-    paths, files = _rows(path, "img_path", "mask_path")
-    masks, riga = Pictures(dataset, root, files), dataset.name == "fundus/riga"
-    return Masked(dataset, root, paths, masks.grey, transform, _disc_and_cup if riga else _same, colour=riga)
-
-
 def _disc_and_cup(mask: Tensor) -> Tensor:
-    """As released, for masks resized as 8-bit images: values that round to 0 are no disc, values that round to 255 are
-    cup."""
+    """RIGA: disc where a resized mask is not 0, cup where it is 255. As released, for masks resized as 8-bit images:
+    values that round to 0 are no disc, values that round to 255 are cup."""
     return torch.cat([mask >= 0.5 / 255, mask >= 254.5 / 255]).float()
-
-
-_READERS = {"classification": _labelled, "segmentation": _masked, "detection": _boxed}
 
 
 class _Stacked(Labelled):
@@ -516,27 +494,24 @@ class _Stacked(Labelled):
     each = ("paths", "labels", "pictures")
     sources = ()  # its paths are numbers, not files
 
-    def __init__(self, dataset: DataSet, root: Path, pictures: np.ndarray, labels: Tensor, transform):
+    def __init__(self, dataset: DataSet, root: Path, pictures: np.ndarray, labels: Tensor, transform=None):
         super().__init__(dataset, root, [f"{i}" for i in range(len(pictures))], labels, transform)
         self.pictures = pictures
 
-    def grey(self, i: int) -> Tensor:
+    def grey(self, i: int, colour: bool = False) -> Tensor:
         return torch.from_numpy(self.pictures[i].astype(np.float32) / 255)[None]
 
 
 def _chestmnist(dataset: DataSet, root: Path, split: str, share: str, transform) -> Labelled:
     """MedMNIST's file. Without published lists, its 1 or 10 % of the training images are every hundredth or tenth."""
-    path = dataset.folder(root) / _CHESTMNIST[0]
-    if not path.is_file():
-        raise dataset.missing(root, f"{path.name} is not there")
+    path = tables.existing(dataset, root, dataset.folder(root) / _CHESTMNIST[0])
     try:
         with np.load(path, allow_pickle=False) as file:
             pictures, labels = file[f"{split}_images"], file[f"{split}_labels"]
     except Exception as error:  # zipfile, zlib and NumPy raise many kinds
         raise CorruptFile(path, f"not MedMNIST's file ({type(error).__name__}: {error})") from error
     known = SIZES[dataset.name, "classification"]["100" if split == "train" else split]
-    if len(pictures) != known:
-        raise dataset.missing(root, f"{split} has {len(pictures)} images, {known} are known")
+    tables.check_count(dataset, root, len(pictures), known, f"images of '{split}'")
     step = {"1": 100, "10": 10, "100": 1}[share] if split == "train" else 1
     return _Stacked(dataset, root, pictures[::step], torch.from_numpy(labels[::step].astype(np.float32)), transform)
 
@@ -577,57 +552,48 @@ def reports(name: str | DataSet, root: str | Path, transform: Transform | None =
         return _openi(dataset, root, transform)
     if path is None:
         raise dataset.missing(root, f"none of {', '.join(REPORTS)} is there")
-    paths, texts = _rows(path, "img_path", "report")
-    if not paths:
+    rows = [row for _, row in tables.rows(path, "img_path", "report")]
+    if not rows:
         raise CorruptFile(path, "lists no image")
-    with path.open(encoding="utf-8-sig") as file:
-        spoken = "llm_output" in next(csv.reader(file), [])
-    statements = _rows(path, "llm_output")[0] if spoken else None
+    statements = [row["llm_output"] for row in rows] if "llm_output" in rows[0] else None
     windows, other = None, next((folder / file for file in WINDOWS if (folder / file).is_file()), None)
     if other is not None:
         try:
-            numbers = [[int(value) for value in column] for column in _rows(other, "label_i", "label_j")]
+            windows = torch.tensor([[*map(int, column)] for column in _columns(other, "label_i", "label_j")]).T
         except ValueError as error:
             raise CorruptFile(other, f"not whole numbers ({error})") from error
-        windows = torch.tensor(numbers).T
-        if len(windows) != len(paths):
-            raise CorruptFile(other, f"{len(windows)} windows for {len(paths)} images of {path.name}")
-    return Reports(Pictures(dataset, root, paths, transform), texts, statements, windows)
+        if len(windows) != len(rows):
+            raise CorruptFile(other, f"{len(windows)} windows for {len(rows)} images of {path.name}")
+    images = Pictures(dataset, root, [row["img_path"] for row in rows], transform)
+    return Reports(images, [row["report"] for row in rows], statements, windows)
 
 
 def _openi(dataset: DataSet, root: str | Path, transform: Transform | None) -> Reports:
     """Findings, then impression, of every frontal image; patients without either are left out."""
-    folder = dataset.folder(root)
-    for name in ("indiana_reports.csv", "indiana_projections.csv"):
-        if not (folder / name).is_file():
-            raise dataset.missing(root, f"{name} is not there")
+    files = [dataset.folder(root) / f"indiana_{name}.csv" for name in ("reports", "projections")]
+    written, taken = (tables.existing(dataset, root, file) for file in files)
     texts = {
-        uid: " ".join(part.strip() for part in parts if part.strip())
-        for uid, *parts in zip(*_rows(folder / "indiana_reports.csv", "uid", "findings", "impression"), strict=True)
+        row["uid"]: " ".join(filter(None, (row[part].strip() for part in ("findings", "impression"))))
+        for _, row in tables.rows(written, "uid", "findings", "impression")
     }
-    rows = zip(*_rows(folder / "indiana_projections.csv", "uid", "filename", "projection"), strict=True)
-    kept = [(file, texts[uid]) for uid, file, view in rows if view == "Frontal" and texts.get(uid)]
+    frontal = [row for _, row in tables.rows(taken, "uid", "filename", "projection") if row["projection"] == "Frontal"]
+    kept = [(row["filename"], texts[row["uid"]]) for row in frontal if texts.get(row["uid"])]
     paths = [f"images/images_normalized/{file}" for file, _ in kept]
     return Reports(Pictures(dataset, root, paths, transform), [text for _, text in kept], None, None)
 
 
-def write_reports(
-    path: str | Path, paths: Sequence[str], texts: Sequence[str], statements: Mapping[str, str] | Sequence[str]
-) -> Path:
+def write_reports(path: str | Path, paths: Sequence[str], texts: Sequence[str], statements: Sequence[str]) -> Path:
     """Write the CSV that `reports` reads, which the authors did not release; under a temporary name first.
 
     Args:
         paths: of the images, relative to the set's folder; MIMIC's contain the study, .../s<study_id>/<id>.jpg.
         texts: one report for each.
-        statements: one for each, or by study_id, from `read_statements`.
+        statements: one for each; the authors' MIMIC-Vicuna.json has those of MIMIC, according to them by study_id.
 
     Raises `BadParameter`: the numbers of texts or statements and of paths differ.
     """
-    if isinstance(statements, Mapping):
-        statements = [statements.get(Path(p).parent.name.removeprefix("s"), "") for p in paths]
-    for what, given in (("texts", texts), ("statements", statements)):
-        if len(given) != len(paths):
-            raise BadParameter(what, len(given), f"{len(paths)}, one for each path")
+    if {len(texts), len(statements)} != {len(paths)}:
+        raise BadParameter("texts, statements", (len(texts), len(statements)), f"{len(paths)}, one for each path")
     with atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["img_path", "report", "llm_output"])
@@ -635,64 +601,32 @@ def write_reports(
     return Path(path)
 
 
-def read_statements(path: str | Path) -> dict[str, str]:
-    """The distilled reports in a JSON file by study_id: {id: text}, or rows with "study_id" and "llm_output" or "text".
-
-    The authors' MIMIC-Vicuna.json is matched by study_id, according to the authors; its internal format is not known.
-
-    Raises `CorruptFile`: neither form.
-    """
-    found = read_json(path)
-    if isinstance(found, dict) and all(isinstance(value, str) for value in found.values()):
-        return {str(key).removeprefix("s"): value for key, value in found.items()}
-    if isinstance(found, list) and all(isinstance(row, dict) and "study_id" in row for row in found):
-        texts = {str(row["study_id"]).removeprefix("s"): row.get("llm_output", row.get("text")) for row in found}
-        if all(isinstance(text, str) for text in texts.values()):
-            return texts
-    raise CorruptFile(path, 'not {study_id: text}, nor a list of {"study_id": ..., "llm_output": ...}')
-
-
 # --- register ---------------------------------------------------------------------------------------------------------
 
 
 def status(dataset: DataSet, root: Path) -> Status:
     """See `companion.data.status`: checks lists, their lengths, and that each listed image exists (opens none)."""
-    folder = dataset.folder(root)
-    parts = [(split, share) for split in SPLITS for share in (SHARES if split == "train" else ("100",))]
-    absent: list[str] = []
-    pairs = ""
-    if tasks(dataset.name)[0] == "pre-training":
-        paths = reports(dataset.name, root).images.paths
-        absent, pairs = _absent(folder, paths), f"{len(paths):,} images with reports"
-    else:
-        for task in (t for t in tasks(dataset.name) if t in TASKS[:3]):
-            for split, share in parts:
-                # lists of unknown length, and lists that a set lacks, are not required
-                if (share if split == "train" else split) not in SIZES[dataset.name, task]:
-                    continue
-                found = load(dataset.name, root, split, task=task, share=share)
-                if not isinstance(found, _Stacked):
-                    absent += _absent(folder, found.paths)
-    if absent:
+    name, pairs = dataset.name, ""
+    # lists of unknown length, and lists that a set lacks, are not required
+    keys = [(task, key) for (each, task), known in SIZES.items() if each == name for key in known]
+    found = [
+        load(name, root, "train" if key in SHARES else key, task=task, share=key if key in SHARES else "100")
+        for task, key in keys
+    ]
+    if not keys:
+        found = [reports(name, root).images]
+        pairs = f"{len(found[0]):,} images with reports"
+    images = [path for part in found if not isinstance(part, _Stacked) for path in part.paths]
+    if absent := [path for path in images if _there(dataset.folder(root), path) is None]:
         return Status("incomplete", f"{len(absent)} listed images are not there, the first is {absent[0]}")
     return Status("present", pairs)
 
 
-def _absent(folder: Path, paths: Sequence[str]) -> list[str]:
-    return [name for name in paths if _there(folder, name) is None]
-
-
 def fetch(dataset: DataSet, root: Path, progress: bool = True) -> None:
-    """Download ChestMNIST, the one set here that is free and has a checksum; under a temporary name first."""
+    """Download ChestMNIST, the one set here that is free and has a checksum; in a hidden folder first."""
     name, url, md5 = _CHESTMNIST
     folder = root / dataset.folders[0]
     folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f".{name}.part"
-    try:
-        with downloading(dataset, folder, progress):
-            download_url(url, str(folder), part.name, md5)
-            if not check_integrity(str(part), md5):
-                raise CorruptFile(part, "the download's checksum is not the published one")
-            part.replace(folder / name)
-    finally:
-        part.unlink(missing_ok=True)
+    with downloading(dataset, folder, progress), tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as new:
+        download_url(url, new, name, md5)
+        Path(new, name).replace(folder / name)

@@ -14,7 +14,7 @@ from transformers import BertConfig, BertModel, BertTokenizer
 
 from companion import cli
 from companion.data import landcover
-from companion.data.landcover_sets import LOVEDA, POTSDAM
+from companion.data.landcover import LOVEDA, POTSDAM
 from companion.data.rasters import pixels
 from companion.errors import BadCheckpoint, MissingWeights
 from companion.evaluation.metrics import landcover as metrics

@@ -112,7 +112,7 @@ class Scores:
         """The scores over the sequences that have an attribute: columns attribute, sequences and the scores.
 
         Args:
-            attributes: their selection and order, such as `companion.data.tracking_sets.ATTRIBUTES["rgbt/lasher"]`;
+            attributes: their selection and order, such as `companion.data.tracking.ATTRIBUTES["rgbt/lasher"]`;
                 None for all that occur, sorted.
 
         Raises:

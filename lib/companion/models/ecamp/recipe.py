@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from ... import backbones
 from ...data import DATASETS, few, present, xrays
-from ...data.xrays_sets import CLASSES, ONE_OF, tasks
+from ...data.xrays import CLASSES, ONE_OF, tasks
 from ...errors import BadParameter, MissingWeights
 from ...evaluation.metrics import radiology
 from ...evaluation.tables import Results, published_table

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from ...data import DATASETS, Parts, few, landcover, present
-from ...data.landcover_sets import CLASSES, LEFT_OUT, LOVEDA, OEM, POTSDAM, POTSDAM_FAULTY, POTSDAM_TILES, TO_LOVEDA
+from ...data.landcover import CLASSES, LEFT_OUT, LOVEDA, OEM, POTSDAM, POTSDAM_FAULTY, POTSDAM_TILES, TO_LOVEDA
 from ...data.landcover_transforms import SCALES, Mosaic, test_transform, train_transform
 from ...errors import BadParameter
 from ...evaluation.metrics import landcover as metrics

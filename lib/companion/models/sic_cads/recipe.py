@@ -23,7 +23,7 @@ from torchvision.transforms.v2.functional import resize
 
 from ... import backbones
 from ...data import DATASETS, detection, few, present
-from ...data.detection_sets import COCO_BASE, COCO_NOVEL, COCO_OTHER
+from ...data.detection import COCO_BASE, COCO_NOVEL, COCO_OTHER
 from ...errors import BadParameter, MissingWeights
 from ...evaluation.metrics.detection import evaluate
 from ...evaluation.tables import Results
