@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 
-from companion.data.classification import image_folder, in_memory
+from companion.data.classification import image_folder
 from companion.data.fewshot import (
     base_to_novel,
     cross_dataset,
@@ -121,9 +121,7 @@ def test_image_folders_of_torchvision_and_of_the_readers_serve(tmp_path):
     theirs, sets = {s: ImageFolder(tmp_path / s) for s in ("train", "val", "test")}, image_folder(tmp_path)
     image, label = base_to_novel(theirs, shots=3).tests["novel"][0]
     assert label == 0 and image.getpixel((0, 0)) == (80, 80, 80)
-    protocol = base_to_novel(sets, shots=3)
-    assert in_memory(protocol.tests["novel"]).tensors[1].tolist() == [0] * 6
-    images, labels = next(iter(DataLoader(protocol.train, batch_size=6)))
+    images, labels = next(iter(DataLoader(base_to_novel(sets, shots=3).train, batch_size=6)))
     assert images.shape == (6, 3, 8, 8) and sorted(labels.tolist()) == [0, 0, 0, 1, 1, 1]
     assert len(domain_generalisation(sets, {"again": sets}, shots=3).tests["again"]) == 3 * 3 * 6
 
@@ -134,12 +132,9 @@ def test_image_folders_of_torchvision_and_of_the_readers_serve(tmp_path):
         (lambda: few_shot(Plain(20), 0, 1), "shots"),
         (lambda: few_shot(without(4, 2), 1, 0), "dune"),
         (lambda: base_to_novel(made() | {"test": select(made()["test"], [0, 1, 2])}), "classes"),
-        (lambda: select(Plain(2), [1, 1]), r"0\.\.4"),
         (lambda: cross_dataset(made(), {"source": made()}), "'source'"),
         (lambda: base_to_novel({"train": Plain(4)}), "val, test"),
         (lambda: domain_generalisation(made(), {"b": made() | {"test": Plain(4, ("x", "y"))}}), "class_names"),
-        (lambda: few_shot(Plain(4, "bog"), 1, 0), "class_names"),
-        (lambda: few_shot(relabelled(-1), 1, 0), r"-1\.\.4"),
         (lambda: few_shot(relabelled(5), 1, 0), r"0\.\.5"),
     ],
 )

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from companion.data import attributes
-from companion.data.attributes_sets import COLUMNS, SENTENCES
+from companion.data.attributes import COLUMNS, SENTENCES
 from companion.evaluation.metrics.attributes import evaluate
 from companion.models.layers.clip_prompting import Texts
 from companion.models.layers.state_dicts import official_state

@@ -2,8 +2,10 @@
 
 `DATASETS` holds a `DataSet` for each name ("fgvc/cub200", "vtab/cifar100", ...); `status` checks whether it is on this
 machine, `fetch` downloads it if it is free and has a checksum, `table` lists all of them in rows. The module of a task
-has `load`, `status` and, for free sets, `fetch`; `<task>_sets` holds the facts. No module here depends on a model or a
-paper.
+has `load`, `status` and, for free sets, `fetch`; `<task>_sets.yaml` holds the facts. No module here depends on a model
+or a paper.
+
+`read_lines`, `read_table`, `inside` and `check_listed` are for the readers: lists, tables, and the files they name.
 """
 
 from __future__ import annotations
@@ -11,21 +13,30 @@ from __future__ import annotations
 import contextlib
 import copy
 import datetime
+import functools
 import http.client
 import importlib
 import io
+import os
+import re
+import shutil
 import socket
 import tarfile
+import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 import yaml
 
 from ..errors import BadParameter, CompanionError, CorruptFile, MissingData
+
+if TYPE_CHECKING:
+    import pandas
 
 
 @dataclass(frozen=True)
@@ -276,22 +287,97 @@ def downloading(dataset: DataSet, folder: Path, progress: bool) -> Iterator[None
         socket.setdefaulttimeout(waited)
 
 
+@contextlib.contextmanager
+def fetched(dataset: DataSet, root: Path, progress: bool) -> Iterator[Path]:
+    """Context of a download, see `downloading`: a hidden folder, whose content is moved to the set's folder at the end.
+
+    Archives in it are removed. In an incomplete copy files are replaced; none of the user's others is removed.
+    """
+    folder = dataset.folder(root)
+    root.mkdir(parents=True, exist_ok=True)
+    with downloading(dataset, folder, progress), tempfile.TemporaryDirectory(prefix=".fetch-", dir=root) as name:
+        (new := Path(name) / folder.name).mkdir()
+        yield new
+        for archive in (path for path in new.iterdir() if path.suffix in (".gz", ".tgz", ".zip")):
+            archive.unlink()
+        shutil.copytree(new, folder, dirs_exist_ok=True, copy_function=shutil.move)
+
+
+# --- for the readers --------------------------------------------------------------------------------------------------
+
+_OUTSIDE = re.compile(r"^[/\\]|^[A-Za-z]:|(^|[/\\])\.\.([/\\]|$)|\0")
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file in UTF-8. Raises `CorruptFile`: it is not text."""
+    try:
+        return path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise CorruptFile(path, f"not text ({error})") from error
+
+
+def read_table(path: Path, columns: Mapping[str, str], others: str = "") -> pandas.DataFrame:
+    """A CSV file as text, indexed by line; blank lines are left out, and an empty cell is an empty text.
+
+    Args:
+        columns: the names of columns that must be there, and the regular expression of the cells of each.
+        others: that of the cells of all other columns; "" for any.
+
+    Raises:
+        CorruptFile: it is no table, lacks a column, has one twice, or a cell that does not match; the line is named.
+    """
+    import pandas as pd  # half a second, which `companion --help` need not wait for
+
+    try:
+        found = pd.read_csv(path, header=None, dtype=str, na_filter=False, skip_blank_lines=False, encoding="utf-8-sig")
+    except ValueError as error:  # pandas' errors, and text that is not UTF-8
+        raise CorruptFile(path, f"not a CSV file ({error})") from error
+    found.columns, found.index = found.iloc[0], found.index + 1
+    found = found[1:][found[1:].ne("").any(axis=1)]
+    if not (columns.keys() <= set(found.columns) and found.columns.is_unique):
+        head = ",".join(found.columns)[:80]
+        raise CorruptFile(path, f"expected the columns {', '.join(columns)}, each name once, found {head!r}")
+    for name in found.columns:
+        wanted = columns.get(name, others) or "(?s:.*)"
+        wrong = found[name][~found[name].str.fullmatch(wanted)]
+        if len(wrong):
+            raise CorruptFile(path, f"line {wrong.index[0]}: {name} is {wrong.iloc[0][:80]!r}, {wanted} is expected")
+    return found
+
+
+def inside(listing: Path, where: str, path: str) -> str:
+    """`path` if it is below the data set's folder: a downloaded list must not make us read other files."""
+    if _OUTSIDE.search(path):
+        raise CorruptFile(listing, f"{where}: the path {path!r} leaves the data set's folder")
+    return path
+
+
+def check_listed(dataset: DataSet, root: Path, paths: Iterable[str], listing: str = "") -> None:
+    """Raise `MissingData`, with the first missing one, unless all `paths` of a list, of that name, are on disk."""
+    wanted, names = set(paths), defaultdict(set)
+    for path in wanted:
+        folder, _, name = path.rpartition("/")
+        names[folder].add(name)
+    absent = []
+    for folder, expected in names.items():  # one listing of each folder is faster than a look at each file
+        there = {entry.name for entry in os.scandir(folder)} if Path(folder).is_dir() else set()
+        absent += [f"{folder}/{name}" for name in expected - there]
+    if absent:
+        by = f" of {listing}" if listing else ""
+        what = f"{len(absent)} of {len(wanted)} listed images{by} are not there, the first: {min(absent)}"
+        raise dataset.missing(root, what)
+
+
+# --- the register -----------------------------------------------------------------------------------------------------
+
+
 def table(root: str | Path) -> list[dict[str, str]]:
     """One row for each data set: name, title, state, detail, licence, source."""
-    rows = []
-    for name, dataset in DATASETS.items():
-        found = status(name, root)
-        rows.append(
-            {
-                "name": name,
-                "title": dataset.title,
-                "state": found.state,
-                "detail": found.detail,
-                "licence": dataset.licence,
-                "source": dataset.where,
-            }
-        )
-    return rows
+    return [
+        {"name": name, "title": dataset.title, "licence": dataset.licence, "source": dataset.where}
+        | vars(status(name, root))
+        for name, dataset in DATASETS.items()
+    ]
 
 
 def _tuples(value: object) -> Any:
@@ -301,6 +387,7 @@ def _tuples(value: object) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
+@functools.cache
 def _read(task: str) -> dict:
     return _tuples(yaml.load((_HERE / f"{task}_sets.yaml").read_text(encoding="utf-8"), _LOADER))
 
