@@ -65,18 +65,15 @@ def test_fetch_of_div2k(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
     def download(url: str, root: str, md5: str) -> None:
         fetched.append(url.rpartition("/")[2])
-        (Path(root) / fetched[-1][:-4]).mkdir()
-        for i in numbers[md5]:
-            (Path(root) / fetched[-1][:-4] / f"{i:04d}.png").touch()
+        picture(Path(root) / fetched[-1][:-4] / f"{md5}.png")
 
-    numbers = {"train": range(1, 3), "test": range(801, 803)}
-    monkeypatch.setattr(restoration, "DIV2K", {split: (found, split) for split, found in numbers.items()})
+    numbers = {"train": (range(1, 2), "0001"), "test": (range(801, 802), "0801")}
+    monkeypatch.setattr(restoration, "DIV2K", numbers)
     monkeypatch.setattr(restoration, "download_and_extract_archive", download)
     for _ in range(2):  # what is there is left alone
         assert data.fetch("restoration/div2k", tmp_path, progress=False) == tmp_path / "div2k"
     assert fetched == ["DIV2K_train_HR.zip", "DIV2K_valid_HR.zip"]
-    test = load("restoration/div2k", tmp_path, "test")
-    assert [Path(path).name for path in test.sources] == ["0801.png", "0802.png"]
+    assert load("restoration/div2k", tmp_path, "test").sources[0].endswith("0801.png")
     assert [path.name for path in tmp_path.iterdir()] == ["div2k"]
 
 

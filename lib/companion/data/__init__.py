@@ -5,7 +5,7 @@ machine, `fetch` downloads it if it is free and has a checksum, `table` lists al
 has `load`, `status` and, for free sets, `fetch`; `<task>_sets.yaml` holds the facts. No module here depends on a model
 or a paper.
 
-`read_lines`, `read_table`, `inside` and `check_listed` are for the readers: lists, tables, and the files they name.
+`tables` reads lists and CSV files; `inside` and `check_listed` check the files that they name.
 """
 
 from __future__ import annotations
@@ -28,15 +28,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import yaml
 
 from ..errors import BadParameter, CompanionError, CorruptFile, MissingData
-
-if TYPE_CHECKING:
-    import pandas
 
 
 @dataclass(frozen=True)
@@ -144,9 +141,19 @@ def status(name: str, root: str | Path) -> Status:
     if not folder.is_dir():
         return Status("missing", f"no folder {folder}")
     try:
-        return _reader(dataset).status(dataset, root)
+        reader = _reader(dataset)
+        return reader.status(dataset, root) if hasattr(reader, "status") else complete(dataset, root)
     except CompanionError as error:
         return Status("incomplete", getattr(error, "detail", "") or str(error))
+
+
+def complete(dataset: DataSet, root: Path) -> Status:
+    """ "present", with the images of each split; raises `MissingData`, `CorruptFile`: something is wrong."""
+    counts = []
+    for split, items in _splits(dataset, root):
+        check_listed(dataset, root, map(str, _files(items)))
+        counts.append(f"{len(items):,} in {split}")
+    return Status("present", f"images in {dataset.folder(root)}: {', '.join(counts)}")
 
 
 def look(name: str, root: str | Path) -> Status:
@@ -157,9 +164,8 @@ def look(name: str, root: str | Path) -> Status:
     found, dataset, rows = status(name, root), find(name), []
     if found.state != "present":
         return found
-    for split in dict.fromkeys([*dataset.sizes, "train", "val", "test"]):
-        try:
-            items = _reader(dataset).load(name, root, split)
+    try:
+        for split, items in _splits(dataset, Path(root)):
             row = f"{split} {len(items):,}"
             labels = np.asarray(getattr(items, "labels", ()))
             if getattr(items, "classes", 0) and labels.size and labels.dtype.kind in "iuf":
@@ -170,11 +176,17 @@ def look(name: str, root: str | Path) -> Status:
                 if shape := getattr(first, "shape", ()):
                     row += f", an item of {' x '.join(map(str, shape))}"
             rows.append(row)
-        except BadParameter:  # a split that this set does not have
-            continue
-        except CompanionError as error:
-            return Status("incomplete", getattr(error, "detail", "") or str(error))
+    except CompanionError as error:
+        return Status("incomplete", getattr(error, "detail", "") or str(error))
     return Status("present", "; ".join(rows) or found.detail)
+
+
+def _splits(dataset: DataSet, root: Path) -> Iterator[tuple[str, Any]]:
+    """The splits that a set has, by name, one after the other."""
+    reader = _reader(dataset)
+    for split in dict.fromkeys([*dataset.sizes, "train", "val", "test"]):
+        with contextlib.suppress(BadParameter):  # a split that this set does not have
+            yield split, reader.load(dataset.name, root, split)
 
 
 def present(name: str, root: str | Path) -> bool:
@@ -306,43 +318,6 @@ def fetched(dataset: DataSet, root: Path, progress: bool) -> Iterator[Path]:
 # --- for the readers --------------------------------------------------------------------------------------------------
 
 _OUTSIDE = re.compile(r"^[/\\]|^[A-Za-z]:|(^|[/\\])\.\.([/\\]|$)|\0")
-
-
-def read_lines(path: Path) -> list[str]:
-    """The lines of a text file in UTF-8. Raises `CorruptFile`: it is not text."""
-    try:
-        return path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
-    except UnicodeDecodeError as error:
-        raise CorruptFile(path, f"not text ({error})") from error
-
-
-def read_table(path: Path, columns: Mapping[str, str], others: str = "") -> pandas.DataFrame:
-    """A CSV file as text, indexed by line; blank lines are left out, and an empty cell is an empty text.
-
-    Args:
-        columns: the names of columns that must be there, and the regular expression of the cells of each.
-        others: that of the cells of all other columns; "" for any.
-
-    Raises:
-        CorruptFile: it is no table, lacks a column, has one twice, or a cell that does not match; the line is named.
-    """
-    import pandas as pd  # half a second, which `companion --help` need not wait for
-
-    try:
-        found = pd.read_csv(path, header=None, dtype=str, na_filter=False, skip_blank_lines=False, encoding="utf-8-sig")
-    except ValueError as error:  # pandas' errors, and text that is not UTF-8
-        raise CorruptFile(path, f"not a CSV file ({error})") from error
-    found.columns, found.index = found.iloc[0], found.index + 1
-    found = found[1:][found[1:].ne("").any(axis=1)]
-    if not (columns.keys() <= set(found.columns) and found.columns.is_unique):
-        head = ",".join(found.columns)[:80]
-        raise CorruptFile(path, f"expected the columns {', '.join(columns)}, each name once, found {head!r}")
-    for name in found.columns:
-        wanted = columns.get(name, others) or "(?s:.*)"
-        wrong = found[name][~found[name].str.fullmatch(wanted)]
-        if len(wrong):
-            raise CorruptFile(path, f"line {wrong.index[0]}: {name} is {wrong.iloc[0][:80]!r}, {wanted} is expected")
-    return found
 
 
 def inside(listing: Path, where: str, path: str) -> str:

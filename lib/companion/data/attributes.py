@@ -14,7 +14,6 @@ A new set needs a `DataSet` with task "attributes" in `DATASETS`, and files like
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +29,7 @@ from torchvision.transforms.v2 import functional as F
 from ..errors import CorruptFile, check_choice
 from ..ops import unpickle
 from ..ops.recorded import recorded
-from . import DataSet, Status, check_listed, facts, find, inside, own_set, read_lines, read_table
+from . import DataSet, facts, find, inside, own_set, tables
 from .classification import Images, _normalised, _to_tensor
 
 SPLITS = ("train", "val", "trainval", "test")
@@ -211,26 +210,12 @@ def square_transform(size: int = 224, train: bool = False, antialias: bool = Fal
     return v2.Compose([PadToSquare(size, antialias), v2.Resize((size, size)), *cut, *_normalised(halves)])
 
 
-# --- called by `companion.data` ----------------------------------------------------------------------------------
-
-
-def status(dataset: DataSet, root: Path) -> Status:
-    """See `companion.data.status`: annotations are read, no image is opened."""
-    found = _pedestrians(dataset, root, None)
-    wanted = {path for part in found.values() for path in part.sources}
-    check_listed(dataset, root, wanted)
-    test = found["test"]
-    return Status("present", f"{len(wanted):,} images in {Path(test.sources[0]).parent}, {len(test.names)} attributes")
-
-
 # --- implementation ----------------------------------------------------------------------------------------------
 
 
 def _pedestrians(dataset: DataSet, root: Path, transform: Transform | None) -> dict[str, Pedestrians]:
     """The splits of a set, checked against the published numbers."""
     folder, own = dataset.folder(root), ZERO_SHOT.get(dataset.name, dataset.name)
-    if not folder.is_dir():
-        raise dataset.missing(root)
     if own == "par/wider":
         listing = _wider(dataset, root)
     elif (folder / "labels.csv").is_file() or dataset.group == "own":
@@ -238,10 +223,9 @@ def _pedestrians(dataset: DataSet, root: Path, transform: Transform | None) -> d
     else:
         listing = _mat(dataset, root, own)
     listing = listing.checked()
-    counts = {split: len(chosen) for split, chosen in listing.splits.items()}
-    if wrong := [split for split, count in dataset.sizes.items() if counts.get(split) != count]:
-        what = f"{counts.get(wrong[0], 0):,} images for '{wrong[0]}', {dataset.sizes[wrong[0]]:,} are expected"
-        raise dataset.missing(root, f"{listing.file} has {what}")
+    for split, known in dataset.sizes.items():
+        count = len(listing.splits.get(split, ()))
+        tables.check_count(dataset, root, count, known, f"images for '{split}' in {listing.file}")
     ends = [listing.pictures[listing.splits["test"][i]] for i in (0, -1)]
     places = [folder / place for place in _FACTS["IMAGES"].get(own, ("data", ""))]
     base = next((place for place in places if all((place / name).is_file() for name in ends)), None)
@@ -256,19 +240,10 @@ def _pedestrians(dataset: DataSet, root: Path, transform: Transform | None) -> d
     return found
 
 
-def _file(dataset: DataSet, root: Path, *names: str) -> Path:
-    """The first of the files `names` that is there."""
-    paths = [dataset.folder(root) / name for name in names]
-    found = next((path for path in paths if path.is_file()), None)
-    if found is None:
-        raise dataset.missing(root, f"{paths[0]} is not there")
-    return found
-
-
 def _mat(dataset: DataSet, root: Path, own: str) -> Listing:
     """A MATLAB file in the layout of the set `own`."""
     layout = own if own in _LAYOUTS else "par/pa100k"
-    path = _file(dataset, root, _FACTS["ANNOTATIONS"][layout])
+    path = tables.existing(dataset, root, dataset.folder(root) / _FACTS["ANNOTATIONS"][layout])
     try:
         content = loadmat(path, simplify_cells=True)
         found = Listing(path, *_LAYOUTS[layout](content, [*COLUMNS.get(dataset.name, ())]))
@@ -322,27 +297,22 @@ _LAYOUTS = {"par/peta": _peta, "par/pa100k": _pa100k, "par/rapv1": _rapv1, "par/
 
 
 def _wider(dataset: DataSet, root: Path) -> Listing:
-    files = _FACTS["WIDER_FILES"]
-    names_file = _file(dataset, root, files["names"])
-    names, pictures, labels, chosen = _lines(names_file), [], [], {}
+    folder, files = dataset.folder(root), _FACTS["WIDER_FILES"]
+    names_file = tables.existing(dataset, root, folder / files["names"])
+    names, pictures, labels, chosen = tables.lines(names_file), [], [], {}
     for split in ("trainval", "test"):
-        listed, given = (_file(dataset, root, name) for name in files[split])
-        rows, values = _lines(listed), _lines(given)
-        if len(rows) != len(values):
-            raise CorruptFile(given, f"{len(values)} lines, and {listed.name} has {len(rows)} images")
-        for number, value in enumerate(values, 1):
-            row = re.findall(r"-?\d+", value)
-            if len(row) != len(names) or re.search(r"[^-\d,\s\[\]]", value):
-                raise CorruptFile(given, f"line {number}: expected {len(names)} numbers, found {value[:80]!r}")
-            labels.append([*map(int, row)])
+        listed, given = (tables.existing(dataset, root, folder / name) for name in files[split])
+        rows = tables.lines(listed)
+        try:
+            values = np.loadtxt([line.strip("[]") for line in tables.lines(given)], int, delimiter=",", ndmin=2)
+        except ValueError as error:
+            raise CorruptFile(given, f"expected {len(names)} numbers a line ({error})") from error
+        if values.shape != (len(rows), len(names)):
+            raise CorruptFile(given, f"labels {values.shape} for {len(rows)} images and {len(names)} attributes")
         chosen[split] = np.arange(len(pictures), len(pictures) + len(rows))
         pictures += rows
-    return Listing(names_file, pictures, np.array(labels), names, chosen)
-
-
-def _lines(path: Path) -> list[str]:
-    """The lines of a text file that are not blank."""
-    return [line.strip() for line in read_lines(path) if line.strip()]
+        labels.append(values)
+    return Listing(names_file, pictures, np.concatenate(labels), names, chosen)
 
 
 class _Unpickler(unpickle.Unpickler):
@@ -354,7 +324,7 @@ class _Unpickler(unpickle.Unpickler):
 
 def _new_split(dataset: DataSet, root: Path) -> dict[str, np.ndarray]:
     """The partition in the pickle of a zero-shot split: image numbers, from 0; of several partitions the first."""
-    path = _file(dataset, root, *ZERO_SHOT_FILES)
+    path = tables.existing(dataset, root, *(dataset.folder(root) / name for name in ZERO_SHOT_FILES))
     try:
         with path.open("rb") as file:
             parts = _Unpickler(file).load()["partition"]
@@ -366,18 +336,21 @@ def _new_split(dataset: DataSet, root: Path) -> dict[str, np.ndarray]:
 
 
 def _csv(dataset: DataSet, root: Path) -> Listing:
-    path = _file(dataset, root, "labels.csv")
-    table = read_table(path, {"image": ".+", "split": "train|val|test"}, "[01]")
-    if (again := table.image.duplicated()).any():
-        raise CorruptFile(path, f"line {table.index[again][0]}: {table.image[again].iloc[0]} is in two lines")
-    for line, picture in table.image.items():
-        inside(path, f"line {line}", picture)
-    labels = table.drop(columns=["image", "split"]).astype(int)
-    if not labels.shape[1]:
-        raise CorruptFile(path, "it has no column of an attribute")
-    chosen = {split: np.flatnonzero(table.split == split) for split in ("train", "val", "test")}
-    if not chosen["val"].size:
+    path = tables.existing(dataset, root, dataset.folder(root) / "labels.csv")
+    rows = tables.rows(path, "image", "split")
+    names = [name for name in (rows[0][1] if rows else ()) if name not in ("image", "split")]
+    pictures: dict[str, list[int]] = {}
+    chosen: dict[str, list[int]] = {"train": [], "val": [], "test": []}
+    for line, row in rows:
+        cells = [row[name] for name in names]
+        if row["split"] not in chosen or not {*cells} <= {"0", "1"} or not cells or row["image"] in pictures:
+            wanted = f"a new image, {', '.join(chosen)}, and 0 or 1 for each of {len(names)} attributes"
+            raise CorruptFile(path, f"line {line}: expected {wanted}, found {','.join(row.values())[:80]!r}")
+        chosen[row["split"]].append(len(pictures))
+        pictures[row["image"]] = [int(cell) for cell in cells]
+    if not chosen["val"]:
         chosen = {"trainval": chosen["train"], "test": chosen["test"]}
-    if empty := [split for split, members in chosen.items() if not members.size]:
+    if empty := [split for split, members in chosen.items() if not members]:
         raise CorruptFile(path, f"no image is in {' or '.join(empty)}")
-    return Listing(path, table.image.tolist(), labels.to_numpy(), [*labels], chosen)
+    labels = np.array([*pictures.values()])
+    return Listing(path, [*pictures], labels, names, {split: np.array(members) for split, members in chosen.items()})

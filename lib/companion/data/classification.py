@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from PIL import ExifTags, Image
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset
 from torchvision import datasets as tv
 from torchvision.datasets.folder import make_dataset
 from torchvision.transforms import v2
@@ -29,7 +29,7 @@ from torchvision.transforms import v2
 from ..errors import BadParameter, CorruptFile, check_choice
 from ..ops.files import atomic_folder, read_json, write_json
 from ..ops.recorded import recorded
-from . import DataSet, Parts, Status, check_listed, decoding, facts, fetched, find, inside, own_set, read_lines
+from . import DataSet, Parts, check_listed, decoding, facts, fetched, find, inside, own_set, tables
 
 SPLITS = ("train", "val", "trainval", "test")
 _LISTS = {"train": "train800.txt", "val": "val200.txt", "trainval": "train800val200.txt", "test": "test.txt"}
@@ -172,10 +172,7 @@ def official_lists(name: str, root: str | Path) -> Path:
     folder, key = dataset.folder(root), name.partition("/")[2]
     if key not in IMAGES or name.startswith("vtab/"):
         raise BadParameter("data set", name, [f"fgvc/{key}" for key in IMAGES])
-    places = [[path for path in (folder / file, *folder.glob(f"*/{file}")) if path.is_file()] for file in OFFICIAL[key]]
-    if not all(places):
-        raise dataset.missing(root, f"{' and '.join(OFFICIAL[key])} are not all there")
-    files = [found[0] for found in places]
+    files = [tables.existing(dataset, root, folder / file, *folder.glob(f"*/{file}")) for file in OFFICIAL[key]]
     lists = dict[str, dict[str, int]](train={}, val={}, test={})
     try:
         for path, class_id, split in _official(key, files):
@@ -188,9 +185,8 @@ def official_lists(name: str, root: str | Path) -> Path:
         told = f"not the official split ({type(error).__name__}: {error})"
         raise CorruptFile(files[0], told) from error
     for split, listed in lists.items():
-        if len(listed) != dataset.sizes[split]:
-            what = f"{files[-1].name} gives {len(listed)} images for '{split}', {dataset.sizes[split]} expected"
-            raise dataset.missing(root, what)
+        what = f"images for '{split}' in {files[-1]}"
+        tables.check_count(dataset, root, len(listed), dataset.sizes[split], what)
     with atomic_folder(folder / NOT_VPT) as new:
         for split, listed in lists.items():
             write_json(new / f"{split}.json", listed)
@@ -249,26 +245,6 @@ def crop_transform(input, train: bool) -> v2.Transform:
     """
     cut = [v2.RandomCrop(input.size), v2.RandomHorizontalFlip(0.5)] if train else [v2.CenterCrop(input.size)]
     return v2.Compose([v2.Resize(round(input.size * 256 / 224)), *cut, *_normalised(input)])
-
-
-class InMemory(TensorDataset):
-    """Images (n, 3, H, W) float32 and labels (n,) int64 in memory, with `.classes` and `.name` of the source."""
-
-    def __init__(self, images: torch.Tensor, labels: torch.Tensor, classes: int, name: str):
-        super().__init__(images, labels)
-        self.classes, self.name = classes, name
-
-
-def in_memory(dataset: Images) -> InMemory:
-    """Decode every image once, for sets that are read many times with a deterministic transform.
-
-    Raises `BadParameter` when the transform is random (every epoch would use the same draw).
-    """
-    random = [type(step).__name__ for step in getattr(dataset.transform, "transforms", [dataset.transform])]
-    if any(step.startswith("Random") for step in random):
-        raise BadParameter("transform", " > ".join(random), "one without random steps, such as resize_transform(input)")
-    images = torch.stack([dataset[index][0] for index in range(len(dataset))])
-    return InMemory(images, torch.tensor(dataset.labels), dataset.classes, dataset.name)
 
 
 _OWN_LAYOUT = """{train,val,test}/<class>/<image>.jpg    val split from train where there is none
@@ -378,30 +354,20 @@ def images_of_classes(folder: Path, names: Sequence[str]) -> list[tuple[str, int
 
 def warn_of(root: Path, read: Iterable[str]) -> None:
     """Warn of the files below `root` that were not read, hidden ones left out."""
-    known, unread = set(read), defaultdict(list)
-    for path in root.rglob("*"):
-        hidden = any(part.startswith((".", "__MACOSX")) for part in path.relative_to(root).parts)
-        if not hidden and str(path) not in known and path.is_file():
-            unread[path.suffix.lower() or path.name].append(path.relative_to(root))
+    known = set(read)
+    unread = Counter(
+        path.suffix.lower() or path.name
+        for path in root.rglob("*")
+        if str(path) not in known
+        and path.is_file()
+        and not any(part.startswith((".", "__MACOSX")) for part in path.relative_to(root).parts)
+    )
     if unread:
-        told = ", ".join(f"{len(paths)} {kind} file(s) such as {paths[0]}" for kind, paths in unread.items())
+        told = ", ".join(f"{count} {kind} file(s)" for kind, count in unread.most_common())
         warnings.warn(f"{root}: not read: {told}", stacklevel=3)
 
 
 # --- called by `companion.data` ----------------------------------------------------------------------------------
-
-
-def status(dataset: DataSet, root: Path) -> Status:
-    """See `companion.data.status`. CIFAR and SVHN are read and checked by MD5, the others by their lists and names."""
-    wanted: set[str] = set()
-    for split in SPLITS if dataset.name.startswith("vtab/") else ("trainval", "test"):
-        _, sources, _ = _read(dataset, root, split)
-        if not isinstance(sources, np.ndarray):
-            wanted.update(sources)
-    check_listed(dataset, root, wanted)
-    folder, images = dataset.folder(root), dataset.sizes["trainval"] + dataset.sizes["test"]
-    lists = "" if _lists(folder) == folder else "; the lists are not VPT's"
-    return Status("present", f"{images:,} images in {folder}{lists}")
 
 
 def fetch(dataset: DataSet, root: Path, progress: bool) -> None:
@@ -444,27 +410,16 @@ def _normalised(input) -> list[v2.Transform]:
 def _read(dataset: DataSet, root: Path, split: str) -> Listed:
     """The list of a split, its images and labels, all validated except the images themselves."""
     group, _, key = dataset.name.partition("/")
-    folder = dataset.folder(root)
-    if not folder.is_dir():
-        raise dataset.missing(root)
     if group == "vtab":
-        found = _checked(dataset, *_vtab(_existing(dataset, root, folder / _LISTS[split])))
+        found = _checked(dataset, *_vtab(tables.existing(dataset, root, dataset.folder(root) / _LISTS[split])))
     elif key in IMAGES or key == "dtd":  # with a validation list
         read = _fgvc if key in IMAGES else _torchvision
         parts = [_checked(dataset, *read(dataset, root, s)) for s in (SPLITS[:2] if split == "trainval" else (split,))]
         found = parts[0][0], [x for part in parts for x in part[1]], [y for part in parts for y in part[2]]
     else:
         found = _shared_out(dataset, root, split)
-    if len(found[2]) != dataset.sizes[split]:
-        count = f"{len(found[2])} images for '{split}', {dataset.sizes[split]} expected"
-        raise dataset.missing(root, f"{found[0].name} gives {count}")
+    tables.check_count(dataset, root, len(found[2]), dataset.sizes[split], f"images for '{split}' in {found[0]}")
     return found
-
-
-def _existing(dataset: DataSet, root: Path, path: Path) -> Path:
-    if not path.exists():
-        raise dataset.missing(root, f"{path} is not there")
-    return path
 
 
 def _checked(dataset: DataSet, listing: Path, base: Path, paths: Sequence[str], labels: list[int]) -> Listed:
@@ -479,7 +434,7 @@ def _checked(dataset: DataSet, listing: Path, base: Path, paths: Sequence[str], 
 def _vtab(listing: Path) -> Rows:
     """VTAB-1k's lists: lines "relative/path label", labels from 0."""
     paths, labels = [], []
-    for number, line in enumerate(read_lines(listing), 1):
+    for number, line in enumerate(tables.read_text(listing).splitlines(), 1):
         row = re.fullmatch(r"(.+) ([0-9]{1,9})", line)
         if not row:
             raise CorruptFile(listing, f"line {number}: expected 'relative/path label', found {line[:80]!r}")
@@ -491,20 +446,21 @@ def _vtab(listing: Path) -> Rows:
 def _fgvc(dataset: DataSet, root: Path, split: str) -> Rows:
     """FGVC's lists: a dict "path" -> class id, from 1; NABirds has raw ids, numbered in their order in training."""
     folder, key = dataset.folder(root), dataset.name.partition("/")[2]
-    listing = _existing(dataset, root, _lists(folder) / f"{split}.json")
+    lists = folder / _lists(folder)
+    listing = tables.existing(dataset, root, lists / f"{split}.json")
     known: Iterable[int] = range(1, dataset.classes + 1)
     if key == "nabirds":
-        known = sorted(set(_class_ids(_existing(dataset, root, listing.with_name("train.json"))).values()))
+        known = sorted(set(_class_ids(tables.existing(dataset, root, lists / "train.json")).values()))
         if len(known) != dataset.classes:
             raise dataset.missing(root, f"train.json names {len(known)} classes, {dataset.classes} expected")
     number, ids = {class_id: label for label, class_id in enumerate(known)}, _class_ids(listing)
     return listing, folder / IMAGES[key], list(ids), [number.get(class_id, -1) for class_id in ids.values()]
 
 
-def _lists(folder: Path) -> Path:
-    """The folder of an FGVC set's lists: VPT's, or those of `official_lists` where none of VPT's is there."""
+def _lists(folder: Path) -> str:
+    """Where the lists of an FGVC set are: VPT's, or those of `official_lists` where none of VPT's is there."""
     vpts = any((folder / f"{split}.json").is_file() for split in ("train", "val", "test"))
-    return folder if vpts or not (folder / NOT_VPT).is_dir() else folder / NOT_VPT
+    return "" if vpts or not (folder / NOT_VPT).is_dir() else f"{NOT_VPT}/"
 
 
 def _class_ids(listing: Path) -> dict[str, int]:

@@ -32,7 +32,7 @@ from torchvision.transforms import v2
 from ..errors import CompanionError, CorruptFile, check_choice
 from ..ops.files import read_json
 from ..ops.recorded import recorded
-from . import DataSet, Status, check_listed, facts, fetched, find, inside, own_set
+from . import DataSet, check_listed, facts, fetched, find, inside, own_set, tables
 from .classification import Images, _class_folders, _normalised, class_folders, image_folder, images_of_classes, warn_of
 
 SPLITS = ("train", "val", "test", "all")
@@ -137,15 +137,6 @@ def clip_transform(input, train: bool = False) -> v2.Transform:
 # --- called by `companion.data` ----------------------------------------------------------------------------------
 
 
-def status(dataset: DataSet, root: Path) -> Status:
-    """See `companion.data.status`: folders and lists are read, no image is opened."""
-    listing, base, _, parts = _read(dataset, root)
-    wanted = {f"{base}/{path}" for samples in parts.values() for path, _ in samples}
-    name = listing.name if listing else ""
-    check_listed(dataset, root, wanted, name)
-    return Status("present", f"{len(wanted):,} images in {base}, split {f'by {name}' if name else 'with a fixed seed'}")
-
-
 def fetch(dataset: DataSet, root: Path, progress: bool) -> None:
     """See `companion.data.fetch`: torchgeo downloads and verifies."""
     try:
@@ -176,7 +167,6 @@ def _images(dataset: DataSet, root: Path, transform: Transform | None) -> dict[s
     listing, base, names, parts = _read(dataset, root)
     for samples in parts.values():  # two files only: opening must stay fast
         check_listed(dataset, root, (f"{base}/{samples[i][0]}" for i in (0, -1)), listing.name if listing else "")
-    parts["all"] = sorted((sample for part in _PARTS for sample in parts[part]), key=lambda s: (s[1], s[0]))
     renamed = WHOLE_SET_NAMES.get(dataset.name, {})
     found = {}
     for part, samples in parts.items():
@@ -189,8 +179,6 @@ def _images(dataset: DataSet, root: Path, transform: Transform | None) -> dict[s
 def _read(dataset: DataSet, root: Path) -> tuple[Path | None, Path, list[str], dict[str, Samples]]:
     """The list of splits, if there is one, where its paths start, class names by label, and the samples by split."""
     folder, known = dataset.folder(root), dataset.name in CLASSES
-    if not folder.is_dir():
-        raise dataset.missing(root)
     authors = dataset.folders[-1]
     listing = folder / (f"split_cao_{'NWPU' if authors == 'nwpu' else authors}.json" if known else "split.json")
     base, holders = _place(dataset, root)
@@ -200,11 +188,10 @@ def _read(dataset: DataSet, root: Path) -> tuple[Path | None, Path, list[str], d
         listing, (names, parts) = None, _cut(dataset, root, base, holders)
     else:  # a generated set has a fixed split, which a new split would not reproduce
         raise dataset.missing(root, f"{listing} is not there")
-    counts = {part: len(samples) for part, samples in parts.items()}
-    counts["all"] = sum(counts.values())
-    for split, count in counts.items():
-        if count != (expected := dataset.sizes.get(split, count)):
-            raise dataset.missing(root, f"{folder} has {count:,} images for '{split}', {expected:,} are expected")
+    parts["all"] = sorted((sample for samples in parts.values() for sample in samples), key=lambda s: (s[1], s[0]))
+    for split, samples in parts.items():
+        what = f"images for '{split}' in {folder}"
+        tables.check_count(dataset, root, len(samples), dataset.sizes.get(split), what)
     return listing, base, names, parts
 
 

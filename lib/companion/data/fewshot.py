@@ -6,9 +6,8 @@
     protocol.tests["novel"].class_names                             # the names of the novel classes
     harmonic_mean(base_accuracy, novel_accuracy)
 
-A data set returns (image, label) and has the labels as `.labels` (or `.targets`) and the class names by label as
-`.class_names` (or `.classes`): those of `domains` and of `classification.image_folder`, or torchvision's `ImageFolder`.
-No image is opened here.
+A data set returns (image, label) and has the labels as `.labels` and the class names by label as `.class_names`: those
+of `domains` and of `classification.image_folder`. No image is opened here.
 
 The protocols are those of CoOp and CoCoOp (Zhou et al., IJCV and CVPR 2022) as in the code of DPLQ (Cao et al., CVPR
 2024): a class with fewer images than shots contributes all of them.
@@ -86,7 +85,7 @@ def few_shot(dataset: Dataset, shots: int, seed: int) -> Part:
     and with the same seed fewer shots are a subset of more shots.
 
     Raises:
-        BadParameter: shots below 1, or a class without images (it is named); a data set without labels or class names.
+        BadParameter: shots below 1, or a class without images (it is named).
     """
     if shots < 1:
         raise BadParameter("shots", shots, "a whole number from 1 on")
@@ -187,17 +186,8 @@ def harmonic_mean(base: float, novel: float) -> float:
 
 
 def _described(dataset: Dataset) -> tuple[np.ndarray, list[str]]:
-    """Labels and class names of a data set, checked for consistency."""
-    labels = getattr(dataset, "labels", getattr(dataset, "targets", None))
-    names = getattr(dataset, "class_names", None) or getattr(dataset, "classes", None)
-    if labels is None or not isinstance(names, list | tuple):
-        wanted = "one with .labels (or .targets) and .class_names (or .classes), such as torchvision's ImageFolder"
-        raise BadParameter("dataset", type(dataset).__name__, wanted)
-    found = np.asarray(labels, np.int64)
-    if found.size and not 0 <= found.min() <= found.max() < len(names):
-        accepted = f"0..{len(names) - 1}, one for each class name"
-        raise BadParameter("labels", f"{found.min()}..{found.max()}", accepted)
-    return found, list(names)
+    """Labels and class names of a data set."""
+    return np.asarray(dataset.labels, np.int64), list(dataset.class_names)
 
 
 def _checked(splits: Splits) -> tuple[Splits, list[str]]:

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import BadParameter, CorruptFile, check_choice
-from . import DataSet, Status, check_listed, decoding, find, own_set
+from . import DataSet, check_listed, decoding, find, own_set, tables
 from .classification import Images, _class_folders, images_of_classes
 from .detection import Boxes, read_annotations
 
@@ -120,8 +120,6 @@ def load(
     if transform is not None and name != IMAGENET:
         raise BadParameter("transform", transform, f"None: {name} has boxes or labels that would have to change too")
     folder, part = dataset.folder(root), SPLITS[split]
-    if not folder.is_dir():
-        raise dataset.missing(root)
     if name == IMAGENET:
         names = _class_folders(folder / part) if (folder / part).is_dir() else []
         if len(names) != dataset.classes:
@@ -131,9 +129,7 @@ def load(
         paths, labels = [path for path, _ in samples], [label for _, label in samples]
         found: Any = Images(dataset, root, paths, labels, len(names), transform, names)
     elif name == COCO:
-        file = folder / "annotations" / f"instances_{part}2017.json"
-        if not file.is_file():
-            raise dataset.missing(root, f"{file} is not there")
+        file = tables.existing(dataset, root, folder / f"annotations/instances_{part}2017.json")
         truth = read_annotations(file)
         if len(truth["categories"]) != dataset.classes:
             raise CorruptFile(file, f"{len(truth['categories'])} categories, {dataset.classes} are expected")
@@ -144,8 +140,7 @@ def load(
         marked = [str(folder / "annotations" / place / f"{Path(path).stem}.png") for path in paths]
         check_listed(dataset, root, marked)
         found = Scenes(dataset, root, paths, marked, dataset.classes)
-    if len(found) != (known := dataset.sizes.get(split, len(found))):
-        raise dataset.missing(root, f"{len(found):,} images for '{split}' in {folder / part}, {known:,} are expected")
+    tables.check_count(dataset, root, len(found), dataset.sizes.get(split), f"images for '{split}' in {folder}")
     return found
 
 
@@ -163,17 +158,3 @@ def pictures(root: str | Path) -> Images:
     if not found:
         raise own.missing(root, f"there are no images in {folder}")
     return Images(own, root, found, [0] * len(found), 1)
-
-
-# --- called by `companion.data` ---------------------------------------------------------------------------------------
-
-
-def status(dataset: DataSet, root: Path) -> Status:
-    """See `companion.data.status`: files are listed and annotations read, no image is opened."""
-    counts = []
-    for split in SPLITS:
-        found = load(dataset.name, root, split)
-        if dataset.name == COCO:
-            check_listed(dataset, root, map(str, found.sources))
-        counts.append(f"{len(found):,} in {split}")
-    return Status("present", f"images: {', '.join(counts)}")

@@ -21,7 +21,7 @@ from torchvision.transforms.v2.functional import to_dtype
 
 from ..errors import CorruptFile, check_choice
 from ..ops.files import read_json
-from . import DataSet, Status, check_listed, decoding, facts, fetched, find, inside, own_set, read_lines
+from . import DataSet, Status, check_listed, complete, decoding, facts, fetched, find, inside, own_set, tables
 from .classification import Images, images_of_classes
 
 _FACTS = facts("restoration")
@@ -131,16 +131,11 @@ def read_captions(path: str | Path) -> dict[str, str]:
 
 
 def status(dataset: DataSet, root: Path) -> Status:
-    """See `companion.data.status`: captions are read, no image is opened."""
-    folder, counts = dataset.folder(root), []
-    lists = _FACTS["CAPTIONS"].values() if dataset.name == "restoration/coco" else ()
-    if not any((folder / name).exists() for name in (*FOLDERS[dataset.name].values(), *lists)):
-        return Status("missing", f"no captions and no images in {folder}")
-    for split in FOLDERS[dataset.name]:
-        sources, _ = _read(dataset, root, split)
-        check_listed(dataset, root, sources)
-        counts.append(f"{len(sources):,} in {split}")
-    return Status("present", f"images: {', '.join(counts)}")
+    """See `companion.data.status`; the folder of COCO is also that of other sets."""
+    folder, lists = dataset.folder(root), _FACTS["CAPTIONS"].values() if dataset.name == "restoration/coco" else ()
+    if any((folder / name).exists() for name in (*FOLDERS[dataset.name].values(), *lists)):
+        return complete(dataset, root)
+    return Status("missing", f"no captions and no images in {folder}")
 
 
 def fetch(dataset: DataSet, root: Path, progress: bool) -> None:
@@ -159,16 +154,11 @@ def _read(dataset: DataSet, root: Path, split: str) -> tuple[list[str], list[str
     """Paths and captions of a split."""
     folder = dataset.folder(root)
     place = folder / FOLDERS[dataset.name][split]
-    if not folder.is_dir():
-        raise dataset.missing(root)
     if dataset.name == "restoration/div2k":
         return [f"{place}/{number:04d}.png" for number in DIV2K[split][0]], [""] * len(DIV2K[split][0])
-    file = folder / _FACTS["CAPTIONS"][split]
-    if not file.is_file():
-        raise dataset.missing(root, f"{file} is not there")
+    file = tables.existing(dataset, root, folder / _FACTS["CAPTIONS"][split])
     found = read_captions(file)
-    if (known := dataset.sizes[split]) != len(found):
-        raise dataset.missing(root, f"{file} has {len(found):,} images, {known:,} are expected")
+    tables.check_count(dataset, root, len(found), dataset.sizes[split], f"images in {file}")
     return [f"{place}/{name}" for name in found], list(found.values())
 
 
@@ -184,7 +174,7 @@ def _own(own: DataSet, folder: Path, images: str) -> tuple[list[str], list[str]]
             raise own.missing(folder, f"no images in {place}")
         return found, [""] * len(found)
     sources, captions = [], []
-    for number, line in enumerate(read_lines(listing), 1):
+    for number, line in enumerate(tables.read_text(listing).splitlines(), 1):
         if not line.strip():
             continue
         try:
