@@ -6,8 +6,7 @@
 import dataclasses
 import itertools
 import pickle
-import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from companion import backbones
-from companion.data import DATASETS, attributes, classification, detection, landcover, tracking, xrays
+from companion.data import DATASETS, attributes, detection, landcover, xrays
 from companion.data import slides as slide_lists
 from companion.evaluation import ablations
 from companion.models.dmt import Teachers
@@ -24,61 +23,23 @@ from companion.models.dmt import build as dmt_vit
 from companion.models.dmt import cache as dmt_cache
 from companion.models.ecamp.text import Vocabulary
 from companion.models.hvit import features, slides
-from companion.models.metasegnet.climate import PROMPTS, Prompts
 from companion.ops import unpickle
 from companion.ops.files import write_json
-from companion.toy import ecamp as toy_ecamp
-from companion.toy import sa2vp as toy_sa2vp
+from companion.toy.ecamp import VOCABULARY
 from companion.training.checkpoints import Checkpoint
 from companion.training.fit import CPU
 from tests.data.test_attributes import pa100k
 from tests.data.test_landcover import earth, labels
-from tests.data.test_slides import panda
 from tests.models.hvit.test_slides import SMALL, drawn, mean_colour, written
 from tests.training.test_fit import noisy_model, run
 
 Do = Callable[[Path], object]
 
 
-def items(dataset: Iterable) -> None:
-    for _ in itertools.islice(iter(dataset), 1500):
-        pass
-
-
-def digits(folder: Path) -> None:
-    """The training images of VTAB-1k's SVHN, and their list."""
-    (images := folder / "vtab-1k" / "svhn" / "train").mkdir(parents=True)
-    lines = []
-    for number, (pixels, label) in enumerate(toy_sa2vp.examples("digits", "train")):
-        Image.fromarray(pixels).save(images / f"{number:04d}.png")
-        lines.append(f"train/{number:04d}.png {label}\n")
-    (images.parent / "train800.txt").write_text("".join(lines))
-
-
 def land(folder: Path) -> None:
-    """OpenEarthMap with two regions, compressed labels, and a table of their zones that ends with one."""
-    top = earth(folder)
-    for path in top.rglob("labels/*.tif"):
+    """OpenEarthMap with compressed labels."""
+    for path in earth(folder).rglob("labels/*.tif"):
         Image.fromarray(labels(8)[0]).save(path, compression="tiff_deflate")
-    (top / "places.csv").write_text("region,latitude,longitude,zone\ntokyo,35.7,139.7,\nel_rodeo,,,Aw\n")
-
-
-def read_land(folder: Path) -> None:
-    data = landcover.load("landcover/openearthmap", folder, "val")
-    data.zones()
-    items(data)
-
-
-def chests(folder: Path) -> None:
-    """An own folder of X-rays with boxes, and word pieces."""
-    files = toy_ecamp.save(toy_ecamp.load(0, "val"), folder, 9)
-    boxes = [f'{file.relative_to(folder)},"[[{8 * i}, 16, 512, 600]]"\n' for i, file in enumerate(files)]
-    (folder / "test_list.csv").write_text("image_path,bbox\n" + "".join(boxes))
-    toy_ecamp.VOCABULARY.tokenizer.save(str(folder / "wordpiece.json"))
-
-
-def read_chests(folder: Path) -> None:
-    items(xrays.load(xrays.own(folder), folder, "test", task="detection"))
 
 
 def read_slide(path: Path) -> None:
@@ -104,17 +65,12 @@ def cache(folder: Path) -> None:
     dmt_cache.build(folder / "tokens", teachers(), dmt_cache.Views(torch.rand(4, 3, 32, 32)), hardware=CPU)
 
 
-def read_boxes(path: Path) -> None:
-    tracking.read_results(path.parent, [path.stem])
-
-
 def write_rows(path: Path) -> None:
     head = "stage,task,method,learning_rate,seed,accuracy,loss,seconds\n"
     path.write_text(head + "".join(f"test,t,a,0.1,{i},5.0,1.0,0.1\n" for i in range(9)))
 
 
 NOISE = np.random.default_rng(0).integers(0, 255, (64, 64), np.uint8)
-BOXES = np.arange(40.0).reshape(10, 4) + 0.123
 COCO = {
     "images": [{"id": 1, "file_name": "a.png", "width": 8, "height": 8}],
     "annotations": [{"id": 1, "image_id": 1, "category_id": 3, "bbox": [1, 1, 4, 4], "area": 16, "iscrowd": 0}],
@@ -126,35 +82,20 @@ SINGLE: dict[str, tuple[str, Do, Do]] = {
     "slide": ("slide.tiff", lambda p: written(p, drawn()), read_slide),
     "features of a slide": ("a.h5", extract, slide_lists.read_features),
     "X-ray": ("a.png", lambda p: Image.fromarray(NOISE).save(p), xrays.read_image),
-    "boxes of a tracker": ("a.txt", lambda p: tracking.write_results(p, BOXES), read_boxes),
     "checkpoint of a training": ("c.pt", train, train),
     "safetensors": ("w.safetensors", lambda p: save_file(noisy_model().state_dict(), p), backbones.read_state),
     "pickle": ("a.pkl", lambda p: p.write_bytes(pickle.dumps(PICKLED)), unpickle.load),
     "rows of a study": ("study.csv", write_rows, lambda p: ablations.read(p.parent)),
-    "texts of climate zones": ("prompts.yaml", lambda p: shutil.copy(PROMPTS, p), Prompts.read),
+    "word pieces": ("wordpiece.json", lambda p: VOCABULARY.tokenizer.save(str(p)), Vocabulary.read),
 }
-
-DIGITS = (digits, lambda folder: items(classification.load("vtab/svhn", folder, "train")))
 FEW = dataclasses.replace(DATASETS["par/pa100k"], sizes={})
-PEDESTRIANS = (pa100k, lambda folder: items(attributes._pedestrians(FEW, folder, None)["trainval"]))
-BIOPSIES = dataclasses.replace(DATASETS["slides/panda"], sizes={})
-SLIDES = (panda, lambda folder: slide_lists._table(BIOPSIES, folder))
-TRACKS = (
-    lambda folder: tracking.write_results(folder / "video.txt", np.full((9, 4), 7.5)),
-    lambda folder: tracking.read_results(folder),
-)
-LAND = (land, read_land)
-CHESTS = (chests, read_chests)
 SETS: dict[str, tuple[str, Do, Do]] = {
-    "classification list": ("train800.txt", *DIGITS),
-    "classification picture": ("train/*.png", *DIGITS),
-    "attributes of pedestrians": ("annotation.mat", *PEDESTRIANS),
-    "boxes of a video": ("video.txt", *TRACKS),
-    "table of slides": ("train.csv", *SLIDES),
-    "places of land cover": ("places.csv", *LAND),
-    "labels of land cover": ("labels/*_2.tif", *LAND),
-    "boxes of chests": ("test_list.csv", *CHESTS),
-    "word pieces": ("wordpiece.json", chests, lambda f: Vocabulary.read(next(f.rglob("wordpiece.json")))),
+    "attributes of pedestrians": ("annotation.mat", pa100k, lambda f: attributes._pedestrians(FEW, f, None)),
+    "labels of land cover": (
+        "labels/*_2.tif",
+        land,
+        lambda folder: [*itertools.islice(landcover.load("landcover/openearthmap", folder, "val"), 9)],
+    ),
     "settings of cached teachers": ("cache.json", cache, cache),
 }
 FILES = [*SINGLE, *SETS]
@@ -168,9 +109,5 @@ def made(name: str, folder: Path) -> tuple[Path, Callable[[], object]]:
     return min(folder.rglob(file)), lambda: read(where)
 
 
-UNSEEN = {
-    **dict.fromkeys(["classification picture", "X-ray", "safetensors"], "zeros at the end"),
-    **dict.fromkeys(["boxes of a video", "texts of climate zones"], "cut off"),
-}
-"""The damage that cannot be seen: Pillow decodes zeros as pixels, and checks no sum; nor does the format safetensors; a
-list, or YAML, that ends early is one."""
+UNSEEN = dict.fromkeys(["X-ray", "safetensors"], "zeros at the end")
+"""The damage that cannot be seen: Pillow decodes zeros as pixels, and checks no sum; nor does safetensors."""

@@ -115,22 +115,26 @@ def md5(path: Path) -> str:
     return hashlib.md5(path.read_bytes()).hexdigest()
 
 
-def cifar10(root: Path, monkeypatch) -> Path:
-    """Two batches of 5 training images of brightness 0..9, and 4 test images."""
-    folder = root / "hta/cifar-10-batches-py"
-    folder.mkdir(parents=True)
-
-    def batch(name: str, numbers: range) -> list[str]:
-        pixels = np.repeat(np.array(numbers, dtype=np.uint8)[:, None], 3072, axis=1)
-        (folder / name).write_bytes(pickle.dumps({"data": pixels, "labels": [n % 2 for n in numbers]}))
-        return [name, md5(folder / name)]
-
-    train = [batch("data_batch_1", range(5)), batch("data_batch_2", range(5, 10))]
-    monkeypatch.setattr(torchvision.datasets.CIFAR10, "train_list", train)
-    monkeypatch.setattr(torchvision.datasets.CIFAR10, "test_list", [batch("test_batch", range(100, 104))])
-    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": ["a", "b"]}))
-    meta = {"filename": "batches.meta", "key": "label_names", "md5": md5(folder / "batches.meta")}
-    monkeypatch.setattr(torchvision.datasets.CIFAR10, "meta", meta)
+def cifar(root: Path, monkeypatch, key: str = "cifar10") -> Path:
+    """Ten training images of brightness 0..9, and 4 test images; in two classes, of CIFAR-10 in two batches."""
+    reader, names = getattr(torchvision.datasets, key.upper()), ("data_batch_1", "data_batch_2", "test_batch")
+    if key == "cifar100":
+        names = ("train", "train", "test")
+    (folder := root / "hta" / reader.base_folder).mkdir(parents=True)
+    batches: dict[str, list[int]] = {name: [] for name in names}
+    for name, numbers in zip(names, (range(5), range(5, 10), range(100, 104)), strict=True):
+        batches[name] += numbers
+    labels = "labels" if key == "cifar10" else "fine_labels"
+    contents = {
+        name: {"data": np.repeat(np.uint8(numbers)[:, None], 3072, 1), labels: [n % 2 for n in numbers]}
+        for name, numbers in batches.items()
+    } | {reader.meta["filename"]: {reader.meta["key"]: ["a", "b"]}}
+    for name, content in contents.items():
+        (folder / name).write_bytes(pickle.dumps(content))
+    *train, test, meta = ([name, md5(folder / name)] for name in contents)
+    monkeypatch.setattr(reader, "train_list", train)
+    monkeypatch.setattr(reader, "test_list", [test])
+    monkeypatch.setattr(reader, "meta", reader.meta | {"md5": meta[1]})
     return folder
 
 
@@ -288,7 +292,7 @@ HTA = {
     },
     **{
         name: (make, [(i, i % 2) for i in range(8)], [(8, 0), (9, 1)], [(100 + i, i % 2) for i in range(4)])
-        for name, make in {"hta/cifar10": cifar10, "hta/svhn": svhn}.items()
+        for name, make in {"hta/cifar10": cifar, "hta/svhn": svhn}.items()
     },
 }
 

@@ -299,7 +299,8 @@ _LAYOUTS = {"par/peta": _peta, "par/pa100k": _pa100k, "par/rapv1": _rapv1, "par/
 def _wider(dataset: DataSet, root: Path) -> Listing:
     folder, files = dataset.folder(root), _FACTS["WIDER_FILES"]
     names_file = tables.existing(dataset, root, folder / files["names"])
-    names, pictures, labels, chosen = tables.lines(names_file), [], [], {}
+    pictures: list[str] = []
+    names, labels, chosen = tables.lines(names_file), [], {}
     for split in ("trainval", "test"):
         listed, given = (tables.existing(dataset, root, folder / name) for name in files[split])
         rows = tables.lines(listed)

@@ -158,8 +158,8 @@ def official_lists(name: str, root: str | Path) -> Path:
     0; Oxford Flowers has an official validation split. They are not the images that VPT chose. The folder is `NOT_VPT`
     below that of the set; `load` reads it where VPT's lists are missing. Its files are replaced.
 
-    The official split is in the files `OFFICIAL`, in the folder of the set or one below it; of
-    Stanford Cars, `cars_annos.mat` names images as car_ims/000001.jpg.
+    The official split is in the files `OFFICIAL`, in the folder of the set or one below it; of Stanford Cars,
+    `cars_annos.mat` names images as car_ims/000001.jpg.
 
     Raises:
         BadParameter: not a set of FGVC.
@@ -196,10 +196,9 @@ def official_lists(name: str, root: str | Path) -> Path:
 def _official(key: str, files: Sequence[Path]) -> Iterator[tuple[str, int, str]]:
     """Path, class id and split of each image of an FGVC set, from its files `OFFICIAL`."""
     if key in ("cub200", "nabirds"):
-        tables = [dict(line.split(maxsplit=1) for line in path.read_text("utf-8").splitlines()) for path in files]
-        paths, ids, learned = tables
+        paths, ids, learned = (dict(line.split() for line in tables.lines(path)) for path in files)
         for image, path in paths.items():
-            yield path.strip(), int(ids[image]), {"1": "train", "0": "test"}[learned[image].strip()]
+            yield path, int(ids[image]), {"1": "train", "0": "test"}[learned[image]]
         return
     from scipy.io import loadmat  # few use these files
 
@@ -472,19 +471,15 @@ def _class_ids(listing: Path) -> dict[str, int]:
 
 def _shared_out(dataset: DataSet, root: Path, split: str) -> Listed:
     """An official test set; or "train" and "val", 80 and 20 % of the official training set, or both."""
-    official, key = "test" if split == "test" else "train", dataset.name.partition("/")[2]
-    in_order = key not in ("food101", "gtsrb")  # these are sorted by class
-    if in_order:
-        listing, sources, labels = _arrays(dataset, root, official)
-    else:
+    official = "test" if split == "test" else "train"
+    if dataset.name in ("hta/food101", "hta/gtsrb"):
         listing, sources, labels = _checked(dataset, *_torchvision(dataset, root, official))
-    if split == "test":
-        return listing, sources, labels
-    if not in_order:
-        order = _shuffled(len(labels))
+        order = range(len(labels)) if split == "test" else _shuffled(len(labels))
         sources, labels = [sources[i] for i in order], [labels[i] for i in order]
+    else:
+        listing, sources, labels = _arrays(dataset, root, official)
     cut = int(0.8 * len(labels))
-    part = {"train": slice(cut), "val": slice(cut, None), "trainval": slice(None)}[split]
+    part = {"train": slice(cut), "val": slice(cut, None)}.get(split, slice(None))
     return listing, sources[part], labels[part]
 
 
@@ -514,11 +509,13 @@ def _torchvision(dataset: DataSet, root: Path, split: str) -> Rows:
     listing = folder / lists.get(dataset.name, "GT-final_test.csv")
     try:
         read = _TORCHVISION[dataset.name](folder.parent, split=split)
+        paths, labels = (
+            zip(*read._samples, strict=True) if "gtsrb" in dataset.name else (read._image_files, read._labels)
+        )
     except (RuntimeError, FileNotFoundError) as error:
         raise dataset.missing(root, str(error)) from error
     except Exception as error:  # it does not check its lists
         raise CorruptFile(listing, f"torchvision cannot read it ({type(error).__name__}: {error})") from error
-    paths, labels = zip(*read._samples, strict=True) if hasattr(read, "_samples") else (read._image_files, read._labels)
     return listing, folder, [str(path).removeprefix(f"{folder}/") for path in paths], list(labels)
 
 

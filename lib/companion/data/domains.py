@@ -164,35 +164,27 @@ def split_sizes(count: int) -> dict[str, int]:
 
 
 def _images(dataset: DataSet, root: Path, transform: Transform | None) -> dict[str, Images]:
-    listing, base, names, parts = _read(dataset, root)
-    for samples in parts.values():  # two files only: opening must stay fast
-        check_listed(dataset, root, (f"{base}/{samples[i][0]}" for i in (0, -1)), listing.name if listing else "")
-    renamed = WHOLE_SET_NAMES.get(dataset.name, {})
-    found = {}
-    for part, samples in parts.items():
-        called = [renamed.get(name, name) for name in names] if part == "all" else names
-        paths, labels = [f"{base}/{path}" for path, _ in samples], [label for _, label in samples]
-        found[part] = Images(dataset, root, paths, labels, len(names), transform, called)
-    return found
-
-
-def _read(dataset: DataSet, root: Path) -> tuple[Path | None, Path, list[str], dict[str, Samples]]:
-    """The list of splits, if there is one, where its paths start, class names by label, and the samples by split."""
-    folder, known = dataset.folder(root), dataset.name in CLASSES
-    authors = dataset.folders[-1]
+    """The splits, by the list of splits if there is one, or else cut with a fixed seed."""
+    folder, known, authors = dataset.folder(root), dataset.name in CLASSES, dataset.folders[-1]
     listing = folder / (f"split_cao_{'NWPU' if authors == 'nwpu' else authors}.json" if known else "split.json")
     base, holders = _place(dataset, root)
     if listing.is_file():
         names, parts = _listed(dataset, listing)
     elif dataset.group == "own" or known:
-        listing, (names, parts) = None, _cut(dataset, root, base, holders)
+        names, parts = _cut(dataset, root, base, holders)
     else:  # a generated set has a fixed split, which a new split would not reproduce
         raise dataset.missing(root, f"{listing} is not there")
     parts["all"] = sorted((sample for samples in parts.values() for sample in samples), key=lambda s: (s[1], s[0]))
-    for split, samples in parts.items():
-        what = f"images for '{split}' in {folder}"
-        tables.check_count(dataset, root, len(samples), dataset.sizes.get(split), what)
-    return listing, base, names, parts
+    renamed, found = WHOLE_SET_NAMES.get(dataset.name, {}), {}
+    for part, samples in parts.items():
+        what = f"images for '{part}' in {folder}"
+        tables.check_count(dataset, root, len(samples), dataset.sizes.get(part), what)
+        paths, labels = [f"{base}/{path}" for path, _ in samples], [label for _, label in samples]
+        if listing.is_file():  # two files only: opening must stay fast
+            check_listed(dataset, root, (paths[0], paths[-1]), listing.name)
+        called = [renamed.get(name, name) for name in names] if part == "all" else names
+        found[part] = Images(dataset, root, paths, labels, len(names), transform, called)
+    return found
 
 
 def _place(dataset: DataSet, root: Path) -> tuple[Path, list[Path]]:

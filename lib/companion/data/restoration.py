@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ class Captioned(Images):
     Raises (on indexing) as `classification.Images`.
     """
 
-    each = ("sources", "labels", "captions")
+    each: ClassVar[tuple[str, ...]] = ("sources", "labels", "captions")
 
     def __init__(self, dataset: DataSet, root: Path, sources: Sequence[str], captions: Sequence[str]):
         super().__init__(dataset, root, sources, range(len(sources)), 0)
