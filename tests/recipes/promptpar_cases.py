@@ -99,7 +99,7 @@ def labels(case: Case) -> list[Row]:
         kind = name.rpartition("/")[2]
         with tempfile.TemporaryDirectory() as root:  # of its partitions the first has these training images
             getattr(files, kind)(Path(root))
-            chosen = getattr(attributes, f"_{kind}")(attributes.find(name, "attributes"), Path(root)).splits["train"]
+            chosen = attributes._mat(attributes.find(name, "attributes"), Path(root), name).splits["train"]
         first = split == 0 and list(chosen) == list(files.TRAIN.ravel() - 1)
         return [*rows, Row("split", f"partition {split}", f"images {chosen}", first)]
     for name, want in case.expected.items():
