@@ -21,7 +21,7 @@ import torch
 from bench import Step
 
 from companion import backbones
-from companion.data.domains_sets import CLASSES
+from companion.data.domains import CLASSES
 from companion.data.fewshot import halves
 from companion.models.dplq import DPLQ, domain_model
 from companion.models.layers.clip_prompting import PromptedCLIP

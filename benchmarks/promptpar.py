@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from companion import backbones
-from companion.data.attributes_sets import SENTENCES
+from companion.data.attributes import SENTENCES
 from companion.models.layers.clip_prompting import embed_texts
 from companion.models.promptpar import Output, PromptPAR, Settings, loss
 from companion.models.promptpar.model import region_mask

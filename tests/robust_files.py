@@ -5,7 +5,6 @@
 
 import dataclasses
 import pickle
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,20 +14,18 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from companion import backbones
-from companion.data import DATASETS, attributes, detection, tracking, xrays
+from companion.data import DATASETS, attributes, detection, xrays
 from companion.data import slides as slide_lists
 from companion.evaluation import ablations
 from companion.models.dmt import Teachers
 from companion.models.dmt import build as dmt_vit
 from companion.models.dmt import cache as dmt_cache
 from companion.models.hvit import features, slides
-from companion.models.metasegnet.climate import PROMPTS, Prompts
 from companion.ops import unpickle
 from companion.ops.files import write_json
 from companion.training.checkpoints import Checkpoint
 from companion.training.fit import CPU
 from tests.data.test_attributes import pa100k
-from tests.data.test_slides import panda
 from tests.models.hvit.test_slides import SMALL, drawn, mean_colour, written
 from tests.training.test_fit import noisy_model, run
 
@@ -58,17 +55,12 @@ def cache(folder: Path) -> None:
     dmt_cache.build(folder / "tokens", teachers(), dmt_cache.Views(torch.rand(4, 3, 32, 32)), hardware=CPU)
 
 
-def read_boxes(path: Path) -> None:
-    tracking.read_results(path.parent, [path.stem])
-
-
 def write_rows(path: Path) -> None:
     head = "stage,task,method,learning_rate,seed,accuracy,loss,seconds\n"
     path.write_text(head + "".join(f"test,t,a,0.1,{i},5.0,1.0,0.1\n" for i in range(9)))
 
 
 NOISE = np.random.default_rng(0).integers(0, 255, (64, 64), np.uint8)
-BOXES = np.arange(40.0).reshape(10, 4) + 0.123
 COCO = {
     "images": [{"id": 1, "file_name": "a.png", "width": 8, "height": 8}],
     "annotations": [{"id": 1, "image_id": 1, "category_id": 3, "bbox": [1, 1, 4, 4], "area": 16, "iscrowd": 0}],
@@ -80,26 +72,14 @@ SINGLE: dict[str, tuple[str, Do, Do]] = {
     "slide": ("slide.tiff", lambda p: written(p, drawn()), read_slide),
     "features of a slide": ("a.h5", extract, slide_lists.read_features),
     "X-ray": ("a.png", lambda p: Image.fromarray(NOISE).save(p), xrays.read_image),
-    "boxes of a tracker": ("a.txt", lambda p: tracking.write_results(p, BOXES), read_boxes),
     "checkpoint of a training": ("c.pt", train, train),
     "safetensors": ("w.safetensors", lambda p: save_file(noisy_model().state_dict(), p), backbones.read_state),
     "pickle": ("a.pkl", lambda p: p.write_bytes(pickle.dumps(PICKLED)), unpickle.load),
     "rows of a study": ("study.csv", write_rows, lambda p: ablations.read(p.parent)),
-    "texts of climate zones": ("prompts.yaml", lambda p: shutil.copy(PROMPTS, p), Prompts.read),
 }
-
 FEW = dataclasses.replace(DATASETS["par/pa100k"], sizes={})
-PEDESTRIANS = (pa100k, lambda folder: attributes._pedestrians(FEW, folder, None))
-BIOPSIES = dataclasses.replace(DATASETS["slides/panda"], sizes={})
-SLIDES = (panda, lambda folder: slide_lists._table(BIOPSIES, folder))
-TRACKS = (
-    lambda folder: tracking.write_results(folder / "video.txt", np.full((9, 4), 7.5)),
-    lambda folder: tracking.read_results(folder),
-)
 SETS: dict[str, tuple[str, Do, Do]] = {
-    "attributes of pedestrians": ("annotation.mat", *PEDESTRIANS),
-    "boxes of a video": ("video.txt", *TRACKS),
-    "table of slides": ("train.csv", *SLIDES),
+    "attributes of pedestrians": ("annotation.mat", pa100k, lambda f: attributes._pedestrians(FEW, f, None)),
     "settings of cached teachers": ("cache.json", cache, cache),
 }
 FILES = [*SINGLE, *SETS]
@@ -113,9 +93,5 @@ def made(name: str, folder: Path) -> tuple[Path, Callable[[], object]]:
     return min(folder.rglob(file)), lambda: read(where)
 
 
-UNSEEN = {
-    **dict.fromkeys(["X-ray", "safetensors"], "zeros at the end"),
-    **dict.fromkeys(["boxes of a video", "texts of climate zones"], "cut off"),
-}
-"""The damage that cannot be seen: Pillow decodes zeros as pixels, and checks no sum; nor does the format safetensors; a
-list, or YAML, that ends early is one."""
+UNSEEN = dict.fromkeys(["X-ray", "safetensors"], "zeros at the end")
+"""The damage that cannot be seen: Pillow decodes zeros as pixels, and checks no sum; nor does safetensors."""

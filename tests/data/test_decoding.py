@@ -29,15 +29,6 @@ def test_pixels_are_pils(tmp_path, name, mode):
         np.testing.assert_array_equal(found, np.asarray(again.convert(mode)))
 
 
-@pytest.mark.parametrize("end", ["jpg", "png"])
-def test_half_a_file_is_refused_as_pil_does(tmp_path, end):
-    COLOUR.save(tmp_path / f"a.{end}")
-    whole = (tmp_path / f"a.{end}").read_bytes()
-    (tmp_path / f"a.{end}").write_bytes(whole[: len(whole) // 2])
-    with Image.open(tmp_path / f"a.{end}") as image, pytest.raises((OSError, SyntaxError)):
-        pixels(image)
-
-
 def test_upright_is_as_pil_rotates():
     for orientation, expected in {1: SMOOTH, 3: SMOOTH[::-1, ::-1], 6: np.rot90(SMOOTH, -1)}.items():
         exif, file = Image.Exif(), io.BytesIO()

@@ -11,13 +11,13 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from companion import data
-from companion.data import DATASETS, domains, domains_sets
+from companion.data import DATASETS, domains
 from companion.data.domains import load, own_folder, splits
 from companion.data.fewshot import base_to_novel
-from companion.errors import BadParameter, CompanionError, CorruptFile, MissingData
+from companion.errors import CompanionError, CorruptFile, MissingData
 from tests.data.conftest import expect, items, picture, refused, unreadable
 
-SETS = list(domains_sets.CLASSES)
+SETS = list(domains.CLASSES)
 BTMRI = "medical/btmri"
 
 
@@ -38,7 +38,7 @@ def small(monkeypatch):
 @pytest.fixture
 def btmri(tmp_path) -> Path:
     """The folder of a small "medical/btmri" below tmp_path, as the authors keep it: 10 images per class."""
-    tree(tmp_path / "medical/BTMRI/BTMRI", sorted(domains_sets.CLASSES[BTMRI]), 10)
+    tree(tmp_path / "medical/BTMRI/BTMRI", sorted(domains.CLASSES[BTMRI]), 10)
     return tmp_path / "medical/BTMRI"
 
 
@@ -66,7 +66,7 @@ RELEASED = {
 @pytest.mark.parametrize("name", SETS)
 def test_the_authors_layout_and_that_of_the_archive_give_the_same_labels_and_splits(name, tmp_path):
     folder, own = DATASETS[name].folders
-    classes, words = sorted(domains_sets.CLASSES[name]), domains_sets.CLASSES[name]
+    classes, words = sorted(domains.CLASSES[name]), domains.CLASSES[name]
     tree(tmp_path / folder / own, classes)
     sets = splits(name, tmp_path)
     parts = {part: items(images) for part, images in sets.items()}
@@ -80,37 +80,35 @@ def test_the_authors_layout_and_that_of_the_archive_give_the_same_labels_and_spl
     assert items(load(name, tmp_path / "beside", "test")) == parts["test"]
     if name in RELEASED:
         place, ending, renamed = RELEASED[name]
-        renamed = renamed or {new: old for old, new in domains_sets.RELEASED_AS.get(name, {}).items()}
+        renamed = renamed or {new: old for old, new in domains.RELEASED_AS.get(name, {}).items()}
         tree(tmp_path / "archive" / folder / place, [renamed.get(key, key) for key in classes], 4, ending)
         found = splits(name, tmp_path / "archive")
         assert {part: items(images) for part, images in found.items()} == parts
 
 
 def test_released_folders_get_the_authors_words_and_other_spellings_keep_theirs(tmp_path):
-    tree(tmp_path / "remote/RSSCN7", domains_sets.RELEASED_AS["remote/rsscn7"])
+    tree(tmp_path / "remote/RSSCN7", domains.RELEASED_AS["remote/rsscn7"])
     words = ("Field", "Forest", "Grass", "Industrial Area", "Parking", "Residential Area", "River or Lake")
     assert load("remote/rsscn7", tmp_path, "test").class_names == words
     assert load("remote/rsscn7", tmp_path, "all").class_names[-1] == "River Lake"  # as for domain generalisation
-    keys = [key.replace("Dense Residential", "DenseResidential") for key in domains_sets.CLASSES["remote/aid"]]
+    keys = [key.replace("Dense Residential", "DenseResidential") for key in domains.CLASSES["remote/aid"]]
     tree(tmp_path / "remote/AID", keys)
     names = load("remote/aid", tmp_path, "test").class_names
     assert "DenseResidential" in names and "Dense Residential Area" not in names and "Center Area" in names
 
 
 def test_both_folders_of_the_brain_tumour_archive_are_one_set(tmp_path):
-    classes = sorted(domains_sets.CLASSES[BTMRI])
+    classes = sorted(domains.CLASSES[BTMRI])
     tree(tmp_path / "medical/BTMRI/Training", classes, 6)
     tree(tmp_path / "medical/BTMRI/Testing", classes[1:], 4)
-    images = load(BTMRI, tmp_path, "all")
-    assert Counter(images.labels) == {0: 6, 1: 10, 2: 10, 3: 10}
-    assert {Path(source).parts[-3] for source in images.sources} == {"Training", "Testing"}
+    assert Counter(load(BTMRI, tmp_path, "all").labels) == {0: 6, 1: 10, 2: 10, 3: 10}
 
 
 @pytest.mark.parametrize(
     ("count", "expected"), [(10, (5, 2, 3)), (5, (2, 1, 2)), (7, (4, 1, 2)), (625, (312, 125, 188))]
 )
 def test_sizes_of_splits_round_as_the_authors(count, expected):
-    assert tuple(domains_sets.split_sizes(count).values()) == expected
+    assert tuple(domains.split_sizes(count).values()) == expected
 
 
 def test_the_shuffle_of_each_class_is_pinned_and_independent_of_the_others(btmri, tmp_path):
@@ -123,11 +121,10 @@ def test_the_shuffle_of_each_class_is_pinned_and_independent_of_the_others(btmri
     picture(btmri / "BTMRI/pituitary/x.jpg")
     assert len(load(BTMRI, tmp_path, "all")) == 41
     assert before == [s for s in load(BTMRI, tmp_path, "train").sources if "pituitary" not in s]
-    refused(BadParameter, "trainval", load, BTMRI, tmp_path, "trainval")
 
 
 def test_a_list_of_splits_is_followed(btmri, tmp_path):
-    listing, classes = btmri / "split_cao_BTMRI.json", domains_sets.CLASSES[BTMRI]
+    listing, classes = btmri / "split_cao_BTMRI.json", domains.CLASSES[BTMRI]
     listed(listing, classes)
     sets = splits(BTMRI, tmp_path)
     assert items(sets["train"]) == [(10 * label + n, label) for label in range(4) for n in (7, 3)]
@@ -145,13 +142,10 @@ def test_a_list_of_splits_is_followed(btmri, tmp_path):
         listed(listing, classes, test=[["pituitary/0.jpg", 3, "pituitary"], entry])
         refused(CorruptFile, "'test', entry 2", load, BTMRI, tmp_path, "train")
     one = '{"train": [["a/1.jpg", 0, "a"]], "val": [["b/1.jpg", 2, "b"]], "test": [["b/2.jpg", 2, "b"]]}'
-    unreadable(listing, lambda: splits(BTMRI, tmp_path), {'{"train": 1, "val": [], "test": []}': "", one: "1"})
+    unreadable(listing, lambda: splits(BTMRI, tmp_path), {one: "1"})
 
 
-def test_class_folders_that_are_missing_or_strange_are_named(btmri, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        expect(patch, BTMRI, sizes={"train": 21, "all": 40})
-        refused(MissingData, "21", splits, BTMRI, tmp_path)
+def test_class_folders_that_are_short_or_strange_are_named(btmri, tmp_path):
     for number in range(2, 10):
         (btmri / f"BTMRI/notumor/{number}.jpg").unlink()
     refused(MissingData, "notumor .* 2 images", splits, BTMRI, tmp_path)
@@ -159,42 +153,32 @@ def test_class_folders_that_are_missing_or_strange_are_named(btmri, tmp_path, mo
     refused(CorruptFile, "cats", splits, BTMRI, tmp_path)
 
 
-@pytest.mark.parametrize("place", ["", "images"])
-def test_own_folder(place, tmp_path):
-    tree(tmp_path / place, ("Bear", "cat", "owl"), 10)
+def test_own_folder(tmp_path):
+    tree(tmp_path / "images", ("Bear", "cat", "owl"), 10)
     sets = own_folder(tmp_path)
     assert sets["test"].class_names == ("Bear", "cat", "owl") and sets["test"].name == tmp_path.name
     assert {part: len(images) for part, images in sets.items()} == {"train": 15, "val": 6, "test": 9, "all": 30}
     assert base_to_novel(sets, shots=5).tests["novel"].class_names == ("owl",)
     listed(tmp_path / "split.json", {name: f"a {name}" for name in ("cat", "Bear")})
-    sets = own_folder(tmp_path)
-    assert sets["val"].class_names == ("a cat", "a Bear")
-    refused(MissingData, "nowhere", own_folder, tmp_path / "nowhere")
-
-
-def test_own_folder_that_is_split_already(tmp_path):
+    assert own_folder(tmp_path)["val"].class_names == ("a cat", "a Bear")
     for part, each in (("train", 5), ("val", 2), ("test", 3)):
-        tree(tmp_path / part, ("Bear", "cat", "owl"), each)
-    sets = own_folder(tmp_path)
+        tree(tmp_path / "split" / part, ("Bear", "cat", "owl"), each)
+    sets = own_folder(tmp_path / "split")
     assert items(sets["val"]) == [(0, 0), (1, 0), (10, 1), (11, 1), (20, 2), (21, 2)]
     assert items(sets["all"]) == items(sets["train"]) + items(sets["val"]) + items(sets["test"])
-    assert base_to_novel(sets, shots=5).tests["novel"].class_names == ("owl",)
 
 
 def test_a_generated_set_has_its_own_list(tmp_path, monkeypatch):
-    changes = {"name": "pocket/far", "group": "pocket", "classes": 2, "folders": ("pocket/far",)}
-    made = dataclasses.replace(DATASETS["remote/ucm"], sizes={"train": 4, "test": 2}, **changes)
-    monkeypatch.setitem(DATASETS, "pocket/far", made)
+    changes = {"name": "pocket/far", "group": "pocket", "classes": 2, "folders": ("pocket/far",), "sizes": {"train": 4}}
+    monkeypatch.setitem(DATASETS, "pocket/far", dataclasses.replace(DATASETS["remote/ucm"], **changes))
     tree(tmp_path / "pocket/far/images", ("moon", "sun"), 8)
     refused(MissingData, r"split\.json", splits, "pocket/far", tmp_path)  # its splits are not for us to invent
-    listing = listed(tmp_path / "pocket/far/split.json", {"moon": "moon", "sun": "sun"})
+    listed(tmp_path / "pocket/far/split.json", {"moon": "moon", "sun": "sun"})
     assert items(load("pocket/far", tmp_path, "train")) == [(7, 0), (3, 0), (17, 1), (13, 1)]
-    listed(listing, {"moon": "moon", "sun": "sun"}, test=[["sun/0.jpg", 1, "sun"]])
-    refused(MissingData, "1 images for 'test', 2", splits, "pocket/far", tmp_path)
 
 
-@pytest.mark.parametrize("name", domains_sets.TORCHGEO)
-def test_fetch_through_torchgeo(name, tmp_path, monkeypatch):
+def test_fetch_through_torchgeo(tmp_path, monkeypatch):
+    name = next(iter(domains.TORCHGEO))
     calls, failures = [], [OSError("no route")]
 
     def download(root, download=False, checksum=False):
@@ -202,10 +186,10 @@ def test_fetch_through_torchgeo(name, tmp_path, monkeypatch):
         (Path(root) / "archive.zip").write_bytes(b"zip")
         if failures:
             raise failures.pop()
-        tree(Path(root) / RELEASED[name][0], domains_sets.CLASSES[name])
+        tree(Path(root) / RELEASED[name][0], domains.CLASSES[name])
 
     package = ModuleType("torchgeo")
-    package.datasets = SimpleNamespace(**{domains_sets.TORCHGEO[name]: download})
+    package.datasets = SimpleNamespace(**{domains.TORCHGEO[name]: download})
     monkeypatch.setitem(sys.modules, "torchgeo", package)
     refused(CompanionError, "no route", data.fetch, name, tmp_path, progress=False)
     assert not list(tmp_path.iterdir())

@@ -5,10 +5,8 @@ from collections import Counter
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets import ImageFolder
+from torch.utils.data import Dataset
 
-from companion.data.classification import image_folder, in_memory
 from companion.data.fewshot import (
     base_to_novel,
     cross_dataset,
@@ -19,7 +17,7 @@ from companion.data.fewshot import (
     select,
 )
 from companion.errors import BadParameter
-from tests.data.conftest import picture, refused
+from tests.data.conftest import refused
 
 NAMES = ("bog", "city", "dune", "farm", "ice")
 
@@ -28,9 +26,8 @@ class Plain(Dataset):
     """Images that hold their own number, the first `each` of each class, then the next."""
 
     def __init__(self, each: int, class_names=NAMES, start: int = 0):
-        self.class_names = class_names
+        self.class_names, self.start = class_names, start
         self.labels = [label for label in range(len(class_names)) for _ in range(each)]
-        self.start = start
 
     def __len__(self):
         return len(self.labels)
@@ -43,18 +40,6 @@ def made(each: int = 20, class_names=NAMES, start: int = 0) -> dict[str, Dataset
     """A set of `each` training images per class, half as many for val and test."""
     counts = {"train": each, "val": each // 2, "test": each // 2}
     return {split: Plain(n, class_names, start + 1000 * i) for i, (split, n) in enumerate(counts.items())}
-
-
-def without(each: int, label: int) -> Plain:
-    found = Plain(each)
-    found.labels = [other for other in found.labels if other != label]
-    return found
-
-
-def relabelled(label: int) -> Plain:
-    found = Plain(4)
-    found.labels[0] = label
-    return found
 
 
 def numbers(dataset: Dataset) -> list[int]:
@@ -113,34 +98,14 @@ def test_transfer_to_other_sets():
     assert general.train.indices == crossed.train.indices
 
 
-def test_image_folders_of_torchvision_and_of_the_readers_serve(tmp_path):
-    for split in ("train", "val", "test"):
-        for label, name in enumerate(("ash", "elm", "oak")):
-            for number in range(6):
-                picture(tmp_path / split / name / f"{number}.png", 40 * label + number, size=(8, 8))
-    theirs, sets = {s: ImageFolder(tmp_path / s) for s in ("train", "val", "test")}, image_folder(tmp_path)
-    image, label = base_to_novel(theirs, shots=3).tests["novel"][0]
-    assert label == 0 and image.getpixel((0, 0)) == (80, 80, 80)
-    protocol = base_to_novel(sets, shots=3)
-    assert in_memory(protocol.tests["novel"]).tensors[1].tolist() == [0] * 6
-    images, labels = next(iter(DataLoader(protocol.train, batch_size=6)))
-    assert images.shape == (6, 3, 8, 8) and sorted(labels.tolist()) == [0, 0, 0, 1, 1, 1]
-    assert len(domain_generalisation(sets, {"again": sets}, shots=3).tests["again"]) == 3 * 3 * 6
-
-
 @pytest.mark.parametrize(
     ("call", "value"),
     [
         (lambda: few_shot(Plain(20), 0, 1), "shots"),
-        (lambda: few_shot(without(4, 2), 1, 0), "dune"),
+        (lambda: few_shot(Plain(0), 1, 0), "bog"),
         (lambda: base_to_novel(made() | {"test": select(made()["test"], [0, 1, 2])}), "classes"),
-        (lambda: select(Plain(2), [1, 1]), r"0\.\.4"),
         (lambda: cross_dataset(made(), {"source": made()}), "'source'"),
-        (lambda: base_to_novel({"train": Plain(4)}), "val, test"),
         (lambda: domain_generalisation(made(), {"b": made() | {"test": Plain(4, ("x", "y"))}}), "class_names"),
-        (lambda: few_shot(Plain(4, "bog"), 1, 0), "class_names"),
-        (lambda: few_shot(relabelled(-1), 1, 0), r"-1\.\.4"),
-        (lambda: few_shot(relabelled(5), 1, 0), r"0\.\.5"),
     ],
 )
 def test_sets_that_do_not_fit_a_protocol(call, value):

@@ -11,7 +11,7 @@ from PIL import Image
 from companion import data
 from companion.data import restoration
 from companion.data.restoration import load, own_folder, read_captions
-from companion.errors import BadParameter, MissingData
+from companion.errors import MissingData
 from companion.ops.files import write_json
 from tests.data.conftest import expect, refused, unreadable
 
@@ -39,15 +39,8 @@ def test_coco_gives_the_first_caption_by_id(tmp_path: Path, monkeypatch) -> None
     image, caption = found[1]
     assert image.shape == (3, 12, 20) and image.dtype == torch.float32 and caption == "A zebra on grass."
     assert image.min() >= 0 and 0.9 < image.max() <= 1 and data.status(name, tmp_path).state == "present"
-    (tmp_path / "coco" / "val2017" / "3.jpg").unlink()
-    assert data.status(name, tmp_path).state == "incomplete"
-    refused(MissingData, r"3\.jpg", load, name, tmp_path, "test")
-    expect(monkeypatch, name, sizes={"train": 2, "test": 5000})
-    refused(MissingData, "2 images, 5,000", load, name, tmp_path, "test")
-    refused(BadParameter, "val", load, name, tmp_path, "val")
-    ends = '"../a", "id": 1}]', '"a", "id": "1"}]', '"a", "id": 1}], "annotations": [{}]'
-    bad = [end if "annotations" in end else f'{end}, "annotations": []' for end in ends]
-    contents = {f'{{"images": [{{"file_name": {end}}}': "[0]" for end in bad}
+    ends = {'"../a", "id": 1}], "annotations": []': "../a", '"a", "id": 1}], "annotations": [{}]': "id"}
+    contents = {f'{{"images": [{{"file_name": {end}}}': value for end, value in ends.items()}
     contents |= {"[]": "", '{"images": [], "annotations": []}': ""}
     contents['{"images": [], "annotations": [{"id": 1, "image_id": 2, "caption": ""}]}'] = "2"
     unreadable(file, lambda: read_captions(file), contents)
@@ -57,26 +50,13 @@ def test_own_folder(tmp_path: Path) -> None:
     for i, name in enumerate(("a.png", "b.jpg")):
         picture(tmp_path / "images" / name, seed=i)
     assert own_folder(tmp_path).captions == own_folder(tmp_path / "images").captions == ("", "")
-    (tmp_path / "images" / "._a.png").write_text("hidden")
-    (tmp_path / "images" / "c.gif").write_bytes((tmp_path / "images" / "a.png").read_bytes())
-    assert [Path(file).name for file in own_folder(tmp_path / "images").sources] == ["a.png", "b.jpg", "c.gif"]
     listing = tmp_path / "captions.jsonl"
     lines = '\ufeff{"file": "b.jpg", "caption": "a zebra  on grass"}\n\n{"file": "a.png", "caption": ""}\n'
     listing.write_text(lines, encoding="utf-8")
     found = own_folder(tmp_path)
     assert found.captions == ("a zebra on grass", "") and Path(found.sources[0]).name == "b.jpg"
-    bad = (
-        "{",
-        "[]",
-        '{"file": "a.png"}',
-        '{"file": 3, "caption": ""}',
-        '{"file": "../a.png", "caption": ""}',
-        "[" * 10**5,
-    )
+    bad = "{", "[]", '{"file": "a.png"}', '{"file": 3, "caption": ""}', '{"file": "../a", "caption": ""}', "[" * 10**5
     unreadable(listing, lambda: own_folder(tmp_path), dict.fromkeys(bad, "line 1") | {"": ""})
-    listing.write_text(lines, encoding="utf-8")
-    (tmp_path / "images" / "a.png").unlink()
-    refused(MissingData, r"a\.png", own_folder, tmp_path)
     refused(MissingData, "nowhere", own_folder, tmp_path / "nowhere")
 
 
@@ -85,18 +65,15 @@ def test_fetch_of_div2k(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
     def download(url: str, root: str, md5: str) -> None:
         fetched.append(url.rpartition("/")[2])
-        (Path(root) / fetched[-1][:-4]).mkdir()
-        for i in numbers[md5]:
-            (Path(root) / fetched[-1][:-4] / f"{i:04d}.png").touch()
+        picture(Path(root) / fetched[-1][:-4] / f"{md5}.png")
 
-    numbers = {"train": range(1, 3), "test": range(801, 803)}
-    monkeypatch.setattr(restoration, "DIV2K", {split: (found, split) for split, found in numbers.items()})
+    numbers = {"train": (range(1, 2), "0001"), "test": (range(801, 802), "0801")}
+    monkeypatch.setattr(restoration, "DIV2K", numbers)
     monkeypatch.setattr(restoration, "download_and_extract_archive", download)
     for _ in range(2):  # what is there is left alone
         assert data.fetch("restoration/div2k", tmp_path, progress=False) == tmp_path / "div2k"
     assert fetched == ["DIV2K_train_HR.zip", "DIV2K_valid_HR.zip"]
-    test = load("restoration/div2k", tmp_path, "test")
-    assert [Path(path).name for path in test.sources] == ["0801.png", "0802.png"]
+    assert load("restoration/div2k", tmp_path, "test").sources[0].endswith("0801.png")
     assert [path.name for path in tmp_path.iterdir()] == ["div2k"]
 
 
@@ -110,11 +87,6 @@ def test_pairs_of_low_and_high_quality_are_matched_by_their_names(tmp_path: Path
     (tmp_path / "captions.jsonl").unlink()
     pairs = own_folder(tmp_path)
     assert [Path(file).name for file in pairs.part([1]).low.sources] == ["b.png"] and len(pairs) == 2
-    pytest.importorskip("diffusers")
-    from companion.models.tip.degradations import Degraded
-
-    sample = Degraded(pairs, 16, fresh=False)[0]
-    assert sample.degraded.shape == sample.clean.shape == (3, 16, 16) and sample.ops is None
     (tmp_path / "low" / "a.png").unlink()
     refused(MissingData, r"low/a\.png", own_folder, tmp_path)
     shutil.rmtree(tmp_path / "low")

@@ -18,7 +18,7 @@ from torch.utils.data import TensorDataset
 
 from companion import backbones
 from companion.data import DATASETS, domains, fewshot
-from companion.data.domains_sets import CLASSES
+from companion.data.domains import CLASSES
 from companion.models.dplq import recipe
 from companion.models.dplq.model import DPLQ, PROMPT, NoFeatures, loss
 from companion.models.layers.clip_prompting import Texts, embed_texts, tower_names

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from companion.data import attributes
-from companion.data.attributes_sets import COLUMNS, SENTENCES
+from companion.data.attributes import COLUMNS, SENTENCES
 from companion.evaluation.metrics.attributes import evaluate
 from companion.models.layers.clip_prompting import Texts
 from companion.models.layers.state_dicts import official_state
@@ -99,7 +99,7 @@ def labels(case: Case) -> list[Row]:
         kind = name.rpartition("/")[2]
         with tempfile.TemporaryDirectory() as root:  # of its partitions the first has these training images
             getattr(files, kind)(Path(root))
-            chosen = getattr(attributes, f"_{kind}")(attributes.find(name, "attributes"), Path(root)).splits["train"]
+            chosen = attributes._mat(attributes.find(name, "attributes"), Path(root), name).splits["train"]
         first = split == 0 and list(chosen) == list(files.TRAIN.ravel() - 1)
         return [*rows, Row("split", f"partition {split}", f"images {chosen}", first)]
     for name, want in case.expected.items():

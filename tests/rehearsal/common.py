@@ -8,6 +8,8 @@ parameters of all runs, of which the first is that of the notebook's tests, and 
 from __future__ import annotations
 
 import importlib
+import pickle
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -15,6 +17,7 @@ from typing import NamedTuple
 
 import pandas as pd
 import pytest
+from torch.utils.data import DataLoader
 
 from companion.errors import CompanionError
 from companion.ops import needs
@@ -51,8 +54,20 @@ def prepare(slug: str, run: Mapping[str, object], root: Path, patch: pytest.Monk
 
 
 def rehearse(slug: str, run: Mapping[str, object], folder: Path, patch: pytest.MonkeyPatch) -> pd.DataFrame:
-    """The measured rows of a dry run on the CPU, in a folder of its own."""
+    """The measured rows of a dry run on the CPU, in a folder of its own.
+
+    What a loader reads can be pickled, for processes that are spawned, as on macOS.
+    """
     recipe, changes = prepare(slug, run, folder / "data", patch)
+
+    class Sent(DataLoader):
+        def __init__(self, data, *args, **options):  # type: ignore[no-untyped-def]
+            pickle.dumps((data, options.get("collate_fn")))
+            super().__init__(data, *args, **options)
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("companion.") and hasattr(module, "DataLoader"):
+            patch.setattr(module, "DataLoader", Sent)
     recipe.run(parameters(slug, accelerator="cpu", **changes), folder / "out")
     return recipe.RESULTS.measured(folder / "out" / "measured.csv")
 

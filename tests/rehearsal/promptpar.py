@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from companion.data.attributes_sets import PHRASES, ZERO_SHOT
+from companion.data.attributes import PHRASES, ZERO_SHOT
 from companion.models.promptpar import PromptPAR, Settings
 from companion.toy.tokens import Tokenizer
 from tests.data import test_attributes as layouts

@@ -1,11 +1,8 @@
 """SA²VP: VTAB-1k on both backbones, FGVC, HTA, and a folder of one's own."""
 
-import pickle
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torchvision
 
 from companion.data import DATASETS
 from tests.data import test_classification as layouts
@@ -21,30 +18,13 @@ def write(name: str, root: Path, patch: pytest.MonkeyPatch) -> None:
             picture(root / "ab"[number % 2] / f"{number}.png", number)
     elif name == "hta/cifar100":
         layouts.shrink(patch, name, 2, 8, 2, 4)
-        cifar100(root, patch)
+        layouts.cifar(root, patch, "cifar100")
     elif name in layouts.HTA:
         layouts.shrink(patch, name, 2, *map(len, layouts.HTA[name][1:]))
         layouts.HTA[name][0](root, patch)
     else:
         layouts.shrink(patch, name, 3, 3, 2, 4)
         layouts.vtab(root, DATASETS[name].folders[0]) if group == "vtab" else layouts.fgvc(root, key)
-
-
-def cifar100(root: Path, patch: pytest.MonkeyPatch) -> None:
-    """10 training and 4 test images."""
-    (folder := root / "hta/cifar-100-python").mkdir(parents=True)
-    files = {"train": range(10), "test": range(100, 104)}
-    contents = {
-        name: {"data": np.repeat(np.array(of, np.uint8)[:, None], 3072, 1), "fine_labels": [n % 2 for n in of]}
-        for name, of in files.items()
-    }
-    for name, content in (contents | {"meta": {"fine_label_names": ["a", "b"]}}).items():
-        (folder / name).write_bytes(pickle.dumps(content))
-    hashes = {name: layouts.md5(folder / name) for name in ("train", "test", "meta")}
-    patch.setattr(torchvision.datasets.CIFAR100, "train_list", [["train", hashes["train"]]])
-    patch.setattr(torchvision.datasets.CIFAR100, "test_list", [["test", hashes["test"]]])
-    meta = {"filename": "meta", "key": "fine_label_names", "md5": hashes["meta"]}
-    patch.setattr(torchvision.datasets.CIFAR100, "meta", meta)
 
 
 RUNS = [{"dataset": name} for name, known in DATASETS.items() if known.task == "classification"]

@@ -2,8 +2,10 @@
 
 `DATASETS` holds a `DataSet` for each name ("fgvc/cub200", "vtab/cifar100", ...); `status` checks whether it is on this
 machine, `fetch` downloads it if it is free and has a checksum, `table` lists all of them in rows. The module of a task
-has `load`, `status` and, for free sets, `fetch`; `<task>_sets` holds the facts. No module here depends on a model or a
-paper.
+has `load`, `status` and, for free sets, `fetch`; `<task>_sets.yaml` holds the facts. No module here depends on a model
+or a paper.
+
+`tables` reads lists and CSV files; `inside` and `check_listed` check the files that they name.
 """
 
 from __future__ import annotations
@@ -11,13 +13,19 @@ from __future__ import annotations
 import contextlib
 import copy
 import datetime
+import functools
 import http.client
 import importlib
 import io
+import os
+import re
+import shutil
 import socket
 import tarfile
+import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -133,9 +141,19 @@ def status(name: str, root: str | Path) -> Status:
     if not folder.is_dir():
         return Status("missing", f"no folder {folder}")
     try:
-        return _reader(dataset).status(dataset, root)
+        reader = _reader(dataset)
+        return reader.status(dataset, root) if hasattr(reader, "status") else complete(dataset, root)
     except CompanionError as error:
         return Status("incomplete", getattr(error, "detail", "") or str(error))
+
+
+def complete(dataset: DataSet, root: Path) -> Status:
+    """ "present", with the images of each split; raises `MissingData`, `CorruptFile`: something is wrong."""
+    counts = []
+    for split, items in _splits(dataset, root):
+        check_listed(dataset, root, map(str, _files(items)))
+        counts.append(f"{len(items):,} in {split}")
+    return Status("present", f"images in {dataset.folder(root)}: {', '.join(counts)}")
 
 
 def look(name: str, root: str | Path) -> Status:
@@ -146,9 +164,8 @@ def look(name: str, root: str | Path) -> Status:
     found, dataset, rows = status(name, root), find(name), []
     if found.state != "present":
         return found
-    for split in dict.fromkeys([*dataset.sizes, "train", "val", "test"]):
-        try:
-            items = _reader(dataset).load(name, root, split)
+    try:
+        for split, items in _splits(dataset, Path(root)):
             row = f"{split} {len(items):,}"
             labels = np.asarray(getattr(items, "labels", ()))
             if getattr(items, "classes", 0) and labels.size and labels.dtype.kind in "iuf":
@@ -159,11 +176,17 @@ def look(name: str, root: str | Path) -> Status:
                 if shape := getattr(first, "shape", ()):
                     row += f", an item of {' x '.join(map(str, shape))}"
             rows.append(row)
-        except BadParameter:  # a split that this set does not have
-            continue
-        except CompanionError as error:
-            return Status("incomplete", getattr(error, "detail", "") or str(error))
+    except CompanionError as error:
+        return Status("incomplete", getattr(error, "detail", "") or str(error))
     return Status("present", "; ".join(rows) or found.detail)
+
+
+def _splits(dataset: DataSet, root: Path) -> Iterator[tuple[str, Any]]:
+    """The splits that a set has, by name, one after the other."""
+    reader = _reader(dataset)
+    for split in dict.fromkeys([*dataset.sizes, "train", "val", "test"]):
+        with contextlib.suppress(BadParameter):  # a split that this set does not have
+            yield split, reader.load(dataset.name, root, split)
 
 
 def present(name: str, root: str | Path) -> bool:
@@ -276,22 +299,60 @@ def downloading(dataset: DataSet, folder: Path, progress: bool) -> Iterator[None
         socket.setdefaulttimeout(waited)
 
 
+@contextlib.contextmanager
+def fetched(dataset: DataSet, root: Path, progress: bool) -> Iterator[Path]:
+    """Context of a download, see `downloading`: a hidden folder, whose content is moved to the set's folder at the end.
+
+    Archives in it are removed. In an incomplete copy files are replaced; none of the user's others is removed.
+    """
+    folder = dataset.folder(root)
+    root.mkdir(parents=True, exist_ok=True)
+    with downloading(dataset, folder, progress), tempfile.TemporaryDirectory(prefix=".fetch-", dir=root) as name:
+        (new := Path(name) / folder.name).mkdir()
+        yield new
+        for archive in (path for path in new.iterdir() if path.suffix in (".gz", ".tgz", ".zip")):
+            archive.unlink()
+        shutil.copytree(new, folder, dirs_exist_ok=True, copy_function=shutil.move)
+
+
+# --- for the readers --------------------------------------------------------------------------------------------------
+
+_OUTSIDE = re.compile(r"^[/\\]|^[A-Za-z]:|(^|[/\\])\.\.([/\\]|$)|\0")
+
+
+def inside(listing: Path, where: str, path: str) -> str:
+    """`path` if it is below the data set's folder: a downloaded list must not make us read other files."""
+    if _OUTSIDE.search(path):
+        raise CorruptFile(listing, f"{where}: the path {path!r} leaves the data set's folder")
+    return path
+
+
+def check_listed(dataset: DataSet, root: Path, paths: Iterable[str], listing: str = "") -> None:
+    """Raise `MissingData`, with the first missing one, unless all `paths` of a list, of that name, are on disk."""
+    wanted, names = set(paths), defaultdict(set)
+    for path in wanted:
+        folder, _, name = path.rpartition("/")
+        names[folder].add(name)
+    absent = []
+    for folder, expected in names.items():  # one listing of each folder is faster than a look at each file
+        there = {entry.name for entry in os.scandir(folder)} if Path(folder).is_dir() else set()
+        absent += [f"{folder}/{name}" for name in expected - there]
+    if absent:
+        by = f" of {listing}" if listing else ""
+        what = f"{len(absent)} of {len(wanted)} listed images{by} are not there, the first: {min(absent)}"
+        raise dataset.missing(root, what)
+
+
+# --- the register -----------------------------------------------------------------------------------------------------
+
+
 def table(root: str | Path) -> list[dict[str, str]]:
     """One row for each data set: name, title, state, detail, licence, source."""
-    rows = []
-    for name, dataset in DATASETS.items():
-        found = status(name, root)
-        rows.append(
-            {
-                "name": name,
-                "title": dataset.title,
-                "state": found.state,
-                "detail": found.detail,
-                "licence": dataset.licence,
-                "source": dataset.where,
-            }
-        )
-    return rows
+    return [
+        {"name": name, "title": dataset.title, "licence": dataset.licence, "source": dataset.where}
+        | vars(status(name, root))
+        for name, dataset in DATASETS.items()
+    ]
 
 
 def _tuples(value: object) -> Any:
@@ -301,6 +362,7 @@ def _tuples(value: object) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
+@functools.cache
 def _read(task: str) -> dict:
     return _tuples(yaml.load((_HERE / f"{task}_sets.yaml").read_text(encoding="utf-8"), _LOADER))
 

@@ -6,19 +6,18 @@
     sets["trainval"].sentences             # the sentences that CLIP encodes
 
 Opening a set reads its annotation; an image is decoded on access. `root` is the data folder (`data`).
-`attributes_sets` describes the sets. Labels are 1 where the annotation is 1, and 0 elsewhere: in WIDER -1 is "absent"
-and 0 "unclear". In the RAP sets "unclear" is 2 and remains 2, as in the code of PromptPAR.
+`attributes_sets.yaml` describes the sets. Labels are 1 where the annotation is 1, and 0 elsewhere: in WIDER -1 is
+"absent" and 0 "unclear". In the RAP sets "unclear" is 2 and remains 2, as in the code of PromptPAR.
 
 A new set needs a `DataSet` with task "attributes" in `DATASETS`, and files like PA100K's or `labels.csv`.
 """
 
 from __future__ import annotations
 
-import csv
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,50 +29,57 @@ from torchvision.transforms.v2 import functional as F
 from ..errors import CorruptFile, check_choice
 from ..ops import unpickle
 from ..ops.config import configure
-from . import DataSet, Status, find, own_set
-from .attributes_sets import ANNOTATIONS, COLUMNS, IMAGES, SENTENCES, WIDER_FILES, ZERO_SHOT, ZERO_SHOT_FILES
-from .classification import Images, _inside, _normalised, _to_tensor, check_listed
+from . import DataSet, facts, find, inside, own_set, tables
+from .classification import Images, _normalised, _to_tensor
 
 SPLITS = ("train", "val", "trainval", "test")
 Transform = Callable[[Image.Image], torch.Tensor]
+_FACTS = facts("attributes")
+SENTENCES: dict[str, tuple[str, ...]] = _FACTS["SENTENCES"]
+"""The sentence of each attribute, in label order, as the authors' preparation has them, slips included."""
+PHRASES: dict[str, tuple[str, ...]] = _FACTS["PHRASES"]
+"""For RAPv1 the authors' script passes CLIP these phrases, and stores the sentences too; which of the two the paper
+used was not found. `SENTENCES` has the sentences, as for all other sets and as in the abstract."""
+COLUMNS: dict[str, tuple[int, ...]] = _FACTS["COLUMNS"]
+"""The scored columns of the raw labels, in label order: of PETA after its first four, of RAPv2 among the 54 that its
+annotation selects."""
+ZERO_SHOT: dict[str, str] = _FACTS["ZERO_SHOT"]
+"""The sets that are another set with a new split."""
+ZERO_SHOT_FILES: tuple[str, ...] = _FACTS["ZERO_SHOT_FILES"]
+"""The files of the new split: Rethinking_of_PAR's, or the one that PromptPAR's script makes of it."""
 
 
-class Listing:
+class Listing(NamedTuple):
     """An annotation: images (n), labels (n, A) of 0, 1 and 2 (unclear), names of attributes (A), members of splits."""
 
-    def __init__(
-        self,
-        file: Path,
-        pictures: Sequence[str],
-        labels: np.ndarray,
-        names: Sequence[str],
-        splits: Mapping[str, np.ndarray],
-    ):
-        self.file, self.pictures, self.names = file, list(pictures), list(names)
-        self.labels = np.asarray(labels).clip(0).astype(np.float32)
-        if (wrong := self.labels[~np.isin(self.labels, (0, 1, 2))]).size:
-            raise CorruptFile(file, f"a label is {wrong[0]:g}: 1, 0 (absent) and 2 (unclear) are expected")
-        if self.labels.ndim != 2 or self.labels.shape != (len(self.pictures), len(self.names)):
-            raise CorruptFile(
-                file, f"labels {self.labels.shape} for {len(self.pictures)} images and {len(self.names)} attributes"
-            )
-        self.splits = {split: self._indices(split, chosen) for split, chosen in splits.items()}
-        if {"train", "val"} <= self.splits.keys():
-            self.splits["trainval"] = np.concatenate([self.splits["train"], self.splits["val"]])
-        learned = "trainval" if "trainval" in self.splits else "train"
-        if common := np.intersect1d(self.splits[learned], self.splits["test"]).size:
-            raise CorruptFile(file, f"{common} images are in the training split and in the test split")
+    file: Path
+    pictures: Sequence[str]
+    labels: np.ndarray
+    names: Sequence[str]
+    splits: Mapping[str, np.ndarray]
 
-    def _indices(self, split: str, chosen: np.ndarray) -> np.ndarray:
-        found = np.asarray(chosen)
-        if found.ndim != 1 or not np.issubdtype(found.dtype, np.number) or not (found == found.astype(np.int64)).all():
-            raise CorruptFile(self.file, f"the split '{split}' is no list of image numbers")
-        found = found.astype(np.int64)
-        if not found.size or found.min() < 0 or found.max() >= len(self.pictures):
-            raise CorruptFile(
-                self.file, f"the split '{split}' is empty, or goes beyond the {len(self.pictures)} images"
-            )
-        return found
+    def checked(self) -> Listing:
+        """With "trainval", and labels of absent attributes 0. Raises `CorruptFile`: labels or splits do not fit."""
+        labels, pictures = np.asarray(self.labels).clip(0).astype(np.float32), [*map(str, self.pictures)]
+        if (wrong := labels[~np.isin(labels, (0, 1, 2))]).size:
+            raise CorruptFile(self.file, f"a label is {wrong[0]:g}: 1, 0 (absent) and 2 (unclear) are expected")
+        if labels.shape != (len(pictures), len(self.names)):
+            what = f"labels {labels.shape} for {len(pictures)} images and {len(self.names)} attributes"
+            raise CorruptFile(self.file, what)
+        for number, picture in enumerate(pictures, 1):
+            inside(self.file, f"image {number}", picture)
+        splits = {}
+        for split, chosen in self.splits.items():
+            found = np.asarray(chosen)
+            known = found.ndim == 1 and found.size and found.dtype.kind in "iu"
+            if not (known and 0 <= found.min() <= found.max() < len(pictures)):
+                raise CorruptFile(self.file, f"the split '{split}' is no list of numbers of the {len(pictures)} images")
+            splits[split] = found.astype(np.int64)
+        if "val" in splits:
+            splits["trainval"] = np.concatenate([splits["train"], splits["val"]])
+        if common := np.intersect1d(splits["trainval"], splits["test"]).size:
+            raise CorruptFile(self.file, f"{common} images are in the training split and in the test split")
+        return self._replace(pictures=pictures, labels=labels, names=[*map(str, self.names)], splits=splits)
 
 
 class Pedestrians(Images):
@@ -205,243 +211,148 @@ def square_transform(size: int = 224, train: bool = False, antialias: bool = Fal
     return configure(v2.Compose(steps), arguments, square_transform)
 
 
-# --- called by `companion.data` ----------------------------------------------------------------------------------
-
-
-def status(dataset: DataSet, root: Path) -> Status:
-    """See `companion.data.status`: annotations are read, no image is opened."""
-    listing = _read(dataset, root)
-    base = _base(dataset, root, listing)
-    chosen = np.unique(np.concatenate([*listing.splits.values()]))
-    wanted = {f"{base}/{listing.pictures[i]}" for i in chosen}
-    check_listed(dataset, root, wanted)
-    return Status("present", f"{len(wanted):,} images in {base}, {len(listing.names)} attributes")
-
-
 # --- implementation ----------------------------------------------------------------------------------------------
 
 
 def _pedestrians(dataset: DataSet, root: Path, transform: Transform | None) -> dict[str, Pedestrians]:
-    listing = _read(dataset, root)
-    base = _base(dataset, root, listing)
-    sentences, found = SENTENCES.get(dataset.name, listing.names), {}
-    for split in SPLITS:
-        if split in listing.splits:
-            chosen = listing.splits[split]
-            sources, labels = [f"{base}/{listing.pictures[i]}" for i in chosen], listing.labels[chosen]
-            found[split] = Pedestrians(dataset, root, sources, labels, listing.names, sentences, transform)
-    return found
-
-
-def _base(dataset: DataSet, root: Path, listing: Listing) -> Path:
-    """The folder of the images: the first known one that has the first and the last image."""
-    folder = dataset.folder(root)
-    places = IMAGES.get(ZERO_SHOT.get(dataset.name, dataset.name), ("data", ""))
-    ends = [listing.pictures[listing.splits["test"][i]] for i in (0, -1)]
-    for place in places:
-        if all((folder / place / name).is_file() for name in ends):
-            return folder / place
-    absent = next((name for name in ends if not any((folder / place / name).is_file() for place in places)), ends[0])
-    where = " or ".join(str(folder / place) for place in places)
-    raise dataset.missing(root, f"{listing.file.name} lists {absent}, which is not in {where}")
-
-
-def _read(dataset: DataSet, root: Path) -> Listing:
-    """The annotation of a set, checked against the published numbers."""
+    """The splits of a set, checked against the published numbers."""
     folder, own = dataset.folder(root), ZERO_SHOT.get(dataset.name, dataset.name)
-    if not folder.is_dir():
-        raise dataset.missing(root)
-    readers = {"par/peta": _peta, "par/rapv1": _rapv1, "par/rapv2": _rapv2, "par/wider": _wider}
-    if own in readers:
-        listing = readers[own](dataset, root)
+    if own == "par/wider":
+        listing = _wider(dataset, root)
     elif (folder / "labels.csv").is_file() or dataset.group == "own":
         listing = _csv(dataset, root)
     else:
-        listing = _pa100k(dataset, root)
-    for split, count in dataset.sizes.items():
-        found = len(listing.splits.get(split, ()))
-        if found != count:
-            raise dataset.missing(root, f"{listing.file} has {found:,} images for '{split}', {count:,} are expected")
-    return listing
+        listing = _mat(dataset, root, own)
+    listing = listing.checked()
+    for split, known in dataset.sizes.items():
+        count = len(listing.splits.get(split, ()))
+        tables.check_count(dataset, root, count, known, f"images for '{split}' in {listing.file}")
+    ends = [listing.pictures[listing.splits["test"][i]] for i in (0, -1)]
+    places = [folder / place for place in _FACTS["IMAGES"].get(own, ("data", ""))]
+    base = next((place for place in places if all((place / name).is_file() for name in ends)), None)
+    if base is None:
+        where = " or ".join(map(str, places))
+        raise dataset.missing(root, f"{listing.file.name} lists {' and '.join(ends)}, which are not in {where}")
+    sentences, found = SENTENCES.get(dataset.name, listing.names), {}
+    for split in (split for split in SPLITS if split in listing.splits):
+        chosen = listing.splits[split]
+        sources, labels = [f"{base}/{listing.pictures[i]}" for i in chosen], listing.labels[chosen]
+        found[split] = Pedestrians(dataset, root, sources, labels, listing.names, sentences, transform)
+    return found
 
 
-def _file(dataset: DataSet, root: Path, name: str) -> Path:
-    path = dataset.folder(root) / name
-    if not path.is_file():
-        raise dataset.missing(root, f"{path} is not there")
-    return path
-
-
-def _mat(dataset: DataSet, root: Path, read: Callable[[dict], tuple], file: str = "") -> Listing:
-    """A MATLAB file through `read`, from its variables to (images, labels, names, splits)."""
-    path = _file(dataset, root, file or ANNOTATIONS[ZERO_SHOT.get(dataset.name, dataset.name)])
+def _mat(dataset: DataSet, root: Path, own: str) -> Listing:
+    """A MATLAB file in the layout of the set `own`."""
+    layout = own if own in _LAYOUTS else "par/pa100k"
+    path = tables.existing(dataset, root, dataset.folder(root) / _FACTS["ANNOTATIONS"][layout])
     try:
-        variables = loadmat(path)
+        content = loadmat(path, simplify_cells=True)
+        found = Listing(path, *_LAYOUTS[layout](content, [*COLUMNS.get(dataset.name, ())]))
     except Exception as error:  # a damaged file can raise anything
-        raise CorruptFile(path, f"not a MATLAB file ({type(error).__name__}: {error})") from error
-    try:
-        pictures, labels, names, chosen = read(variables)
-    except (KeyError, IndexError, ValueError, TypeError) as error:
-        known = ", ".join(name for name in variables if not name.startswith("__"))
-        raise CorruptFile(
-            path, f"its fields are not those of {dataset.title} ({type(error).__name__}: {error}); it has: {known}"
-        ) from error
-    if dataset.name in ZERO_SHOT:
-        chosen = _new_split(dataset, root)
-    for number, picture in enumerate(pictures, 1):
-        _inside(path, f"image {number}", picture)
-    return Listing(path, pictures, labels, names, chosen)
+        what = f"its fields are not those of {dataset.title} ({type(error).__name__}: {error})"
+        raise CorruptFile(path, what) from error
+    return found._replace(splits=_new_split(dataset, root)) if dataset.name in ZERO_SHOT else found
 
 
-def _words(cells: np.ndarray) -> list[str]:
-    """The strings in a cell array of MATLAB, one row or one column."""
-    return [str(cell[0]) for cell in cells.ravel()]
+Fields = tuple[list[str], np.ndarray, Sequence[str], dict[str, np.ndarray]]  # those of a `Listing` after the file
 
 
-def _numbers(field: np.ndarray) -> np.ndarray:
-    """Image numbers, from 1 in MATLAB, from 0 here."""
-    return np.asarray(field).ravel().astype(np.int64) - 1
+def _partition(parts: Any, *splits: str) -> dict[str, np.ndarray]:
+    """The first of several partitions: image numbers, which are counted from 1 in MATLAB."""
+    first = parts[0] if isinstance(parts, list) else parts
+    return {
+        split: np.atleast_1d(chosen).astype(np.int64) - 1 for split, chosen in zip(splits, first.values(), strict=False)
+    }
 
 
-def _peta(dataset: DataSet, root: Path) -> Listing:
-    def read(variables: dict) -> tuple:
-        labels, names, _, partitions = (variables["peta"][0, 0][i] for i in range(4))
-        labels, columns = labels[:, 4:], list(COLUMNS[dataset.name])
-        names = np.array(_words(names))
-        first = partitions.ravel()[0][0, 0]
-        chosen = {split: _numbers(first[i]) for i, split in enumerate(("train", "val", "test"))}
-        pictures = [f"{number:05}.png" for number in range(1, len(labels) + 1)]
-        return pictures, labels[:, columns], names[columns], chosen
-
-    return _mat(dataset, root, read)
+def _peta(content: dict, columns: list[int]) -> Fields:
+    labels, names, _, parts = [*content["peta"].values()][:4]
+    pictures = [f"{number:05}.png" for number in range(1, len(labels) + 1)]
+    return pictures, labels[:, 4:][:, columns], names[columns], _partition(parts, "train", "val", "test")
 
 
-def _pa100k(dataset: DataSet, root: Path) -> Listing:
-    def read(variables: dict) -> tuple:
-        pictures: list[str] = []
-        labels, chosen = [], {}
-        for split in ("train", "val", "test"):
-            listed = _words(variables[f"{split}_images_name"])
-            chosen[split] = np.arange(len(pictures), len(pictures) + len(listed))
-            pictures += listed
-            labels.append(variables[f"{split}_label"])
-        return pictures, np.concatenate(labels), _words(variables["attributes"]), chosen
-
-    return _mat(dataset, root, read, ANNOTATIONS["par/pa100k"])
+def _pa100k(content: dict, _: list[int]) -> Fields:
+    pictures: list[str] = []
+    labels, chosen = [], {}
+    for split in ("train", "val", "test"):
+        listed = np.atleast_1d(content[f"{split}_images_name"]).tolist()
+        chosen[split] = np.arange(len(pictures), len(pictures) + len(listed))
+        pictures += listed
+        labels.append(np.atleast_2d(content[f"{split}_label"]))
+    return pictures, np.concatenate(labels), content["attributes"], chosen
 
 
-def _rapv1(dataset: DataSet, root: Path) -> Listing:
-    def read(variables: dict) -> tuple:
-        fields, columns = variables["RAP_annotation"][0, 0], list(COLUMNS[dataset.name])
-        first = fields[0].ravel()[0][0, 0]
-        chosen = {split: _numbers(first[i]) for i, split in enumerate(("trainval", "test"))}
-        names = np.array(_words(fields[3]))
-        return _words(fields[5]), fields[1][:, columns], names[columns], chosen
-
-    return _mat(dataset, root, read)
+def _rapv1(content: dict, columns: list[int]) -> Fields:
+    parts, labels, _, names, _, pictures = [*content["RAP_annotation"].values()][:6]
+    return pictures.tolist(), labels[:, columns], names[columns], _partition(parts, "trainval", "test")
 
 
-def _rapv2(dataset: DataSet, root: Path) -> Listing:
-    def read(variables: dict) -> tuple:
-        fields = variables["RAP_annotation"][0, 0]
-        columns = _numbers(fields["selected_attribute"])[list(COLUMNS[dataset.name])]
-        first = fields["partition_attribute"].ravel()[0][0, 0]
-        chosen = {split: _numbers(_unwrapped(first[f"{split}_index"])) for split in ("train", "val", "test")}
-        names = np.array(_words(fields["attribute"]))
-        return _words(fields["name"]), fields["data"][:, columns], names[columns], chosen
-
-    return _mat(dataset, root, read)
+def _rapv2(content: dict, columns: list[int]) -> Fields:
+    found = content["RAP_annotation"]
+    columns = found["selected_attribute"][columns] - 1
+    parts = _partition(found["partition_attribute"], "train", "val", "test")
+    return found["name"].tolist(), found["data"][:, columns], found["attribute"][columns], parts
 
 
-def _unwrapped(field: np.ndarray) -> np.ndarray:
-    """A numeric field, which MATLAB may have wrapped in a cell."""
-    return field.ravel()[0] if field.dtype == object else field
+_LAYOUTS = {"par/peta": _peta, "par/pa100k": _pa100k, "par/rapv1": _rapv1, "par/rapv2": _rapv2}
 
 
 def _wider(dataset: DataSet, root: Path) -> Listing:
-    names_file = _file(dataset, root, WIDER_FILES["names"])
-    names, pictures, labels, chosen = _lines(names_file), [], [], {}
+    folder, files = dataset.folder(root), _FACTS["WIDER_FILES"]
+    names_file = tables.existing(dataset, root, folder / files["names"])
+    pictures: list[str] = []
+    names, labels, chosen = tables.lines(names_file), [], {}
     for split in ("trainval", "test"):
-        listed, given = (_file(dataset, root, name) for name in WIDER_FILES[split])
-        rows, values = _lines(listed), _lines(given)
-        if len(rows) != len(values):
-            raise CorruptFile(given, f"{len(values)} lines, and {listed.name} has {len(rows)} images")
-        for number, row in enumerate(rows, 1):
-            pictures.append(_inside(listed, f"line {number}", row))
-        for number, value in enumerate(values, 1):
-            if not re.fullmatch(r"\[?\s*-?\d+(\s*,\s*-?\d+)*\s*]?", value) or value.count(",") != len(names) - 1:
-                raise CorruptFile(given, f"line {number}: expected {len(names)} numbers, found {value[:80]!r}")
-            labels.append([int(x) for x in value.strip("[] ").split(",")])
-        chosen[split] = np.arange(len(pictures) - len(rows), len(pictures))
-    return Listing(names_file, pictures, np.array(labels), names, chosen)
-
-
-def _lines(path: Path) -> list[str]:
-    """The lines of a text file that are not blank."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise CorruptFile(path, f"not a text file ({error})") from error
-    return [line.strip() for line in lines if line.strip()]
-
-
-class _Record(dict):
-    """Replaces easydict's EasyDict by a dict without attributes: anything the pickle sets besides items is ignored."""
-
-    def __setstate__(self, _: object) -> None: ...
+        listed, given = (tables.existing(dataset, root, folder / name) for name in files[split])
+        rows = tables.lines(listed)
+        try:
+            values = np.loadtxt([line.strip("[]") for line in tables.lines(given)], int, delimiter=",", ndmin=2)
+        except ValueError as error:
+            raise CorruptFile(given, f"expected {len(names)} numbers a line ({error})") from error
+        if values.shape != (len(rows), len(names)):
+            raise CorruptFile(given, f"labels {values.shape} for {len(rows)} images and {len(names)} attributes")
+        chosen[split] = np.arange(len(pictures), len(pictures) + len(rows))
+        pictures += rows
+        labels.append(values)
+    return Listing(names_file, pictures, np.concatenate(labels), names, chosen)
 
 
 class _Unpickler(unpickle.Unpickler):
-    """The safe reader of pickles, extended by EasyDict."""
+    """The safe reader of pickles, which reads easydict's EasyDict as a dict."""
 
     def find_class(self, module: str, name: str) -> object:
-        return _Record if (module, name) == ("easydict", "EasyDict") else super().find_class(module, name)
+        return type(name, (dict,), {}) if module == "easydict" else super().find_class(module, name)
 
 
 def _new_split(dataset: DataSet, root: Path) -> dict[str, np.ndarray]:
-    """The partition in the pickle of a zero-shot split: image numbers, from 0."""
-    folder = dataset.folder(root)
-    path = next((folder / name for name in ZERO_SHOT_FILES if (folder / name).is_file()), None)
-    if path is None:
-        raise dataset.missing(root, f"{folder / ZERO_SHOT_FILES[0]} is not there")
+    """The partition in the pickle of a zero-shot split: image numbers, from 0; of several partitions the first."""
+    path = tables.existing(dataset, root, *(dataset.folder(root) / name for name in ZERO_SHOT_FILES))
     try:
         with path.open("rb") as file:
-            found = _Unpickler(file).load()
+            parts = _Unpickler(file).load()["partition"]
+        chosen = {split: parts[split] for split in ("train", "val", "test")}
     except Exception as error:  # a damaged pickle can raise anything
-        raise CorruptFile(path, f"not a pickle ({type(error).__name__}: {error})") from error
-    parts = found.get("partition") if isinstance(found, dict) else None
-    if not isinstance(parts, dict) or not {"train", "val", "test"} <= parts.keys():
-        raise CorruptFile(path, "expected a dict with partition.train, partition.val and partition.test")
-    chosen = {split: parts[split] for split in ("train", "val", "test")}
-    # several partitions form a list, of which the first is used
+        what = f"expected a pickled dict with partition.train, partition.val and partition.test ({error!r})"
+        raise CorruptFile(path, what) from error
     return {split: np.asarray(p[0] if isinstance(p, list) and np.ndim(p[0]) else p) for split, p in chosen.items()}
 
 
 def _csv(dataset: DataSet, root: Path) -> Listing:
-    path = _file(dataset, root, "labels.csv")
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            header, *rows = [row for row in csv.reader(file) if row] or [[]]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise CorruptFile(path, f"not a CSV file ({error})") from error
-    if header[:2] != ["image", "split"] or len(header) < 3:
-        raise CorruptFile(path, f"expected the header 'image,split,<attributes>', found {','.join(header)[:80]!r}")
-    pictures: list[str] = []
-    labels = []
+    path = tables.existing(dataset, root, dataset.folder(root) / "labels.csv")
+    rows = tables.rows(path, "image", "split")
+    names = [name for name in (rows[0][1] if rows else ()) if name not in ("image", "split")]
+    pictures: dict[str, list[int]] = {}
     chosen: dict[str, list[int]] = {"train": [], "val": [], "test": []}
-    lines: dict[str, int] = {}
-    for number, row in enumerate(rows, 2):
-        if len(row) != len(header) or row[1] not in chosen or not {*row[2:]} <= {"0", "1"}:
-            expected = f"a path, {', '.join(chosen)}, and 0 or 1 for each of {len(header) - 2} attributes"
-            raise CorruptFile(path, f"line {number}: expected {expected}, found {','.join(row)[:80]!r}")
-        if (first := lines.setdefault(row[0], number)) != number:
-            raise CorruptFile(path, f"line {number}: {row[0]} is in line {first} already")
-        chosen[row[1]].append(len(pictures))
-        pictures.append(_inside(path, f"line {number}", row[0]))
-        labels.append([int(x) for x in row[2:]])
+    for line, row in rows:
+        cells = [row[name] for name in names]
+        if row["split"] not in chosen or not {*cells} <= {"0", "1"} or not cells or row["image"] in pictures:
+            wanted = f"a new image, {', '.join(chosen)}, and 0 or 1 for each of {len(names)} attributes"
+            raise CorruptFile(path, f"line {line}: expected {wanted}, found {','.join(row.values())[:80]!r}")
+        chosen[row["split"]].append(len(pictures))
+        pictures[row["image"]] = [int(cell) for cell in cells]
     if not chosen["val"]:
-        chosen["trainval"] = chosen.pop("train")
-        del chosen["val"]
+        chosen = {"trainval": chosen["train"], "test": chosen["test"]}
     if empty := [split for split, members in chosen.items() if not members]:
         raise CorruptFile(path, f"no image is in {' or '.join(empty)}")
-    return Listing(path, pictures, np.array(labels), header[2:], {s: np.array(m) for s, m in chosen.items()})
+    labels = np.array([*pictures.values()])
+    return Listing(path, [*pictures], labels, names, {split: np.array(members) for split, members in chosen.items()})

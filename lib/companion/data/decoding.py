@@ -132,7 +132,7 @@ def upright(pixels: np.ndarray, info: dict[Any, Any]) -> np.ndarray:
 def unit(path: str | Path, colour: bool = False) -> np.ndarray:
     """An image as float32 (H, W) in 0 to 1, at full bit depth; with `colour` (H, W, 3).
 
-    A DICOM's palette, colour space, and first window or VOI LUT are applied; MONOCHROME1 is inverted.
+    A DICOM's colour space, and first window or VOI LUT are applied; MONOCHROME1 is inverted.
 
     Raises as `opened`.
     """
@@ -245,27 +245,22 @@ def _dicom(path: Path) -> np.ndarray:
 
     try:
         file = pydicom.dcmread(path)
-        if (frames := int(file.get("NumberOfFrames") or 1)) != 1:
-            raise ValueError(f"it has {frames} frames; one image is expected")
         values, bits, kind = file.pixel_array, int(file.BitsStored), file.get("PhotometricInterpretation")
-        signed = bool(file.get("PixelRepresentation", 0))
-        low, high = (-(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1) if signed else (0.0, 2.0**bits - 1)
-        shown = file.get("VOILUTSequence") or None not in (file.get("WindowCenter"), file.get("WindowWidth"))
-        if kind == "PALETTE COLOR":
-            values = processing.apply_color_lut(values, file)[..., :3]
-            high = 2.0 ** file.RedPaletteColorLookupTableDescriptor[2] - 1
-        elif values.ndim == 2 and shown:
-            values = processing.apply_modality_lut(values, file)
-            if table := file.get("ModalityLUTSequence"):
-                low, high = 0.0, 2.0 ** table[0].LUTDescriptor[2] - 1
-            elif None not in (file.get("RescaleSlope"), file.get("RescaleIntercept")):
-                low, high = (v * float(file.RescaleSlope) + float(file.RescaleIntercept) for v in (low, high))
+        frames = int(file.get("NumberOfFrames") or 1)
+        if frames != 1 or kind == "PALETTE COLOR" or "ModalityLUTSequence" in file:
+            what = f"{frames} frames, {kind}{', a modality LUT' * ('ModalityLUTSequence' in file)}"
+            raise ValueError(f"it has {what}; one image, without a palette or a modality LUT, is expected")
+        low, high = 0.0, 2.0**bits - 1
+        if file.get("PixelRepresentation"):
+            low, high = -(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1
+        if values.ndim == 2 and (file.get("VOILUTSequence") or file.get("WindowWidth")):
+            values = processing.apply_rescale(values, file)
+            slope, shift = (float(file.get(f"Rescale{name}") or of) for name, of in (("Slope", 1), ("Intercept", 0)))
+            low, high = low * slope + shift, high * slope + shift
             if table := file.get("VOILUTSequence"):
                 values = np.rint(values).astype(np.int64)
                 low, high = 0.0, 2.0 ** table[0].LUTDescriptor[2] - 1
             values = processing.apply_voi_lut(values, file)
-        elif values.ndim == 2 and "ModalityLUTSequence" in file:
-            raise ValueError("it has a modality LUT without a window: what is black and what white is not known")
         elif values.ndim == 2 and bits == 16 and 0 < int(values.max()) - int(values.min()) < 4096:
             raise ValueError(
                 f"its values, {values.min()} to {values.max()}, fill little of the 16 bits stored, and it has no "

@@ -5,7 +5,7 @@
     sets["test"].class_names            # the class names of the prompts, by label
 
 Opening a set lists its folders; an image is decoded on access. `root` is the data folder (`data`).
-`domains_sets` describes the sets; `fewshot` builds the protocols of prompt learning from the result of `splits`.
+`domains_sets.yaml` describes the sets; `fewshot` builds the protocols of prompt learning from the result of `splits`.
 
 A set is a folder with one folder per class, and optionally a list of its splits next to it:
 
@@ -20,10 +20,7 @@ directly).
 from __future__ import annotations
 
 import re
-import shutil
-import tempfile
 import zlib
-from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -35,25 +32,23 @@ from torchvision.transforms import v2
 from ..errors import CompanionError, CorruptFile, check_choice
 from ..ops.config import configure
 from ..ops.files import read_json
-from . import DataSet, Status, downloading, find, own_set
-from .classification import (
-    Images,
-    _class_folders,
-    _inside,
-    _normalised,
-    check_listed,
-    class_folders,
-    image_folder,
-    images_of_classes,
-    warn_of,
-)
-from .domains_sets import CLASSES, RELEASED_AS, TORCHGEO, WHOLE_SET_NAMES, image_folders, split_file, split_sizes
+from . import DataSet, check_listed, facts, fetched, find, inside, own_set, tables
+from .classification import Images, _class_folders, _normalised, class_folders, image_folder, images_of_classes, warn_of
 
 SPLITS = ("train", "val", "test", "all")
 _PARTS = SPLITS[:3]
 CROP = (0.08, 1.0)  # range of the cropped area of a training image
 Samples = list[tuple[str, int]]  # path below the parent of the class folders, label
 Transform = Callable[[Image.Image], torch.Tensor]
+_FACTS = facts("domains")
+CLASSES: dict[str, Mapping[str, str]] = _FACTS["CLASSES"]
+"""For each set: folder -> name in the prompt, as in the authors' loaders (caoql98/DPLQ, datasets/<set>.py)."""
+WHOLE_SET_NAMES: dict[str, dict[str, str]] = _FACTS["WHOLE_SET_NAMES"]
+"""Where the loaders of a whole set (datasets/<set>v2.py, used for domain generalisation) name a class otherwise."""
+RELEASED_AS: dict[str, dict[str, str]] = _FACTS["RELEASED_AS"]
+"""Class folders of the released archives that the authors renamed."""
+TORCHGEO: dict[str, str] = _FACTS["TORCHGEO"]
+"""The class of torchgeo that downloads a set."""
 
 
 # --- public functions --------------------------------------------------------------------------------------------
@@ -70,7 +65,7 @@ def splits(name: str, root: str | Path, transform: Transform | None = None) -> d
 
     Returns:
         {"train", "val", "test", "all"}; "all" is every image, the test set of domain generalisation, for which three
-        sets name a class differently (`domains_sets.WHOLE_SET_NAMES`). Each is a data set of (float32 tensor (3, H, W),
+        sets name a class differently (`WHOLE_SET_NAMES`). Each is a data set of (float32 tensor (3, H, W),
         int) with `.labels`, `.classes`, `.class_names` and `.name`.
 
     Raises:
@@ -97,7 +92,7 @@ def own_folder(root: str | Path, transform: Transform | None = None) -> dict[str
 
     Raises as `splits`.
     """
-    root, skipped = Path(root), Counter[str]()
+    root = Path(root)
     own = own_set(
         root,
         "domains",
@@ -105,9 +100,9 @@ def own_folder(root: str | Path, transform: Transform | None = None) -> dict[str
         'name], ...], "val": ..., "test": ...}\nor\n{train,val,test}/<class>/*.jpg    val split from train where there '
         "is none",
     )
-    if (root / split_file(own.name)).is_file():
+    if (root / "split.json").is_file():
         return _images(own, root, transform)
-    place, folders = class_folders(own, root, skipped)
+    place, folders = class_folders(own, root)
     if not folders:
         return _images(own, place, transform)
     sets = image_folder(root, transform=transform)
@@ -141,20 +136,8 @@ def clip_transform(input, train: bool = False) -> v2.Transform:
 # --- called by `companion.data` ----------------------------------------------------------------------------------
 
 
-def status(dataset: DataSet, root: Path) -> Status:
-    """See `companion.data.status`: folders and lists are read, no image is opened."""
-    _, parts = _read(dataset, root)
-    base, _ = _place(dataset, root)
-    wanted = {f"{base}/{path}" for part in _PARTS for path, _ in parts[part]}
-    listing = split_file(dataset.name)
-    listing = listing if (dataset.folder(root) / listing).is_file() else ""
-    check_listed(dataset, root, wanted, listing)
-    how = f"split by {listing}" if listing else "split with a fixed seed"
-    return Status("present", f"{len(wanted):,} images in {base}, {how}")
-
-
 def fetch(dataset: DataSet, root: Path, progress: bool) -> None:
-    """See `companion.data.fetch`. torchgeo downloads into a hidden folder, which is moved when complete."""
+    """See `companion.data.fetch`: torchgeo downloads and verifies."""
     try:
         from torchgeo import datasets as torchgeo
     except ImportError:
@@ -163,63 +146,57 @@ def fetch(dataset: DataSet, root: Path, progress: bool) -> None:
             "`pip install torchgeo` and fetch again, or get the images by hand and put them into "
             f"{dataset.folder(root)}"
         ) from None
-    folder = dataset.folder(root)
-    root.mkdir(parents=True, exist_ok=True)
-    with downloading(dataset, folder, progress), tempfile.TemporaryDirectory(prefix=".fetch-", dir=root) as new:
+    with fetched(dataset, root, progress) as new:
         getattr(torchgeo, TORCHGEO[dataset.name])(new, download=True, checksum=True)
-        for archive in Path(new).glob("*.zip"):
-            archive.unlink()
-        # files of an incomplete copy are replaced, none of the user's others is removed
-        shutil.copytree(new, folder, dirs_exist_ok=True, copy_function=shutil.move)
 
 
 # --- implementation ----------------------------------------------------------------------------------------------
 
 
+def split_sizes(count: int) -> dict[str, int]:
+    """How the images of one class are split: half for training, a fifth for validation, the rest for testing.
+
+    Halves are rounded to even, as by Python's `round` (and in the authors' code).
+    """
+    train, val = round(0.5 * count), round(0.2 * count)
+    return {"train": train, "val": val, "test": count - train - val}
+
+
 def _images(dataset: DataSet, root: Path, transform: Transform | None) -> dict[str, Images]:
-    names, parts = _read(dataset, root)
-    base, _ = _place(dataset, root)
-    for part in _PARTS:
-        for path, _ in (parts[part][0], parts[part][-1]):  # check two files only: opening must stay fast
-            if not (base / path).is_file():
-                raise dataset.missing(root, f"{split_file(dataset.name)} lists {path}, but {base / path} is not there")
-    parts["all"] = sorted((sample for part in _PARTS for sample in parts[part]), key=lambda s: (s[1], s[0]))
-    renamed = WHOLE_SET_NAMES.get(dataset.name, {})
-    found = {}
+    """The splits, by the list of splits if there is one, or else cut with a fixed seed."""
+    folder, known, authors = dataset.folder(root), dataset.name in CLASSES, dataset.folders[-1]
+    listing = folder / (f"split_cao_{'NWPU' if authors == 'nwpu' else authors}.json" if known else "split.json")
+    base, holders = _place(dataset, root)
+    if listing.is_file():
+        names, parts = _listed(dataset, listing)
+    elif dataset.group == "own" or known:
+        names, parts = _cut(dataset, root, base, holders)
+    else:  # a generated set has a fixed split, which a new split would not reproduce
+        raise dataset.missing(root, f"{listing} is not there")
+    parts["all"] = sorted((sample for samples in parts.values() for sample in samples), key=lambda s: (s[1], s[0]))
+    renamed, found = WHOLE_SET_NAMES.get(dataset.name, {}), {}
     for part, samples in parts.items():
-        called = [renamed.get(name, name) for name in names] if part == "all" else names
+        what = f"images for '{part}' in {folder}"
+        tables.check_count(dataset, root, len(samples), dataset.sizes.get(part), what)
         paths, labels = [f"{base}/{path}" for path, _ in samples], [label for _, label in samples]
+        if listing.is_file():  # two files only: opening must stay fast
+            check_listed(dataset, root, (paths[0], paths[-1]), listing.name)
+        called = [renamed.get(name, name) for name in names] if part == "all" else names
         found[part] = Images(dataset, root, paths, labels, len(names), transform, called)
     return found
 
 
-def _read(dataset: DataSet, root: Path) -> tuple[list[str], dict[str, Samples]]:
-    """Class names by label, and the samples of train, val and test: from the list or a new split."""
-    folder = dataset.folder(root)
-    if not folder.is_dir():
-        raise dataset.missing(root)
-    listing = folder / split_file(dataset.name)
-    if listing.is_file():
-        names, parts = _listed(dataset, listing)
-    elif dataset.group == "own" or dataset.name in CLASSES:
-        names, parts = _cut(dataset, root)
-    else:  # a generated set has a fixed split, which a new split would not reproduce
-        raise dataset.missing(root, f"{listing} is not there")
-    counts = {part: len(samples) for part, samples in parts.items()}
-    counts["all"] = sum(counts.values())
-    for split, count in counts.items():
-        if count != (expected := dataset.sizes.get(split, count)):
-            raise dataset.missing(root, f"{folder} has {count:,} images for '{split}', {expected:,} are expected")
-    return names, parts
-
-
 def _place(dataset: DataSet, root: Path) -> tuple[Path, list[Path]]:
-    """The folder that listed paths start from, and the folders that hold class folders: usually the same one."""
-    folder, known = dataset.folder(root), CLASSES.get(dataset.name)
-    for place in image_folders(dataset.name):
+    """The folder that listed paths start from, and the folders that hold class folders: usually the same one.
+
+    The most specific place is taken; "a+b" is one set whose classes are in both a and b.
+    """
+    folder, known = dataset.folder(root), dataset.name in CLASSES
+    places = (*_FACTS["RELEASED_IN"].get(dataset.name, ()), dataset.folders[-1]) if known else ("images",)
+    for place in (*places, ""):
         holders = [folder / part for part in place.split("+")]
         if all(
-            holder.is_dir() and any(known is None or _class(dataset, name) for name in _class_folders(holder))
+            holder.is_dir() and any(not known or _class(dataset, name) for name in _class_folders(holder))
             for holder in holders
         ):
             return (holders[0] if len(holders) == 1 else folder), holders
@@ -229,7 +206,7 @@ def _place(dataset: DataSet, root: Path) -> tuple[Path, list[Path]]:
 def _class(dataset: DataSet, folder: str) -> str | None:
     """The class of a folder, by the name in the authors' code; None when the set has no such class."""
     folder = RELEASED_AS.get(dataset.name, {}).get(folder, folder)
-    known = CLASSES[dataset.name]
+    known = CLASSES.get(dataset.name, (folder,))
     return folder if folder in known else next((name for name in known if _plain(name) == _plain(folder)), None)
 
 
@@ -239,13 +216,11 @@ def _plain(name: str) -> str:
     return letters.replace("swimmimg", "swimming").replace("commerical", "commercial")
 
 
-def _cut(dataset: DataSet, root: Path) -> tuple[list[str], dict[str, Samples]]:
+def _cut(dataset: DataSet, root: Path, base: Path, holders: list[Path]) -> tuple[list[str], dict[str, Samples]]:
     """Split each class by its own fixed shuffle, so that adding or removing a class does not change the others."""
-    base, holders = _place(dataset, root)
     folders = sorted({name for holder in holders for name in _class_folders(holder)} - {"split_fewshot"})
-    official = CLASSES.get(dataset.name)
-    known = official or {folder: folder for folder in folders}
-    class_of = {folder: _class(dataset, folder) if official else folder for folder in folders}
+    class_of = {folder: _class(dataset, folder) for folder in folders}
+    known = CLASSES.get(dataset.name, {folder: folder for folder in folders})
     if unknown := [folder for folder in folders if class_of[folder] is None]:
         raise CorruptFile(base, f"it has folders that are no class of {dataset.title}: {', '.join(unknown)}")
     if absent := sorted(set(known) - set(class_of.values())):
@@ -253,27 +228,23 @@ def _cut(dataset: DataSet, root: Path) -> tuple[list[str], dict[str, Samples]]:
 
     names: list[str] = []
     parts: dict[str, Samples] = {part: [] for part in _PARTS}
-    skipped: Counter[str] = Counter()
+    read: list[str] = []
     for label, key in enumerate(sorted(known)):
         own = [folder for folder in folders if class_of[folder] == key]
         spelled = RELEASED_AS.get(dataset.name, {}).get(own[0], own[0])
         names.append(known.get(spelled, spelled))
-        paths = sorted(
-            Path(path).relative_to(base).as_posix()
-            for holder in holders
-            for path, _ in images_of_classes(holder, dict.fromkeys(own, label), skipped)
-        )
+        found = [path for holder in holders for path, _ in images_of_classes(holder, own)]
+        read += found
+        paths = sorted(path.removeprefix(f"{base}/") for path in found)
         sizes = split_sizes(len(paths))
         if not all(sizes.values()):
             few = f"{len(paths)} images, too few for train, val and test" if paths else "no images"
             raise dataset.missing(root, f"the class folder {own[0]} below {base} has {few}")
-        shuffled = np.random.default_rng(zlib.crc32(key.encode())).permutation(paths).tolist()
-        start = 0
+        shuffled = iter(np.random.default_rng(zlib.crc32(key.encode())).permutation(paths).tolist())
         for part, size in sizes.items():
-            parts[part] += [(path, label) for path in shuffled[start : start + size]]
-            start += size
-    if official is None:
-        warn_of(base, skipped)
+            parts[part] += [(next(shuffled), label) for _ in range(size)]
+    if dataset.group == "own":
+        warn_of(base, read)
     return names, parts
 
 
@@ -281,30 +252,23 @@ def _listed(dataset: DataSet, listing: Path) -> tuple[list[str], dict[str, Sampl
     """A list of splits with every entry checked: format, path inside the folder, one class per folder, no image
     twice."""
     content = read_json(listing)
-    if not isinstance(content, Mapping) or not all(isinstance(content.get(part), list) for part in _PARTS):
-        raise CorruptFile(listing, "expected a dict with the lists 'train', 'val' and 'test'")
+    if not isinstance(content, Mapping) or not all(isinstance(content.get(p), list) and content[p] for p in _PARTS):
+        raise CorruptFile(listing, "expected a dict with the lists 'train', 'val' and 'test', with images in each")
+    seen: dict[tuple, object] = {}
     names: dict[int, str] = {}
-    of_folder: dict[str, int] = {}
-    seen: dict[str, str] = {}
-    parts: dict[str, Samples] = {}
+    parts: dict[str, Samples] = {part: [] for part in _PARTS}
     for part in _PARTS:
-        if not content[part]:
-            raise CorruptFile(listing, f"'{part}' is empty")
-        parts[part] = []
         for number, entry in enumerate(content[part], 1):
             where = f"'{part}', entry {number}"
             path, label, name = _entry(listing, where, entry)
-            _inside(listing, where, path)
+            inside(listing, where, path)
             if dataset.classes and label >= dataset.classes:
                 raise CorruptFile(listing, f"{where}: label {label} is not in 0..{dataset.classes - 1}")
-            if (before := names.setdefault(label, name)) != name:
-                raise CorruptFile(listing, f"{where}: label {label} is {name!r} here, and {before!r} further up")
-            folder = path.rpartition("/")[0]
-            if (other := of_folder.setdefault(folder, label)) != label:
-                raise CorruptFile(listing, f"{where}: {path} has label {label}, others of its folder have {other}")
-            if path in seen:
-                raise CorruptFile(listing, f"{where}: {path} is already in '{seen[path]}'")
-            seen[path] = part
+            once = ("label", label, name), ("folder", path.rpartition("/")[0], label), ("image", path, where)
+            for kind, key, value in once:  # of one class name, of one label, in one entry
+                if (before := seen.setdefault((kind, key), value)) != value:
+                    raise CorruptFile(listing, f"{where}: {kind} {key} is {value} here, and {before} further up")
+            names[label] = name
             parts[part].append((path, label))
     classes = dataset.classes or max(names) + 1
     if absent := sorted(set(range(classes)) - set(names)):
@@ -315,8 +279,6 @@ def _listed(dataset: DataSet, listing: Path) -> tuple[list[str], dict[str, Sampl
 def _entry(listing: Path, where: str, entry: object) -> tuple[str, int, str]:
     """[path, label, class name]; as in the authors' reader, a label may be a string."""
     match entry:
-        case [str(path), int(label) | str(label), str(name)] if (
-            path and name and not isinstance(label, bool) and re.fullmatch(r"[0-9]{1,9}", str(label))
-        ):
+        case [str(path), int(label) | str(label), str(name)] if re.fullmatch(r"[0-9]{1,9}", str(label)):
             return path, int(label), name
     raise CorruptFile(listing, f"{where}: expected [path, label, class name], found {str(entry)[:80]}")

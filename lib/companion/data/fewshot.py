@@ -6,9 +6,8 @@
     protocol.tests["novel"].class_names                             # the names of the novel classes
     harmonic_mean(base_accuracy, novel_accuracy)
 
-A data set returns (image, label) and has the labels as `.labels` (or `.targets`) and the class names by label as
-`.class_names` (or `.classes`): those of `domains` and of `classification.image_folder`, or torchvision's `ImageFolder`.
-No image is opened here.
+A data set returns (image, label) and has the labels as `.labels` and the class names by label as `.class_names`: those
+of `domains` and of `classification.image_folder`. No image is opened here.
 
 The protocols are those of CoOp and CoCoOp (Zhou et al., IJCV and CVPR 2022) as in the code of DPLQ (Cao et al., CVPR
 2024): a class with fewer images than shots contributes all of them.
@@ -50,11 +49,6 @@ class Part(Parts, Dataset):
         self.name = getattr(dataset, "name", type(dataset).__name__)
 
     @property
-    def transform(self):
-        """The transform of the data set; set it there."""
-        return getattr(self.dataset, "transform", None)
-
-    @property
     def sources(self) -> list[str]:
         """The paths of the images, of a data set that has `sources`."""
         return [self.dataset.sources[index] for index in self.indices]
@@ -91,26 +85,20 @@ def few_shot(dataset: Dataset, shots: int, seed: int) -> Part:
     and with the same seed fewer shots are a subset of more shots.
 
     Raises:
-        BadParameter: shots below 1, a negative seed, or a class without images (it is named); a data set without labels
-            or class names.
+        BadParameter: shots below 1, or a class without images (it is named).
     """
-    if not isinstance(shots, int) or shots < 1:
+    if shots < 1:
         raise BadParameter("shots", shots, "a whole number from 1 on")
-    if not isinstance(seed, int) or seed < 0:
-        raise BadParameter("seed", seed, "a whole number from 0 on")
     labels, names = _described(dataset)
-    of_class: dict[int, list[int]] = {label: [] for label in range(len(names))}
-    for index, label in enumerate(labels):
-        of_class[label].append(index)
-    short = min(of_class, key=lambda label: len(of_class[label]))
-    if not of_class[short]:
-        raise BadParameter("shots", shots, f"up to 0, as many images as '{names[short]}' has")
     chosen = []
-    for label, members in of_class.items():
-        rng = np.random.default_rng([seed, zlib.crc32(names[label].encode())])
+    for label, name in enumerate(names):
+        members = np.flatnonzero(labels == label)
+        if not members.size:
+            raise BadParameter("shots", shots, f"up to 0, as many images as '{name}' has")
+        rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
         chosen += rng.permutation(members)[:shots].tolist()
     chosen.sort()
-    return Part(dataset, chosen, [labels[index] for index in chosen], names)
+    return Part(dataset, chosen, labels[chosen].tolist(), names)
 
 
 def halves(class_names: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -125,15 +113,10 @@ def halves(class_names: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]
 
 
 def select(dataset: Dataset, classes: Sequence[int]) -> Part:
-    """The images of some classes, renumbered in the given order.
-
-    Raises `BadParameter` for a class that the data set does not have, or one given twice.
-    """
+    """The images of some classes, renumbered in the given order."""
     labels, names = _described(dataset)
     number = {label: new for new, label in enumerate(classes)}
-    if len(number) != len(classes) or not set(number) <= set(range(len(names))):
-        raise BadParameter("classes", list(classes), f"different labels in 0..{len(names) - 1}")
-    indices = [index for index, label in enumerate(labels) if label in number]
+    indices = np.flatnonzero(np.isin(labels, list(number))).tolist()
     return Part(dataset, indices, [number[labels[index]] for index in indices], [names[label] for label in number])
 
 
@@ -163,7 +146,7 @@ def base_to_novel(splits: Splits, shots: int = 16, seed: int = 1) -> Protocol:
         raise BadParameter("splits", f"a test split without images of the {empty[0]} classes", "one with both halves")
     return Protocol(
         train=few_shot(select(splits["train"], base), shots, seed),
-        val=_validation(select(splits["val"], base), shots, seed),
+        val=few_shot(select(splits["val"], base), min(shots, VALIDATION_SHOTS), seed),
         tests=tests,
     )
 
@@ -195,30 +178,16 @@ def domain_generalisation(source: Splits, targets: Mapping[str, Splits], shots: 
 
 
 def harmonic_mean(base: float, novel: float) -> float:
-    """2 b n / (b + n), in the unit of the two accuracies; 0 when one of them is 0. Raises `BadParameter` below 0."""
-    for name, value in (("base", base), ("novel", novel)):
-        if not value >= 0:
-            raise BadParameter(name, value, "an accuracy from 0 on")
+    """2 b n / (b + n), in the unit of the two accuracies; 0 when one of them is 0."""
     return 2 * base * novel / (base + novel) if base and novel else 0.0
 
 
 # --- implementation ----------------------------------------------------------------------------------------------
 
 
-def _described(dataset: Dataset) -> tuple[list[int], list[str]]:
-    """Labels and class names of a data set, checked for consistency."""
-    labels = getattr(dataset, "labels", getattr(dataset, "targets", None))
-    names = getattr(dataset, "class_names", None) or getattr(dataset, "classes", None)
-    if labels is None or not isinstance(names, Sequence) or isinstance(names, str):
-        raise BadParameter(
-            "dataset",
-            type(dataset).__name__,
-            "one with .labels (or .targets) and .class_names (or .classes), such as torchvision's ImageFolder",
-        )
-    labels, names = [int(label) for label in labels], list(names)
-    if labels and not 0 <= min(labels) <= max(labels) < len(names):
-        raise BadParameter("labels", f"{min(labels)}..{max(labels)}", f"0..{len(names) - 1}, one for each class name")
-    return labels, names
+def _described(dataset: Dataset) -> tuple[np.ndarray, list[str]]:
+    """Labels and class names of a data set."""
+    return np.asarray(dataset.labels, np.int64), list(dataset.class_names)
 
 
 def _checked(splits: Splits) -> tuple[Splits, list[str]]:
@@ -231,17 +200,12 @@ def _checked(splits: Splits) -> tuple[Splits, list[str]]:
     return splits, names[0]
 
 
-def _validation(dataset: Dataset, shots: int, seed: int) -> Part:
-    """At most as many images of each class as in training and as the protocol allows."""
-    return few_shot(dataset, min(shots, VALIDATION_SHOTS), seed)
-
-
 def _whole(splits: Splits) -> Dataset:
     if "all" in splits:
         return splits["all"]
     _, names = _checked(splits)
     parts = [splits[split] for split in ("train", "val", "test")]
-    labels = [label for part in parts for label in _described(part)[0]]
+    labels = np.concatenate([_described(part)[0] for part in parts]).tolist()
     whole = Part(ConcatDataset(parts), range(len(labels)), labels, names)
     whole.name = getattr(parts[0], "name", whole.name)
     return whole
@@ -253,6 +217,6 @@ def _transfer(source: Splits, tests: dict[str, Dataset], shots: int, seed: int) 
         raise BadParameter("targets", list(tests), "at least one set, none called 'source'")
     return Protocol(
         train=few_shot(source["train"], shots, seed),
-        val=_validation(source["val"], shots, seed),
+        val=few_shot(source["val"], min(shots, VALIDATION_SHOTS), seed),
         tests={"source": source["test"], **tests},
     )

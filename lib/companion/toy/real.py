@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
+import torch
 from torch.utils.data import TensorDataset
 
 from .. import backbones
@@ -38,4 +39,5 @@ def images(task: str, seed: int, split: str, seen: backbones.Input) -> TensorDat
     Raises `MissingData`, `CorruptFile`: the folder is missing, or has other images than a set of classes.
     """
     transform = classification.resize_transform(seen)
-    return classification.in_memory(classification.image_folder(folder(task), 1 / 6, seed, transform)[split])
+    found = classification.image_folder(folder(task), 1 / 6, seed, transform)[split]
+    return TensorDataset(torch.stack([image for image, _ in found]), torch.tensor(found.labels))

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from companion import backbones
-from companion.data import DATASETS, domains_sets
+from companion.data import DATASETS, domains
 from companion.errors import MissingData, MissingWeights
 from companion.evaluation.tables import published_table
 from companion.models.dplq import loss, recipe
@@ -51,7 +51,7 @@ def sets(tmp_path, monkeypatch) -> str:
     for name in ("medical/btmri", "medical/ccbtm"):
         monkeypatch.setitem(DATASETS, name, dataclasses.replace(DATASETS[name], sizes={}))
         folder = tmp_path / DATASETS[name].folders[0] / DATASETS[name].folders[-1]
-        for label, key in enumerate(sorted(domains_sets.CLASSES[name])):
+        for label, key in enumerate(sorted(domains.CLASSES[name])):
             (folder / key).mkdir(parents=True)
             for number in range(EACH):
                 pixels = np.random.default_rng(number).integers(60 * label, 60 * label + 60, (40, 44, 3), np.uint8)

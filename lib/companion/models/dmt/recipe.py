@@ -21,7 +21,7 @@ from torch.utils.data import Dataset, TensorDataset
 from torchvision.transforms import InterpolationMode, v2
 
 from ...data import few, find, present, pretraining
-from ...data.pretraining_sets import ADE20K, COCO, IMAGENET
+from ...data.pretraining import ADE20K, COCO, IMAGENET
 from ...errors import BadParameter, MissingWeights
 from ...evaluation.metrics import detection, landcover
 from ...evaluation.tables import Results, published_table, with_measured

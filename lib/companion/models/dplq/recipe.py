@@ -17,7 +17,7 @@ from torch.utils.data import default_collate
 from ... import backbones
 from ...data import domains, few, fewshot, find, present
 from ...data.classification import Images
-from ...data.domains_sets import CLASSES
+from ...data.domains import CLASSES
 from ...errors import BadParameter, MissingWeights
 from ...evaluation.tables import Results, compare_published, published_table
 from ...ops import papers

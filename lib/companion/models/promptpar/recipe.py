@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, default_collate
 
 from ... import backbones
 from ...data import attributes, few, find, present
-from ...data.attributes_sets import PHRASES, SENTENCES
+from ...data.attributes import PHRASES, SENTENCES
 from ...errors import BadParameter, MissingWeights
 from ...evaluation.metrics.attributes import THRESHOLD, Scores, evaluate
 from ...evaluation.tables import Results, published_table
