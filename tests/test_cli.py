@@ -243,7 +243,7 @@ def test_an_adoption_that_fails_leaves_what_was_there(capsys, made_elsewhere, mo
     monkeypatch.setattr("shutil.copyfile", fails)
     code, _, err = call(capsys, "adopt", away)
     assert code == 1 and str(target.parent) in err
-    assert [path.name for path in target.parent.rglob("*")] == ["sa2vp", "study.csv"]
+    assert contents(target.parent) == {"sa2vp/study.csv": b"kept"}
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ from types import SimpleNamespace
 import psutil
 
 from . import __version__, data  # what needs torch, or takes long, is imported where it is used
-from .errors import BadParameter, CompanionError, MissingWeights
+from .errors import BadParameter, CompanionError
 from .ops import needs
 from .ops.files import check_folder
 from .ops.papers import COMMON, accepted, paper, rules, slugs
@@ -157,7 +157,7 @@ def _weights(facts: dict, root: str | Path) -> list[tuple[dict, str]]:
 
     Those with a `file` can only be downloaded by hand; they belong below `<data root>/weights`.
     """
-    from . import backbones
+    from huggingface_hub import constants, try_to_load_from_cache  # imported here because it takes half a second
 
     found = []
     for weights in facts["weights"]:
@@ -167,12 +167,11 @@ def _weights(facts: dict, root: str | Path) -> list[tuple[dict, str]]:
             path = Path(root) / "weights" / weights["file"]
             where = data.dated(weights["source"], weights.get("checked"))
             found.append((weights, "" if path.is_file() else f"not at {path}; by hand from {where}"))
-            continue
-        try:
-            backbones.find_weights(weights["id"])
-            found.append((weights, ""))
-        except MissingWeights as error:
-            found.append((weights, f"not in {error.cache}"))
+        else:  # without timm, whose import takes seconds: the hub has its weights under these names
+            files = ("model.safetensors", "pytorch_model.bin")
+            cached = [try_to_load_from_cache(f"timm/{weights['id']}", file) for file in files]
+            here = any(isinstance(file, str) for file in cached)
+            found.append((weights, "" if here else f"not in {constants.HF_HUB_CACHE}"))
     return found
 
 
