@@ -38,7 +38,7 @@ def sources(path: str | Path, package: Path = PACKAGE) -> list[Path]:
     while queue:
         file = queue.pop()
         texts.append(_code(file))
-        new = set(_imports(file, texts[-1], package)) - found
+        new = set(direct_imports(file, texts[-1], package)) - found
         found |= new
         queue += new
     weights = (package / "toy" / "encoders" / "weights").glob("*")
@@ -74,18 +74,19 @@ def _code(path: Path) -> str:
     return re.sub(r"(?m)^(\s*)[%!?].*$", r"\1pass", "\n".join(cells))
 
 
-def _imports(path: Path, text: str, package: Path) -> Iterator[Path]:
+def direct_imports(path: Path, text: str, package: Path = PACKAGE) -> Iterator[Path]:
     """The files of `package` that importing or running `path` executes directly, and those of the functions of the
     package itself that it names, which are imported on first access."""
     text, here = NO_IMPORT.sub("", text), ""
-    names = re.findall(rf"\b{package.name}\.\w+", text)
+    lazy = _lazy(package)
+    names = [lazy[name] for name in re.findall(rf"\b{package.name}\.\w+", text) if name in lazy]
     if path.is_relative_to(package):
         names.append(here := ".".join((package.name, *path.parent.relative_to(package).parts)))
     for base, imported in IMPORT.findall(text):
         base = f"{resolve_name(base, here)}." if base else ""
         names += [base + name for name in re.findall(r"([\w.]+)(?:[ \t]+as[ \t]+\w+)?", imported)]  # modules, or in one
     for name in names:
-        first, *parts = _lazy(package).get(name, name).split(".")
+        first, *parts = lazy.get(name, name).split(".")
         for depth in range(len(parts) + 1) if first == package.name else ():
             place = package.joinpath(*parts[:depth])
             yield from filter(Path.is_file, (place / "__init__.py", place.with_suffix(".py")))
