@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -179,7 +180,7 @@ def summarise(runs: Iterable[str], reports: Path, logs: Path) -> str:
     tables: dict[str, list[pd.DataFrame]] = {}
     for name in runs:
         paper, run = name.split("/")
-        folder, log, facts = reports / name, logs / f"{name}.log", {}
+        folder, log, facts = reports / name, logs / f"{name}.log", dict[str, Any]()
         if (folder / f"{paper}.ipynb").exists():
             state, reason = "done", ""
             facts = read_json(folder / "run.json") if (folder / "run.json").exists() else {}

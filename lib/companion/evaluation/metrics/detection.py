@@ -109,7 +109,7 @@ def evaluate(
         # it also treats a box with id 0, or a duplicate id, as unmatched; the ids have no other use
         entry |= {"id": i, "image_id": number[entry["image_id"]]}
     gt = COCO(truth)
-    own = [row | {"image_id": number[row["image_id"]]} for row in rows]
+    own = [{**row, "image_id": number[row["image_id"]]} for row in rows]
     dt = gt.loadRes(own) if own else COCO(truth | {"annotations": []})
     run = COCOeval_faster(gt, dt, kind, lvis_style=lvis, print_function=lambda *_: None)
     run.params.maxDets = [top] if lvis else [*(n for n in (1, 10) if n < top), top]

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -137,7 +138,7 @@ def evaluate(
         area = (success[1:] + success[:-1]).sum() * 0.025 if gtot else success.mean()
         hits = distance < pixels if gtot else distance <= pixels
         row = {"PR": hits.sum() / count, "NPR": (normalised <= 0.2).sum() / count, "SR": area}
-        weight = dict.fromkeys(row, count if gtot else 1)
+        weight: dict[str, Any] = dict.fromkeys(row, count if gtot else 1)
         if rules == "visevent":  # whether anything of its curve is above zero, which ends at 50 pixels and at 0.5
             weight = {"PR": (distance <= 50).any(), "NPR": (normalised <= 0.5).any(), "SR": (overlap > 0).any()}
         values.append(row)
