@@ -90,8 +90,8 @@ def evaluate(
     check_choice("kind", kind, KINDS)
     truth, lvis = _annotations(annotations, style, kind), style == "lvis"
     top = top or (300 if lvis else 100)
-    of_file = isinstance(results, (str, Path))
-    rows = check_results(read_json(results), results, kind) if of_file else check_results(results, kind=kind)
+    file = results if isinstance(results, (str, Path)) else None
+    rows: Sequence[Mapping] = check_results(read_json(file) if file else results, file, kind)
     named = {category["id"]: category["name"] for category in truth["categories"]}
     ids, images = sorted(named), {image["id"] for image in truth["images"]}
     if foreign := {row["image_id"] for row in rows} - images:
