@@ -7,6 +7,7 @@
 
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -23,7 +24,7 @@ PAPERS = str(config.get("papers") or "").split()
 EXECUTED = expand(RUNS + "/{profile}/{slug}/{slug}.ipynb", profile=PROFILE, slug=PAPERS or SLUGS)
 PYTHON = sys.executable
 PARTS = int(config.get("parts", 1))
-GRID = batch.expand(config, {s: batch.parameters(f"notebooks/{s}.ipynb") for s in SLUGS}) if "runs" in config else {}
+GRID = batch.expand(config, SLUGS) if "runs" in config else {}
 REPORTS = Path("reports", PROFILE)
 STUDIES = [slug for slug in PAPERS or SLUGS if Path(f"lib/companion/toy/{slug}.py").exists()]
 for slug in PAPERS:
@@ -49,8 +50,27 @@ def study_rows(run):
     return [str(path) for kind in ("pocket", "real") for path in Path("reports", kind, run.slug).glob("study.*")]
 
 
+# a failed run leaves the notebook as far as it came next to its log
+PAPERMILL = """
+    export OMP_NUM_THREADS={threads} COMPANION_PROGRESS={params.progress}
+    unset MPLBACKEND  # the kernel's own backend puts figures into the notebook
+    echo "{params.name}: started on {threads} thread(s)"
+    if {PYTHON:q} -m companion.ops.batch {params.gpu} {input.notebook} {params.draft:q} -k python3 --no-progress-bar \
+        {params.given} -p profile {wildcards.profile} -p out {params.out:q} > {log:q} 2>&1
+    then
+        mv {params.draft:q} {output:q}
+        echo "{params.name}: done in $SECONDS s"
+    else
+        echo "{params.name}: FAILED after $SECONDS s; executed so far: {params.draft}; the end of {log}:"
+        tail -n 40 {log:q}
+        exit 1
+    fi
+"""
+# hours at the paper profile want lines in the notebook; a minute does not
+PROGRESS = "off" if PROFILE == "pocket" else "lines"
+
+
 wildcard_constraints:
-    seed=r"\d+",
     profile="[^/]+",
     slug="[^/]+",
     run="[^/]+",
@@ -73,28 +93,16 @@ rule notebook:
     log:
         "build/{profile}/{slug}.log",
     params:
+        name="{slug}",
         draft="build/{profile}/{slug}.ipynb",
-        more="" if GRID else config.get("parameters", ""),
-        # hours at the paper profile want lines in the notebook; a minute does not
-        progress="off" if PROFILE == "pocket" else "lines",
+        out=RUNS + "/{profile}/{slug}",
+        given="" if GRID else config.get("parameters", ""),
+        gpu=0,
+        progress=PROGRESS,
     # pocket models gain little beyond a few threads, so notebooks run in parallel and share the cores
     threads: min(4, max(1, (workflow.resource_settings.cores or 1) // max(1, len(SLUGS))))
     shell:
-        """
-        export OMP_NUM_THREADS={threads} COMPANION_PROGRESS={params.progress}
-        unset MPLBACKEND  # the kernel's own backend puts figures into the notebook
-        echo "{wildcards.slug}: started on {threads} thread(s)"
-        if {PYTHON:q} -m papermill {input.notebook} {params.draft} -k python3 --no-progress-bar \
-            -p profile {wildcards.profile} -p out {RUNS}/{wildcards.profile}/{wildcards.slug} {params.more} > {log} 2>&1
-        then
-            mv {params.draft} {output}
-            echo "{wildcards.slug}: done in $SECONDS s"
-        else
-            echo "{wildcards.slug}: FAILED after $SECONDS s; executed so far: {params.draft}; the end of {log}:"
-            tail -n 40 {log}
-            exit 1
-        fi
-        """
+        PAPERMILL
 
 
 rule features:
@@ -133,39 +141,28 @@ rule run:
     log:
         "build/{profile}/{slug}/{run}.log",
     params:
+        name="{slug}/{run}",
         draft="build/{profile}/{slug}/{run}.ipynb",
-        given=lambda run: json.dumps(GRID[f"{run.slug}/{run.run}"]["parameters"]),
-        progress="off" if PROFILE == "pocket" else "lines",
+        out="reports/{profile}/{slug}/{run}",
+        given=lambda run: "-y " + shlex.quote(json.dumps(GRID[f"{run.slug}/{run.run}"]["parameters"])),
+        gpu=lambda wildcards, resources: resources.gpu,
+        progress=PROGRESS,
     threads: asked("threads")
     resources:
         gpu=asked("gpu"),
         mem_mb=asked("mem_mb"),
         runtime=asked("runtime"),
     shell:
-        """
-        export OMP_NUM_THREADS={threads} COMPANION_PROGRESS={params.progress}
-        unset MPLBACKEND
-        echo "{wildcards.slug}/{wildcards.run}: started on {threads} thread(s)"
-        if {PYTHON:q} -m companion.ops.batch {input.notebook} reports/{wildcards.profile}/{wildcards.slug}/{wildcards.run} \
-            --profile {wildcards.profile} --parameters {params.given:q} --gpu {resources.gpu} \
-            --draft {params.draft:q} > {log:q} 2>&1
-        then
-            echo "{wildcards.slug}/{wildcards.run}: done in $SECONDS s"
-        else
-            echo "{wildcards.slug}/{wildcards.run}: FAILED after $SECONDS s; executed so far: {params.draft}; {log}:"
-            tail -n 40 {log:q}
-            exit 1
-        fi
-        """
+        PAPERMILL
 
 
 if GRID:
 
     onsuccess:
-        print(batch.summarise(GRID, REPORTS))
+        print(batch.summarise(GRID, REPORTS, Path("build", PROFILE)))
 
     onerror:
-        print(batch.summarise(GRID, REPORTS))
+        print(batch.summarise(GRID, REPORTS, Path("build", PROFILE)))
 
 
 # What a killed study has done stays in its folder, which is no output, and the next run goes on from there.

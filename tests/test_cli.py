@@ -9,13 +9,10 @@ import sys
 import pandas as pd
 import pytest
 import torch
-import yaml
-from safetensors.torch import save_file
 
 from companion import cli
-from companion.ops import adopt, needs, record, report
+from companion.ops import needs, record, report
 from companion.ops.files import write_json
-from companion.ops.papers import MODELS, paper
 from tests.parity.runner import ROOT as CASES
 from tests.parity.runner import Case
 from tests.rehearsal import bat
@@ -103,17 +100,6 @@ def test_the_memory_of_a_step_is_that_of_all_its_images_and_hours_count_training
     assert needs.hours(run, 100) == pytest.approx((flop / (0.3 * 100e12) / 3600, flop))
 
 
-@pytest.mark.slow
-@pytest.mark.large
-def test_the_memory_that_doctor_names_is_what_is_counted(root):
-    command = [sys.executable, "benchmarks/memory.py", "hvit"]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    known = yaml.safe_load((MODELS / "memory.yaml").read_text(encoding="utf-8"))
-    assert yaml.safe_load(done.stdout) == {"hvit": known["hvit"]["local"]}
-    assert all(set(runs) <= {run["id"] for run in paper(slug)["runs"]} for slug, runs in known.items())
-
-
 def test_wrong_calls_name_what_is_accepted(capfd, tmp_path):
     (tmp_path / "file").write_text("")
     for words, said in (
@@ -129,26 +115,17 @@ def test_wrong_calls_name_what_is_accepted(capfd, tmp_path):
 # --- parity -----------------------------------------------------------------------------------------------------------
 
 
-def test_parity_of_a_good_a_changed_and_an_unreadable_checkpoint(capfd, tmp_path):
+def test_parity_of_a_changed_and_an_unreadable_checkpoint(capfd, tmp_path):
     state = {n: t.clone() for n, t in Case(CASES / "sa2vp" / "tiny_vit_full").state.items()}
-    save_file(state, tmp_path / "good.safetensors")
     state["vit_base.transformer.encoder.layer.8.attn.value.weight"] += 0.1
     torch.save(state, tmp_path / "changed.pth")
-    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     (tmp_path / "broken.pth").write_bytes(b"PK")
-    for name, expected, said in (
-        ("good.safetensors", 0, "tiny_vit_full: agrees"),
-        ("changed.pth", 1, "image_tokens_into_block9"),  # the first that differs
-        ("other.safetensors", 1, "other.safetensors"),
-        ("broken.pth", 1, "broken.pth"),
-    ):
+    for name, said in (("changed.pth", "image_tokens_into_block9"), ("broken.pth", "broken.pth")):
         code, out, err = call(capfd, "parity", "sa2vp", "--checkpoint", tmp_path / name)
-        assert code == expected and said in out + err, name
+        assert code == 1 and said in out + err, name
 
 
 def test_parity_of_the_recipe_is_a_table(capfd, tmp_path):
-    code, out, _ = call(capfd, "parity", "sa2vp", "--recipe", "--case", "metric_top1")
-    assert code == 0 and out.splitlines()[1].split()[0] == "acc1" and "DIFFERS" not in out
     shutil.copytree(CASES.parent / "recipes" / "sa2vp" / "metric_top1", tmp_path / "sa2vp" / "metric_top1")
     changed = tmp_path / "sa2vp" / "metric_top1" / "case.json"
     facts = json.loads(changed.read_text())
@@ -243,19 +220,4 @@ def test_an_adoption_that_fails_leaves_what_was_there(capsys, made_elsewhere, mo
     monkeypatch.setattr("shutil.copyfile", fails)
     code, _, err = call(capsys, "adopt", away)
     assert code == 1 and str(target.parent) in err
-    assert [path.name for path in target.parent.rglob("*")] == ["sa2vp", "study.csv"]
-
-
-@pytest.mark.parametrize(
-    ("slug", "columns", "before", "new"),
-    [
-        ("dmt", ["task", "mask_ratio", "score"], [("a", 0.75, 1.0), ("a", 0.5, 2.0)], ("a", 0.75, 3.0)),
-        ("hvit", ["method", "seed", "kappa", "fold"], [("a", 0, 1.0, 2), ("a", 1, 2.0, 3)], ("a", 0, 3.0, 4)),
-    ],
-)
-def test_measured_rows_are_identified_by_the_keys_of_the_recipe(tmp_path, slug, columns, before, new):
-    pd.DataFrame(before, columns=columns).to_csv(tmp_path / "before.csv", index=False)
-    pd.DataFrame([new], columns=columns).to_csv(tmp_path / "new.csv", index=False)
-    adopt._gather(slug, tmp_path / "before.csv", tmp_path / "new.csv")
-    rows = pd.read_csv(tmp_path / "new.csv")[columns]  # a recipe may add those that older rows lack
-    assert rows.to_records(index=False).tolist() == [before[1], new]
+    assert contents(target.parent) == {"sa2vp/study.csv": b"kept"}

@@ -123,12 +123,6 @@ COMMAND = (
 )
 
 
-def test_the_profile_of_a_cluster_plans_the_grid(workspace: Workspace) -> None:
-    status, text, started = workspace.snakemake(COMMAND, "--dry-run")
-    assert (status, started) == (0, set()), text
-    assert text.count("rule run:") == 3 and not workspace.path("reports").exists()
-
-
 @pytest.mark.slow
 def test_a_grid_runs_on_a_cluster(workspace: Workspace, cluster: Path) -> None:
     status, text, _ = workspace.snakemake(COMMAND)

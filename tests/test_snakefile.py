@@ -44,6 +44,8 @@ class Workspace:
         for name in ("__init__", "errors", "ops/__init__", "ops/batch", "ops/files", "ops/papers", "ops/provenance"):
             (package / f"{name}.py").parent.mkdir(exist_ok=True)
             shutil.copy(root / "lib" / "companion" / f"{name}.py", package / f"{name}.py")
+        (package / "models").mkdir()
+        shutil.copy(root / "lib" / "companion" / "models" / "parameters.yaml", package / "models")
         self.write("site/build.py", SITE)
         for name in ("lib/companion/one.py", "lib/companion/two.py"):
             self.write(name, "VALUE = 1\n")
@@ -130,24 +132,6 @@ def test_only_what_changed_reruns_and_git_tracks_no_output(workspace: Workspace)
 
 
 @pytest.mark.slow
-def test_one_failure_stops_neither_the_others_nor_takes_the_record(workspace: Workspace) -> None:
-    workspace.notebook("bad", "import companion.one", "raise ValueError('the reason')")
-    workspace.notebook("good", "import companion.two")
-    workspace.write("build/reports/pocket/bad/run.json", "{}")
-    status, text, _ = workspace.run()
-    assert status != 0 and "ValueError: the reason" in text
-    assert workspace.path("build/reports/pocket/good/good.ipynb").exists()
-    assert not workspace.path("build/reports/pocket/bad/bad.ipynb").exists()
-    assert "the reason" in workspace.read("build/pocket/bad.ipynb")
-    assert not workspace.path("reports/site/index.html").exists()
-    assert workspace.path("build/reports/pocket/bad/run.json").exists()
-
-    workspace.notebook("bad", "import companion.one")
-    status, text, started = workspace.run()
-    assert (status, started) == (0, {"bad", "site"}), text
-
-
-@pytest.mark.slow
 def test_a_killed_run_leaves_nothing_that_looks_finished(workspace: Workspace) -> None:
     workspace.notebook("long", "import time\nopen('running', 'w').close()\ntime.sleep(100)")
     process = workspace.start()
@@ -216,3 +200,15 @@ def test_a_grid_runs_what_it_lists_and_its_summary_names_the_failure(workspace: 
     workspace.write("grid.yaml", "runs: [{paper: goood}]")
     status, text, started = workspace.snakemake(command)
     assert status != 0 and started == set() and "'good'" in text
+
+
+@pytest.mark.slow
+def test_the_profile_of_a_cluster_plans_the_grid(workspace: Workspace) -> None:
+    pytest.importorskip("snakemake_executor_plugin_slurm", reason="the extra `cluster` is not installed")
+    workspace.notebook("good")
+    workspace.notebook("bad")
+    workspace.write("grid.yaml", GRID)
+    shutil.copytree(ROOT / "profiles", workspace.path("profiles"))
+    status, text, started = workspace.snakemake("--profile profiles/slurm --configfile grid.yaml --dry-run")
+    assert (status, started) == (0, set()), text
+    assert text.count("rule run:") == 4 and not workspace.path("reports").exists()

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import os
 import shutil
 import subprocess
@@ -32,10 +33,10 @@ from types import SimpleNamespace
 import psutil
 
 from . import __version__, data  # what needs torch, or takes long, is imported where it is used
-from .errors import BadParameter, CompanionError, MissingWeights
+from .errors import BadParameter, CompanionError
 from .ops import needs
 from .ops.files import check_folder
-from .ops.papers import COMMON, accepted, paper, rules, slugs
+from .ops.papers import accepted, paper, rules, slugs
 
 
 def commands() -> dict[str, argparse.ArgumentParser]:
@@ -65,7 +66,7 @@ def commands() -> dict[str, argparse.ArgumentParser]:
             sub.add_argument("--devices", type=int, default=1, help="as the notebook's parameter (default: 1)")
             sub.add_argument("--accumulate", type=int, default=1, help="as the notebook's parameter (default: 1)")
             sub.add_argument("--gpu", choices=needs.GPUS, help="the time is on this GPU (default: this one, or A100)")
-            choices = COMMON["precision"]["choices"]
+            choices = hvit["precision"]["choices"]
             sub.add_argument("--precision", default="paper", choices=choices, help="the time is at this precision")
     command(show_data, "data", "all data sets and whether they are present").add_argument("--data-root", default="data")
     sub = command(check_parity, "parity", "compare our model, or recipe, with the authors' code", "paper")
@@ -157,7 +158,7 @@ def _weights(facts: dict, root: str | Path) -> list[tuple[dict, str]]:
 
     Those with a `file` can only be downloaded by hand; they belong below `<data root>/weights`.
     """
-    from . import backbones
+    from huggingface_hub import constants, try_to_load_from_cache  # imported here because it takes half a second
 
     found = []
     for weights in facts["weights"]:
@@ -167,12 +168,11 @@ def _weights(facts: dict, root: str | Path) -> list[tuple[dict, str]]:
             path = Path(root) / "weights" / weights["file"]
             where = data.dated(weights["source"], weights.get("checked"))
             found.append((weights, "" if path.is_file() else f"not at {path}; by hand from {where}"))
-            continue
-        try:
-            backbones.find_weights(weights["id"])
-            found.append((weights, ""))
-        except MissingWeights as error:
-            found.append((weights, f"not in {error.cache}"))
+        else:  # without timm, whose import takes seconds: the hub has its weights under these names
+            files = ("model.safetensors", "pytorch_model.bin")
+            cached = [try_to_load_from_cache(f"timm/{weights['id']}", file) for file in files]
+            here = any(isinstance(file, str) for file in cached)
+            found.append((weights, "" if here else f"not in {constants.HF_HUB_CACHE}"))
     return found
 
 
@@ -210,15 +210,12 @@ def doctor(given: argparse.Namespace) -> int:
                 line = f"{name}: ready: {state.detail}"
                 print(textwrap.fill(line, 110, initial_indent="    ", subsequent_indent="      "))
         # sets with the same layout and source are printed together
-        alike: dict[tuple[str, str], list[tuple[data.DataSet, data.Status]]] = {}
-        for dataset, state in absent:
-            alike.setdefault((dataset.layout, dataset.where), []).append((dataset, state))
-        for (layout, source), members in alike.items():
+        for (layout, source), members in itertools.groupby(absent, lambda pair: (pair[0].layout, pair[0].where)):
+            folders = []
             for dataset, state in members:
+                folders.append(dataset.folder(root))
                 print(f"    {dataset.name}: {state.state} ({state.detail}); licence: {dataset.licence}")
-            print(
-                textwrap.indent(f"searched in {members[0][0].folder(root)}:\n{textwrap.indent(layout, '  ')}", " " * 6)
-            )
+            print(textwrap.indent(f"searched in {folders[0]}:\n{textwrap.indent(layout, '  ')}", " " * 6))
             print(textwrap.fill(f"get it: {source}", 110, initial_indent=" " * 6, subsequent_indent=" " * 8))
         for name in run["weights"]:
             entry, lack = weights[name]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from companion.ops.files import atomic, atomic_folder, sha256
+from companion.ops.files import atomic, atomic_folder
 
 
 def test_a_file_is_replaced_and_not_written_into(tmp_path: Path) -> None:
@@ -51,13 +51,3 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch) -
     os.close(reader)
     assert (folder / "a.txt").read_text() == "second" and seen == {"second"}
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
-
-
-def test_a_hash_is_of_names_and_contents(tmp_path: Path) -> None:
-    one, two = tmp_path / "one.txt", tmp_path / "two.txt"
-    one.write_text("a")
-    two.write_text("a")
-    before = sha256(one)
-    assert before != sha256(two) and sha256(one, two) != sha256(two, one)
-    one.write_text("b")
-    assert sha256(one) != before

@@ -1,7 +1,6 @@
 """The committed notebooks follow the rules, run without a network; records written by `make notebooks`."""
 
 import ast
-import json
 import os
 import subprocess
 import sys
@@ -11,7 +10,6 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from companion.evaluation.claims import CHECK
 from companion.ops import needs, notebooks
 from companion.ops.papers import paper, slugs
 from tests.conftest import ROOT
@@ -53,36 +51,6 @@ def test_the_block_blocks_and_lets_this_machine_through(tmp_path: Path) -> None:
         done = python(code, OFFLINE_LOG=str(log))
         assert done.returncode != 0
     assert log.read_text().split() == ["192.0.2.1", "example.org"]
-
-
-def executed(slug: str, folder: Path, parameters: dict[str, str], **environment: str) -> dict:
-    """The record of a notebook executed into `folder` without a network."""
-    words = [sys.executable, "-m", "papermill", f"notebooks/{slug}.ipynb", str(folder / f"{slug}.ipynb")]
-    given = [word for name, value in parameters.items() for word in ("-p", name, value)]
-    words += ["-k", "python3", "--no-progress-bar", *given, "-p", "out", str(folder / "out")]
-    env = {**os.environ, "PYTHONPATH": OFFLINE, "COMPANION_PROGRESS": "off", **environment}
-    done = subprocess.run(words, env=env, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((folder / "out" / "run.json").read_text(encoding="utf-8"))
-
-
-@pytest.mark.slow
-def test_pocket_path_needs_no_network(tmp_path: Path) -> None:
-    """From papermill to the record, with empty caches: what a compute node without a network sees.
-
-    The notebook is the one that takes the least time.
-    """
-    log, out = tmp_path / "attempts", tmp_path / "out"
-    caches = {name: str(tmp_path / "cache") for name in ("HF_HOME", "TORCH_HOME", "XDG_CACHE_HOME")}
-    record = executed("sic_cads", tmp_path, {"profile": "pocket"}, **caches, OFFLINE_LOG=str(log))
-    assert not log.exists(), f"tried to reach {log.read_text()}"
-    assert {"slug", "profile", "parameters", "versions", "commit", "device", "seconds", "peak_memory_mb"} <= set(record)
-    claims = json.loads((out / "claims.json").read_text(encoding="utf-8"))
-    assert {claim["status"] for claim in claims} <= {"holds", "fails", "not run"}
-    assert not [claim for claim in claims if claim["kind"] == CHECK and claim["status"] == "not run"]
-    assert list((out / "tables").glob("*.csv")) and list((out / "figures").glob("*.png"))
-    cells = nbformat.read(tmp_path / "sic_cads.ipynb", as_version=4).cells
-    assert "stderr" not in [output.get("name") for cell in cells for output in cell.get("outputs", ())]
 
 
 def test_the_tables_of_the_readmes_are_those_of_the_records_and_each_paper_has_its_figure() -> None:

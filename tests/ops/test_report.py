@@ -11,7 +11,7 @@ import pytest
 
 from companion.evaluation import ablations
 from companion.evaluation.claims import PAPER, SYNTHETIC, counts
-from companion.evaluation.tables import compare_published, published_table, upsert_rows
+from companion.evaluation.tables import Results, compare_published, published_table
 from companion.ops import record, report
 from companion.ops.adopt import adopt
 from companion.ops.files import sha256
@@ -137,13 +137,12 @@ def test_published_numbers_and_their_gaps_stand_next_to_ours():
 
 
 def test_results_gather_in_a_file_by_their_keys(tmp_path):
-    path, keys, values = tmp_path / "measured.csv", ["method", "seed"], ["accuracy"]
-    empty = upsert_rows(path, keys, values)
-    assert list(empty.columns) == [*keys, *values] and empty.empty and not path.exists()
+    path, results = tmp_path / "measured.csv", Results("sa2vp", ["method", "seed"], ["accuracy"])
+    empty = results.measured(path)
+    assert list(empty.columns) == ["method", "seed", "accuracy"] and empty.empty and not path.exists()
     for seed, accuracy in ((0, 1.0), (1, 2.0), (0, 3.0)):
-        upsert_rows(path, keys, values, [{"method": "a", "seed": seed, "accuracy": accuracy}])
-    rows = upsert_rows(path, keys, values)
-    assert rows.attrs["keys"] == keys
+        results.measured(path, {"method": "a", "seed": seed, "accuracy": accuracy})
+    rows = results.measured(path)
     assert dict(zip(rows.seed, rows.accuracy, strict=True)) == {0: 3.0, 1: 2.0}
 
 

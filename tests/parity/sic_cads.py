@@ -115,7 +115,7 @@ def refinement(case: Case) -> dict[str, Tensor]:
 def coco(case: Case) -> dict[str, Tensor]:
     """Box AP of OV-COCO, in percent; of a class without ground truth the toolkit's -1."""
     groups = {"AP50-seen": OV_COCO_BASE, "AP50-unseen": OV_COCO_NOVEL}
-    scores = evaluate(case.folder / "gt.json", case.folder / "dets.json", groups=groups)
+    scores = evaluate(case.folder / "gt.json", case.folder / "dets.json")
     totals = scores.totals | {name: scores.mean(group) for name, group in groups.items()}
     stats = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR@1", "AR@10", "AR@100", "ARs", "ARm", "ARl")
     found = {name: torch.tensor(value) for name, value in totals.items()}

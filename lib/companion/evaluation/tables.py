@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import pandas as pd
 
 from ..errors import check_choice
 from ..ops.files import atomic
-from ..ops.papers import findings, paper
+from ..ops.papers import paper
 
 
 def published_table(slug: str, table: str) -> pd.DataFrame:
@@ -28,14 +28,6 @@ def published_table(slug: str, table: str) -> pd.DataFrame:
     frame[facts["columns"]] = frame[facts["columns"]].apply(pd.to_numeric)
     frame.attrs = {k: facts.get(k, "") for k in ("id", "title", "unit", "metric", "provenance", "status")}
     return frame
-
-
-def findings_table(slug: str) -> pd.DataFrame:
-    """What the authors' code does that the paper does not state, one per row: the paper, the code, ours, the effect."""
-    columns = {"topic": "", "paper": "the paper", "code": "the released code", "here": "here", "effect": "effect"}
-    rows = [[f"{row[key]}".strip() for key in columns] for row in findings(slug)]
-    found = pd.DataFrame(rows, columns=[*columns.values()])
-    return found.loc[:, (found != "").any()]  # for some papers no text was available to compare with
 
 
 def compare_published(frame: pd.DataFrame, measured: Mapping[tuple[str, str], float] = {}) -> pd.DataFrame:
@@ -67,23 +59,6 @@ def with_measured(slug: str, cells: Mapping[str, Mapping[tuple[str, str], float]
     """Published tables by title, each cell with the published value and ours, `cells` by the table's id."""
     frames = {name: published_table(slug, name) for name in cells}
     return {frame.attrs["title"]: compare_published(frame, cells[name]) for name, frame in frames.items()}
-
-
-def upsert_rows(
-    path: str | Path, keys: Sequence[str], values: Sequence[str], new: Iterable[Mapping[str, object]] = ()
-) -> pd.DataFrame:
-    """The measured results in the CSV `path`, a row for each combination of `keys`, with `new` added or replaced.
-
-    The frame's `attrs` name its "keys".
-    """
-    path, added = Path(path), pd.DataFrame(list(new))
-    rows = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=[*keys, *values])
-    if len(added):
-        rows = (added if rows.empty else pd.concat([rows, added])).drop_duplicates(list(keys), keep="last")
-        with atomic(path) as temporary:
-            rows.to_csv(temporary, index=False)
-    rows.attrs["keys"] = list(keys)
-    return rows
 
 
 Cells = dict[tuple[str, str], float]  # a mean by (row, column) of a table
@@ -123,10 +98,16 @@ class Results:
 
         Rows of a dry run say so in a column of that name.
         """
-        rows = upsert_rows(path, self.keys, self.values, [{"dry_run": True, **row} for row in new] if dry_run else new)
+        path, keys = Path(path), list(self.keys)
+        rows = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=[*keys, *self.values])
+        if new:
+            added = pd.DataFrame([{"dry_run": True, **row} for row in new] if dry_run else list(new))
+            rows = (added if rows.empty else pd.concat([rows, added])).drop_duplicates(keys, keep="last")
+            with atomic(path) as temporary:
+                rows.to_csv(temporary, index=False)
         for name, usual in self.usual.items():
             rows[name] = rows[name].fillna(usual) if name in rows else usual
-        return rows.drop_duplicates([key for key in self.keys if key in rows], keep="last")
+        return rows.drop_duplicates([key for key in keys if key in rows], keep="last")
 
     def filled(self, rows: pd.DataFrame, spec: Mapping[str, Any]) -> Cells:
         """Means over the rows of one cell, which differ in their seed, by (row, column); an entry of `cells`."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import tempfile
 from pathlib import Path
 
 import pandas as pd
@@ -12,7 +11,7 @@ import pandas as pd
 from ..errors import BadParameter, CorruptFile, check_choice
 from ..evaluation.tables import Results
 from . import record
-from .files import read_json, sha256, write_json
+from .files import atomic, read_json, sha256, write_json
 from .papers import slugs
 from .provenance import code_hash, sources
 
@@ -30,26 +29,22 @@ def adopt(folder: str | Path) -> str:
         BadParameter: the record is of an unknown paper or profile, or of a dry run.
         CorruptFile: a file is missing, or its hash differs from the record's.
     """
-    source = Path(folder)
+    source, root = Path(folder), record.root()
     if not (source / "run.json").is_file():
         raise CorruptFile(source / "run.json", "there is no such file: not the output folder of a run")
-    facts, root = read_json(source / "run.json"), record.root()
+    facts = read_json(source / "run.json")
     try:
         slug, profile, code, outputs = (facts[k] for k in ("slug", "profile", "code", "outputs"))
         outputs = dict(outputs)
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptFile(source / "run.json", f"not a run record ({error})") from error
-    known = {*slugs(), *(path.stem for path in (root / "notebooks").glob("*.ipynb"))}
-    if slug not in known:
-        raise BadParameter("slug", slug, sorted(known))
+    check_choice("slug", slug, {*slugs(), *(path.stem for path in (root / "notebooks").glob("*.ipynb"))})
     check_choice("profile", profile, ("pocket", "paper"))
     if facts.get("parameters", {}).get("dry_run"):
         raise BadParameter("folder", folder, "a run that is no dry run, whose numbers mean nothing")
     notebook = root / "notebooks" / f"{slug}.ipynb"
     if not notebook.is_file():
         raise CorruptFile(notebook, "there is no such file: call `companion adopt` in the project's checkout")
-    same = code == code_hash([notebook, *sources(notebook)])
-    other = "" if same else f"; made by other code than this checkout's, commit {facts.get('commit') or 'unknown'}"
     for name, hashed in outputs.items():
         path = source / name
         if not path.resolve().is_relative_to(source.resolve()):
@@ -61,33 +56,28 @@ def adopt(folder: str | Path) -> str:
     target = root / "reports" / profile / slug / (here.name if of_grid else "")
     if target.resolve() == here:
         return f"{target.relative_to(root)} is already in place"
-    target.mkdir(parents=True, exist_ok=True)
-    executed = [p.name for p in source.glob(f"{slug}.ipynb")]
-    with tempfile.TemporaryDirectory(prefix=f".{slug}-", dir=root / "reports" / profile) as name:
-        new = Path(name)
-        for item in [*outputs, *executed]:
-            (new / item).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / item, new / item)
+    executed = [path.name for path in source.glob(f"{slug}.ipynb")]
+    before = _outputs(target)
+    with contextlib.ExitStack() as renamed:  # all files at the end, when each was copied
+        new = {name: renamed.enter_context(atomic(target / name)) for name in (*outputs, *executed)}
+        for name, path in new.items():
+            shutil.copyfile(source / name, path)
         if MEASURED in outputs and (target / MEASURED).exists():
-            _gather(slug, target / MEASURED, new / MEASURED)
-            outputs[MEASURED] = sha256(new / MEASURED)
-        write_json(new / "run.json", facts | {"outputs": outputs})
-        # everything is copied: from here on files are renamed, the record last
-        for item in [*_left(target), f"{slug}.ipynb", "failed.json"]:
-            if item != MEASURED:
-                (target / item).unlink(missing_ok=True)
-        for item in [*outputs, *executed, "run.json"]:
-            (target / item).parent.mkdir(parents=True, exist_ok=True)
-            (new / item).replace(target / item)
-    message = f"adopted {len(outputs)} files into {target.relative_to(root)}{other}"
+            _gather(slug, target / MEASURED, new[MEASURED])
+    for name in {*before, f"{slug}.ipynb"} - {*new, MEASURED}:
+        (target / name).unlink(missing_ok=True)
+    write_json(target / "run.json", facts | {"outputs": {name: sha256(target / name) for name in outputs}})
+    message = f"adopted {len(outputs)} files into {target.relative_to(root)}"
+    if code != code_hash([notebook, *sources(notebook)]):
+        message += f"; made by other code than this checkout's, commit {facts.get('commit') or 'unknown'}"
     if not executed:
         message += f"\nthere is no executed {slug}.ipynb among them, so the site cannot show the run"
     return message
 
 
-def _left(folder: Path) -> list[str]:
+def _outputs(folder: Path) -> list[str]:
     """The outputs of the previous run in `folder`, by its record; none if the record is missing or invalid."""
-    with contextlib.suppress(OSError, CorruptFile, TypeError, KeyError):
+    with contextlib.suppress(CorruptFile, TypeError, KeyError):
         outputs = read_json(folder / "run.json")["outputs"]
         return [name for name in outputs if (folder / name).resolve().is_relative_to(folder.resolve())]
     return []

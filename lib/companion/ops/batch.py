@@ -8,34 +8,30 @@ snakemake --cores all --configfile grid.yaml        # see site/docs/gpu.md
     - {paper: sa2vp, dataset: [vtab/svhn, vtab/dtd], seed: [0, 1, 2]}
     - {paper: bat, seed: 0, resources: {gpu: 1, runtime: 600}}
 
-A list is an axis of the grid. Each run has its own folder, `reports/<profile>/<paper>/<run>/`; a failure is recorded in
-`failed.json` and does not stop the others. pandas and papermill are imported where they are used, so that the Snakefile
-loads fast.
+A list is an axis of the grid. Each run has its own folder, `reports/<profile>/<paper>/<run>/`; a failure does not stop
+the others. pandas and papermill are imported where they are used, so that the Snakefile loads fast.
 """
 
 from __future__ import annotations
 
-import argparse
-import ast
 import contextlib
 import itertools
-import json
 import os
 import platform
 import re
-import resource
 import subprocess
 import sys
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from ..errors import BadParameter, check_choice
-from .files import atomic, read_json, write_json
+from .files import atomic, read_json
 
-FIELDS = ("paper", "name", "resources")  # fields of an entry of `runs`; all others are parameters of its notebook
+FIELDS = ("paper", "name", "resources")  # of an entry of `runs`; all others are parameters of its notebook
 RESOURCES = ("gpu", "threads", "mem_mb", "runtime")
 CONFIG = ("profile", "parameters", "runs", "papers", "parts", "slides")  # the fields of Snakemake's configuration
 PROFILES = ("pocket", "paper")
@@ -50,14 +46,14 @@ def check(config: Mapping) -> None:
         raise BadParameter("profile", profile, PROFILES)
 
 
-def expand(config: Mapping, papers: Mapping[str, Collection[str]]) -> dict[str, dict]:
+def expand(config: Mapping, papers: Collection[str]) -> dict[str, dict]:
     """The runs of a grid by their folder, `<paper>/<run>`: their parameters and resources.
 
     A run is named by its values on the axes, such as `dataset=vtab-svhn,seed=0`, after the `name` of its entry if it
     has one, or "run" if it has neither.
 
     Args:
-        papers: the parameters that each notebook has.
+        papers: those that have a notebook.
 
     Raises:
         BadParameter: an unknown field, paper, parameter or resource, a value that the paper does not accept, an empty
@@ -65,40 +61,35 @@ def expand(config: Mapping, papers: Mapping[str, Collection[str]]) -> dict[str, 
     """
     from .papers import convert, rules
 
-    common, found = config.get("parameters") or {}, {}
-    if not isinstance(common, Mapping):
-        raise BadParameter("parameters of a grid", common, "name: value, of every run")
+    found: dict[str, dict] = {}
     if not isinstance(config["runs"], list) or not all(isinstance(entry, Mapping) for entry in config["runs"]):
         raise BadParameter("runs", config["runs"], "a list of {paper: ..., parameter: value or [values], ...}")
     for entry in config["runs"]:
         paper = entry.get("paper")
         check_choice("paper of a run", paper, papers)
-        own = {name: value for name, value in entry.items() if name not in FIELDS}
-        # papermill would pass it on, and the notebook would run with its default
-        accepted = [name for name in papers[paper] if name not in ("profile", "out")]
-        for name in {**common, **own}:
-            check_choice(f"parameter of a run of {paper}", name, accepted)
+        given = {**(config.get("parameters") or {}), **entry}
+        given = {name: value for name, value in given.items() if name not in FIELDS}
         known, resources = rules(paper), entry.get("resources") or {}
+        for name in given:  # papermill would pass it on, and the notebook would run with its default
+            check_choice(f"parameter of a run of {paper}", name, [n for n in known if n not in ("profile", "out")])
         for name, value in resources.items():
             if name not in RESOURCES or type(value) is not int or value < (name != "gpu"):
-                said = f"whole numbers for {', '.join(RESOURCES)}"
-                raise BadParameter(f"resources of a run of {paper}", f"{name}: {value}", said)
-        axes = {name: values for name, values in own.items() if isinstance(values, list)}
+                accepted = f"whole numbers for {', '.join(RESOURCES)}"
+                raise BadParameter(f"resources of a run of {paper}", f"{name}: {value}", accepted)
+        axes = {name: entry[name] for name in entry if name in given and isinstance(entry[name], list)}
         if empty := [name for name, values in axes.items() if not values]:
             raise BadParameter(f"{empty[0]} of a run of {paper}", [], "a value, or a list of some")
         for values in itertools.product(*axes.values()):
             chosen = dict(zip(axes, values, strict=True))
             parts = [*filter(None, [entry.get("name")]), *(f"{name}={value}" for name, value in chosen.items())]
-            said = ",".join(parts).replace("/", "-").replace(" ", "+")
-            folder = f"{paper}/{said or 'run'}"
-            if not NAME.fullmatch(said or "run"):
-                raise BadParameter(f"value of a run of {paper}", said, "letters, digits, blanks and / . - _")
-            if folder in found:
+            name = ",".join(parts).replace("/", "-").replace(" ", "+") or "run"
+            if not NAME.fullmatch(name):
+                raise BadParameter(f"value of a run of {paper}", name, "letters, digits, blanks and / . - _")
+            if (folder := f"{paper}/{name}") in found:
                 raise BadParameter("run", folder, "runs of different names: give what differs as an axis, [value]")
-            for name, value in {**common, **own, **chosen}.items():
-                if name in known:
-                    convert(name, value, known[name])
-            found[folder] = {"parameters": {**common, **own, **chosen}, "resources": dict(resources)}
+            for name, value in (given | chosen).items():
+                convert(name, value, known[name])
+            found[folder] = {"parameters": given | chosen, "resources": dict(resources)}
     return found
 
 
@@ -130,22 +121,12 @@ def of_table(slug: str, table: str, data_root: str | Path, dry_run: bool = False
     return {"profile": "paper", "parameters": {"data_root": str(root)}, "runs": runs}
 
 
-def parameters(notebook: str | Path) -> list[str]:
-    """The names set by the cell tagged `parameters`."""
-    cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
-    tagged = ["".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", ())]
-    lines = [node for text in tagged for node in ast.parse(text).body]
-    targets = [node.targets[0] for node in lines if isinstance(node, ast.Assign)]
-    return [target.id for target in targets if isinstance(target, ast.Name)]
-
-
 @contextlib.contextmanager
 def devices(count: int, folder: Path, poll: float = 1.0) -> Iterator[list[str]]:
-    """Context manager: reserve `count` of this machine's GPUs, and hide all others from the run.
+    """Context manager: reserve `count` of this machine's GPUs.
 
-    The GPUs are those of CUDA_VISIBLE_DEVICES, or all that `nvidia-smi` lists. One lock file per machine and GPU in
-    `folder` prevents other runs of the same checkout from using it; a killed run releases its own. A SLURM job that
-    sees no more than `count` has its own from the scheduler; of an allocation with more they are reserved.
+    One lock file per machine and GPU in `folder` keeps other runs of the same checkout from it; the system releases
+    those of a killed run. In a SLURM job that sees no more than `count` none is reserved: they are its own.
 
     Raises `BadParameter`: the machine has fewer GPUs.
     """
@@ -159,20 +140,16 @@ def devices(count: int, folder: Path, poll: float = 1.0) -> Iterator[list[str]]:
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as held:
         reserved: list[str] = []
-        while len(reserved) < count:
-            with FileLock(folder / "dealing.lock"):  # one run reserves at a time: two runs of two GPUs cannot deadlock
-                for gpu in found:
-                    lock = FileLock(folder / f"{re.sub(r'[^0-9A-Za-z-]', '_', gpu)}.lock", blocking=False)
-                    with contextlib.suppress(Timeout):
-                        held.enter_context(lock)
+        with FileLock(folder / "choosing.lock"):  # one run chooses at a time: two runs of two GPUs cannot deadlock
+            for gpu in itertools.cycle(found):
+                if gpu not in reserved:
+                    try:
+                        held.enter_context(FileLock(folder / f"{gpu.replace('/', '_')}.lock", blocking=False))
                         reserved.append(gpu)
-                    if len(reserved) == count:
-                        break
-                else:
-                    held.close()
-                    reserved.clear()
-            if not reserved:
-                time.sleep(poll)
+                    except Timeout:
+                        time.sleep(poll / len(found))
+                if len(reserved) == count:
+                    break
         yield reserved
 
 
@@ -187,89 +164,61 @@ def gpus() -> list[str]:
         return []
 
 
-def execute(notebook: Path, out: Path, profile: str, parameters: Mapping, gpu: int, draft: Path) -> dict:
-    """Run one notebook into `out`; return {}, or for a failure {"reason", "seconds", "memory_mb"}.
-
-    The executed copy is `out`/<paper>.ipynb only if every cell ran; otherwise the partial copy stays in `draft`.
-    """
-    import papermill
-    from papermill.exceptions import PapermillException, PapermillExecutionError
-
-    began, failure = time.monotonic(), ""
-    (out / "failed.json").unlink(missing_ok=True)
-    draft.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with devices(gpu, Path("build/devices")) as cards:
-            if cards:
-                os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(cards)
-            given = dict(parameters) | {"profile": profile, "out": str(out)}
-            papermill.execute_notebook(notebook, draft, given, kernel_name="python3", progress_bar=False)
-    except PapermillExecutionError as error:
-        failure = f"{error.ename}: {error.evalue}"
-    except (PapermillException, BadParameter) as error:
-        failure = str(error)
-    except RuntimeError as error:  # nbclient's, when the kernel died
-        failure = f"{type(error).__name__}: {error}"
-    if not failure:
-        out.mkdir(parents=True, exist_ok=True)
-        draft.replace(out / notebook.name)
-        return {}
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
-    facts = {"reason": failure.strip(), "seconds": round(time.monotonic() - began, 1), "memory_mb": round(peak)}
-    write_json(out / "failed.json", facts)
-    return facts
-
-
-def summarise(runs: Iterable[str], reports: Path) -> str:
-    """Write `reports`/summary.csv, one row per run with its seconds, memory and, for a failure, the reason.
+def summarise(runs: Iterable[str], reports: Path, logs: Path) -> str:
+    """Write `reports`/summary.csv, one row per run with its seconds and memory or, for a failure, the reason.
 
     The results of runs on real data (their `measured.csv`) are collected in one file per paper, `<paper>/grid.csv`; the
     `measured.csv` next to it belongs to runs without a grid. Dry runs are collected in `<paper>/dry_runs.csv`. Returns
     the summary as text for a terminal.
+
+    Args:
+        logs: with `<paper>/<run>.log` of each run that was started, and the notebook as far as it ran.
     """
     import pandas as pd
 
     rows: list[tuple] = []
-    measured: dict[str, list[pd.DataFrame]] = {}
+    tables: dict[str, list[pd.DataFrame]] = {}
     for name in runs:
         paper, run = name.split("/")
-        folder, state = reports / name, "not run"
-        facts: dict = {}
-        if (folder / "failed.json").exists():
-            state, facts = "failed", read_json(folder / "failed.json")
-        elif (folder / f"{paper}.ipynb").exists():
-            state, facts = "done", read_json(folder / "run.json") if (folder / "run.json").exists() else {}
+        folder, log, facts = reports / name, logs / f"{name}.log", dict[str, Any]()
+        if (folder / f"{paper}.ipynb").exists():
+            state, reason = "done", ""
+            facts = read_json(folder / "run.json") if (folder / "run.json").exists() else {}
             for below, gathered in (("", "grid"), ("dry_run", "dry_runs")):
-                if (folder / below / "measured.csv").exists():
-                    rows_of_run = pd.read_csv(folder / below / "measured.csv", dtype=str)
-                    measured.setdefault(f"{paper}/{gathered}.csv", []).append(rows_of_run)
-        memory, reason = facts.get("memory_mb", facts.get("peak_memory_mb")), facts.get("reason", "").partition("\n")[0]
-        rows.append((paper, run, state, facts.get("seconds"), memory, facts.get("device"), reason))
+                if (measured := folder / below / "measured.csv").exists():
+                    tables.setdefault(f"{paper}/{gathered}.csv", []).append(pd.read_csv(measured, dtype=str))
+        else:
+            state, reason = ("failed", _reason(log)) if log.exists() else ("not run", "")
+        rows.append((paper, run, state, facts.get("seconds"), facts.get("peak_memory_mb"), facts.get("device"), reason))
     summary = pd.DataFrame(rows, columns=["paper", "run", "state", "seconds", "memory_mb", "device", "reason"])
-    tables = {file: pd.concat(parts) for file, parts in measured.items()}
-    for path, table in ({"summary.csv": summary} | tables).items():
+    for path, parts in ({"summary.csv": [summary]} | tables).items():
         with atomic(reports / path) as temporary:
-            table.to_csv(temporary, index=False)
+            pd.concat(parts).to_csv(temporary, index=False)
     counts = ", ".join(f"{number} {state}" for state, number in summary.state.value_counts().items())
     return f"{counts}; {reports}/summary.csv\n{summary.to_string(index=False, na_rep='')}"
 
 
-def main(words: list[str] | None = None) -> int:
-    """`python -m companion.ops.batch NOTEBOOK OUT ...`: one run, as started by the Snakefile; returns 1 when the run
-    failed."""
-    parser = argparse.ArgumentParser(prog="companion.ops.batch", description=main.__doc__)
-    parser.add_argument("notebook", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--profile", required=True)
-    parser.add_argument("--parameters", type=json.loads, default={}, help="a JSON object")
-    parser.add_argument("--gpu", type=int, default=0, help="GPUs of this run")
-    parser.add_argument("--draft", type=Path, required=True, help="path of the notebook while it runs")
-    given = parser.parse_args(words)
-    failed = execute(given.notebook, given.out, given.profile, given.parameters, given.gpu, given.draft)
-    if failed:
-        print(failed["reason"])
-    return int(bool(failed))
+def _reason(log: Path) -> str:
+    """The error of the cell that failed, else the last line of the log (the kernel died, no GPU)."""
+    draft = log.with_suffix(".ipynb")
+    cells = read_json(draft)["cells"] if draft.exists() else []
+    outputs = [output for cell in cells for output in cell.get("outputs", ())]
+    errors = [f"{output['ename']}: {output['evalue']}" for output in outputs if output["output_type"] == "error"]
+    return (errors or log.read_text(encoding="utf-8").strip().splitlines()[-1:] or [""])[0].partition("\n")[0]
+
+
+def main(words: list[str]) -> None:
+    """`python -m companion.ops.batch N ...`: papermill with the other arguments, on N of this machine's GPUs."""
+    from papermill.cli import papermill
+
+    try:
+        with devices(int(words[0]), Path("build/devices")) as reserved:
+            if reserved:
+                os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(reserved)
+            papermill(words[1:])
+    except BadParameter as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main(sys.argv[1:])

@@ -6,9 +6,9 @@ import contextlib
 import errno
 import hashlib
 import json
-import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,14 +29,9 @@ def atomic(path: str | Path) -> Iterator[Path]:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
+        temporary = path.with_name(f".{path.stem}-{uuid.uuid4().hex[:8]}{path.suffix}")
+        temporary.touch(exist_ok=False)  # with the user's default permissions, which a file of mkstemp has not
         yield temporary
-        # mkstemp makes the file private; results should have the user's default permissions
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
         temporary.replace(path)
     except Exception as error:
         _if_full(path, error)

@@ -17,9 +17,11 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import nbformat
+import yaml
 from nbclient.exceptions import DeadKernelError
 from papermill import PapermillExecutionError, execute_notebook
 from PIL import Image, ImageDraw, ImageFont
@@ -33,25 +35,6 @@ from .papers import paper, slugs
 from .record import root
 
 WIDE = 1600  # pixels of a figure of a first screen
-# the README's figure by rows: of each paper a part of its figure (left, top, right, bottom in pixels) and a caption
-MONTAGE: list[dict[str, tuple[tuple[int, int, int, int], str]]] = [
-    {
-        "sa2vp": ((182, 54, 1009, 865), "SA²VP: photographs, attention by method"),
-        "dmt": ((277, 45, 950, 704), "DMT: two teachers, their student"),
-        "hvit": ((56, 84, 875, 811), "H-ViT: tissue, attention of patches"),
-    },
-    {
-        "bat": ((495, 81, 914, 507), "BAT (synthetic)"),
-        "dplq": ((710, 122, 1191, 595), "DPLQ (synthetic)"),
-        "promptpar": ((575, 44, 1065, 482), "PromptPAR (synthetic)"),
-        "sic_cads": ((172, 92, 860, 697), "SIC-CADS (synthetic)"),
-    },
-    {
-        "metasegnet": ((195, 110, 1089, 599), "MetaSegNet (synthetic)"),
-        "tip": ((173, 113, 1111, 806), "TIP (synthetic)"),
-        "ecamp": ((40, 0, 1280, 405), "ECAMP: findings in 3,927 real reports"),
-    },
-]
 LIMIT = 1_000_000  # bytes; GitHub does not render larger notebooks
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 ABSOLUTE_PATH = re.compile(r"""(?:^|(?<=[\s'"(]))(?:/[\w.~-]+/[\w./~-]+|[A-Za-z]:\\[\w.\\-]+)""", re.MULTILINE)
@@ -62,8 +45,7 @@ class BadNotebook(CompanionError):
     """A notebook must not be committed; the message lists the reasons."""
 
     def __init__(self, path: str | Path, problems: list[str]):
-        self.path, self.problems = Path(path), problems
-        super().__init__(f"{path} is not fit to be committed:\n" + "\n".join(f"  {problem}" for problem in problems))
+        super().__init__("\n  ".join([f"{path} is not fit to be committed:", *problems]))
 
 
 def refresh(path: str | Path) -> None:
@@ -125,8 +107,6 @@ def problems(notebook: nbformat.NotebookNode) -> list[str]:
     tagged = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
     if len(tagged) != 1:
         found.append(f"{len(tagged)} cells are tagged `parameters`, not one")
-    if notebook.metadata.get("kernelspec", {}).get("name") != "python3":
-        found.append("its kernel is not called python3")
     for number, cell in enumerate(notebook.cells):
         if cell.cell_type != "code":
             continue
@@ -157,20 +137,21 @@ def write_figure(figure: Path, slug: str) -> None:
 
 
 def montage(gap: int = 48, line: int = 48) -> Image.Image:
-    """The README's figure: parts of the ten papers' figures by the rows of `MONTAGE`, each row as wide as `WIDE`.
+    """The README's figure: parts of the ten papers' figures by the rows of `figures/all.yaml`, each as wide as `WIDE`.
 
     Captions have `line` pixels below each row.
     """
+    figures = root() / "notebooks" / "figures"
     font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), 22)
     whole, top = Image.new("RGB", (WIDE, 4 * WIDE), "white"), 0
-    for row in MONTAGE:
-        parts = {slug: Image.open(root() / "notebooks" / "figures" / f"{slug}.jpg").crop(row[slug][0]) for slug in row}
+    for row in yaml.safe_load((figures / "all.yaml").read_text(encoding="utf-8")):
+        parts = {slug: Image.open(figures / f"{slug}.jpg").crop(row[slug]["part"]) for slug in row}
         room = WIDE - gap * (len(row) - 1)
         height, left = round(room / sum(part.width / part.height for part in parts.values())), 0
         for slug, part in parts.items():
             width = round(height * part.width / part.height)
             whole.paste(part.resize((width, height), Image.Resampling.LANCZOS), (left, top))
-            ImageDraw.Draw(whole).text((left, top + height + 6), row[slug][1], fill="#333333", font=font)
+            ImageDraw.Draw(whole).text((left, top + height + 6), row[slug]["caption"], fill="#333333", font=font)
             left += width + gap
         top += height + line
     return whole.crop((0, 0, WIDE, top))
@@ -191,7 +172,7 @@ def index_table() -> str:
     """The notebooks of the papers with figure, question, seconds and needs, as the table of `notebooks/README.md`."""
     lines = ["| | notebook | here | the paper's tables |", "| --- | --- | --- | --- |"]
     for slug in slugs():
-        facts, seconds = paper(slug), read_json(root() / "reports" / "pocket" / slug / "run.json")["seconds"]
+        facts, seconds = paper(slug), record_of(slug, "run")["seconds"]
         figure = f'<img src="figures/{slug}.jpg" alt="a figure of the notebook" width="240">'
         lines.append(
             f"| {figure} | **[{facts['name']}]({slug}.ipynb)** {facts['question']} | {round(seconds)} s, no data, no "
@@ -203,18 +184,20 @@ def index_table() -> str:
 def claims_table() -> str:
     """How many claims of each kind hold in the committed records, per paper and in total, and the seeds of the
     study."""
-    lines = ["| paper | " + " | ".join(f"{kind}s" for kind in KINDS) + " | seeds of selection; of the test |"]
-    lines.append("| --- " * (2 + len(KINDS)) + "|")
-    everything: list[dict] = []
-    for slug in slugs():
-        ledger, study = (
-            read_json(root() / "reports" / "pocket" / slug / f"{name}.json") for name in ("claims", "study")
-        )
-        everything += ledger
-        said = "; ".join(span(study[key]) for key in ("selection_seeds", "seeds"))
-        lines.append(f"| `{slug}` | {' | '.join(counts(ledger).values())} | {said} |")
-    lines.append(f"| **all** | {' | '.join(counts(everything).values())} | |")
-    return "\n".join(lines)
+    ledgers, lines = {slug: record_of(slug, "claims") for slug in slugs()}, []
+    for slug, ledger in ledgers.items():
+        study = record_of(slug, "study")
+        seeds = "; ".join(span(study[key]) for key in ("selection_seeds", "seeds"))
+        lines.append(f"| `{slug}` | {' | '.join(counts(ledger).values())} | {seeds} |")
+    head = f"| paper | {' | '.join(f'{kind}s' for kind in KINDS)} | seeds of selection; of the test |"
+    everything = counts([claim for ledger in ledgers.values() for claim in ledger])
+    last = f"| **all** | {' | '.join(everything.values())} | |"
+    return "\n".join([head, "| --- " * (2 + len(KINDS)) + "|", *lines, last])
+
+
+def record_of(slug: str, name: str) -> Any:
+    """A committed record of a paper: "run", "claims" or "study"."""
+    return read_json(root() / "reports" / "pocket" / slug / f"{name}.json")
 
 
 def span(seeds: list[int]) -> str:

@@ -14,32 +14,6 @@ from ..errors import BadParameter, check_choice
 
 MODELS = Path(__file__).parents[1] / "models"
 
-# The parameters of every notebook. A paper's own parameters are in its YAML, in the same form.
-COMMON: dict[str, dict] = {
-    "profile": {"type": "choice", "choices": ["pocket", "paper"], "help": "pocket (laptop) or paper (as published)"},
-    "dry_run": {
-        "type": "switch",
-        "help": "paper profile: two steps on a few items of the data that are there, or on generated ones",
-    },
-    "study": {"type": "switch", "help": "run all baselines, learning rates and seeds of the study (resumes)"},
-    "seed": {"type": "integer", "low": 0, "high": 2**31 - 1, "help": "seed of the live run"},
-    "data_root": {"type": "text", "help": "folder of the data sets"},
-    "weights": {"type": "text", "help": "file of the backbone's weights; empty: the cache"},
-    "out": {"type": "text", "help": "where results go; empty: runs/<profile>/<paper>"},
-    "accelerator": {
-        "type": "choice",
-        "choices": ["auto", "cpu", "cuda", "mps"],
-        "help": "where it runs; auto: a CUDA GPU, else the CPU",
-    },
-    "devices": {"type": "integer", "low": 1, "high": 1024, "help": "how many of them"},
-    "precision": {
-        "type": "choice",
-        "choices": ["paper", "32-true", "16-mixed", "bf16-mixed"],
-        "help": "arithmetic; paper: that of the authors in profile paper on a CUDA GPU, 32-true elsewhere",
-    },
-    "compile": {"type": "switch", "help": "train through torch.compile"},
-}
-
 
 def slugs() -> list[str]:
     """The short names of the papers, sorted."""
@@ -97,7 +71,12 @@ def rules(slug: str) -> dict[str, dict]:
     Types: `switch`; `integer` and `number` (from `low` to `high`; `zero`: or 0); `choice` (one of `choices`); `list`
     (some of `choices`, separated by commas); `text` (anything; `examples` names usual values).
     """
-    return COMMON | (paper(slug).get("parameters", {}) if slug in slugs() else {})
+    return _common() | (paper(slug).get("parameters", {}) if slug in slugs() else {})
+
+
+@cache
+def _common() -> dict[str, dict]:
+    return yaml.safe_load((MODELS / "parameters.yaml").read_text(encoding="utf-8"))
 
 
 def accepted(rule: Mapping) -> str:

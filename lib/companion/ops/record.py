@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import platform
 import subprocess
@@ -11,17 +12,8 @@ from pathlib import Path
 import psutil
 import torch
 
-PACKAGES = (
-    "torch",
-    "torchvision",
-    "timm",
-    "open_clip_torch",
-    "lightning-fabric",
-    "numpy",
-    "scikit-learn",
-    "scikit-image",
-)
-OPTIONAL = ("transformers", "diffusers")  # from the extras of some papers
+PACKAGES = "torch torchvision timm open_clip_torch lightning-fabric numpy scikit-learn scikit-image"
+OPTIONAL = "transformers diffusers"  # from the extras of some papers
 
 
 def root() -> Path:
@@ -37,12 +29,9 @@ def root() -> Path:
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that affect results."""
     found = {"python": platform.python_version()}
-    for name in PACKAGES + OPTIONAL:
-        try:
+    for name in f"{PACKAGES} {OPTIONAL}".split():
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            if name in PACKAGES:
-                raise
     return found
 
 

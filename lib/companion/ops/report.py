@@ -126,8 +126,6 @@ def start(slug: str, namespace: Mapping[str, Any]) -> Run:
     if values.get("dry_run") and values.get("profile") == "pocket":
         raise BadParameter("dry_run", True, "False with profile = 'pocket', which is quick as it is")
     run = Run(slug, SimpleNamespace(**values))
-    check_folder("out", run.out)
-    run.begin()
     # JupyterLab runs a notebook in its own folder, the shell's commands (`companion fetch`) in the checkout's
     below = run.root / values.get("data_root", "")
     if values.get("data_root") and not Path(values["data_root"]).exists() and below.exists():
@@ -147,7 +145,10 @@ def _injected() -> set[str]:
 
 
 class Run:
-    """The results of one notebook run, written below `out` as they come. Made by `start`."""
+    """The results of one notebook run, written below `out` as they come; the folder is locked until `close`.
+
+    Raises `BadParameter`: another process has locked the folder, or nothing can be written there.
+    """
 
     def __init__(self, slug: str, parameters: SimpleNamespace):
         self.slug, self.parameters = slug, parameters
@@ -159,24 +160,19 @@ class Run:
         self.dry_run = getattr(parameters, "dry_run", False)
         if self.dry_run:
             self.out /= "dry_run"
-        # of this process: a notebook that is run again in its kernel goes on
-        self._lock = FileLock(self.out / ".lock", blocking=False, is_singleton=True)
         self.claims: dict[str, dict] = {}
         self._files: list[Path] = []
         self._began = time.monotonic()
-
-    def begin(self) -> None:
-        """Lock the folder until `close`; a dry run that was finished is deleted, one that was killed resumes.
-
-        Raises `BadParameter`: another process has locked it.
-        """
+        check_folder("out", self.out)
         self.out.mkdir(parents=True, exist_ok=True)
+        # of this process: a notebook that is run again in its kernel goes on
+        self._lock = FileLock(self.out / ".lock", blocking=False, is_singleton=True)
         try:
             self._lock.acquire()
         except Timeout:
             accepted = "another folder, or later: a run that has not ended writes into this one"
             raise BadParameter("out", str(self.out), accepted) from None
-        if self.dry_run and (self.out / "run.json").exists():
+        if self.dry_run and (self.out / "run.json").exists():  # it was finished; one that was killed resumes
             for path in self.out.iterdir():
                 if path.is_dir():
                     shutil.rmtree(path)
@@ -215,8 +211,7 @@ class Run:
 
         Returns the line to print. Raises `BadParameter`: no such claim.
         """
-        known = [c["id"] for c in paper(self.slug).get("claims", [])]
-        check_choice("claim", name, known)
+        check_choice("claim", name, [claim["id"] for claim in paper(self.slug)["claims"]])
         status = "not run" if holds is None else "holds" if holds else "fails"
         self.claims[name] = {"status": status, "value": value, "seeds": list(seeds), "why": why, "evidence": evidence}
         return f"{name} {status}: {value}"
@@ -232,7 +227,20 @@ class Run:
                 wins, value, seeds = judge(claim, rows)
                 found = evidence(claim, facts["data_built_for"], rows)
                 self.claim(claim["id"], wins, value, seeds, "" if wins else claim.get("why", ""), found)
-        return self._judged(SYNTHETIC)
+        ledger = [claim for claim in self.ledger() if claim["kind"] == SYNTHETIC]
+        title = f"{SYNTHETIC}s: {counts(ledger)[SYNTHETIC]}".capitalize()
+        if seeds := sorted({seed for claim in ledger for seed in claim["seeds"]}):
+            title += f"; leads in {_unit(facts)} over seeds {', '.join(map(str, seeds))} [95 % t interval]"
+        rows_shown = [
+            {
+                "claim": claim["text"],
+                "here": LOUD[claim["status"]],
+                "measured": claim["value"].removesuffix(SPREAD) + (f" — {claim['why']}" if claim["why"] else ""),
+                "evidence": claim["evidence"],
+            }
+            for claim in ledger
+        ]
+        return show_table(pd.DataFrame(rows_shown), title=title)
 
     def claims_from_measured(self, cells: Mapping[tuple[str, str], float]) -> None:
         """Judge the paper's results by ours on real data, see `evaluation.claims.judge_measured`.
@@ -247,13 +255,13 @@ class Run:
 
     def ledger(self) -> list[dict]:
         """All claims of the paper with this run's verdict on each."""
-        claims = paper(self.slug).get("claims", []) if self.slug in slugs() else []
-
-        def blank(claim: dict) -> dict:
-            why = claim.get("cannot_be_judged", "")
-            return {"status": "not run", "value": "", "seeds": [], "why": why, "evidence": ""}
-
-        return [{k: c[k] for k in ("id", "text", "kind")} | self.claims.get(c["id"], blank(c)) for c in claims]
+        blank = {"status": "not run", "value": "", "seeds": [], "evidence": ""}
+        claims = paper(self.slug)["claims"] if self.slug in slugs() else []
+        return [
+            {key: claim[key] for key in ("id", "text", "kind")}
+            | self.claims.get(claim["id"], blank | {"why": claim.get("cannot_be_judged", "")})
+            for claim in claims
+        ]
 
     def close(self) -> HTML:
         """Write `claims.json`, the ledger, and `run.json`; return how many claims of each kind hold."""
@@ -285,20 +293,3 @@ class Run:
         (self.out / ".lock").unlink(missing_ok=True)
         self._lock.release(force=True)
         return HTML("<br>".join(f"{kind}s: {said}".capitalize() for kind, said in counts(ledger).items()))
-
-    def _judged(self, kind: str) -> HTML:
-        """The claims of a kind, with this run's verdict on each, as a table."""
-        ledger = [claim for claim in self.ledger() if claim["kind"] == kind]
-        title = f"{kind}s: {counts(ledger)[kind]}".capitalize()
-        if seeds := sorted({seed for claim in ledger for seed in claim["seeds"]}):
-            title += f"; leads in {_unit(paper(self.slug))} over seeds {', '.join(map(str, seeds))} [95 % t interval]"
-        rows = [
-            {
-                "claim": claim["text"],
-                "here": LOUD[claim["status"]],
-                "measured": claim["value"].removesuffix(SPREAD) + (f" — {claim['why']}" if claim["why"] else ""),
-                "evidence": claim["evidence"],
-            }
-            for claim in ledger
-        ]
-        return show_table(pd.DataFrame(rows, columns=["claim", "here", "measured", "evidence"]), title=title)

@@ -520,7 +520,7 @@ def ap50(
     rows, found = [], given.found
     for image_id, boxes, probabilities in zip(found.image_ids, given.boxes, matrix, strict=True):
         rows += coco_rows(sic_cads.detect(boxes, probabilities, THRESHOLD, NMS, TOP), image_id, IDS)
-    scored = evaluate(found.truth, rows, groups={"base": found.base, "novel": found.novel}, top=TOP)
+    scored = evaluate(found.truth, rows, top=TOP)
     values = {"base": scored.mean(found.base), "novel": scored.mean(found.novel), "all": scored.totals["AP50"]}
     return {name.format(group): values[group] for group in groups}
 

@@ -19,7 +19,6 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 from PIL import Image, ImageDraw
-from sklearn.manifold import TSNE
 from torch import Tensor
 
 from ..errors import BadParameter, check_choice
@@ -28,8 +27,6 @@ from .style import COLOURS, HEAT, STYLE, method_colours, styled
 _DPI = STYLE["figure.dpi"]
 _PHOTO_PIXELS = 120_000  # a photograph takes about 2 bytes a pixel as PNG: this keeps a figure of them below 300 kB
 _DASHES = ("-", "--", ":", "-.")
-NODES = {"frozen": ("#e3e3e3", "#767676"), "trained": ("#fbd9b5", "#d55e00"), "operation": ("#ffffff", "#333333")}
-NODES |= {"tensor": ("none", "none")}  # the kinds of nodes of a diagram: colours of face and edge
 
 
 def denormalise(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
@@ -47,7 +44,6 @@ def overlay(
     std: Sequence[float] = (1, 1, 1),
     limits: tuple[float, float] | None = None,
     mode: str = "bilinear",
-    alpha: float = 0.6,
     colour_bar: bool = False,
 ) -> AxesImage:
     """Draw `heat` in colour over the image in grey.
@@ -57,7 +53,6 @@ def overlay(
         heat: (rows, columns), stretched over the image.
         limits: the heat's values at the two ends of the colours; default its smallest and largest.
         mode: "bilinear" or "nearest" (each patch a square).
-        alpha: opacity of the heat.
 
     Returns:
         The heat's artist, for a colour bar of several images.
@@ -69,7 +64,7 @@ def overlay(
     values = torch.as_tensor(heat).detach().float().cpu().numpy()
     low, high = limits or (values.min(), values.max())
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
-    drawn = ax.imshow(values, cmap=HEAT, vmin=low, vmax=high, alpha=alpha, extent=extent, interpolation=mode)
+    drawn = ax.imshow(values, cmap=HEAT, vmin=low, vmax=high, alpha=0.6, extent=extent, interpolation=mode)
     ax.set_axis_off()
     if colour_bar:
         ax.figure.colorbar(ScalarMappable(Normalize(low, high), HEAT), ax=ax, shrink=0.85)
@@ -226,6 +221,8 @@ def tsne(features: Tensor, labels: Tensor, ax: Axes, seed: int = 0, names: Seque
     The perplexity is 30, or less for fewer than 100 points. Classes differ by colour and marker. Distances between
     groups and sizes of groups mean nothing in such a plot. Returns positions (number, 2).
     """
+    from sklearn.manifold import TSNE  # imported here because it takes a second
+
     features = features.detach().float().cpu().numpy()
     labels = np.asarray(labels)
     perplexity = min(30.0, (len(features) - 1) / 3)
@@ -240,18 +237,6 @@ def tsne(features: Tensor, labels: Tensor, ax: Axes, seed: int = 0, names: Seque
     ax.spines[:].set_visible(False)
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1), borderaxespad=0, handletextpad=0.2)
     return points
-
-
-@styled
-def tsne_panels(features: Mapping[str, Tensor], labels: Tensor, names: Sequence[str], seed: int = 0) -> Figure:
-    """The t-SNE of each entry of `features` (number, channels) in a panel of its own, see `tsne`; one legend."""
-    figure, axes = plt.subplots(1, len(features), figsize=(3.4 * len(features) + 1.2, 3.4), squeeze=False)
-    for ax, (title, values) in zip(axes[0], features.items(), strict=True):
-        tsne(values, labels, ax, seed, names)
-        ax.set_title(title)
-    for ax in axes[0, :-1]:
-        ax.get_legend().remove()
-    return figure
 
 
 @styled
@@ -367,35 +352,6 @@ def scores(rows: pd.DataFrame, panels: Mapping[tuple[str, str], Iterable[str]]) 
     return figure
 
 
-@styled
-def diagram(nodes: Mapping[str, tuple[float, float, str]], arrows: Iterable[tuple[str, str]]) -> Figure:
-    """An architecture diagram: labelled nodes joined by arrows, with a legend of the kinds of nodes.
-
-    Args:
-        nodes: label -> x, y (the centre, in inches from the top left) and kind, one of `NODES`. Labels may have
-            several lines and formulas; "tensor" is drawn without a box.
-        arrows: from and to, labels of `nodes`.
-    """
-    right, below = (max(at) for at in zip(*((x, y) for x, y, _ in nodes.values()), strict=True))
-    figure, ax = plt.subplots(figsize=(right + 0.9, below + 0.75))
-    drawn = {}
-    for label, (x, y, kind) in nodes.items():
-        check_choice("kind", kind, NODES)
-        face, edge = NODES[kind]
-        box = {"boxstyle": "round,pad=0.45" if kind != "tensor" else "square,pad=0.15", "fc": face, "ec": edge}
-        drawn[label] = ax.text(x, y, label, ha="center", va="center", fontsize=8.5, linespacing=1.35, bbox=box)
-    for start, end in arrows:
-        joined = {"arrowstyle": "-|>", "color": "#333333", "linewidth": 1.2, "shrinkA": 1, "shrinkB": 2}
-        joined |= {"patchA": drawn[start].get_bbox_patch(), "patchB": drawn[end].get_bbox_patch()}
-        ax.annotate("", nodes[end][:2], nodes[start][:2], arrowprops=joined)
-    shown = [kind for kind in NODES if kind != "tensor" and any(node[2] == kind for node in nodes.values())]
-    handles = [Rectangle((0, 0), 1, 1, facecolor=NODES[kind][0], edgecolor=NODES[kind][1]) for kind in shown]
-    figure.legend(handles, shown, loc="outside lower center", ncols=len(shown))
-    ax.set(xlim=(0, right + 0.8), ylim=(below + 0.35, 0))
-    ax.set_axis_off()
-    return figure
-
-
 def heat_cells(
     ax: Axes, values: np.ndarray, limits: tuple[float, float], text: str = ".0f", least: float = -math.inf
 ) -> AxesImage:
@@ -500,30 +456,6 @@ def boxed(image: np.ndarray, boxes: Mapping[str, Sequence[float]], scale: int = 
         corners = np.array([x, y, x + w, y + h]) * scale
         pen.rectangle(corners.round().tolist(), outline=to_hex(colour), width=max(1, scale))
     return np.asarray(large)
-
-
-@styled
-def threshold_curves(
-    panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]], values: Mapping[str, str]
-) -> Figure:
-    """Success and precision plots of trackers: the share of frames that pass each threshold, one line a method.
-
-    Args:
-        panels: the quantity of the threshold (the horizontal axis) -> method -> (thresholds, shares in 0 to 1).
-        values: method -> what its legend adds to its name, for example its scores.
-    """
-    figure, axes = plt.subplots(1, len(panels), figsize=(max(4.2, 3.5 * len(panels)), 3.4), squeeze=False)
-    handles: dict[str, Any] = {}
-    for ax, (name, methods) in zip(axes[0], panels.items(), strict=True):
-        colours = method_colours(methods)
-        for i, (method, (thresholds, shares)) in enumerate(methods.items()):
-            (handles[method],) = ax.plot(thresholds, shares, _DASHES[i % 4], color=colours[method])
-        ax.set(xlabel=name, ylim=(0, 1.02), xlim=(min(thresholds), max(thresholds)))
-        ax.grid()
-    axes[0, 0].set_ylabel("share of frames")
-    labels = [f"{method}  {values.get(method, '')}".strip() for method in handles]
-    _legend(figure, list(handles.values()), labels, "outside lower center")
-    return figure
 
 
 @styled

@@ -78,33 +78,25 @@ _SCRIPT = """
 """
 
 
-def explorer(frames: Mapping[Any, Frame], controls: Mapping[str, Sequence[Any]], title: str = "") -> HTML:
+def explorer(frames: Sequence[Frame], controls: Mapping[str, Sequence[Any]], title: str = "") -> HTML:
     """Images with a control for each parameter that varies, as HTML that needs no kernel.
 
     Numbers get a slider, anything else a drop-down list. The HTML depends on the arguments alone, so that equal images
     give equal outputs.
 
     Args:
-        frames: an image for every combination of values: the key is the tuple of values in the order of `controls`
-            (with one control the value itself will do). An image is a matplotlib figure, which is closed, or an array
-            (H, W, 3) of bytes or of floats in 0 to 1; small ones are enlarged with square pixels.
+        frames: an image for every combination of values, the last control varying fastest: a matplotlib figure, which
+            is closed, or an array (H, W, 3) of bytes or of floats in 0 to 1; small ones are enlarged with square
+            pixels.
         controls: the name of each control and its values; the first ones are shown first.
         title: shown above the image.
 
-    Raises `BadParameter`: a combination without an image, or more than 300 kB in all, even with 64 colours an image and
-    a quarter of the side.
+    Raises `BadParameter`: another number of images, or more than 300 kB in all, even with 64 colours an image and a
+    quarter of the side.
     """
-    if not controls or not all(len(values) for values in controls.values()):
-        raise BadParameter("controls", dict(controls), "at least one name, each with at least one value")
-    single = len(controls) == 1
-    given = {key if isinstance(key, tuple) or not single else (key,): frame for key, frame in frames.items()}
-    wanted = list(itertools.product(*controls.values()))
-    missing = [key for key in wanted if key not in given]
-    unknown = [key for key in given if key not in set(wanted)]
-    if missing or unknown:
-        wrong = [f"no image for {key}" for key in missing] + [f"no such values {key}" for key in unknown]
-        raise BadParameter("frames", "; ".join(wrong[:4]), f"one image for each of {len(wanted)} combinations")
-    images = [_image(given[key]) for key in wanted]
+    if len(frames) != math.prod(map(len, controls.values())):
+        raise BadParameter("frames", f"{len(frames)} images", "one for each combination of the controls' values")
+    images = [_image(frame) for frame in frames]
     for colours, shrink in ((256, 1), (128, 1), (64, 1), (64, 2), (64, 4)):
         page = _page([_uri(image.reduce(shrink), colours) for image in images], controls, title)
         if len(page) <= LIMIT:
@@ -155,9 +147,8 @@ def live(function: Callable[..., Frame], title: str = "", **choices: Sequence[An
     """
     # the server sets this for the kernels of its notebooks; nbclient, which papermill and nbval use, does not
     if "JPY_SESSION_NAME" not in os.environ:
-        combinations = list(itertools.product(*choices.values()))
-        frames = {key: function(**dict(zip(choices, key, strict=True))) for key in combinations}
-        return explorer(frames, choices, title)
+        combinations = itertools.product(*choices.values())
+        return explorer([function(**dict(zip(choices, key, strict=True))) for key in combinations], choices, title)
     controls = {name: _widget(name, values) for name, values in choices.items()}
 
     def show(**values: Any) -> None:

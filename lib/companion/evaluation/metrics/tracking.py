@@ -22,12 +22,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from ...data.tracking import Annotated
-from ...errors import BadParameter, CompanionError, check_choice
+from ...errors import CompanionError, check_choice
 
 RULES = {
     "lasher": "boxes are rounded; the first is not scored; a box without area repeats the one before; frames whose "
@@ -74,65 +75,36 @@ def centre_distance(
 
 
 @dataclass(frozen=True, eq=False)
-class Curve:
-    """A share (in 0..1) at each of `thresholds`, the mean over sequences (GTOT: over frames); both (thresholds,)."""
-
-    thresholds: np.ndarray
-    rates: np.ndarray
-
-
-@dataclass(frozen=True, eq=False)
 class Scores:
-    """What `evaluate` found. Scores are in percent, curves in 0..1.
+    """What `evaluate` found, in percent.
 
     Attributes:
-        rules: the benchmark's rules, a key of `RULES`.
-        pixels: the threshold of PR.
         per_sequence: a row for each sequence, in their order; columns PR, NPR, SR, or MPR, MSR.
         weights: the weight of each sequence in the mean, of the same shape.
         attributes: sequence -> its attributes.
-        precision, normalised, success: the curves; `normalised` is None under rules without NPR.
     """
 
-    rules: str
-    pixels: float
     per_sequence: pd.DataFrame
     weights: pd.DataFrame
     attributes: Mapping[str, frozenset[str]]
-    precision: Curve
-    normalised: Curve | None
-    success: Curve
 
     @property
     def totals(self) -> dict[str, float]:
         """The scores over all sequences, in percent."""
         return self._mean(self.per_sequence.index)
 
-    def per_attribute(self, attributes: Iterable[str] | None = None) -> pd.DataFrame:
-        """The scores over the sequences that have an attribute: columns attribute, sequences and the scores.
-
-        Args:
-            attributes: their selection and order, such as `companion.data.tracking.ATTRIBUTES["rgbt/lasher"]`;
-                None for all that occur, sorted.
-
-        Raises:
-            CompanionError: the sequences came without attributes.
-            BadParameter: an attribute that none of the sequences has.
-        """
-        known = sorted(set().union(*self.attributes.values()))
-        if not known:
-            raise CompanionError("no attributes are known for these sequences")
+    def per_attribute(self) -> pd.DataFrame:
+        """The scores over the sequences that have an attribute: columns attribute, sequences and the scores."""
         rows = []
-        for attribute in known if attributes is None else attributes:
+        for attribute in sorted(set().union(*self.attributes.values())):
             names = [name for name, found in self.attributes.items() if attribute in found]
-            if not names:
-                raise BadParameter("attribute", attribute, known)
             rows.append({"attribute": attribute, "sequences": len(names), **self._mean(names)})
         return pd.DataFrame(rows)
 
     def _mean(self, names: Iterable[str]) -> dict[str, float]:
+        """The weighted mean over sequences; 0 if all weights are 0 (a tracker without any hit)."""
         values, weights = self.per_sequence.loc[list(names)], self.weights.loc[list(names)]
-        return {column: float(_average(values[column], weights[column])) for column in values}
+        return ((values * weights).sum() / weights.sum().where(weights.any(), 1)).to_dict()
 
 
 def evaluate(
@@ -156,78 +128,36 @@ def evaluate(
     check_choice("rules", rules, RULES)
     truth = {sequence.name: sequence for sequence in sequences}
     _check(results, truth, rules)
-    pixels = (5 if rules == "gtot" else 20) if pixels is None else pixels
-    within = np.less if rules == "gtot" else np.less_equal
-    thresholds = {
-        "precision": np.linspace(0, 25 if rules == "gtot" else 50, 51),
-        "normalised": np.linspace(0, 0.5, 51),
-        "success": np.linspace(0, 1, 21),
-    }
-    measure = _both_streams if rules in ("rgbt234", "gtot") else _one_stream
-
-    found: dict[str, list] = {key: [] for key in ("PR", "NPR", *thresholds)}
-    frames = []
+    two, gtot = rules in ("rgbt234", "gtot"), rules == "gtot"
+    pixels = (5 if gtot else 20) if pixels is None else pixels
+    values, weights = [], []
     for name, sequence in truth.items():
-        distance, normalised, overlap, count = measure(np.asarray(results[name], np.float64), sequence, rules)
-        found["PR"].append(within(distance, pixels).sum() / count)
-        found["precision"].append(_rates(within, distance, thresholds["precision"], count))
-        if normalised is not None:
-            found["NPR"].append((normalised <= 0.2).sum() / count)
-            found["normalised"].append(_rates(np.less_equal, normalised, thresholds["normalised"], count))
-        found["success"].append(_rates(np.greater, overlap, thresholds["success"], count))
-        frames.append(count)
-    rates = {key: np.array(values) for key, values in found.items() if values}
-    success = rates["success"]
-    area = (success[:, 1:] + success[:, :-1]).sum(1) * 0.025 if rules == "gtot" else success.mean(1)
-
-    names = {"PR": "MPR", "SR": "MSR"} if measure is _both_streams else {"PR": "PR", "NPR": "NPR", "SR": "SR"}
-    values = pd.DataFrame(
-        {shown: 100 * (area if key == "SR" else rates[key]) for key, shown in names.items()},
-        index=pd.Index(truth, name="sequence"),
-    )
-    weights = pd.DataFrame(1.0, index=values.index, columns=values.columns)
-    curves = {"PR": "precision", "NPR": "normalised", "SR": "success"}
-    for key, shown in names.items():
-        if rules == "gtot":
-            weights[shown] = np.array(frames, np.float64)
-        elif rules == "visevent":
-            weights[shown] = (rates[curves[key]].sum(1) > 0).astype(np.float64)
-    drawn = {
-        curves[key]: Curve(thresholds[curves[key]], _average(rates[curves[key]], weights[shown]))
-        for key, shown in names.items()
-    }
+        distance, normalised, overlap = (_both_streams if two else _one_stream)(results[name], sequence, rules)
+        count = len(sequence)
+        success = (overlap[:, None] > np.linspace(0, 1, 21)).sum(0) / count
+        area = (success[1:] + success[:-1]).sum() * 0.025 if gtot else success.mean()
+        hits = distance < pixels if gtot else distance <= pixels
+        row = {"PR": hits.sum() / count, "NPR": (normalised <= 0.2).sum() / count, "SR": area}
+        weight: dict[str, Any] = dict.fromkeys(row, count if gtot else 1)
+        if rules == "visevent":  # whether anything of its curve is above zero, which ends at 50 pixels and at 0.5
+            weight = {"PR": (distance <= 50).any(), "NPR": (normalised <= 0.5).any(), "SR": (overlap > 0).any()}
+        values.append(row)
+        weights.append(weight)
+    names = {"PR": "MPR", "SR": "MSR"} if two else {"PR": "PR", "NPR": "NPR", "SR": "SR"}
+    index = pd.Index(truth, name="sequence")
     return Scores(
-        rules=rules,
-        pixels=pixels,
-        per_sequence=values,
-        weights=weights,
-        attributes={name: sequence.attributes for name, sequence in truth.items()},
-        precision=drawn["precision"],
-        normalised=drawn.get("normalised"),
-        success=drawn["success"],
+        100 * pd.DataFrame(values, index)[[*names]].rename(columns=names),
+        pd.DataFrame(weights, index, dtype=float)[[*names]].rename(columns=names),
+        {name: sequence.attributes for name, sequence in truth.items()},
     )
 
 
-def _rates(compare: np.ufunc, values: np.ndarray, thresholds: np.ndarray, count: int) -> np.ndarray:
-    """The share of `count` frames that pass each threshold, (thresholds,)."""
-    return compare(values[:, None], thresholds).sum(0) / count
-
-
-def _average(values: np.ndarray | pd.Series, weights: pd.Series) -> np.ndarray:
-    """Weighted mean over sequences; 0 if all weights are 0 (a tracker without any hit)."""
-    values, weights = np.asarray(values), np.asarray(weights)
-    if not weights.any():
-        return np.zeros(values.shape[1:])
-    return np.average(values, axis=0, weights=weights)
-
-
-def _one_stream(boxes: np.ndarray, sequence: Annotated, rules: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """Distances in pixels and in box sizes, overlaps, and the number of frames to divide by."""
+def _one_stream(found: np.ndarray, sequence: Annotated, rules: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Distances in pixels and in box sizes, and overlaps."""
     truth = sequence.boxes
-    boxes = boxes[: len(truth)]
+    boxes = np.array(found[: len(truth)], np.float64)
     if rules == "lasher":
         boxes, truth = np.rint(boxes.astype(np.float32)), np.rint(truth.astype(np.float32))
-    boxes = boxes.copy()
     boxes[0] = truth[0]
     good = np.all(boxes[:, 2:] > 0, 1)
     good[0] = True
@@ -238,34 +168,30 @@ def _one_stream(boxes: np.ndarray, sequence: Annotated, rules: str) -> tuple[np.
     normalised = centre_distance(boxes, truth, normalised=True)
     unsure = (truth <= 0).any(1)
     distance[unsure] = normalised[unsure] = overlap[unsure] = -1
-    return distance, normalised, overlap, len(sequence)
+    return distance, normalised, overlap
 
 
-def _both_streams(boxes: np.ndarray, sequence: Annotated, rules: str) -> tuple[np.ndarray, None, np.ndarray, int]:
-    """As `_one_stream`, by the better of the two annotations."""
+def _both_streams(found: np.ndarray, sequence: Annotated, rules: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """As `_one_stream`, by the better of the two annotations; nothing is scored in box sizes."""
     truths = [np.asarray(truth, np.float32) for truth in (sequence.boxes, sequence.boxes_infrared)]
-    boxes = np.rint(boxes[: len(sequence)].astype(np.float32))
+    boxes = np.rint(np.asarray(found[: len(sequence)], np.float32))
     inclusive = rules != "gtot"
     distance = np.minimum(*(centre_distance(boxes, truth, inclusive=inclusive) for truth in truths))
-    return distance, None, np.maximum(*(iou(boxes, truth) for truth in truths)), len(sequence)
+    return distance, np.full(len(sequence), np.inf), np.maximum(*(iou(boxes, truth) for truth in truths))
 
 
 def _check(results: Mapping[str, np.ndarray], truth: Mapping[str, Annotated], rules: str) -> None:
+    """Raise `CompanionError` unless there is one result with enough boxes for each sequence."""
     if not truth:
         raise CompanionError("there are no sequences to score")
-    problems = []
     for what, names in (("no result for", truth.keys() - results), ("no ground truth for", results.keys() - truth)):
         if names:
-            more = f" (and {len(names) - 8} more)" if len(names) > 8 else ""
-            problems.append(f"{what} {len(names)} sequences: {', '.join(sorted(names)[:8])}{more}")
-    if problems:
-        raise CompanionError("; ".join(problems))
+            raise CompanionError(f"{what} {len(names)} sequences: {', '.join(sorted(names)[:8])}")
     for name, sequence in truth.items():
         boxes = np.asarray(results[name])
         if boxes.ndim != 2 or boxes.shape[1] != 4 or len(boxes) < len(sequence):
             raise CompanionError(f"'{name}': boxes of shape {boxes.shape}, but ({len(sequence)}, 4) are expected")
-        if not np.isfinite(boxes).all():
-            row = int(np.flatnonzero(~np.isfinite(boxes).all(1))[0])
+        for row in np.flatnonzero(~np.isfinite(boxes).all(1)):
             raise CompanionError(f"'{name}': the box of frame {row} is {boxes[row].tolist()}")
         if rules in ("rgbt234", "gtot") and sequence.boxes_infrared is None:
             raise CompanionError(f"'{name}' has no annotation of its second stream, which the rules of {rules} ask for")
