@@ -64,12 +64,12 @@ def test_a_run_from_another_folder_writes_there_and_finds_study_and_data(tmp_pat
             for out in ("file", "file/below")
         )
     )
-    # data below a checkout, from the folder of its notebooks
+    # from the folder of a checkout's notebooks; a given folder is left as it is
     for folder in ("notebooks", "data"):
         (tmp_path / folder).mkdir()
     (tmp_path / "pyproject.toml").write_text("")
     monkeypatch.chdir(tmp_path / "notebooks")
-    for name, found in (("data", "../data"), ("none", "none")):
+    for name, found in (("", "../data"), ("data", "data")):
         assert report.start("sa2vp", {"profile": "pocket", "data_root": name}).parameters.data_root == found
 
 

@@ -126,12 +126,8 @@ def start(slug: str, namespace: Mapping[str, Any]) -> Run:
     if values.get("dry_run") and values.get("profile") == "pocket":
         raise BadParameter("dry_run", True, "False with profile = 'pocket', which is quick as it is")
     run = Run(slug, SimpleNamespace(**values))
-    # JupyterLab runs a notebook in its own folder, the shell's commands (`companion fetch`) in the checkout's
-    below = run.root / values.get("data_root", "")
-    if values.get("data_root") and not Path(values["data_root"]).exists() and below.exists():
-        run.parameters.data_root = os.path.relpath(below)
-        if values.get("profile") == "paper":
-            print(f"data_root: {run.parameters.data_root}, that of the checkout")
+    if values.get("data_root") == "":
+        run.parameters.data_root = os.path.relpath(run.root / "data")
     return run
 
 
