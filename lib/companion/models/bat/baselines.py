@@ -29,24 +29,12 @@ class FullFineTuning(BAT):
 
 
 class _Frozen(Tracks):
-    """A frozen tracker on the two streams, called as `BAT`: subclasses have `locate`."""
+    """A frozen tracker on the two streams, called as `BAT`."""
 
     def __init__(self, tracker: OSTrack):
         configure(self, locals())
         super().__init__()
         self.tracker = frozen_copy(tracker)
-
-    def forward(self, template: Tensor, search: Tensor) -> Prediction:
-        """As `BAT.forward`."""
-        return self.locate(self.embed_template(template), search)
-
-    def embed_template(self, template: Tensor) -> Tensor:
-        """Template tokens (2b, n, d)."""
-        return self.tracker.embed_template(streams(template))
-
-    def locate(self, template_tokens: Tensor, search: Tensor) -> Prediction:
-        """As `BAT.locate`."""
-        raise NotImplementedError
 
 
 class SingleStream(_Frozen):

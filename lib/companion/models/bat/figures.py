@@ -16,14 +16,9 @@ from ...data import tracking as data
 from ...evaluation.metrics.tracking import iou
 from ...viz import plots
 from ...viz.style import method_colours, styled
-from .exchange import STREAMS, Crops
+from .exchange import STREAMS, Crops, situations
 
 Boxes = Mapping[str, Mapping[str, np.ndarray]]  # method -> video -> (n, 4)
-
-
-def situations(video: data.Annotated) -> Sequence[str]:
-    """The situation of each frame, where it is known, or empty texts."""
-    return getattr(video, "situation", [""] * len(video))
 
 
 def boxes_at(video: data.Annotated, frame: int, tracked: Boxes) -> dict[str, Sequence[float]]:

@@ -90,10 +90,26 @@ class Adapter(nn.Module):
 
 
 class Tracks(nn.Module):
-    """What `companion.predict` and `companion.export` read of BAT and its baselines."""
+    """The calls of BAT and its baselines, which have `locate`, and what `companion.predict` and `companion.export`
+    read."""
 
     tracker: OSTrack
     all_outputs = True
+
+    def forward(self, template: Tensor, search: Tensor) -> Prediction:
+        """The prediction on template (b, 6, t, t) and search (b, 6, s, s) crops.
+
+        Channels 0-2 are the first stream, 3-5 the second.
+        """
+        return self.locate(self.embed_template(template), search)
+
+    def embed_template(self, template: Tensor) -> Tensor:
+        """Template tokens (2b, n, d) of crops (b, 6, t, t), for `locate`; computed once per video."""
+        return self.tracker.embed_template(streams(template))
+
+    def locate(self, template_tokens: Tensor, search: Tensor) -> Prediction:
+        """The prediction on search crops (b, 6, s, s), with the tokens of `embed_template`."""
+        raise NotImplementedError
 
     def predict(self, images: Sequence[Any], names: Sequence[str], *, box: Sequence[float], **options: Any) -> Any:
         """The `tracking.Track` of `box` (x, y, w, h) in two folders or video files; options as of `tracking.track`."""
@@ -140,19 +156,7 @@ class BAT(Tracks, state_dicts.OfficialModel):
         """A new adapter of a stage, "attention" or "mlp"; a subclass may return another module."""
         return Adapter(dim, width, dropout, std)
 
-    def forward(self, template: Tensor, search: Tensor) -> Prediction:
-        """The prediction on template (b, 6, t, t) and search (b, 6, s, s) crops.
-
-        Channels 0-2 are the first stream, 3-5 the second.
-        """
-        return self.locate(self.embed_template(template), search)
-
-    def embed_template(self, template: Tensor) -> Tensor:
-        """Template tokens (2b, n, d) of crops (b, 6, t, t), for `locate`; computed once per video."""
-        return self.tracker.embed_template(streams(template))
-
     def locate(self, template_tokens: Tensor, search: Tensor) -> Prediction:
-        """The prediction on search crops (b, 6, s, s), with the tokens of `embed_template`."""
         return self.tracker.forward_head(self.forward_features(template_tokens, search))
 
     def forward_features(self, template_tokens: Tensor, search: Tensor) -> Tensor:

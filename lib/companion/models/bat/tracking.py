@@ -23,6 +23,7 @@ from torch import nn
 
 from ...data.tracking import box_from_crop, clip_box, crop, normalise, read_frame, read_results, write_results
 from ...errors import BadParameter, CompanionError, CorruptFile
+from ...ops.config import config_of
 from ...ops.files import atomic, read_json, write_json
 from ...ops.progress import progress
 from ...training.checkpoints import checkpoint_key
@@ -259,7 +260,9 @@ def run(
 
     Raises `BadParameter`: `folder` holds results of another model.
     """
-    folder, facts = Path(folder), {"weights": fingerprint(model)}
+    # the config, because the RGB-only and thermal-only models have the same tensors
+    facts = {"weights": checkpoint_key(config=config_of(model), weights=model)}
+    folder = Path(folder)
     record = folder / "tracker.json"
     if record.exists() and read_json(record) != facts:
         raise BadParameter("folder", str(folder), "results of this model, or a new folder: these are another model's")
@@ -361,17 +364,3 @@ def _complete(folder: Path, sequence: Any) -> bool:
     path = folder / f"{sequence.name}.txt"
     return path.exists() and path.read_bytes().count(b"\n") == len(sequence)
 
-
-def fingerprint(model: nn.Module) -> str:
-    """A hash of a model's tensors and settings, because the RGB-only and thermal-only models have the same tensors."""
-    settings = {
-        name or "model": {
-            k: v for k, v in vars(module).items() if k[0] != "_" and isinstance(v, str | int | float | dict)
-        }
-        for name, module in model.named_modules()
-        if type(module).__module__ == type(model).__module__
-    }
-    for attributes in settings.values():
-        attributes.pop("training")
-        attributes.pop("grad_checkpointing", None)  # changes the memory, not the result
-    return checkpoint_key(kind=type(model).__name__, settings=settings, weights=model)
