@@ -363,4 +363,3 @@ def _checked(box: Sequence[float], video: Video) -> np.ndarray:
 def _complete(folder: Path, sequence: Any) -> bool:
     path = folder / f"{sequence.name}.txt"
     return path.exists() and path.read_bytes().count(b"\n") == len(sequence)
-

@@ -7,7 +7,7 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, Protocol
@@ -108,11 +108,11 @@ def run(p: Parameters, out: Path) -> Result:
             title += f"; the student is {student_file(training, out)}"
             scores = {"last loss": history[-1]["loss"]}
         else:
-            work = downstream(chosen, real)
-            model, history = train(work.training, out)
-            title, scores = work.title, work.score(model)
+            title, training, score = downstream(chosen, real)
+            model, history = train(training, out)
+            scores = score(model)
             settings = {name: getattr(chosen, name) for name in ("task", "encoder", "seed", *DISTILLED)}
-            new = (settings | {"metric": metric, "score": score} for metric, score in scores.items())
+            new = (settings | {"metric": metric, "score": value} for metric, value in scores.items())
             RESULTS.measured(out / "measured.csv", *new, dry_run=p.dry_run)
         titles.append(title)
         rows += [(task, len(history), metric, value) for metric, value in scores.items()]
@@ -133,8 +133,7 @@ def published(task: str) -> dict[str, float]:
 def protocol() -> dict[str, str]:
     """The settings of the `paper` profile, one per row. DMT's own were not found: these are its ancestors'."""
     tasks = {task.replace("-", "_").replace(" ", "_"): published(task) for task in USUAL}
-    constants = {"SIZES": SIZES, "DROPS": DROPS, "CROP": [100 * share for share in CROP], "down": down}
-    return papers.protocol("dmt", **tasks, **constants, precision=papers.paper("dmt")["precision"])
+    return papers.protocol("dmt", **globals() | tasks | {"CROP": [100 * share for share in CROP]})
 
 
 def _hardware(p: Parameters, batch: int = 1, micro_batch: int = MICRO_BATCH) -> Hardware:
@@ -285,19 +284,8 @@ class Augmented(Dataset):
 # --- downstream -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Downstream:
-    """A task on a dataset.
-
-    Attributes:
-        title: of task, dataset and encoder.
-        training: of its model.
-        score: of the trained model on the test split: by metric, in percent.
-    """
-
-    title: str
-    training: Training
-    score: Callable[[nn.Module], dict[str, float]]
+Score = Callable[[nn.Module], dict[str, float]]
+"""From a trained model to its scores on the test split: by metric, in percent."""
 
 
 def encoder(p: Parameters) -> ViT:
@@ -331,9 +319,9 @@ def encoder(p: Parameters) -> ViT:
     return student
 
 
-def downstream(p: Parameters, real: bool = True) -> Downstream:
-    """The task of the parameters `task`, `dataset`, `encoder`, `student` and `weights`; in a dry run on a few images,
-    generated ones unless `real`.
+def downstream(p: Parameters, real: bool = True) -> tuple[str, Training, Score]:
+    """The task of the parameters `task`, `dataset`, `encoder`, `student` and `weights`: its title, its training, and
+    the scores of the trained model; in a dry run on a few images, generated ones unless `real`.
 
     Raises `BadParameter`, `MissingData`, `MissingWeights`, `BadCheckpoint`: with the change or download needed.
     """
@@ -342,7 +330,7 @@ def downstream(p: Parameters, real: bool = True) -> Downstream:
         raise BadParameter("dataset", p.dataset, [dataset, "empty"])
     r, title = published(p.task), f"{p.task} on {dataset}, {p.encoder} encoder"
     title += "" if real else ", generated images in its place"
-    return Downstream(title, *TASKS[p.task](p, r, *splits(p, dry_items(p, int(r["batch"])), real)))
+    return title, *TASKS[p.task](p, r, *splits(p, dry_items(p, int(r["batch"])), real))
 
 
 def splits(p: Parameters, count: int, real: bool) -> list[Any]:
@@ -358,11 +346,7 @@ def splits(p: Parameters, count: int, real: bool) -> list[Any]:
     return list((few(found, count) if p.dry_run else found).values())
 
 
-Task = tuple[Training, Callable[[nn.Module], dict[str, float]]]
-"""A training, and the scores of its model."""
-
-
-def _fine_tuning(p: Parameters, r: Mapping[str, float], data: Any, test: Any) -> Task:
+def _fine_tuning(p: Parameters, r: Mapping[str, float], data: Any, test: Any) -> tuple[Training, Score]:
     start, classes, per_epoch = encoder(p), CLASSES["fine-tune"], max(len(data) // int(r["batch"]), 1)
     rates = learning_rates(
         "cosine", r["lr"], int(r["epochs"]) * per_epoch, int(r["warmup_epochs"]) * per_epoch, r["final_lr"]
@@ -375,7 +359,7 @@ def _fine_tuning(p: Parameters, r: Mapping[str, float], data: Any, test: Any) ->
     return _training(p, model, down.mixed_loss(classes), lambda: data, options), lambda model: _top1(p, model, test)
 
 
-def _probing(p: Parameters, r: Mapping[str, float], data: Any, test: Any) -> Task:
+def _probing(p: Parameters, r: Mapping[str, float], data: Any, test: Any) -> tuple[Training, Score]:
     """Features are computed once, of whole images without augmentation; the probe is trained on one device."""
     features = down.Features(encoder(p))
 
@@ -397,7 +381,7 @@ def _probing(p: Parameters, r: Mapping[str, float], data: Any, test: Any) -> Tas
     return whole, lambda model: _top1(p, nn.Sequential(features, model), test)
 
 
-def _detection(p: Parameters, r: Mapping[str, float], data: Any, test: Any) -> Task:
+def _detection(p: Parameters, r: Mapping[str, float], data: Any, test: Any) -> tuple[Training, Score]:
     size, start = SIZES["detect"], encoder(p)
     step = np.arange(int(r["steps"]))
     # x 0.1 twice, and a linear warm-up, as in the script
@@ -416,7 +400,7 @@ def _detection(p: Parameters, r: Mapping[str, float], data: Any, test: Any) -> T
     return _training(p, model, down.detection_loss, lambda: down.Crops(data, size), options), score
 
 
-def _segmentation(p: Parameters, r: Mapping[str, float], data: Any, test: Any) -> Task:
+def _segmentation(p: Parameters, r: Mapping[str, float], data: Any, test: Any) -> tuple[Training, Score]:
     size, classes, start = SIZES["segment"], CLASSES["segment"], encoder(p)
     layers = [len(start.blocks) * i // 12 - 1 for i in (4, 6, 8, 12)]
     rates = learning_rates("linear", r["lr"], int(r["steps"]), int(r["warmup_steps"]), r["final_lr"])

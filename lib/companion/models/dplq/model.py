@@ -295,10 +295,10 @@ def _remote_sensing(weights: str | Path) -> mae.MAE:
         return mae.MAE.from_official(backbones.read_state(weights))
     ways = [
         "vit-b-checkpoint-1599.pth from the README of github.com/ViTAE-Transformer/Remote-Sensing-RVSA (MIT, on a "
-        "personal cloud drive; no copy on a hub was found), then weights='<file>'",
-        "a stand-in trained on natural images: domain_model('vit_base_patch16_224.mae', download=True, ...)",
+        "personal cloud drive), then weights='<file>'; of a run: domain_weights='<file>', or into <data_root>/weights",
+        "a stand-in trained on natural images: domain='vit_base_patch16_224.mae', or domain='clip', the control",
     ]
-    raise MissingWeights("remote-sensing MAE ViT-B/16", Path.cwd(), ways)
+    raise MissingWeights("remote-sensing MAE ViT-B/16", "no copy on a hub was found", ways)
 
 
 def _medical(weights: str | Path, download: bool) -> nn.Module:

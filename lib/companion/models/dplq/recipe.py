@@ -224,26 +224,20 @@ def domain_name(p: Parameters) -> str:
 
 def weights(p: Parameters, name: str, parameter: str) -> str | Path:
     """The weights of "clip", "remote-sensing" or "medical": the parameter, the usual file below
-    `<data_root>/weights`, or the cached ones."""
+    `<data_root>/weights`, or the pretrained ones."""
     file = next(w["file"] for w in papers.paper("dplq")["weights"] if w["name"] == name)
     usual = Path(p.data_root) / "weights" / file
-    if parameter or usual.is_file() or name != "remote-sensing":
-        return parameter or (usual if usual.is_file() else "pretrained")
-    ways = [
-        f"put {file} into {usual.parent}; the README of github.com/ViTAE-Transformer/Remote-Sensing-RVSA links it",
-        "domain_weights = '<file>', the same file wherever it is",
-        "domain = 'vit_base_patch16_224.mae' stands in with natural images, domain = 'clip' is the control",
-    ]
-    raise MissingWeights("remote-sensing MAE ViT-B/16", usual.parent, ways)
+    return parameter or (usual if usual.is_file() else "pretrained")
 
 
 def _domain(p: Parameters, clip: nn.Module) -> nn.Module | None:
     """The domain model of DPLQ; a random one in a dry run without its weights."""
     if p.method != "DPLQ":
         return None
-    name, source = domain_name(p), p.domain_weights or "pretrained"
+    name = domain_name(p)
+    source = weights(p, name, p.domain_weights) if name in DOMAINS.values() else p.domain_weights or "pretrained"
     try:
-        return _domain_model(name, weights(p, name, p.domain_weights) if name in DOMAINS.values() else source, clip)
+        return _domain_model(name, source, clip)
     except MissingWeights:
         if not p.dry_run:
             raise
@@ -383,7 +377,4 @@ def protocol() -> dict[str, str]:
         name: f"{novel[name]:g}" if novel[name] == value else f"{novel[name]:g} (base to novel), {value:g} (transfers)"
         for name, value in transfer.items()
     }
-    constants = {"MOMENTUM": MOMENTUM, "WEIGHT_DECAY": WEIGHT_DECAY, "TEST_BATCH": TEST_BATCH, "PROMPT": PROMPT}
-    return papers.protocol(
-        "dplq", both=both, precision=papers.paper("dplq")["precision"], CROP=domains.CROP, **constants
-    )
+    return papers.protocol("dplq", **globals() | {"both": both, "PROMPT": PROMPT})

@@ -24,12 +24,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...data.xrays import squeeze_transform, test_transform
-from ...errors import BadCheckpoint
 from ...ops.config import configure
 from ..layers import heads as shared
 from ..layers.heads import like, vit_sizes
 from ..layers.predicting import Images, Names, Shapes, Transform, coloured, grey, named, outputs
-from ..layers.state_dicts import OfficialModel, load_official
+from ..layers.state_dicts import OfficialModel, below, check_names, load_official
 from . import official
 
 RIGA = ("decoder_disc", "decoder_cup")
@@ -62,8 +61,7 @@ def classifier_from_official(state: Mapping[str, Tensor], heads: int | None = No
 
     Raises `BadCheckpoint`: names that are missing, unknown or of another shape, all of them listed.
     """
-    if "head.weight" not in state:
-        raise BadCheckpoint("ECAMP's classifier", ["head.weight"])
+    check_names(state, ["head.weight"], "ECAMP's classifier")
     encoder = VisionTransformer(**vit_sizes(state, heads), num_classes=0)
     model = classifier(encoder, len(state["head.weight"]), drop_path=0.0).eval()
     load_official(model, state, {name: name for name in model.state_dict()}, "ECAMP's classifier")
@@ -157,9 +155,9 @@ class Segmenter(OfficialModel):
 
         Raises `BadCheckpoint`: names that are missing, unknown or of another shape, all of them listed.
         """
-        encoder = VisionTransformer(**vit_sizes(official.below(state, "encoder."), heads), num_classes=0)
-        outputs = 2 if official.below(state, f"{RIGA[1]}.") else 1
-        decoder = official.below(state, f"{RIGA[0] if outputs == 2 else 'decoder'}.")
+        encoder = VisionTransformer(**vit_sizes(below(state, "encoder."), heads), num_classes=0)
+        outputs = 2 if below(state, f"{RIGA[1]}.") else 1
+        decoder = below(state, f"{RIGA[0] if outputs == 2 else 'decoder'}.")
         biases = sorted(name for name in decoder if re.fullmatch(r"decoder_\d\.0\.bias", name))
         classes = len(decoder.get("final_out.bias", [0]))
         model = cls(encoder, outputs, [len(decoder[name]) for name in biases], classes=classes).eval()

@@ -475,7 +475,8 @@ class ECAMP(OfficialModel):
 
     def to_official(self) -> dict[str, Tensor]:
         """The state dict under the authors' names."""
-        return official.with_both_biases(super().to_official())
+        state = super().to_official()
+        return state | {f"{official.HEAD}bias": state[f"{official.HEAD}decoder.bias"]}  # transformers has both names
 
     def load_mae(self, state: Mapping[str, Tensor]) -> None:
         """Initialise from a masked autoencoder's state dict, as the paper does.

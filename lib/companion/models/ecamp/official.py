@@ -32,12 +32,6 @@ def as_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def with_both_biases(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict with the bias of the word head, if it has one, under both of its names."""
-    bias = f"{HEAD}decoder.bias"
-    return state | ({f"{HEAD}bias": state[bias]} if bias in state else {})
-
-
 def bert_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """The sizes of the text decoder, but for its heads, as `model.Bert` names them.
 
@@ -54,11 +48,6 @@ def bert_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "hidden": len(state[wide]),
         "pooler": f"{BERT}pooler.dense.weight" in state,
     }
-
-
-def below(state: Mapping[str, Tensor], start: str) -> dict[str, Tensor]:
-    """The tensors of a state dict whose names begin with `start`, without it."""
-    return {name.removeprefix(start): tensor for name, tensor in state.items() if name.startswith(start)}
 
 
 def load_vit(vit: nn.Module, state: Mapping[str, Tensor], what: str) -> None:

@@ -35,7 +35,7 @@ from torch.nn import functional as F
 from ...errors import BadParameter, check_choice
 from ...errors import check_names as check_class_names
 from ...ops.config import configure
-from ..layers.state_dicts import OfficialModel, check_names, depth, load_official, renamed
+from ..layers.state_dicts import OfficialModel, below, check_names, depth, load_official, renamed
 from . import official
 from .encoders import Named, PatchEncoder, RegionEncoder, grids, patches_of
 
@@ -314,7 +314,7 @@ class HViT(OfficialModel):
             position=position or ("none" if learned is None else "learned"),
             longest=512 if learned is None else len(learned),
         )
-        patch, region = (official.part(state, f"vit_{level}.") for level in ("patch", "region"))
+        patch, region = (below(state, f"vit_{level}.") for level in ("patch", "region"))
         model = cls(
             slide,
             RegionEncoder.from_official(region) if region else None,

@@ -42,11 +42,6 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     return {re.sub(r"^(module\.)?(backbone\.)?", "", name): value for name, value in state.items()}
 
 
-def part(state: Mapping[str, Tensor], *prefixes: str) -> dict[str, Tensor]:
-    """The tensors whose names start with one of the prefixes, without it."""
-    return {name.removeprefix(p): value for name, value in state.items() for p in prefixes if name.startswith(p)}
-
-
 def encoder_sizes(state: Mapping[str, Tensor], layer: str, heads: int | None = None) -> dict[str, Any]:
     """The sizes of an encoder, as arguments of its class.
 

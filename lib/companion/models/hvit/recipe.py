@@ -412,18 +412,7 @@ def label(p: Parameters) -> str:
 
 def protocol() -> dict[str, str]:
     """The settings of the `paper` profile, a row each."""
-    return papers.protocol(
-        "hvit",
-        learning_rate=LEARNING_RATE,
-        decay=DECAY,
-        halved=HALVED,
-        batch=BATCH,
-        epochs=EPOCHS,
-        regions=REGIONS,
-        earliest=EARLIEST,
-        dropout=hvit.SIZES["paper"]["slide"]["dropout"],
-        tiling=PANDA,
-    )
+    return papers.protocol("hvit", **globals())
 
 
 # --- checks of what is read -------------------------------------------------------------------------------------------

@@ -67,6 +67,11 @@ def check_names(state: Mapping[str, Tensor], needed: Iterable[str], what: str) -
         raise BadCheckpoint(what, missing)
 
 
+def below(state: Mapping[str, Tensor], *prefixes: str) -> dict[str, Tensor]:
+    """The tensors of a state dict whose names start with one of the prefixes, without it."""
+    return {name.removeprefix(p): value for name, value in state.items() for p in prefixes if name.startswith(p)}
+
+
 def official_state(ours: Mapping[str, Tensor], names: Names) -> dict[str, Tensor]:
     """Copies of our tensors by official name: the inverse of `load_official`."""
     state: dict[str, Tensor] = {}
