@@ -16,7 +16,7 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from companion.models.dmt import teachers
+from companion.backbones import read_state
 from companion.models.dmt.vit import ViT, encoder_state
 from companion.models.layers.mae import MAE, visible_tokens
 from companion.models.layers.state_dicts import load_official
@@ -26,7 +26,7 @@ from .runner import Case
 
 def read(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint; of a full training checkpoint the encoder, by its own names."""
-    state = teachers.read(path)
+    state = read_state(path)
     wrapped = any(name.startswith(("module.", "base_encoder.", "backbone.")) for name in state)
     return encoder_state(state) if wrapped else state
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 from torchvision.transforms import InterpolationMode, v2
 
+from ...backbones import read_state
 from ...data import few, find, present, pretraining
 from ...data.pretraining_sets import ADE20K, COCO, IMAGENET
 from ...errors import BadParameter, MissingWeights
@@ -306,7 +307,7 @@ def encoder(p: Parameters) -> ViT:
         raise MissingWeights("a distilled student (none was released)", Path(p.weights or "weights"), ways)
     with torch.device("meta"):
         sizes = vit.build(p.student)
-    student = ViT.from_official(dmt_teachers.read(p.weights), sizes.blocks[0].attn.num_heads, "a distilled student")
+    student = ViT.from_official(read_state(p.weights), sizes.blocks[0].attn.num_heads, "a distilled student")
     # results are filed under the parameters: they must be those of the file
     choices = {"student": p.student if student.pos_embed.shape == sizes.pos_embed.shape else "another size"}
     if Path(p.weights).suffix == ".safetensors":

@@ -484,11 +484,11 @@ def outputs(p: Parameters, model: nn.Module, part: Dataset) -> Iterator[tuple[An
             yield [x.float().cpu() for x in out] if isinstance(out, list) else out.float().cpu(), truth
 
 
-def score(kind: str, batches: Iterable[tuple[Any, Tensor]], protocol: str = "released", size: int = SIDE) -> float:
+def score(kind: str, batches: Iterable[tuple[Any, Tensor]], protocol: str = "released") -> float:
     """The score in percent of batches of outputs and truth.
 
     Classification: accuracy for class indices (n,), the mean AUROC of the classes for labels (n, classes).
-    Segmentation: Dice averaged over images, then over the structures to segment. Detection, on images of side `size`:
+    Segmentation: Dice averaged over images, then over the structures to segment. Detection, on images of side `SIDE`:
     mAP; nan if the protocol excludes all images.
     """
     if kind == "segmentation":
@@ -500,10 +500,10 @@ def score(kind: str, batches: Iterable[tuple[Any, Tensor]], protocol: str = "rel
     if kind == "detection":
         kept, boxes = [], []
         for levels, truth in batches:
-            kept += detection.decode(levels, size)
+            kept += detection.decode(levels, SIDE)
             boxes += truth
         scored = (truth.any() and (protocol == "plain" or len(k)) for k, truth in zip(kept, boxes, strict=True))
-        return radiology.mean_precision(kept, torch.stack(boxes), size, protocol) if any(scored) else math.nan
+        return radiology.mean_precision(kept, torch.stack(boxes), SIDE, protocol) if any(scored) else math.nan
     logits, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     if labels.ndim == 1:
         return 100 * float((logits.argmax(1) == labels).float().mean())

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ...backbones import read_state
 from ...errors import BadParameter
-from ...ops import unpickle
 from ..layers.state_dicts import check_names, depth
 
 # our names to the authors'
@@ -36,10 +35,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
 
     Raises `CorruptFile` for a file that cannot be read.
     """
-    saved = None if Path(path).suffix == ".safetensors" else unpickle.load_torch(path)
-    teacher = saved.get("teacher") if isinstance(saved, dict) else None
-    state = teacher if isinstance(teacher, dict) else read_state(path)
-    return {re.sub(r"^(module\.)?(backbone\.)?", "", name): value for name, value in state.items()}
+    return {re.sub(r"^(module\.)?(backbone\.)?", "", name): value for name, value in read_state(path).items()}
 
 
 def encoder_sizes(state: Mapping[str, Tensor], layer: str, heads: int | None = None) -> dict[str, Any]:
