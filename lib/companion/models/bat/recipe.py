@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import nn
 
@@ -17,7 +16,7 @@ from ...data import present
 from ...data import tracking as data
 from ...errors import BadParameter, MissingWeights
 from ...evaluation.metrics.tracking import Scores, evaluate
-from ...evaluation.tables import Results, compare_published, published_table
+from ...evaluation.tables import Results
 from ...ops import papers
 from ...training.callbacks import ClipNorm
 from ...training.fit import Batch, Hardware, RunParameters
@@ -39,6 +38,7 @@ DRY_FRAMES = 4  # of a video of a dry run
 LEARNING_RATE, LAST_LEARNING_RATE, WEIGHT_DECAY, CLIP = 4e-4, 4e-5, 1e-4, 0.1
 EVENT_SIDE = 5  # pixels: a smaller box of VisEvent does not show the object
 RESULTS = Results.of("bat")
+tables = RESULTS.tables  # published and measured, by title
 TITLES = RESULTS.names["dataset"]
 
 METHODS: dict[str, Callable[[OSTrack], nn.Module]] = {
@@ -257,12 +257,6 @@ def rescored(folder: str | Path) -> dict[tuple[str, str], float]:
     if not cells:
         raise BadParameter("results", str(folder), "a folder with LasHeR/<sequence>.txt or RGBT234/<sequence>.txt")
     return cells
-
-
-def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Published and measured numbers by title."""
-    published = published_table("bat", "bat_main")
-    return {published.attrs["title"]: compare_published(published, RESULTS.claimed(rows))}
 
 
 def protocol() -> dict[str, str]:

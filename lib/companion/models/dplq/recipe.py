@@ -237,31 +237,12 @@ def _domain(p: Parameters, clip: nn.Module) -> nn.Module | None:
     name = domain_name(p)
     source = weights(p, name, p.domain_weights) if name in DOMAINS.values() else p.domain_weights or "pretrained"
     try:
-        return _domain_model(name, source, clip)
+        return domain_model(name, source, clip=clip)
     except MissingWeights:
         if not p.dry_run:
             raise
     print(f"{name}: its weights are not here; random ones in this dry run")
-    return _domain_model(name, "random", clip)
-
-
-class OneByOne(nn.Module):
-    """A frozen encoder that runs on one image at a time: (b, 3, H, W) to (b, F), with `num_features` F.
-
-    For large images: at 1024 pixels SAM's attention takes gigabytes per image.
-    """
-
-    def __init__(self, encoder: nn.Module):
-        super().__init__()
-        self.encoder, self.num_features = encoder, encoder.num_features
-
-    def forward(self, images: Tensor) -> Tensor:
-        return torch.cat([self.encoder(image) for image in images.split(1)])
-
-
-def _domain_model(name: str, source: str | Path, clip: nn.Module) -> nn.Module:
-    model = domain_model(name, source, clip=clip)
-    return OneByOne(model) if name == "medical" else model
+    return domain_model(name, "random", clip=clip)
 
 
 # --- optimiser, schedule ----------------------------------------------------------------------------------------------

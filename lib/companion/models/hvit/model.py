@@ -145,7 +145,8 @@ class SlideTransformer(nn.Module):
         self.transformer = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
         self.pool = GatedPool(dim, 0.25 if dropout else 0.0)
         self.rho = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Dropout(dropout))
-        self.classifier = nn.Linear(dim, 1 if head == "coral" else outputs_of(head, classes), bias=head != "coral")
+        outputs = {"classification": classes, "regression": 1, "coral": 1}.get(head, classes - 1)
+        self.classifier = nn.Linear(dim, outputs, bias=head != "coral")
         if head == "coral":
             self.thresholds = nn.Parameter(torch.zeros(classes - 1))
 
@@ -355,11 +356,6 @@ def build(
 
 
 # --- losses, predictions, votes ---------------------------------------------------------------------------------------
-
-
-def outputs_of(head: str, classes: int) -> int:
-    """The number of outputs of a head; CORAL's are one and as many thresholds as the ordinal head has outputs."""
-    return {"classification": classes, "regression": 1}.get(head, classes - 1)
 
 
 def extended(grades: Tensor, classes: int) -> Tensor:
