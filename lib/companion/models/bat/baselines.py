@@ -23,9 +23,9 @@ class FullFineTuning(BAT):
     def __init__(self, tracker: OSTrack, width: int = 8, **options: Any):
         super().__init__(tracker, width, **options)
         self.tracker = copy.deepcopy(tracker).requires_grad_(True)
-        for name in ("cls_token", "pos_embed"):  # in the released checkpoints, and never used
-            if getattr(self.tracker.vit, name, None) is not None:
-                getattr(self.tracker.vit, name).requires_grad_(False)
+        for unused in (self.tracker.vit.cls_token, self.tracker.vit.pos_embed):  # in the released checkpoints
+            if unused is not None:
+                unused.requires_grad_(False)
 
 
 class _Frozen(Tracks):

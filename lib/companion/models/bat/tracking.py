@@ -53,7 +53,7 @@ class Track(NamedTuple):
 class Frames:
     """Frames in memory as a `Video`."""
 
-    def __init__(self, frames: Sequence[np.ndarray]):
+    def __init__(self, frames: Sequence[Any]):
         self.frames = frames
 
     def __len__(self) -> int:
@@ -64,7 +64,7 @@ class Frames:
         return self.frames[i]
 
 
-class Folders:
+class Folders(Frames):
     """Two folders of images as a `Video`, paired in the order of the numbers in their names."""
 
     def __init__(self, visible: str | Path, infrared: str | Path):
@@ -74,14 +74,10 @@ class Folders:
         if len(rgb) != len(thermal):
             accepted = f"a folder of {len(rgb)} images, as many as {visible} has; it has {len(thermal)}"
             raise BadParameter("infrared", str(infrared), accepted)
-        self.pairs = list(zip(rgb, thermal, strict=True))
-
-    def __len__(self) -> int:
-        return len(self.pairs)
+        super().__init__(list(zip(rgb, thermal, strict=True)))
 
     def frame(self, i: int) -> np.ndarray:
-        """Frame `i`, (H, W, 6) uint8."""
-        return read_frame(*self.pairs[i])
+        return read_frame(*self.frames[i])
 
 
 class Files:
@@ -96,12 +92,10 @@ class Files:
         # the container's count may be off by a few: the shorter stream ends the video
         counts = [int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) for capture in self._open]
         self.count = min(counts)
-        if 0 < self.count < 0.9 * max(counts):
+        if self.count < max(0.9 * max(counts), 1):
             names = " and ".join(f"{path} has {n}" for path, n in zip(self.paths, counts, strict=True))
-            raise CorruptFile(self.paths[counts.index(self.count)], f"it ends early: {names} frames")
-        if self.count < 1:
-            path = self.paths[counts.index(self.count)]
-            raise CorruptFile(path, "its container has no number of frames: convert it to another one")
+            reason = f"it ends early, or its container has no number of frames (convert it then): {names} frames"
+            raise CorruptFile(self.paths[counts.index(self.count)], reason)
         self._next, self._last = 0, np.empty(0)
 
     def __len__(self) -> int:

@@ -40,7 +40,7 @@ from . import vit
 from .model import DMT, Teachers, loss
 from .vit import ViT
 
-WORKERS = min(16, os.cpu_count() or 1)
+WORKERS = 16
 MICRO_BATCH = 256  # micro-batch of a device; the gradients of a step are accumulated
 LOSSES = {"token and map": (1, 1), "token": (1, 0), "map": (0, 1)}  # weights of token and feature-map loss
 USUAL = {"distil": IMAGENET, "fine-tune": IMAGENET, "linear probe": IMAGENET, "detect": COCO, "segment": ADE20K}
@@ -220,9 +220,6 @@ def distillation(p: Parameters, out: Path, real: bool = True) -> tuple[str, Trai
             apart(make)  # the code below only opens it
         return make()
 
-    def metadata(model: nn.Module) -> dict[str, str]:
-        return {"distilled": json.dumps({name: getattr(p, name) for name in DISTILLED})}
-
     return title, Training(
         name=f"ViT-{p.student}, seed {p.seed}, {checkpoints.checkpoint_key(**facts)}",
         build=lambda: build(p, taught_by),
@@ -231,7 +228,7 @@ def distillation(p: Parameters, out: Path, real: bool = True) -> tuple[str, Trai
         fit=options,
         facts=facts,
         weights=lambda model: model.student.to_official(),
-        metadata=metadata,
+        metadata=lambda model: {"distilled": json.dumps({name: getattr(p, name) for name in DISTILLED})},
         dry_run=p.dry_run,
     )
 
@@ -348,24 +345,21 @@ def splits(p: Parameters, count: int, real: bool) -> list[Any]:
 
 
 def _fine_tuning(p: Parameters, r: Mapping[str, float], data: Any, test: Any) -> tuple[Training, Score]:
-    start, classes, per_epoch = encoder(p), CLASSES["fine-tune"], max(len(data) // int(r["batch"]), 1)
+    start, per_epoch = encoder(p), max(len(data) // int(r["batch"]), 1)
     rates = learning_rates(
         "cosine", r["lr"], int(r["epochs"]) * per_epoch, int(r["warmup_epochs"]) * per_epoch, r["final_lr"]
     )
 
-    def model() -> nn.Module:
-        return down.classifier(start, classes, drop_path=r["drop_path"])
-
-    options = _layer_decayed(p, r, data, rates, "", MICRO_BATCH)
-    return _training(p, model, down.mixed_loss(classes), lambda: data, options), lambda model: _top1(p, model, test)
+    options, classes = _layer_decayed(p, r, data, rates, "", MICRO_BATCH), CLASSES["fine-tune"]
+    build = functools.partial(down.classifier, start, classes, drop_path=r["drop_path"])
+    return _training(p, build, down.mixed_loss(classes), lambda: data, options), lambda model: _top1(p, model, test)
 
 
 def _probing(p: Parameters, r: Mapping[str, float], data: Any, test: Any) -> tuple[Training, Score]:
     """Features are computed once, of whole images without augmentation; the probe is trained on one device."""
     features = down.Features(encoder(p))
 
-    def model() -> nn.Module:
-        return down.linear(2 * features.vit.width, CLASSES["linear probe"])
+    build = functools.partial(down.linear, 2 * features.vit.width, CLASSES["linear probe"])
 
     def cached() -> Dataset:
         return TensorDataset(predict(features, data, batch=MICRO_BATCH, hardware=_hardware(p)), _labels(data))
@@ -377,7 +371,7 @@ def _probing(p: Parameters, r: Mapping[str, float], data: Any, test: Any) -> tup
         "schedule": schedule("cosine", r["warmup_epochs"] / r["epochs"], r["final_lr"]),
         "hardware": replace(_hardware(p), devices=1, workers=0),
     }
-    training = _training(p, model, down.classification_loss, cached, options)
+    training = _training(p, build, down.classification_loss, cached, options)
     whole = replace(training, weights=lambda model: nn.Sequential(features, model).state_dict())
     return whole, lambda model: _top1(p, nn.Sequential(features, model), test)
 
@@ -389,8 +383,7 @@ def _detection(p: Parameters, r: Mapping[str, float], data: Any, test: Any) -> t
     rates = r["lr"] * np.array([1.0, 0.1, 0.01])[np.searchsorted(DROPS, step, "right")]
     rates *= np.minimum(1, (step + 1) / max(r["warmup_steps"], 1))
 
-    def model() -> nn.Module:
-        return down.detector(start, CLASSES["detect"], size=size, drop_path=r["drop_path"])
+    build = functools.partial(down.detector, start, CLASSES["detect"], size=size, drop_path=r["drop_path"])
 
     def score(model: nn.Module) -> dict[str, float]:
         rows = down.detections(model, test, test.categories, batch=TEST_BATCH, hardware=_hardware(p))
@@ -398,7 +391,7 @@ def _detection(p: Parameters, r: Mapping[str, float], data: Any, test: Any) -> t
         return {"box AP": totals["bbox"]["AP"], "mask AP": totals["segm"]["AP"]}
 
     options = _layer_decayed(p, r, data, rates, "backbone.vit.", 8)
-    return _training(p, model, down.detection_loss, lambda: down.Crops(data, size), options), score
+    return _training(p, build, down.detection_loss, lambda: down.Crops(data, size), options), score
 
 
 def _segmentation(p: Parameters, r: Mapping[str, float], data: Any, test: Any) -> tuple[Training, Score]:

@@ -36,7 +36,7 @@ UNTRAINED = ("zero-shot CLIP",)
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4  # of SGD, on all trainable parameters
 SOURCES = {"remote": "remote/rsicd", "medical": "medical/btmri"}
 """The sets that the transfers begin from: of the medical script, and the example in the README of the successor."""
-WORKERS = min(8, os.cpu_count() or 1)
+WORKERS = 8
 RESULTS = Results.of("dplq")
 
 

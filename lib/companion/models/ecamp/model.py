@@ -377,10 +377,6 @@ class ECAMP(OfficialModel):
         tokens = outputs(self, images, transform, grey, self.encoder.forward_features)  # (n, 1 + N, D)
         return list(tokens[:, 1:].mean(1))
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the encoder's activations in the backward pass: less memory, more time."""
-        self.encoder.set_grad_checkpointing(enable)
-
     def forward_features(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """Encoder tokens (B, 1 + K, D) of images (B, 3, S, S), [CLS] first.
 

@@ -271,11 +271,6 @@ class HViT(OfficialModel):
             raise BadParameter("slides", f"input of the {name} level", f"embeddings: this model has no {name} level")
         return getattr(self, name)
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """As in `Encoder`, for both encoders."""
-        for level in filter(None, (self.patch, self.region)):
-            level.set_grad_checkpointing(enable)
-
     @classmethod
     def from_official(
         cls,
