@@ -39,7 +39,7 @@ def _named(state: Mapping[str, Tensor], prefix: str, *without: str) -> dict[str,
 
 def _mlp(inputs: int, outputs: int, state: Mapping[str, Tensor]) -> nn.Module:
     head = Mlp(inputs, outputs, outputs)
-    load_official(head, state, {name: name for name in head.state_dict()}, "a head")
+    load_official(head, state, None, "a head")
     return head
 
 

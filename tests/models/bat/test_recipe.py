@@ -87,7 +87,7 @@ def test_the_published_training(dataset, read, batch, min_side, tmp_path, videos
     recipe.run(given(data_root=str(tmp_path), dataset=dataset), tmp_path)
     assert asked == [file] and videos == [(dataset, "test"), (read, "train")]
     assert drawn == {"min_side": min_side, "template": (2, 32), "search": (4, 64)}
-    assert (seen["epochs"], seen["batch"], seen["seed"], seen["hardware"].workers) == (60, batch, 0, 8)
+    assert (seen["epochs"], seen["batch"], seen["seed"], seen["hardware"].devices) == (60, batch, 0, 1)
 
 
 @pytest.mark.parametrize("name", recipe.METHODS)

@@ -310,8 +310,7 @@ def _medical(weights: str | Path, download: bool) -> nn.Module:
     if weights == "pretrained":
         weights = backbones.hub_file(MEDSAM, MEDSAM, ["model.safetensors", "pytorch_model.bin"], download)
     if weights != "random":
-        names = {name: name for name in encoder.state_dict()}
-        load_official(encoder, sam_state(backbones.read_state(weights)), names, "SAM ViT-B's image encoder")
+        load_official(encoder, sam_state(backbones.read_state(weights)), None, "SAM ViT-B's image encoder")
     return encoder
 
 

@@ -55,5 +55,5 @@ def load_vit(vit: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
 
     Raises `BadCheckpoint`: tensors that are missing or of another shape.
     """
-    names = {name: name for name in vit.state_dict()}
-    load_official(vit, {name: tensor for name, tensor in state.items() if name in names}, names, what)
+    own = vit.state_dict()
+    load_official(vit, {name: tensor for name, tensor in state.items() if name in own}, None, what)

@@ -130,7 +130,7 @@ class Encoder(nn.Module):
 
     def loaded(self, state: Mapping[str, Tensor]) -> Self:
         """The encoder in eval mode, with the tensors of a state dict."""
-        load_official(self, state, {name: name for name in self.state_dict()}, f"H-ViT's {type(self).__name__}")
+        load_official(self, state, None, f"H-ViT's {type(self).__name__}")
         return self.eval()
 
 

@@ -29,7 +29,7 @@ def _part_shape(ours: Tensor, names: np.ndarray) -> tuple[int, ...]:
 def load_official(
     model: nn.Module,
     state: Mapping[str, Tensor],
-    names: Names,
+    names: Names | None,
     what: str,
     ignored: tuple[str, ...] = (),
     optional: tuple[str, ...] = (),
@@ -37,14 +37,15 @@ def load_official(
     """Copy a state dict into a model, strictly.
 
     Args:
-        names: our tensor names to the official ones.
+        names: our tensor names to the official ones; None: they are the same.
         what: the model, for the error.
         ignored: official names that start with one of these are optional and not read.
         optional: official names that end with one of these may be missing: ours are unchanged.
 
     Raises `BadCheckpoint`: with every name that is missing, unknown or of another shape; nothing is loaded then.
     """
-    ours, groups = model.state_dict(), {name: np.array(official) for name, official in names.items()}
+    ours = model.state_dict()
+    groups = {name: np.array(official) for name, official in (names or dict(zip(ours, ours, strict=True))).items()}
     wanted = {str(n) for group in groups.values() for n in group.ravel() if group.size}
     missing = {n for n in wanted - state.keys() if not n.endswith(optional)}
     unknown = {n for n in state.keys() - wanted if not n.startswith(ignored)}

@@ -36,7 +36,7 @@ def build(levels: str = "dino", seed: int = 0) -> tuple[hvit.PatchEncoder, hvit.
         state = backbones.read_state(encoders.weights_file(NAME))
         for level in ("patch", "region"):
             encoder = getattr(model, level)
-            load_official(encoder, below(state, f"{level}."), {name: name for name in encoder.state_dict()}, NAME)
+            load_official(encoder, below(state, f"{level}."), None, NAME)
     return model.get_submodule("patch").eval(), model.get_submodule("region").eval()
 
 
