@@ -17,7 +17,7 @@ Shapes: b pairs of crops, n template tokens and m search tokens of each stream, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -34,9 +34,12 @@ from ..layers import state_dicts
 from ..layers.attend import attention_map
 from ..layers.frozen import frozen_copy
 from .elimination import checked, eliminate, restore
-from .ostrack import COUNTERS, OFFICIAL, OSTrack, Prediction
+from .ostrack import COUNTERS, OSTrack, Prediction
 
 STAGES = {"attention": "adap_t", "mlp": "adap2_t"}  # of a block: the authors' name of the adapter, A1 or A2
+ADAPTERS = [
+    (rf"^adapters\.(\d+)\.{ours}\.", rf"backbone.blocks.\1.{theirs}.adapter_") for ours, theirs in STAGES.items()
+]
 
 
 def streams(images: Tensor) -> Tensor:
@@ -133,6 +136,8 @@ class BAT(Tracks, state_dicts.OfficialModel):
         elimination: candidate elimination, block -> share of search tokens that remain: none in BAT's released
             configurations, {3: 0.7, 6: 0.7, 9: 0.7} in OSTrack.
     """
+
+    rules = ((r"^tracker\.", ""), *OSTrack.rules, *ADAPTERS)
 
     def __init__(
         self,
@@ -241,12 +246,4 @@ class BAT(Tracks, state_dicts.OfficialModel):
         down = "backbone.blocks.0.adap_t.adapter_down.weight"
         state_dicts.check_names(state, [down], "BAT (an OSTrack checkpoint has no adapters: OSTrack.from_official)")
         model = cls(OSTrack.like(state, heads), len(state[down]), **options)
-        state_dicts.load_official(model, state, model.official_names(), "BAT", optional=COUNTERS)
-        return model.eval()
-
-    def official_names(self) -> dict[str, str]:
-        """Our name -> the authors', for every tensor."""
-        adapters: list[tuple[str, str | Callable]] = [
-            (rf"^adapters\.(\d+)\.{stage}\.", rf"backbone.blocks.\1.{name}.adapter_") for stage, name in STAGES.items()
-        ]
-        return state_dicts.renamed(self.state_dict(), [(r"^tracker\.", ""), *OFFICIAL, *adapters])
+        return model.loaded(state, "BAT", optional=COUNTERS)

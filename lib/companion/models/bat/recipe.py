@@ -247,7 +247,7 @@ def rescored(folder: str | Path) -> dict[tuple[str, str], float]:
         BadParameter: neither folder exists.
         CorruptFile, CompanionError: a file that cannot be read, or sequences that are missing (listed).
     """
-    cells = {}
+    cells = dict[tuple[str, str], float]()
     for name in ("rgbt/lasher", "rgbt/rgbt234"):
         part = Path(folder) / TITLES[name]
         if part.is_dir():

@@ -23,7 +23,7 @@ from ...data.xrays import squeeze_transform
 from ...ops.config import configure
 from ..layers.heads import vit_sizes
 from ..layers.predicting import Images, Names, Shapes, Transform, batches, grey
-from ..layers.state_dicts import OfficialModel, below, check_names, load_official
+from ..layers.state_dicts import OfficialModel, below, check_names
 from . import official
 from .heads import COUNTERS, PatchMap
 
@@ -137,9 +137,8 @@ class Detector(OfficialModel):
         inner, middle = state[reduced].shape[:2]
         channels = (len(state[coarse]), middle, len(state[fine]))
         encoder = VisionTransformer(**vit_sizes(below(state, "backbone.encoder."), heads), num_classes=0)
-        model = cls(encoder, len(state[logits]) // 3 - 5, middle // inner, channels).eval()
-        load_official(model, state, model.official_names(), "ECAMP's detector", optional=COUNTERS)
-        return model
+        model = cls(encoder, len(state[logits]) // 3 - 5, middle // inner, channels)
+        return model.loaded(state, "ECAMP's detector", optional=COUNTERS)
 
 
 # --- loss -------------------------------------------------------------------------------------------------------------

@@ -160,9 +160,8 @@ class Segmenter(OfficialModel):
         decoder = below(state, f"{RIGA[0] if outputs == 2 else 'decoder'}.")
         biases = sorted(name for name in decoder if re.fullmatch(r"decoder_\d\.0\.bias", name))
         classes = len(decoder.get("final_out.bias", [0]))
-        model = cls(encoder, outputs, [len(decoder[name]) for name in biases], classes=classes).eval()
-        load_official(model, state, model.official_names(), "ECAMP's segmenter", optional=COUNTERS)
-        return model
+        model = cls(encoder, outputs, [len(decoder[name]) for name in biases], classes=classes)
+        return model.loaded(state, "ECAMP's segmenter", optional=COUNTERS)
 
 
 def focal_loss(logits: Tensor, target: Tensor, gamma: float = 2.0) -> Tensor:

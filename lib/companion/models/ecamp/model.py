@@ -43,7 +43,7 @@ from ..layers.heads import vit_sizes
 from ..layers.mae import Decoder, initialise, patchify, random_mask, unpatchify, visible, visible_tokens
 from ..layers.pos_embed import sincos_table
 from ..layers.predicting import Images, Names, Transform, grey, outputs
-from ..layers.state_dicts import OfficialModel, depth, load_official
+from ..layers.state_dicts import OfficialModel, depth
 from . import official
 
 MASKED = 0.75  # fraction of hidden patches
@@ -458,16 +458,14 @@ class ECAMP(OfficialModel):
         """
         state = official.as_released(state)
         text, vit = official.bert_sizes(state), vit_sizes(state, heads)
-        model = cls(
+        return cls(
             image=vit["img_size"],
             patch=vit["patch_size"],
             encoder=Blocks(vit["embed_dim"], vit["depth"], vit["num_heads"]),
             decoder=Blocks(state["decoder_pos_embed"].shape[2], depth(state, "decoder_blocks."), decoder_heads),
             text=Bert(**text, heads=text_heads, dropout=dropout),
             window=window,
-        ).eval()
-        load_official(model, state, model.official_names(), official.WHAT)
-        return model
+        ).loaded(state, official.WHAT)
 
     def to_official(self) -> dict[str, Tensor]:
         """The state dict under the authors' names."""

@@ -35,7 +35,7 @@ from torch.nn import functional as F
 from ...errors import BadParameter, check_choice
 from ...errors import check_names as check_class_names
 from ...ops.config import configure
-from ..layers.state_dicts import OfficialModel, below, check_names, depth, load_official, renamed
+from ..layers.state_dicts import OfficialModel, below, check_names, depth
 from . import official
 from .encoders import Named, PatchEncoder, RegionEncoder, grids, patches_of
 
@@ -192,6 +192,7 @@ class HViT(OfficialModel):
         variant: what is trained: "global" the slide level, "local" the region level too, "whole" everything.
     """
 
+    rules = official.NAMES
     not_exported = "slides have any number of regions, with a mask: export its `patch` or `region` level's blocks"
 
     def __init__(
@@ -317,12 +318,7 @@ class HViT(OfficialModel):
             PatchEncoder.from_official(patch) if patch else None,
             variant or ("local" if region else "global"),
         )
-        load_official(model, state, model.official_names(), "H-ViT", ignored=("pos_encoder.pe",))
-        return model
-
-    def official_names(self) -> dict[str, str]:
-        """Our tensor names to the authors'."""
-        return renamed(self.state_dict(), official.NAMES)
+        return model.loaded(state, "H-ViT", ignored=("pos_encoder.pe",))
 
 
 def build(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
+from typing import Self
 
 import numpy as np
 import torch
@@ -85,15 +86,22 @@ def official_state(ours: Mapping[str, Tensor], names: Names) -> dict[str, Tensor
 
 
 class OfficialModel(nn.Module):
-    """A model whose tensors have names in the authors' code."""
+    """A model whose tensors have names in the authors' code: ours after `rules`, see `renamed`, or `official_names`."""
+
+    rules: Sequence[tuple[str, str | Callable]] = ()
 
     def official_names(self) -> Names:
         """Our tensor names to the authors'."""
-        raise NotImplementedError
+        return renamed(self.state_dict(), self.rules)
 
     def to_official(self) -> dict[str, Tensor]:
         """The state dict under the authors' names; the inverse of `from_official`."""
         return official_state(self.state_dict(), self.official_names())
+
+    def loaded(self, state: Mapping[str, Tensor], what: str, **options: tuple[str, ...]) -> Self:
+        """This model, in eval mode, with the tensors of a state dict under the authors' names; see `load_official`."""
+        load_official(self, state, self.official_names(), what, **options)
+        return self.eval()
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The trainable parameters by name."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from timm.models.vision_transformer import VisionTransformer
 
 from ...backbones import read_state
-from ...models.bat import OSTrack
+from ...models.bat.ostrack import COUNTERS, OSTrack
 from . import weights_file
 
 NAME = "pocket_ostrack"
@@ -29,5 +29,6 @@ def build(weights: str | Path = "shipped") -> OSTrack:
     unused = {"num_classes": 0, "class_token": False, "pos_embed": "none", "global_pool": ""}
     tracker = OSTrack(VisionTransformer(**size, **unused), template=32, search=64, head_channels=64)
     if weights != "random":
-        tracker.load_official(read_state(weights_file(NAME) if weights == "shipped" else weights))
+        state = read_state(weights_file(NAME) if weights == "shipped" else weights)
+        tracker.loaded(state, "OSTrack", optional=COUNTERS)
     return tracker.eval()
