@@ -34,7 +34,7 @@ from ..layers import state_dicts
 from ..layers.attend import attention_map
 from ..layers.frozen import frozen_copy
 from .elimination import checked, eliminate, restore
-from .ostrack import COUNTERS, OSTrack, Prediction
+from .ostrack import OSTrack, Prediction
 
 STAGES = {"attention": "adap_t", "mlp": "adap2_t"}  # of a block: the authors' name of the adapter, A1 or A2
 ADAPTERS = [
@@ -246,4 +246,4 @@ class BAT(Tracks, state_dicts.OfficialModel):
         down = "backbone.blocks.0.adap_t.adapter_down.weight"
         state_dicts.check_names(state, [down], "BAT (an OSTrack checkpoint has no adapters: OSTrack.from_official)")
         model = cls(OSTrack.like(state, heads), len(state[down]), **options)
-        return model.loaded(state, "BAT", optional=COUNTERS)
+        return model.loaded(state, "BAT")

@@ -25,7 +25,6 @@ from ..layers.heads import vit_sizes
 from ..layers.pos_embed import resize_pos_embed
 
 BRANCHES = {"ctr": 1, "offset": 2, "size": 2}  # of the head: output channels
-COUNTERS = ("num_batches_tracked",)  # of BatchNorms; unused, and may be absent
 
 
 class Prediction(NamedTuple):
@@ -171,7 +170,7 @@ class OSTrack(state_dicts.OfficialModel):
 
         Raises `BadCheckpoint`: names that are missing, unknown, or of another shape.
         """
-        return cls.like(state, heads).loaded(state, "OSTrack", optional=COUNTERS)
+        return cls.like(state, heads).loaded(state, "OSTrack")
 
     @classmethod
     def like(cls, state: Mapping[str, Tensor], heads: int | None = None) -> OSTrack:

@@ -25,7 +25,7 @@ from ..layers.heads import vit_sizes
 from ..layers.predicting import Images, Names, Shapes, Transform, batches, grey
 from ..layers.state_dicts import OfficialModel, below, check_names
 from . import official
-from .heads import COUNTERS, PatchMap
+from .heads import PatchMap
 
 # pixels at 416, three for each level, coarse to fine (YOLOv3's)
 ANCHORS = (((116, 90), (156, 198), (373, 326)), ((30, 61), (62, 45), (59, 119)), ((10, 13), (16, 30), (33, 23)))
@@ -88,6 +88,8 @@ class Detector(OfficialModel):
         channels: of the three levels; the heads' widths follow.
     """
 
+    rules = official.NAMES["detector"]
+
     def __init__(
         self,
         encoder: VisionTransformer,
@@ -121,10 +123,6 @@ class Detector(OfficialModel):
     def export_inputs(self, side: int) -> Shapes:
         return {"images": (3, self.size, self.size)}
 
-    def official_names(self) -> dict[str, str]:
-        """Our names -> the authors'."""
-        return official.names("detector", self.state_dict())
-
     @classmethod
     def from_official(cls, state: Mapping[str, Tensor], heads: int | None = None) -> Detector:
         """The detector of a state dict of the authors, in eval mode.
@@ -138,7 +136,7 @@ class Detector(OfficialModel):
         channels = (len(state[coarse]), middle, len(state[fine]))
         encoder = VisionTransformer(**vit_sizes(below(state, "backbone.encoder."), heads), num_classes=0)
         model = cls(encoder, len(state[logits]) // 3 - 5, middle // inner, channels)
-        return model.loaded(state, "ECAMP's detector", optional=COUNTERS)
+        return model.loaded(state, "ECAMP's detector")
 
 
 # --- loss -------------------------------------------------------------------------------------------------------------

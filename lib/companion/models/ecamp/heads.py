@@ -32,7 +32,6 @@ from ..layers.state_dicts import OfficialModel, below, check_names, load_officia
 from . import official
 
 RIGA = ("decoder_disc", "decoder_cup")
-COUNTERS = ("num_batches_tracked",)  # of BatchNorm, which some files lack
 
 
 # --- classification ---------------------------------------------------------------------------------------------------
@@ -118,6 +117,8 @@ class Segmenter(OfficialModel):
         classes: logits of a decoder; more than 1 only to load a file that has them.
     """
 
+    rules = official.NAMES["segmenter"]
+
     def __init__(
         self,
         encoder: VisionTransformer,
@@ -145,10 +146,6 @@ class Segmenter(OfficialModel):
     def export_inputs(self, side: int) -> Shapes:
         return {"images": (3, *self.map.encoder.patch_embed.img_size)}
 
-    def official_names(self) -> dict[str, str]:
-        """Our names -> the authors'."""
-        return official.names("segmenter", self.state_dict())
-
     @classmethod
     def from_official(cls, state: Mapping[str, Tensor], heads: int | None = None) -> Segmenter:
         """The segmenter of a state dict of the authors, in eval mode: with one decoder, or RIGA's two.
@@ -161,7 +158,7 @@ class Segmenter(OfficialModel):
         biases = sorted(name for name in decoder if re.fullmatch(r"decoder_\d\.0\.bias", name))
         classes = len(decoder.get("final_out.bias", [0]))
         model = cls(encoder, outputs, [len(decoder[name]) for name in biases], classes=classes)
-        return model.loaded(state, "ECAMP's segmenter", optional=COUNTERS)
+        return model.loaded(state, "ECAMP's segmenter")
 
 
 def focal_loss(logits: Tensor, target: Tensor, gamma: float = 2.0) -> Tensor:

@@ -319,6 +319,7 @@ class ECAMP(OfficialModel):
     Raises `BadParameter`: a window that is larger than the image.
     """
 
+    rules = official.NAMES["pre-training"]
     not_exported = "it is a pre-training: export a classifier or segmenter of `heads`"
     fusion: type[nn.Module] = Fusion  # of the text decoder; `variants` have others
 
@@ -431,10 +432,6 @@ class ECAMP(OfficialModel):
         return self.text.get_submodule("fusion.cross").attention_map(attended, z)
 
     # --- the authors' names ---
-
-    def official_names(self) -> dict[str, str]:
-        """Our names -> theirs."""
-        return official.names("pre-training", self.state_dict())
 
     @classmethod
     def from_official(

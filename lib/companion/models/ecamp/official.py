@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from ...ops.papers import paper
-from ..layers.state_dicts import check_names, depth, load_official, renamed
+from ..layers.state_dicts import check_names, depth, load_official
 
 WHAT = "ECAMP: the pre-training model, decoders and BERT included"
+NAMES = paper("ecamp")["official_names"]  # patterns from our names to the authors', by model
 BERT, HEAD = "bert_encoder.model.bert.", "bert_encoder.model.cls.predictions."
-
-
-def names(model: str, ours: Iterable[str]) -> dict[str, str]:
-    """Our tensor names -> the authors', by the patterns of paper.yaml; of "pre-training", "segmenter", "detector"."""
-    return renamed(ours, paper("ecamp")["official_names"][model])
 
 
 def as_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

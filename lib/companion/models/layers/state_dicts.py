@@ -98,9 +98,12 @@ class OfficialModel(nn.Module):
         """The state dict under the authors' names; the inverse of `from_official`."""
         return official_state(self.state_dict(), self.official_names())
 
-    def loaded(self, state: Mapping[str, Tensor], what: str, **options: tuple[str, ...]) -> Self:
-        """This model, in eval mode, with the tensors of a state dict under the authors' names; see `load_official`."""
-        load_official(self, state, self.official_names(), what, **options)
+    def loaded(self, state: Mapping[str, Tensor], what: str, ignored: tuple[str, ...] = ()) -> Self:
+        """This model, in eval mode, with the tensors of a state dict under the authors' names; see `load_official`.
+
+        The counters of batch norms, which nothing reads, may be missing.
+        """
+        load_official(self, state, self.official_names(), what, ignored, optional=("num_batches_tracked",))
         return self.eval()
 
     def trained(self) -> dict[str, nn.Parameter]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from timm.models.vision_transformer import VisionTransformer
 
 from ...backbones import read_state
-from ...models.bat.ostrack import COUNTERS, OSTrack
+from ...models.bat import OSTrack
 from . import weights_file
 
 NAME = "pocket_ostrack"
@@ -29,6 +29,5 @@ def build(weights: str | Path = "shipped") -> OSTrack:
     unused = {"num_classes": 0, "class_token": False, "pos_embed": "none", "global_pool": ""}
     tracker = OSTrack(VisionTransformer(**size, **unused), template=32, search=64, head_channels=64)
     if weights != "random":
-        state = read_state(weights_file(NAME) if weights == "shipped" else weights)
-        tracker.loaded(state, "OSTrack", optional=COUNTERS)
+        tracker.loaded(read_state(weights_file(NAME) if weights == "shipped" else weights), "OSTrack")
     return tracker.eval()
