@@ -457,7 +457,7 @@ def _training(
     facts = _facts(p) | {"task": p.task, "encoder": p.encoder, "weights": p.weights}
     name = f"{p.task}, seed {p.seed}, {checkpoints.checkpoint_key(**facts)}"
     fit = {"seed": p.seed, "name": p.task, **options}
-    return Training(name, build, loss, data, fit, facts, lambda model: model.state_dict(), dry_run=p.dry_run)
+    return Training(name, build, loss, data, fit, facts, nn.Module.state_dict, dry_run=p.dry_run)
 
 
 def _labels(data: Any) -> Tensor:

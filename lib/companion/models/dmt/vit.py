@@ -162,8 +162,7 @@ class ViT(VisionTransformer):
 def encoder_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The encoder's tensors of a released state dict, without prefix; other tensors are left out."""
     for prefix in ("module.", "base_encoder.", "backbone."):
-        within = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-        state = within or state
+        state = state_dicts.below(state, prefix) or state
     others = ("head.", "decoder_", "momentum_encoder.", "predictor.", "fc_norm.")
     # MAE's mask token is the decoder's; DINO's and iBOT's position embeddings are the encoder's
     return {name: value for name, value in state.items() if not name.startswith(others) and name != "mask_token"}

@@ -43,7 +43,7 @@ from ..layers.heads import vit_sizes
 from ..layers.mae import Decoder, initialise, patchify, random_mask, unpatchify, visible, visible_tokens
 from ..layers.pos_embed import sincos_table
 from ..layers.predicting import Images, Names, Transform, grey, outputs
-from ..layers.state_dicts import OfficialModel, depth
+from ..layers.state_dicts import OfficialModel, depth, renamed
 from . import official
 
 MASKED = 0.75  # fraction of hidden patches
@@ -480,7 +480,7 @@ class ECAMP(OfficialModel):
         """
         official.load_vit(self.encoder, state, "the encoder of ECAMP (MAE's names)")
         shapes = {name: tensor.shape for name, tensor in self.state_dict().items()}
-        loaded = {ours: state[theirs] for ours, theirs in self.official_names().items() if theirs in state}
+        loaded = {ours: state[theirs] for ours, theirs in renamed(shapes, self.rules).items() if theirs in state}
         loaded = {name: tensor for name, tensor in loaded.items() if tensor.shape == shapes[name]}
         self.load_state_dict(loaded, strict=False)
 

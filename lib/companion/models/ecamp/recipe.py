@@ -158,7 +158,7 @@ def pretraining(p: Parameters, out: Path, real: bool = True) -> Training:
         data=lambda: pairs,
         fit=options,
         facts={"method": p.method, **facts},
-        weights=lambda model: model.to_official(),
+        weights=ECAMP.to_official,
         dry_run=p.dry_run,
     )
 

@@ -8,7 +8,7 @@ Shapes: b inputs of h w tokens, d the width, h heads of e channels.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, Self
 
@@ -105,7 +105,7 @@ class Encoder(nn.Module):
         tokens = self.norm(self._through([last], z, mask))
         return tokens[:, 0], {"tokens": tokens, "attention": attention_map(q[:, :, :1], k, mask)[:, :, 0]}
 
-    def _through(self, blocks: Sequence[nn.Module] | nn.ModuleList, z: Tensor, mask: Tensor | None) -> Tensor:
+    def _through(self, blocks: Iterable[nn.Module], z: Tensor, mask: Tensor | None) -> Tensor:
         """Tokens (b, 1 + h w, d) after some blocks, with the keys of `key_mask`."""
         recompute = self.grad_checkpointing and torch.is_grad_enabled()
         for block in blocks:
