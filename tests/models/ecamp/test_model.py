@@ -12,7 +12,7 @@ from companion.errors import BadCheckpoint
 from companion.models.ecamp import model as ecamp
 from companion.models.ecamp.model import Batch
 from companion.models.ecamp.variants import METHODS
-from tests.models.common import misfits, numbers, refuses
+from tests.models.common import misfits, numbers
 
 OPTIONS = {"heads": 4, "decoder_heads": 4, "text_heads": 4, "window": 6, "dropout": 0.0}
 
@@ -130,7 +130,3 @@ def test_the_paper_size_has_the_released_parameters_and_takes_timms_mae():
         mae = backbones.timm.create_model("vit_base_patch16_224.mae", pretrained=False, num_classes=0).state_dict()
     assert (numbers(model), numbers(model, trained=True)) == (183_425_240, 183_173_080)
     assert {n for n in mae if not n.startswith("fc_norm")} <= set(model.official_names().values())
-
-
-def test_a_window_larger_than_the_image_is_refused():
-    refuses((lambda: ecamp.build("pocket", window=9), "9"))

@@ -36,7 +36,6 @@ from transformers import BertConfig
 from transformers.models.bert import modeling_bert as bert
 
 from ...data.xrays import test_transform
-from ...errors import BadParameter
 from ...ops.config import configure
 from ..layers.attend import attention_map
 from ..layers.heads import vit_sizes
@@ -315,8 +314,6 @@ class ECAMP(OfficialModel):
         encoder, decoder: the ViT, of ViT-B/16 by default, and the image decoder.
         text: the text decoder.
         window: side in patches of the window inside which the super-resolution loss is computed; None: the whole image.
-
-    Raises `BadParameter`: a window that is larger than the image.
     """
 
     rules = official.NAMES["pre-training"]
@@ -336,8 +333,6 @@ class ECAMP(OfficialModel):
         configure(self, locals())
         super().__init__()
         side = image // patch
-        if window is not None and not 1 <= window <= side:
-            raise BadParameter("window", window, f"1 to {side} patches, or None")
         self.image, self.patch, self.window = image, patch, window
         self.encoder = VisionTransformer(
             img_size=image,
