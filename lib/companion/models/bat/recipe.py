@@ -16,7 +16,7 @@ from ...data import present
 from ...data import tracking as data
 from ...errors import BadParameter, MissingWeights
 from ...evaluation.metrics.tracking import Scores, evaluate
-from ...evaluation.tables import Results
+from ...evaluation.tables import Cells, Results
 from ...ops import papers
 from ...training.callbacks import ClipNorm
 from ...training.fit import Batch, Hardware, RunParameters
@@ -237,7 +237,7 @@ def follow_in_memory(model: nn.Module, videos: Sequence, name: str, hardware: Ha
     return {video.name: track.boxes for video, track in zip(videos, tracks, strict=True)}
 
 
-def rescored(folder: str | Path) -> dict[tuple[str, str], float]:
+def rescored(folder: str | Path) -> Cells:
     """The scores of published result files, `folder`/LasHeR/*.txt, `folder`/RGBT234/*.txt, or one of them, as cells of
     the published table and of the claims.
 
@@ -247,7 +247,7 @@ def rescored(folder: str | Path) -> dict[tuple[str, str], float]:
         BadParameter: neither folder exists.
         CorruptFile, CompanionError: a file that cannot be read, or sequences that are missing (listed).
     """
-    cells = dict[tuple[str, str], float]()
+    cells: Cells = {}
     for name in ("rgbt/lasher", "rgbt/rgbt234"):
         part = Path(folder) / TITLES[name]
         if part.is_dir():

@@ -25,7 +25,7 @@ from ...data import few, find, present, pretraining
 from ...data.pretraining_sets import ADE20K, COCO, IMAGENET
 from ...errors import BadParameter, MissingWeights
 from ...evaluation.metrics import detection, landcover
-from ...evaluation.tables import Results, published_table, with_measured
+from ...evaluation.tables import Cells, Results, published_table, with_measured
 from ...ops import papers
 from ...ops.progress import progress
 from ...training import checkpoints
@@ -263,7 +263,7 @@ def augment(size: int = 224) -> v2.Transform:
     crop = v2.RandomResizedCrop(size, CROP, interpolation=InterpolationMode.BICUBIC, antialias=True)
     # bicubic overshoots a little
     inside = v2.Lambda(functools.partial(torch.clamp, min=0, max=1))
-    return v2.Compose([crop, inside, v2.RandomHorizontalFlip(), v2.Normalize(list(down.MEAN), list(down.STD))])
+    return v2.Compose([crop, inside, v2.RandomHorizontalFlip(), down.NORMALISE])
 
 
 class Augmented(Dataset):
@@ -406,7 +406,6 @@ def _segmentation(p: Parameters, r: Mapping[str, float], data: Any, test: Any) -
         return segmenter
 
     def score(model: nn.Module) -> dict[str, float]:
-        normalise = v2.Normalize(list(down.MEAN), list(down.STD))
         matrix = torch.zeros(classes, classes, dtype=torch.long)
         with evaluating(_hardware(p), model) as device:
             for i in progress(range(len(test)), "segmentation", len(test)):
@@ -414,7 +413,7 @@ def _segmentation(p: Parameters, r: Mapping[str, float], data: Any, test: Any) -
                 # the short side to 512, as mmseg tests; the prediction back to the image's original size
                 factor = size / min(image.shape[1:])
                 side = [max(1, round(n * factor)) for n in image.shape[1:]]
-                resized = normalise(v2.functional.resize(image, side, antialias=True).float() / 255)
+                resized = down.NORMALISE(v2.functional.resize(image, side, antialias=True).float() / 255)
                 logits = down.slide(model, resized.to(device), size)
                 whole = nn.functional.interpolate(logits[None], image.shape[1:], mode="bilinear", align_corners=False)
                 matrix += landcover.confusion(truth, whole[0].argmax(0).cpu(), classes)
@@ -511,7 +510,7 @@ def label(row: Mapping[str, Any]) -> str:
     }[row["encoder"]]
 
 
-def cells(rows: pd.DataFrame, table: str) -> dict[tuple[str, str], float]:
+def cells(rows: pd.DataFrame, table: str) -> Cells:
     """Means over seeds by (row, column) of one of `TABLES`."""
     rows = rows[rows.metric.isin(TABLES[table]) & (rows.task != "linear probe")]
     names = [label(row) for row in rows.to_dict("records")]

@@ -19,7 +19,7 @@ from ...data import domains, few, fewshot, find, present
 from ...data.classification import Images
 from ...data.domains_sets import CLASSES
 from ...errors import BadParameter, MissingWeights
-from ...evaluation.tables import Results, compare_published, published_table
+from ...evaluation.tables import Cells, Results, compare_published, published_table
 from ...ops import papers
 from ...training.fit import Hardware, History, RunParameters, predict
 from ...training.recipe import Training, dry_items
@@ -315,7 +315,7 @@ def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
     return groups.agg(mean="mean", std=lambda x: x.std(ddof=0), seeds="count").reset_index()
 
 
-def claim_cells(table: pd.DataFrame) -> dict[tuple[str, str], float]:
+def claim_cells(table: pd.DataFrame) -> Cells:
     """Means over all sets of a domain by (method, column), where all were measured.
 
     The columns are "base to novel, remote", which is HM, and of the transfers from `SOURCES` "cross-dataset, remote",

@@ -47,6 +47,8 @@ from . import official
 
 MASKED = 0.75  # fraction of hidden patches
 
+Computed = tuple[Tensor, dict[str, Tensor]]  # a result, and by name what it is computed from
+
 
 @dataclass(frozen=True)
 class Blocks:
@@ -183,12 +185,12 @@ class Fusion(bert.BertLayer):
         self.mean = nn.Linear(sizes.width, sizes.width)
         self.mix = bert.BertSelfOutput(config)
 
-    def context(self, a: Tensor, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def context(self, a: Tensor, z: Tensor) -> Computed:
         """c (B, L, H) of words a (B, L, H) and patches z (B, K, H); its terms "fine" and "coarse"."""
         fine, coarse = self.cross(a, z), self.mean(z.mean(1, keepdim=True))  # (B, L, H), (B, 1, H)
         return fine + coarse, {"fine": fine, "coarse": coarse}
 
-    def forward(self, x: Tensor, mask: Tensor, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, x: Tensor, mask: Tensor, z: Tensor) -> Computed:
         """f (B, L, H) of embedded words x (B, L, H) and patches z (B, K, H); the terms by name."""
         a = self.attention(x, mask)[0]  # (5)
         c, out = self.context(a, z)  # (6)
@@ -218,7 +220,7 @@ class TextDecoder(nn.Module):
         self.pooler = bert.BertPooler(config) if sizes.pooler else None  # not used, as released
         self.head = WordHead(config)
 
-    def forward(self, ids: Tensor, attention: Tensor, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, ids: Tensor, attention: Tensor, z: Tensor) -> Computed:
         """Logits (B, L, V) of words (B, L) and patches z (B, K, H); the terms of the fusion, "embedded" and "fused".
 
         attention: (B, L), 0 on padding.
@@ -399,7 +401,7 @@ class ECAMP(OfficialModel):
         out = {"low": low, "keep": keep, "hidden": hidden, "latent": latent, "pixels": pixels}
         return Losses(mim + sr + mlm, mim, sr, mlm), out | resolved | read
 
-    def resolve(self, pixels: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def resolve(self, pixels: Tensor, batch: Batch) -> Computed:
         """The super-resolution loss of decoded patches (B, N, 3 p p); "super_resolved" (B, 3, 2 S, 2 S)."""
         y = self.super_resolution(unpatchify(pixels, self.patch))  # (B, 3, 2 S, 2 S)
         inside = None
@@ -407,7 +409,7 @@ class ECAMP(OfficialModel):
             inside = windows(batch.window, self.window, 2 * self.patch, y.shape[-1])
         return sr_loss(y, batch.images, inside), {"super_resolved": y}  # (4)
 
-    def read(self, latent: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def read(self, latent: Tensor, batch: Batch) -> Computed:
         """The loss of the masked words, from encoder tokens (B, 1 + K, D); "logits" and the terms of the fusion."""
         z = self.project(latent[:, 1:])  # (B, K, H)  (1)
         logits, out = self.text(batch.ids, batch.attention, z)  # (B, L, V)  (5) to (7)
