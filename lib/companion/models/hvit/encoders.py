@@ -24,7 +24,7 @@ from ...errors import BadParameter
 from ...ops.config import configure
 from ..layers.attend import attention_map
 from ..layers.pos_embed import resize_pos_embed
-from ..layers.state_dicts import load_official
+from ..layers.state_dicts import OfficialModel
 from . import official
 
 LARGEST_CROP = 0.875  # of the side: DINO's global crops, for which both encoders' position embeddings are made
@@ -32,7 +32,7 @@ LARGEST_CROP = 0.875  # of the side: DINO's global crops, for which both encoder
 Named = dict[str, Any]  # intermediate results by name
 
 
-class Encoder(nn.Module):
+class Encoder(OfficialModel):
     """A ViT over a grid of tokens, read out at its [CLS] token: the base of `PatchEncoder` and `RegionEncoder`.
 
     Args:
@@ -126,12 +126,7 @@ class Encoder(nn.Module):
         Raises `BadCheckpoint`: names that are missing, unknown, or of another shape.
         """
         state = {name: value for name, value in state.items() if not name.startswith("head.")}
-        return cls(**official.encoder_sizes(state, cls.FIRST, heads)).loaded(state)
-
-    def loaded(self, state: Mapping[str, Tensor]) -> Self:
-        """The encoder in eval mode, with the tensors of a state dict."""
-        load_official(self, state, None, f"H-ViT's {type(self).__name__}")
-        return self.eval()
+        return cls(**official.encoder_sizes(state, cls.FIRST, heads)).loaded(state, f"H-ViT's {cls.__name__}")
 
 
 def key_mask(keep: Tensor | None) -> Tensor | None:
@@ -180,7 +175,7 @@ class PatchEncoder(Encoder):
     def from_timm(cls, vit: VisionTransformer) -> Self:
         """The encoder with the outputs of a timm ViT, as `forward_features` of it; see `official.timm_encoder`."""
         sizes, state = official.timm_encoder(vit)
-        return cls(**sizes).loaded(state)
+        return cls(**sizes).loaded(state, f"H-ViT's {cls.__name__}")
 
 
 class RegionEncoder(Encoder):
