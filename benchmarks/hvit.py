@@ -80,7 +80,7 @@ def blocks_step() -> Step:
     def step() -> None:
         z = x
         for block in blocks:
-            z = block(z)[0]
+            z = block(z)
         z.sum().backward()
         optimizer.step()
         optimizer.zero_grad()

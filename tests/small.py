@@ -65,10 +65,10 @@ def _dplq(recipe: ModuleType, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(recipe, "published_settings", lambda protocol: published(protocol) | {"prompt depth": 3})
     patch.setattr(recipe, "_clip", lambda weights: encoders.build("pocket_clip"))
     patch.setattr(recipe.open_clip, "get_tokenizer", lambda name: Tokenizer())
-    domain = recipe._domain_model
+    domain = recipe.domain_model
     # a dry run's have random weights
     small = {"random": "clip"}
-    patch.setattr(recipe, "_domain_model", lambda name, source, clip: domain(small.get(source, name), source, clip))
+    patch.setattr(recipe, "domain_model", lambda name, source, clip: domain(small.get(source, name), source, clip=clip))
 
 
 def _ecamp(recipe: ModuleType, patch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from companion.data import classification, domains, rasters, xrays
 from companion.errors import CorruptFile
 from companion.models import ecamp, hvit, metasegnet
 from companion.models.dmt import downstream
+from companion.models.ecamp.detection import decode
 from companion.models.sic_cads import detectors
 from tests.models.common import refuses
 from tests.small import small_pipe
@@ -99,7 +100,7 @@ def test_names_are_those_of_the_prompts_or_numbers(files: list[Path]) -> None:
 def test_boxes_of_x_rays_and_masks_of_photographs_in_colour(files: list[Path]) -> None:
     detector, seen = trained("ECAMP's detector"), []
     with torch.no_grad():
-        boxes = detector.decode(detector(stacked(files, xrays.squeeze_transform(32), True)), confidence=0.4)
+        boxes = decode(detector(stacked(files, xrays.squeeze_transform(32), True)), 32, confidence=0.4)
     assert max(map(len, boxes)) > 0
     torch.testing.assert_close(companion.predict(detector, files, confidence=0.4), boxes)
     fundus = ecamp.Segmenter(trained("ECAMP").encoder, outputs=2).eval()  # disc and cup

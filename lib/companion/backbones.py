@@ -189,8 +189,9 @@ def or_random(name: str, weights: str | Path) -> str | Path:
 def read_state(path: str | Path) -> dict[str, torch.Tensor]:
     """The named tensors of a safetensors or torch.save file, read without executing code from it.
 
-    Of a training checkpoint, the entry "net", "state_dict" or "model" is read, and objects of the trainer's own classes
-    are ignored. A file that ends in .pkl is a plain pickle of tensors or arrays, as in detectron2.
+    Of a training checkpoint, the entry "net", "state_dict", "model" or "teacher" (DINO's, iBOT's) is read, and objects
+    of the trainer's own classes are ignored. A file that ends in .pkl is a plain pickle of tensors or arrays, as in
+    detectron2.
 
     Raises `CorruptFile` when it is missing, truncated, has other content, or fails `check_state`.
     """
@@ -203,7 +204,7 @@ def read_state(path: str | Path) -> dict[str, torch.Tensor]:
             raise CorruptFile(path, f"not a safetensors file ({type(error).__name__}: {error})") from error
     else:
         state = unpickle.load(path) if pickled else unpickle.load_torch(path)
-    for entry in ("net", "state_dict", "model"):
+    for entry in ("net", "state_dict", "model", "teacher"):
         if isinstance(state, dict) and isinstance(state.get(entry), dict):
             state = state[entry]
             break

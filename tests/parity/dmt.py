@@ -16,7 +16,7 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from companion.models.dmt import teachers
+from companion.backbones import read_state
 from companion.models.dmt.vit import ViT, encoder_state
 from companion.models.layers.mae import MAE, visible_tokens
 from companion.models.layers.state_dicts import load_official
@@ -26,7 +26,7 @@ from .runner import Case
 
 def read(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint; of a full training checkpoint the encoder, by its own names."""
-    state = teachers.read(path)
+    state = read_state(path)
     wrapped = any(name.startswith(("module.", "base_encoder.", "backbone.")) for name in state)
     return encoder_state(state) if wrapped else state
 
@@ -39,7 +39,7 @@ def _named(state: Mapping[str, Tensor], prefix: str, *without: str) -> dict[str,
 
 def _mlp(inputs: int, outputs: int, state: Mapping[str, Tensor]) -> nn.Module:
     head = Mlp(inputs, outputs, outputs)
-    load_official(head, state, {name: name for name in head.state_dict()}, "a head")
+    load_official(head, state, None, "a head")
     return head
 
 

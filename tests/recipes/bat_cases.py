@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from companion.data import tracking as data
 from companion.evaluation.metrics.tracking import evaluate
 from companion.models.bat import BAT, OSTrack, Prediction, foundation, recipe
-from companion.models.bat.ostrack import COUNTERS
 from companion.models.layers.state_dicts import load_official
 from companion.training.callbacks import EarlyStop
 from companion.training.fit import CPU, fit
@@ -259,7 +258,7 @@ def _trajectory(case: Case) -> list[Row]:
     names = model.official_names()
     floats = {names[n]: list(t.shape) for n, t in model.state_dict().items() if t.is_floating_point()}
     state = {n: torch.as_tensor(a) for n, a in fill.state_dict(floats, s["weights"]["seed"]).items()}
-    load_official(model, state, names, "BAT", optional=COUNTERS)
+    load_official(model, state, names, "BAT", optional=("num_batches_tracked",))
     rng = np.random.default_rng(batch["seed"])
     crops = [torch.from_numpy(rng.standard_normal(batch[n], dtype=np.float32)) for n in ("template", "search")]
     items = itertools.cycle(list(zip(*crops, case.data["in.boxes"], strict=True)))

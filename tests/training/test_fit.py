@@ -471,12 +471,12 @@ def test_gpus_that_are_not_there_are_refused_and_apple_silicon_is_used_only_on_r
 
 def test_the_precision_of_the_authors_is_that_of_the_paper_profile_on_a_gpu(monkeypatch):
     def used(**changes):
-        return Hardware.of(SimpleNamespace(**p | changes), slug, workers=4)
+        return Hardware.of(SimpleNamespace(**p | changes), slug, workers=1)
 
     p = {"profile": "paper", "dry_run": False, "accelerator": "auto", "devices": 2, "precision": "paper"}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     slug = "sa2vp"
-    assert used() == Hardware("auto", 2, "32-true", 4)
+    assert used() == Hardware("auto", 2, "32-true", 1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for slug in slugs():
         authors = used(dry_run=True)

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from companion.models.ecamp import official
-from companion.models.ecamp.model import MASKED, Bert, Fusion
+from companion.models.ecamp.model import ECAMP, MASKED, Bert, Fusion
 from companion.models.ecamp.recipe import TITLES
+from companion.models.layers.state_dicts import renamed
 
 from . import Old, call, numbers, tap
 
@@ -106,7 +107,7 @@ def _fusion(old: Old) -> dict[str, Any]:
     config, start = old.config, f"{official.BERT}context_fusion_layer."
     sizes = {"width": config["hidden_size"], "heads": config["num_attention_heads"]}
     sizes |= {"hidden": config["intermediate_size"], "dropout": 0.0}
-    names = official.names("pre-training", [f"text.fusion.{name}" for name in Fusion(Bert(**sizes)).state_dict()])
+    names = renamed([f"text.fusion.{name}" for name in Fusion(Bert(**sizes)).state_dict()], ECAMP.rules)
     names = {ours.removeprefix("text.fusion."): theirs.removeprefix(start) for ours, theirs in names.items()}
     part = [":", f"::{config['stride_text']}", f"::{config['stride_channel']}"]
     terms = {"self_attention": "attended", "cross_context": "fine", "after_mix": "mixed"}

@@ -63,7 +63,7 @@ def _encoder(old: Old) -> dict[str, Any]:
         "outputs": {
             "pos_embed_interpolated": _first(old, "pos_embed_interpolated", "$positions"),
             "tokens": _first(old, "tokens", "$tokens"),
-            **{name: _first(old, name, f"${name}.0.0") for name in blocks},
+            **{name: _first(old, name, f"${name}.0") for name in blocks},
             "last_attention_cls_row": "$run.1.attention",
             "cls": "$cls",
         },

@@ -42,9 +42,10 @@ def protocol(slug: str, **facts: object) -> dict[str, str]:
     in.
 
     Args:
-        facts: what the templates name: "{EPOCHS}", "{LOOKAHEAD[k]}", "{coco.lr:g}".
+        facts: what the templates name: "{EPOCHS}", "{LOOKAHEAD[k]}", "{coco.lr:g}"; "{precision}" is the YAML's own.
     """
-    return {name: text.format_map(facts) for name, text in paper(slug)["protocol"].items()}
+    known = {"precision": paper(slug).get("precision"), **facts}
+    return {name: text.format_map(known) for name, text in paper(slug)["protocol"].items()}
 
 
 FINDINGS = ("fault", "surprise", "recipe")

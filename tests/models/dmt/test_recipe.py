@@ -200,7 +200,7 @@ def test_real_sets_are_trained_for_the_published_steps(task, count, shares, monk
             return count
 
     monkeypatch.setattr(runs.pretraining, "load", lambda *args: Many())
-    r, training = runs.published(task), runs.downstream(given(task=task, dry_run=False, encoder="random")).training
+    r, training = runs.published(task), runs.downstream(given(task=task, dry_run=False, encoder="random"))[1]
     model, steps = training.build(), round(training.fit["epochs"] * (count // training.fit["batch"]))
     assert steps == (r["steps"] if "steps" in r else r["epochs"] * (count // r["batch"]))
     groups = training.fit["optimizer"](model).param_groups
@@ -232,7 +232,7 @@ class Outputs(nn.Module):
 
 
 def test_the_weights_of_a_probe_have_its_encoder():
-    training = runs.downstream(given(task="linear probe"), real=False).training
+    _, training, _ = runs.downstream(given(task="linear probe"), real=False)
     assert "0.vit.cls_token" in training.weights(training.build())
 
 
@@ -246,7 +246,8 @@ def test_the_weights_of_a_probe_have_its_encoder():
     ],
 )
 def test_scores_are_those_of_the_outputs(task, expected):
-    assert runs.downstream(given(task=task), real=False).score(Outputs(task)) == pytest.approx(expected, rel=1e-5)
+    _, _, score = runs.downstream(given(task=task), real=False)
+    assert score(Outputs(task)) == pytest.approx(expected, rel=1e-5)
 
 
 def test_what_is_missing_or_of_another_model_is_refused(tmp_path, monkeypatch):

@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from companion.errors import BadCheckpoint, CorruptFile, MissingWeights
-from companion.models.dplq import DPLQ, MAEFeatures, domain_model
-from companion.models.dplq.model import sam_state
+from companion.models.dplq import DPLQ, DomainModel, MAEFeatures, domain_model
+from companion.models.dplq.model import NoFeatures, sam_state
 from companion.models.layers import mae
 from companion.toy import encoders
 from companion.toy.tokens import Tokenizer
@@ -138,6 +138,14 @@ def test_what_would_run_wrongly_is_refused(clip, tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.parametrize(("batch", "expected"), [(1, [1, 1, 1]), (None, [3])])
+def test_a_domain_model_of_large_images_takes_them_one_by_one(batch, expected):
+    sizes, encoder = [], NoFeatures(4)
+    encoder.register_forward_hook(lambda module, given, output: sizes.append(len(given[0])))
+    assert DomainModel(encoder, batch=batch)(torch.zeros(3, 3, 8, 8)).shape == (3, 4)
+    assert sizes == expected
+
+
 def test_domain_models_of_another_size_get_their_size(clip, tmp_path):
     """A CLIP that reads 32 pixels, and encoders that read 224 or 48."""
     other = domain_model("vit_tiny_patch16_224", "random", clip=clip).train()
@@ -149,5 +157,5 @@ def test_domain_models_of_another_size_get_their_size(clip, tmp_path):
         ours = domain_model("remote-sensing", tmp_path / "mae.pth", clip=clip)
         assert (ours.size, ours(images()).shape) == (resized, (2, 32))
     medical = domain_model("medical", "random", clip=clip)
-    assert (medical.size, medical.num_features) == (1024, 256)
+    assert (medical.size, medical.batch, medical.num_features) == (1024, 1, 256)
     assert DPLQ(clip, CLASSES, Tokenizer(), medical, depth=2).meta_net.linear1.in_features == 256

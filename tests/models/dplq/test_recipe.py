@@ -137,17 +137,6 @@ def test_what_is_missing_or_contradicts_is_refused(tmp_path, monkeypatch):
     refuses((run(dataset="folder"), "'remote-sensing', 'medical'"))
 
 
-def test_a_domain_model_of_large_images_takes_them_one_by_one(monkeypatch):
-    sizes, model = [], NoFeatures(4)
-    model.register_forward_hook(lambda module, given, output: sizes.append(len(given[0])))
-    monkeypatch.setattr(recipe, "domain_model", lambda name, source, clip: model)
-    for name, expected in (("medical", [1, 1, 1]), ("remote-sensing", [3])):
-        found = recipe._domain_model(name, "random", None)
-        assert found(torch.zeros(3, 3, 8, 8)).shape == (3, 4) and found.num_features == 4
-        assert sizes == expected
-        sizes.clear()
-
-
 def test_results_are_means_over_seeds_in_the_published_tables_and_judge_claims_by_whole_domains(tmp_path):
     path, p = tmp_path / "measured.csv", given(dataset="remote/aid", noise="off")
     for seed, base, novel, mean in ((1, 90.0, 60.0, 72.0), (2, 10.0, 10.0, 10.0), (2, 80.0, 80.0, 80.0)):

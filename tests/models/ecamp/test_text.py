@@ -25,8 +25,6 @@ def vocabulary():
     ("released", 0.72, ["effusion"]),
     ("released", 0.69, ["there", "is", "small", "effusion"]),
     ("intended", 0.99, ["is", "small"]),
-    ("mrm", 0.49, ["there", "is", "small", "effusion"]),
-    ("mrm", 0.51, []),
 ])  # fmt: skip
 def test_what_is_masked(kind, draw, hidden):
     """The two words before an entity are its descriptors."""

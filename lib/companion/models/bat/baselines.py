@@ -23,30 +23,18 @@ class FullFineTuning(BAT):
     def __init__(self, tracker: OSTrack, width: int = 8, **options: Any):
         super().__init__(tracker, width, **options)
         self.tracker = copy.deepcopy(tracker).requires_grad_(True)
-        for name in ("cls_token", "pos_embed"):  # in the released checkpoints, and never used
-            if getattr(self.tracker.vit, name, None) is not None:
-                getattr(self.tracker.vit, name).requires_grad_(False)
+        for unused in (self.tracker.vit.cls_token, self.tracker.vit.pos_embed):  # in the released checkpoints
+            if unused is not None:
+                unused.requires_grad_(False)
 
 
 class _Frozen(Tracks):
-    """A frozen tracker on the two streams, called as `BAT`: subclasses have `locate`."""
+    """A frozen tracker on the two streams, called as `BAT`."""
 
     def __init__(self, tracker: OSTrack):
         configure(self, locals())
         super().__init__()
         self.tracker = frozen_copy(tracker)
-
-    def forward(self, template: Tensor, search: Tensor) -> Prediction:
-        """As `BAT.forward`."""
-        return self.locate(self.embed_template(template), search)
-
-    def embed_template(self, template: Tensor) -> Tensor:
-        """Template tokens (2b, n, d)."""
-        return self.tracker.embed_template(streams(template))
-
-    def locate(self, template_tokens: Tensor, search: Tensor) -> Prediction:
-        """As `BAT.locate`."""
-        raise NotImplementedError
 
 
 class SingleStream(_Frozen):

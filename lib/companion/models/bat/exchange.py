@@ -35,6 +35,11 @@ class Crops(NamedTuple):
     titles: list[str]
 
 
+def situations(video: data.Annotated) -> Sequence[str]:
+    """The situation of each frame, where it is known, or empty texts."""
+    return getattr(video, "situation", [""] * len(video))
+
+
 def crops(tracker: OSTrack, video: data.Annotated, times: Iterable[int]) -> Crops:
     """The crops of `times`, each 1 or more."""
     template = data.normalise(data.crop(video.frame(0), video.boxes[0], 2, tracker.template)[0])
@@ -43,7 +48,7 @@ def crops(tracker: OSTrack, video: data.Annotated, times: Iterable[int]) -> Crop
         patch, scale = data.crop(video.frame(t), video.boxes[t - 1], 4, tracker.search)
         search.append(data.normalise(patch))
         boxes.append(tracker.search * data.box_in_crop(video.boxes[t], video.boxes[t - 1], scale, tracker.search))
-        titles.append(f"frame {t}\n{getattr(video, 'situation', [''] * len(video))[t]}")
+        titles.append(f"frame {t}\n{situations(video)[t]}")
     return Crops(template.expand(len(search), -1, -1, -1), torch.stack(search), np.array(boxes), titles)
 
 

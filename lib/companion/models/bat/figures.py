@@ -16,14 +16,9 @@ from ...data import tracking as data
 from ...evaluation.metrics.tracking import iou
 from ...viz import plots
 from ...viz.style import method_colours, styled
-from .exchange import STREAMS, Crops
+from .exchange import STREAMS, Crops, situations
 
 Boxes = Mapping[str, Mapping[str, np.ndarray]]  # method -> video -> (n, 4)
-
-
-def situations(video: data.Annotated) -> Sequence[str]:
-    """The situation of each frame, where it is known, or empty texts."""
-    return getattr(video, "situation", [""] * len(video))
 
 
 def boxes_at(video: data.Annotated, frame: int, tracked: Boxes) -> dict[str, Sequence[float]]:
@@ -32,17 +27,17 @@ def boxes_at(video: data.Annotated, frame: int, tracked: Boxes) -> dict[str, Seq
     return {"white": video.boxes[frame]} | {colours[name]: tracked[name][video.name][frame] for name in colours}
 
 
-def spread(video: data.Annotated, count: int = 5) -> list[int]:
-    """Up to `count` frames, evenly spread over those that show the target as the one before does."""
+def spread(video: data.Annotated) -> list[int]:
+    """Up to five frames, evenly spread over those that show the target as the one before does."""
     there: np.ndarray = np.all(video.boxes[:, 2:] > 0, 1)
     shown = np.flatnonzero(there[1:] & there[:-1]) + 1
-    return shown[np.unique(np.linspace(0, len(shown) - 1, count).astype(int))].tolist()
+    return shown[np.unique(np.linspace(0, len(shown) - 1, 5).astype(int))].tolist()
 
 
-def film(video: data.Annotated, tracked: Boxes, count: int = 16) -> list[np.ndarray]:
-    """Up to `count` frames of both streams side by side, with the boxes of `boxes_at`."""
+def film(video: data.Annotated, tracked: Boxes) -> list[np.ndarray]:
+    """Up to 16 frames of both streams side by side, with the boxes of `boxes_at`."""
     images = []
-    for t in np.unique(np.linspace(0, len(video) - 1, count, dtype=int)):
+    for t in np.unique(np.linspace(0, len(video) - 1, 16, dtype=int)):
         image, drawn = video.frame(t), boxes_at(video, t, tracked)
         parts = [plots.boxed(part.copy(), drawn) for part in (image[..., :3], image[..., 3:])]
         images.append(np.concatenate(parts, 1))

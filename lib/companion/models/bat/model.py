@@ -17,7 +17,7 @@ Shapes: b pairs of crops, n template tokens and m search tokens of each stream, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -34,9 +34,12 @@ from ..layers import state_dicts
 from ..layers.attend import attention_map
 from ..layers.frozen import frozen_copy
 from .elimination import checked, eliminate, restore
-from .ostrack import COUNTERS, OFFICIAL, OSTrack, Prediction
+from .ostrack import OSTrack, Prediction
 
 STAGES = {"attention": "adap_t", "mlp": "adap2_t"}  # of a block: the authors' name of the adapter, A1 or A2
+ADAPTERS = [
+    (rf"^adapters\.(\d+)\.{ours}\.", rf"backbone.blocks.\1.{theirs}.adapter_") for ours, theirs in STAGES.items()
+]
 
 
 def streams(images: Tensor) -> Tensor:
@@ -90,10 +93,26 @@ class Adapter(nn.Module):
 
 
 class Tracks(nn.Module):
-    """What `companion.predict` and `companion.export` read of BAT and its baselines."""
+    """The calls of BAT and its baselines, which have `locate`, and what `companion.predict` and `companion.export`
+    read."""
 
     tracker: OSTrack
     all_outputs = True
+
+    def forward(self, template: Tensor, search: Tensor) -> Prediction:
+        """The prediction on template (b, 6, t, t) and search (b, 6, s, s) crops.
+
+        Channels 0-2 are the first stream, 3-5 the second.
+        """
+        return self.locate(self.embed_template(template), search)
+
+    def embed_template(self, template: Tensor) -> Tensor:
+        """Template tokens (2b, n, d) of crops (b, 6, t, t), for `locate`; computed once per video."""
+        return self.tracker.embed_template(streams(template))
+
+    def locate(self, template_tokens: Tensor, search: Tensor) -> Prediction:
+        """The prediction on search crops (b, 6, s, s), with the tokens of `embed_template`."""
+        raise NotImplementedError
 
     def predict(self, images: Sequence[Any], names: Sequence[str], *, box: Sequence[float], **options: Any) -> Any:
         """The `tracking.Track` of `box` (x, y, w, h) in two folders or video files; options as of `tracking.track`."""
@@ -118,6 +137,8 @@ class BAT(Tracks, state_dicts.OfficialModel):
             configurations, {3: 0.7, 6: 0.7, 9: 0.7} in OSTrack.
     """
 
+    rules = ((r"^tracker\.", ""), *OSTrack.rules, *ADAPTERS)
+
     def __init__(
         self,
         tracker: OSTrack,
@@ -140,19 +161,7 @@ class BAT(Tracks, state_dicts.OfficialModel):
         """A new adapter of a stage, "attention" or "mlp"; a subclass may return another module."""
         return Adapter(dim, width, dropout, std)
 
-    def forward(self, template: Tensor, search: Tensor) -> Prediction:
-        """The prediction on template (b, 6, t, t) and search (b, 6, s, s) crops.
-
-        Channels 0-2 are the first stream, 3-5 the second.
-        """
-        return self.locate(self.embed_template(template), search)
-
-    def embed_template(self, template: Tensor) -> Tensor:
-        """Template tokens (2b, n, d) of crops (b, 6, t, t), for `locate`; computed once per video."""
-        return self.tracker.embed_template(streams(template))
-
     def locate(self, template_tokens: Tensor, search: Tensor) -> Prediction:
-        """The prediction on search crops (b, 6, s, s), with the tokens of `embed_template`."""
         return self.tracker.forward_head(self.forward_features(template_tokens, search))
 
     def forward_features(self, template_tokens: Tensor, search: Tensor) -> Tensor:
@@ -237,12 +246,4 @@ class BAT(Tracks, state_dicts.OfficialModel):
         down = "backbone.blocks.0.adap_t.adapter_down.weight"
         state_dicts.check_names(state, [down], "BAT (an OSTrack checkpoint has no adapters: OSTrack.from_official)")
         model = cls(OSTrack.like(state, heads), len(state[down]), **options)
-        state_dicts.load_official(model, state, model.official_names(), "BAT", optional=COUNTERS)
-        return model.eval()
-
-    def official_names(self) -> dict[str, str]:
-        """Our name -> the authors', for every tensor."""
-        adapters: list[tuple[str, str | Callable]] = [
-            (rf"^adapters\.(\d+)\.{stage}\.", rf"backbone.blocks.\1.{name}.adapter_") for stage, name in STAGES.items()
-        ]
-        return state_dicts.renamed(self.state_dict(), [(r"^tracker\.", ""), *OFFICIAL, *adapters])
+        return model.loaded(state, "BAT")

@@ -7,7 +7,7 @@ the search crop. Written from botaoye/OSTrack; its tensors load by `from_officia
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -25,13 +25,6 @@ from ..layers.heads import vit_sizes
 from ..layers.pos_embed import resize_pos_embed
 
 BRANCHES = {"ctr": 1, "offset": 2, "size": 2}  # of the head: output channels
-COUNTERS = ("num_batches_tracked",)  # of BatchNorms; unused, and may be absent
-OFFICIAL: list[tuple[str, str | Callable]] = [  # from our names to the authors'
-    (r"^position_template$", "backbone.pos_embed_z"),
-    (r"^position_search$", "backbone.pos_embed_x"),
-    (r"^vit\.", "backbone."),
-    (r"^head\.(\w+)\.(\d)\.", lambda match: f"box_head.conv{int(match[2]) + 1}_{match[1]}."),
-]
 
 
 class Prediction(NamedTuple):
@@ -108,6 +101,13 @@ class OSTrack(state_dicts.OfficialModel):
         head_channels: see `CentreHead`.
     """
 
+    rules = (
+        (r"^position_template$", "backbone.pos_embed_z"),
+        (r"^position_search$", "backbone.pos_embed_x"),
+        (r"^vit\.", "backbone."),
+        (r"^head\.(\w+)\.(\d)\.", lambda match: f"box_head.conv{int(match[2]) + 1}_{match[1]}."),
+    )
+
     def __init__(self, vit: VisionTransformer, template: int = 128, search: int = 256, head_channels: int = 256):
         configure(self, locals())
         super().__init__()
@@ -170,13 +170,11 @@ class OSTrack(state_dicts.OfficialModel):
 
         Raises `BadCheckpoint`: names that are missing, unknown, or of another shape.
         """
-        tracker = cls.like(state, heads)
-        tracker.load_official(state)
-        return tracker
+        return cls.like(state, heads).loaded(state, "OSTrack")
 
     @classmethod
     def like(cls, state: Mapping[str, Tensor], heads: int | None = None) -> OSTrack:
-        """An OSTrack of the sizes of the authors' tensors, in eval mode; see `from_official`."""
+        """An OSTrack of the sizes of the authors' tensors; see `from_official`."""
         needed = ["backbone.pos_embed_z", "backbone.pos_embed_x", "box_head.conv1_ctr.0.weight"]
         state_dicts.check_names(state, needed, "OSTrack or BAT")
         z, x, conv = (state[name] for name in needed)
@@ -186,15 +184,7 @@ class OSTrack(state_dicts.OfficialModel):
         options = {"class_token": bool(unused), "pos_embed": "learn" if unused else "none", "drop_path_rate": 0.1}
         vit = VisionTransformer(**sizes, **options, num_classes=0, global_pool="")
         template, search = (sizes["patch_size"] * math.isqrt(positions.shape[1]) for positions in (z, x))
-        return cls(vit, template, search, head_channels=len(conv)).eval()
-
-    def load_official(self, state: Mapping[str, Tensor]) -> None:
-        """Copy the authors' tensors into this tracker. Raises `BadCheckpoint` when one does not match."""
-        state_dicts.load_official(self, state, self.official_names(), "OSTrack", optional=COUNTERS)
-
-    def official_names(self) -> dict[str, str]:
-        """Our name -> the authors', for every tensor."""
-        return state_dicts.renamed(self.state_dict(), OFFICIAL)
+        return cls(vit, template, search, head_channels=len(conv))
 
 
 def foundation(weights: str | Path = "pretrained") -> OSTrack:

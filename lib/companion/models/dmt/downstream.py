@@ -43,6 +43,7 @@ from ..layers import heads
 from .vit import ViT
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of all released teachers
+NORMALISE = v2.Normalize(list(MEAN), list(STD))
 IGNORED = 255
 # of fine-tuning [anc: MAE]
 RAND_AUGMENT, ERASING = "rand-m9-mstd0.5-inc1", 0.25
@@ -113,7 +114,7 @@ def test_transform(size: int = 224) -> v2.Transform:
     """The centre of an image whose short side is size x 256 / 224, bicubic."""
     cubic = InterpolationMode.BICUBIC
     steps = [v2.Resize(round(size * 256 / 224), cubic, antialias=True), v2.CenterCrop(size), v2.PILToTensor()]
-    steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(MEAN), list(STD))]
+    steps += [v2.ToDtype(torch.float32, scale=True), NORMALISE]
     return configure(v2.Compose(steps), {"size": size}, test_transform)
 
 
@@ -430,7 +431,7 @@ class SceneCrops(Dataset):
                 v2.RandomHorizontalFlip(),
                 v2.RandomPhotometricDistort(),
                 v2.ToDtype({tv_tensors.Image: torch.float32, tv_tensors.Mask: torch.long, "others": None}, scale=True),
-                v2.Normalize(list(MEAN), list(STD)),
+                NORMALISE,
                 v2.ToPureTensor(),
             ]
         )

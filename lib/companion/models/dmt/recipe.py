@@ -7,7 +7,7 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, Protocol
@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 from torchvision.transforms import InterpolationMode, v2
 
+from ...backbones import read_state
 from ...data import few, find, present, pretraining
 from ...data.pretraining import ADE20K, COCO, IMAGENET
 from ...errors import BadParameter, MissingWeights
 from ...evaluation.metrics import detection, landcover
-from ...evaluation.tables import Results, published_table, with_measured
+from ...evaluation.tables import Cells, Results, published_table, with_measured
 from ...ops import papers
 from ...ops.progress import progress
 from ...training import checkpoints
@@ -39,7 +40,7 @@ from . import vit
 from .model import DMT, Teachers, loss
 from .vit import ViT
 
-WORKERS = min(16, os.cpu_count() or 1)
+WORKERS = 16
 MICRO_BATCH = 256  # micro-batch of a device; the gradients of a step are accumulated
 LOSSES = {"token and map": (1, 1), "token": (1, 0), "map": (0, 1)}  # weights of token and feature-map loss
 USUAL = {"distil": IMAGENET, "fine-tune": IMAGENET, "linear probe": IMAGENET, "detect": COCO, "segment": ADE20K}
@@ -108,11 +109,11 @@ def run(p: Parameters, out: Path) -> Result:
             title += f"; the student is {student_file(training, out)}"
             scores = {"last loss": history[-1]["loss"]}
         else:
-            work = downstream(chosen, real)
-            model, history = train(work.training, out)
-            title, scores = work.title, work.score(model)
+            title, training, score = downstream(chosen, real)
+            model, history = train(training, out)
+            scores = score(model)
             settings = {name: getattr(chosen, name) for name in ("task", "encoder", "seed", *DISTILLED)}
-            new = (settings | {"metric": metric, "score": score} for metric, score in scores.items())
+            new = (settings | {"metric": metric, "score": value} for metric, value in scores.items())
             RESULTS.measured(out / "measured.csv", *new, dry_run=p.dry_run)
         titles.append(title)
         rows += [(task, len(history), metric, value) for metric, value in scores.items()]
@@ -133,8 +134,7 @@ def published(task: str) -> dict[str, float]:
 def protocol() -> dict[str, str]:
     """The settings of the `paper` profile, one per row. DMT's own were not found: these are its ancestors'."""
     tasks = {task.replace("-", "_").replace(" ", "_"): published(task) for task in USUAL}
-    constants = {"SIZES": SIZES, "DROPS": DROPS, "CROP": [100 * share for share in CROP], "down": down}
-    return papers.protocol("dmt", **tasks, **constants, precision=papers.paper("dmt")["precision"])
+    return papers.protocol("dmt", **globals() | tasks | {"CROP": [100 * share for share in CROP]})
 
 
 def _hardware(p: Parameters, batch: int = 1, micro_batch: int = MICRO_BATCH) -> Hardware:
@@ -220,9 +220,6 @@ def distillation(p: Parameters, out: Path, real: bool = True) -> tuple[str, Trai
             apart(make)  # the code below only opens it
         return make()
 
-    def metadata(model: nn.Module) -> dict[str, str]:
-        return {"distilled": json.dumps({name: getattr(p, name) for name in DISTILLED})}
-
     return title, Training(
         name=f"ViT-{p.student}, seed {p.seed}, {checkpoints.checkpoint_key(**facts)}",
         build=lambda: build(p, taught_by),
@@ -231,7 +228,7 @@ def distillation(p: Parameters, out: Path, real: bool = True) -> tuple[str, Trai
         fit=options,
         facts=facts,
         weights=lambda model: model.student.to_official(),
-        metadata=metadata,
+        metadata=lambda model: {"distilled": json.dumps({name: getattr(p, name) for name in DISTILLED})},
         dry_run=p.dry_run,
     )
 
@@ -266,7 +263,7 @@ def augment(size: int = 224) -> v2.Transform:
     crop = v2.RandomResizedCrop(size, CROP, interpolation=InterpolationMode.BICUBIC, antialias=True)
     # bicubic overshoots a little
     inside = v2.Lambda(functools.partial(torch.clamp, min=0, max=1))
-    return v2.Compose([crop, inside, v2.RandomHorizontalFlip(), v2.Normalize(list(down.MEAN), list(down.STD))])
+    return v2.Compose([crop, inside, v2.RandomHorizontalFlip(), down.NORMALISE])
 
 
 class Augmented(Dataset):
@@ -285,19 +282,8 @@ class Augmented(Dataset):
 # --- downstream -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Downstream:
-    """A task on a dataset.
-
-    Attributes:
-        title: of task, dataset and encoder.
-        training: of its model.
-        score: of the trained model on the test split: by metric, in percent.
-    """
-
-    title: str
-    training: Training
-    score: Callable[[nn.Module], dict[str, float]]
+Score = Callable[[nn.Module], dict[str, float]]
+"""From a trained model to its scores on the test split: by metric, in percent."""
 
 
 def encoder(p: Parameters) -> ViT:
@@ -318,7 +304,7 @@ def encoder(p: Parameters) -> ViT:
         raise MissingWeights("a distilled student (none was released)", Path(p.weights or "weights"), ways)
     with torch.device("meta"):
         sizes = vit.build(p.student)
-    student = ViT.from_official(dmt_teachers.read(p.weights), sizes.blocks[0].attn.num_heads, "a distilled student")
+    student = ViT.from_official(read_state(p.weights), sizes.blocks[0].attn.num_heads, "a distilled student")
     # results are filed under the parameters: they must be those of the file
     choices = {"student": p.student if student.pos_embed.shape == sizes.pos_embed.shape else "another size"}
     if Path(p.weights).suffix == ".safetensors":
@@ -331,9 +317,9 @@ def encoder(p: Parameters) -> ViT:
     return student
 
 
-def downstream(p: Parameters, real: bool = True) -> Downstream:
-    """The task of the parameters `task`, `dataset`, `encoder`, `student` and `weights`; in a dry run on a few images,
-    generated ones unless `real`.
+def downstream(p: Parameters, real: bool = True) -> tuple[str, Training, Score]:
+    """The task of the parameters `task`, `dataset`, `encoder`, `student` and `weights`: its title, its training, and
+    the scores of the trained model; in a dry run on a few images, generated ones unless `real`.
 
     Raises `BadParameter`, `MissingData`, `MissingWeights`, `BadCheckpoint`: with the change or download needed.
     """
@@ -342,7 +328,7 @@ def downstream(p: Parameters, real: bool = True) -> Downstream:
         raise BadParameter("dataset", p.dataset, [dataset, "empty"])
     r, title = published(p.task), f"{p.task} on {dataset}, {p.encoder} encoder"
     title += "" if real else ", generated images in its place"
-    return Downstream(title, *TASKS[p.task](p, r, *splits(p, dry_items(p, int(r["batch"])), real)))
+    return title, *TASKS[p.task](p, r, *splits(p, dry_items(p, int(r["batch"])), real))
 
 
 def splits(p: Parameters, count: int, real: bool) -> list[Any]:
@@ -358,29 +344,22 @@ def splits(p: Parameters, count: int, real: bool) -> list[Any]:
     return list((few(found, count) if p.dry_run else found).values())
 
 
-Task = tuple[Training, Callable[[nn.Module], dict[str, float]]]
-"""A training, and the scores of its model."""
-
-
-def _fine_tuning(p: Parameters, r: Mapping[str, float], data: Any, test: Any) -> Task:
-    start, classes, per_epoch = encoder(p), CLASSES["fine-tune"], max(len(data) // int(r["batch"]), 1)
+def _fine_tuning(p: Parameters, r: Mapping[str, float], data: Any, test: Any) -> tuple[Training, Score]:
+    start, per_epoch = encoder(p), max(len(data) // int(r["batch"]), 1)
     rates = learning_rates(
         "cosine", r["lr"], int(r["epochs"]) * per_epoch, int(r["warmup_epochs"]) * per_epoch, r["final_lr"]
     )
 
-    def model() -> nn.Module:
-        return down.classifier(start, classes, drop_path=r["drop_path"])
-
-    options = _layer_decayed(p, r, data, rates, "", MICRO_BATCH)
-    return _training(p, model, down.mixed_loss(classes), lambda: data, options), lambda model: _top1(p, model, test)
+    options, classes = _layer_decayed(p, r, data, rates, "", MICRO_BATCH), CLASSES["fine-tune"]
+    build = functools.partial(down.classifier, start, classes, drop_path=r["drop_path"])
+    return _training(p, build, down.mixed_loss(classes), lambda: data, options), lambda model: _top1(p, model, test)
 
 
-def _probing(p: Parameters, r: Mapping[str, float], data: Any, test: Any) -> Task:
+def _probing(p: Parameters, r: Mapping[str, float], data: Any, test: Any) -> tuple[Training, Score]:
     """Features are computed once, of whole images without augmentation; the probe is trained on one device."""
     features = down.Features(encoder(p))
 
-    def model() -> nn.Module:
-        return down.linear(2 * features.vit.width, CLASSES["linear probe"])
+    build = functools.partial(down.linear, 2 * features.vit.width, CLASSES["linear probe"])
 
     def cached() -> Dataset:
         return TensorDataset(predict(features, data, batch=MICRO_BATCH, hardware=_hardware(p)), _labels(data))
@@ -392,20 +371,19 @@ def _probing(p: Parameters, r: Mapping[str, float], data: Any, test: Any) -> Tas
         "schedule": schedule("cosine", r["warmup_epochs"] / r["epochs"], r["final_lr"]),
         "hardware": replace(_hardware(p), devices=1, workers=0),
     }
-    training = _training(p, model, down.classification_loss, cached, options)
+    training = _training(p, build, down.classification_loss, cached, options)
     whole = replace(training, weights=lambda model: nn.Sequential(features, model).state_dict())
     return whole, lambda model: _top1(p, nn.Sequential(features, model), test)
 
 
-def _detection(p: Parameters, r: Mapping[str, float], data: Any, test: Any) -> Task:
+def _detection(p: Parameters, r: Mapping[str, float], data: Any, test: Any) -> tuple[Training, Score]:
     size, start = SIZES["detect"], encoder(p)
     step = np.arange(int(r["steps"]))
     # x 0.1 twice, and a linear warm-up, as in the script
     rates = r["lr"] * np.array([1.0, 0.1, 0.01])[np.searchsorted(DROPS, step, "right")]
     rates *= np.minimum(1, (step + 1) / max(r["warmup_steps"], 1))
 
-    def model() -> nn.Module:
-        return down.detector(start, CLASSES["detect"], size=size, drop_path=r["drop_path"])
+    build = functools.partial(down.detector, start, CLASSES["detect"], size=size, drop_path=r["drop_path"])
 
     def score(model: nn.Module) -> dict[str, float]:
         rows = down.detections(model, test, test.categories, batch=TEST_BATCH, hardware=_hardware(p))
@@ -413,10 +391,10 @@ def _detection(p: Parameters, r: Mapping[str, float], data: Any, test: Any) -> T
         return {"box AP": totals["bbox"]["AP"], "mask AP": totals["segm"]["AP"]}
 
     options = _layer_decayed(p, r, data, rates, "backbone.vit.", 8)
-    return _training(p, model, down.detection_loss, lambda: down.Crops(data, size), options), score
+    return _training(p, build, down.detection_loss, lambda: down.Crops(data, size), options), score
 
 
-def _segmentation(p: Parameters, r: Mapping[str, float], data: Any, test: Any) -> Task:
+def _segmentation(p: Parameters, r: Mapping[str, float], data: Any, test: Any) -> tuple[Training, Score]:
     size, classes, start = SIZES["segment"], CLASSES["segment"], encoder(p)
     layers = [len(start.blocks) * i // 12 - 1 for i in (4, 6, 8, 12)]
     rates = learning_rates("linear", r["lr"], int(r["steps"]), int(r["warmup_steps"]), r["final_lr"])
@@ -428,7 +406,6 @@ def _segmentation(p: Parameters, r: Mapping[str, float], data: Any, test: Any) -
         return segmenter
 
     def score(model: nn.Module) -> dict[str, float]:
-        normalise = v2.Normalize(list(down.MEAN), list(down.STD))
         matrix = torch.zeros(classes, classes, dtype=torch.long)
         with evaluating(_hardware(p), model) as device:
             for i in progress(range(len(test)), "segmentation", len(test)):
@@ -436,7 +413,7 @@ def _segmentation(p: Parameters, r: Mapping[str, float], data: Any, test: Any) -
                 # the short side to 512, as mmseg tests; the prediction back to the image's original size
                 factor = size / min(image.shape[1:])
                 side = [max(1, round(n * factor)) for n in image.shape[1:]]
-                resized = normalise(v2.functional.resize(image, side, antialias=True).float() / 255)
+                resized = down.NORMALISE(v2.functional.resize(image, side, antialias=True).float() / 255)
                 logits = down.slide(model, resized.to(device), size)
                 whole = nn.functional.interpolate(logits[None], image.shape[1:], mode="bilinear", align_corners=False)
                 matrix += landcover.confusion(truth, whole[0].argmax(0).cpu(), classes)
@@ -479,7 +456,7 @@ def _training(
     facts = _facts(p) | {"task": p.task, "encoder": p.encoder, "weights": p.weights}
     name = f"{p.task}, seed {p.seed}, {checkpoints.checkpoint_key(**facts)}"
     fit = {"seed": p.seed, "name": p.task, **options}
-    return Training(name, build, loss, data, fit, facts, lambda model: model.state_dict(), dry_run=p.dry_run)
+    return Training(name, build, loss, data, fit, facts, nn.Module.state_dict, dry_run=p.dry_run)
 
 
 def _labels(data: Any) -> Tensor:
@@ -533,7 +510,7 @@ def label(row: Mapping[str, Any]) -> str:
     }[row["encoder"]]
 
 
-def cells(rows: pd.DataFrame, table: str) -> dict[tuple[str, str], float]:
+def cells(rows: pd.DataFrame, table: str) -> Cells:
     """Means over seeds by (row, column) of one of `TABLES`."""
     rows = rows[rows.metric.isin(TABLES[table]) & (rows.task != "linear probe")]
     names = [label(row) for row in rows.to_dict("records")]

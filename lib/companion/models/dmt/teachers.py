@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...backbones import check_state, find_weights, hub_file, read_state
-from ...errors import CorruptFile, MissingWeights
-from ...ops import unpickle
+from ...backbones import find_weights, hub_file, read_state
+from ...errors import MissingWeights
 from .vit import ViT, build
 
 # source of a released ViT-Base/16: position embedding, timm's name or the hub's repository, and its file or link
@@ -39,7 +38,7 @@ def released(name: str, weights: str | Path = "pretrained", *, download: bool = 
 
     Args:
         weights: "pretrained": timm's release of MAE and DINO; of MoCo v3 an unofficial mirror on the hub; iBOT has
-            neither. "random" (torch's current seed), or an official file, see `read`.
+            neither. "random" (torch's current seed), or an official file.
         download: download weights that are not in the cache.
 
     Raises:
@@ -57,20 +56,7 @@ def released(name: str, weights: str | Path = "pretrained", *, download: bool = 
         path = find_weights(pretrained, download=download)
     else:
         path = hub_file(name, pretrained, ["model.safetensors"], download)
-    return ViT.from_official(read(path), what=f"{name}, ViT-Base/16")
-
-
-def read(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a released file: MAE's (under "model"), MoCo v3's and iBOT's backbone ("state_dict"), iBOT's and
-    DINO's full checkpoint (its "teacher"), or a plain state dict. Raises `CorruptFile`."""
-    try:
-        return read_state(path)
-    except CorruptFile:
-        whole = {} if Path(path).suffix == ".safetensors" else unpickle.load_torch(path)
-        if not isinstance(whole, dict) or not isinstance(whole.get("teacher"), dict):
-            raise
-    check_state(path, whole["teacher"])
-    return whole["teacher"]
+    return ViT.from_official(read_state(path), what=f"{name}, ViT-Base/16")
 
 
 # --- MoCo v3's heads and loss -----------------------------------------------------------------------------------------

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ...ops.config import configure
-from ..layers import state_dicts
 from ..layers.attend import attention_map
 from ..layers.heads import vit_sizes
 from ..layers.mae import initialise, visible_tokens
 from ..layers.pos_embed import sincos_table
 from ..layers.predicting import Images, Names, Transform, named, outputs
+from ..layers.state_dicts import OfficialModel, below
 
 # students [paper: tiny, small, base]; with the usual widths. Pocket: ours, for a CPU (section 14)
 SIZES: dict[str, dict[str, Any]] = {
@@ -35,7 +35,7 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-class ViT(VisionTransformer):
+class ViT(VisionTransformer, OfficialModel):
     """timm's ViT with the position embeddings of MAE, MoCo v3, iBOT and DINO, and MAE's initial weights.
 
     Images to tokens after the final norm, also of visible patches alone (MAE), with masked patches (iBOT), and of
@@ -148,19 +148,13 @@ class ViT(VisionTransformer):
             if table.shape == known.shape and torch.allclose(known, table, atol=1e-4):
                 positions = kind
         model = cls(*sizes.values(), positions=positions, masked="masked_embed" in state)
-        state_dicts.load_official(model, state, {name: name for name in model.state_dict()}, what)
-        return model.eval()
-
-    def to_official(self) -> dict[str, Tensor]:
-        """The state dict under the official names."""
-        return {name: value.clone() for name, value in self.state_dict().items()}
+        return model.loaded(state, what)
 
 
 def encoder_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The encoder's tensors of a released state dict, without prefix; other tensors are left out."""
     for prefix in ("module.", "base_encoder.", "backbone."):
-        within = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-        state = within or state
+        state = below(state, prefix) or state
     others = ("head.", "decoder_", "momentum_encoder.", "predictor.", "fc_norm.")
     # MAE's mask token is the decoder's; DINO's and iBOT's position embeddings are the encoder's
     return {name: value for name, value in state.items() if not name.startswith(others) and name != "mask_token"}

@@ -233,12 +233,13 @@ class DomainModel(nn.Module):
     Args:
         encoder: images to (b, F), with `num_features` F; a frozen copy is kept.
         size: images are resized to this (nearest neighbour, as released); None: unchanged.
+        batch: images at once; None: all of them. At 1024 pixels SAM's attention takes gigabytes per image.
     """
 
-    def __init__(self, encoder: nn.Module, size: int | None = None):
+    def __init__(self, encoder: nn.Module, size: int | None = None, batch: int | None = None):
         configure(self, locals())
         super().__init__()
-        self.encoder, self.size = frozen_copy(encoder), size
+        self.encoder, self.size, self.batch = frozen_copy(encoder), size, batch
         self.num_features = encoder.num_features
 
     def train(self, mode: bool = True):
@@ -249,7 +250,8 @@ class DomainModel(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """The feature (b, F) of images (b, 3, H, W)."""
-        return self.encoder(images if self.size is None else F.interpolate(images, self.size))
+        parts = images.split(self.batch) if self.batch else [images]
+        return torch.cat([self.encoder(x if self.size is None else F.interpolate(x, self.size)) for x in parts])
 
 
 MEDSAM = "wanglab/medsam-vit-base"
@@ -285,7 +287,8 @@ def domain_model(name: str, weights: str | Path = "pretrained", *, clip: CLIP, d
     else:
         encoder = backbones.build(name, weights, download=download)
         size = backbones.input_of(encoder).size
-    return DomainModel(encoder, None if size == backbones.input_of(clip).size else size)
+    resized = None if size == backbones.input_of(clip).size else size
+    return DomainModel(encoder, resized, batch=1 if name == "medical" else None)
 
 
 def _remote_sensing(weights: str | Path) -> mae.MAE:
@@ -295,10 +298,10 @@ def _remote_sensing(weights: str | Path) -> mae.MAE:
         return mae.MAE.from_official(backbones.read_state(weights))
     ways = [
         "vit-b-checkpoint-1599.pth from the README of github.com/ViTAE-Transformer/Remote-Sensing-RVSA (MIT, on a "
-        "personal cloud drive; no copy on a hub was found), then weights='<file>'",
-        "a stand-in trained on natural images: domain_model('vit_base_patch16_224.mae', download=True, ...)",
+        "personal cloud drive), then weights='<file>'; of a run: domain_weights='<file>', or into <data_root>/weights",
+        "a stand-in trained on natural images: domain='vit_base_patch16_224.mae', or domain='clip', the control",
     ]
-    raise MissingWeights("remote-sensing MAE ViT-B/16", Path.cwd(), ways)
+    raise MissingWeights("remote-sensing MAE ViT-B/16", "no copy on a hub was found", ways)
 
 
 def _medical(weights: str | Path, download: bool) -> nn.Module:
@@ -307,8 +310,7 @@ def _medical(weights: str | Path, download: bool) -> nn.Module:
     if weights == "pretrained":
         weights = backbones.hub_file(MEDSAM, MEDSAM, ["model.safetensors", "pytorch_model.bin"], download)
     if weights != "random":
-        names = {name: name for name in encoder.state_dict()}
-        load_official(encoder, sam_state(backbones.read_state(weights)), names, "SAM ViT-B's image encoder")
+        load_official(encoder, sam_state(backbones.read_state(weights)), None, "SAM ViT-B's image encoder")
     return encoder
 
 

@@ -19,7 +19,7 @@ from ...data import domains, few, fewshot, find, present
 from ...data.classification import Images
 from ...data.domains import CLASSES
 from ...errors import BadParameter, MissingWeights
-from ...evaluation.tables import Results, compare_published, published_table
+from ...evaluation.tables import Cells, Results, compare_published, published_table
 from ...ops import papers
 from ...training.fit import Hardware, History, RunParameters, predict
 from ...training.recipe import Training, dry_items
@@ -36,7 +36,7 @@ UNTRAINED = ("zero-shot CLIP",)
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4  # of SGD, on all trainable parameters
 SOURCES = {"remote": "remote/rsicd", "medical": "medical/btmri"}
 """The sets that the transfers begin from: of the medical script, and the example in the README of the successor."""
-WORKERS = min(8, os.cpu_count() or 1)
+WORKERS = 8
 RESULTS = Results.of("dplq")
 
 
@@ -224,50 +224,25 @@ def domain_name(p: Parameters) -> str:
 
 def weights(p: Parameters, name: str, parameter: str) -> str | Path:
     """The weights of "clip", "remote-sensing" or "medical": the parameter, the usual file below
-    `<data_root>/weights`, or the cached ones."""
+    `<data_root>/weights`, or the pretrained ones."""
     file = next(w["file"] for w in papers.paper("dplq")["weights"] if w["name"] == name)
     usual = Path(p.data_root) / "weights" / file
-    if parameter or usual.is_file() or name != "remote-sensing":
-        return parameter or (usual if usual.is_file() else "pretrained")
-    ways = [
-        f"put {file} into {usual.parent}; the README of github.com/ViTAE-Transformer/Remote-Sensing-RVSA links it",
-        "domain_weights = '<file>', the same file wherever it is",
-        "domain = 'vit_base_patch16_224.mae' stands in with natural images, domain = 'clip' is the control",
-    ]
-    raise MissingWeights("remote-sensing MAE ViT-B/16", usual.parent, ways)
+    return parameter or (usual if usual.is_file() else "pretrained")
 
 
 def _domain(p: Parameters, clip: nn.Module) -> nn.Module | None:
     """The domain model of DPLQ; a random one in a dry run without its weights."""
     if p.method != "DPLQ":
         return None
-    name, source = domain_name(p), p.domain_weights or "pretrained"
+    name = domain_name(p)
+    source = weights(p, name, p.domain_weights) if name in DOMAINS.values() else p.domain_weights or "pretrained"
     try:
-        return _domain_model(name, weights(p, name, p.domain_weights) if name in DOMAINS.values() else source, clip)
+        return domain_model(name, source, clip=clip)
     except MissingWeights:
         if not p.dry_run:
             raise
     print(f"{name}: its weights are not here; random ones in this dry run")
-    return _domain_model(name, "random", clip)
-
-
-class OneByOne(nn.Module):
-    """A frozen encoder that runs on one image at a time: (b, 3, H, W) to (b, F), with `num_features` F.
-
-    For large images: at 1024 pixels SAM's attention takes gigabytes per image.
-    """
-
-    def __init__(self, encoder: nn.Module):
-        super().__init__()
-        self.encoder, self.num_features = encoder, encoder.num_features
-
-    def forward(self, images: Tensor) -> Tensor:
-        return torch.cat([self.encoder(image) for image in images.split(1)])
-
-
-def _domain_model(name: str, source: str | Path, clip: nn.Module) -> nn.Module:
-    model = domain_model(name, source, clip=clip)
-    return OneByOne(model) if name == "medical" else model
+    return domain_model(name, "random", clip=clip)
 
 
 # --- optimiser, schedule ----------------------------------------------------------------------------------------------
@@ -340,7 +315,7 @@ def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
     return groups.agg(mean="mean", std=lambda x: x.std(ddof=0), seeds="count").reset_index()
 
 
-def claim_cells(table: pd.DataFrame) -> dict[tuple[str, str], float]:
+def claim_cells(table: pd.DataFrame) -> Cells:
     """Means over all sets of a domain by (method, column), where all were measured.
 
     The columns are "base to novel, remote", which is HM, and of the transfers from `SOURCES` "cross-dataset, remote",
@@ -383,7 +358,4 @@ def protocol() -> dict[str, str]:
         name: f"{novel[name]:g}" if novel[name] == value else f"{novel[name]:g} (base to novel), {value:g} (transfers)"
         for name, value in transfer.items()
     }
-    constants = {"MOMENTUM": MOMENTUM, "WEIGHT_DECAY": WEIGHT_DECAY, "TEST_BATCH": TEST_BATCH, "PROMPT": PROMPT}
-    return papers.protocol(
-        "dplq", both=both, precision=papers.paper("dplq")["precision"], CROP=domains.CROP, **constants
-    )
+    return papers.protocol("dplq", **globals() | {"both": both, "PROMPT": PROMPT})

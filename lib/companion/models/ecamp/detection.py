@@ -23,9 +23,9 @@ from ...data.xrays import squeeze_transform
 from ...ops.config import configure
 from ..layers.heads import vit_sizes
 from ..layers.predicting import Images, Names, Shapes, Transform, batches, grey
-from ..layers.state_dicts import OfficialModel, check_names, load_official
+from ..layers.state_dicts import OfficialModel, below, check_names
 from . import official
-from .heads import COUNTERS, PatchMap
+from .heads import PatchMap
 
 # pixels at 416, three for each level, coarse to fine (YOLOv3's)
 ANCHORS = (((116, 90), (156, 198), (373, 326)), ((30, 61), (62, 45), (59, 119)), ((10, 13), (16, 30), (33, 23)))
@@ -88,6 +88,8 @@ class Detector(OfficialModel):
         channels: of the three levels; the heads' widths follow.
     """
 
+    rules = official.NAMES["detector"]
+
     def __init__(
         self,
         encoder: VisionTransformer,
@@ -113,21 +115,13 @@ class Detector(OfficialModel):
         third, _ = self.branches[2](torch.cat([below, fine], 1))
         return [first, second, third]
 
-    def decode(self, outputs: Sequence[Tensor], confidence: float = 0.5, overlap: float = 0.5) -> list[Tensor]:
-        """The boxes (n, 7) of each image from the outputs of `forward`, see `suppress`."""
-        return decode(outputs, self.size, confidence, overlap)
-
     def predict(self, images: Images, names: Names, transform: Transform = None, **options: Any) -> list[Tensor]:
         """Boxes (n, 7) of each image; options as of `decode`."""
         found = batches(self, images, transform or squeeze_transform(self.size), grey)
-        return [boxes.cpu() for heads in found for boxes in self.decode([x.float() for x in heads], **options)]
+        return [boxes.cpu() for heads in found for boxes in decode([x.float() for x in heads], self.size, **options)]
 
     def export_inputs(self, side: int) -> Shapes:
         return {"images": (3, self.size, self.size)}
-
-    def official_names(self) -> dict[str, str]:
-        """Our names -> the authors'."""
-        return official.names("detector", self.state_dict())
 
     @classmethod
     def from_official(cls, state: Mapping[str, Tensor], heads: int | None = None) -> Detector:
@@ -140,10 +134,9 @@ class Detector(OfficialModel):
         check_names(state, {coarse, reduced, fine, logits}, "ECAMP's detector")
         inner, middle = state[reduced].shape[:2]
         channels = (len(state[coarse]), middle, len(state[fine]))
-        encoder = VisionTransformer(**vit_sizes(official.below(state, "backbone.encoder."), heads), num_classes=0)
-        model = cls(encoder, len(state[logits]) // 3 - 5, middle // inner, channels).eval()
-        load_official(model, state, model.official_names(), "ECAMP's detector", optional=COUNTERS)
-        return model
+        encoder = VisionTransformer(**vit_sizes(below(state, "backbone.encoder."), heads), num_classes=0)
+        model = cls(encoder, len(state[logits]) // 3 - 5, middle // inner, channels)
+        return model.loaded(state, "ECAMP's detector")
 
 
 # --- loss -------------------------------------------------------------------------------------------------------------

@@ -151,13 +151,10 @@ class Rules:
                 continue
             before, after = " ".join(words[:at]), " ".join(words[at + 1 :])
             # "cannot be excluded" contains "not", so uncertainty is tested before absence
-            kind = "is"
-            for negation, (earlier, later) in (("may be", DOUBTFUL), ("is no", ABSENT)):
-                if re.search(earlier, before) or re.search(later, after):
-                    kind = negation
-                    break
+            kinds = {"may be": DOUBTFUL, "is no": ABSENT}.items()
+            found = (kind for kind, (a, b) in kinds if re.search(a, before) or re.search(b, after))
             nearest = itertools.takewhile(lambda word: word not in ends, words[max(0, at - 3) : at][::-1])
-            described.setdefault(kind, " ".join([*[*nearest][::-1], entity]))
+            described.setdefault(next(found, "is"), " ".join([*[*nearest][::-1], entity]))
         kind = next(k for k in ("is", "may be", "is no") if k in described)
         return f"There {kind} {described[kind]}."
 

@@ -33,14 +33,14 @@ def roles(ids: Sequence[int] | np.ndarray, vocabulary: Vocabulary) -> list[str]:
     return ["entity" if int(word) in vocabulary.entities else role for word, role in zip(ids, found, strict=True)]
 
 
-def masked_shares(text: str, vocabulary: Vocabulary, kind: str, seed: int, draws: int = 3000) -> dict[str, float]:
-    """The share of draws in which the words of a text are masked, by their role; boiler-plate counts as "other".
+def masked_shares(text: str, vocabulary: Vocabulary, kind: str, seed: int) -> dict[str, float]:
+    """The share of 3,000 draws in which the words of a text are masked, by their role; boiler-plate counts as "other".
 
     Args:
         kind: of `text.mask`.
     """
     ids, draw = vocabulary.encode(text, 48), np.random.default_rng(seed).random
-    share = np.mean([mask(ids, vocabulary, draw, kind) == vocabulary.mask for _ in range(draws)], axis=0)
+    share = np.mean([mask(ids, vocabulary, draw, kind) == vocabulary.mask for _ in range(3000)], axis=0)
     found: dict[str, list[float]] = {}
     for i, role in enumerate(roles(ids, vocabulary)):
         if i and ids[i] != vocabulary.pad and int(ids[i]) not in vocabulary.continues:

@@ -24,16 +24,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...data.xrays import squeeze_transform, test_transform
-from ...errors import BadCheckpoint
 from ...ops.config import configure
 from ..layers import heads as shared
 from ..layers.heads import like, vit_sizes
 from ..layers.predicting import Images, Names, Shapes, Transform, coloured, grey, named, outputs
-from ..layers.state_dicts import OfficialModel, load_official
+from ..layers.state_dicts import OfficialModel, below, check_names, load_official
 from . import official
 
 RIGA = ("decoder_disc", "decoder_cup")
-COUNTERS = ("num_batches_tracked",)  # of BatchNorm, which some files lack
 
 
 # --- classification ---------------------------------------------------------------------------------------------------
@@ -62,11 +60,10 @@ def classifier_from_official(state: Mapping[str, Tensor], heads: int | None = No
 
     Raises `BadCheckpoint`: names that are missing, unknown or of another shape, all of them listed.
     """
-    if "head.weight" not in state:
-        raise BadCheckpoint("ECAMP's classifier", ["head.weight"])
+    check_names(state, ["head.weight"], "ECAMP's classifier")
     encoder = VisionTransformer(**vit_sizes(state, heads), num_classes=0)
     model = classifier(encoder, len(state["head.weight"]), drop_path=0.0).eval()
-    load_official(model, state, {name: name for name in model.state_dict()}, "ECAMP's classifier")
+    load_official(model, state, None, "ECAMP's classifier")
     return model
 
 
@@ -120,6 +117,8 @@ class Segmenter(OfficialModel):
         classes: logits of a decoder; more than 1 only to load a file that has them.
     """
 
+    rules = official.NAMES["segmenter"]
+
     def __init__(
         self,
         encoder: VisionTransformer,
@@ -147,24 +146,19 @@ class Segmenter(OfficialModel):
     def export_inputs(self, side: int) -> Shapes:
         return {"images": (3, *self.map.encoder.patch_embed.img_size)}
 
-    def official_names(self) -> dict[str, str]:
-        """Our names -> the authors'."""
-        return official.names("segmenter", self.state_dict())
-
     @classmethod
     def from_official(cls, state: Mapping[str, Tensor], heads: int | None = None) -> Segmenter:
         """The segmenter of a state dict of the authors, in eval mode: with one decoder, or RIGA's two.
 
         Raises `BadCheckpoint`: names that are missing, unknown or of another shape, all of them listed.
         """
-        encoder = VisionTransformer(**vit_sizes(official.below(state, "encoder."), heads), num_classes=0)
-        outputs = 2 if official.below(state, f"{RIGA[1]}.") else 1
-        decoder = official.below(state, f"{RIGA[0] if outputs == 2 else 'decoder'}.")
+        encoder = VisionTransformer(**vit_sizes(below(state, "encoder."), heads), num_classes=0)
+        outputs = 2 if below(state, f"{RIGA[1]}.") else 1
+        decoder = below(state, f"{RIGA[0] if outputs == 2 else 'decoder'}.")
         biases = sorted(name for name in decoder if re.fullmatch(r"decoder_\d\.0\.bias", name))
         classes = len(decoder.get("final_out.bias", [0]))
-        model = cls(encoder, outputs, [len(decoder[name]) for name in biases], classes=classes).eval()
-        load_official(model, state, model.official_names(), "ECAMP's segmenter", optional=COUNTERS)
-        return model
+        model = cls(encoder, outputs, [len(decoder[name]) for name in biases], classes=classes)
+        return model.loaded(state, "ECAMP's segmenter")
 
 
 def focal_loss(logits: Tensor, target: Tensor, gamma: float = 2.0) -> Tensor:

@@ -36,17 +36,18 @@ from transformers import BertConfig
 from transformers.models.bert import modeling_bert as bert
 
 from ...data.xrays import test_transform
-from ...errors import BadParameter
 from ...ops.config import configure
 from ..layers.attend import attention_map
 from ..layers.heads import vit_sizes
 from ..layers.mae import Decoder, initialise, patchify, random_mask, unpatchify, visible, visible_tokens
 from ..layers.pos_embed import sincos_table
 from ..layers.predicting import Images, Names, Transform, grey, outputs
-from ..layers.state_dicts import OfficialModel, depth, load_official
+from ..layers.state_dicts import OfficialModel, depth, renamed
 from . import official
 
 MASKED = 0.75  # fraction of hidden patches
+
+Computed = tuple[Tensor, dict[str, Tensor]]  # a result, and by name what it is computed from
 
 
 @dataclass(frozen=True)
@@ -184,12 +185,12 @@ class Fusion(bert.BertLayer):
         self.mean = nn.Linear(sizes.width, sizes.width)
         self.mix = bert.BertSelfOutput(config)
 
-    def context(self, a: Tensor, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def context(self, a: Tensor, z: Tensor) -> Computed:
         """c (B, L, H) of words a (B, L, H) and patches z (B, K, H); its terms "fine" and "coarse"."""
         fine, coarse = self.cross(a, z), self.mean(z.mean(1, keepdim=True))  # (B, L, H), (B, 1, H)
         return fine + coarse, {"fine": fine, "coarse": coarse}
 
-    def forward(self, x: Tensor, mask: Tensor, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, x: Tensor, mask: Tensor, z: Tensor) -> Computed:
         """f (B, L, H) of embedded words x (B, L, H) and patches z (B, K, H); the terms by name."""
         a = self.attention(x, mask)[0]  # (5)
         c, out = self.context(a, z)  # (6)
@@ -219,7 +220,7 @@ class TextDecoder(nn.Module):
         self.pooler = bert.BertPooler(config) if sizes.pooler else None  # not used, as released
         self.head = WordHead(config)
 
-    def forward(self, ids: Tensor, attention: Tensor, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, ids: Tensor, attention: Tensor, z: Tensor) -> Computed:
         """Logits (B, L, V) of words (B, L) and patches z (B, K, H); the terms of the fusion, "embedded" and "fused".
 
         attention: (B, L), 0 on padding.
@@ -315,10 +316,9 @@ class ECAMP(OfficialModel):
         encoder, decoder: the ViT, of ViT-B/16 by default, and the image decoder.
         text: the text decoder.
         window: side in patches of the window inside which the super-resolution loss is computed; None: the whole image.
-
-    Raises `BadParameter`: a window that is larger than the image.
     """
 
+    rules = official.NAMES["pre-training"]
     not_exported = "it is a pre-training: export a classifier or segmenter of `heads`"
     fusion: type[nn.Module] = Fusion  # of the text decoder; `variants` have others
 
@@ -335,8 +335,6 @@ class ECAMP(OfficialModel):
         configure(self, locals())
         super().__init__()
         side = image // patch
-        if window is not None and not 1 <= window <= side:
-            raise BadParameter("window", window, f"1 to {side} patches, or None")
         self.image, self.patch, self.window = image, patch, window
         self.encoder = VisionTransformer(
             img_size=image,
@@ -376,10 +374,6 @@ class ECAMP(OfficialModel):
         transform = transform or test_transform(self.image)
         return list(outputs(self, images, transform, grey, lambda x: self.encoder.forward_features(x)[:, 1:].mean(1)))
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the encoder's activations in the backward pass: less memory, more time."""
-        self.encoder.set_grad_checkpointing(enable)
-
     def forward_features(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """Encoder tokens (B, 1 + K, D) of images (B, 3, S, S), [CLS] first.
 
@@ -406,7 +400,7 @@ class ECAMP(OfficialModel):
         out = {"low": low, "keep": keep, "hidden": hidden, "latent": latent, "pixels": pixels}
         return Losses(mim + sr + mlm, mim, sr, mlm), out | resolved | read
 
-    def resolve(self, pixels: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def resolve(self, pixels: Tensor, batch: Batch) -> Computed:
         """The super-resolution loss of decoded patches (B, N, 3 p p); "super_resolved" (B, 3, 2 S, 2 S)."""
         y = self.super_resolution(unpatchify(pixels, self.patch))  # (B, 3, 2 S, 2 S)
         inside = None
@@ -414,7 +408,7 @@ class ECAMP(OfficialModel):
             inside = windows(batch.window, self.window, 2 * self.patch, y.shape[-1])
         return sr_loss(y, batch.images, inside), {"super_resolved": y}  # (4)
 
-    def read(self, latent: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def read(self, latent: Tensor, batch: Batch) -> Computed:
         """The loss of the masked words, from encoder tokens (B, 1 + K, D); "logits" and the terms of the fusion."""
         z = self.project(latent[:, 1:])  # (B, K, H)  (1)
         logits, out = self.text(batch.ids, batch.attention, z)  # (B, L, V)  (5) to (7)
@@ -434,10 +428,6 @@ class ECAMP(OfficialModel):
         return self.text.get_submodule("fusion.cross").attention_map(attended, z)
 
     # --- the authors' names ---
-
-    def official_names(self) -> dict[str, str]:
-        """Our names -> theirs."""
-        return official.names("pre-training", self.state_dict())
 
     @classmethod
     def from_official(
@@ -461,20 +451,19 @@ class ECAMP(OfficialModel):
         """
         state = official.as_released(state)
         text, vit = official.bert_sizes(state), vit_sizes(state, heads)
-        model = cls(
+        return cls(
             image=vit["img_size"],
             patch=vit["patch_size"],
             encoder=Blocks(vit["embed_dim"], vit["depth"], vit["num_heads"]),
             decoder=Blocks(state["decoder_pos_embed"].shape[2], depth(state, "decoder_blocks."), decoder_heads),
             text=Bert(**text, heads=text_heads, dropout=dropout),
             window=window,
-        ).eval()
-        load_official(model, state, model.official_names(), official.WHAT)
-        return model
+        ).loaded(state, official.WHAT)
 
     def to_official(self) -> dict[str, Tensor]:
         """The state dict under the authors' names."""
-        return official.with_both_biases(super().to_official())
+        state = super().to_official()
+        return state | {f"{official.HEAD}bias": state[f"{official.HEAD}decoder.bias"]}  # transformers has both names
 
     def load_mae(self, state: Mapping[str, Tensor]) -> None:
         """Initialise from a masked autoencoder's state dict, as the paper does.
@@ -487,7 +476,7 @@ class ECAMP(OfficialModel):
         """
         official.load_vit(self.encoder, state, "the encoder of ECAMP (MAE's names)")
         shapes = {name: tensor.shape for name, tensor in self.state_dict().items()}
-        loaded = {ours: state[theirs] for ours, theirs in self.official_names().items() if theirs in state}
+        loaded = {ours: state[theirs] for ours, theirs in renamed(shapes, self.rules).items() if theirs in state}
         loaded = {name: tensor for name, tensor in loaded.items() if tensor.shape == shapes[name]}
         self.load_state_dict(loaded, strict=False)
 
@@ -510,15 +499,13 @@ def _initialise(module: nn.Module) -> None:
             nn.init.zeros_(module.weight.data[module.padding_idx])
 
 
-def heat(attention: Tensor, size: int | None = None) -> Tensor:
+def heat(attention: Tensor) -> Tensor:
     """The authors' heat map of a word's attention (heads, N): maximum over heads, power 0.25, scaled to 0 ... 1.
 
     Args:
         attention: of one word, over patches in raster order, as `ECAMP.attention` returns it. (The released script
             leaves the patches in their shuffled order, so its maps are scrambled.)
-        size: upsample to (size, size), bilinear; None: (sqrt N, sqrt N).
     """
     x = attention.amax(0).pow(0.25)  # (N,)
     x = (x - x.min()) / (x.max() - x.min()).clamp_min(1e-12)
-    x = rearrange(x, "(h w) -> h w", h=math.isqrt(len(x)))
-    return x if size is None else F.interpolate(x[None, None], (size, size), mode="bilinear")[0, 0]
+    return rearrange(x, "(h w) -> h w", h=math.isqrt(len(x)))

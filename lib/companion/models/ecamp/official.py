@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from ...ops.papers import paper
-from ..layers.state_dicts import check_names, depth, load_official, renamed
+from ..layers.state_dicts import check_names, depth, load_official
 
 WHAT = "ECAMP: the pre-training model, decoders and BERT included"
+NAMES = paper("ecamp")["official_names"]  # patterns from our names to the authors', by model
 BERT, HEAD = "bert_encoder.model.bert.", "bert_encoder.model.cls.predictions."
-
-
-def names(model: str, ours: Iterable[str]) -> dict[str, str]:
-    """Our tensor names -> the authors', by the patterns of paper.yaml; of "pre-training", "segmenter", "detector"."""
-    return renamed(ours, paper("ecamp")["official_names"][model])
 
 
 def as_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -30,12 +26,6 @@ def as_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         state.setdefault(f"{HEAD}decoder.bias", bias)
     state.pop(f"{BERT}embeddings.position_ids", None)
     return state
-
-
-def with_both_biases(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict with the bias of the word head, if it has one, under both of its names."""
-    bias = f"{HEAD}decoder.bias"
-    return state | ({f"{HEAD}bias": state[bias]} if bias in state else {})
 
 
 def bert_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -56,15 +46,10 @@ def bert_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def below(state: Mapping[str, Tensor], start: str) -> dict[str, Tensor]:
-    """The tensors of a state dict whose names begin with `start`, without it."""
-    return {name.removeprefix(start): tensor for name, tensor in state.items() if name.startswith(start)}
-
-
 def load_vit(vit: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
     """Load the encoder of a state dict, under timm's names, into a ViT; other tensors, such as decoders, are not read.
 
     Raises `BadCheckpoint`: tensors that are missing or of another shape.
     """
-    names = {name: name for name in vit.state_dict()}
-    load_official(vit, {name: tensor for name, tensor in state.items() if name in names}, names, what)
+    own = vit.state_dict()
+    load_official(vit, {name: tensor for name, tensor in state.items() if name in own}, None, what)

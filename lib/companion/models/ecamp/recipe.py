@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 from ... import backbones
 from ...data import DATASETS, few, present, xrays
 from ...data.xrays import CLASSES, ONE_OF, tasks
-from ...errors import BadParameter, MissingWeights
+from ...errors import BadParameter, MissingWeights, check_choice
 from ...evaluation.metrics import radiology
 from ...evaluation.tables import Results, published_table
 from ...ops import papers
@@ -38,7 +37,7 @@ from .text import Pairs, Vocabulary
 from .variants import METHODS
 
 SIDE = 224  # of an image downstream
-WORKERS = min(16, os.cpu_count() or 1)
+WORKERS = 16
 TEST_BATCH = 64
 # pairs that a device processes at once: the 16,384 positions of 64 have 2 GB of logits over 30,000 words
 MICRO_BATCH = 64
@@ -138,8 +137,8 @@ def pretraining(p: Parameters, out: Path, real: bool = True) -> Training:
 
     Raises `BadParameter`, `MissingData`, `MissingWeights`: with the change or download needed.
     """
-    if p.dataset != "folder":
-        _check(p.dataset, "pre-training")
+    sets = [name for name, d in DATASETS.items() if d.task == "xrays" and "pre-training" in tasks(name)]
+    check_choice("dataset", p.dataset, [*sets, "folder"])
     pairs, facts = _pairs(p, out) if real else _generated_pairs(p)
     options = pretraining_fit(p, len(pairs), published())
     if p.dry_run:  # a step has 8,192 pairs: here each device takes one micro-batch of them
@@ -159,7 +158,7 @@ def pretraining(p: Parameters, out: Path, real: bool = True) -> Training:
         data=lambda: pairs,
         fit=options,
         facts={"method": p.method, **facts},
-        weights=lambda model: model.to_official(),
+        weights=ECAMP.to_official,
         dry_run=p.dry_run,
     )
 
@@ -266,7 +265,6 @@ def downstream(p: Parameters, real: bool = True) -> tuple[Training, dict[str, Da
     if p.devices > 1:
         accepted = "1: only pre-training runs on several; Dice and BatchNorm need the whole batch"
         raise BadParameter("devices", p.devices, accepted)
-    _check(p.dataset, KINDS[p.task])
     numbers = downstream_recipe(p.task, p.dataset, p.labels)
     count = dry_items(p, int(numbers["batch"]))
     data = splits(p) if real else generated(p, count)
@@ -297,13 +295,6 @@ def downstream_recipe(task: str, dataset: str, labels: str) -> dict[str, float]:
     if name not in rows:
         raise BadParameter("dataset", f"{dataset} with {labels} %", f"for {task}: {list(rows)}")
     return rows[name]
-
-
-def _check(dataset: str, kind: str) -> None:
-    """Raises `BadParameter` for a data set without this kind of task."""
-    accepted = [name for name, d in DATASETS.items() if d.task == "xrays" and kind in tasks(name)]
-    if dataset not in accepted:
-        raise BadParameter("dataset", dataset, [*accepted, "folder"] if kind == "pre-training" else accepted)
 
 
 def splits(p: Parameters) -> dict[str, Dataset]:
@@ -477,18 +468,19 @@ def evaluate(p: Parameters, model: nn.Module, part: Dataset) -> float:
 @torch.no_grad()
 def outputs(p: Parameters, model: nn.Module, part: Dataset) -> Iterator[tuple[Any, Tensor]]:
     """Outputs and labels, batch by batch, on the CPU. Afterwards the model is on its former device."""
-    workers = 0 if p.dry_run else WORKERS
-    with evaluating(Hardware.of(p, "ecamp"), model) as device:
-        for images, truth in DataLoader(part, TEST_BATCH, num_workers=workers, pin_memory=device.type == "cuda"):
+    hardware = Hardware.of(p, "ecamp", workers=WORKERS)
+    with evaluating(hardware, model) as device:
+        options = {"num_workers": hardware.workers, "pin_memory": device.type == "cuda"}
+        for images, truth in DataLoader(part, TEST_BATCH, **options):
             out = model(images.to(device, non_blocking=True))
             yield [x.float().cpu() for x in out] if isinstance(out, list) else out.float().cpu(), truth
 
 
-def score(kind: str, batches: Iterable[tuple[Any, Tensor]], protocol: str = "released", size: int = SIDE) -> float:
+def score(kind: str, batches: Iterable[tuple[Any, Tensor]], protocol: str = "released") -> float:
     """The score in percent of batches of outputs and truth.
 
     Classification: accuracy for class indices (n,), the mean AUROC of the classes for labels (n, classes).
-    Segmentation: Dice averaged over images, then over the structures to segment. Detection, on images of side `size`:
+    Segmentation: Dice averaged over images, then over the structures to segment. Detection, on images of side `SIDE`:
     mAP; nan if the protocol excludes all images.
     """
     if kind == "segmentation":
@@ -500,10 +492,10 @@ def score(kind: str, batches: Iterable[tuple[Any, Tensor]], protocol: str = "rel
     if kind == "detection":
         kept, boxes = [], []
         for levels, truth in batches:
-            kept += detection.decode(levels, size)
+            kept += detection.decode(levels, SIDE)
             boxes += truth
         scored = (truth.any() and (protocol == "plain" or len(k)) for k, truth in zip(kept, boxes, strict=True))
-        return radiology.mean_precision(kept, torch.stack(boxes), size, protocol) if any(scored) else math.nan
+        return radiology.mean_precision(kept, torch.stack(boxes), SIDE, protocol) if any(scored) else math.nan
     logits, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     if labels.ndim == 1:
         return 100 * float((logits.argmax(1) == labels).float().mean())
@@ -524,15 +516,9 @@ def protocol() -> dict[str, str]:
         crop=xrays.train_transform().transforms[0].scale,
         warp=warp.transforms[0],
         warped=warp.p,
-        precision=papers.paper("ecamp")["precision"],
         first=[*FIRST.values()],
         expansion=[*EXPANSION.values()],
-        patience=[patience("fine-tune", "xrays/rsna", "ECAMP"), *riga],
         one_of=" and ".join(TITLES[name] for name in ONE_OF),
         ious=(radiology.IOUS[0], radiology.IOUS[-1]),
-        clip=CLIP,
-        momentum=MOMENTUM,
-        decay=DECAY,
-        text=text,
-        xrays=xrays,
+        **globals() | {"text": text, "patience": [patience("fine-tune", "xrays/rsna", "ECAMP"), *riga]},
     )

@@ -31,14 +31,14 @@ from ...data import Parts
 from ...errors import BadParameter, CorruptFile, check_choice
 from .model import Batch
 
-MASKINGS = ("released", "intended", "mrm")
+MASKINGS = ("released", "intended")
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[MASK]", "[SEP]")
 TEMPLATES = ("there is no evidence of", "there is no")  # the first that matches
 BOILERPLATE = 0.05  # weight of a template's words
 CACHED = 1 << 16  # texts
 SPLICED = 0.8  # fraction of reports with the LLM's statements
-# masking probabilities of an entity, another word, a word of a text without entities, any word in MRM
-ENTITY, OTHER, NO_ENTITY, MRM = 0.75, 0.7, 0.75, 0.5
+# masking probabilities of an entity, another word, a word of a text without entities
+ENTITY, OTHER, NO_ENTITY = 0.75, 0.7, 0.75
 
 # The released list. Matching is by whole word piece in lower case, so that plurals, "COPD" and words that the
 # vocabulary splits ("aerate", "hyperinflate") never match.
@@ -160,17 +160,16 @@ def mask(ids: np.ndarray, vocabulary: Vocabulary, draw: Draw, kind: str = "relea
 
     "released": entities are masked with probability 0.75, all others, descriptors too, with 0.7; in a text without
     entities all with 0.75. The authors' code intends to mask descriptors but never does: it tests the entity, not the
-    descriptor. "intended": as "released", and every descriptor, as in their figure. "mrm": every word with 0.5.
+    descriptor. "intended": as "released", and every descriptor, as in their figure.
 
     Continuation pieces ("##...") are masked with the piece before them. Draws one number for every other word, and then
-    one for each entity (not for "mrm").
+    one for each entity.
 
     Raises `BadParameter`: another kind.
     """
     check_choice("masking", kind, MASKINGS)
     hidden, entities = ids.copy(), []
-    live = kind != "mrm" and any(int(i) in vocabulary.entities for i in ids[1:-1])
-    share = {"mrm": MRM}.get(kind, OTHER if live else NO_ENTITY)
+    share = OTHER if any(int(i) in vocabulary.entities for i in ids[1:-1]) else NO_ENTITY
     for i in _positions(ids, vocabulary):
         word = int(ids[i])
         if word in vocabulary.continues:
@@ -178,7 +177,7 @@ def mask(ids: np.ndarray, vocabulary: Vocabulary, draw: Draw, kind: str = "relea
                 hidden[i] = vocabulary.mask
             continue
         masked = draw() < share
-        if live and word in vocabulary.entities:
+        if word in vocabulary.entities:
             entities.append(i)
         elif masked:
             hidden[i] = vocabulary.mask

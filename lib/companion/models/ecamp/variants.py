@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .model import ECAMP, Batch, Bert, Fusion
+from .model import ECAMP, Batch, Bert, Computed, Fusion
 
 
 class NoSuperResolution(ECAMP):
@@ -16,7 +16,7 @@ class NoSuperResolution(ECAMP):
         super().__init__(**options)
         del self.super_resolution
 
-    def resolve(self, pixels: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def resolve(self, pixels: Tensor, batch: Batch) -> Computed:
         return pixels.new_zeros(()), {}
 
 
@@ -27,7 +27,7 @@ class PatchFusion(Fusion):
         super().__init__(sizes)
         del self.mean
 
-    def context(self, a: Tensor, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def context(self, a: Tensor, z: Tensor) -> Computed:
         return self.cross(a, z), {}
 
 
@@ -38,7 +38,7 @@ class MeanFusion(Fusion):
         super().__init__(sizes)
         del self.cross
 
-    def context(self, a: Tensor, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def context(self, a: Tensor, z: Tensor) -> Computed:
         return self.mean(z.mean(1, keepdim=True)).expand_as(a), {}
 
 

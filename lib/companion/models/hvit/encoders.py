@@ -8,22 +8,23 @@ Shapes: b inputs of h w tokens, d the width, h heads of e channels.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any, Self
 
 import torch
 from einops import rearrange
-from timm.layers import DropPath, Mlp, PatchEmbed
-from timm.models.vision_transformer import VisionTransformer
+from timm.layers import PatchEmbed
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ...errors import BadParameter
 from ...ops.config import configure
-from ..layers.attend import Attend, attention_map
+from ..layers.attend import attention_map
 from ..layers.pos_embed import resize_pos_embed
-from ..layers.state_dicts import load_official
+from ..layers.state_dicts import OfficialModel
 from . import official
 
 LARGEST_CROP = 0.875  # of the side: DINO's global crops, for which both encoders' position embeddings are made
@@ -31,39 +32,7 @@ LARGEST_CROP = 0.875  # of the side: DINO's global crops, for which both encoder
 Named = dict[str, Any]  # intermediate results by name
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention of (2)."""
-
-    def __init__(self, dim: int, heads: int):
-        super().__init__()
-        self.num_heads = heads
-        self.qkv, self.attend, self.proj = nn.Linear(dim, 3 * dim), Attend(), nn.Linear(dim, dim)
-
-    def forward(self, z: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Named]:
-        """From and to (b, n, d), and the queries and keys (b, h, n, e)."""
-        q, k, v = rearrange(self.qkv(z), "b n (c h e) -> c b h n e", c=3, h=self.num_heads)
-        a = self.attend(q, k, v, mask)  # (b, h, n, e)
-        return self.proj(rearrange(a, "b h n e -> b n (h e)")), {"q": q, "k": k}
-
-
-class Block(nn.Module):
-    """The pre-norm block of (2), with stochastic depth."""
-
-    def __init__(self, dim: int, heads: int, mlp_ratio: float = 4, drop_path: float = 0.0):
-        super().__init__()
-        self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), Attention(dim, heads)
-        self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), Mlp(dim, int(dim * mlp_ratio))
-        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
-
-    def forward(self, z: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Named]:
-        """From and to (b, n, d), and the named results: "q", "k", and the sums "+sa" and "+mlp"."""
-        sa, out = self.attn(self.norm1(z), mask)
-        out["+sa"] = z = z + self.drop_path(sa)
-        out["+mlp"] = z = z + self.drop_path(self.mlp(self.norm2(z)))
-        return z, out
-
-
-class Encoder(nn.Module):
+class Encoder(OfficialModel):
     """A ViT over a grid of tokens, read out at its [CLS] token: the base of `PatchEncoder` and `RegionEncoder`.
 
     Args:
@@ -92,9 +61,11 @@ class Encoder(nn.Module):
         self.dim, self.heads, self.std, self.grad_checkpointing = dim, heads, std, False
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + side**2, dim))
-        rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio, rate) for rate in rates)
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        rates, norm = [drop_path * i / max(depth - 1, 1) for i in range(depth)], partial(nn.LayerNorm, eps=1e-6)
+        self.blocks = nn.ModuleList(
+            Block(dim, heads, mlp_ratio, qkv_bias=True, drop_path=rate, norm_layer=norm) for rate in rates
+        )  # (2)
+        self.norm = norm(dim)
 
     def _initialise(self) -> None:
         for table in (self.cls_token, self.pos_embed):
@@ -123,23 +94,23 @@ class Encoder(nn.Module):
             keep: (b, h w) bool, row by row: tokens that show tissue. The others are keys in no block. The [CLS] token
                 always is a key, so in an image without tissue it attends to itself alone.
         """
-        z, _ = self._blocks(x, keep)
-        return self.norm(z[:, 0])
+        return self.norm(self._through(self.blocks, self.tokens(x), key_mask(keep))[:, 0])
 
     def forward_intermediates(self, x: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Named]:
-        """As `forward`, and named results: those of the last block, all "tokens" (b, 1 + h w, d) after the last norm,
-        and "attention" (b, h, 1 + h w), that of the last block's [CLS] query."""
-        z, out = self._blocks(x, keep)
-        out["tokens"] = self.norm(z)
-        out["attention"] = attention_map(out["q"][:, :, :1], out["k"], key_mask(keep))[:, :, 0]
-        return out["tokens"][:, 0], out
+        """As `forward`, and named results: all "tokens" (b, 1 + h w, d) after the last norm, and "attention"
+        (b, h, 1 + h w), that of the last block's [CLS] query."""
+        (*lower, last), mask = self.blocks, key_mask(keep)
+        z = self._through(lower, self.tokens(x), mask)
+        q, k, _ = rearrange(last.attn.qkv(last.norm1(z)), "b n (c h e) -> c b h n e", c=3, h=self.heads)
+        tokens = self.norm(self._through([last], z, mask))
+        return tokens[:, 0], {"tokens": tokens, "attention": attention_map(q[:, :, :1], k, mask)[:, :, 0]}
 
-    def _blocks(self, x: Tensor, keep: Tensor | None) -> tuple[Tensor, Named]:
-        z, mask = self.tokens(x), key_mask(keep)  # (b, 1 + h w, d), (b, 1, 1, 1 + h w)
+    def _through(self, blocks: Iterable[nn.Module], z: Tensor, mask: Tensor | None) -> Tensor:
+        """Tokens (b, 1 + h w, d) after some blocks, with the keys of `key_mask`."""
         recompute = self.grad_checkpointing and torch.is_grad_enabled()
-        for block in self.blocks:  # the named results of the blocks before the last one are freed
-            z, out = checkpoint(block, z, mask, use_reentrant=False) if recompute else block(z, mask)
-        return z, out
+        for block in blocks:
+            z = checkpoint(block, z, mask, use_reentrant=False) if recompute else block(z, mask)
+        return z
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks' activations in the backward pass, which takes less memory."""
@@ -155,12 +126,7 @@ class Encoder(nn.Module):
         Raises `BadCheckpoint`: names that are missing, unknown, or of another shape.
         """
         state = {name: value for name, value in state.items() if not name.startswith("head.")}
-        return cls(**official.encoder_sizes(state, cls.FIRST, heads)).loaded(state)
-
-    def loaded(self, state: Mapping[str, Tensor]) -> Self:
-        """The encoder in eval mode, with the tensors of a state dict."""
-        load_official(self, state, {name: name for name in self.state_dict()}, f"H-ViT's {type(self).__name__}")
-        return self.eval()
+        return cls(**official.encoder_sizes(state, cls.FIRST, heads)).loaded(state, f"H-ViT's {cls.__name__}")
 
 
 def key_mask(keep: Tensor | None) -> Tensor | None:
@@ -209,7 +175,7 @@ class PatchEncoder(Encoder):
     def from_timm(cls, vit: VisionTransformer) -> Self:
         """The encoder with the outputs of a timm ViT, as `forward_features` of it; see `official.timm_encoder`."""
         sizes, state = official.timm_encoder(vit)
-        return cls(**sizes).loaded(state)
+        return cls(**sizes).loaded(state, f"H-ViT's {cls.__name__}")
 
 
 class RegionEncoder(Encoder):

@@ -29,6 +29,7 @@ from ...ops.files import atomic, read_json, write_json
 from ...ops.progress import progress
 from ...training.checkpoints import checkpoint_key
 from ...training.fit import Hardware, evaluating
+from ..layers.state_dicts import below
 from . import official
 from .model import HViT, PatchEncoder, RegionEncoder, SlideTransformer
 from .slides import PANDA, Slide, Tiles, Tiling, read_mask, tensor, tile, tissue_mask, write_preview
@@ -168,7 +169,7 @@ def patch_encoder(weights: str | Path, heads: int | None = None) -> PatchEncoder
         heads: attention heads; by default one for each 64 channels.
     """
     state = official.read_checkpoint(weights)
-    return PatchEncoder.from_official(official.part(state, "patch.", "vit_patch.") or state, heads)
+    return PatchEncoder.from_official(below(state, "patch.", "vit_patch.") or state, heads)
 
 
 def store(

@@ -35,7 +35,7 @@ from torch.nn import functional as F
 from ...errors import BadParameter, check_choice
 from ...errors import check_names as check_class_names
 from ...ops.config import configure
-from ..layers.state_dicts import OfficialModel, check_names, depth, load_official, renamed
+from ..layers.state_dicts import OfficialModel, below, check_names, depth
 from . import official
 from .encoders import Named, PatchEncoder, RegionEncoder, grids, patches_of
 
@@ -145,7 +145,8 @@ class SlideTransformer(nn.Module):
         self.transformer = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
         self.pool = GatedPool(dim, 0.25 if dropout else 0.0)
         self.rho = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Dropout(dropout))
-        self.classifier = nn.Linear(dim, 1 if head == "coral" else outputs_of(head, classes), bias=head != "coral")
+        outputs = {"classification": classes, "regression": 1, "coral": 1}.get(head, classes - 1)
+        self.classifier = nn.Linear(dim, outputs, bias=head != "coral")
         if head == "coral":
             self.thresholds = nn.Parameter(torch.zeros(classes - 1))
 
@@ -191,6 +192,7 @@ class HViT(OfficialModel):
         variant: what is trained: "global" the slide level, "local" the region level too, "whole" everything.
     """
 
+    rules = official.NAMES
     not_exported = "slides have any number of regions, with a mask: export its `patch` or `region` level's blocks"
 
     def __init__(
@@ -270,11 +272,6 @@ class HViT(OfficialModel):
             raise BadParameter("slides", f"input of the {name} level", f"embeddings: this model has no {name} level")
         return getattr(self, name)
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """As in `Encoder`, for both encoders."""
-        for level in filter(None, (self.patch, self.region)):
-            level.set_grad_checkpointing(enable)
-
     @classmethod
     def from_official(
         cls,
@@ -314,19 +311,14 @@ class HViT(OfficialModel):
             position=position or ("none" if learned is None else "learned"),
             longest=512 if learned is None else len(learned),
         )
-        patch, region = (official.part(state, f"vit_{level}.") for level in ("patch", "region"))
+        patch, region = (below(state, f"vit_{level}.") for level in ("patch", "region"))
         model = cls(
             slide,
             RegionEncoder.from_official(region) if region else None,
             PatchEncoder.from_official(patch) if patch else None,
             variant or ("local" if region else "global"),
         )
-        load_official(model, state, model.official_names(), "H-ViT", ignored=("pos_encoder.pe",))
-        return model
-
-    def official_names(self) -> dict[str, str]:
-        """Our tensor names to the authors'."""
-        return renamed(self.state_dict(), official.NAMES)
+        return model.loaded(state, "H-ViT", ignored=("pos_encoder.pe",))
 
 
 def build(
@@ -346,7 +338,6 @@ def build(
         levels: those that are built; the embeddings of the others are the model's input.
         slide: further options of `SlideTransformer`.
     """
-    check_choice("size", size, SIZES)
     sizes = SIZES[size]
     patch = PatchEncoder(**sizes["patch"]) if "patch" in levels else None
     region = RegionEncoder(patches, sizes["patch"]["dim"], **sizes["region"]) if "region" in levels else None
@@ -355,11 +346,6 @@ def build(
 
 
 # --- losses, predictions, votes ---------------------------------------------------------------------------------------
-
-
-def outputs_of(head: str, classes: int) -> int:
-    """The number of outputs of a head; CORAL's are one and as many thresholds as the ordinal head has outputs."""
-    return {"classification": classes, "regression": 1}.get(head, classes - 1)
 
 
 def extended(grades: Tensor, classes: int) -> Tensor:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ...backbones import read_state
 from ...errors import BadParameter
-from ...ops import unpickle
 from ..layers.state_dicts import check_names, depth
 
 # our names to the authors'
@@ -36,15 +35,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
 
     Raises `CorruptFile` for a file that cannot be read.
     """
-    saved = None if Path(path).suffix == ".safetensors" else unpickle.load_torch(path)
-    teacher = saved.get("teacher") if isinstance(saved, dict) else None
-    state = teacher if isinstance(teacher, dict) else read_state(path)
-    return {re.sub(r"^(module\.)?(backbone\.)?", "", name): value for name, value in state.items()}
-
-
-def part(state: Mapping[str, Tensor], *prefixes: str) -> dict[str, Tensor]:
-    """The tensors whose names start with one of the prefixes, without it."""
-    return {name.removeprefix(p): value for name, value in state.items() for p in prefixes if name.startswith(p)}
+    return {re.sub(r"^(module\.)?(backbone\.)?", "", name): value for name, value in read_state(path).items()}
 
 
 def encoder_sizes(state: Mapping[str, Tensor], layer: str, heads: int | None = None) -> dict[str, Any]:

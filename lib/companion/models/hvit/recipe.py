@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,7 +38,7 @@ from .features import patch_encoder, stored_in
 from .official import read_checkpoint
 from .slides import PANDA, Tiling, write_pyramid
 
-WORKERS = min(8, os.cpu_count() or 1)
+WORKERS = 8
 LEARNING_RATE, DECAY, HALVED, EPOCHS, BATCH, LAST = 2e-4, 1e-5, 20, 50, 32, "carry"
 REGIONS = {"epochs": 200, "patience": 20}  # of the authors' training on regions of 1024 px from pixels, all levels
 EARLIEST = 52  # epochs that are trained at least; the authors' `epoch > 50` counts from 0
@@ -412,18 +411,7 @@ def label(p: Parameters) -> str:
 
 def protocol() -> dict[str, str]:
     """The settings of the `paper` profile, a row each."""
-    return papers.protocol(
-        "hvit",
-        learning_rate=LEARNING_RATE,
-        decay=DECAY,
-        halved=HALVED,
-        batch=BATCH,
-        epochs=EPOCHS,
-        regions=REGIONS,
-        earliest=EARLIEST,
-        dropout=hvit.SIZES["paper"]["slide"]["dropout"],
-        tiling=PANDA,
-    )
+    return papers.protocol("hvit", **globals())
 
 
 # --- checks of what is read -------------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ NORMALISATIONS = {
 }
 MASKS = (".png", ".tif", ".tiff")  # endings of tissue masks
 EXTRA = "pip install -e '.[slides]'"
+PREVIEW = 1600  # longest side of a preview, in pixels
 LARGEST_THUMBNAIL = 64_000_000  # pixels; a level with more is reduced band by band
 
 
@@ -368,15 +369,14 @@ def tensor(pixels: np.ndarray, normalise: str = "unit", device: str | torch.devi
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def write_preview(path: str | Path, slide: Slide, tiles: Tiles, mask: np.ndarray, longest: int = 1600) -> None:
+def write_preview(path: str | Path, slide: Slide, tiles: Tiles, mask: np.ndarray) -> None:
     """Write a thumbnail as PNG: tissue outlined in orange, regions framed in blue, what is in no region faded.
 
     Args:
         mask: see `tissue_mask`.
-        longest: side of the image in pixels.
     """
-    image = Image.fromarray(slide.thumbnail(max(slide.size) / longest)[0])
-    image.thumbnail((longest, longest))
+    image = Image.fromarray(slide.thumbnail(max(slide.size) / PREVIEW)[0])
+    image.thumbnail((PREVIEW, PREVIEW))
     scale, used = image.width / slide.size[0], Image.new("L", image.size, 110)
     frames = [(x, y, x + tiles.step * scale, y + tiles.step * scale) for x, y in (tiles.coords * scale).tolist()]
     for frame in frames:

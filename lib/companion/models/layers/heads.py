@@ -58,8 +58,8 @@ def classifier(
 ) -> VisionTransformer:
     """MAE's classifier on a copy of a ViT: images (B, 3, S, S) to logits (B, classes) of the mean patch token.
 
-    The encoder's own last norm is dropped; `fc_norm` starts at 1 and 0, the last layer at N(0, 2e-5). A paper calls it
-    in a function of its own, which sets the model's `config`.
+    The encoder's own last norm is dropped; `fc_norm` starts at 1 and 0, the last layer at N(0, 2e-5). A paper's own
+    `classifier` calls it, and sets its config and what it predicts.
 
     Args:
         encoder: any ViT of timm, for instance `ECAMP.encoder`; it is copied.

@@ -18,7 +18,7 @@ from ...errors import BadParameter
 from ...ops.config import configure
 from .heads import vit_sizes
 from .pos_embed import resize_pos_embed, sincos_table
-from .state_dicts import OfficialModel, check_names, depth, load_official
+from .state_dicts import OfficialModel, check_names, depth
 
 # --- patches and masks ------------------------------------------------------------------------------------------------
 
@@ -239,5 +239,4 @@ class MAE(OfficialModel):
         check_names(state, ("patch_embed.proj.weight", "pos_embed", "decoder_embed.weight"), what)
         decoder = len(state["decoder_embed.weight"]), depth(state, "decoder_blocks."), decoder_heads
         model = cls(encoder(**vit_sizes(state, heads)), decoder, **options)
-        load_official(model, state, model.official_names(), what)
-        return model.eval()
+        return model.loaded(state, what)

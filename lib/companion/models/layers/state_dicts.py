@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
+from typing import Self
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ def _part_shape(ours: Tensor, names: np.ndarray) -> tuple[int, ...]:
 def load_official(
     model: nn.Module,
     state: Mapping[str, Tensor],
-    names: Names,
+    names: Names | None,
     what: str,
     ignored: tuple[str, ...] = (),
     optional: tuple[str, ...] = (),
@@ -37,14 +38,15 @@ def load_official(
     """Copy a state dict into a model, strictly.
 
     Args:
-        names: our tensor names to the official ones.
+        names: our tensor names to the official ones; None: they are the same.
         what: the model, for the error.
         ignored: official names that start with one of these are optional and not read.
         optional: official names that end with one of these may be missing: ours are unchanged.
 
     Raises `BadCheckpoint`: with every name that is missing, unknown or of another shape; nothing is loaded then.
     """
-    ours, groups = model.state_dict(), {name: np.array(official) for name, official in names.items()}
+    ours = model.state_dict()
+    groups = {name: np.array(official) for name, official in (names or dict(zip(ours, ours, strict=True))).items()}
     wanted = {str(n) for group in groups.values() for n in group.ravel() if group.size}
     missing = {n for n in wanted - state.keys() if not n.endswith(optional)}
     unknown = {n for n in state.keys() - wanted if not n.startswith(ignored)}
@@ -67,6 +69,11 @@ def check_names(state: Mapping[str, Tensor], needed: Iterable[str], what: str) -
         raise BadCheckpoint(what, missing)
 
 
+def below(state: Mapping[str, Tensor], *prefixes: str) -> dict[str, Tensor]:
+    """The tensors of a state dict whose names start with one of the prefixes, without it."""
+    return {name.removeprefix(p): value for name, value in state.items() for p in prefixes if name.startswith(p)}
+
+
 def official_state(ours: Mapping[str, Tensor], names: Names) -> dict[str, Tensor]:
     """Copies of our tensors by official name: the inverse of `load_official`."""
     state: dict[str, Tensor] = {}
@@ -79,15 +86,25 @@ def official_state(ours: Mapping[str, Tensor], names: Names) -> dict[str, Tensor
 
 
 class OfficialModel(nn.Module):
-    """A model whose tensors have names in the authors' code."""
+    """A model whose tensors have names in the authors' code: ours after `rules`, see `renamed`, or `official_names`."""
+
+    rules: Sequence[tuple[str, str | Callable]] = ()
 
     def official_names(self) -> Names:
         """Our tensor names to the authors'."""
-        raise NotImplementedError
+        return renamed(self.state_dict(), self.rules)
 
     def to_official(self) -> dict[str, Tensor]:
         """The state dict under the authors' names; the inverse of `from_official`."""
         return official_state(self.state_dict(), self.official_names())
+
+    def loaded(self, state: Mapping[str, Tensor], what: str, ignored: tuple[str, ...] = ()) -> Self:
+        """This model, in eval mode, with the tensors of a state dict under the authors' names; see `load_official`.
+
+        The counters of batch norms, which nothing reads, may be missing.
+        """
+        load_official(self, state, self.official_names(), what, ignored, optional=("num_batches_tracked",))
+        return self.eval()
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The trainable parameters by name."""

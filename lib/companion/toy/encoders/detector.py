@@ -138,7 +138,7 @@ def _load(model: nn.Module, name: str, weights: str | Path) -> nn.Module:
         path = encoders.weights_file(name) if weights == "pocket" else Path(weights)
         if not path.is_file():
             raise BadParameter("weights", str(weights), "'pocket', 'random' or an existing file")
-        load_official(model, backbones.read_state(path), {key: key for key in model.state_dict()}, name)
+        load_official(model, backbones.read_state(path), None, name)
     return model.eval()
 
 

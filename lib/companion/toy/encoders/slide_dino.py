@@ -13,7 +13,7 @@ from torch import Tensor
 from ... import backbones
 from ...errors import check_choice
 from ...models.hvit import model as hvit
-from ...models.layers.state_dicts import load_official
+from ...models.layers.state_dicts import below, load_official
 from .. import encoders
 
 NAME = "pocket_slide_dino"
@@ -36,8 +36,7 @@ def build(levels: str = "dino", seed: int = 0) -> tuple[hvit.PatchEncoder, hvit.
         state = backbones.read_state(encoders.weights_file(NAME))
         for level in ("patch", "region"):
             encoder = getattr(model, level)
-            part = {name.removeprefix(f"{level}."): t for name, t in state.items() if name.startswith(f"{level}.")}
-            load_official(encoder, part, {name: name for name in encoder.state_dict()}, NAME)
+            load_official(encoder, below(state, f"{level}."), None, NAME)
     return model.get_submodule("patch").eval(), model.get_submodule("region").eval()
 
 

@@ -29,5 +29,5 @@ def build(weights: str | Path = "shipped") -> OSTrack:
     unused = {"num_classes": 0, "class_token": False, "pos_embed": "none", "global_pool": ""}
     tracker = OSTrack(VisionTransformer(**size, **unused), template=32, search=64, head_channels=64)
     if weights != "random":
-        tracker.load_official(read_state(weights_file(NAME) if weights == "shipped" else weights))
+        tracker.loaded(read_state(weights_file(NAME) if weights == "shipped" else weights), "OSTrack")
     return tracker.eval()
