@@ -68,9 +68,11 @@ def protocol(slug: str, **facts: object) -> dict[str, str]:
     in.
 
     Args:
-        facts: what the templates name: "{EPOCHS}", "{LOOKAHEAD[k]}", "{coco.lr:g}".
+        facts: what the templates name, such as a recipe's `globals()`: "{EPOCHS}", "{LOOKAHEAD[k]}", "{coco.lr:g}";
+            "{precision}" is the YAML's.
     """
-    return {name: text.format_map(facts) for name, text in paper(slug)["protocol"].items()}
+    given = {"precision": paper(slug).get("precision"), **facts}
+    return {name: text.format_map(given) for name, text in paper(slug)["protocol"].items()}
 
 
 FINDINGS = ("fault", "surprise", "recipe")

@@ -61,7 +61,7 @@ def test_a_dry_run_trains_the_adaptor_alone(pocket: None, method: str, fusion: s
     frozen = tested.pipe.unet.state_dict()
     assert all(torch.equal(t, frozen[n]) for n, t in start.unet.state_dict().items())
     assert tested.restore(tested.samples[:1]).shape == (1, 3, 32, 32)
-    assert set(tested.scores) | set(tested.missing) == set(recipe.SCORES)
+    assert set(tested.scores) | set(tested.missing) == set(recipe.RESULTS.values)
 
 
 def test_each_method_reads_its_prompts(data: Degraded) -> None:
@@ -223,7 +223,7 @@ def test_scores_of_a_test_larger_than_the_memory_are_those_of_all_images_at_once
     values, reasons = recipe.score(iter(parts))
     assert values["PSNR"] == pytest.approx(float(psnr(restored, clean).mean()), abs=1e-2)
     assert values["SSIM"] == pytest.approx(float(ssim(restored, clean).mean()), abs=1e-4)
-    assert set(values) | set(reasons) == set(recipe.SCORES)
+    assert set(values) | set(reasons) == set(recipe.RESULTS.values)
 
 
 def test_results_stand_in_the_tables_they_belong_to(tmp_path: Path) -> None:

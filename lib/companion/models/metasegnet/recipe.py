@@ -533,6 +533,5 @@ def protocol() -> dict[str, str]:
     code."""
     sets = {"potsdam": published(POTSDAM), "loveda": published(LOVEDA), "openearthmap": published(OEM)}
     tiles = [tile for tile in POTSDAM_TILES["train"] if tile != POTSDAM_FAULTY]
-    facts = {"tiles": len(tiles), "faulty": POTSDAM_FAULTY, "tile": landcover.TILE, "padding": landcover.PADDINGS[0]}
     scales = ", ".join(f"{scale:g}" for scale in SCALES)
-    return papers.protocol("metasegnet", **sets, **facts, scales=scales, lookahead=LOOKAHEAD, last=LAST, drop=DROPPED)
+    return papers.protocol("metasegnet", **sets, tiles=len(tiles), scales=scales, **globals())

@@ -396,5 +396,4 @@ def f1_definitions() -> pd.DataFrame:
 
 def protocol() -> dict[str, str]:
     """The settings of the profile, one per row, by the authors' code; few of the paper's own settings were found."""
-    facts = {"MOMENTUM": MOMENTUM, "SIMILARITY": SIMILARITY, "LAST": LAST, "THRESHOLD": THRESHOLD}
-    return papers.protocol("promptpar", **facts, **published().to_dict())
+    return papers.protocol("promptpar", threshold=THRESHOLD, **globals(), **published().to_dict())

@@ -25,7 +25,8 @@ from ...training.recipe import Training, dry_items
 from ...training.recipe import run as train
 from ...training.schedules import adamw, schedule
 from ..layers import vpt
-from .model import DROPOUT, PROMPT_WEIGHT, SA2VP, loss
+from . import model
+from .model import SA2VP, loss
 from .swin import SA2VPSwin
 
 EPOCHS, WARMUP_EPOCHS, MIN_LR, WEIGHT_DECAY = 100, 10, 1e-7, 1e-4
@@ -316,12 +317,4 @@ def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 def protocol() -> dict[str, str]:
     """The settings of the `paper` profile, one per row."""
-    facts: dict[str, object] = {
-        "EPOCHS": EPOCHS,
-        "WARMUP_EPOCHS": WARMUP_EPOCHS,
-        "MIN_LR": MIN_LR,
-        "WEIGHT_DECAY": WEIGHT_DECAY,
-    }
-    facts |= {"DROP_PATH": DROP_PATH, "DROPOUT": DROPOUT, "PIXELS": PIXELS, "TOKENS": TOKENS}
-    facts |= {"image_weight": 1 - PROMPT_WEIGHT, "prompt_weight": PROMPT_WEIGHT}
-    return papers.protocol("sa2vp", **facts, precision=papers.paper("sa2vp")["precision"])
+    return papers.protocol("sa2vp", **globals(), image_weight=1 - model.PROMPT_WEIGHT)

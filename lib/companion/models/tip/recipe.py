@@ -30,9 +30,9 @@ from ...training.fit import CPU, Hardware, History, RunParameters, device, evalu
 from ...training.recipe import Training, dry_items
 from ...training.recipe import run as run_training
 from ...training.schedules import adamw, schedule
+from . import degradations
 from . import model as tip
-from .degradations import BLIND, BLIND_PROMPT, KINDS, NO_CAPTION, SHARE_BLIND, TASKS, Degraded, Recipe, Sample
-from .degradations import texts as texts_by_kind
+from .degradations import TASKS, Degraded, Sample
 from .pipeline import TIPPipeline, build, load_adaptor, save_adaptor
 from .text import tokenize
 
@@ -52,7 +52,6 @@ WORKERS = min(16, os.cpu_count() or 1)
 WEIGHTS, HUB = "stable-diffusion-v1-5", "stable-diffusion-v1-5/stable-diffusion-v1-5"
 DRY_SIZE, DRY_STEPS = 128, 2
 SHOWN = 8  # images of the figures
-SCORES = ("PSNR", "SSIM", "LPIPS", "FID")
 
 
 class Parameters(RunParameters, Protocol):
@@ -124,24 +123,9 @@ def run(p: Parameters, out: Path) -> Tested:
 
 def protocol() -> dict[str, str]:
     """What the `paper` profile runs, a fact a row. The paper's own settings could not be found: these are ours."""
-    drawn, dice = Recipe(), {"share_blind": SHARE_BLIND, "blind_prompt": BLIND_PROMPT, "no_caption": NO_CAPTION}
-    ranges = ", ".join(f"{kind} {' to '.join(f'{end:g}' for end in getattr(drawn, kind))}" for kind in KINDS)
-    return papers.protocol(
-        "tip",
-        LEARNING_RATE=LEARNING_RATE,
-        WEIGHT_DECAY=WEIGHT_DECAY,
-        WARMUP=WARMUP,
-        MAX_NORM=MAX_NORM,
-        BATCH=BATCH,
-        MICRO_BATCH=MICRO_BATCH,
-        EPOCHS=EPOCHS,
-        precision=papers.paper("tip")["precision"],
-        drawn=drawn,
-        dice=dice,
-        ranges=ranges,
-        blind=BLIND,
-        scores=", ".join(SCORES),
-    )
+    drawn = degradations.Recipe()
+    ranges = [f"{kind} {' to '.join(f'{end:g}' for end in getattr(drawn, kind))}" for kind in degradations.KINDS]
+    return papers.protocol("tip", drawn=drawn, ranges=", ".join(ranges), **globals())
 
 
 def base(p: Parameters) -> str:
@@ -341,7 +325,7 @@ def restore(
 
     The initial noise of a sample depends only on `seed` and its index, counted from `first`, not on the prompts.
     """
-    semantic, restoration = texts_by_kind(data, kind)
+    semantic, restoration = degradations.texts(data, kind)
     restored = []
     with evaluating(hardware, pipe.vae, pipe.text_encoder, pipe.unet, pipe.adaptor):
         for start in range(0, len(data), batch):
