@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import BadParameter, CompanionError
+from ..errors import CompanionError
 from .checkpoints import trained_state
 
 if TYPE_CHECKING:  # imported only for training: it takes a second, because it imports torchmetrics
@@ -212,8 +212,6 @@ class Lookahead(Callback):
     """
 
     def __init__(self, k: int = 5, alpha: float = 0.5):
-        if k < 1 or not 0 < alpha <= 1:
-            raise BadParameter("k, alpha", (k, alpha), "1 or more steps, and a share above 0, at most 1")
         self.k, self.alpha = k, alpha
         self.slow: list[Tensor] = []
 

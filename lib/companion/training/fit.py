@@ -330,8 +330,6 @@ def fit(
             optim.zero_grad(set_to_none=True)
             # losses stay tensors: a number would wait for the GPU at each step
             loop.history.append({"step": step, "lr": lrs[0]} | terms)
-            if checkpoint:
-                _check_columns(loop.history)
             loop.step += 1
             for callback in callbacks:
                 callback.on_step_end(loop)
@@ -365,19 +363,15 @@ def _check_arguments(images: int, epochs: float, batch: int, last: str, hardware
     """Raise `BadParameter` unless `fit` can train on a data set of `images` with these arguments."""
     devices, accumulate = hardware.devices, hardware.accumulate
     check_choice("last", last, LAST)
+    check_choice("precision", hardware.precision, PRECISIONS)
     if not epochs > 0:  # NaN too
         raise BadParameter("epochs", epochs, "more than 0")
-    if not images:
-        raise BadParameter("data", "an empty data set", "one with images")
-    if batch < 1 or (batch > images and last != "train"):
+    if not images or batch < 1 or (batch > images and last != "train"):
         raise BadParameter("batch", batch, f"1 to {images}, the images there are")
-    if devices < 1:
-        raise BadParameter("devices", devices, "1 or more")
     if batch % devices:
         raise BadParameter("batch", batch, f"a multiple of devices = {devices}")
     if not 1 <= accumulate <= batch // devices:
         raise BadParameter("accumulate", accumulate, f"1 to {batch // devices}, a device's images of a step")
-    check_choice("precision", hardware.precision, PRECISIONS)
     if devices > 1 and "fork" not in multiprocessing.get_all_start_methods():
         accepted = "1: processes for several devices are forked, which Windows cannot do, and WSL can"
         raise BadParameter("devices", devices, accepted)
@@ -490,14 +484,6 @@ def _images(step: int, images: int, batch: int, per_epoch: int, last: str) -> in
     if last == "train":
         return min(batch, images - i * batch)
     return batch + images % batch if last == "carry" and step and i == 0 else batch
-
-
-def _check_columns(history: History) -> None:
-    """Raise `BadParameter` unless the last step has the scalars of the first: they are columns of one file."""
-    first, last = history[0], history[-1]
-    if first.keys() != last.keys():
-        accepted = f"{[*first][2:]}, those of the first step, with a checkpoint"
-        raise BadParameter("scalars of the loss", [*last][2:], accepted)
 
 
 def _fork(

@@ -32,7 +32,7 @@ from ...ops.config import as_json, configure
 from .frozen import frozen_copy
 from .precision import without_autocast
 from .predicting import Images, Names, Shapes, Transform, named, outputs
-from .state_dicts import check_names, load_official, official_state
+from .state_dicts import OfficialModel, check_names, load_official
 from .state_dicts import depth as depth_of
 
 Tokenizer = Callable[[Sequence[str]], Tensor]
@@ -174,7 +174,7 @@ def embed_texts(tokenizer: Tokenizer, clip: CLIP, texts: Sequence[str], free: in
 # --- prompted CLIPs ---------------------------------------------------------------------------------------------------
 
 
-class PromptedCLIP(nn.Module):
+class PromptedCLIP(OfficialModel):
     """A frozen CLIP and the texts of the classes.
 
     Args:
@@ -227,10 +227,6 @@ class PromptedCLIP(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the activations of each block in the backward pass, to save memory."""
         self.clip.set_grad_checkpointing(enable)
-
-    def trained(self) -> dict[str, nn.Parameter]:
-        """The trainable parameters by name."""
-        return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def count(self) -> int:
         """The number of trainable parameters."""
@@ -333,16 +329,17 @@ class PromptLearner(PromptedCLIP):
         whole = any(name.startswith(("image_encoder.", "text_encoder.")) for name in state)
         # the model shares the tensors of the CLIP, which keeps its weights
         model = cls(copy.deepcopy(clip) if whole else clip, classes, tokenizer, **(sizes | options)).eval()
-        names = model.learner_names() | (tower_names(model) if whole else {})
+        names = model.official_names() if whole else model.learner_names()
         load_official(model, state, names, what, ignored=(LEARNER + "token_", "logit_scale", *cls.unused))
         return model
 
+    def official_names(self) -> dict[str, str | list]:
+        return self.learner_names() | tower_names(self)
+
     def to_official(self) -> dict[str, Tensor]:
         """The whole state dict under the authors' names, the texts of the classes among it."""
-        n = len(self.ctx)
-        texts = {"token_prefix": self.embedded[:, :1], "token_suffix": self.embedded[:, 1 + n :]}
-        state = official_state(self.state_dict(), self.learner_names() | tower_names(self))
-        return state | {LEARNER + name: tensor.clone() for name, tensor in texts.items()}
+        texts = {"token_prefix": self.embedded[:, :1], "token_suffix": self.embedded[:, 1 + len(self.ctx) :]}
+        return super().to_official() | {LEARNER + name: tensor.clone() for name, tensor in texts.items()}
 
 
 def tower_names(model: nn.Module) -> dict[str, str]:

@@ -23,7 +23,6 @@ from torchvision.transforms.v2.functional import resize
 
 from ... import backbones
 from ...data import DATASETS, detection, few, present
-from ...data.detection_sets import COCO_BASE, COCO_NOVEL, COCO_OTHER
 from ...errors import BadParameter, MissingWeights
 from ...evaluation.metrics.detection import evaluate
 from ...evaluation.tables import Results
@@ -88,13 +87,8 @@ def run(p: Parameters, out: Path) -> Tested:
     def detect(image: Tensor) -> detectors.Output:
         return detector.to(where)(image)  # moved at the first image, not before processes for training are forked
 
-    combined: dict[str, Any] = {
-        "branch": p.branch,
-        "gamma": p.gamma or r.gamma,
-        "threshold": detectors.FLOOR,
-        "top": r.top,
-    }
-    outputs = predict(module.model, detect, test, hardware=Hardware.of(p, "sic_cads"), title=title, **combined)
+    combined: dict[str, Any] = {"title": title, "branch": p.branch, "gamma": p.gamma or r.gamma, "top": r.top}
+    outputs = predict(module.model, detect, test, hardware=Hardware.of(p, "sic_cads"), **combined)
     record(out / "measured.csv", p, outputs)
     return Tested(module.model, outputs)
 
@@ -260,6 +254,7 @@ def random_crop(height: int, width: int, smallest: float) -> tuple[int, int, int
     return left, top, w, h
 
 
+@dataclass
 class Crops(Dataset):
     """Random crops of images with the classes that they show: (uint8 (3, s, s), (C,) bool, boxes or not).
 
@@ -267,8 +262,10 @@ class Crops(Dataset):
     boxes a class is a positive when a part of one of its boxes is in the crop; labels without boxes stay.
     """
 
-    def __init__(self, data: detection.Boxes, size: int, crop: float, boxes: bool = True):
-        self.data, self.size, self.crop, self.boxes = data, size, crop, boxes
+    data: detection.Boxes
+    size: int
+    crop: float
+    boxes: bool = True
 
     def __len__(self) -> int:
         return len(self.data)
@@ -315,14 +312,15 @@ class Repeated(Dataset):
         return self.data[self.drawn(index)]
 
 
+@dataclass
 class Turns(Dataset):
     """Groups of images from one of several sources: (g, 3, s, s), (g, C) and (g,), the source drawn with equal odds.
 
     Images are drawn with replacement, as in the authors' sampler of several data sets.
     """
 
-    def __init__(self, sources: Sequence[Dataset], group: int):
-        self.sources, self.group = sources, group
+    sources: Sequence[Dataset]
+    group: int
 
     def __len__(self) -> int:
         return max(1, sum(map(len, self.sources)) // self.group)
@@ -471,19 +469,11 @@ def training(
     )
 
 
-def generated(p: Parameters, count: int, height: int = 480, width: int = 640) -> detection.Boxes:
-    """Images of noise with a box of three base and two novel classes, in the dataset's vocabulary; numbers where only
-    its file has the names."""
-    dataset, rng = DATASETS[p.dataset], np.random.default_rng(p.seed)
-    if p.dataset == "detection/ov-coco":
-        categories: list[Any] = [{"id": i, "name": n} for n, i in (COCO_BASE | COCO_NOVEL | COCO_OTHER).items()]
-        groups = [[*COCO_BASE.values()], [*COCO_NOVEL.values()]]
-    else:
-        numbers: list[Any] = [
-            {"id": i, "name": f"class {i}", "frequency": "rcff"[i % 4]} for i in range(dataset.classes)
-        ]
-        categories = [*detection.lvis_categories()] if p.dataset == "detection/ov-lvis" else numbers
-        groups = [[c["id"] for c in categories if (c["frequency"] == "r") is rare] for rare in (False, True)]
+def generated(p: Parameters, count: int) -> detection.Boxes:
+    """Images of noise with a box of three base and two novel classes, as many classes as the dataset has, by number."""
+    dataset, rng, height, width = DATASETS[p.dataset], np.random.default_rng(p.seed), 480, 640
+    categories = [{"id": i, "name": f"class {i}", "frequency": "rcff"[i % 4]} for i in range(dataset.classes)]
+    groups = [[i for i in range(dataset.classes) if (i % 4 == 0) is rare] for rare in (False, True)]
     images = [{"id": i, "width": width, "height": height, "file_name": f"{i}"} for i in range(count)]
     shown = [{"category_id": c, "bbox": [90.0 * k, 60, 80, 60]} for k, c in enumerate((*groups[0][:3], *groups[1][:2]))]
     rows = [{"image_id": i, "area": 4800, "iscrowd": 0, **box} for i in range(count) for box in shown]

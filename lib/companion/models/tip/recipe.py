@@ -167,8 +167,12 @@ def datasets(p: Parameters) -> tuple[str, Dataset | None, Dataset]:
     train: restoration.Captioned | None = None
     if p.dataset == "folder":
         title, test = f"images of {p.data_root}", restoration.own_folder(p.data_root)
-        if not p.checkpoint:
-            train, test = halves(test)
+        if not p.checkpoint:  # every tenth image is tested
+            if len(test) < 2:
+                accepted = "two or more to train and to test on, or a `checkpoint`"
+                raise BadParameter("data_root", f"{len(test)} image", accepted)
+            rows = range(len(test))
+            train, test = test.part([i for i in rows if i % 10]), test.part([i for i in rows if i % 10 == 0])
     else:
         title, test = DATASETS[p.dataset].title, restoration.load(p.dataset, p.data_root, "test")
         if not p.checkpoint:
@@ -184,15 +188,6 @@ def datasets(p: Parameters) -> tuple[str, Dataset | None, Dataset]:
         parts = few({"test": test} | ({"train": train} if train else {}), dry_items(p, BATCH))
         train, test = parts.get("train"), parts["test"]
     return title, train, test
-
-
-def halves(own: restoration.Captioned) -> tuple[restoration.Captioned, restoration.Captioned]:
-    """The training images of a folder of one's own and, every tenth image, its test images."""
-    if len(own) < 2:
-        raise BadParameter("data_root", f"{len(own)} image", "two or more to train and to test on, or a `checkpoint`")
-
-    rows = range(len(own))
-    return own.part([i for i in rows if i % 10]), own.part([i for i in rows if i % 10 == 0])
 
 
 class Generated(Dataset):
@@ -370,14 +365,15 @@ def score(pairs: Iterable[tuple[Tensor, Tensor]], download: bool = False) -> tup
     for pair in pairs:
         for restored, clean in zip(*(x.split(MICRO_BATCH) for x in pair), strict=True):
             count += len(clean)
-            metrics = {name: metric.to(clean.device) for name, metric in metrics.items()}
             sums["PSNR"] += float(psnr(restored, clean).sum())
             sums["SSIM"] += float(ssim(restored, clean).sum())
-            if "LPIPS" in metrics:
-                metrics["LPIPS"].update(restored, clean)
-            if "FID" in metrics:
-                metrics["FID"].update(clean, real=True)
-                metrics["FID"].update(restored, real=False)
+            for name, metric in metrics.items():
+                metric.to(clean.device)
+                if name == "FID":
+                    metric.update(clean, real=True)
+                    metric.update(restored, real=False)
+                else:
+                    metric.update(restored, clean)
     values = {name: total / count for name, total in sums.items()}
     if "FID" in metrics and count < 2:
         del metrics["FID"]
