@@ -71,7 +71,7 @@ class SwinBlock(SwinTransformerBlock):
 
     def __init__(self, block: SwinTransformerBlock):
         nn.Module.__init__(self)
-        vars(self).update(vars(block))  # its layers and settings
+        self.__dict__.update(vars(block))  # its layers and settings
 
     def _attn(self, x: Tensor) -> Tensor:
         """Attention inside each window of n x n positions; every second block shifts the windows by half of one."""
