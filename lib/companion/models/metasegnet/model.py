@@ -34,6 +34,7 @@ from torch.nn import functional as F
 from ...errors import BadParameter
 from ...ops.config import configure
 from ..layers.attend import Attend
+from ..layers.heads import swin_sizes
 from ..layers.predicting import Images, Names, Shapes
 from ..layers.state_dicts import OfficialModel, load_official
 from . import official
@@ -286,8 +287,8 @@ class MetaSegNet(OfficialModel):
         Raises `BadCheckpoint`: missing and unknown names and other shapes, all of them listed.
         """
         state = official.cleaned(state)
-        sizes = official.decoder_sizes(state) | options
-        model = cls(swin(**official.swin_sizes(state)), sizes.pop("classes"), text, **sizes).eval()
+        sizes, encoder = official.decoder_sizes(state) | options, swin_sizes(state, "backbone.", official.WHAT)
+        model = cls(swin(**encoder, drop_path_rate=0.3), sizes.pop("classes"), text, **sizes).eval()
         load_official(model, state, model.official_names(), official.WHAT)
         return model
 

@@ -68,11 +68,14 @@ def pool(cosines: Tensor, levels: int) -> Tensor:
     return torch.stack([part.amax(-2) for part in parts]).mean(0)
 
 
-def normalise(scores: Tensor) -> Tensor:
-    """Probabilities sigmoid((s - mean) / std) of scores (B, C), with the unbiased std over the classes of an image.
+def normalise(scores: Tensor, over: str = "image") -> Tensor:
+    """Probabilities sigmoid((s - mean) / std) of scores (B, C), with the unbiased std.
 
-    The released code has mean and std over all B · C scores; it tests one image at a time, where the two are equal.
+    `over`: "image", the paper's formula; "batch", mean and std over all B · C scores, as in the released code (which
+    tests one image at a time, where the two are equal).
     """
+    if over == "batch":
+        return ((scores - scores.mean()) / scores.std()).sigmoid()
     return ((scores - scores.mean(-1, keepdim=True)) / scores.std(-1, keepdim=True)).sigmoid()
 
 

@@ -211,7 +211,7 @@ def frozen(p: Parameters, test: detection.Boxes) -> tuple[nn.Module, nn.Module, 
     folder, file = Path(p.data_root, "weights", OWLVIT.rpartition("/")[2]), Path(p.data_root, "weights", CLIP_FILE)
     weights: str | Path = folder if p.detector == OWLVIT and folder.is_dir() else "pretrained"
     source: str | Path = file if p.clip == CLIP and file.is_file() else "pretrained"
-    tokenizer, names = open_clip.get_tokenizer(p.clip.partition("/")[0]), test.class_names
+    names = test.class_names
     if p.dry_run:
         torch.manual_seed(p.seed)
         source = backbones.or_random(f"openclip:{p.clip}", source)
@@ -225,9 +225,9 @@ def frozen(p: Parameters, test: detection.Boxes) -> tuple[nn.Module, nn.Module, 
         # random vectors, here and below: thousands of names take the text towers minutes
         detector.queries = F.normalize(torch.randn(len(names), detector.queries.shape[1]), dim=-1)
     clip = backbones.build(f"openclip:{p.clip}", source)
-    text = sic_cads.vocabulary(clip, tokenizer, names[:1] if source == "random" else names)
-    text = F.normalize(torch.randn(len(names), text.shape[1]), dim=-1) if source == "random" else text
-    return detector, clip, text
+    if source == "random":
+        return detector, clip, F.normalize(torch.randn(len(names), clip.visual.output_dim), dim=-1)
+    return detector, clip, sic_cads.vocabulary(clip, open_clip.get_tokenizer(p.clip.partition("/")[0]), names)
 
 
 def recogniser(
