@@ -43,6 +43,7 @@ if TYPE_CHECKING:  # imported only for training: it takes a second, because it i
 
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 LAST = ("drop", "train", "carry")
+WORKERS = min(8, os.cpu_count() or 1)  # processes that load the data of a recipe
 
 Batch = tuple[Tensor, ...]
 Loss = Callable[[nn.Module, Batch], "Tensor | Mapping[str, Tensor]"]

@@ -32,7 +32,7 @@ from ...ops.config import as_json, configure
 from .frozen import frozen_copy
 from .precision import without_autocast
 from .predicting import Images, Names, Shapes, Transform, named, outputs
-from .state_dicts import OfficialModel, check_names, load_official
+from .state_dicts import check_names, load_official, official_state
 from .state_dicts import depth as depth_of
 
 Tokenizer = Callable[[Sequence[str]], Tensor]
@@ -174,7 +174,7 @@ def embed_texts(tokenizer: Tokenizer, clip: CLIP, texts: Sequence[str], free: in
 # --- prompted CLIPs ---------------------------------------------------------------------------------------------------
 
 
-class PromptedCLIP(OfficialModel):
+class PromptedCLIP(nn.Module):
     """A frozen CLIP and the texts of the classes.
 
     Args:
@@ -228,6 +228,10 @@ class PromptedCLIP(OfficialModel):
         """Recompute the activations of each block in the backward pass, to save memory."""
         self.clip.set_grad_checkpointing(enable)
 
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The trainable parameters by name."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
     def count(self) -> int:
         """The number of trainable parameters."""
         return sum(p.numel() for p in self.trained().values())
@@ -250,8 +254,6 @@ class PromptLearner(PromptedCLIP):
 
     def __init__(self, clip: CLIP, classes: Classes, tokenizer: Tokenizer | None, tokens: int, template: str):
         configure(self, locals())
-        if tokens < 1:
-            raise BadParameter("tokens", tokens, "1 or more")
         start, free = None, 0
         before, name, rest = template.partition("{}")
         if tokenizer is not None and name:
@@ -329,17 +331,15 @@ class PromptLearner(PromptedCLIP):
         whole = any(name.startswith(("image_encoder.", "text_encoder.")) for name in state)
         # the model shares the tensors of the CLIP, which keeps its weights
         model = cls(copy.deepcopy(clip) if whole else clip, classes, tokenizer, **(sizes | options)).eval()
-        names = model.official_names() if whole else model.learner_names()
+        names = model.learner_names() | (tower_names(model) if whole else {})
         load_official(model, state, names, what, ignored=(LEARNER + "token_", "logit_scale", *cls.unused))
         return model
-
-    def official_names(self) -> dict[str, str | list]:
-        return self.learner_names() | tower_names(self)
 
     def to_official(self) -> dict[str, Tensor]:
         """The whole state dict under the authors' names, the texts of the classes among it."""
         texts = {"token_prefix": self.embedded[:, :1], "token_suffix": self.embedded[:, 1 + len(self.ctx) :]}
-        return super().to_official() | {LEARNER + name: tensor.clone() for name, tensor in texts.items()}
+        state = official_state(self.state_dict(), self.learner_names() | tower_names(self))
+        return state | {LEARNER + name: tensor.clone() for name, tensor in texts.items()}
 
 
 def tower_names(model: nn.Module) -> dict[str, str]:

@@ -12,7 +12,6 @@ A training writes its checkpoint below `<out>/checkpoints`, from which it resume
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,7 +33,7 @@ from ...ops import papers
 from ...ops.files import sha256
 from ...training import schedules
 from ...training.callbacks import EarlyStop, Lookahead
-from ...training.fit import AUTO, Hardware, RunParameters, evaluating, same_shapes
+from ...training.fit import AUTO, WORKERS, Hardware, RunParameters, evaluating, same_shapes
 from ...training.recipe import Training, dry_items
 from ...training.recipe import run as train
 from . import networks
@@ -55,7 +54,6 @@ LAST = "drop"  # the last images of an epoch, see `fit`
 DROPPED = 0.5  # header dropout of full texts (section 14)
 TEST_SPLIT = {OEM: "val", LOVEDA: "val", POTSDAM: "test"}  # other test labels are not public
 RESULTS = Results.of("metasegnet")
-WORKERS = min(8, os.cpu_count() or 1)
 TEST_BATCH = 4  # images of 1,024 pixels
 
 

@@ -20,7 +20,7 @@ from ...data import DATASETS, classification, few, present
 from ...evaluation.tables import Cells, Results, compare_published, published_table
 from ...ops import papers
 from ...training.callbacks import EarlyStop
-from ...training.fit import Hardware, History, RunParameters, predict
+from ...training.fit import WORKERS, Hardware, History, RunParameters, predict
 from ...training.recipe import Training, dry_items
 from ...training.recipe import run as train
 from ...training.schedules import adamw, schedule
@@ -35,7 +35,6 @@ DROP_PATH = 0.2  # of Swin, linear over the blocks
 PIXELS = (0.5, 0.5, 0.5)  # the authors' mean and std for all backbones
 TOKENS = 50  # prompts of VPT, here
 DRY_CLASSES = 10
-WORKERS = min(8, os.cpu_count() or 1)
 RESULTS = Results.of("sa2vp")
 
 

@@ -7,7 +7,6 @@ the third adds images of ImageNet-21k and is not built.
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +28,7 @@ from ...evaluation.tables import Results
 from ...ops import papers
 from ...ops.files import read_json
 from ...training.callbacks import Callback, ClipValue
-from ...training.fit import Hardware, RunParameters, device
+from ...training.fit import WORKERS, Hardware, RunParameters, device
 from ...training.recipe import Training, dry_items
 from ...training.recipe import run as train
 from ...training.schedules import adamw
@@ -48,7 +47,6 @@ GPUS = 4  # of the authors' README: each draws the source of its share of a step
 FLIP = 0.5  # probability that a training image is flipped
 WEIGHT_DECAY = 1e-4  # of every trained tensor
 SHORTER, LONGER = 800, 1333  # sides to which the authors' detectors resize images before the recogniser's own resizing
-WORKERS = min(8, os.cpu_count() or 1)
 
 
 class Parameters(RunParameters, Protocol):
