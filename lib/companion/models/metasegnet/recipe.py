@@ -216,10 +216,9 @@ class Prompted(Dataset):
 
     def __init__(self, data: Dataset, encoder: TextEncoder, texts: Sequence[str], dropped: float = 0.0):
         self.data, self.dropped = data, dropped
-        place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-        self.rows = [place[text] for text in texts]
-        self.ids = encoder.ids(list(place))
-        self.hidden = encoder.ids([headless(text, encoder.unknown) for text in place])
+        unique, self.rows = np.unique(texts, return_inverse=True)
+        self.ids = encoder.ids(unique.tolist())
+        self.hidden = encoder.ids([headless(text, encoder.unknown) for text in unique.tolist()])
 
     def __len__(self) -> int:
         return len(self.data)
@@ -283,11 +282,8 @@ def test_parts(p: Parameters) -> dict[str, Part]:
         return {"test": whole}
     if p.held_out not in zones:
         raise BadParameter("held_out", p.held_out, sorted({zone for zone in zones if zone}))
-    parts = {}
-    for title, out in (("seen", False), ("left out", True)):
-        part = data.where([(zone == p.held_out) == out for zone in zones])
-        parts[title] = replace(whole, data=part, zones=part.zones(), texts=part.texts())
-    return parts
+    out = {i for i, zone in enumerate(zones) if zone == p.held_out}
+    return {"seen": whole.part(sorted({*range(len(data))} - out)), "left out": whole.part(sorted(out))}
 
 
 def generated(p: Parameters, r: Recipe, count: int) -> Part:

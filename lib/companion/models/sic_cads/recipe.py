@@ -35,7 +35,7 @@ from ...training.schedules import adamw
 from ..layers.state_dicts import load_official
 from . import detectors
 from . import model as sic_cads
-from .predictions import Predictions, predict, truth_of
+from .predictions import Predictions, predict
 
 RESULTS = Results.of("sic_cads")
 tables = RESULTS.tables  # published and measured, by title
@@ -198,9 +198,7 @@ def data(p: Parameters) -> tuple[str, dict[str, detection.Boxes]]:
     if p.dataset in COLUMNS:  # nothing of a foreign vocabulary was trained on
         test.novel = test.categories
     if p.images:
-        truth = truth_of(test, p.images)
-        folder = Path(test.sources[0].removesuffix(truth["images"][0]["file_name"]))
-        found["test"] = detection.Boxes(test.dataset, test.root, folder, truth, test.base, test.novel)
+        found["test"] = test.part(range(min(p.images, len(test))))
     return DATASETS[p.dataset].title, found
 
 

@@ -45,8 +45,8 @@ METHODS: dict[str, dict] = {
     "restoration only": {"no_caption": 1.0},
 }
 EPOCHS, BATCH, LEARNING_RATE, WEIGHT_DECAY, MAX_NORM = 10, 32, 1e-5, 1e-2, 1.0
-WARMUP = 500  # steps
-MICRO_BATCH = 8  # images in a forward pass of a device
+WARMUP = 500  # steps, at most half of all
+MICRO_BATCH = 8  # images in a forward pass of a device; the gradients of a step's micro-batches are added up
 TEST_BATCH = 32  # test images in memory at a time
 WORKERS = min(16, os.cpu_count() or 1)
 WEIGHTS, HUB = "stable-diffusion-v1-5", "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -111,7 +111,7 @@ def run(p: Parameters, out: Path) -> Tested:
             listed = {"images": [*map(str, images.sources)], "captions": [*images.captions]}
             if isinstance(images, restoration.Pairs):
                 listed["low"] = [*map(str, images.low.sources)]
-        train(p, pipe, samples(images, size, p.method, p.seed), out, name=p.method, listed=listed)
+        train(p, pipe, samples(images, size, p.method, p.seed), out, listed)
     given = Degraded(test, size, seed=p.seed, **TASKS[p.degradation])
     options: dict[str, Any] = {"steps": steps, "guidance": p.guidance, "scale": p.scale, "seed": p.seed}
     restored = functools.partial(restore, pipe, hardware=Hardware.of(p, "tip"), **options)
@@ -256,32 +256,24 @@ def train(
     pipe: TIPPipeline,
     data: Dataset,
     out: Path | None = None,
-    *,
-    name: str = "TIP",
     listed: Mapping[str, Sequence[str]] | None = None,
-    epochs: float = EPOCHS,
-    batch: int = BATCH,
-    warmup: int = WARMUP,
-    micro_batch: int = MICRO_BATCH,
 ) -> History:
     """Train the adaptor of a pipeline, in place; return the history.
 
     Args:
         data: `Sample`s.
         out: the run's folder. `out`/checkpoints has the training in progress, from which the same call resumes;
-            `out`/trained the adaptor, in a folder named by `name`, dataset and seed, see `pipeline.load_adaptor`.
+            `out`/trained the adaptor, in a folder named by method, dataset and seed, see `pipeline.load_adaptor`.
         listed: names and captions of the images, which identify the training.
-        warmup: steps, at most half of all.
-        micro_batch: images in a forward pass of a device; the gradients of a step's micro-batches are added up.
     """
-    batch = min(batch, len(data))
-    steps = max(1, round(epochs * (len(data) // batch)))
-    parts = math.ceil(batch / (p.devices * micro_batch))
+    batch = min(BATCH, len(data))
+    steps = max(1, round(EPOCHS * (len(data) // batch)))
+    parts = math.ceil(batch / (p.devices * MICRO_BATCH))
     options: dict[str, Any] = {
-        "epochs": epochs,
+        "epochs": EPOCHS,
         "batch": batch,
         "optimizer": adamw(LEARNING_RATE, WEIGHT_DECAY, decay="all"),
-        "schedule": schedule("constant", min(warmup, steps // 2) / steps),
+        "schedule": schedule("constant", min(WARMUP, steps // 2) / steps),
         "callbacks": [ClipNorm(MAX_NORM)],
         "seed": p.seed,
         "hardware": Hardware.of(p, "tip", workers=WORKERS, accumulate=parts),
@@ -289,16 +281,22 @@ def train(
     if out is not None:
         where = {"weights": base(p), "dataset": p.dataset, "data_root": Path(p.data_root), "size": p.size}
         facts = where | {"adaptor": pipe.adaptor, "micro-batches": parts, "listed": listed}
-        options["checkpoint"] = checkpoints.Checkpoint.of(out / "checkpoints", f"{name}, seed {p.seed}", 500, **facts)
-    items = Tensors(data, pipe)
+        name = f"{p.method}, seed {p.seed}"
+        options["checkpoint"] = checkpoints.Checkpoint.of(out / "checkpoints", name, 500, **facts)
     _, history = run_training(
         Training(
-            name, lambda: Learner(pipe), lambda model, batch: model(*batch), lambda: items, options, dry_run=p.dry_run
+            name=p.method,
+            build=lambda: Learner(pipe),
+            loss=lambda model, batch: model(*batch),
+            data=lambda: Tensors(data, pipe),
+            fit=options,
+            dry_run=p.dry_run,
         )
     )
     pipe.to(device(p.accelerator))  # for the test
     if out is not None:  # in diffusers' layout
-        save_adaptor(pipe.adaptor, checkpoints.file(out / "trained", f"{name}, {p.dataset}, seed {p.seed}", ""))
+        name = f"{p.method}, {p.dataset}, seed {p.seed}"
+        save_adaptor(pipe.adaptor, checkpoints.file(out / "trained", name, ""))
     return history
 
 
