@@ -408,8 +408,9 @@ def _settings(optimizer: torch.optim.Optimizer, rates: np.ndarray) -> dict[str, 
 
 def _set_up(loop: Loop, hardware: Hardware) -> tuple[Any, Any]:
     """The model on its device, in training mode, and the optimiser, both as wrapped by Fabric."""
-    if hardware.grad_checkpointing:
-        _checkpoint_activations(loop.model)
+    if hardware.grad_checkpointing and not _checkpoint_activations(loop.model):
+        name = type(loop.model).__name__
+        raise BadParameter("grad_checkpointing", True, f"False: {name} has no part that can do it")
     model = torch.compile(loop.model) if hardware.compile else loop.model
     wrapped, optimizer = loop.fabric.setup(model, loop.optimizer)
     for group in loop.optimizer.param_groups:
@@ -418,16 +419,14 @@ def _set_up(loop: Loop, hardware: Hardware) -> tuple[Any, Any]:
     return wrapped.train(), optimizer
 
 
-def _checkpoint_activations(model: nn.Module, within: str = "") -> bool:
-    """Enable gradient checkpointing in the outermost trainable modules that support it, by timm's method name."""
+def _checkpoint_activations(model: nn.Module) -> bool:
+    """Enable gradient checkpointing in the outermost trainable modules that support it, by timm's method name; whether
+    there is one."""
     if hasattr(model, "set_grad_checkpointing"):
         model.set_grad_checkpointing(True)
         return True
     parts = [part for part in model.children() if any(p.requires_grad for p in part.parameters())]
-    found = any([_checkpoint_activations(part, within or type(model).__name__) for part in parts])
-    if not found and not within:
-        raise BadParameter("grad_checkpointing", True, f"False: {type(model).__name__} has no part that can do it")
-    return found
+    return any([_checkpoint_activations(part) for part in parts])
 
 
 def _state(loop: Loop, callbacks: Sequence[Callback], settings: dict[str, Any]) -> dict[str, Any]:

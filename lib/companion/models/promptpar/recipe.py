@@ -344,11 +344,9 @@ class Epochs(Callback):
         loop.model.train()
 
     def state_dict(self) -> dict[str, Any]:
-        """The rows."""
         return {"rows": list(self.rows)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the rows."""
         self.rows[:] = state["rows"]
 
 
