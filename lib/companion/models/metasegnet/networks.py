@@ -75,16 +75,16 @@ def text_encoder(
         return Words.of(list(prompts.zones), layers=0, length=1)
     weights = next(w for w in paper("metasegnet")["weights"] if w["name"] == "bert")
     folder = (Path(data_root) / "weights" / weights["file"]).parent
-    if random and not folder.joinpath("config.json").is_file():
-        import transformers as hf  # imported here because it takes seconds
-
-        print(f"BERT is not in {folder}; a random one in this dry run")
-        vocabulary = {word: i for i, word in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"))}
-        return BertText(hf.BertModel(hf.BertConfig()), hf.BertTokenizer(vocab=vocabulary))
-    if not folder.joinpath("config.json").is_file():
+    if folder.joinpath("config.json").is_file():
+        return BertText(*backbones.read_bert(folder))
+    if not random:
         ways = [f"put the files of the hub's google-bert/bert-base-uncased into {folder}"]
         raise MissingWeights(weights["what"], folder, ways)
-    return BertText(*backbones.read_bert(folder))
+    import transformers as hf  # imported here because it takes seconds
+
+    print(f"BERT is not in {folder}; a random one in this dry run")
+    vocabulary = {word: i for i, word in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"))}
+    return BertText(hf.BertModel(hf.BertConfig()), hf.BertTokenizer(vocab=vocabulary))
 
 
 def network(

@@ -287,8 +287,7 @@ def means(rows: pd.DataFrame, backbone: str) -> Cells:
 def group_means(rows: pd.DataFrame) -> pd.DataFrame:
     """Means by benchmark on ViT-B/16: the baselines, and SA²VP as each citing paper quotes it."""
     quoted = published_table("sa2vp", "sa2vp_vitb_group_means")
-    facts = next(table for table in papers.paper("sa2vp")["tables"] if table["id"] == quoted.attrs["id"])["rows"]
-    quoted["method"] = [f"SA2VP, {row['group']}" for row in facts]
+    quoted["method"] = [f"SA2VP, {group}" for group in quoted.attrs["groups"]]
     both = pd.concat([published_table("sa2vp", "vitb_group_means_baselines"), quoted], ignore_index=True)
     ours = {cell: value for cell, value in means(rows, "vit_b16").items() if cell[1] in both.columns}
     columns = papers.paper("sa2vp")["group_means"]
