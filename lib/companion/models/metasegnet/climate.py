@@ -21,8 +21,9 @@ from ...data.climate import OCEAN
 from ...errors import CorruptFile, check_choice
 
 PROMPTS = Path(__file__).with_name("climate_prompts.yaml")
-LEVELS = ("full", "name", "code", "constant", "empty")
+PLAIN = ("full", "name", "code", "constant", "empty")
 EXCHANGED = ("wrong", "shuffled")
+LEVELS = PLAIN + EXCHANGED  # what an image gets at test: the text of its zone, or that of an exchanged one
 _HEADER = "climate zone "
 
 
@@ -59,7 +60,7 @@ class Prompts:
         Levels: "full" code, name and description; "name" code and name; "code" the code; "constant" the same text for
         every zone; "empty" no word. Raises `BadParameter` for a zone without a text.
         """
-        check_choice("level", level, LEVELS)
+        check_choice("level", level, PLAIN)
         if level in ("constant", "empty"):
             return self.constant if level == "constant" else ""
         if zone is None:
