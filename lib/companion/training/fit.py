@@ -369,8 +369,8 @@ def _check_arguments(images: int, epochs: float, batch: int, last: str, hardware
         raise BadParameter("epochs", epochs, "more than 0")
     if not images or batch < 1 or (batch > images and last != "train"):
         raise BadParameter("batch", batch, f"1 to {images}, the images there are")
-    if batch % devices:
-        raise BadParameter("batch", batch, f"a multiple of devices = {devices}")
+    if devices < 1 or batch % devices:
+        raise BadParameter("batch", batch, f"a multiple of devices = {devices}, 1 or more")
     if not 1 <= accumulate <= batch // devices:
         raise BadParameter("accumulate", accumulate, f"1 to {batch // devices}, a device's images of a step")
     if devices > 1 and "fork" not in multiprocessing.get_all_start_methods():
