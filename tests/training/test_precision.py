@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -102,7 +103,8 @@ def dmt(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
 def tip(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
     pipe, p.dry_run = recipe.build(), False
     data = recipe.samples(recipe.Generated(4, p.size, 0), p.size, p.method, 0)
-    history = recipe.train(p, pipe, data, epochs=1, batch=2)
+    with mock.patch.multiple(recipe, EPOCHS=1, BATCH=2):
+        history = recipe.train(p, pipe, data)
     restored = recipe.restore(pipe, [data[i] for i in range(2)], steps=2, hardware=Hardware.of(p, "tip"))
     assert restored.dtype == torch.float32 and 0 <= restored.min() < restored.max() <= 1
     return history, None

@@ -18,7 +18,7 @@ from ..ops.papers import paper
 def published_table(slug: str, table: str) -> pd.DataFrame:
     """A published table of the paper's YAML: one row per method, in the paper's columns; missing values are NaN.
 
-    Its title, source and unit are in `.attrs`. Raises `BadParameter` for an unknown table.
+    Its title, source and unit, and the group of each row, are in `.attrs`. Raises `BadParameter` for an unknown table.
     """
     tables = {t["id"]: t for t in paper(slug)["tables"]}
     check_choice("table", table, tables)
@@ -27,6 +27,7 @@ def published_table(slug: str, table: str) -> pd.DataFrame:
     frame = pd.DataFrame(rows, columns=["method", *facts["columns"]])
     frame[facts["columns"]] = frame[facts["columns"]].apply(pd.to_numeric)
     frame.attrs = {k: facts.get(k, "") for k in ("id", "title", "unit", "metric", "provenance", "status")}
+    frame.attrs["groups"] = [row.get("group", "") for row in facts["rows"]]
     return frame
 
 

@@ -42,10 +42,11 @@ def protocol(slug: str, **facts: object) -> dict[str, str]:
     in.
 
     Args:
-        facts: what the templates name: "{EPOCHS}", "{LOOKAHEAD[k]}", "{coco.lr:g}"; "{precision}" is the YAML's own.
+        facts: what the templates name, such as a recipe's `globals()`: "{EPOCHS}", "{LOOKAHEAD[k]}", "{coco.lr:g}";
+            "{precision}" is the YAML's.
     """
-    known = {"precision": paper(slug).get("precision"), **facts}
-    return {name: text.format_map(known) for name, text in paper(slug)["protocol"].items()}
+    given = {"precision": paper(slug).get("precision"), **facts}
+    return {name: text.format_map(given) for name, text in paper(slug)["protocol"].items()}
 
 
 FINDINGS = ("fault", "surprise", "recipe")

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import BadParameter, CompanionError
+from ..errors import CompanionError
 from .checkpoints import trained_state
 
 if TYPE_CHECKING:  # imported only for training: it takes a second, because it imports torchmetrics
@@ -100,7 +100,6 @@ class ClipNorm(Callback):
         self._norm = torch.zeros(())
 
     def on_gradients(self, loop: Loop) -> None:
-        """Clip."""
         groups: dict[object, list[nn.Parameter]] = {}
         for group in loop.optimizer.param_groups:
             groups.setdefault(group.get("name"), []).extend(group["params"])
@@ -131,7 +130,6 @@ class ClipValue(Callback):
         self.max_value = float(max_value)
 
     def on_gradients(self, loop: Loop) -> None:
-        """Clip."""
         for group in loop.optimizer.param_groups:
             nn.utils.clip_grad_value_(group["params"], self.max_value)
 
@@ -193,15 +191,12 @@ class EarlyStop(Callback):
             loop.stopped = True
 
     def on_fit_end(self, loop: Loop) -> None:
-        """Restore the best weights."""
         loop.model.load_state_dict(self.best, strict=False)
 
     def state_dict(self) -> dict[str, Any]:
-        """Scores and best weights."""
         return {"scores": self.scores, "best": self.best}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore."""
         self.scores, self.best = [tuple(row) for row in state["scores"]], state["best"]
 
 
@@ -212,14 +207,11 @@ class Lookahead(Callback):
     """
 
     def __init__(self, k: int = 5, alpha: float = 0.5):
-        if k < 1 or not 0 < alpha <= 1:
-            raise BadParameter("k, alpha", (k, alpha), "1 or more steps, and a share above 0, at most 1")
         self.k, self.alpha = k, alpha
         self.slow: list[Tensor] = []
 
     @torch.no_grad()
     def on_step_end(self, loop: Loop) -> None:
-        """Copy or update."""
         fast = [p for group in loop.optimizer.param_groups for p in group["params"]]
         if not self.slow:
             self.slow = [p.detach().clone() for p in fast]
@@ -229,11 +221,9 @@ class Lookahead(Callback):
             torch._foreach_copy_(fast, self.slow)
 
     def state_dict(self) -> dict[str, Any]:
-        """The slow copies."""
         return {"slow": self.slow}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore."""
         self.slow = state["slow"]
 
 
@@ -248,10 +238,13 @@ class EMA(Callback):
     def __init__(self, pairs: Iterable[tuple[nn.Module, nn.Module]], momentum: Callable[[int], float]):
         self.pairs, self.momentum = list(pairs), momentum
 
+    @torch.no_grad()
     def on_step_end(self, loop: Loop) -> None:
-        """Update the averages."""
+        """Update the averages in place: momentum * average + (1 - momentum) * module."""
         for average, module in self.pairs:
-            ema_update(average, module, self.momentum(loop.step))
+            own, values = dict(average.named_buffers()), dict(module.named_parameters())
+            weight = 1 - self.momentum(loop.step)
+            torch._foreach_lerp_([own[name] for name in values], list(values.values()), weight)
 
 
 def ema_copy(module: nn.Module) -> nn.Module:
@@ -262,10 +255,3 @@ def ema_copy(module: nn.Module) -> nn.Module:
             del part._parameters[name]
             part.register_buffer(name, value.detach().clone())
     return twin
-
-
-@torch.no_grad()
-def ema_update(average: nn.Module, module: nn.Module, momentum: float) -> None:
-    """Update an average in place: momentum * average + (1 - momentum) * module."""
-    own, values = dict(average.named_buffers()), dict(module.named_parameters())
-    torch._foreach_lerp_([own[name] for name in values], list(values.values()), 1 - momentum)

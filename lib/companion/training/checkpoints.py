@@ -128,8 +128,13 @@ class Checkpoint:
         return saved
 
     def append(self, history: list[dict[str, Any]]) -> None:
-        """Append the new rows of the history to its file; their losses become numbers, in place."""
+        """Append the new rows of the history to its file; their losses become numbers, in place.
+
+        Raises `BadParameter`: a step has other scalars than the first; they are the columns of the file.
+        """
         new, names = plain(history[self._written :]), list(history[0])
+        if other := next((list(row) for row in new if row.keys() != history[0].keys()), None):
+            raise BadParameter("scalars of the loss", other, f"{names}, those of the first step, with a checkpoint")
         if self._written == 0:
             with atomic(self.history) as temporary:
                 temporary.write_text(",".join(names) + "\n", encoding="utf-8")

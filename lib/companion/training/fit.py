@@ -43,6 +43,7 @@ if TYPE_CHECKING:  # imported only for training: it takes a second, because it i
 
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 LAST = ("drop", "train", "carry")
+WORKERS = min(8, os.cpu_count() or 1)  # processes that load the data of a recipe
 
 Batch = tuple[Tensor, ...]
 Loss = Callable[[nn.Module, Batch], "Tensor | Mapping[str, Tensor]"]
@@ -331,8 +332,6 @@ def fit(
             optim.zero_grad(set_to_none=True)
             # losses stay tensors: a number would wait for the GPU at each step
             loop.history.append({"step": step, "lr": lrs[0]} | terms)
-            if checkpoint:
-                _check_columns(loop.history)
             loop.step += 1
             for callback in callbacks:
                 callback.on_step_end(loop)
@@ -366,19 +365,15 @@ def _check_arguments(images: int, epochs: float, batch: int, last: str, hardware
     """Raise `BadParameter` unless `fit` can train on a data set of `images` with these arguments."""
     devices, accumulate = hardware.devices, hardware.accumulate
     check_choice("last", last, LAST)
+    check_choice("precision", hardware.precision, PRECISIONS)
     if not epochs > 0:  # NaN too
         raise BadParameter("epochs", epochs, "more than 0")
-    if not images:
-        raise BadParameter("data", "an empty data set", "one with images")
-    if batch < 1 or (batch > images and last != "train"):
+    if not images or batch < 1 or (batch > images and last != "train"):
         raise BadParameter("batch", batch, f"1 to {images}, the images there are")
-    if devices < 1:
-        raise BadParameter("devices", devices, "1 or more")
-    if batch % devices:
-        raise BadParameter("batch", batch, f"a multiple of devices = {devices}")
+    if devices < 1 or batch % devices:
+        raise BadParameter("batch", batch, f"a multiple of devices = {devices}, 1 or more")
     if not 1 <= accumulate <= batch // devices:
         raise BadParameter("accumulate", accumulate, f"1 to {batch // devices}, a device's images of a step")
-    check_choice("precision", hardware.precision, PRECISIONS)
     if devices > 1 and "fork" not in multiprocessing.get_all_start_methods():
         accepted = "1: processes for several devices are forked, which Windows cannot do, and WSL can"
         raise BadParameter("devices", devices, accepted)
@@ -414,8 +409,9 @@ def _settings(optimizer: torch.optim.Optimizer, rates: np.ndarray) -> dict[str, 
 
 def _set_up(loop: Loop, hardware: Hardware) -> tuple[Any, Any]:
     """The model on its device, in training mode, and the optimiser, both as wrapped by Fabric."""
-    if hardware.grad_checkpointing:
-        _checkpoint_activations(loop.model)
+    if hardware.grad_checkpointing and not _checkpoint_activations(loop.model):
+        name = type(loop.model).__name__
+        raise BadParameter("grad_checkpointing", True, f"False: {name} has no part that can do it")
     model = torch.compile(loop.model) if hardware.compile else loop.model
     wrapped, optimizer = loop.fabric.setup(model, loop.optimizer)
     for group in loop.optimizer.param_groups:
@@ -424,16 +420,14 @@ def _set_up(loop: Loop, hardware: Hardware) -> tuple[Any, Any]:
     return wrapped.train(), optimizer
 
 
-def _checkpoint_activations(model: nn.Module, within: str = "") -> bool:
-    """Enable gradient checkpointing in the outermost trainable modules that support it, by timm's method name."""
+def _checkpoint_activations(model: nn.Module) -> bool:
+    """Enable gradient checkpointing in the outermost trainable modules that support it, by timm's method name; whether
+    there is one."""
     if hasattr(model, "set_grad_checkpointing"):
         model.set_grad_checkpointing(True)
         return True
     parts = [part for part in model.children() if any(p.requires_grad for p in part.parameters())]
-    found = any([_checkpoint_activations(part, within or type(model).__name__) for part in parts])
-    if not found and not within:
-        raise BadParameter("grad_checkpointing", True, f"False: {type(model).__name__} has no part that can do it")
-    return found
+    return any([_checkpoint_activations(part) for part in parts])
 
 
 def _state(loop: Loop, callbacks: Sequence[Callback], settings: dict[str, Any]) -> dict[str, Any]:
@@ -491,14 +485,6 @@ def _images(step: int, images: int, batch: int, per_epoch: int, last: str) -> in
     if last == "train":
         return min(batch, images - i * batch)
     return batch + images % batch if last == "carry" and step and i == 0 else batch
-
-
-def _check_columns(history: History) -> None:
-    """Raise `BadParameter` unless the last step has the scalars of the first: they are columns of one file."""
-    first, last = history[0], history[-1]
-    if first.keys() != last.keys():
-        accepted = f"{[*first][2:]}, those of the first step, with a checkpoint"
-        raise BadParameter("scalars of the loss", [*last][2:], accepted)
 
 
 def _fork(

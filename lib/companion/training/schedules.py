@@ -36,9 +36,6 @@ def learning_rates(
     last fifth; or "cosine by epoch": one learning rate for each `epoch` steps, on half a period that is as long as the
     whole training but begins after the warm-up, so it ends above `final` (CoOp's code and its descendants).
     """
-    check_choice("schedule", schedule, SCHEDULES)
-    if not 0 <= warmup <= steps:
-        raise BadParameter("warmup", warmup, f"0 to {steps} steps")
     after = np.arange(steps - warmup)
     done = after / max(steps - warmup, 1)
     left = {
@@ -103,11 +100,9 @@ def adamw(
 ) -> MakeOptimizer:
     """AdamW of a model's trainable parameters, in `param_groups` or in the groups returned by `groups(model)`."""
 
-    def make(model: nn.Module) -> torch.optim.Optimizer:
-        found = param_groups(model.parameters(), weight_decay, decay) if groups is None else groups(model)
-        return torch.optim.AdamW(found, float(lr), tuple(map(float, betas)), weight_decay=float(weight_decay))
-
-    return make
+    groups = groups or (lambda model: param_groups(model.parameters(), weight_decay, decay))
+    options: dict[str, Any] = {"betas": tuple(map(float, betas)), "weight_decay": float(weight_decay)}
+    return lambda model: torch.optim.AdamW(groups(model), float(lr), **options)
 
 
 def sgd(
@@ -120,8 +115,5 @@ def sgd(
 ) -> MakeOptimizer:
     """SGD with momentum (not Nesterov's) and the weight decay added to the gradient; groups as in `adamw`."""
 
-    def make(model: nn.Module) -> torch.optim.Optimizer:
-        found = param_groups(model.parameters(), weight_decay, decay) if groups is None else groups(model)
-        return torch.optim.SGD(found, float(lr), float(momentum), weight_decay=float(weight_decay))
-
-    return make
+    groups = groups or (lambda model: param_groups(model.parameters(), weight_decay, decay))
+    return lambda model: torch.optim.SGD(groups(model), float(lr), float(momentum), weight_decay=float(weight_decay))

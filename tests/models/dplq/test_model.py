@@ -45,7 +45,11 @@ def build(clip, domain=WIDTH, **changes) -> DPLQ:
 
 def small_mae(size=32) -> MAEFeatures:
     torch.manual_seed(0)
-    return MAEFeatures(mae.MAE(mae.encoder(size, 8, 64, 2, 1), (32, 1, 2), normalise=False)).eval()
+    return MAEFeatures(
+        mae.MAE(
+            mae.encoder(img_size=size, patch_size=8, embed_dim=64, depth=2, num_heads=1), (32, 1, 2), normalise=False
+        )
+    ).eval()
 
 
 @pytest.mark.parametrize("options", [{}, {"depth": 1}])

@@ -110,7 +110,14 @@ def test_the_domain_model_by_name_by_set_and_by_file(pocket, sets, tmp_path, mon
     assert recipe.targets(given()) == ["medical/chmnist", "medical/ccbtm"]
     (tmp_path / "weights").mkdir()
     file = tmp_path / "weights" / "vit-b-checkpoint-1599.pth"
-    torch.save({"model": mae.MAE(mae.encoder(32, 8, 64, 1, 1), (32, 1, 16)).to_official()}, file)
+    torch.save(
+        {
+            "model": mae.MAE(
+                mae.encoder(img_size=32, patch_size=8, embed_dim=64, depth=1, num_heads=1), (32, 1, 16)
+            ).to_official()
+        },
+        file,
+    )
     p = given(domain="remote-sensing", data_root=sets, protocol="cross-dataset", targets="medical/ccbtm")
     assert recipe._domain(p, recipe._clip("random")).num_features == 32
     assert recipe.weights(p, "remote-sensing", "mine.pth") == "mine.pth"

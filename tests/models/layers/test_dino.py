@@ -139,7 +139,6 @@ def test_what_cannot_be_trained_is_refused():
     refuses(
         (lambda: pretrain(encoder, images, views, **SMALL | {"batch": 17}), "17"),
         (lambda: pretrain(encoder.requires_grad_(False), images, views, **SMALL), "encoder"),
-        (lambda: ibot(masked=False), "masked_embed"),
     )
 
 

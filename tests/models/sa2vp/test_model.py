@@ -130,7 +130,6 @@ def test_backbones_of_another_form_are_refused_not_run_wrongly():
         (lambda: SA2VP(small_vit(depth=3), 5), "depth 3"),
         (lambda: SA2VPSwin(small_swin(), 5, stage=1), "1 with 1 blocks"),
         (lambda: VPT(small_swin(window_size=3), 5), r"\(16, 16\)"),
-        (lambda: small(attention="other"), "aligned"),
     )
     for vit in own:
         VPT(vit, 5)(BACKBONES["ViT"][1])

@@ -18,7 +18,7 @@ from diffusers import UNet2DConditionModel
 from companion.errors import BadParameter, MissingWeights
 from companion.models.tip import TIPPipeline, build, clip_tokenizer, tokenize
 from companion.models.tip import model as tip
-from companion.models.tip.pipeline import BLIND, Windows
+from companion.models.tip.pipeline import BLIND, blend
 from tests.models.common import assert_recomputed_gradients_are_equal, refuses
 from tests.small import small_pipe
 
@@ -134,21 +134,22 @@ def test_images_of_any_size_keep_it(size: tuple[int, int]) -> None:
 def test_windows_cover_a_map_and_a_local_operation_is_that_of_the_whole_map() -> None:
     x = torch.randn(2, 3, 13, 30, generator=seeded())
     for side, overlap in ((6, 3), (13, 4), (5, 0), (0, 0), (99, 8)):
-        windows = Windows((13, 30), side, overlap)
-        torch.testing.assert_close(windows.blend(lambda rows, columns: x[..., rows, columns]), x)
-        larger = windows.blend(lambda rows, columns: F.interpolate(x[..., rows, columns], scale_factor=2), 2)
+        torch.testing.assert_close(blend((13, 30), side, overlap, lambda rows, columns: x[..., rows, columns]), x)
+        larger = blend(
+            (13, 30), side, overlap, lambda rows, columns: F.interpolate(x[..., rows, columns], scale_factor=2), 2
+        )
         torch.testing.assert_close(larger, F.interpolate(x, scale_factor=2))
 
 
 def test_windows_that_disagree_leave_no_seam() -> None:
     """Neighbours that predict 0 and 1: over 8 shared positions the result rises in steps of an eighth, not of 1."""
-    windows, values = Windows((16, 48), 16, 8), {}
+    values: dict[int, int] = {}
 
     def compute(rows: slice, columns: slice) -> Tensor:
         value = values.setdefault(columns.start, len(values) % 2)
         return torch.full((1, 1, rows.stop - rows.start, columns.stop - columns.start), float(value))
 
-    found = windows.blend(compute)
+    found = blend((16, 48), 16, 8, compute)
     assert len(values) == 5 and found.amax() > 0.9
     assert (found[..., 1:] - found[..., :-1]).abs().amax() < 1 / 8 + 1e-6
 

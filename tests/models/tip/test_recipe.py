@@ -113,8 +113,9 @@ def test_a_training_is_the_one_written_out(predicted: str, micro_batch: int, dat
     with monkeypatch.context() as patch:
         patch.setattr(torch, "rand", lambda count, **options: uniform(count))
         patch.setattr(torch, "randn_like", lambda like, **options: normal(len(like)))
-        options = {"epochs": 1, "batch": batch, "warmup": 3, "micro_batch": micro_batch}
-        history = recipe.train(given(dry_run=False), pipe, InOrder(samples, steps * batch), **options)
+        for name, value in {"EPOCHS": 1, "BATCH": batch, "WARMUP": 3, "MICRO_BATCH": micro_batch}.items():
+            patch.setattr(recipe, name, value)
+        history = recipe.train(given(dry_run=False), pipe, InOrder(samples, steps * batch))
     assert [row["loss"] for row in history] == pytest.approx(losses, rel=1e-3)
     after, still = weights(pipe), 0
     for name, tensor in after.items():

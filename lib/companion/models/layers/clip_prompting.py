@@ -254,8 +254,6 @@ class PromptLearner(PromptedCLIP):
 
     def __init__(self, clip: CLIP, classes: Classes, tokenizer: Tokenizer | None, tokens: int, template: str):
         configure(self, locals())
-        if tokens < 1:
-            raise BadParameter("tokens", tokens, "1 or more")
         start, free = None, 0
         before, name, rest = template.partition("{}")
         if tokenizer is not None and name:
@@ -339,8 +337,7 @@ class PromptLearner(PromptedCLIP):
 
     def to_official(self) -> dict[str, Tensor]:
         """The whole state dict under the authors' names, the texts of the classes among it."""
-        n = len(self.ctx)
-        texts = {"token_prefix": self.embedded[:, :1], "token_suffix": self.embedded[:, 1 + n :]}
+        texts = {"token_prefix": self.embedded[:, :1], "token_suffix": self.embedded[:, 1 + len(self.ctx) :]}
         state = official_state(self.state_dict(), self.learner_names() | tower_names(self))
         return state | {LEARNER + name: tensor.clone() for name, tensor in texts.items()}
 

@@ -162,8 +162,6 @@ class SelfDistillation(nn.Module):
         teacher: float = 0.04,
     ):
         super().__init__()
-        if patch_weight and getattr(encoder, "masked_embed", None) is None:
-            raise BadParameter("encoder", "without masked_embed", "ViT(masked=True), or patch_weight = 0 for DINO")
         self.patch_weight = patch_weight
         width = encoder.embed_dim if hasattr(encoder, "embed_dim") else encoder.dim
         head = Head(width, outputs, hidden, bottleneck, norm_last_layer)

@@ -53,6 +53,28 @@ def vit_sizes(state: Mapping[str, Tensor], heads: int | None = None, prefix: str
     }
 
 
+def window_side(table: Tensor) -> int:
+    """The side of the windows whose relative positions a table, ((2 side - 1)², heads), holds."""
+    return (math.isqrt(len(table)) + 1) // 2
+
+
+def swin_sizes(state: Mapping[str, Tensor], prefix: str, what: str) -> dict[str, Any]:
+    """The arguments of timm's Swin for the encoder in a state dict, whose names begin with `prefix`.
+
+    Raises `BadCheckpoint`: the state dict of `what` has no Swin.
+    """
+    stages = [f"{prefix}layers.{i}.blocks." for i in range(max(1, depth(state, f"{prefix}layers.")))]
+    embed, tables = f"{prefix}patch_embed.proj.weight", [f"{s}0.attn.relative_position_bias_table" for s in stages]
+    check_names(state, [embed, *tables], what)
+    return {
+        "patch_size": state[embed].shape[-1],
+        "embed_dim": len(state[embed]),
+        "depths": tuple(depth(state, stage) for stage in stages),
+        "num_heads": tuple(state[table].shape[1] for table in tables),
+        "window_size": window_side(state[tables[0]]),
+    }
+
+
 def classifier(
     encoder: VisionTransformer, classes: int, *, probe: bool = False, drop_path: float = 0.1
 ) -> VisionTransformer:

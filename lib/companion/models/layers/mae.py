@@ -147,19 +147,10 @@ class Decoder(nn.Module):
         return self.norm(self.hidden(latent, keep))
 
 
-def encoder(
-    img_size: int = 224,
-    patch_size: int = 16,
-    embed_dim: int = 768,
-    depth: int = 12,
-    num_heads: int = 12,
-    mlp_ratio: float = 4.0,
-) -> VisionTransformer:
-    """MAE's encoder: timm's ViT whose position embedding is a fixed table of sines and cosines."""
-    vit = VisionTransformer(
-        img_size, patch_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio, num_classes=0
-    )
-    vit.pos_embed = nn.Parameter(sincos_table(embed_dim, img_size // patch_size), requires_grad=False)
+def encoder(**sizes: Any) -> VisionTransformer:
+    """MAE's encoder: timm's ViT (by default ViT-B/16) whose positions are a fixed table of sines and cosines."""
+    vit = VisionTransformer(num_classes=0, **sizes)
+    vit.pos_embed = nn.Parameter(sincos_table(vit.embed_dim, vit.patch_embed.grid_size[0]), requires_grad=False)
     return vit
 
 

@@ -46,18 +46,19 @@ def load_official(
     Raises `BadCheckpoint`: with every name that is missing, unknown or of another shape; nothing is loaded then.
     """
     ours = model.state_dict()
-    groups = {name: np.array(official) for name, official in (names or dict(zip(ours, ours, strict=True))).items()}
-    wanted = {str(n) for group in groups.values() for n in group.ravel() if group.size}
+    named = names or dict(zip(ours, ours, strict=True))
+    groups = {name: group for name, official in named.items() if (group := np.array(official)).size}
+    wanted = {str(n) for group in groups.values() for n in group.ravel()}
     missing = {n for n in wanted - state.keys() if not n.endswith(optional)}
     unknown = {n for n in state.keys() - wanted if not n.startswith(ignored)}
     shapes, loaded = [], {}
     for name, group in groups.items():
-        expected = _part_shape(ours[name], group) if group.size else ()
-        parts = [(str(n), state[n]) for n in group.ravel() if n in state] if group.size else []
-        wrong = [f"{n} {tuple(t.shape)}, expected {expected}" for n, t in parts if tuple(t.shape) != expected]
+        expected = _part_shape(ours[name], group)
+        parts = {str(n): state[n] for n in group.ravel() if n in state}
+        wrong = [f"{n} {tuple(t.shape)}, expected {expected}" for n, t in parts.items() if t.shape != expected]
         shapes += wrong
-        if len(parts) == group.size and parts and not wrong:
-            loaded[name] = torch.stack([t for _, t in parts]).reshape(ours[name].shape)
+        if len(parts) == group.size and not wrong:
+            loaded[name] = torch.stack([*parts.values()]).reshape(ours[name].shape)
     if missing or unknown or shapes:
         raise BadCheckpoint(what, missing, unknown, shapes)
     model.load_state_dict(loaded, strict=False)

@@ -23,7 +23,7 @@ from ...errors import CorruptFile, check_choice
 PROMPTS = Path(__file__).with_name("climate_prompts.yaml")
 PLAIN = ("full", "name", "code", "constant", "empty")
 EXCHANGED = ("wrong", "shuffled")
-LEVELS = PLAIN + EXCHANGED
+LEVELS = PLAIN + EXCHANGED  # what an image gets at test: the text of its zone, or that of an exchanged one
 _HEADER = "climate zone "
 
 
@@ -46,16 +46,13 @@ class Prompts:
         try:
             raw = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
             zones = {str(code): (entry["name"], entry["text"]) for code, entry in raw["zones"].items()}
-            made = cls(zones, raw["constant"], raw["unknown"])
-        except KeyError as error:
-            detail = f"{error} is missing; needed are constant, unknown, zones with name, text"
-            raise CorruptFile(path, detail) from error
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, TypeError) as error:
-            raise CorruptFile(path, f"no texts of climate zones ({type(error).__name__}: {error})") from error
-        texts = [made.constant, made.unknown, *(text for entry in zones.values() for text in entry)]
-        if not zones or not all(isinstance(text, str) for text in texts):
-            raise CorruptFile(path, "one or more zones are needed, and every entry must be a text")
-        return made
+            texts = [raw["constant"], raw["unknown"], *(text for entry in zones.values() for text in entry)]
+            if not zones or not all(isinstance(text, str) for text in texts):
+                raise TypeError("no zone, or an entry that is not a text")
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+            needed = "needed are texts: constant, unknown, and zones with name and text"
+            raise CorruptFile(path, f"{type(error).__name__}: {error}; {needed}") from error
+        return cls(zones, raw["constant"], raw["unknown"])
 
     def text(self, zone: str | None, level: str = "full") -> str:
         """The text of one zone; of None, an unknown location, `unknown`.
@@ -73,11 +70,8 @@ class Prompts:
         head = zone if level == "code" else f"{_HEADER}{zone}, {name}"
         return f"{head}. {description}" if level == "full" else head
 
-    def texts(self, zones: Sequence[str | None], level: str = "full", seed: int = 0) -> list[str]:
-        """One text for each image's zone: of a level of `text`, or the full text of an `exchanged` zone."""
-        check_choice("level", level, LEVELS)
-        if level in EXCHANGED:
-            zones, level = self.exchanged(zones, level, seed), "full"
+    def texts(self, zones: Sequence[str | None], level: str = "full") -> list[str]:
+        """One text for each image's zone, of a level of `text`."""
         return [self.text(zone, level) for zone in zones]
 
     def exchanged(self, zones: Sequence[str | None], kind: str, seed: int = 0) -> list[str | None]:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from einops import rearrange
+from timm.models.swin_transformer import get_relative_position_index
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -53,9 +54,7 @@ class GlobalLocalAttention(nn.Module):
         self.out = separable(width, window)
         self.table = nn.Parameter(torch.empty((2 * window - 1) ** 2, heads))
         nn.init.trunc_normal_(self.table, std=0.02)
-        row, column = (g.flatten() for g in torch.meshgrid(*[torch.arange(window)] * 2, indexing="ij"))
-        dy, dx = (v[:, None] - v[None] + window - 1 for v in (row, column))
-        self.register_buffer("index", dy * (2 * window - 1) + dx, persistent=False)
+        self.register_buffer("index", get_relative_position_index(window, window), persistent=False)
         self.rows = nn.AvgPool2d((window, 1), 1, (window // 2 - 1, 0))
         self.columns = nn.AvgPool2d((1, window), 1, (0, window // 2 - 1))
 

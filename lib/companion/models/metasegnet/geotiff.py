@@ -37,7 +37,6 @@ def label(
     out: str | Path,
     palette: Sequence[Sequence[int]],
     names: Sequence[str] = (),
-    crs: object = None,
     **options: int,
 ) -> Path:
     """Predict the class of each pixel of an image of any size, and write the map as a tiled GeoTIFF with colours.
@@ -49,12 +48,11 @@ def label(
         network: images (b, 3, h, w), normalised, to logits (b, C, h, w).
         palette: red, green, blue, 0 to 255, of each class.
         names: of the classes, written as tags CLASS_0, CLASS_1, ...
-        crs: see `Raster`.
         options: tile, overlap and batch of `bands`.
 
     Raises `CorruptFile`: the image cannot be read.
     """
-    with Raster(path, crs) as raster, atomic(out) as temporary, quiet() as rasterio:
+    with Raster(path) as raster, atomic(out) as temporary, quiet() as rasterio:
         height, width = raster.size
         profile = {"driver": "GTiff", "count": 1, "dtype": "uint8", "nodata": NODATA, "crs": raster.crs}
         profile |= {"height": height, "width": width, "compress": "deflate", "BIGTIFF": "IF_SAFER"}

@@ -34,6 +34,7 @@ from torch.nn import functional as F
 from ...errors import BadParameter
 from ...ops.config import configure
 from ..layers.attend import Attend
+from ..layers.heads import swin_sizes
 from ..layers.predicting import Images, Names, Shapes
 from ..layers.state_dicts import OfficialModel, load_official
 from . import official
@@ -63,52 +64,22 @@ SIZES: dict[str, dict[str, Any]] = {
 # --- image encoder ----------------------------------------------------------------------------------------------------
 
 
-class SwinBlock(nn.Module):
-    """A block of Swin on maps (b, h, w, c), from the layers of timm's, computed as the author does.
+class SwinBlock(SwinTransformerBlock):
+    """A block of timm's on maps (b, h, w, c), computed as the author does.
 
     It pads to whole windows BEFORE the shift; timm's block, after it.
     """
 
     def __init__(self, block: SwinTransformerBlock):
-        super().__init__()
-        self.window, self.shift = block.window_size[0], block.shift_size[0]
-        self.norm1, self.attn, self.drop_path1 = block.norm1, block.attn, block.drop_path1
-        self.norm2, self.mlp, self.drop_path2 = block.norm2, block.mlp, block.drop_path2
+        nn.Module.__init__(self)
+        self.__dict__.update(vars(block))  # its layers and settings
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path1(self.windows(self.norm1(x)))
-        return x + self.drop_path2(self.mlp(self.norm2(x)))
-
-    def windows(self, x: Tensor) -> Tensor:
+    def _attn(self, x: Tensor) -> Tensor:
         """Attention inside each window of n x n positions; every second block shifts the windows by half of one."""
         height, width = x.shape[1:3]
-        n = self.window
+        n = self.window_size[0]
         x = F.pad(x, (0, 0, 0, -width % n, 0, -height % n))  # (b, H, W, c), whole windows
-        down, across = x.shape[1] // n, x.shape[2] // n
-        mask = self.mask(x) if self.shift else None
-        if self.shift:
-            x = x.roll((-self.shift, -self.shift), (1, 2))
-        x = rearrange(x, "b (down y) (across x) c -> (b down across) (y x) c", y=n, x=n)
-        x = self.attn(x, mask)
-        x = rearrange(x, "(b down across) (y x) c -> b (down y) (across x) c", down=down, across=across, y=n)
-        if self.shift:
-            x = x.roll((self.shift, self.shift), (1, 2))
-        return x[:, :height, :width]
-
-    def mask(self, x: Tensor) -> Tensor:
-        """What is added to the scores inside each shifted window, (windows, n * n, n * n).
-
-        It is -100 between positions that were not neighbours before the shift."""
-        n, (height, width) = self.window, x.shape[1:3]
-
-        def strip(side: int) -> Tensor:  # 1: the last window, 2: the part of it that the shift moved to the other end
-            i = torch.arange(side, device=x.device)
-            return (i >= side - n).int() + (i >= side - self.shift)
-
-        region = 3 * strip(height)[:, None] + strip(width)  # (H, W)
-        region = rearrange(region, "(down y) (across x) -> (down across) (y x)", y=n, x=n)
-        apart = region[:, None] != region[:, :, None]  # (windows, n * n, n * n)
-        return x.new_zeros(apart.shape).masked_fill(apart, -100.0)
+        return super()._attn(x)[:, :height, :width]
 
 
 def swin(**sizes: Any) -> SwinTransformer:
@@ -316,8 +287,8 @@ class MetaSegNet(OfficialModel):
         Raises `BadCheckpoint`: missing and unknown names and other shapes, all of them listed.
         """
         state = official.cleaned(state)
-        sizes = official.decoder_sizes(state) | options
-        model = cls(swin(**official.swin_sizes(state)), sizes.pop("classes"), text, **sizes).eval()
+        sizes, encoder = official.decoder_sizes(state) | options, swin_sizes(state, "backbone.", official.WHAT)
+        model = cls(swin(**encoder, drop_path_rate=0.3), sizes.pop("classes"), text, **sizes).eval()
         load_official(model, state, model.official_names(), official.WHAT)
         return model
 

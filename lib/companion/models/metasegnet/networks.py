@@ -65,7 +65,7 @@ def text_encoder(
     unimodal network.
 
     Args:
-        random: where BERT is not there it is random, for a dry run, with the vocabulary of our texts.
+        random: where BERT is not there it is random, for a dry run, and knows no word.
 
     Raises `MissingWeights`: BERT's folder is not below `<data_root>/weights`."""
     level = LEVELS[method]
@@ -75,18 +75,16 @@ def text_encoder(
         return Words.of(list(prompts.zones), layers=0, length=1)
     weights = next(w for w in paper("metasegnet")["weights"] if w["name"] == "bert")
     folder = (Path(data_root) / "weights" / weights["file"]).parent
-    if random and not folder.joinpath("config.json").is_file():
-        import transformers as hf  # imported here because it takes seconds
-
-        print(f"BERT is not in {folder}; a random one in this dry run")
-        known = [*prompts.texts([*prompts.zones, None]), prompts.constant]
-        words = sorted({word for text in known for word in hf.BasicTokenizer().tokenize(text)})
-        vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words])}
-        return BertText(hf.BertModel(hf.BertConfig()), hf.BertTokenizer(vocab=vocabulary))
-    if not folder.joinpath("config.json").is_file():
+    if folder.joinpath("config.json").is_file():
+        return BertText(*backbones.read_bert(folder))
+    if not random:
         ways = [f"put the files of the hub's google-bert/bert-base-uncased into {folder}"]
         raise MissingWeights(weights["what"], folder, ways)
-    return BertText(*backbones.read_bert(folder))
+    import transformers as hf  # imported here because it takes seconds
+
+    print(f"BERT is not in {folder}; a random one in this dry run")
+    vocabulary = {word: i for i, word in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"))}
+    return BertText(hf.BertModel(hf.BertConfig()), hf.BertTokenizer(vocab=vocabulary))
 
 
 def network(

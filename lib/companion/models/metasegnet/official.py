@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..layers.state_dicts import check_names, depth, renamed
+from ..layers.heads import window_side
+from ..layers.state_dicts import check_names, renamed
 
 WHAT = "GeoSeg's FT-UNetFormer"
 DECODER = (
@@ -61,32 +61,9 @@ def cleaned(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix("net."): t for name, t in state.items() if not name.endswith(COMPUTED)}
 
 
-TABLE = "attn.relative_position_bias_table"
-
-
 def decoder_sizes(state: Mapping[str, Tensor]) -> dict[str, int]:
     """The decoder's arguments of `MetaSegNet`, from the official tensors."""
-    squeeze, table, head = "decoder.pre_conv.0.weight", f"decoder.b4.{TABLE}", "decoder.segmentation_head.2.0.weight"
-    check_names(state, [squeeze, table, head], WHAT)
-    heads = state[table].shape[1]
-    return {"classes": len(state[head]), "width": len(state[squeeze]), "heads": heads, "window": _window(state[table])}
-
-
-def swin_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The arguments of `swin`, from the official tensors."""
-    embed = "backbone.patch_embed.proj.weight"
-    stages = [f"backbone.layers.{i}.blocks." for i in range(max(1, depth(state, "backbone.layers.")))]
-    check_names(state, [embed, *(f"{stage}0.{TABLE}" for stage in stages)], WHAT)
-    tables = [state[f"{stage}0.{TABLE}"] for stage in stages]
-    return {
-        "embed_dim": len(state[embed]),
-        "depths": tuple(depth(state, stage) for stage in stages),
-        "num_heads": tuple(table.shape[1] for table in tables),
-        "window_size": _window(tables[0]),
-        "drop_path_rate": 0.3,
-    }
-
-
-def _window(table: Tensor) -> int:
-    """The side of the windows whose relative positions a table holds."""
-    return (math.isqrt(len(table)) + 1) // 2
+    names = ("pre_conv.0.weight", "b4.attn.relative_position_bias_table", "segmentation_head.2.0.weight")
+    check_names(state, [f"decoder.{name}" for name in names], WHAT)
+    squeeze, table, head = (state[f"decoder.{name}"] for name in names)
+    return {"classes": len(head), "width": len(squeeze), "heads": table.shape[1], "window": window_side(table)}

@@ -12,7 +12,6 @@ A training writes its checkpoint below `<out>/checkpoints`, from which it resume
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,7 +33,7 @@ from ...ops import papers
 from ...ops.files import sha256
 from ...training import schedules
 from ...training.callbacks import EarlyStop, Lookahead
-from ...training.fit import AUTO, Hardware, RunParameters, evaluating, same_shapes
+from ...training.fit import AUTO, WORKERS, Hardware, RunParameters, evaluating, same_shapes
 from ...training.recipe import Training, dry_items
 from ...training.recipe import run as train
 from . import networks
@@ -55,7 +54,6 @@ LAST = "drop"  # the last images of an epoch, see `fit`
 DROPPED = 0.5  # header dropout of full texts (section 14)
 TEST_SPLIT = {OEM: "val", LOVEDA: "val", POTSDAM: "test"}  # other test labels are not public
 RESULTS = Results.of("metasegnet")
-WORKERS = min(8, os.cpu_count() or 1)
 TEST_BATCH = 4  # images of 1,024 pixels
 
 
@@ -218,10 +216,9 @@ class Prompted(Dataset):
 
     def __init__(self, data: Dataset, encoder: TextEncoder, texts: Sequence[str], dropped: float = 0.0):
         self.data, self.dropped = data, dropped
-        place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-        self.rows = [place[text] for text in texts]
-        self.ids = encoder.ids(list(place))
-        self.hidden = encoder.ids([headless(text, encoder.unknown) for text in place])
+        unique, self.rows = np.unique(texts, return_inverse=True)
+        self.ids = encoder.ids(unique.tolist())
+        self.hidden = encoder.ids([headless(text, encoder.unknown) for text in unique.tolist()])
 
     def __len__(self) -> int:
         return len(self.data)
@@ -285,11 +282,8 @@ def test_parts(p: Parameters) -> dict[str, Part]:
         return {"test": whole}
     if p.held_out not in zones:
         raise BadParameter("held_out", p.held_out, sorted({zone for zone in zones if zone}))
-    parts = {}
-    for title, out in (("seen", False), ("left out", True)):
-        part = data.where([(zone == p.held_out) == out for zone in zones])
-        parts[title] = replace(whole, data=part, zones=part.zones(), texts=part.texts())
-    return parts
+    out = {i for i, zone in enumerate(zones) if zone == p.held_out}
+    return {"seen": whole.part(sorted({*range(len(data))} - out)), "left out": whole.part(sorted(out))}
 
 
 def generated(p: Parameters, r: Recipe, count: int) -> Part:
@@ -518,14 +512,13 @@ def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     numbers, because the network here is a reconstruction. On LoveDA the author's results are on the server's test set,
     ours on the validation images."""
     anchors, ours = published_table("metasegnet", "geoseg_reproduction"), closest(rows)
-    facts = next(t for t in papers.paper("metasegnet")["tables"] if t["id"] == "geoseg_reproduction")
-    anchors.insert(1, "set", [r["group"] for r in facts["rows"]])
+    anchors.insert(1, "set", anchors.attrs["groups"])
     twin = (anchors.method == "FT-UNetFormer") & (anchors["set"] == "Potsdam")
     for kind in ("augmentation", "epoch", "padding"):
         anchors[f"{kind} here"] = np.where(twin, ours[kind].iloc[0] if len(ours) else "–", "–")
     for column, name in (("F1", "mF1"), ("OA", "OA"), ("mIoU", "mIoU")):
         anchors[f"{column} here"] = np.where(twin, ours[name].astype(float).mean(), np.nan)
-    return {facts["title"]: anchors, "Measured here with the reconstruction": rows}
+    return {anchors.attrs["title"]: anchors, "Measured here with the reconstruction": rows}
 
 
 def protocol() -> dict[str, str]:
@@ -533,6 +526,5 @@ def protocol() -> dict[str, str]:
     code."""
     sets = {"potsdam": published(POTSDAM), "loveda": published(LOVEDA), "openearthmap": published(OEM)}
     tiles = [tile for tile in POTSDAM_TILES["train"] if tile != POTSDAM_FAULTY]
-    facts = {"tiles": len(tiles), "faulty": POTSDAM_FAULTY, "tile": landcover.TILE, "padding": landcover.PADDINGS[0]}
     scales = ", ".join(f"{scale:g}" for scale in SCALES)
-    return papers.protocol("metasegnet", **sets, **facts, scales=scales, lookahead=LOOKAHEAD, last=LAST, drop=DROPPED)
+    return papers.protocol("metasegnet", **sets, tiles=len(tiles), scales=scales, **globals())

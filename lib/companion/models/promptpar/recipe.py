@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -23,7 +22,7 @@ from ...evaluation.metrics.attributes import THRESHOLD, Scores, evaluate
 from ...evaluation.tables import Results, published_table
 from ...ops import papers
 from ...training.callbacks import Callback, ClipNorm, Loop
-from ...training.fit import Batch, Hardware, History, RunParameters, device, predict
+from ...training.fit import WORKERS, Batch, Hardware, History, RunParameters, device, predict
 from ...training.recipe import Training, dry_items
 from ...training.recipe import run as train
 from ...training.schedules import Schedule, sgd
@@ -47,7 +46,6 @@ LAST = "train"  # the last images of an epoch, see `fit`
 MOMENTUM = 0.9
 SIMILARITY = 0.5  # weight of the similarity in the loss
 MAXIMA = ("mA", "Acc", "F1")  # metrics of which the authors' code prints the maximum over epochs
-WORKERS = min(8, os.cpu_count() or 1)
 TEXT_PROMPTS = "clip_model.transformer.prompt_text_deep"
 
 
@@ -346,11 +344,9 @@ class Epochs(Callback):
         loop.model.train()
 
     def state_dict(self) -> dict[str, Any]:
-        """The rows."""
         return {"rows": list(self.rows)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the rows."""
         self.rows[:] = state["rows"]
 
 
@@ -396,5 +392,4 @@ def f1_definitions() -> pd.DataFrame:
 
 def protocol() -> dict[str, str]:
     """The settings of the profile, one per row, by the authors' code; few of the paper's own settings were found."""
-    facts = {"MOMENTUM": MOMENTUM, "SIMILARITY": SIMILARITY, "LAST": LAST, "THRESHOLD": THRESHOLD}
-    return papers.protocol("promptpar", **facts, **published().to_dict())
+    return papers.protocol("promptpar", threshold=THRESHOLD, **globals(), **published().to_dict())

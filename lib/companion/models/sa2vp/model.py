@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ...errors import BadParameter, check_choice
+from ...errors import BadParameter
 from ...ops.config import configure
 from ..layers.attend import Attend
 from ..layers.frozen import frozen_copy
@@ -131,7 +131,6 @@ class TwoPathways(OnBackbone, OfficialModel):
     ):
         super().__init__()
         kinds = {"aligned": AlignedAttention, "padded": PaddedAttention}
-        check_choice("attention", attention, kinds)
         self.backbone = frozen_copy(backbone)
         self.scale, self.grid = scale, (grid[0], grid[1])
         self.grad_checkpointing = False
@@ -194,7 +193,7 @@ class SA2VP(TwoPathways, ReleasedViT):
             Cars, but not at which block: here the first of the two).
         dropout: as released, also after the embeddings and in the MLPs of the frozen blocks.
 
-    Raises `BadParameter`: an unknown attention, or a backbone that is not such a ViT.
+    Raises `BadParameter`: a backbone that is not such a ViT.
     """
 
     def __init__(

@@ -20,12 +20,13 @@ from ...data import DATASETS, classification, few, present
 from ...evaluation.tables import Cells, Results, compare_published, published_table
 from ...ops import papers
 from ...training.callbacks import EarlyStop
-from ...training.fit import Hardware, History, RunParameters, predict
+from ...training.fit import WORKERS, Hardware, History, RunParameters, predict
 from ...training.recipe import Training, dry_items
 from ...training.recipe import run as train
 from ...training.schedules import adamw, schedule
 from ..layers import vpt
-from .model import DROPOUT, PROMPT_WEIGHT, SA2VP, loss
+from . import model
+from .model import SA2VP, loss
 from .swin import SA2VPSwin
 
 EPOCHS, WARMUP_EPOCHS, MIN_LR, WEIGHT_DECAY = 100, 10, 1e-7, 1e-4
@@ -34,7 +35,6 @@ DROP_PATH = 0.2  # of Swin, linear over the blocks
 PIXELS = (0.5, 0.5, 0.5)  # the authors' mean and std for all backbones
 TOKENS = 50  # prompts of VPT, here
 DRY_CLASSES = 10
-WORKERS = min(8, os.cpu_count() or 1)
 RESULTS = Results.of("sa2vp")
 
 
@@ -287,8 +287,7 @@ def means(rows: pd.DataFrame, backbone: str) -> Cells:
 def group_means(rows: pd.DataFrame) -> pd.DataFrame:
     """Means by benchmark on ViT-B/16: the baselines, and SA²VP as each citing paper quotes it."""
     quoted = published_table("sa2vp", "sa2vp_vitb_group_means")
-    facts = next(table for table in papers.paper("sa2vp")["tables"] if table["id"] == quoted.attrs["id"])["rows"]
-    quoted["method"] = [f"SA2VP, {row['group']}" for row in facts]
+    quoted["method"] = [f"SA2VP, {group}" for group in quoted.attrs["groups"]]
     both = pd.concat([published_table("sa2vp", "vitb_group_means_baselines"), quoted], ignore_index=True)
     ours = {cell: value for cell, value in means(rows, "vit_b16").items() if cell[1] in both.columns}
     columns = papers.paper("sa2vp")["group_means"]
@@ -316,12 +315,4 @@ def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 def protocol() -> dict[str, str]:
     """The settings of the `paper` profile, one per row."""
-    facts: dict[str, object] = {
-        "EPOCHS": EPOCHS,
-        "WARMUP_EPOCHS": WARMUP_EPOCHS,
-        "MIN_LR": MIN_LR,
-        "WEIGHT_DECAY": WEIGHT_DECAY,
-    }
-    facts |= {"DROP_PATH": DROP_PATH, "DROPOUT": DROPOUT, "PIXELS": PIXELS, "TOKENS": TOKENS}
-    facts |= {"image_weight": 1 - PROMPT_WEIGHT, "prompt_weight": PROMPT_WEIGHT}
-    return papers.protocol("sa2vp", **facts, precision=papers.paper("sa2vp")["precision"])
+    return papers.protocol("sa2vp", **globals(), image_weight=1 - model.PROMPT_WEIGHT)

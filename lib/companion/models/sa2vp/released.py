@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..layers.attend import Attend
+from ..layers.heads import swin_sizes
 from ..layers.state_dicts import Names, OfficialModel, check_names, depth, load_official, renamed
 
 Rules = Sequence[tuple[str, str | Callable]]
@@ -160,19 +161,9 @@ class ReleasedSwin(Released):
 
         Raises `BadCheckpoint`: names that are missing, unknown or of another shape, all of them listed.
         """
-        prompt, kernel, head = "vit_base.patch_embed.deep_ppt", "vit_base.patch_embed.proj.weight", "class_head.weight"
-        check_names(state, [prompt, kernel, head], "SA²VP on a Swin")
-        stages = range(depth(state, "vit_base.layers."))
-        tables = [state[f"vit_base.layers.{s}.blocks.0.attn.relative_position_bias_table"] for s in stages]
-        backbone = SwinTransformer(
-            img_size=image_size,
-            patch_size=state[kernel].shape[-1],
-            embed_dim=len(state[kernel]),
-            depths=tuple(depth(state, f"vit_base.layers.{s}.blocks.") for s in stages),
-            num_heads=heads or tuple(t.shape[1] for t in tables),
-            window_size=(math.isqrt(len(tables[0])) + 1) // 2,
-            drop_path_rate=drop_path,
-            num_classes=0,
-        )
+        prompt, head, what = "vit_base.patch_embed.deep_ppt", "class_head.weight", "SA²VP on a Swin"
+        check_names(state, [prompt, head], what)
+        sizes = swin_sizes(state, "vit_base.", what) | ({"num_heads": heads} if heads else {})
+        backbone = SwinTransformer(img_size=image_size, drop_path_rate=drop_path, num_classes=0, **sizes)
         model = cls(backbone, len(state[head]), state[prompt].shape[-1], **options)
         return model.eval().load_released(state)

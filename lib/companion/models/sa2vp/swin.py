@@ -27,7 +27,7 @@ class SA2VPSwin(TwoPathways, ReleasedSwin):
             divisible by 3, 6 or more.
         dropout: as released, in the interactions alone.
 
-    Raises `BadParameter`: an option outside its choices, or a backbone that is not such a Swin.
+    Raises `BadParameter`: the stage has another number of blocks.
     """
 
     def __init__(

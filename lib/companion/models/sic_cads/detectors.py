@@ -19,9 +19,9 @@ them.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from open_clip import SimpleTokenizer
@@ -33,7 +33,7 @@ from ...backbones import quiet, unreachable
 from ...data.detection import check_results
 from ...errors import BadParameter, CorruptFile, MissingWeights
 from ...ops.files import read_json
-from .model import Detections, detect, refine
+from .model import Detections, check_pixels, detect, refine
 
 NAMES = (
     *("google/owlvit-base-patch32", "google/owlvit-base-patch16", "google/owlvit-large-patch14"),
@@ -53,10 +53,8 @@ class Output(NamedTuple):
     size: tuple[int, int]  # height and width of the image
 
 
-class Detector(Protocol):
-    """An image (3, H, W), uint8, RGB, to an `Output`."""
-
-    def __call__(self, image: Tensor) -> Output: ...
+Detector = Callable[[Tensor], Output]
+"""An image (3, H, W), uint8, RGB, to an `Output`."""
 
 
 def refined(
@@ -249,8 +247,7 @@ def _loaded(kind: Any, name: str, weights: str | Path, download: bool) -> Any:
 
 
 def _size(image: Tensor) -> tuple[int, int]:
-    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
-        raise BadParameter("image", (tuple(image.shape), image.dtype), "one image (3, H, W) of uint8, RGB")
+    check_pixels(image[None])
     return image.shape[1], image.shape[2]
 
 

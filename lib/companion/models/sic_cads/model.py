@@ -34,7 +34,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from ...backbones import Input, build, per_channel
-from ...errors import BadParameter, check_choice
+from ...errors import BadParameter
 from ...ops.config import configure
 from ..layers.clip_prompting import Tokenizer, tokenise
 from ..layers.precision import without_autocast
@@ -74,7 +74,6 @@ def normalise(scores: Tensor, over: str = "image") -> Tensor:
     `over`: "image", the paper's formula; "batch", mean and std over all B · C scores, as in the released code (which
     tests one image at a time, where the two are equal).
     """
-    check_choice("over", over, ("image", "batch"))
     if over == "batch":
         return ((scores - scores.mean()) / scores.std()).sigmoid()
     return ((scores - scores.mean(-1, keepdim=True)) / scores.std(-1, keepdim=True)).sigmoid()
@@ -278,7 +277,7 @@ class MLR(OfficialModel):
     def prepared(self, images: Tensor, resize: bool = True) -> Tensor:
         """The body's input from images (B, 3, H, W), uint8, RGB: resized to the nearest pixel so that the shorter side
         is `image_input.size` (not in training), normalised, padded right and below with zeros."""
-        _check_pixels(images)
+        check_pixels(images)
         target = self.settings.image_input
         if resize:
             scale = target.size / min(images.shape[-2:])
@@ -289,7 +288,7 @@ class MLR(OfficialModel):
     def crops(self, images: Tensor) -> Tensor:
         """The teacher's crops (B, P, 3, s, s) of images (B, 3, H, W), uint8: resized to a square, bilinear without
         antialiasing, rounded to whole grey values as released, normalised."""
-        _check_pixels(images)
+        check_pixels(images)
         target, crops = self.settings.teacher_input, []
         height, width = images.shape[-2:]
         for left, top, right, bottom in windows(height, width, self.settings.levels):
@@ -426,7 +425,8 @@ NAMES = (
 )
 
 
-def _check_pixels(images: Tensor) -> None:
+def check_pixels(images: Tensor) -> None:
+    """Raise `BadParameter` unless `images` are (B, 3, H, W), uint8."""
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise BadParameter("images", (tuple(images.shape), images.dtype), "a batch (B, 3, H, W) of uint8, RGB")
 
@@ -454,12 +454,12 @@ def _tower(state: Mapping[str, Tensor]) -> VisionTransformer:
 
 
 @torch.no_grad()
-def vocabulary(clip: CLIP, tokenizer: Tokenizer, names: Names, prompt: str = PROMPT, batch: int = 64) -> Tensor:
+def vocabulary(clip: CLIP, tokenizer: Tokenizer, names: Names, batch: int = 64) -> Tensor:
     """Class names embedded by CLIP's text tower (C, D), of length 1.
 
     The detector's own classifier has another table, of another prompt ("a {}" in Detic), in the same order of classes.
     """
-    ids = tokenise(tokenizer, clip, [prompt.format(name) for name in names])
+    ids = tokenise(tokenizer, clip, [PROMPT.format(name) for name in names])
     return F.normalize(torch.cat([clip.encode_text(part) for part in ids.split(batch)]), dim=-1)
 
 

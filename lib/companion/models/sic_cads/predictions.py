@@ -40,7 +40,7 @@ def branch_scores(model: sic_cads.MLR, images: Tensor, batch: int = 100) -> dict
 
 @dataclass(frozen=True)
 class Predictions:
-    """The outputs of detector and recogniser for the first n test images, and how they are combined.
+    """The outputs of detector and recogniser for the n test images, and how they are combined.
 
     All probabilities of a large test do not fit in memory: LVIS has 20,000 images of 576 boxes and 1,203 classes.
 
@@ -78,10 +78,9 @@ class Predictions:
         """Which classes are novel (C,) bool; classes that are neither base nor novel are not scored."""
         return self.test.mask(self.test.novel)
 
-    def refined(self, index: int, branch: str = "", gamma: float | None = None) -> Tensor:
-        """The probabilities (R, C) of one of the first images after Eq. 7; `branch` and `gamma` are the usual unless
-        given."""
-        p = self.p[branch or self.branch][index]
+    def refined(self, index: int, gamma: float | None = None) -> Tensor:
+        """The probabilities (R, C) of one of the first images after Eq. 7; `gamma` is the usual unless given."""
+        p = self.p[self.branch][index]
         return sic_cads.refine(self.probabilities[index], p, self.gamma if gamma is None else gamma)
 
     def detections(self, branch: str) -> list[dict]:
@@ -93,28 +92,23 @@ class Predictions:
         return rows
 
     def ap50(self, branch: str) -> dict[str, float]:
-        """AP50 of novel and base classes and of all that are scored, over the predicted images, in percent.
+        """AP50 of novel and base classes and of all that are scored, in percent.
 
         `branch`: of the image-level scores; "" for the detector alone.
         """
         style = "lvis" if self.test.name == "detection/ov-lvis" else "coco"
-        scored = evaluate(truth_of(self.test, len(self.boxes)), self.detections(branch), style=style, top=self.top)
+        scored = evaluate(self.test.truth, self.detections(branch), style=style, top=self.top)
         groups = {"novel": self.test.novel, "base": self.test.base, "all": (*self.test.novel, *self.test.base)}
         return {name: scored.mean(group) for name, group in groups.items()}
 
 
 def predict(
-    model: sic_cads.MLR,
-    detect: detectors.Detector,
-    test: detection.Boxes,
-    count: int = 0,
-    hardware: Hardware = CPU,
-    **combined: Any,
+    model: sic_cads.MLR, detect: detectors.Detector, test: detection.Boxes, hardware: Hardware = CPU, **combined: Any
 ) -> Predictions:
-    """Run detector and recogniser on the first `count` test images, 0 for all; `combined`: see `Predictions`."""
+    """Run detector and recogniser on the test images; `combined`: see `Predictions`."""
     outputs, rows, held = Predictions(test=test, **combined), [], 0
     with evaluating(hardware, model) as where:
-        for index in progress(range(min(count or len(test), len(test))), "test images"):
+        for index in progress(range(len(test)), "test images"):
             image, _ = test[index]
             with without_autocast(where):  # half precision would move boxes by pixels
                 boxes, probabilities = (x.cpu() for x in detect(image)[:2])
@@ -143,16 +137,8 @@ def _best(outputs: Predictions, index: int, boxes: Tensor, matrix: Tensor) -> si
     return sic_cads.Detections(*(values[counted] for values in best))
 
 
-def truth_of(data: detection.Boxes, count: int) -> dict:
-    """The annotations of the first `count` images."""
-    images = data.truth["images"][:count]
-    ids = {image["id"] for image in images}
-    rows = [row for row in data.truth["annotations"] if row["image_id"] in ids]
-    return data.truth | {"images": images, "annotations": rows}
-
-
 def recognition(test: detection.Boxes, p: Tensor) -> dict[str, float]:
-    """mAP of image-level scores (n, C) of the first n images, over the base and the novel classes, in percent."""
-    each = recognition_ap(test.positives[: len(p)].numpy(), p.numpy())
+    """mAP of image-level scores (n, C) of the images, over the base and the novel classes, in percent."""
+    each = recognition_ap(test.positives.numpy(), p.numpy())
     groups = {"base": test.base, "novel": test.novel}
     return {name: float(np.nanmean(each[test.mask(group).numpy()])) for name, group in groups.items()}

@@ -7,7 +7,6 @@ the third adds images of ImageNet-21k and is not built.
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,21 +22,20 @@ from torchvision.transforms.v2.functional import resize
 
 from ... import backbones
 from ...data import DATASETS, detection, few, present
-from ...data.detection import COCO_BASE, COCO_NOVEL, COCO_OTHER
 from ...errors import BadParameter, MissingWeights
 from ...evaluation.metrics.detection import evaluate
 from ...evaluation.tables import Results
 from ...ops import papers
 from ...ops.files import read_json
 from ...training.callbacks import Callback, ClipValue
-from ...training.fit import Hardware, RunParameters, device
+from ...training.fit import WORKERS, Hardware, RunParameters, device
 from ...training.recipe import Training, dry_items
 from ...training.recipe import run as train
 from ...training.schedules import adamw
 from ..layers.state_dicts import load_official
 from . import detectors
 from . import model as sic_cads
-from .predictions import Predictions, predict, truth_of
+from .predictions import Predictions, predict
 
 RESULTS = Results.of("sic_cads")
 tables = RESULTS.tables  # published and measured, by title
@@ -49,7 +47,6 @@ GPUS = 4  # of the authors' README: each draws the source of its share of a step
 FLIP = 0.5  # probability that a training image is flipped
 WEIGHT_DECAY = 1e-4  # of every trained tensor
 SHORTER, LONGER = 800, 1333  # sides to which the authors' detectors resize images before the recogniser's own resizing
-WORKERS = min(8, os.cpu_count() or 1)
 
 
 class Parameters(RunParameters, Protocol):
@@ -88,13 +85,8 @@ def run(p: Parameters, out: Path) -> Tested:
     def detect(image: Tensor) -> detectors.Output:
         return detector.to(where)(image)  # moved at the first image, not before processes for training are forked
 
-    combined: dict[str, Any] = {
-        "branch": p.branch,
-        "gamma": p.gamma or r.gamma,
-        "threshold": detectors.FLOOR,
-        "top": r.top,
-    }
-    outputs = predict(module.model, detect, test, hardware=Hardware.of(p, "sic_cads"), title=title, **combined)
+    combined: dict[str, Any] = {"title": title, "branch": p.branch, "gamma": p.gamma or r.gamma, "top": r.top}
+    outputs = predict(module.model, detect, test, hardware=Hardware.of(p, "sic_cads"), **combined)
     record(out / "measured.csv", p, outputs)
     return Tested(module.model, outputs)
 
@@ -206,9 +198,7 @@ def data(p: Parameters) -> tuple[str, dict[str, detection.Boxes]]:
     if p.dataset in COLUMNS:  # nothing of a foreign vocabulary was trained on
         test.novel = test.categories
     if p.images:
-        truth = truth_of(test, p.images)
-        folder = Path(test.sources[0].removesuffix(truth["images"][0]["file_name"]))
-        found["test"] = detection.Boxes(test.dataset, test.root, folder, truth, test.base, test.novel)
+        found["test"] = test.part(range(min(p.images, len(test))))
     return DATASETS[p.dataset].title, found
 
 
@@ -217,7 +207,7 @@ def frozen(p: Parameters, test: detection.Boxes) -> tuple[nn.Module, nn.Module, 
     folder, file = Path(p.data_root, "weights", OWLVIT.rpartition("/")[2]), Path(p.data_root, "weights", CLIP_FILE)
     weights: str | Path = folder if p.detector == OWLVIT and folder.is_dir() else "pretrained"
     source: str | Path = file if p.clip == CLIP and file.is_file() else "pretrained"
-    tokenizer, names = open_clip.get_tokenizer(p.clip.partition("/")[0]), test.class_names
+    names = test.class_names
     if p.dry_run:
         torch.manual_seed(p.seed)
         source = backbones.or_random(f"openclip:{p.clip}", source)
@@ -231,9 +221,9 @@ def frozen(p: Parameters, test: detection.Boxes) -> tuple[nn.Module, nn.Module, 
         # random vectors, here and below: thousands of names take the text towers minutes
         detector.queries = F.normalize(torch.randn(len(names), detector.queries.shape[1]), dim=-1)
     clip = backbones.build(f"openclip:{p.clip}", source)
-    text = sic_cads.vocabulary(clip, tokenizer, names[:1] if source == "random" else names)
-    text = F.normalize(torch.randn(len(names), text.shape[1]), dim=-1) if source == "random" else text
-    return detector, clip, text
+    if source == "random":
+        return detector, clip, F.normalize(torch.randn(len(names), clip.visual.output_dim), dim=-1)
+    return detector, clip, sic_cads.vocabulary(clip, open_clip.get_tokenizer(p.clip.partition("/")[0]), names)
 
 
 def recogniser(
@@ -260,6 +250,7 @@ def random_crop(height: int, width: int, smallest: float) -> tuple[int, int, int
     return left, top, w, h
 
 
+@dataclass
 class Crops(Dataset):
     """Random crops of images with the classes that they show: (uint8 (3, s, s), (C,) bool, boxes or not).
 
@@ -267,8 +258,10 @@ class Crops(Dataset):
     boxes a class is a positive when a part of one of its boxes is in the crop; labels without boxes stay.
     """
 
-    def __init__(self, data: detection.Boxes, size: int, crop: float, boxes: bool = True):
-        self.data, self.size, self.crop, self.boxes = data, size, crop, boxes
+    data: detection.Boxes
+    size: int
+    crop: float
+    boxes: bool = True
 
     def __len__(self) -> int:
         return len(self.data)
@@ -315,14 +308,15 @@ class Repeated(Dataset):
         return self.data[self.drawn(index)]
 
 
+@dataclass
 class Turns(Dataset):
     """Groups of images from one of several sources: (g, 3, s, s), (g, C) and (g,), the source drawn with equal odds.
 
     Images are drawn with replacement, as in the authors' sampler of several data sets.
     """
 
-    def __init__(self, sources: Sequence[Dataset], group: int):
-        self.sources, self.group = sources, group
+    sources: Sequence[Dataset]
+    group: int
 
     def __len__(self) -> int:
         return max(1, sum(map(len, self.sources)) // self.group)
@@ -471,19 +465,11 @@ def training(
     )
 
 
-def generated(p: Parameters, count: int, height: int = 480, width: int = 640) -> detection.Boxes:
-    """Images of noise with a box of three base and two novel classes, in the dataset's vocabulary; numbers where only
-    its file has the names."""
-    dataset, rng = DATASETS[p.dataset], np.random.default_rng(p.seed)
-    if p.dataset == "detection/ov-coco":
-        categories: list[Any] = [{"id": i, "name": n} for n, i in (COCO_BASE | COCO_NOVEL | COCO_OTHER).items()]
-        groups = [[*COCO_BASE.values()], [*COCO_NOVEL.values()]]
-    else:
-        numbers: list[Any] = [
-            {"id": i, "name": f"class {i}", "frequency": "rcff"[i % 4]} for i in range(dataset.classes)
-        ]
-        categories = [*detection.lvis_categories()] if p.dataset == "detection/ov-lvis" else numbers
-        groups = [[c["id"] for c in categories if (c["frequency"] == "r") is rare] for rare in (False, True)]
+def generated(p: Parameters, count: int) -> detection.Boxes:
+    """Images of noise with a box of three base and two novel classes, as many classes as the dataset has, by number."""
+    dataset, rng, height, width = DATASETS[p.dataset], np.random.default_rng(p.seed), 480, 640
+    categories = [{"id": i, "name": f"class {i}", "frequency": "rcff"[i % 4]} for i in range(dataset.classes)]
+    groups = [[i for i in range(dataset.classes) if (i % 4 == 0) is rare] for rare in (False, True)]
     images = [{"id": i, "width": width, "height": height, "file_name": f"{i}"} for i in range(count)]
     shown = [{"category_id": c, "bbox": [90.0 * k, 60, 80, 60]} for k, c in enumerate((*groups[0][:3], *groups[1][:2]))]
     rows = [{"image_id": i, "area": 4800, "iscrowd": 0, **box} for i in range(count) for box in shown]
@@ -547,16 +533,7 @@ def protocol() -> dict[str, str]:
         "sic_cads",
         coco=coco,
         lvis=published("detection/ov-lvis"),
-        image=sic_cads.IMAGENET,
-        crop=sic_cads.OPENAI,
-        text=sic_cads.CROSS_DATASET,
         others=1 - sic_cads.CROSS_DATASET,
         patches=len(sic_cads.windows(224, 224, coco.model.levels)),
-        weight_decay=WEIGHT_DECAY,
-        shorter=SHORTER,
-        longer=LONGER,
-        flip=FLIP,
-        floor=detectors.FLOOR,
-        prompt=sic_cads.PROMPT,
-        precision=papers.paper("sic_cads")["precision"],
+        **globals(),
     )

@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -310,6 +310,7 @@ TASKS: dict[str, dict[str, Any]] = {
 """Arguments of `Degraded` for a test: every sample has its true texts and is the same every time (ours)."""
 
 
+@dataclass
 class Degraded(Dataset):
     """Square images and degraded copies: `samples[i]` is a `Sample`.
 
@@ -317,7 +318,7 @@ class Degraded(Dataset):
     caption or empty; it does not give their probabilities. All numbers here are ours; a sample depends on
     `seed` and its index.
 
-    Args:
+    Attributes:
         pictures: images with captions, such as `data.restoration.Captioned`. Of `data.restoration.Pairs` the image of
             low quality is the degraded copy, at the size of the other one, and c_r is `BLIND`.
         size: S. An image's shorter side is resized to S, then a square is cropped. So the caption still describes most
@@ -332,22 +333,16 @@ class Degraded(Dataset):
         edge: see `degrade`.
     """
 
-    def __init__(
-        self,
-        pictures: Dataset,
-        size: int,
-        recipe: Recipe = Recipe(),
-        *,
-        share_blind: float = SHARE_BLIND,
-        blind_prompt: float = BLIND_PROMPT,
-        no_caption: float = NO_CAPTION,
-        fresh: bool = True,
-        seed: int = 0,
-        edge: str = "replicate",
-    ):
-        self.pictures, self.size, self.recipe = pictures, size, recipe
-        self.share_blind, self.blind_prompt, self.no_caption = share_blind, blind_prompt, no_caption
-        self.fresh, self.seed, self.edge = fresh, seed, edge
+    pictures: Dataset
+    size: int
+    recipe: Recipe = Recipe()
+    _: KW_ONLY
+    share_blind: float = SHARE_BLIND
+    blind_prompt: float = BLIND_PROMPT
+    no_caption: float = NO_CAPTION
+    fresh: bool = True
+    seed: int = 0
+    edge: str = "replicate"
 
     def __len__(self) -> int:
         return len(self.pictures)

@@ -122,8 +122,8 @@ class Adaptor(ModelMixin, ConfigMixin):
         self.branch = net = ControlNetModel.from_config(dict(controlnet))
         if fusion == "modulate":
             blocks = net.controlnet_down_blocks
-            net.controlnet_down_blocks = nn.ModuleList(_zero_conv(b.in_channels, 2) for b in blocks)
-            net.controlnet_mid_block = _zero_conv(net.controlnet_mid_block.in_channels, 2)
+            net.controlnet_down_blocks = nn.ModuleList(_zero_conv(b.in_channels) for b in blocks)
+            net.controlnet_mid_block = _zero_conv(net.controlnet_mid_block.in_channels)
 
     @classmethod
     def of(
@@ -163,8 +163,8 @@ class Adaptor(ModelMixin, ConfigMixin):
         return (*skips, mid)
 
 
-def _zero_conv(channels: int, times: int) -> nn.Conv2d:
-    conv = nn.Conv2d(channels, times * channels, 1)
+def _zero_conv(channels: int) -> nn.Conv2d:
+    conv = nn.Conv2d(channels, 2 * channels, 1)
     nn.init.zeros_(conv.weight)
     nn.init.zeros_(conv.bias)
     return conv

@@ -11,6 +11,8 @@ the paper's (figure, project page).
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -253,7 +255,7 @@ class TIPPipeline(DiffusionPipeline):
         z = z * self.scheduler.init_noise_sigma
         self.scheduler.set_timesteps(steps, device=device)
         self.scheduler.alphas_cumprod = self.scheduler.alphas_cumprod.to(device)  # it may have trained on another
-        windows = Windows(z.shape[-2:], tile // factor, overlap // factor)
+        tiled = functools.partial(blend, z.shape[-2:], tile // factor, overlap // factor)
         for t in progress(self.scheduler.timesteps, "restoring"):
             noisy = self.scheduler.scale_model_input(z, t)
 
@@ -264,59 +266,53 @@ class TIPPipeline(DiffusionPipeline):
                 maps = model.adaptor(part, t, control, y[(..., *pixels)])  # (B, ...), for both
                 return model.fused(x, [m.repeat(pairs, 1, 1, 1) for m in maps], scale, semantic)
 
-            predicted = windows.blend(predict)
+            predicted = tiled(predict)
             if guidance != 1:
                 with_text, without = predicted.chunk(2)
                 predicted = with_text + (guidance - 1) * (with_text - without)
             z = self.scheduler.step(predicted.to(z.dtype), t, z).prev_sample
         if output == "latent":
             return Restored(z)
-        decoded = windows.blend(lambda rows, columns: to_images(self.vae, z[..., rows, columns]), factor)
+        decoded = tiled(lambda rows, columns: to_images(self.vae, z[..., rows, columns]), factor)
         restored = (decoded[..., :height, :width] / 2 + 0.5).float()
         if match_colours:
             restored = matched(restored, image.to(restored))
         return Restored(restored if output == "pt" else [to_pil_image(x.cpu()) for x in restored])
 
 
-class Windows:
-    """Square windows that cover (h, w) and overlap, and the blending of what is computed in each.
+def blend(
+    size: Sequence[int], side: int, overlap: int, compute: Callable[[slice, slice], Tensor], factor: int = 1
+) -> Tensor:
+    """The results (..., h * factor, w * factor) of `compute` in square windows, with linear weights where they overlap.
 
     Args:
-        size: (h, w).
+        size: (h, w), which the windows cover.
         side: of a window; 0, or as large as the map: one window.
         overlap: of neighbours; the last window ends at the border, so its overlap may be larger.
     """
-
-    def __init__(self, size: Sequence[int], side: int, overlap: int):
-        self.size, self.overlap = tuple(size), overlap
-        self.axes = []
-        for length in size:
-            own = min(side, length) or length
-            count = 1 + max(0, -(-(length - own) // max(1, own - overlap)))
-            starts = [min(i * (own - overlap), length - own) for i in range(count)]
-            self.axes.append([slice(start, start + own) for start in starts])
-
-    def blend(self, compute: Callable[[slice, slice], Tensor], factor: int = 1) -> Tensor:
-        """The results (..., h * factor, w * factor) of `compute` in all windows, with linear weights in overlaps."""
-        pairs = [(rows, columns) for rows in self.axes[0] for columns in self.axes[1]]
-        if len(pairs) == 1:
-            return compute(*pairs[0])
-        total, weights = torch.tensor(0.0), torch.tensor(0.0)
-        for rows, columns in pairs:
-            part = compute(rows, columns)
-            ramps = [self._ramp(part.shape[i], factor).to(part) for i in (-2, -1)]
-            if total.ndim == 0:
-                total = part.new_zeros(*part.shape[:-2], *(length * factor for length in self.size))
-                weights = part.new_zeros(total.shape[-2:])
-            place = tuple(slice(factor * side.start, factor * side.stop) for side in (rows, columns))
-            total[(..., *place)] += part * (ramp := ramps[0][:, None] * ramps[1])
-            weights[place] += ramp
-        return total / weights
-
-    def _ramp(self, length: int, factor: int) -> Tensor:
-        """Weights of a window's positions: rising over the overlap from the border, then 1."""
-        position = torch.arange(length) + 0.5
-        return (torch.minimum(position, length - position) / max(1, self.overlap * factor)).clamp(max=1)
+    axes = []
+    for length in size:
+        own = min(side, length) or length
+        count = 1 + max(0, -(-(length - own) // max(1, own - overlap)))
+        starts = [min(i * (own - overlap), length - own) for i in range(count)]
+        axes.append([slice(start, start + own) for start in starts])
+    total, weights = torch.tensor(0.0), torch.tensor(0.0)
+    for rows, columns in itertools.product(*axes):
+        part = compute(rows, columns)
+        if [len(axis) for axis in axes] == [1, 1]:
+            return part
+        if total.ndim == 0:
+            total = part.new_zeros(*part.shape[:-2], *(length * factor for length in size))
+            weights = part.new_zeros(total.shape[-2:])
+        ramps = []
+        for length in part.shape[-2:]:  # rising over the overlap from the border, then 1
+            position = torch.arange(length) + 0.5
+            rising = torch.minimum(position, length - position) / max(1, overlap * factor)
+            ramps.append(rising.clamp(max=1).to(part))
+        place = tuple(slice(factor * side.start, factor * side.stop) for side in (rows, columns))
+        total[(..., *place)] += part * (ramp := ramps[0][:, None] * ramps[1])
+        weights[place] += ramp
+    return total / weights
 
 
 def matched(restored: Tensor, degraded: Tensor) -> Tensor:

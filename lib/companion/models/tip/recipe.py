@@ -30,9 +30,9 @@ from ...training.fit import CPU, Hardware, History, RunParameters, device, evalu
 from ...training.recipe import Training, dry_items
 from ...training.recipe import run as run_training
 from ...training.schedules import adamw, schedule
+from . import degradations
 from . import model as tip
-from .degradations import BLIND, BLIND_PROMPT, KINDS, NO_CAPTION, SHARE_BLIND, TASKS, Degraded, Recipe, Sample
-from .degradations import texts as texts_by_kind
+from .degradations import TASKS, Degraded, Sample
 from .pipeline import TIPPipeline, build, load_adaptor, save_adaptor
 from .text import tokenize
 
@@ -45,14 +45,13 @@ METHODS: dict[str, dict] = {
     "restoration only": {"no_caption": 1.0},
 }
 EPOCHS, BATCH, LEARNING_RATE, WEIGHT_DECAY, MAX_NORM = 10, 32, 1e-5, 1e-2, 1.0
-WARMUP = 500  # steps
-MICRO_BATCH = 8  # images in a forward pass of a device
+WARMUP = 500  # steps, at most half of all
+MICRO_BATCH = 8  # images in a forward pass of a device; the gradients of a step's micro-batches are added up
 TEST_BATCH = 32  # test images in memory at a time
 WORKERS = min(16, os.cpu_count() or 1)
 WEIGHTS, HUB = "stable-diffusion-v1-5", "stable-diffusion-v1-5/stable-diffusion-v1-5"
 DRY_SIZE, DRY_STEPS = 128, 2
 SHOWN = 8  # images of the figures
-SCORES = ("PSNR", "SSIM", "LPIPS", "FID")
 
 
 class Parameters(RunParameters, Protocol):
@@ -112,7 +111,7 @@ def run(p: Parameters, out: Path) -> Tested:
             listed = {"images": [*map(str, images.sources)], "captions": [*images.captions]}
             if isinstance(images, restoration.Pairs):
                 listed["low"] = [*map(str, images.low.sources)]
-        train(p, pipe, samples(images, size, p.method, p.seed), out, name=p.method, listed=listed)
+        train(p, pipe, samples(images, size, p.method, p.seed), out, listed)
     given = Degraded(test, size, seed=p.seed, **TASKS[p.degradation])
     options: dict[str, Any] = {"steps": steps, "guidance": p.guidance, "scale": p.scale, "seed": p.seed}
     restored = functools.partial(restore, pipe, hardware=Hardware.of(p, "tip"), **options)
@@ -124,24 +123,9 @@ def run(p: Parameters, out: Path) -> Tested:
 
 def protocol() -> dict[str, str]:
     """What the `paper` profile runs, a fact a row. The paper's own settings could not be found: these are ours."""
-    drawn, dice = Recipe(), {"share_blind": SHARE_BLIND, "blind_prompt": BLIND_PROMPT, "no_caption": NO_CAPTION}
-    ranges = ", ".join(f"{kind} {' to '.join(f'{end:g}' for end in getattr(drawn, kind))}" for kind in KINDS)
-    return papers.protocol(
-        "tip",
-        LEARNING_RATE=LEARNING_RATE,
-        WEIGHT_DECAY=WEIGHT_DECAY,
-        WARMUP=WARMUP,
-        MAX_NORM=MAX_NORM,
-        BATCH=BATCH,
-        MICRO_BATCH=MICRO_BATCH,
-        EPOCHS=EPOCHS,
-        precision=papers.paper("tip")["precision"],
-        drawn=drawn,
-        dice=dice,
-        ranges=ranges,
-        blind=BLIND,
-        scores=", ".join(SCORES),
-    )
+    drawn = degradations.Recipe()
+    ranges = [f"{kind} {' to '.join(f'{end:g}' for end in getattr(drawn, kind))}" for kind in degradations.KINDS]
+    return papers.protocol("tip", drawn=drawn, ranges=", ".join(ranges), **globals())
 
 
 def base(p: Parameters) -> str:
@@ -183,8 +167,12 @@ def datasets(p: Parameters) -> tuple[str, Dataset | None, Dataset]:
     train: restoration.Captioned | None = None
     if p.dataset == "folder":
         title, test = f"images of {p.data_root}", restoration.own_folder(p.data_root)
-        if not p.checkpoint:
-            train, test = halves(test)
+        if not p.checkpoint:  # every tenth image is tested
+            if len(test) < 2:
+                accepted = "two or more to train and to test on, or a `checkpoint`"
+                raise BadParameter("data_root", f"{len(test)} image", accepted)
+            rows = range(len(test))
+            train, test = test.part([i for i in rows if i % 10]), test.part([i for i in rows if i % 10 == 0])
     else:
         title, test = DATASETS[p.dataset].title, restoration.load(p.dataset, p.data_root, "test")
         if not p.checkpoint:
@@ -200,15 +188,6 @@ def datasets(p: Parameters) -> tuple[str, Dataset | None, Dataset]:
         parts = few({"test": test} | ({"train": train} if train else {}), dry_items(p, BATCH))
         train, test = parts.get("train"), parts["test"]
     return title, train, test
-
-
-def halves(own: restoration.Captioned) -> tuple[restoration.Captioned, restoration.Captioned]:
-    """The training images of a folder of one's own and, every tenth image, its test images."""
-    if len(own) < 2:
-        raise BadParameter("data_root", f"{len(own)} image", "two or more to train and to test on, or a `checkpoint`")
-
-    rows = range(len(own))
-    return own.part([i for i in rows if i % 10]), own.part([i for i in rows if i % 10 == 0])
 
 
 class Generated(Dataset):
@@ -277,32 +256,24 @@ def train(
     pipe: TIPPipeline,
     data: Dataset,
     out: Path | None = None,
-    *,
-    name: str = "TIP",
     listed: Mapping[str, Sequence[str]] | None = None,
-    epochs: float = EPOCHS,
-    batch: int = BATCH,
-    warmup: int = WARMUP,
-    micro_batch: int = MICRO_BATCH,
 ) -> History:
     """Train the adaptor of a pipeline, in place; return the history.
 
     Args:
         data: `Sample`s.
         out: the run's folder. `out`/checkpoints has the training in progress, from which the same call resumes;
-            `out`/trained the adaptor, in a folder named by `name`, dataset and seed, see `pipeline.load_adaptor`.
+            `out`/trained the adaptor, in a folder named by method, dataset and seed, see `pipeline.load_adaptor`.
         listed: names and captions of the images, which identify the training.
-        warmup: steps, at most half of all.
-        micro_batch: images in a forward pass of a device; the gradients of a step's micro-batches are added up.
     """
-    batch = min(batch, len(data))
-    steps = max(1, round(epochs * (len(data) // batch)))
-    parts = math.ceil(batch / (p.devices * micro_batch))
+    batch = min(BATCH, len(data))
+    steps = max(1, round(EPOCHS * (len(data) // batch)))
+    parts = math.ceil(batch / (p.devices * MICRO_BATCH))
     options: dict[str, Any] = {
-        "epochs": epochs,
+        "epochs": EPOCHS,
         "batch": batch,
         "optimizer": adamw(LEARNING_RATE, WEIGHT_DECAY, decay="all"),
-        "schedule": schedule("constant", min(warmup, steps // 2) / steps),
+        "schedule": schedule("constant", min(WARMUP, steps // 2) / steps),
         "callbacks": [ClipNorm(MAX_NORM)],
         "seed": p.seed,
         "hardware": Hardware.of(p, "tip", workers=WORKERS, accumulate=parts),
@@ -310,16 +281,22 @@ def train(
     if out is not None:
         where = {"weights": base(p), "dataset": p.dataset, "data_root": Path(p.data_root), "size": p.size}
         facts = where | {"adaptor": pipe.adaptor, "micro-batches": parts, "listed": listed}
-        options["checkpoint"] = checkpoints.Checkpoint.of(out / "checkpoints", f"{name}, seed {p.seed}", 500, **facts)
-    items = Tensors(data, pipe)
+        name = f"{p.method}, seed {p.seed}"
+        options["checkpoint"] = checkpoints.Checkpoint.of(out / "checkpoints", name, 500, **facts)
     _, history = run_training(
         Training(
-            name, lambda: Learner(pipe), lambda model, batch: model(*batch), lambda: items, options, dry_run=p.dry_run
+            name=p.method,
+            build=lambda: Learner(pipe),
+            loss=lambda model, batch: model(*batch),
+            data=lambda: Tensors(data, pipe),
+            fit=options,
+            dry_run=p.dry_run,
         )
     )
     pipe.to(device(p.accelerator))  # for the test
     if out is not None:  # in diffusers' layout
-        save_adaptor(pipe.adaptor, checkpoints.file(out / "trained", f"{name}, {p.dataset}, seed {p.seed}", ""))
+        name = f"{p.method}, {p.dataset}, seed {p.seed}"
+        save_adaptor(pipe.adaptor, checkpoints.file(out / "trained", name, ""))
     return history
 
 
@@ -341,7 +318,7 @@ def restore(
 
     The initial noise of a sample depends only on `seed` and its index, counted from `first`, not on the prompts.
     """
-    semantic, restoration = texts_by_kind(data, kind)
+    semantic, restoration = degradations.texts(data, kind)
     restored = []
     with evaluating(hardware, pipe.vae, pipe.text_encoder, pipe.unet, pipe.adaptor):
         for start in range(0, len(data), batch):
@@ -386,14 +363,15 @@ def score(pairs: Iterable[tuple[Tensor, Tensor]], download: bool = False) -> tup
     for pair in pairs:
         for restored, clean in zip(*(x.split(MICRO_BATCH) for x in pair), strict=True):
             count += len(clean)
-            metrics = {name: metric.to(clean.device) for name, metric in metrics.items()}
             sums["PSNR"] += float(psnr(restored, clean).sum())
             sums["SSIM"] += float(ssim(restored, clean).sum())
-            if "LPIPS" in metrics:
-                metrics["LPIPS"].update(restored, clean)
-            if "FID" in metrics:
-                metrics["FID"].update(clean, real=True)
-                metrics["FID"].update(restored, real=False)
+            for name, metric in metrics.items():
+                metric.to(clean.device)
+                if name == "FID":
+                    metric.update(clean, real=True)
+                    metric.update(restored, real=False)
+                else:
+                    metric.update(restored, clean)
     values = {name: total / count for name, total in sums.items()}
     if "FID" in metrics and count < 2:
         del metrics["FID"]
