@@ -94,9 +94,9 @@ def metasegnet(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
 def dmt(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
     if p.task == "distil":
         return run(recipe.distillation(p, out, real=False)[1])[1], None
-    found = recipe.downstream(p, real=False)
-    model, history = run(found.training)
-    assert np.isfinite([*found.score(model).values()]).all()
+    _, training, score = recipe.downstream(p, real=False)
+    model, history = run(training)
+    assert np.isfinite([*score(model).values()]).all()
     return history, None
 
 
