@@ -10,8 +10,8 @@ xrays_sets.yaml describes the sets.
 
 Images come as one grey channel in 0 to 1: 16-bit images keep their full depth, colours are converted to grey as by PIL
 (as in the authors' code also fundus images for classification; for segmentation RIGA keeps its colours), and a DICOM's
-window, VOI LUT or palette is applied, MONOCHROME1 inverted; see `decoding`. (The authors' loaders convert 16 bits to 8
-by clipping at 255.)
+window or VOI LUT is applied, MONOCHROME1 inverted, one with a palette refused; see `decoding`. (The authors' loaders
+convert 16 bits to 8 by clipping at 255.)
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ def trace(model: BAT, template: Tensor, search: Tensor) -> list[Traced]:
 
 def exchanged(model: BAT, groups: Mapping[str, Sequence[tuple[data.Annotated, int]]]) -> pd.DataFrame:
     """The mean of `Traced.exchange` over search tokens in percent, a row for each group of frames and stream, a column
-    for each adapter."""
+    for each adapter, named by the layer that it is next to and the block."""
     rows: dict[str, list[float]] = {}
     for group, members in groups.items():
         parts = [crops(model.tracker, video, [t]) for video, t in members[:CHUNK]]
@@ -91,5 +91,5 @@ def exchanged(model: BAT, groups: Mapping[str, Sequence[tuple[data.Annotated, in
         for stream, name in enumerate(STREAMS):
             ratios = [ratio[stream] for block in traced for ratio in block.exchange.values()]
             rows[f"{group}, into {name}"] = [100 * float(ratio.mean()) for ratio in ratios]
-    columns = [f"{stage}\n{i + 1}" for i in range(len(model.adapters)) for stage in ("attn", "MLP")]
+    columns = [f"{stage}{i + 1}" for i in range(len(model.adapters)) for stage in ("att", "MLP")]
     return pd.DataFrame(rows, index=columns).T

@@ -81,7 +81,7 @@ def attribute(model: PromptPAR, images: Tensor, truth: Tensor, i: int) -> Figure
     found = model.maps(pair)
     with torch.no_grad():
         predicted = model(pair).logits[:, i].sigmoid()
-    titles = [f"{name},\npredicted\n{value:.2f}" for name, value in zip(("present", "absent"), predicted, strict=False)]
+    titles = [f"{name} {value:.2f}" for name, value in zip(("present", "absent"), predicted, strict=False)]
     heat = {"attention": found.attributes[:, i], "cosine": found.cosines[:, i]}
     options = {"mean": [0.5] * 3, "std": [0.5] * 3, "mode": "nearest"}
     return plots.attention_grid(pair, heat, titles, label="attention or cosine", **options)
