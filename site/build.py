@@ -258,7 +258,7 @@ def comparisons(reports: Path) -> list[dict]:
             if name == "-":
                 column["cells"].append("–")
                 continue
-            column["seeds"].append((html.escape(name), seeds[name], f"± {means.loc[name]['std']:.2g}"))
+            column["seeds"].append((html.escape(name), seeds[name], f"± {means.loc[name]['std']:.1f}"))
             column["cells"].append("{mean:.1f} ± {std:.1f}".format(**means.loc[name]) + f"<br>{cell(name)}")
     return questions
 
@@ -298,14 +298,15 @@ def dots(rows: Iterable[tuple[str, Sequence[float], str]], line: float | None = 
     lines = []
     for label, several, text in rows:
         mean = sum(several) / len(several)
+        shown = f"{mean:#.3g}".rstrip(".")
         marks = (
             (at(line, "line") if line is not None else "")
             + "".join(at(value, "dot") for value in several)
             + at(mean, "mean")
         )
         said = ", ".join(f"{value:.3g}" for value in several)
-        track = f'<span class="track" role="img" aria-label="{said}; mean {mean:.3g}">{marks}</span>'
-        lines.append(f'<tr><th scope="row">{label}</th><td>{track}</td><td>{mean:.3g} {text}</td></tr>')
+        track = f'<span class="track" role="img" aria-label="{said}; mean {shown}">{marks}</span>'
+        lines.append(f'<tr><th scope="row">{label}</th><td>{track}</td><td>{shown} {text}</td></tr>')
     axis = (
         f'<tr class="axis"><td></td><td><span>{min(values):.3g}</span><span>{max(values):.3g}</span></td><td></td></tr>'
     )
