@@ -32,7 +32,8 @@ class Fake(types.ModuleType):
     def __init__(self, path):
         super().__init__("companion.toy.fake")
         self.__file__ = str(path)
-        self.code, self.calls, self.offset, self.best, self.loss, self.options = "one", [], 0.0, 0.2, 1.0, {}
+        self.code, self.calls, self.offset, self.loss, self.options = "one", [], 0.0, 1.0, {}
+        self.best = {"a": 0.2, "b": 0.2}
 
     @property
     def STUDY(self):
@@ -57,7 +58,7 @@ class Fake(types.ModuleType):
         split, _, method, rate, seed = model.job
         assert (split, data[0]) in (("train", "val"), ("trainval", "test")) and data[1] == seed
         self.calls.append(model.job)
-        return {"accuracy": 10 * (1 - abs(rate - self.best)) + (method == "a") + seed + self.offset}
+        return {"accuracy": 10 * (1 - abs(rate - self.best[method])) + (method == "a") + seed + self.offset}
 
 
 @pytest.fixture
@@ -88,7 +89,7 @@ def test_every_rate_is_tried_once_and_the_best_tested_with_every_seed(fake, tmp_
 
 
 def test_a_study_may_judge_by_another_metric_and_test_what_is_not_trained(fake, tmp_path):
-    fake.options, fake.best = {"metric": "SR", "untrained": ["b"]}, 0.35
+    fake.options, fake.best["a"] = {"metric": "SR", "untrained": ["b"]}, 0.35
     score = fake.score
     fake.score = lambda *given: {"SR": -score(*given)["accuracy"], "PR": 1.0}
     rows = ran(tmp_path)
@@ -139,13 +140,15 @@ def test_the_workers_of_a_killed_study_end(tmp_path):
     ("best", "widened", "chosen"),
     [(0.2, [], 0.2), (0.0, [0.05], 0.05), (0.9, [0.8], 0.8), (1.6, [0.8], 0.8)],  # once: 1.6 is not reached
 )
-def test_a_choice_at_an_end_widens_the_grid_once_for_all_methods(fake, tmp_path, best, widened, chosen):
-    fake.best = best
+def test_a_choice_at_an_end_widens_the_grid_of_that_method_once(fake, tmp_path, best, widened, chosen):
+    fake.best["a"] = best
     for _ in range(2):  # the second time nothing is left to do
         rows = ran(tmp_path)
         tried = rows[rows.stage == "select"].groupby(["method", "learning_rate"]).seed.apply(sorted)
-        assert tried.to_dict() == {(m, rate): [8, 9] for m in "ab" for rate in (0.1, 0.2, 0.4, *widened)}
-        assert set(ablations.selected(rows).values()) == set(rows[rows.stage == "test"].learning_rate) == {chosen}
+        rates = {"a": (0.1, 0.2, 0.4, *widened), "b": (0.1, 0.2, 0.4)}
+        assert tried.to_dict() == {(m, rate): [8, 9] for m in "ab" for rate in rates[m]}
+        assert ablations.selected(rows) == {("t", "a"): chosen, ("t", "b"): 0.2}
+        assert set(rows[(rows.stage == "test") & (rows.method == "a")].learning_rate) == {chosen}
         assert read_json(tmp_path / "study.json")["widened"] == widened
     assert len(fake.calls) == len(rows)
 

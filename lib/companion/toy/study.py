@@ -2,7 +2,7 @@
 
 1. Every trained method is trained with every learning rate of the grid on each of three selection seeds, and scored on
    validation data.
-2. Where a method does best at an end of the grid, the grid is extended there by one step for all methods, once.
+2. Where a method does best at an end of the grid, its grid is extended there by one step, once.
 3. Each method is trained with its best learning rate (the smaller one in ties) and tested on ten other seeds, which
    were not used while data, methods and grids were designed. Each seed has its own data.
 
@@ -126,14 +126,13 @@ def run(paper: str, folder: str | Path, workers: int | None = None, seeds: Seque
                 _write(folder / "study.csv", rows)
 
         trained = [(task, method) for task, method in pairs if method not in study.untrained]
-        grid = list(study.learning_rates)
-        for more in (False, True):
-            if more:
-                facts["widened"] = wider(frame(rows, study.metric), grid)
-            rates = [*grid, *facts["widened"]]
-            if more:  # rows of a learning rate that only a method of an earlier version asked for
-                rows = [row for row in rows if row["stage"] == "test" or row["learning_rate"] in rates]
-            work("select", [(t, m, rate, seed) for seed in study.selection_seeds for rate in rates for t, m in trained])
+        grid, seeds_of = list(study.learning_rates), study.selection_seeds
+        work("select", [(*pair, rate, seed) for seed in seeds_of for rate in grid for pair in trained])
+        more = wider(frame(rows, study.metric), grid)
+        facts["widened"] = sorted({rate for rates in more.values() for rate in rates})
+        rates = [*grid, *facts["widened"]]  # others: only a method of an earlier version asked for them
+        rows = [row for row in rows if row["stage"] == "test" or row["learning_rate"] in rates]
+        work("select", [(*pair, rate, seed) for seed in seeds_of for pair, ends in more.items() for rate in ends])
         best = dict.fromkeys(pairs, 0.0) | selected(frame(rows, study.metric))
         # a larger grid may select another learning rate than the tested one
         rows = [r for r in rows if r["stage"] == "select" or best[r["task"], r["method"]] == r["learning_rate"]]
@@ -143,8 +142,8 @@ def run(paper: str, folder: str | Path, workers: int | None = None, seeds: Seque
     return read(folder)
 
 
-def wider(rows: pd.DataFrame, grid: Sequence[float]) -> list[float]:
-    """One more learning rate at each end of the grid, by its ratio, where a method does best at that end.
+def wider(rows: pd.DataFrame, grid: Sequence[float]) -> dict[tuple[str, str], list[float]]:
+    """One more learning rate, by the grid's ratio, for each (task, method) that does best at an end of the grid.
 
     Args:
         rows: of the selection with `grid`, with or without the learning rates that this function returned before.
@@ -152,9 +151,8 @@ def wider(rows: pd.DataFrame, grid: Sequence[float]) -> list[float]:
     """
     within = rows[rows.learning_rate.isin(grid)]
     within.attrs = rows.attrs
-    best = set(selected(within).values())
-    ends = ((grid[0], grid[1]), (grid[-1], grid[-2]))
-    return [float(f"{end * end / neighbour:.2g}") for end, neighbour in ends if end in best]
+    ends = {end: float(f"{end * end / neighbour:.2g}") for end, neighbour in (grid[:2], grid[:-3:-1])}
+    return {pair: [ends[rate]] for pair, rate in selected(within).items() if rate in ends}
 
 
 def _facts(paper: str, study: Study, seeds: Sequence[int]) -> dict:
