@@ -338,6 +338,7 @@ def build(
         levels: those that are built; the embeddings of the others are the model's input.
         slide: further options of `SlideTransformer`.
     """
+    check_choice("size", size, SIZES)
     sizes = SIZES[size]
     patch = PatchEncoder(**sizes["patch"]) if "patch" in levels else None
     region = RegionEncoder(patches, sizes["patch"]["dim"], **sizes["region"]) if "region" in levels else None
