@@ -170,7 +170,7 @@ def main() -> None:
         if row["what"] in frames:
             count = POCKET_FRAMES if row["what"].startswith("pocket") else 1
             row |= {"fps": round(count / row["seconds"], 3), "fps_ratio": round(1 / row["time_ratio"], 2)}
-            print(f"{row['threads']} thread(s)  {row['what']}: {row['fps_ratio']} x the frames per second")
+            print(f"{row['what']}: {row['fps_ratio']} x the frames per second")
     write_json(path, facts)
 
 

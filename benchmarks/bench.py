@@ -1,13 +1,12 @@
-"""Benchmark harness: runs steps in turn, compares medians, measures peak memory separately, updates the README's table.
+"""Benchmark harness, on one thread: runs steps in turn, compares medians, measures peak memory separately, updates the
+README's table.
 
 Nothing here is a test: only ratios of times within one run are meaningful.
 """
 
 from __future__ import annotations
 
-import json
 import multiprocessing
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -16,7 +15,8 @@ from pathlib import Path
 import torch
 
 from companion.ops import record
-from companion.ops.files import write_between, write_json
+from companion.ops.files import read_json, write_between, write_json
+from companion.ops.papers import slugs
 from companion.ops.provenance import code_hash, sources
 
 ROOT = Path(__file__).parents[1]
@@ -38,49 +38,45 @@ def times(steps: dict[str, Step], rounds: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in taken.items()}
 
 
-def _memory(maker: Maker, threads: int) -> int:
-    torch.set_num_threads(threads)
+def _memory(maker: Maker) -> int:
+    torch.set_num_threads(1)
     step = maker()
     step()
     step()
     return record.peak_memory_mb()
 
 
-def memory(makers: dict[str, Maker], threads: int) -> dict[str, int]:
+def memory(makers: dict[str, Maker]) -> dict[str, int]:
     """Peak memory in MB of two runs of each step, each in its own process."""
     peaks = {}
     for name, maker in makers.items():
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            peaks[name] = pool.apply(_memory, (maker, threads))
+            peaks[name] = pool.apply(_memory, (maker,))
     return peaks
 
 
 def run(
     paper: str, what: str, makers: dict[str, Maker], pairs: Iterable[tuple[str, str, str]], rounds: int = 5
 ) -> None:
-    """Time `makers` on one thread and on all; print and store `pairs` (label, ours, reference) as ratios.
+    """Time `makers` on one thread; print and store `pairs` (label, ours, reference) as ratios.
 
     Results go to `reports/bench/<paper>.json` and into the README's table.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    rows = []
-    for threads in dict.fromkeys((1, cores)):
-        torch.set_num_threads(threads)
-        seconds = times({name: maker() for name, maker in makers.items()}, rounds)
-        peaks = memory(makers, threads)
-        for name in makers:
-            print(f"{threads} thread(s)  {name:55} {seconds[name]:7.3f} s  {peaks[name]:6d} MB", flush=True)
-        for label, ours, reference in pairs:
-            rows.append(
-                {
-                    "what": label,
-                    "threads": threads,
-                    "time_ratio": round(seconds[ours] / seconds[reference], 3),
-                    "memory_ratio": round(peaks[ours] / peaks[reference], 3),
-                    "seconds": round(seconds[ours], 3),
-                }
-            )
-            print(f"{threads} thread(s)  {label}: time x {rows[-1]['time_ratio']}, memory x {rows[-1]['memory_ratio']}")
+    torch.set_num_threads(1)
+    seconds, rows = times({name: maker() for name, maker in makers.items()}, rounds), []
+    peaks = memory(makers)
+    for name in makers:
+        print(f"{name:55} {seconds[name]:7.3f} s  {peaks[name]:6d} MB", flush=True)
+    for label, ours, reference in pairs:
+        rows.append(
+            {
+                "what": label,
+                "time_ratio": round(seconds[ours] / seconds[reference], 3),
+                "memory_ratio": round(peaks[ours] / peaks[reference], 3),
+                "seconds": round(seconds[ours], 3),
+            }
+        )
+        print(f"{label}: time x {rows[-1]['time_ratio']}, memory x {rows[-1]['memory_ratio']}", flush=True)
     facts = {
         "paper": paper,
         "what": what,
@@ -96,10 +92,10 @@ def run(
 
 
 def update_readme() -> None:
-    """Write the first ratio of each paper, on one thread, between the two marks of the README."""
+    """Write the first ratio of each paper between the two marks of the README."""
     lines = ["| paper | ours against | time | peak memory |", "| --- | --- | ---: | ---: |"]
-    for path in sorted(RESULTS.glob("*.json")):
-        facts = json.loads(path.read_text())
+    for slug in slugs():
+        facts = read_json(RESULTS / f"{slug}.json")
         row = facts["rows"][0]
         ratios = f"{row['time_ratio']:.2f}× | {row['memory_ratio']:.2f}×"
         lines.append(f"| `{facts['paper']}` | {row['what']} | {ratios} |")

@@ -204,7 +204,7 @@ def main() -> None:
     for row in facts["rows"]:
         count = 2 if row["what"].startswith("slides") else COUNT
         row |= {"fps": round(count / max(row["seconds"], 1e-3), 1), "fps_ratio": round(1 / row["time_ratio"], 2)}
-        print(f"{row['threads']} thread(s)  {row['what']}: {row['fps']} images/s, x {row['fps_ratio']}")
+        print(f"{row['what']}: {row['fps']} images/s, x {row['fps_ratio']}")
     write_json(path, facts)
 
 

@@ -208,6 +208,7 @@ def facts(runs: Mapping[str, Path], reports: Path) -> dict[str, Any]:
     for slug, measured in bench.items():
         code = code_hash(sources(ROOT / "benchmarks" / f"{slug}.py"))
         measured["older"] = measured.get("code") != code
+    files = bench.pop("readers")
     return {
         "papers": papers,
         "everything": [claim for one in papers for claim in one["ledger"] or []],
@@ -217,6 +218,11 @@ def facts(runs: Mapping[str, Path], reports: Path) -> dict[str, Any]:
         "tasks": tasks,
         "bench": bench,
         "ratios": [ratio(slug, measured["rows"][0]) for slug, measured in bench.items()],
+        "files": files,
+        "reading": [
+            (html.escape(row["what"].removesuffix(" / ImageFolder")), [row["time_ratio"]], f"x, {row['fps']} images/s")
+            for row in files["rows"]
+        ],
         "notes": yaml.safe_load((HERE / "speed.yaml").read_text(encoding="utf-8")),
         "gpus": [read_json(file) for file in sorted((ROOT / "reports" / "gpu").glob("*.json"))],
         "share": needs.SHARE,
