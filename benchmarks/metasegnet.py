@@ -149,7 +149,7 @@ def main() -> None:
         ],
         rounds=3,
     )
-    peaks = bench.memory({f"{LARGE} px": labelled_once}, 1)
+    peaks = bench.memory({f"{LARGE} px": labelled_once})
     print(f"GeoTIFF of {LARGE} x {LARGE} px to a map, pocket: {peaks[f'{LARGE} px']} MB", flush=True)
 
 
