@@ -8,6 +8,9 @@ less than one of the others. Trainings are in bf16 (autocast), which takes two t
 multiplies bf16, and with attention as plain matrix products, with which a step took 8 to 18 % less time on the CPU of
 this study than with the default; features of the probe and scores are in fp32. Not tuned: the width and scale of SA²VP
 (its authors' scale for natural images), the 8 prompts of VPT.
+
+`reports/real/sa2vp/losses.csv` has the loss of each step of SA²VP on CIFAR-10 at the selected learning rate with two of
+the test seeds, one of which starts late.
 """
 
 from __future__ import annotations
