@@ -304,7 +304,7 @@ def dots(rows: Iterable[tuple[str, Sequence[float], str]], line: float | None = 
     lines = []
     for label, several, text in rows:
         mean = sum(several) / len(several)
-        shown = f"{mean:#.3g}".rstrip(".")
+        shown = f"{mean:.1f}" if abs(mean) >= 10 else f"{mean:.2f}"
         marks = (
             (at(line, "line") if line is not None else "")
             + "".join(at(value, "dot") for value in several)
