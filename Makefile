@@ -23,7 +23,7 @@ help:  ## this list
 
 $(INSTALLED): pyproject.toml requirements.lock
 	test -x $(BIN) || $(PYTHON) -m venv .venv
-	$(BIN) -m pip install --quiet --constraint requirements.lock --editable '.[all]'
+	$(BIN) -m pip install --quiet --no-compile --constraint requirements.lock --editable '.[all]'
 	touch $@
 
 reports: $(INSTALLED)  ## run the notebooks whose code changed at the pocket profile (PAPERS="bat tip" for some), and build reports/site/index.html

@@ -74,7 +74,7 @@ def main() -> None:
             text = environment.from_string(path.read_text(encoding="utf-8")).render()
             # `make reports PAPERS=...` runs some of the notebooks
             path.write_text(missing.sub(r"\1", text), encoding="utf-8")
-        options = ["-q", "-W", "--keep-going", "-c", str(HERE), "-d", f"{temporary}/trees"]
+        options = ["-q", "-j", "auto", "-W", "--keep-going", "-c", str(HERE), "-d", f"{temporary}/trees"]
         if code := sphinx([*options, str(source), str(built)]):
             raise SystemExit(code)
         if out.exists():

@@ -88,20 +88,23 @@ def show(figure: Figure) -> None:
 def _image(figure: Figure) -> tuple[Image, bytes]:
     """The figure as the notebook shows it, and its PNG at full resolution; the figure is closed."""
 
-    def drawn(dpi: float, colours: int = 0) -> bytes:
-        raw, packed = io.BytesIO(), io.BytesIO()
-        figure.savefig(raw, format="png", dpi=dpi)
-        pixels = PIL.Image.open(raw).convert("RGB")  # no alpha channel
-        if colours:
-            pixels = pixels.quantize(colours, PIL.Image.Quantize.MAXCOVERAGE, kmeans=4, dither=PIL.Image.Dither.NONE)
-        pixels.save(packed, format="png", optimize=True)
+    def drawn(dpi: float) -> PIL.Image.Image:
+        raw = io.BytesIO()
+        figure.savefig(raw, format="png", dpi=dpi, pil_kwargs={"compress_level": 1})
+        return PIL.Image.open(raw).convert("RGB")  # no alpha channel
+
+    def png(pixels: PIL.Image.Image, optimize: bool = False) -> bytes:
+        packed = io.BytesIO()
+        pixels.save(packed, format="png", optimize=optimize)
         return packed.getvalue()
 
     dpi = plt.rcParams["savefig.dpi"]
-    dpi = DPI if dpi == "figure" else dpi
-    full = shown = drawn(dpi)
+    pixels = drawn(DPI if dpi == "figure" else dpi)
+    full = shown = png(pixels)
     if len(full) > FEW_COLOURS:  # committed notebooks must stay small
-        shown = drawn(100 if len(full) > PHOTOGRAPHIC else dpi, 256)
+        few = drawn(100) if len(full) > PHOTOGRAPHIC else pixels
+        few = few.quantize(256, PIL.Image.Quantize.MAXCOVERAGE, kmeans=4, dither=PIL.Image.Dither.NONE)
+        shown = png(few, optimize=True)
     plt.close(figure)
     return Image(shown, width=round(100 * figure.get_figwidth())), full
 
