@@ -22,3 +22,13 @@ def test_text_is_escaped_and_backticks_become_code():
     table = show_table(pd.DataFrame({"mean_of_3": ["`a_b` | c", "<script>"]}), title="of `lr` & more").data
     assert '<td style="text-align: left"><code>a_b</code> | c</td>' in table and ">mean of 3</th>" in table
     assert "<b>of <code>lr</code> &amp; more</b>" in table and "&lt;script&gt;" in table and "<script>" not in table
+
+
+def test_headers_stand_above_their_numbers():
+    frame = pd.DataFrame({"n": [1, 2], "ok": [True, False], "spread": ["1.0 ± 0.1", "2.0 ± 0.2"]})
+    sides = re.findall(r"<th [^>]*text-align: (\w+)\">", show_table(frame).data)
+    assert sides == ["right", "left", "left"] and "1.0&nbsp;±&nbsp;0.1" in show_table(frame).data
+
+
+def test_a_table_without_rows_says_so():
+    assert cells() == ["none"]

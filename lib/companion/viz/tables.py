@@ -8,26 +8,32 @@ import re
 
 import pandas as pd
 from IPython.display import HTML
+from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
 
 def show_table(frame: pd.DataFrame, digits: int = 2, title: str = "") -> HTML:
     """A table as plain HTML with its title above: the same text for the same numbers with any version of pandas.
 
     What stands between backticks, in title, names and cells, becomes code; underscores of other column names become
-    spaces; numbers from 10,000 on have separators.
+    spaces; numbers from 10,000 on have separators; a line does not break at ±. A frame without rows says "none".
     """
 
     def text(value: object) -> str:
-        return re.sub("`([^`]+)`", r"<code>\1</code>", html.escape(str(value)))
+        return re.sub("`([^`]+)`", r"<code>\1</code>", html.escape(str(value)).replace(" ± ", "&nbsp;±&nbsp;"))
 
     def cell(value: object) -> str:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return f'<td style="text-align: right">{_number(value, digits)}</td>'
         return f'<td style="text-align: left">{"–" if value is None else text(value)}</td>'
 
-    names = (text(name if "`" in str(name) else str(name).replace("_", " ")) for name in frame.columns)
-    header = "".join(f'<th scope="col" style="text-align: left">{name}</th>' for name in names)
+    def head(name: object, kind: object) -> str:
+        side = "right" if is_numeric_dtype(kind) and not is_bool_dtype(kind) else "left"
+        shown = text(name if "`" in str(name) else str(name).replace("_", " "))
+        return f'<th scope="col" style="text-align: {side}">{shown}</th>'
+
+    header = "".join(map(head, frame.columns, frame.dtypes))
     rows = "".join("<tr>" + "".join(map(cell, row)) + "</tr>\n" for row in frame.itertuples(index=False))
+    rows = rows or f'<tr><td colspan="{len(frame.columns)}" style="text-align: left">none</td></tr>\n'
     caption = f'<caption style="caption-side: top; text-align: left"><b>{text(title)}</b></caption>\n' if title else ""
     table = f'<table class="dataframe">\n{caption}<thead><tr>{header}</tr></thead>\n<tbody>\n{rows}</tbody>\n</table>'
     return HTML(f'<div style="overflow-x: auto">{table}</div>')
