@@ -45,6 +45,12 @@ def code_of(run):
     return [os.path.relpath(path) for path in sources(f"notebooks/{run.slug}.ipynb")]
 
 
+def seconds(run):
+    """How long a notebook took for its committed record: with the longest first, none runs alone at the end."""
+    record = Path("reports", "pocket", run.slug, "run.json")
+    return json.loads(record.read_text())["seconds"] if record.exists() else 0
+
+
 def study_rows(run):
     """The rows on synthetic data, and those on real images, which some notebooks show too."""
     return [str(path) for kind in ("pocket", "real") for path in Path("reports", kind, run.slug).glob("study.*")]
@@ -99,6 +105,7 @@ rule notebook:
         given="" if GRID else config.get("parameters", ""),
         gpu=0,
         progress=PROGRESS,
+    priority: seconds
     # pocket models gain little beyond a few threads, so notebooks run in parallel and share the cores
     threads: min(4, max(1, (workflow.resource_settings.cores or 1) // max(1, len(SLUGS))))
     shell:
