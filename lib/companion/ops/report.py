@@ -103,7 +103,8 @@ def _image(figure: Figure) -> tuple[Image, bytes]:
     full = shown = png(pixels)
     if len(full) > FEW_COLOURS:  # committed notebooks must stay small
         few = drawn(100) if len(full) > PHOTOGRAPHIC else pixels
-        few = few.quantize(256, PIL.Image.Quantize.MAXCOVERAGE, kmeans=4, dither=PIL.Image.Dither.NONE)
+        settled = few.width * few.height // 100  # k-means stops when fewer pixels change
+        few = few.quantize(256, PIL.Image.Quantize.MAXCOVERAGE, kmeans=settled, dither=PIL.Image.Dither.NONE)
         shown = png(few, optimize=True)
     plt.close(figure)
     return Image(shown, width=round(100 * figure.get_figwidth())), full
