@@ -1,6 +1,7 @@
 # On a fresh machine with Python 3.11 or newer: `make reports`, then `make test`; `make nbval test-slow` is the rest.
 
 unexport MPLBACKEND  # notebooks use the kernel's own
+unexport PYTHONDONTWRITEBYTECODE  # the install compiles no package: the first import of each module does
 
 PYTHON ?= python3
 BIN := .venv/bin/python
