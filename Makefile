@@ -22,8 +22,10 @@ LONGEST_FIRST := --dist loadscope --no-loadscope-reorder
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
 
+# today's pip resolves the dependencies in half of the time of the one that Python 3.11 brings
 $(INSTALLED): pyproject.toml requirements.lock
 	test -x $(BIN) || $(PYTHON) -m venv .venv
+	$(BIN) -m pip install --quiet --upgrade pip
 	$(BIN) -m pip install --quiet --no-compile --constraint requirements.lock --editable '.[all]'
 	touch $@
 
