@@ -220,7 +220,7 @@ def facts(runs: Mapping[str, Path], reports: Path) -> dict[str, Any]:
         "ratios": [ratio(slug, measured["rows"][0]) for slug, measured in bench.items()],
         "files": files,
         "reading": [
-            (html.escape(row["what"].removesuffix(" / ImageFolder")), [row["time_ratio"]], f"x, {row['fps']:.3g}/s")
+            (html.escape(row["what"].removesuffix(" / ImageFolder")), [row["time_ratio"]], f"x, {row['fps']:,.0f}/s")
             for row in files["rows"]
         ],
         "notes": yaml.safe_load((HERE / "speed.yaml").read_text(encoding="utf-8")),
