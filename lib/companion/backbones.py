@@ -272,6 +272,8 @@ def _openclip(name: str, tagless: bool = False) -> tuple[str, dict]:
     architecture, _, tag = name.removeprefix("openclip:").partition("/")
     if architecture not in open_clip.list_models():
         raise BadParameter("name", name, "'openclip:<model>/<tag>' with a model of open_clip.list_models()")
+    if "hf_model_name" in open_clip.get_model_config(architecture)["text_cfg"]:
+        raise BadParameter("name", name, "a model with a text tower of open_clip: transformers looks this one up")
     tags = open_clip.list_pretrained_tags_by_model(architecture)
     if tag not in tags and (tag or not tagless):
         raise BadParameter("name", name, f"'openclip:{architecture}/' and one of {tags}")

@@ -7,8 +7,10 @@
     def swin(**sizes):
         return configure(model, sizes, swin)      # the config of what a function returns: a call of it
 
-A config is {"by": "<module>:<name>", "args": {...}}. `build` constructs only networks and frozen dataclasses of this
-package, a plain ViT of timm, a BERT and its tokenizer, and calls only `FUNCTIONS`: a file cannot run anything else.
+A config is {"by": "<module>:<name>", "args": {...}}. A file cannot run anything else than what `build` may: the
+constructors of this package that call `configure`, its frozen dataclasses, `FUNCTIONS`, a BERT and its tokenizer. Where
+a call passes its arguments on to timm, only `SIZES` are accepted: others of timm and open_clip name files, hubs, and
+flags of an unpickler.
 """
 
 from __future__ import annotations
@@ -48,6 +50,13 @@ FUNCTIONS: dict[str, dict[str, Any]] = {
     "companion.toy.tokens:Tokenizer": {},
     VIT: {},
 }
+# the arguments of an encoder that a config may have
+SIZES = {"name", "num_classes", "img_size", "patch_size", "in_chans", "embed_dim", "depth", "depths", "num_heads"}
+SIZES |= {"mlp_ratio", "window_size", "qkv_bias", "qk_norm", "init_values", "class_token", "reg_tokens", "pre_norm"}
+SIZES |= {"no_embed_class", "pos_embed", "global_pool", "pool_include_prefix", "fc_norm", "final_norm", "strict_img_size"}
+SIZES |= {"dynamic_img_size", "dynamic_img_pad", "drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate"}
+SIZES |= {"attn_drop_rate", "drop_path_rate", "force_quick_gelu", "force_image_size", "force_patch_dropout"}
+PASSED_ON = {"companion.backbones:build", "companion.toy.encoders:build", "companion.models.metasegnet.model:swin", VIT}
 # all that is read of a BERT's configuration: others, such as `attn_implementation`, may name code on a hub
 BERT = {"vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"}
 BERT |= {"hidden_dropout_prob", "attention_probs_dropout_prob", "max_position_embeddings", "type_vocab_size"}
@@ -155,14 +164,16 @@ def build(note: Any) -> Any:
         return PreTrainedTokenizerFast(tokenizer_object=tokens, **_only(note["options"], TOKENS))
     if "of" in note:
         return build(note["of"]).visual
-    arguments = {name: build(value) for name, value in note["args"].items()}
-    return _resolve(note["by"])(**arguments | FUNCTIONS.get(note["by"], {}))
+    by, given, fixed = note["by"], note["args"], FUNCTIONS.get(note["by"], {})
+    if by in PASSED_ON:
+        _only(given, SIZES | fixed.keys())
+    return _resolve(by)(**{name: build(value) for name, value in given.items()} | fixed)
 
 
 def _only(given: dict[str, Any], known: set[str]) -> dict[str, Any]:
     """`given`. Raises `BadParameter` for a setting that is not read."""
     if spare := sorted(set(given) - known):
-        raise BadParameter("model", spare, f"only {sorted(known)} of a text encoder")
+        raise BadParameter("model", spare, f"only {sorted(known)} of an encoder can be saved and loaded")
     return given
 
 
@@ -175,10 +186,19 @@ def _resolve(path: str) -> Callable[..., Any]:
             found = getattr(importlib.import_module(module), name, None)
         except ImportError as error:
             raise BadParameter("model", path, f"one of this version of the companion ({error})") from error
-    own = isinstance(found, type) and found.__module__ == module and (issubclass(found, nn.Module) or _frozen(found))
+    own = isinstance(found, type) and found.__module__ == module and (_configured(found) or _frozen(found))
     if found is None or not (own or path in FUNCTIONS):
         raise BadParameter("model", path, "a network or a transform of this version of the companion")
     return found
+
+
+def _configured(kind: type) -> bool:
+    """Whether the constructor of a network, or of one that it extends, calls `configure`."""
+    return issubclass(kind, nn.Module) and any(
+        configure.__name__ in base.__init__.__code__.co_names  # type: ignore[misc]
+        for base in kind.__mro__
+        if base.__module__.startswith("companion.") and "__init__" in vars(base)
+    )
 
 
 def _frozen(kind: type) -> bool:
