@@ -35,7 +35,7 @@ from . import __version__
 from .backbones import compare, input_of
 from .errors import BadParameter, CompanionError, CorruptFile, check_choice, check_names
 from .ops.config import build, config_of
-from .ops.files import atomic, atomic_folder, read_json
+from .ops.files import atomic, atomic_folder
 from .training import checkpoints
 
 FORMAT = "1"
@@ -61,7 +61,7 @@ def save(model: Any, path: str | Path, *, class_names: Sequence[str] = (), trans
     path = Path(path)
     if hasattr(model, "adaptor") and hasattr(model, "save_pretrained"):  # TIP's pipeline: diffusers is an extra
         if path.exists():
-            _pipeline(path)
+            _tip().check_parts(path)
         with atomic_folder(path) as new:
             model.save_pretrained(new)
         return path
@@ -100,9 +100,7 @@ def load(path: str | Path) -> Any:
     """
     path = Path(path)
     if path.is_dir():
-        from .models.tip.pipeline import TIPPipeline  # imported here: diffusers is an extra, and takes seconds
-
-        return TIPPipeline.from_pretrained(_pipeline(path), local_files_only=True, use_safetensors=True)
+        return _tip().TIPPipeline.from_pretrained(path, local_files_only=True)
     about = _header(path)
     try:
         with torch.random.fork_rng(devices=[]):
@@ -278,7 +276,7 @@ def push_to_hub(path: str | Path, repository: str, *, private: bool = False) -> 
     Raises `CorruptFile`: the file was not written by `save`. Errors of the hub are raised by its client.
     """
     path, hub = Path(path), HfApi()
-    (_pipeline if path.is_dir() else _header)(path)
+    (_tip().check_parts if path.is_dir() else _header)(path)
     address = hub.create_repo(repository, private=private, exist_ok=True)
     message = f"{path.name}, saved by companion {__version__}"
     if path.is_dir():
@@ -311,13 +309,10 @@ def _header(path: Path) -> dict[str, Any]:
     return about
 
 
-def _pipeline(folder: Path) -> Path:
-    """The folder of a TIP pipeline. Raises `CorruptFile` when it is another pipeline's."""
-    index = folder / "model_index.json"
-    found = read_json(index)
-    if not isinstance(found, dict) or found.get("_class_name") != "TIPPipeline":
-        raise CorruptFile(index, "not of a TIPPipeline")
-    return folder
+def _tip() -> Any:
+    from .models.tip import pipeline  # imported here: diffusers is an extra, and takes seconds
+
+    return pipeline
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

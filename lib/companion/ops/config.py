@@ -53,8 +53,16 @@ FUNCTIONS: dict[str, dict[str, Any]] = {
 # the arguments of an encoder that a config may have
 SIZES = {"name", "num_classes", "img_size", "patch_size", "in_chans", "embed_dim", "depth", "depths", "num_heads"}
 SIZES |= {"mlp_ratio", "window_size", "qkv_bias", "qk_norm", "init_values", "class_token", "reg_tokens", "pre_norm"}
-SIZES |= {"no_embed_class", "pos_embed", "global_pool", "pool_include_prefix", "fc_norm", "final_norm", "strict_img_size"}
-SIZES |= {"dynamic_img_size", "dynamic_img_pad", "drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate"}
+SIZES |= {
+    "no_embed_class",
+    "pos_embed",
+    "global_pool",
+    "pool_include_prefix",
+    "fc_norm",
+    "final_norm",
+    "strict_img_size",
+}
+SIZES |= {"strict_img_size", "dynamic_img_size", "dynamic_img_pad", "drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate"}
 SIZES |= {"attn_drop_rate", "drop_path_rate", "force_quick_gelu", "force_image_size", "force_patch_dropout"}
 PASSED_ON = {"companion.backbones:build", "companion.toy.encoders:build", "companion.models.metasegnet.model:swin", VIT}
 # all that is read of a BERT's configuration: others, such as `attn_implementation`, may name code on a hub

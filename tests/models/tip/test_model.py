@@ -3,6 +3,8 @@
 No code of the authors exists; the reference is diffusers itself.
 """
 
+import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,8 @@ pytest.importorskip("diffusers")
 import open_clip
 from diffusers import UNet2DConditionModel
 
-from companion.errors import BadParameter, MissingWeights
+import companion
+from companion.errors import BadParameter, CorruptFile, MissingWeights
 from companion.models.tip import TIPPipeline, build, clip_tokenizer, tokenize
 from companion.models.tip import model as tip
 from companion.models.tip.pipeline import BLIND, blend
@@ -185,6 +188,29 @@ def test_saved_and_loaded_without_pickles(tmp_path: Path, image: Tensor, options
     file.unlink()
     with pytest.raises(OSError, match="safetensors"):
         TIPPipeline.from_pretrained(tmp_path)
+
+
+def test_a_folder_that_names_or_holds_code_is_refused(tmp_path: Path) -> None:
+    folder = companion.save(small_pipe(), tmp_path / "tip")
+    index, text, vae = (folder / name for name in ("model_index.json", "text_encoder/config.json", "vae/evil.py"))
+    parts, settings = json.loads(index.read_text()), json.loads(text.read_text())
+    forged = [
+        *(
+            (index, parts | {"vae": part})
+            for part in (["evil", "Evil"], ["os", "system"], ["transformers", "AutoModel"])
+        ),
+        (index, parts | {"_class_name": "StableDiffusionPipeline"}),
+        *((text, settings | {key: "evil/kernel"}) for key in ("attn_implementation", "auto_map")),
+        (vae, "open('touched', 'w')"),
+    ]
+    for path, content in forged:
+        before = path.read_text() if path.exists() else None
+        path.write_text(json.dumps(content))
+        for load in (companion.load, TIPPipeline.from_pretrained, partial(companion.push_to_hub, repository="me/x")):
+            with pytest.raises(CorruptFile, match=path.name):
+                load(folder)
+        path.write_text(before) if before else path.unlink()
+    assert companion.load(folder).not_exported
 
 
 def test_from_the_layout_of_stable_diffusion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

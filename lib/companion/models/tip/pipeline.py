@@ -34,7 +34,7 @@ from transformers.utils import logging as transformers_logging
 
 from ...backbones import unreachable
 from ...errors import BadCheckpoint, BadParameter, CorruptFile, MissingWeights
-from ...ops.files import atomic_folder
+from ...ops.files import atomic_folder, read_json
 from ...ops.progress import progress
 from ..layers.predicting import Images, Names, coloured
 from .degradations import BLIND
@@ -80,6 +80,13 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
+PARTS = {
+    "diffusers": ("AutoencoderKL", "DDIMScheduler", "UNet2DConditionModel"),
+    "transformers": ("CLIPTextModel", "CLIPTokenizer", "CLIPTokenizerFast"),
+}
+"""The classes that a saved pipeline may name next to this package's."""
+
+
 # --- the pipeline -----------------------------------------------------------------------------------------------------
 
 
@@ -103,6 +110,25 @@ def _quiet() -> Iterator[None]:
     finally:
         for log in loud:
             log.enable_progress_bar()
+
+
+def check_parts(folder: Path) -> None:
+    """Raise `CorruptFile` where diffusers or transformers would run code of a pipeline's folder, or look it up."""
+    found = read_json(folder / "model_index.json")
+    if not isinstance(found, dict) or found.get("_class_name") != "TIPPipeline":
+        raise CorruptFile(folder / "model_index.json", "not of a TIPPipeline")
+    for name, part in found.items():
+        library, kind = part if isinstance(part, list) and len(part) == 2 else ("", part)
+        known = library is kind is None or kind in PARTS.get(library, ()) or str(library).startswith("companion.")
+        if not (name.startswith("_") or known):
+            raise CorruptFile(
+                folder / "model_index.json", f"{name} = {part}: no part of a TIPPipeline is of this class"
+            )
+    for code in folder.rglob("*.py"):
+        raise CorruptFile(code, "a pipeline has no code")
+    for path in folder.glob("*/config.json"):
+        if spare := {"auto_map", "attn_implementation", "_attn_implementation"} & set(read_json(path)):
+            raise CorruptFile(path, f"{sorted(spare)} may name code")
 
 
 class TIPPipeline(DiffusionPipeline):
@@ -136,7 +162,11 @@ class TIPPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, path, **options) -> TIPPipeline:
-        """A pipeline that `save_pretrained` wrote; options as in diffusers. Safetensors only, without progress bars."""
+        """A pipeline that `save_pretrained` wrote in a folder; options as in diffusers. Safetensors only, no progress bars.
+
+        Raises `CorruptFile`: the folder holds or names code, or a part of another class.
+        """
+        check_parts(Path(path))
         options = {"use_safetensors": True, "low_cpu_mem_usage": False, **options}
         with _quiet():
             return super().from_pretrained(path, **options)
