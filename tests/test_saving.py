@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from transformers import BertConfig, BertModel, BertTokenizer
 
@@ -91,6 +92,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "fine-tuning": lambda: vpt.FineTuning(vit(), 3),
     "DPLQ": lambda: prompted(dplq.DPLQ, domain=domain(), depth=3, noise="off"),
     "DPLQ, other classes": lambda: _with_classes(prompted(dplq.DPLQ, domain=64, depth=3, noise="off")),
+    "DPLQ, controlled by CLIP": lambda: _by_clip(encoders.build("pocket_clip")),
     "CoOp": lambda: prompted(coop.CoOp, tokens=4),
     "zero-shot": lambda: prompted(coop.ZeroShot),
     "PromptPAR": people,
@@ -111,6 +113,10 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "ECAMP": lambda: ecamp.build("pocket"),
     **{f"ECAMP's {kind}": lambda kind=kind: chest(kind) for kind in ("classifier", "segmenter", "detector")},
 }
+
+
+def _by_clip(clip: nn.Module) -> nn.Module:
+    return dplq.DPLQ(clip, CLASSES, Tokenizer(), dplq.domain_model("clip", clip=clip), depth=3, noise="off")
 
 
 def _with_classes(model: dplq.DPLQ) -> dplq.DPLQ:
@@ -140,6 +146,41 @@ def test_a_model_comes_back_with_all_its_tensors(name: str, tmp_path: Path) -> N
     assert own.keys() == found.keys() and all(torch.equal(own[n], found[n]) for n in own)
     assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in again.parameters()]
     assert [path] == list(tmp_path.iterdir())
+
+
+# a model, its change, what is kept
+CHANGES: dict[str, tuple[str, Callable[[Any], object], Callable[[Any], object]]] = {
+    "scale": ("SA²VP", lambda m: setattr(m, "scale", 0.1), lambda m: m.scale),
+    "noise": ("DPLQ", lambda m: setattr(m, "noise", "always"), lambda m: m.noise),
+    "elimination": ("BAT", lambda m: setattr(m, "elimination", {2: 0.5}), lambda m: m.elimination),
+    "deep": ("VPT", lambda m: setattr(m, "deep", False), lambda m: m.deep),
+    "classes": ("DPLQ", lambda m: m.set_classes(["disc", "a ring"]), lambda m: m.classes),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_was_changed_after_a_model_was_made_comes_back(name: str, tmp_path: Path) -> None:
+    model, change, kept = CHANGES[name]
+    changed = trained(model)
+    change(changed)
+    again = companion.load(companion.save(changed, tmp_path / "model.safetensors"))
+    assert kept(again) == kept(changed) != kept(MODELS[model]())
+
+
+def test_prompts_replace_the_class_names_of_a_file(tmp_path: Path) -> None:
+    path = companion.save(MODELS["DPLQ"](), tmp_path / "m.safetensors", class_names=["moon", "cat", "page"])
+    model = companion.load(path)
+    assert set(companion.predict(model, picture())[0]) == {"moon", "cat", "page"}
+    model.set_classes(["disc", "ring"])
+    assert set(companion.predict(model, picture())[0]) == {"disc", "ring"}
+
+
+@pytest.mark.parametrize("options", [{"pool_include_prefix": True, "global_pool": "avg"}, {"dynamic_img_size": True}])
+def test_a_vit_of_timm_comes_back_as_it_was_made(options: dict, tmp_path: Path) -> None:
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "num_heads": 3, "depth": 1, "num_classes": 0}
+    model = vpt.FineTuning(VisionTransformer(**sizes, **options), 3).eval()
+    again, x = companion.load(companion.save(model, tmp_path / "m.safetensors")), torch.randn(2, 3, 32, 32)
+    assert torch.equal(again(x), model(x)) and again.backbone.dynamic_img_size == model.backbone.dynamic_img_size
 
 
 INPUT = backbones.Input(32, (0.5,) * 3, (0.25,) * 3)
@@ -180,11 +221,13 @@ def rewritten(path: Path, about: str = "", **tensors: torch.Tensor) -> Path:
 
 
 def test_what_would_be_loaded_as_something_else_is_not_saved(tmp_path: Path) -> None:
-    changed, foreign, out = MODELS["VPT"](), MODELS["VPT"](), tmp_path / "m.safetensors"
+    changed, foreign, inside, out = *(MODELS["VPT"]() for _ in range(3)), tmp_path / "m.safetensors"
     changed.head = nn.Linear(48, 7)
+    inside.backbone.pool_include_prefix = True
     foreign.config["args"]["backbone"] = {"unknown": "torch.nn.Sequential"}
     refuses(
-        (lambda: companion.save(changed, out), "VPT"),
+        (lambda: companion.save(changed, out), "head.weight"),
+        (lambda: companion.save(inside, out), "backbone.pool_include_prefix"),
         (lambda: companion.save(foreign, out), "torch.nn.Sequential"),
         (lambda: companion.save(nn.Linear(2, 2), out), "Linear"),
         (lambda: companion.save(MODELS["VPT"](), out, transform=lambda x: x), "transform"),

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from . import __version__
 from .backbones import compare, input_of
 from .errors import BadParameter, CompanionError, CorruptFile, check_choice, check_names
-from .ops.config import build, config_of
+from .ops.config import as_json, build, config_of
 from .ops.files import atomic, atomic_folder
 from .training import checkpoints
 
@@ -78,13 +78,16 @@ def save(model: Any, path: str | Path, *, class_names: Sequence[str] = (), trans
         preprocessing = preprocessing | {"args": preprocessing["args"] | {"train": False}}
     outputs = config["args"].get("classes", getattr(model, "classes", None))
     check_names(class_names, outputs if isinstance(outputs, int) and outputs > 1 else None)
+    state, settings = _tensors(model), _settings(model)
     with torch.random.fork_rng(devices=[]):
         again = build(config)
-    state = _tensors(model)
-    expected = {name: tuple(value.shape) for name, value in _tensors(again).items()}
-    if repr(again) != repr(model) or expected != {name: tuple(value.shape) for name, value in state.items()}:
+        if changed := {name: settings[name] for name in _different(settings, _settings(again)) & config["args"].keys()}:
+            config = config | {"args": config["args"] | changed}  # exchanged after the model was made
+            again = build(config)
+    shapes = ({name: x.shape for name, x in tensors.items()} for tensors in (state, _tensors(again)))
+    if (other := _different(*shapes) | _different(settings, _settings(again))) or repr(again) != repr(model):
         accepted = "one that was not changed after it was made: from its arguments another one would be loaded"
-        raise BadParameter("model", type(model).__name__, accepted)
+        raise BadParameter("model", f"{type(model).__name__} ({', '.join(sorted(other)[:8])})", accepted)
     about = {"made": config, "class_names": list(class_names), "preprocessing": preprocessing}
     metadata = {"companion": FORMAT, "model": json.dumps(about, ensure_ascii=False)}
     return checkpoints.save(path.parent, path.stem, state, metadata)
@@ -307,6 +310,22 @@ def _header(path: Path) -> dict[str, Any]:
     if not isinstance(about, dict) or not {"made", "class_names", "preprocessing"} <= about.keys():
         raise CorruptFile(path, "its header is damaged: it has not the entries made, class_names and preprocessing")
     return about
+
+
+def _settings(model: nn.Module) -> dict[str, Any]:
+    """All plain attributes by name, as JSON: of those that are neither plain nor have a config, the type."""
+    left_out = {"training", "config", "class_names", "transform", "pretrained_cfg", "default_cfg", "grad_checkpointing"}
+    return {
+        f"{name}.{key}".removeprefix("."): as_json(value)
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if not key.startswith("_") and key not in left_out
+    }
+
+
+def _different(ours: dict[str, Any], theirs: dict[str, Any]) -> set[str]:
+    """The names under which two dictionaries differ."""
+    return {name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)}
 
 
 def _tip() -> Any:

@@ -53,17 +53,10 @@ FUNCTIONS: dict[str, dict[str, Any]] = {
 # the arguments of an encoder that a config may have
 SIZES = {"name", "num_classes", "img_size", "patch_size", "in_chans", "embed_dim", "depth", "depths", "num_heads"}
 SIZES |= {"mlp_ratio", "window_size", "qkv_bias", "qk_norm", "init_values", "class_token", "reg_tokens", "pre_norm"}
-SIZES |= {
-    "no_embed_class",
-    "pos_embed",
-    "global_pool",
-    "pool_include_prefix",
-    "fc_norm",
-    "final_norm",
-    "strict_img_size",
-}
-SIZES |= {"strict_img_size", "dynamic_img_size", "dynamic_img_pad", "drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate"}
-SIZES |= {"attn_drop_rate", "drop_path_rate", "force_quick_gelu", "force_image_size", "force_patch_dropout"}
+SIZES |= {"no_embed_class", "pos_embed", "global_pool", "pool_include_prefix", "fc_norm", "final_norm"}
+SIZES |= {"strict_img_size", "dynamic_img_size", "dynamic_img_pad", "drop_rate", "pos_drop_rate", "patch_drop_rate"}
+SIZES |= {"proj_drop_rate", "attn_drop_rate", "drop_path_rate"}
+SIZES |= {"force_quick_gelu", "force_image_size", "force_patch_dropout"}
 PASSED_ON = {"companion.backbones:build", "companion.toy.encoders:build", "companion.models.metasegnet.model:swin", VIT}
 # all that is read of a BERT's configuration: others, such as `attn_implementation`, may name code on a hub
 BERT = {"vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"}
@@ -229,5 +222,7 @@ def _vit(vit: Any) -> dict[str, Any]:
         "global_pool": vit.global_pool,
         "class_token": vit.cls_token is not None,
         "pos_embed": "none" if vit.pos_embed is None else "learn",
+        "pool_include_prefix": vit.pool_include_prefix,
+        "dynamic_img_size": vit.dynamic_img_size,
         "drop_path_rate": getattr(vit.blocks[-1].drop_path1, "drop_prob", 0.0),
     }

@@ -10,7 +10,7 @@ from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from companion.errors import BadCheckpoint
+from companion.errors import BadCheckpoint, BadParameter
 from companion.models.layers import clip_prompting as prompting
 from companion.models.layers.clip_prompting import ImageFeatures
 from companion.models.layers.coop import CoCoOp, CoOp, MaPLe, ZeroShot
@@ -100,6 +100,25 @@ def test_images_and_classes_are_judged_apart_and_features_may_stand_for_images(k
     model.set_classes([CLASSES[2], CLASSES[0]])
     torch.testing.assert_close(model(x), logits[:, [2, 0]], **CLOSE)
     assert (logits[0] - logits[1]).abs().max() > 0.01 and (logits[:, 0] - logits[:, 1]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("kind", [ZeroShot, CoOp, CoCoOp, MaPLe])
+@torch.no_grad()
+def test_class_texts_follow_the_weights_that_are_loaded(kind, clip):
+    other, x = moved(build(kind, encoders.build("pocket_clip", "random"))), images()
+    model = build(kind, clip)
+    assert not model.load_state_dict(other.state_dict()).missing_keys
+    torch.testing.assert_close(model(x), other(x), **CLOSE)
+
+
+def test_class_names_that_are_refused_change_nothing(clip):
+    model, x = build(ZeroShot, clip), images()
+    logits = model(x)
+    for names in ("disc", [], ["ring", "disc " * 20]):
+        with pytest.raises(BadParameter):
+            model.set_classes(names)
+        assert model.classes == tuple(CLASSES) and torch.equal(model(x), logits)
+    model.set_classes(["disc " * 8])  # with template, start and end: 14 of 16 tokens
 
 
 @pytest.mark.parametrize(

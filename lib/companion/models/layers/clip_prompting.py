@@ -35,7 +35,7 @@ from .predicting import Images, Names, Shapes, Transform, named, outputs
 from .state_dicts import check_names, load_official, official_state
 from .state_dicts import depth as depth_of
 
-Tokenizer = Callable[[Sequence[str]], Tensor]
+Tokenizer = Callable[..., Tensor]
 LEARNER = "prompt_learner."  # before the names of trained tensors in the authors' state dicts
 
 
@@ -128,7 +128,10 @@ Classes = Sequence[str] | Texts
 
 
 def tokenise(tokenizer: Tokenizer, clip: CLIP, texts: Sequence[str]) -> Tensor:
-    """Token ids (C, L) of `texts`. Raises `BadParameter` when there is none or the tokenizer is not the CLIP's."""
+    """Token ids (C, L) of `texts`.
+
+    Raises `BadParameter`: there is none, one is longer than the CLIP reads, or the tokenizer is not the CLIP's.
+    """
     if isinstance(texts, str) or not texts:
         raise BadParameter("classes", texts, "a list of one or more names")
     ids = tokenizer(texts)
@@ -136,6 +139,11 @@ def tokenise(tokenizer: Tokenizer, clip: CLIP, texts: Sequence[str]) -> Tensor:
     if ids.shape != (len(texts), length) or ids.max() >= vocabulary:
         wrong = f"ids {tuple(ids.shape)} up to {int(ids.max())}"
         raise BadParameter("tokenizer", wrong, f"one that gives ({len(texts)}, {length}) ids below {vocabulary}")
+    # a text that fills all positions may have been cut, as tokenizers do without a word
+    full = [text for text, end in zip(texts, ids.argmax(1).tolist(), strict=True) if end == length - 1]
+    for text, row in zip(full, tokenizer(full, context_length=length + 1) if full else (), strict=True):
+        if row.argmax() == length:
+            raise BadParameter("classes", text, f"a text of at most {length} tokens, with start and end")
     return ids.to(clip.token_embedding.weight.device)
 
 
@@ -197,11 +205,11 @@ class PromptedCLIP(nn.Module):
         self.register_buffer("embedded", None, persistent=False)
         self.register_buffer("ends", None, persistent=False)
         self.set_classes(classes)
+        self.register_load_state_dict_post_hook(_embed_again)
 
     def set_classes(self, classes: Classes) -> None:
         """Exchange the class names, for instance for novel ones after training; the parameters are unchanged."""
-        vars(self)["config"]["args"]["classes"] = as_json(classes)
-        self.classes = () if isinstance(classes, Texts) else tuple(classes)
+        given = classes
         if not isinstance(classes, Texts):
             if self.tokenizer is None or isinstance(classes, str):
                 raise BadParameter("classes", classes, "a list of names, with a tokenizer; or embedded Texts")
@@ -210,6 +218,9 @@ class PromptedCLIP(nn.Module):
         device = self.clip.positional_embedding.device
         self.embedded, self.ends = classes.embedded.to(device), classes.ends.to(device)
         self.length = int(classes.ends.max()) + 1
+        self.classes = () if isinstance(given, Texts) else tuple(given)
+        vars(self)["config"]["args"]["classes"] = as_json(given)
+        vars(self).pop("class_names", None)  # those of the file that it was loaded from
 
     def predict(self, images: Images, names: Names, transform: Transform = None) -> list[dict[str, float]]:
         """The probability of each class, by default under the names that the prompts have."""
@@ -242,6 +253,13 @@ class PromptedCLIP(nn.Module):
             return images
         with torch.no_grad():
             return self.clip.encode_image(images)
+
+
+def _embed_again(model: PromptedCLIP, _: object) -> None:
+    """After `load_state_dict`: the class names are embedded by the weights that were loaded."""
+    names = {name: value for name, value in vars(model).items() if name == "class_names"}
+    model.set_classes(model.classes or Texts(model.embedded, model.ends))
+    vars(model).update(names)
 
 
 class PromptLearner(PromptedCLIP):

@@ -17,4 +17,4 @@ def frozen_copy(module: Module) -> Module:
     `copy.deepcopy` for a trainable copy instead: an optimiser step would change the tensors of both.
     """
     shared = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in module.parameters()}
-    return copy.deepcopy(module, shared | {id(b): b for b in module.buffers()}).eval()
+    return copy.deepcopy(module, shared | {id(b): b.detach() for b in module.buffers()}).eval()

@@ -162,7 +162,7 @@ class TIPPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, path, **options) -> TIPPipeline:
-        """A pipeline that `save_pretrained` wrote in a folder; options as in diffusers. Safetensors only, no progress bars.
+        """A pipeline that `save_pretrained` wrote in a folder; options as in diffusers. Safetensors only, without bars.
 
         Raises `CorruptFile`: the folder holds or names code, or a part of another class.
         """
