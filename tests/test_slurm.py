@@ -47,6 +47,21 @@ runs:
 """
 
 
+TRAINS = """
+import torch
+from torch.utils.data import TensorDataset
+from companion.training.fit import Hardware, fit
+from companion.training.schedules import adamw
+
+data = TensorDataset(torch.randn(8, 3), torch.randn(8, 1))
+loss = lambda model, batch: (model(batch[0]) - batch[1]).square().mean()
+for devices in (1, 2):
+    model, on = torch.nn.Linear(3, 1), Hardware("cpu", devices)
+    history = fit(model, loss, data, epochs=1, batch=4, optimizer=adamw(0.1), hardware=on)
+    print(f"{len(history)} steps on {devices}")
+"""
+
+
 def free_ports(count: int) -> list[int]:
     with contextlib.ExitStack() as stack:
         opened = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
@@ -110,7 +125,18 @@ def workspace(tmp_path: Path) -> Workspace:
     folder = tmp_path / "a checkout"
     folder.mkdir()
     workspace = Workspace(folder, ROOT)
-    workspace.notebook("good", "import os\nprint('job', os.environ['SLURM_JOB_ID'], 'seed', seed)")
+    job = "import os, subprocess, sys\nprint('job', os.environ['SLURM_JOB_ID'], 'tasks', os.environ['SLURM_NTASKS'])"
+    trains = f"""
+found = subprocess.run(
+    [sys.executable, "-c", {TRAINS!r}],
+    env=os.environ | {{"PYTHONPATH": {str(ROOT / "lib")!r}}},
+    capture_output=True,
+    text=True,
+)
+assert found.returncode == 0, found.stderr[-2000:]
+print("seed", seed, found.stdout)
+"""
+    workspace.notebook("good", job + trains)
     workspace.notebook("bad", "raise ValueError('the reason')")
     workspace.write("grid.yaml", GRID)
     shutil.copytree(ROOT / "profiles", workspace.path("profiles"))
@@ -129,7 +155,7 @@ def test_a_grid_runs_on_a_cluster(workspace: Workspace, cluster: Path) -> None:
     assert status != 0 and "the reason" in text
     for seed in (0, 1):
         executed = workspace.read(f"reports/pocket/good/seed={seed}/good.ipynb")
-        assert f"seed {seed}" in executed and "job " in executed
+        assert all(text in executed for text in (f"seed {seed}", "job ", "2 steps on 1", "2 steps on 2"))
     assert not workspace.path("reports/pocket/bad/run/bad.ipynb").exists()
 
     workspace.notebook("bad", "x = 1")

@@ -171,20 +171,27 @@ def the_last_images_of_an_epoch_are_trained_on_as_by_one_device() -> None:
 
 
 def errors_of_the_processes_are_raised() -> None:
-    class Spare(nn.Linear):
-        """A layer with a parameter that is not used."""
-
-        def __init__(self):
-            super().__init__(5, 2)
-            self.spare = nn.Parameter(torch.ones(1))
-
     data = pairs()
     data.tensors[1][3] = torch.inf
     with pytest.raises(CompanionError):
         run(noisy_model(), data=data, callbacks=[ClipNorm(1.0)], checkpoint=Checkpoint("none.pt", 1), hardware=TWO)
-    with pytest.raises(ProcessRaisedException, match="find_unused_parameters=True"):
-        run(Spare(), hardware=TWO)
-    run(Spare(), epochs=1, hardware=TWO, find_unused_parameters=True)
+
+
+def a_parameter_that_is_not_used_gets_no_gradient() -> None:
+    model = nn.Linear(5, 2)
+    model.spare, before = nn.Parameter(torch.ones(1)), model.weight.detach().clone()
+    run(model, epochs=1, hardware=TWO)
+    assert model.spare == 1 and not torch.equal(model.weight, before)
+
+
+def a_slurm_step_trains_on_its_own_processes() -> None:
+    step = {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4", "SLURM_JOB_NAME": "step", "SLURM_PROCID": "0"}
+    step |= {"SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NODELIST": "localhost"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in step.items():
+            patch.setenv(name, value)
+        one, two = (run(nn.Linear(5, 2), epochs=1, hardware=hardware) for hardware in (CPU, TWO))
+    assert len(one) == len(two) > 1
 
 
 def threads_of_the_process_do_not_hang_its_forks() -> None:
@@ -220,6 +227,8 @@ MECHANISMS = (
     one_device_scores_and_all_stop,
     the_last_images_of_an_epoch_are_trained_on_as_by_one_device,
     errors_of_the_processes_are_raised,
+    a_parameter_that_is_not_used_gets_no_gradient,
+    a_slurm_step_trains_on_its_own_processes,
     threads_of_the_process_do_not_hang_its_forks,
     teachers_are_cached_in_another_process,
 )

@@ -120,7 +120,7 @@ def device(accelerator: str) -> str:
 AUTO, CPU = Hardware(), Hardware("cpu")
 
 
-def launcher(hardware: Hardware, devices: int = 1, find_unused_parameters: bool = False) -> Fabric:
+def launcher(hardware: Hardware, devices: int = 1) -> Fabric:
     """The `Fabric` of `hardware`, for one device unless more are requested.
 
     Processes for several devices are forked, so that what a notebook defines can be trained on them.
@@ -129,6 +129,7 @@ def launcher(hardware: Hardware, devices: int = 1, find_unused_parameters: bool 
     """
     from lightning_fabric import Fabric
     from lightning_fabric.accelerators import MPSAccelerator
+    from lightning_fabric.plugins.environments import LightningEnvironment
     from lightning_fabric.strategies import DDPStrategy
 
     chosen = device("auto") if hardware.accelerator == "auto" else hardware.accelerator
@@ -139,12 +140,14 @@ def launcher(hardware: Hardware, devices: int = 1, find_unused_parameters: bool 
         raise BadParameter("devices", devices, f"1 to {known}, the GPUs there are")
     if chosen == "cpu" and hardware.precision == "16-mixed":
         raise BadParameter("precision", "16-mixed", "32-true or bf16-mixed: on the CPU there is no float16 training")
-    # `fit` averages the buffers: DDP would replace them by those of the first process
-    ddp = {"start_method": "fork", "find_unused_parameters": find_unused_parameters, "broadcast_buffers": False}
+    # unused: a loss may leave parameters out, as PromptPAR's without regions; `fit` averages the buffers, which DDP
+    # would replace by those of the first process
+    ddp = {"start_method": "fork", "find_unused_parameters": True, "broadcast_buffers": False}
     strategy: Any = DDPStrategy(**ddp) if devices > 1 else "auto"
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The `srun` command is available")
-        fabric = Fabric(accelerator=chosen, devices=devices, precision=hardware.precision, strategy=strategy)
+    # the processes are forked here, also in a SLURM step, whose own tasks Fabric would look for
+    here: Any = [LightningEnvironment()]
+    options = {"accelerator": chosen, "devices": devices, "precision": hardware.precision}
+    fabric = Fabric(**options, strategy=strategy, plugins=here)
     # inputs stay float32, as under plain `torch.autocast`: boxes and positions would lose precision
     fabric.strategy.precision.convert_input = lambda data: data
     return fabric
@@ -260,7 +263,6 @@ def fit(
     seed: int = 0,
     hardware: Hardware = Hardware(),
     last: str = "drop",
-    find_unused_parameters: bool = False,
     name: str = "training",
 ) -> History:
     """Train the parameters of `model` that require a gradient, in place; return the history.
@@ -284,8 +286,6 @@ def fit(
         seed: of the order of the items, their augmentation and the random numbers of a step.
         hardware: accelerator, devices and precision.
         name: of the training, shown with its progress.
-        find_unused_parameters: as DDP's: whether the loss may leave trainable parameters without a gradient. With
-            several devices, each step then searches the graph for them.
 
     Returns:
         One row per step: {"step", "lr" of the first parameter group, "loss", and the other scalars of `loss`}.
@@ -351,7 +351,7 @@ def fit(
             callback.on_fit_end(loop)
         return plain(loop.history)
 
-    fabric = launcher(hardware, hardware.devices, find_unused_parameters)
+    fabric = launcher(hardware, hardware.devices)
     # for the CPU alone: reading the GPUs' state would initialise CUDA, and then no process could be forked
     with on_device(fabric, model), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # batches are distributed to the devices here, and the caller chooses the loader's workers

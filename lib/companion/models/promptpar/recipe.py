@@ -36,8 +36,6 @@ METHODS: dict[str, dict] = {
     "deep prompts": {"regions": 0},
     "heads only": {"regions": 0, "prompts": 0},
 }
-# in these the loss does not reach a norm, a temperature or empty prompts, which are trainable tensors
-UNUSED_PARAMETERS = ("regions, no similarity loss", "heads only")
 RESULTS = Results.of("promptpar")
 tables = RESULTS.tables  # published and measured, by title
 CLIP, FUSION = "ViT-L-14-quickgelu/openai", "vit_base_patch16_224.orig_in21k_ft_in1k"
@@ -302,7 +300,6 @@ def training(
             "callbacks": [ClipNorm(float(settings["heads"]["gradient clipping"])), *callbacks],
             "seed": p.seed,
             "hardware": machine,
-            "find_unused_parameters": p.method in UNUSED_PARAMETERS,
         },
         facts={
             "images": getattr(data, "sources", ()),
