@@ -66,15 +66,17 @@ def parameters(slug: str, **changes: object) -> SimpleNamespace:
     return SimpleNamespace(**defaults | changes)
 
 
-def kill_when(process: subprocess.Popen, reached: Callable[[], object], seconds: float = 240) -> None:
-    """kill -9 once `reached` is true, within `seconds`; fails if the process has ended by then."""
+def kill_when(
+    process: subprocess.Popen, reached: Callable[[], object], sent: int = signal.SIGKILL, seconds: float = 240
+) -> None:
+    """kill -9, or another signal, once `reached` is true, within `seconds`; fails if the process has ended by then."""
     deadline = time.monotonic() + seconds
     while not reached():
         assert process.poll() is None, "the process ended before it was killed"
         assert time.monotonic() < deadline, f"not reached in {seconds} seconds"
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.send_signal(sent)
+    process.wait(timeout=30)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -119,17 +120,18 @@ from concurrent.futures import ProcessPoolExecutor
 from companion.toy import study
 
 if __name__ == "__main__":
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), study._quiet) as pool:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), study._quiet) as pool, study._ends(pool):
         print(pool.submit(os.getpid).result(), flush=True)
-        pool.submit(time.sleep, 600).result()
+        [row.result() for row in [pool.submit(time.sleep, 600) for _ in range(9)]]
 """
 
 
-def test_the_workers_of_a_killed_study_end(tmp_path):
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
+def test_a_study_that_is_killed_or_stopped_by_ctrl_c_ends_with_its_workers(tmp_path, sent):
     (tmp_path / "killed.py").write_text(KILLED)
     with (tmp_path / "pid").open("w") as out:
         process = subprocess.Popen([sys.executable, str(tmp_path / "killed.py")], stdout=out, env=dict(os.environ))
-    kill_when(process, lambda: (tmp_path / "pid").read_text().endswith("\n"))
+    kill_when(process, lambda: (tmp_path / "pid").read_text().endswith("\n"), sent)
     worker, deadline = int((tmp_path / "pid").read_text()), time.monotonic() + 60
     while psutil.pid_exists(worker) and psutil.Process(worker).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline, "the worker goes on"
@@ -182,10 +184,10 @@ def test_rows_of_other_code_are_kept_if_some_are_reproduced(fake, tmp_path):
     fake.calls.clear()
     for _ in range(2):  # once for a version of the code
         ran(tmp_path)
-        assert len(fake.calls) == study.RECHECKED and not ablations.stale("fake", tmp_path)
+        assert sorted(m for _, _, m, *_ in fake.calls) == ["a", "b"] and not ablations.stale("fake", tmp_path)
         facts = read_json(tmp_path / "study.json")
         again = facts["rechecked"]
-        assert (facts["code"], again["code"], again["rows"], again["of"]) == ("one", "two", 3, 18)
+        assert (facts["code"], again["code"], again["rows"], again["of"]) == ("one", "two", 2, 18)
     fake.code = "three"
     assert ablations.stale("fake", tmp_path)
     # another metric, or the same one of another training

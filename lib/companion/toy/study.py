@@ -13,6 +13,7 @@ stopped study resumes; study.json names the code, the versions and the machine.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import importlib
 import inspect
@@ -23,7 +24,7 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,6 @@ from ..training.fit import History
 SELECTION_SEEDS = (100, 101, 102)
 SEEDS = tuple(range(200, 210))
 HERE = Path(__file__).parent
-RECHECKED = 3  # rows to rerun after a change of the code
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def run(paper: str, folder: str | Path, workers: int | None = None, seeds: Seque
     tested = list(study.seeds if seeds is None else seeds)
     facts = _facts(paper, study, tested) | {"workers": workers}
     rows = _rows(folder, pairs, {*study.selection_seeds, *study.seeds})
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _quiet) as pool:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _quiet) as pool, _ends(pool):
         if rows:
             facts |= _recheck(pool, paper, rows, folder, study.metric, facts["code"])
 
@@ -140,6 +140,18 @@ def run(paper: str, folder: str | Path, workers: int | None = None, seeds: Seque
     _write(folder / "study.csv", rows)
     write_json(folder / "study.json", facts | {"seconds_of_cpu": round(sum(row["seconds"] for row in rows))})
     return read(folder)
+
+
+@contextlib.contextmanager
+def _ends(pool: ProcessPoolExecutor) -> Iterator[None]:
+    """Context manager: an error or Ctrl-C in the block ends the pool at once, without the rows that are queued."""
+    try:
+        yield
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for worker in multiprocessing.active_children():
+            worker.terminate()
+        raise
 
 
 def wider(rows: pd.DataFrame, grid: Sequence[float]) -> dict[tuple[str, str], list[float]]:
@@ -185,13 +197,14 @@ def _recheck(pool: Executor, paper: str, rows: list[dict], folder: Path, metric:
     """The record's entries on existing rows: the code that produced them, and the rows that the current code
     reproduced.
 
-    Rows of other code remain valid if some of them, drawn by the hash of the code, give the same results again.
+    Rows of other code remain valid if one of each task and method, drawn by the hash of the code, is equal again.
     """
     record = read_json(folder / "study.json")
     facts = {key: record[key] for key in ("code", "rechecked") if key in record}
     if code in (record.get("code"), record.get("rechecked", {}).get("code")):
         return facts
-    drawn = random.Random(code).sample(rows, min(RECHECKED, len(rows)))
+    shuffled = random.Random(code).sample(rows, len(rows))
+    drawn = [*{(row["task"], row["method"]): row for row in shuffled}.values()]
     futures = [pool.submit(_job, paper, *(row[key] for key in KEYS)) for row in drawn]
     for row, future in zip(drawn, futures, strict=True):
         again = future.result()
@@ -242,6 +255,11 @@ def main(words: list[str] | None = None) -> int:
     except CompanionError as error:
         print(f"companion: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(
+            f"companion: stopped; {arguments.folder} has the rows so far, and the same command goes on", file=sys.stderr
+        )
+        return 130
     return 0
 
 

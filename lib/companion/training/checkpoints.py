@@ -109,6 +109,7 @@ class Checkpoint:
             BadParameter: it was saved under other settings, or of another model.
             CorruptFile: it cannot be read, or its history is shorter than the training.
         """
+        self._written = 0  # an object may serve several trainings
         if not self.path.is_file():
             return None
         try:
