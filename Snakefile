@@ -36,6 +36,12 @@ if PROFILE == "paper":
     USUAL = {"threads": 8, "gpu": 1, "mem_mb": 32000, "runtime": 24 * 60}
 
 
+def below(folder, *endings):
+    """The files below a folder, those with some endings if there are any."""
+    found = (path for path in Path(folder).rglob("*") if path.is_file() and path.suffix not in (".pyc", ".safetensors"))
+    return sorted(str(path) for path in found if not endings or path.suffix in endings)
+
+
 def asked(name):
     """How much of `name` a run of the grid requests."""
     return lambda run: GRID[f"{run.slug}/{run.run}"]["resources"].get(name, USUAL[name])
@@ -49,6 +55,12 @@ def seconds(run):
     """How long a notebook took for its committed record: with the longest first, none runs alone at the end."""
     record = Path("reports", "pocket", run.slug, "run.json")
     return json.loads(record.read_text())["seconds"] if record.exists() else 0
+
+
+# what the site shows next to the executed notebooks: its pages, records, and the interface of the library
+SHOWN = [str(path) for path in Path().glob("*.md")]
+SHOWN += [path for folder in ("site", "lib", "benchmarks", "notebooks/figures") for path in below(folder)]
+SHOWN += [path for path in below("reports", ".json", ".csv") if not path.startswith(("reports/site", "reports/paper"))]
 
 
 def study_rows(run):
@@ -107,7 +119,7 @@ rule notebook:
         progress=PROGRESS,
     priority: seconds
     # pocket models gain little beyond a few threads, so notebooks run in parallel and share the cores
-    threads: min(4, max(1, (workflow.resource_settings.cores or 1) // max(1, len(SLUGS))))
+    threads: min(4, max(1, (workflow.resource_settings.cores or 1) // max(1, len(EXECUTED))))
     shell:
         PAPERMILL
 
@@ -198,8 +210,7 @@ rule study:
 rule site:
     input:
         EXECUTED,
-        [str(path) for path in Path("site").rglob("*") if path.is_file()],
-        [str(path) for path in Path("lib/companion/models").rglob("*.yaml")],
+        SHOWN,
     output:
         "reports/site/index.html",
     log:

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 
 import pandas as pd
 import pytest
@@ -38,6 +39,24 @@ def test_doctor_names_missing_data_and_weights_and_accepted_values(capsys, tmp_p
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "BAT_rgbt.pth").write_bytes(b"x")
     assert "BAT_rgbt.pth (MIT): here" in call(capsys, "doctor", "bat", "--data-root", tmp_path)[1]
+
+
+@pytest.mark.parametrize(
+    ("card", "known"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA RTX A1000", "A100"),
+        ("NVIDIA T400 4GB", "A100"),
+        ("Tesla T4", "T4"),
+        ("NVIDIA L40S", "L40S"),
+    ],
+)
+def test_doctor_knows_a_gpu_by_its_whole_name(card, known, capsys, tmp_path, monkeypatch):
+    properties = types.SimpleNamespace(total_memory=16e9)
+    for name, value in (("is_available", True), ("get_device_properties", properties), ("get_device_name", card)):
+        monkeypatch.setattr(torch.cuda, name, lambda *given, value=value: value)
+    out = call(capsys, "doctor", "dplq", "--data-root", tmp_path)[1]
+    assert f"h on one {known} " in out
 
 
 def test_doctor_reads_what_is_there_and_says_how_a_step_is_divided(capsys, tmp_path, monkeypatch):
@@ -143,6 +162,7 @@ def made_elsewhere(tmp_path, monkeypatch):
     """The folder that a checkout keeps a run in, with a study, and a run's folder, made by the same code elsewhere."""
     checkout = tmp_path / "checkout"
     (checkout / "notebooks").mkdir(parents=True)
+    (checkout / "lib" / "companion").mkdir(parents=True)
     (checkout / "pyproject.toml").write_text("")
     source = record.root() / "notebooks" / "sa2vp.ipynb"
     (checkout / "notebooks" / "sa2vp.ipynb").write_bytes(source.read_bytes())
@@ -185,10 +205,13 @@ def test_a_run_is_adopted_and_replaces_the_one_before_but_not_a_study(capsys, ma
     (away / "run.json").write_text(json.dumps(facts))
     code, said, _ = call(capsys, "adopt", away)
     assert code == 0 and "other code" in said and "abc" in said
-    of_grid = away / "sa2vp" / "dataset=vtab-svhn,seed=0"
-    shutil.copytree(target, of_grid)
-    assert call(capsys, "adopt", of_grid)[0] == 0  # its record fits its files; its folder stays
-    assert (target / of_grid.name / "tables" / "other.csv").is_file()
+    before = {name: content for name, content in contents(target).items()}
+    for name in ("mine", "dataset=vtab-svhn,seed=0"):  # of a grid: wherever its folder is now, it replaces no other run
+        closed(away / "sa2vp" / name, "own")
+        (away / "sa2vp" / name).rename(away.parent / "moved")
+        assert call(capsys, "adopt", away.parent / "moved")[0] == 0
+        shutil.rmtree(away.parent / "moved")
+        assert (target / name / "tables" / "own.csv").is_file() and before.items() <= contents(target).items()
 
 
 def test_a_run_that_is_not_as_recorded_is_not_adopted(capsys, made_elsewhere):
@@ -200,6 +223,8 @@ def test_a_run_that_is_not_as_recorded_is_not_adopted(capsys, made_elsewhere):
         ({"outputs": [1]}, "run.json"),
         ({"slug": "../x"}, "sa2vp"),
         ({"profile": "../x"}, "pocket"),
+        ({"run": ".."}, "run.json"),
+        ({"run": "../x"}, "run.json"),
         ("{", "run.json"),
     ):
         (away / "run.json").write_text(change if isinstance(change, str) else json.dumps(facts | change))

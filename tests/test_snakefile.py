@@ -125,6 +125,9 @@ def test_only_what_changed_reruns_and_git_tracks_no_output(workspace: Workspace)
     workspace.write("lib/companion/one.py", "VALUE = 2\n")
     workspace.write("reports/real/third/study.csv", "method,seed\n")
     assert workspace.run()[2] == {"first", "third", "site"}
+    for name in ("reports/bench/first.json", "reports/gpu/a.json", "notebooks/figures/first.jpg", "README.md"):
+        workspace.write(name, "{}")
+        assert workspace.run()[2] == {"site"}, name
     assert workspace.path("reports/real/third/study.csv").exists()
     workspace.write("lib/companion/two.py", "VALUE = 2\n")
     some = ("make", "reports", f"BIN={shlex.quote(sys.executable)}", "INSTALLED=", "PAPERS=second")

@@ -20,6 +20,7 @@ import argparse
 import importlib
 import itertools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -191,8 +192,7 @@ def doctor(given: argparse.Namespace) -> int:
     memory, where = memory / 1e9, torch.cuda.get_device_name() if card else "this machine, which has no GPU"
     # the folder may not exist yet
     disk = shutil.disk_usage(next(f for f in (root, *root.absolute().parents) if f.exists())).free / 1e9
-    # "NVIDIA A100-SXM4-80GB", "Tesla T4": the longest match, so that an L40S is not taken for an L4
-    here = [name for name in sorted(needs.GPUS, key=len, reverse=True) if name in where]
+    here = [name for name in needs.GPUS if re.search(rf"\b{name}\b", where)]  # "NVIDIA A100-SXM4-80GB", "Tesla T4"
     gpu = given.gpu or (here or ["A100"])[0]
     precision = facts["precision"] if given.precision == "paper" else given.precision
     peak = needs.GPUS[gpu][precision == "32-true"]

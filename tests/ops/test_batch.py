@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import subprocess
 import sys
@@ -112,6 +113,15 @@ def test_a_scheduler_assigns_its_own_gpus_and_an_allocation_of_several_is_shared
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     with batch.devices(1, tmp_path) as cards:
         assert cards == []
+
+
+def test_a_gpu_that_is_hidden_is_none_and_a_run_without_one_sees_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    for visible, found in (("-1", []), ("", []), ("0,-1,2", ["0"]), ("GPU-1a,1", ["GPU-1a", "1"])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert batch.gpus() == found
+    monkeypatch.setattr("papermill.cli.papermill", lambda words: None)
+    batch.main(["0", "in.ipynb", "out.ipynb"])
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
 
 
 def test_the_summary_tells_done_failed_and_not_run_and_gathers_what_was_measured(tmp_path: Path) -> None:

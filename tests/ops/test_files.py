@@ -1,6 +1,8 @@
 """Files and folders are replaced atomically, also while another process reads them."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,36 @@ def test_a_file_is_replaced_and_not_written_into(tmp_path: Path) -> None:
     finally:
         os.umask(mask)
     assert path.read_text() == "second" and [file.name for file in tmp_path.iterdir()] == ["a.csv"]
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from companion.ops.files import atomic, atomic_folder
+
+path, folder = Path(sys.argv[1], "a.csv"), Path(sys.argv[1], "data.v1")
+with atomic_folder(folder) as new:
+    (new / "b.txt").write_text("whole")
+kept = atomic_folder(folder), atomic(path)
+for made in kept:
+    made.__enter__()
+if sys.argv[2:]:  # between the two renames
+    folder.rename(next(Path(sys.argv[1]).glob(".data-*")) / f"{folder.name}.before")
+os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.parametrize("words", [[], ["moved"]])
+def test_what_a_killed_process_left_is_gone_after_the_next_one(tmp_path: Path, words: list[str]) -> None:
+    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), *words])
+    assert len([*tmp_path.glob(".*")]) == 2
+    with atomic(tmp_path / "b.csv") as other, atomic(tmp_path / "a.csv") as path, atomic(tmp_path / "a.csv") as twin:
+        for file in (other, path, twin):
+            file.write_text("1")
+    with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / "data.v1"):
+        raise ZeroDivisionError
+    assert (tmp_path / "data.v1" / "b.txt").read_text() == "whole"
+    assert {path.name for path in tmp_path.iterdir()} == {"a.csv", "b.csv", "data.v1"}
 
 
 def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch) -> None:

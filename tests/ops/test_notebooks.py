@@ -91,6 +91,7 @@ def test_the_committed_record_is_that_of_the_refreshed_notebook(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The run before it in `runs/` has no part in it; a notebook that fails changes no record."""
+    (tmp_path / "lib" / "companion").mkdir(parents=True)
     (tmp_path / "pyproject.toml").touch()
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "runs" / "pocket" / "sa2vp").mkdir(parents=True)

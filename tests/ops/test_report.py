@@ -65,12 +65,17 @@ def test_a_run_from_another_folder_writes_there_and_finds_study_and_data(tmp_pat
         )
     )
     # from the folder of a checkout's notebooks; a given folder is left as it is
-    for folder in ("notebooks", "data"):
-        (tmp_path / folder).mkdir()
-    (tmp_path / "pyproject.toml").write_text("")
-    monkeypatch.chdir(tmp_path / "notebooks")
-    for name, found in (("", "../data"), ("data", "data")):
-        assert report.start("sa2vp", {"profile": "pocket", "data_root": name}).parameters.data_root == found
+    for folder in ("notebooks", "data", "another/notebooks"):
+        (tmp_path / folder).mkdir(parents=True)
+    for folder in (tmp_path, tmp_path / "another"):  # of another project, which has no such library
+        (folder / "pyproject.toml").write_text("")
+    (tmp_path / "lib" / "companion").mkdir(parents=True)
+    for folder, up in (("notebooks", ".."), ("another/notebooks", "../..")):
+        here = tmp_path / folder
+        monkeypatch.chdir(here)
+        for name, found, out in (("", f"{up}/data", tmp_path / "runs/pocket/sa2vp"), ("mine", "mine", here / "mine")):
+            run = report.start("sa2vp", {"profile": "pocket", "data_root": name, "out": name})
+            assert (run.parameters.data_root, run.out) == (found, out)
 
 
 def test_synthetic_results_are_judged_by_the_test_rows_of_a_study_in_each_metric(run, monkeypatch):

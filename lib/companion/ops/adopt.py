@@ -11,6 +11,7 @@ import pandas as pd
 from ..errors import BadParameter, CorruptFile, check_choice
 from ..evaluation.tables import Results
 from . import record
+from .batch import NAME
 from .files import atomic, read_json, sha256, write_json
 from .papers import slugs
 from .provenance import code_hash, sources
@@ -22,7 +23,7 @@ def adopt(folder: str | Path) -> str:
     """Copy a run's results to `reports/` and return a message with their location.
 
     The files must have the hashes of the run's record. Results of other code than this checkout's are taken too; the
-    message and the record name their commit. A run of a grid, whose folder is named by its axes, keeps that folder. The
+    message and the record name their commit. A run of a grid, whose name is in its record, keeps its folder. The
     files of the previous run are replaced; a study is not deleted.
 
     Raises:
@@ -52,8 +53,10 @@ def adopt(folder: str | Path) -> str:
         if not path.is_file() or sha256(path) != hashed:
             raise CorruptFile(path, "missing, or not the file that the record's hash is of")
     here = source.resolve()
-    of_grid = here.parent.name == slug and ("=" in here.name or here.name == "run")
-    target = root / "reports" / profile / slug / (here.name if of_grid else "")
+    name = str(facts.get("run", here.name if here.parent.name == slug else ""))  # records of before have none
+    if name and (not NAME.fullmatch(name) or name.startswith(".")):
+        raise CorruptFile(source / "run.json", f"run = {name!r} is not the name of a run")
+    target = root / "reports" / profile / slug / name
     if target.resolve() == here:
         return f"{target.relative_to(root)} is already in place"
     executed = [path.name for path in source.glob(f"{slug}.ipynb")]

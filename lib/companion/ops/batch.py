@@ -156,7 +156,7 @@ def devices(count: int, folder: Path, poll: float = 1.0) -> Iterator[list[str]]:
 def gpus() -> list[str]:
     """The GPUs of this machine: those of CUDA_VISIBLE_DEVICES, or all that `nvidia-smi` lists."""
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [gpu for gpu in visible.split(",") if gpu]
+        return [*itertools.takewhile(lambda gpu: gpu not in ("", "-1"), visible.split(","))]  # as CUDA reads it
     try:
         words = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
         return subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()
@@ -213,7 +213,7 @@ def main(words: list[str]) -> None:
 
     try:
         with devices(int(words[0]), Path("build/devices")) as reserved:
-            if reserved:
+            if reserved or words[0] == "0":
                 os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(reserved)
             papermill(words[1:])
     except BadParameter as error:

@@ -6,12 +6,16 @@ import contextlib
 import errno
 import hashlib
 import json
+import os
+import platform
 import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from ..errors import BadParameter, CannotWrite, CorruptFile
 
@@ -23,13 +27,15 @@ FULL = 1 << 16  # bytes free: torch does not report why it could not write
 def atomic(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path next to `path`; renamed to `path` when the block succeeds, removed when it fails.
 
-    Raises `CannotWrite`: the disk became full.
+    What a killed process of this machine left is removed first. Raises `CannotWrite`: the disk became full.
     """
     path = Path(path)
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.stem}-{uuid.uuid4().hex[:8]}{path.suffix}")
+        for left in _left(path):
+            left.unlink(missing_ok=True)
+        temporary = path.with_name(f"{_mark(path)}{os.getpid()}-{uuid.uuid4().hex[:8]}{path.suffix}")
         temporary.touch(exist_ok=False)  # with the user's default permissions, which a file of mkstemp has not
         yield temporary
         temporary.replace(path)
@@ -50,7 +56,11 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
     folder = Path(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as name:
+        for left in _left(folder):
+            with contextlib.suppress(OSError):  # of a kill between the two renames: the only copy
+                (left / f"{folder.name}.before").rename(folder)
+            shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(f"{folder.suffix}", f"{_mark(folder)}{os.getpid()}-", folder.parent) as name:
             new = Path(name) / folder.name
             new.mkdir()
             yield new
@@ -61,6 +71,18 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
     except Exception as error:
         _if_full(folder, error)
         raise
+
+
+def _mark(path: Path) -> str:
+    """How the temporary names of this machine for `path` begin; the number of their process follows."""
+    return f".{path.stem}-{platform.node()}-"
+
+
+def _left(path: Path) -> list[Path]:
+    """The temporary files or folders next to `path` of processes of this machine that have ended."""
+    found = (left for left in path.parent.iterdir() if left.name.startswith(_mark(path)) and left.suffix == path.suffix)
+    numbers = ((left, left.name.removeprefix(_mark(path)).partition("-")[0]) for left in found)
+    return [left for left, number in numbers if number.isdecimal() and not psutil.pid_exists(int(number))]
 
 
 @contextlib.contextmanager

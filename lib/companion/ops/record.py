@@ -17,11 +17,11 @@ OPTIONAL = "transformers diffusers"  # from the extras of some papers
 
 
 def root() -> Path:
-    """The checkout that contains the working directory (the folder of its pyproject.toml); else the one that this
-    package is installed from; else the directory itself."""
+    """The checkout that contains the working directory (with this package in its lib); else the one that this package
+    is installed from; else the directory itself."""
     here = Path.cwd()
     for folder in (here, *here.parents, Path(__file__).resolve().parents[3]):
-        if (folder / "pyproject.toml").is_file() and (folder / "notebooks").is_dir():
+        if (folder / "pyproject.toml").is_file() and (folder / "lib" / "companion").is_dir():
             return folder
     return here
 

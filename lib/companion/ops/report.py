@@ -156,7 +156,8 @@ class Run:
         given = getattr(parameters, "out", "")
         self.root = record.root()
         base = self.root if Path.cwd().is_relative_to(self.root) else Path.cwd()
-        self.out = base / (given or Path(os.environ.get("COMPANION_RUNS") or "runs", profile, slug))
+        usual = base / (os.environ.get("COMPANION_RUNS") or "runs") / profile / slug
+        self.out = Path.cwd() / given if given else usual  # like `data_root`, from the working directory
         self.dry_run = getattr(parameters, "dry_run", False)
         if self.dry_run:
             self.out /= "dry_run"
@@ -274,6 +275,7 @@ class Run:
         facts = {
             "slug": self.slug,
             "profile": given.get("profile", "pocket"),
+            "run": self.out.name if self.out.parent.name == self.slug else "",  # of a grid
             "parameters": {k: v for k, v in given.items() if k != "out"},
             "seeds": [given["seed"]] if "seed" in given else [],
             "versions": record.versions(),
