@@ -103,6 +103,9 @@ def test_rgbt234(tmp_path, monkeypatch):
     assert (car.name, dog.name) == ("car3", "dog1")  # attr_txt is no sequence
     assert dog.attributes == {"BC", "LI"} and car.attributes == {"LI"}
     assert values(car)[0] == (0, 100) and car.boxes_infrared[3].tolist() == [8, 4, 8, 6]
+    (root / "dog1/infrared.txt").unlink()  # its rules score both streams
+    assert data.status("rgbt/rgbt234", tmp_path).state == "incomplete"
+    refused(MissingData, "dog1/infrared.txt", load, "rgbt/rgbt234", tmp_path)
 
 
 def test_gtot_boxes_are_corners(tmp_path, monkeypatch):
@@ -110,7 +113,7 @@ def test_gtot_boxes_are_corners(tmp_path, monkeypatch):
     video(folder, {"v": "{:05d}v.png", "i": "{:05d}i.png"}, {}, range(1, 4))
     for path in (folder / "i").iterdir():
         picture(path, int(path.stem[:-1]), mode="L")  # grey files become three channels
-    rows(folder / "groundTruth_v.txt", [[4, 3, 12, 9]] * 3, " ")
+    rows(folder / "groundTruth_v.txt", [[4, 3, 12, 9], [12, 3, 4, 9], [4, 9, 12, 3]], " ")  # any two opposite corners
     rows(folder / "groundTruth_i.txt", [[5, 3, 12, 9]] * 3, "\t")
     expect(monkeypatch, "rgbt/gtot", sizes={"test": 1})
     (car,) = load("rgbt/gtot", tmp_path)
@@ -138,6 +141,7 @@ def test_visevent_one_means_present_and_tests_start_with_the_object(tmp_path, mo
 def test_frames_of_two_sizes_and_annotations_that_are_no_numbers_are_refused(lasher, tmp_path):
     boxes = lasher / "TestingSet/bike/visible.txt"
     unreadable(boxes, lambda: load("rgbt/lasher", tmp_path), {"5,6,x,8\n": "line 1", "1,2,3,nan\n": "line 1"})
+    unreadable(boxes, lambda: load("rgbt/lasher", tmp_path), {"1,2,3,4\n\n" + "1,2,3,4\n" * 3: "line 2"})
     picture(tmp_path / "a.jpg")
     picture(tmp_path / "small.jpg", size=(30, 24))
     refused(CorruptFile, "small.jpg", read_frame, tmp_path / "a.jpg", tmp_path / "small.jpg")
@@ -150,6 +154,32 @@ def test_streams_of_other_lengths_are_cut_to_the_shortest_or_refused(lasher, tmp
     assert len(load("rgbt/lasher", tmp_path)[0]) == 18
     rows(folder / "infrared.txt", (BOXES * 5)[:17])
     refused(CorruptFile, "infrared.txt 17", load, "rgbt/lasher", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("gone", "extra", "named"),
+    [
+        (["infrared/i004.png"], [], "infrared/i005.png"),
+        (["infrared/i000.png"], [], "infrared/i001.png"),
+        ([], ["infrared/i003 (1).png"], "infrared/i003 (1).png"),
+        (["infrared/i004.png"], ["infrared/i020.png"], "infrared/i005.png"),
+        (["visible/v004.png", "infrared/i004.png"], [], "visible/v005.png"),
+        (["infrared/i019.png"], [], None),  # at the end nothing moves
+    ],
+)
+def test_a_missing_or_doubled_frame_is_named(lasher, tmp_path, gone, extra, named):
+    folder = lasher / "TestingSet/bike"
+    video(folder, STREAMS, {name: boxes * 5 for name, boxes in TEST_FILES.items()}, range(20))
+    for name in extra:
+        picture(folder / name)
+    for name in gone:
+        (folder / name).unlink()
+    if named is None:
+        assert len(load("rgbt/lasher", tmp_path)[0]) == 19
+    else:
+        with pytest.raises(CorruptFile) as error:
+            load("rgbt/lasher", tmp_path)
+        assert error.value.path == folder / named
 
 
 def test_ground_truth_of_the_benchmarks(tmp_path, monkeypatch):

@@ -134,14 +134,15 @@ class _Layout(NamedTuple):
     streams: tuple[str, str] = ("visible", "infrared")
     boxes: str = "visible.txt"
     boxes_infrared: str = "infrared.txt"
+    both: bool = False  # both annotations are scored
     corners: bool = False  # left, top, right, bottom instead of x, y, w, h
 
 
 _TRAIN, _TEST = ("TrainingSet/trainingset", "TrainingSet"), ("TestingSet/testingset", "TestingSet")
 _LAYOUTS = {
     "rgbt/lasher": _Layout(dict.fromkeys(("train", "val", "trainval"), _TRAIN) | {"test": _TEST}),
-    "rgbt/rgbt234": _Layout({"test": ("",)}),
-    "rgbt/gtot": _Layout({"test": ("",)}, ("v", "i"), "groundTruth_v.txt", "groundTruth_i.txt", True),
+    "rgbt/rgbt234": _Layout({"test": ("",)}, both=True),
+    "rgbt/gtot": _Layout({"test": ("",)}, ("v", "i"), "groundTruth_v.txt", "groundTruth_i.txt", True, True),
     "rgbe/visevent": _Layout(
         {"train": ("train",), "test": ("test",)}, ("vis_imgs", "event_imgs"), "groundtruth.txt", "none"
     ),
@@ -155,7 +156,9 @@ def load(name: str, root: str | Path, split: str = "test") -> list[Sequence]:
 
     Frames are sorted by the numbers in their names (LasHeR's are called v000.jpg in one video and 000001.jpg in the
     next). A video is as long as the shortest of its two streams and its annotation, as in the benchmarks' own toolkits;
-    if one of them has less than nine tenths of another's length, the copy counts as damaged.
+    if one of them has less than nine tenths of another's length, the copy counts as damaged. It also counts as damaged
+    where a frame is missing or doubled before the end: the numbers of a pair differ by more than a constant offset, or
+    have a gap while the lengths differ.
 
     Args:
         name: "rgbt/lasher", "rgbt/rgbt234", "rgbt/gtot" or "rgbe/visevent".
@@ -165,7 +168,8 @@ def load(name: str, root: str | Path, split: str = "test") -> list[Sequence]:
     Raises:
         BadParameter: unknown name or split; the message lists the accepted ones.
         MissingData: a folder, list, video, annotation or attribute file is missing.
-        CorruptFile: an annotation that is not numbers (file and line are named), streams of very different length.
+        CorruptFile: an annotation that is not numbers or has a blank line before its end (file and line are named),
+            streams of very different length, or a frame after a missing or doubled one, which is named.
     """
     dataset, root = find(name, "tracking"), Path(root)
     check_choice(f"split of {name}", split, SPLITS[name])
@@ -205,7 +209,10 @@ def _sequence(dataset: DataSet, root: Path, folder: Path, split: str, attributes
     lasher_trains = dataset.name == "rgbt/lasher" and split != "test"
     annotation = tables.existing(dataset, root, folder / ("init.txt" if lasher_trains else layout.boxes))
     boxes, other = _boxes(annotation, layout.corners), folder / layout.boxes_infrared
+    if layout.both:
+        tables.existing(dataset, root, other)
     boxes_infrared = _boxes(other, layout.corners) if other.is_file() else None
+    _check_numbers(visible, infrared, len(boxes))
     absent, label = np.any(boxes[:, 2:] <= 0, 1), annotation
     if dataset.name == "rgbe/visevent":  # 1 means PRESENT in the data, ABSENT in the evaluation toolkit's files
         label = tables.existing(dataset, root, folder / "absent_label.txt")
@@ -229,28 +236,49 @@ def _frames(dataset: DataSet, root: Path, folder: Path) -> list[Path]:
     frames = [path for path in folder.glob("[!.]*") if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".bmp")]
     if not frames:
         raise dataset.missing(root, f"no frames in {folder}")
-    return sorted(frames, key=lambda path: ([int(number) for number in re.findall(r"\d+", path.stem)], path.name))
+    return sorted(frames, key=lambda path: (_digits(path), path.name))
+
+
+def _digits(path: Path) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", path.stem)]
+
+
+def _check_numbers(visible: list[Path], infrared: list[Path], boxes: int) -> None:
+    """Raise `CorruptFile` of the first frame that shows that an earlier one is missing or there twice."""
+    number = {path: (_digits(path) or [0])[-1] for path in (*visible, *infrared)}
+    alike = len(visible) == len(infrared)
+    offset = number[infrared[0]] - number[visible[0]] if alike else 0
+    for first, second in zip(visible, infrared, strict=False):
+        if number[second] - number[first] != offset:
+            raise CorruptFile(
+                second, f"it would be paired with {first.name}: a frame before is missing, or there twice"
+            )
+    for before, path in itertools.pairwise(visible if alike and len(visible) != boxes else ()):
+        if number[path] != number[before] + 1:
+            what = f"it follows {before.name}, and there are {len(visible)} frames for {boxes} boxes"
+            raise CorruptFile(path, f"{what}: a frame between is missing, or there twice")
 
 
 def _boxes(path: Path, corners: bool = False) -> np.ndarray:
     boxes = _numbers(path, 4)
-    if corners:
-        boxes[:, 2:] -= boxes[:, :2]
+    if corners:  # in any order
+        first, last = (pick(boxes[:, :2], boxes[:, 2:]) for pick in (np.minimum, np.maximum))
+        boxes = np.concatenate([first, last - first], axis=1)
     return boxes
 
 
 def _numbers(path: Path, columns: int) -> np.ndarray:
-    """A table of numbers separated by commas, spaces or tabs, (rows, columns) float64. Raises `CorruptFile`, by
-    line."""
+    """A table of numbers separated by commas, spaces or tabs, (rows, columns) float64; blank lines may end it. Raises
+    `CorruptFile`, by line."""
     rows = []
-    for number, line in enumerate(tables.read_text(path).splitlines(), 1):
+    for number, line in enumerate(tables.read_text(path).rstrip().splitlines(), 1):
         try:
             row = [*map(float, line.replace(",", " ").split())]
         except ValueError:
             row = [math.nan]
-        if row and not (len(row) == columns and all(map(math.isfinite, row))):
+        if not (len(row) == columns and all(map(math.isfinite, row))):
             raise CorruptFile(path, f"line {number}: {line.strip()!r} is not {columns} numbers")
-        rows += [row] if row else []
+        rows.append(row)
     if not rows:
         raise CorruptFile(path, "it is empty")
     return np.array(rows)
