@@ -75,3 +75,27 @@ def test_what_cannot_be_read_is_refused(tmp_path, name):
     content = path.read_bytes()
     path.write_bytes({"text.tif": b"no image", "deep.tif": content}.get(name, content[: len(content) // 2]))
     refuses((lambda: Raster(path).read(), re.escape(name)), error=CorruptFile)
+
+
+CODES = np.arange(60, dtype=np.uint8).reshape(6, 10) % 4
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("kind", ["png", "tif"])
+def test_class_numbers_are_read_as_they_are_stored(tmp_path, bits, kind):
+    codes, path = CODES % min(2**bits, 4), tmp_path / f"{bits}.{kind}"
+    if kind == "tif":
+        written(path, codes[None].astype({4: np.int32, 16: np.uint16}.get(bits, np.uint8)))
+    else:
+        profile = {"driver": "PNG"} | ({"nbits": bits} if bits < 8 else {})
+        written(path, codes[None].astype(np.uint16 if bits == 16 else np.uint8), crs=None, **profile)
+    with Raster(path) as raster:
+        found = raster.raw((1,))
+        assert found.dtype == np.uint8 and np.array_equal(found[0], codes)
+        assert np.array_equal(raster.raw((1,), 2, 3, 4, 5)[0], codes[2:6, 3:8])
+
+
+@pytest.mark.parametrize("wrong", [-1, 256])
+def test_class_numbers_that_are_no_bytes_are_refused(tmp_path, wrong):
+    path = written(tmp_path / "far.tif", np.where(CODES == 3, wrong, CODES.astype(np.int32))[None])
+    refuses((lambda: Raster(path).raw((1,)), str(wrong)), error=CorruptFile)

@@ -104,28 +104,39 @@ class Raster:
     ) -> np.ndarray:
         """A window of some bands, counted from 1, uint8 (bands, rows, columns); by default the whole image.
 
-        Raises `CorruptFile`: fewer bands, another type than uint8, or a window that cannot be decoded."""
+        A single band, of class numbers, may have another integer type.
+
+        Raises `CorruptFile`: fewer bands, another type than uint8, class numbers outside 0 to 255, or a window that
+        cannot be decoded."""
         if self._file.count < max(bands):
             way = " (grey: gdal_translate -b 1 -b 1 -b 1; a palette: -expand rgb)" if max(bands) == 3 else ""
             raise CorruptFile(self.path, f"it has {self._file.count} band(s), {max(bands)} are needed{way}")
-        if (kind := self._file.dtypes[bands[0] - 1]) != "uint8":
-            raise CorruptFile(self.path, f"its pixels are {kind}; uint8 is needed (gdal_translate -ot Byte -scale)")
+        kind = np.dtype(self._file.dtypes[bands[0] - 1])
+        if kind != np.uint8 and (max(bands) > 1 or kind.kind not in "iu"):
+            way = " (gdal_translate -ot Byte -scale)" if max(bands) > 1 else ""
+            raise CorruptFile(self.path, f"its pixels are {kind}; uint8 is needed{way}")
         rows, columns = rows or self.size[0] - top, columns or self.size[1] - left
         if self._file.driver != "GTiff":
             part = np.atleast_3d(self._decoded())[top : top + rows, left : left + columns]
-            return np.stack([part[..., band - 1] for band in bands])
-        with quiet() as rasterio:
-            try:
-                return self._file.read(list(bands), window=((top, top + rows), (left, left + columns)))
-            except rasterio.errors.RasterioError as error:
-                raise CorruptFile(self.path, f"rows {top} to {top + rows} cannot be decoded ({error})") from error
+            found = np.stack([part[..., band - 1] for band in bands])
+        else:
+            with quiet() as rasterio:
+                try:
+                    found = self._file.read(list(bands), window=((top, top + rows), (left, left + columns)))
+                except rasterio.errors.RasterioError as error:
+                    raise CorruptFile(self.path, f"rows {top} to {top + rows} cannot be decoded ({error})") from error
+        if found.size and not 0 <= found.min() <= found.max() <= 255:
+            raise CorruptFile(self.path, f"its values are {found.min()} to {found.max()}; 0 to 255 are needed")
+        return found.astype(np.uint8, copy=False)
 
     def _decoded(self) -> np.ndarray:
         if self._whole is None:
             with decoding.opened(self.path) as image:
                 # GDAL converts CMYK to RGB, too
                 mode = "RGB" if image.mode == "CMYK" else image.mode
+                factor = {"L;2": 85, "L;4": 17}.get(image.tile[0][3], 1) if image.format == "PNG" else 1
                 self._whole = decoding.pixels(image, mode) if mode in ("RGB", "L") else np.asarray(image)
+                self._whole = self._whole // factor if factor > 1 else self._whole  # the codes, which PIL scales to 255
         return self._whole
 
     def read(self, *window: int) -> np.ndarray:
