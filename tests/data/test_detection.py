@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from companion import data
-from companion.data.detection import load, own_folder, splits
+from companion.data.detection import caption_labels, load, own_folder, splits
 from companion.errors import BadParameter, CorruptFile, MissingData
 from companion.ops.files import read_json, write_json
 from tests.data.conftest import expect, picture, refused, unreadable
@@ -121,19 +121,52 @@ def test_images_that_are_broken_or_missing(coco, sizes):
     refused(MissingData, "4 images .*5,000", load, name, coco, "test")
 
 
-def test_a_rotated_photograph_is_read_as_its_annotation_describes_it(coco):
-    """Some tools annotate a camera's image as it is stored, others upright."""
-    test = load("detection/ov-coco", coco, "test")
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize(
+    ("orientation", "size", "red"),  # red is above in the file; the rows or columns of the result that are red
+    [
+        (6, SIZE, (slice(None), -1)),
+        (6, SIZE[::-1], (0, slice(None))),
+        (3, SIZE[::-1], (-1, slice(None))),
+        (1, SIZE[::-1], (0, slice(None))),
+    ],
+)
+def test_a_rotated_photograph_is_read_as_its_annotation_describes_it(coco, own, orientation, size, red):
+    """Some tools annotate a camera's image as it is stored, others upright; upright where both have one size."""
+    file = coco / "coco" / "annotations" / "instances_val2017.json"
+    found = read_json(file)
+    found["images"][0] |= dict(zip(("width", "height"), size, strict=True))
+    write_json(file, found)
+    folder = coco / "coco" / "val2017"
     stored = Image.new("RGB", SIZE[::-1])
-    stored.paste((255, 0, 0), (0, 0, 8, 6))  # above in the file, and to the right when it is upright
+    stored.paste((255, 0, 0), (0, 0, 8, 6))
     exif = stored.getexif()
-    exif[274] = 6
-    stored.save(coco / "coco" / "val2017" / "1.jpg", exif=exif, quality=95)
-    upright, _ = test[0]
-    assert upright.shape == (3, 8, 12) and upright[0, :, -1].min() > 200 and upright[0, :, 0].max() < 50
-    test.truth["images"][0] |= {"width": 8, "height": 12}
-    lying, _ = test[0]
-    assert lying.shape == (3, 12, 8) and lying[0, 0].min() > 200 and lying[0, -1].max() < 50
+    exif[274] = orientation
+    stored.save(folder / "1.jpg", exif=exif, quality=95)
+    pixels, _ = (own_folder(file, folder) if own else load("detection/ov-coco", coco, "test"))[0]
+    assert pixels.shape == (3, *size[::-1])
+    opposite = tuple(-1 - one if isinstance(one, int) else one for one in red)
+    assert pixels[0][red].min() > 200 and pixels[0][opposite].max() < 50
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"annotations": [{"image_id": 1}]}, "annotations[0]: 'caption'"),
+        ({"annotations": [{"image_id": 1, "caption": None}]}, "annotations[0]: 'caption'"),
+        ({"annotations": [["a"]]}, "annotations[0]"),
+        ({"images": [{"id": 1}]}, "images[0]: 'file_name'"),
+        ({"images": None}, "'images'"),
+    ],
+)
+def test_malformed_captions_are_named(changes, named):
+    captions = {"images": [image(1)], "annotations": [{"image_id": 1, "caption": "a cat"}]}
+    categories = [{"id": 17, "name": "cat"}]
+    assert caption_labels(captions, categories)["images"][0]["pos_category_ids"] == [17]
+    for error, file in ((CorruptFile, "captions.json"), (BadParameter, None)):
+        with pytest.raises(error) as raised:
+            caption_labels(captions | changes, categories, file)
+        assert named in str(raised.value) and (file or "captions") in str(raised.value)
 
 
 def test_broken_annotations_are_named(coco):

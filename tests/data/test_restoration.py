@@ -27,7 +27,7 @@ def test_coco_gives_the_first_caption_by_id(tmp_path: Path, monkeypatch) -> None
     expect(monkeypatch, name, sizes={"train": 2, "test": 2})
     for split in ("train", "val"):
         images = [{"id": i, "file_name": f"{i}.jpg", "height": 12, "width": 20} for i in (9, 3)]
-        said = (7, 9, "a later one"), (5, 9, "A zebra\n on  grass."), (8, 3, "Oranges.")
+        said = (7, 9, "a later one"), (5, 9, "A zebra\n on  grass."), (8, 3, "Oranges."), (2, 3, " ")
         captions = [{"id": number, "image_id": i, "caption": text} for number, i, text in said]
         file = tmp_path / "coco" / "annotations" / f"captions_{split}2017.json"
         write_json(file, {"images": images, "annotations": captions})

@@ -84,6 +84,7 @@ class Images(Parts, Dataset):
         self.sources, self.labels = sources, labels
         self.classes, self.class_names = classes, tuple(class_names)
         self.transform = transform
+        self.rotated = dataset.group == "own"  # by EXIF
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -105,7 +106,7 @@ class Images(Parts, Dataset):
             return decode(Image.fromarray(source))
         try:
             with decoding.opened(source) as image:
-                if self.dataset.group == "own" and image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+                if self.rotated and image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
                     found = decoding.pixels(image)  # PIL rotates a TIFF when it decodes it, and drops the orientation
                     return decode(Image.fromarray(decoding.upright(found, {"exif": image.getexif().tobytes()})))
                 return decode(image)

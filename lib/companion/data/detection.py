@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import csv
 import functools
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple, Self
@@ -61,6 +62,8 @@ class Target(NamedTuple):
 class Boxes(Images):
     """Images with boxes, decoded on access: `boxes[i]` is (uint8 (3, H, W), `Target`).
 
+    An image is rotated upright by its EXIF orientation unless only the stored one has the size of its annotation.
+
     Attributes:
         truth: {"images", "annotations", "categories"} of this split, in COCO's format.
         image_ids: of the N images.
@@ -80,6 +83,7 @@ class Boxes(Images):
         names = [category["name"] for category in ordered]
         sources = [str(folder / image["file_name"]) for image in truth["images"]]
         super().__init__(dataset, root, sources, truth["images"], len(names), None, names)
+        self.rotated = False  # before an item is compared with its annotation
         self.truth, self.categories = dict(truth), tuple(category["id"] for category in ordered)
         self.image_ids = tuple(image["id"] for image in truth["images"])
         self.base, self.novel = tuple(base), tuple(novel)
@@ -122,12 +126,13 @@ class Boxes(Images):
         pixels, info = self.pixels(index)
         image = self.truth["images"][index]
         known = (image["height"], image["width"])
-        if known != pixels.shape[:2]:  # a photograph stored rotated, with boxes drawn on the upright image
-            pixels = decoding.upright(pixels, info)
-        if known != pixels.shape[:2]:
-            size = pixels.shape[1::-1]
-            raise CorruptFile(self.sources[index], f"is {size} pixels, its annotation has {known[::-1]}")
-        return torch.from_numpy(pixels).permute(2, 0, 1), self.target(index)
+        for found in (
+            decoding.upright(pixels, info),
+            pixels,
+        ):  # boxes are drawn on the upright image, or the stored one
+            if known == found.shape[:2]:
+                return torch.from_numpy(found).permute(2, 0, 1), self.target(index)
+        raise CorruptFile(self.sources[index], f"is {pixels.shape[1::-1]} pixels, its annotation has {known[::-1]}")
 
 
 # --- public functions -------------------------------------------------------------------------------------------------
@@ -160,15 +165,24 @@ def own_folder(annotations: str | Path, images: str | Path, novel: Sequence[str]
     Args:
         novel: names of classes that count as novel; all others are base.
 
-    Raises as `splits`, and `BadParameter` for a name that the file does not have.
+    Raises as `splits`; also `CorruptFile`: two categories of one name, or a box outside its image; and `BadParameter`
+    for a name that the file does not have.
     """
     file, folder = Path(annotations), Path(images)
     own = own_set(folder, "detection", f"{file.name}    in COCO's format\n{folder}/    the images")
     truth = read_annotations(tables.existing(own, file.parent, file))
     named = {category["id"]: category["name"] for category in truth["categories"]}
+    if twice := [name for name, count in Counter(named.values()).items() if count > 1]:
+        raise CorruptFile(file, f"two categories are called {twice[0]!r}")
+    sizes = {image["id"]: (image["width"], image["height"]) for image in truth["images"]}
+    for number, row in enumerate(truth["annotations"]):
+        corner, sides, ends = row["bbox"][:2], row["bbox"][2:], sizes[row["image_id"]]
+        if any(x >= end or x + side <= 0 < side for x, side, end in zip(corner, sides, ends, strict=True)):
+            what = f"annotations[{number}]: 'bbox' is {row['bbox']}, outside its image of {ends} pixels"
+            raise CorruptFile(file, what)
     if unknown := set(novel) - {*named.values()}:
         raise BadParameter("novel", sorted(unknown), sorted({*named.values()}))
-    held = [i for i, name in named.items() if name in novel]  # several categories may have one name
+    held = [i for i, name in named.items() if name in novel]
     return Boxes(own, file.parent, folder, truth, [i for i in named if i not in held], sorted(held))
 
 
@@ -239,6 +253,11 @@ SCHEMA: dict[str, Fields] = {
     "annotations": {"image_id": _is_id, "category_id": _is_whole, "bbox": is_box},
 }
 """The fields of each part of COCO's format that are read here, and what each must be."""
+CAPTIONS: dict[str, Fields] = {
+    "images": SCHEMA["images"],
+    "annotations": {"image_id": _is_id, "caption": lambda value: isinstance(value, str)},
+}
+"""The same of a file of captions."""
 REFERENCES = [("annotations", "image_id", "images"), ("annotations", "category_id", "categories")]
 REFERENCES += [("images", f"{kind}_category_ids", "categories") for kind in ("pos", "neg", "not_exhaustive")]
 SHAPES: dict[str, Fields] = {
@@ -260,15 +279,17 @@ def check_fields(rows: Sequence, place: str, fields: Fields, wrong: Callable[[st
                 raise wrong(f"{place.format(number)}: '{name}' is {str(value)[:80]!r}")
 
 
+def _wrong(name: str, wanted: str, file: str | Path | None, detail: str) -> CompanionError:
+    return CorruptFile(file, detail) if file else BadParameter(name, detail, wanted)
+
+
 def check_results(rows: object, file: str | Path | None = None, kind: str = "bbox") -> list[dict]:
     """`rows`, checked as results in COCO's format: image_id, category_id, score, and bbox or segmentation.
 
     Raises `CorruptFile` with the name of their `file`, `BadParameter` without one; row and field are named.
     """
 
-    def wrong(detail: str) -> CompanionError:
-        return CorruptFile(file, detail) if file else BadParameter("results", detail, "rows of COCO's result format")
-
+    wrong = functools.partial(_wrong, "results", "rows of COCO's result format", file)
     if not isinstance(rows, Sequence) or isinstance(rows, str):
         raise wrong("not COCO's result format: a list of objects was expected")
     fields = {"image_id": _is_id, "category_id": _is_whole, "score": _is_number} | dict(SHAPES[kind])
@@ -319,7 +340,7 @@ def with_synonyms(categories: Sequence[Mapping]) -> list[dict[str, Any]]:
     return [{**category, "synonyms": of[category["id"]]} for category in categories]
 
 
-def caption_labels(captions: Mapping, categories: Sequence[Mapping]) -> dict:
+def caption_labels(captions: Mapping, categories: Sequence[Mapping], file: str | Path | None = None) -> dict:
     """Image labels from COCO's captions, with which Detic and SIC-CADS train on OV-COCO.
 
     An image has a class when one of its "synonyms", or its name if it has none, occurs between spaces in the image's
@@ -332,7 +353,16 @@ def caption_labels(captions: Mapping, categories: Sequence[Mapping]) -> dict:
 
     Returns:
         {"images" with `pos_category_ids`, "annotations": [], "categories"}.
+
+    Raises `CorruptFile` with the name of their `file`, `BadParameter` without one: not COCO's format; entry and field
+    are named.
     """
+    wrong = functools.partial(_wrong, "captions", "COCO's captions", file)
+    for part, fields in CAPTIONS.items():
+        rows = captions.get(part) if isinstance(captions, Mapping) else None
+        if not isinstance(rows, list):
+            raise wrong(f"not COCO's format: no list '{part}'")
+        check_fields(rows, part + "[{}]", fields, wrong)
     written: dict[object, list[str]] = {}
     for annotation in captions["annotations"]:
         written.setdefault(annotation["image_id"], []).append(annotation["caption"].lower())

@@ -111,7 +111,8 @@ def own_folder(folder: str | Path) -> Captioned:
 
 
 def read_captions(path: str | Path) -> dict[str, str]:
-    """File name to caption, the first by id, from a file of COCO's captions, in the order of the images' ids.
+    """File name to caption, the first by id that has a word, from a file of COCO's captions, in the order of the
+    images' ids.
 
     Raises `CorruptFile` with the path and the field.
     """
@@ -119,6 +120,7 @@ def read_captions(path: str | Path) -> dict[str, str]:
     try:
         files = {image["id"]: inside(path, f"image {image['id']}", image["file_name"]) for image in found["images"]}
         rows = sorted(found["annotations"], key=lambda row: row["id"], reverse=True)
+        rows.sort(key=lambda row: bool(row["caption"].split()))
         first = {row["image_id"]: " ".join(row["caption"].split()) for row in rows}
         named = {files[image]: first.pop(image, "") for image in sorted(files)}
     except (KeyError, TypeError, AttributeError) as error:

@@ -341,7 +341,7 @@ def training_data(p: Parameters, train: detection.Boxes) -> Dataset:
     file = train.dataset.folder(train.root) / "annotations" / "captions_train2017.json"
     if not file.is_file():
         raise train.dataset.missing(train.root, f"{file} is not there (or set captions = False)")
-    labels = detection.caption_labels(read_json(file), detection.with_synonyms(train.truth["categories"]))
+    labels = detection.caption_labels(read_json(file), detection.with_synonyms(train.truth["categories"]), file)
     captioned = detection.Boxes(
         train.dataset, train.root, Path(train.sources[0]).parent, labels, train.base, train.novel
     )
