@@ -118,6 +118,17 @@ def test_image_and_mask_are_warped_together_or_the_image_alone():
         assert all(torch.equal(mask, image) for _, mask in found) is not together
 
 
+@pytest.mark.parametrize("kind", xrays.MASKS)
+def test_masks_of_another_size_than_their_image(kind):
+    torch.manual_seed(0)
+    transform, mask = MaskTransform(32, train=True, mask=kind), (torch.rand(1, 5, 5) > 0.5).float()
+    found = torch.stack([transform(torch.zeros(1, 48, 48), mask)[1] for _ in range(9)])
+    assert (len(found.unique()) == 2) is (kind == "nearest")
+    for side in range(33, 66):  # images of many sizes do not fill the memory
+        MaskTransform(32)(torch.zeros(1, 8, 8), torch.zeros(1, side, side))
+    assert xrays._shares.cache_info().currsize < 20
+
+
 def test_chestmnist(tmp_path, any_length, monkeypatch):
     monkeypatch.setitem(xrays.SIZES, ("xrays/chestmnist", "classification"), {"100": 200})
     file = tmp_path / "xrays" / "chestmnist" / "chestmnist_224.npz"
@@ -180,6 +191,10 @@ def test_own_folder(tmp_path):
     assert train.labels.tolist() == [[0, 1], [1, 0]] and train[0][0].shape == (1, 16, 20)
     masked = load(mine, tmp_path, "val", task="segmentation")
     assert [mask.mean().item() for _, mask in masked] == [0, 1] and masked.part([1])[0][1].all()
+    picture(tmp_path / "masks" / "1.png", 1)
+    assert masked[1][1].unique().tolist() == [1]
+    picture(tmp_path / "masks" / "1.png", 2)
+    refused(CorruptFile, r"masks/1\.png", lambda: masked[1])
     found = reports(mine, tmp_path)
     assert found.texts == ["No mass."] and found.statements is None
     refused(MissingData, r"test_list\.txt", load, mine, tmp_path, "test")

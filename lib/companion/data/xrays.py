@@ -184,12 +184,13 @@ class MaskTransform:
         self.warp = v2.RandomApply([v2.RandomAffine(10, scale=(0.9, 1.1), interpolation=v2.InterpolationMode.BILINEAR)])
         self.colour = v2.Compose([v2.Resize((size, size), antialias=antialias), *_coloured(MEAN, STD)])
         self.size, self.reduce = size, _nearest if mask == "nearest" else _area
+        self.enlarge = v2.InterpolationMode.NEAREST if mask == "nearest" else v2.InterpolationMode.BILINEAR
 
     def __call__(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """From (1 or 3, H, W) and (k, H', W') to (3, S, S) and (k, S, S)."""
         if self.train and self.warp_mask:
             if image.shape[-2:] != mask.shape[-2:]:
-                mask = v2.functional.resize(mask, image.shape[-2:])
+                mask = v2.functional.resize(mask, image.shape[-2:], self.enlarge)
             image, warped = self.warp(tv_tensors.Image(image), tv_tensors.Mask(mask))
             image, mask = image.as_subclass(Tensor), warped.as_subclass(Tensor)
         elif self.train:
@@ -207,7 +208,7 @@ def _area(mask: Tensor, size: int) -> Tensor:
     return rows @ mask @ columns.T
 
 
-@functools.cache
+@functools.lru_cache(8)  # a set's images have few sizes, and an entry has a megabyte
 def _shares(given: int, size: int) -> Tensor:
     """(size, given): the weight of each of `given` pixels in the mean of each of `size` equal intervals."""
     edges = torch.arange(size + 1, dtype=torch.float64)[:, None] * given / size
@@ -328,7 +329,7 @@ def own(root: str | Path, classes: Sequence[str] = ()) -> DataSet:
 
     The lists have the authors' forms: train_list.txt (a path, then 0 or 1 for each class), train_list.csv with
     img_path,mask_path or image_path,bbox (of an image of 1024 pixels), val_list and test_list alike; and pretrain.csv
-    with img_path,report and optionally llm_output.
+    with img_path,report and optionally llm_output. A mask has values of 0 and 255, or of 0 and 1.
     """
     return own_set(
         root,
@@ -398,8 +399,11 @@ def load(
         found = make(paths, functools.partial(_run_mask, path, [*runs.items()]))
     else:
         paths, files = _columns(path, "img_path", "mask_path")
-        riga = name == "fundus/riga"
-        found = make(paths, Pictures(dataset, root, files).grey, finish=_disc_and_cup if riga else None, colour=riga)
+        masks = Pictures(dataset, root, files)
+        if name == "fundus/riga":
+            found = make(paths, masks.grey, finish=_disc_and_cup, colour=True)
+        else:
+            found = make(paths, functools.partial(_own_mask, masks))
     if not len(found):
         raise CorruptFile(path, "lists no image")
     listed = len(set(_columns(path, "ImageId")[0])) if name == "xrays/siim" else len(found)
@@ -480,6 +484,17 @@ def _run_mask(path: Path, runs: Sequence[tuple[str, list[str]]], i: int) -> Tens
     except ValueError as error:
         raise CorruptFile(path, f"{name}: {error}") from error
     return torch.from_numpy(found)[None].float()
+
+
+def _own_mask(masks: Pictures, i: int) -> Tensor:
+    """A mask of 0 and 255, or of 0 and 1, in 0 to 1. Raises `CorruptFile`: other values."""
+    mask = masks.grey(i)
+    if 0 < (top := float(mask.max())) < 0.5:
+        if top > 1.5 / 255:
+            path = masks.folder / masks.paths[i]
+            raise CorruptFile(path, f"its values end at {255 * top:g} of 255: 0 and 255, or 0 and 1, are expected")
+        mask = mask * 255
+    return mask
 
 
 def _disc_and_cup(mask: Tensor) -> Tensor:
