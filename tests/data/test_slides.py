@@ -1,5 +1,6 @@
 """Slides with grades: PANDA's layout, folds, user folders, stored features, and errors."""
 
+import dataclasses
 from collections import Counter
 from pathlib import Path
 
@@ -96,6 +97,7 @@ def test_own_folder(tmp_path):
     (tmp_path / "b" / "one.svs").touch()
     refused(CorruptFile, "one.svs", found)
     refused(MissingData, "nowhere", slides.folder, tmp_path / "nowhere")
+    refused(CorruptFile, "0001ab_mask.tiff", slides.folder, panda(tmp_path / "copy"))  # its masks are no class
 
 
 def test_all_slides_of_a_patient_are_in_one_part(tmp_path):
@@ -113,6 +115,9 @@ def test_all_slides_of_a_patient_are_in_one_part(tmp_path):
         assert Counter(item.grade for item in fold["test"]) == {0: 4, 1: 4, 2: 4}  # a quarter, of every grade
         tuned += fold["tune"]
     assert len(set(tuned)) == len(tuned) == 36
+    some = [dataclasses.replace(item, patient=item.patient if i < 9 else "") for i, item in enumerate(mine)]
+    sizes = [len(fold["tune"]) for fold in slides.split_folds(some, 4)]
+    assert max(sizes) - min(sizes) <= 3  # slides of unknown patients are not those of one patient
     few = items(*(f"s{i:02d},{i % 2},{'ab'[i // 24]}" for i in range(48)))
     refused(BadParameter, "2 patients", slides.split_folds, few, 3)
     refused(CorruptFile, "line 3: the slide 's01' has no patient", items, "s00,1,a", "s01,0, ")

@@ -122,7 +122,7 @@ def folder(path: str | Path) -> list[Item]:
     Raises:
         MissingData: there is no folder, no slide in it, or a slide in the table is missing.
         CorruptFile: a table without its columns, with a duplicate name, with an invalid class, or with a patient for
-            some slides only.
+            some slides only; the mask of a slide, `<name>_mask`, in another class.
     """
     path = Path(path)
     files, source = unlabelled(path), path / "labels.csv"
@@ -144,7 +144,11 @@ def folder(path: str | Path) -> list[Item]:
         raise _missing(path, "no labels.csv and no folder for each class: no file gives the class of a slide")
     if twice := [name for name, count in Counter(name for name, *_ in found).items() if count > 1]:
         raise CorruptFile(source, f"the slide {twice[0]!r} is there twice")
-    numbers = _numbered(source, sorted({label for _, label, _ in found}))
+    label_of = {name: label for name, label, _ in found}
+    if masks := [name for name in label_of if label_of.get(f"{name}_mask", label_of[name]) != label_of[name]]:
+        what = f"a mask of {masks[0]}, not a slide of the class {label_of[f'{masks[0]}_mask']!r}: move it out of {path}"
+        raise CorruptFile(files[f"{masks[0]}_mask"], what)
+    numbers = _numbered(source, sorted({*label_of.values()}))
     return sorted(
         (Item(name, files[name], numbers[label], patient=patient) for name, label, patient in found),
         key=lambda item: item.name,
@@ -218,7 +222,7 @@ def _numbered(source: Path, classes: Sequence[str]) -> dict[str, int]:
 
 
 def split_folds(items: Sequence[Item], folds: int = 5, test: float = 0.0, seed: int = 0) -> list[dict[str, list[Item]]]:
-    """Folds stratified by grade and provider; where patients are known, all slides of one are in the same part.
+    """Folds stratified by grade and provider; all slides of a known patient are in the same part.
 
     Args:
         folds: their number; each has a different tuning share and trains on the rest.
@@ -239,7 +243,7 @@ def split_folds(items: Sequence[Item], folds: int = 5, test: float = 0.0, seed: 
     def dealt(own: Sequence[Item], parts: int) -> list[list[list[Item]]]:
         """For each of `parts` the other slides and its own."""
         grades = [f"{item.grade} {item.provider}" for item in own]
-        patients = [item.patient for item in own] if known else None
+        patients = [f"patient {i.patient}" if i.patient else f"slide {i.name}" for i in own] if known else None
         count, most = len(set(patients or own)), max(Counter(grades).values(), default=0)
         if not 2 <= parts <= (min(count, most) if known else count):
             few = f"{count} {'patients' if known else 'slides'}, {most} slides of the most frequent grade"

@@ -83,6 +83,18 @@ def test_a_missing_reader_and_an_untiled_file_are_read_by_the_other(path, tmp_pa
         assert slide.backend == "tiffslide"
 
 
+def test_another_image_of_the_file_is_not_a_level(path, tmp_path, image):
+    """A label that is tiled, and flagged as reduced, as the levels are."""
+    other = tmp_path / "label.tiff"
+    other.write_bytes(path.read_bytes())
+    small = dict(append=True, tile=(256, 256), photometric="rgb", subfiletype=1, metadata=None)
+    tifffile.imwrite(other, image[:40, :20], **small)
+    with Slide(path) as slide, Slide(other, backend="openslide") as labelled:
+        assert len(labelled.levels) == 4
+        for downsample in (1, 4, 16, 36, 64):
+            assert labelled.level(downsample) == slide.level(downsample)
+
+
 def test_what_was_not_scanned_is_white(path, monkeypatch):
     colour, alpha = np.mgrid[:256:5, :256:5].astype(np.uint8)
     drawn = np.stack([colour, colour // 2, 255 - colour, alpha], 2)

@@ -72,7 +72,13 @@ class Slide:
             raise CorruptFile(self.path, "; ".join(reasons))
         self.size: tuple[int, int] = tuple(self._slide.dimensions)
         self.levels: list[tuple[int, int]] = [tuple(size) for size in self._slide.level_dimensions]
-        self.downsamples: list[float] = [float(d) for d in self._slide.level_downsamples]
+        ratio = self.size[0] / self.size[1]
+        self.downsamples: list[
+            float
+        ] = [  # infinite for another image of the file, such as its label: never the nearest
+            float(d) if abs(wide / high / ratio - 1) < 0.05 + 1 / min(wide, high) else math.inf
+            for d, (wide, high) in zip(self._slide.level_downsamples, self.levels, strict=True)
+        ]
 
     def __enter__(self) -> Slide:
         return self
@@ -334,7 +340,7 @@ def tile(slide: Slide, tiling: Tiling, mask: np.ndarray | None = None) -> Tiles:
     level = slide.level(tiling.mpp / slide.mpp)
     mpp = slide.mpp * slide.downsamples[level]
     if not tiling.resample and abs(mpp / tiling.mpp - 1) > tiling.tolerance:
-        have = ", ".join(f"{slide.mpp * d:.3g}" for d in slide.downsamples)
+        have = ", ".join(f"{slide.mpp * d:.3g}" for d in slide.downsamples if d < math.inf)
         raise BadParameter("mpp", tiling.mpp, f"one near those of {slide.path} ({have}); or resample = True")
     pixels = round(tiling.region * tiling.mpp / mpp) if tiling.resample else tiling.region
     if mask is None:
