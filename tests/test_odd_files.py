@@ -79,13 +79,13 @@ def saved(values: np.ndarray, **options) -> Callable:
 
 ROTATED = Image.Exif()
 ROTATED[0x0112] = 3
-FLOATS = {f"float32 to {top}.tif": (RAMP * top).astype(np.float32) for top in (1, 255, 65535)}
+FLOATS = {"float32 to 1.tif": RAMP.astype(np.float32), "float32 to 0.9.tif": (RAMP * 0.9).astype(np.float32)}
 INTEGERS = {f"{kind}.tif": SIXTEEN.astype(kind) for kind in ("uint16", "int32", "uint32")}
 RIGHT = FLOATS | INTEGERS | {"float64.tif": RAMP, "int16.tif": (SIXTEEN // 2).astype(np.int16), "16 bits.png": SIXTEEN}
 RIGHT |= {"int32 to 255.tif": EIGHT.astype(np.int32), "8 bits and alpha.png": np.stack([EIGHT, EIGHT // 2 + 128], -1)}
 RIGHT |= {f"colours of {name}": rgb(RIGHT[name]) for name in ("float32 to 1.tif", "uint16.tif", "16 bits.png")}
 RIGHT |= {"16 bits and alpha.png": rgb(SIXTEEN, 4), "8 bits of colours.tif": rgb(EIGHT)}
-IMAGES = {name: (saved(values), RAMP) for name, values in RIGHT.items()} | {
+IMAGES = {name: (saved(values), RAMP * (0.9 if "0.9" in name else 1)) for name, values in RIGHT.items()} | {
     "planes of 16 bits.tif": (saved(np.stack([SIXTEEN] * 3), planarconfig="separate", photometric="rgb"), RAMP),
     "white is 0.tif": (saved(65535 - SIXTEEN, photometric="miniswhite"), RAMP),
     "8 bits, white is 0.tif": (saved(255 - EIGHT, photometric="miniswhite"), RAMP),
@@ -94,7 +94,7 @@ IMAGES = {name: (saved(values), RAMP) for name, values in RIGHT.items()} | {
 REFUSED = {f"12 bits in 16.{end}": (TWELVE, "4095") for end in ("png", "tif")} | {
     **{f"colours of 12 bits in 16.{end}": (rgb(TWELVE), "4095") for end in ("png", "tif")},
     "8 bits in 16.png": (EIGHT.astype(np.uint16), "255"),
-    "float32 to 1000.tif": ((RAMP * 1000).astype(np.float32), "1000"),
+    **{f"float32 to {top}.tif": ((RAMP * top).astype(np.float32), str(top)) for top in (200, 255, 65535)},
     "float32 below 0.tif": ((RAMP - 0.5).astype(np.float32), "-0.5"),
     "uint32 to 6553500.tif": (SIXTEEN.astype(np.uint32) * 100, "e+06"),
     "NaN.tif": (np.where(np.eye(16) > 0, np.nan, RAMP), "NaN"),
@@ -276,7 +276,8 @@ LAND = {
     "beyond the classes": ({"truth": IDS % 2 * 255}, IDS % 2 * 2),
     "other colours": ({"truth": PAINTED + 1}, "(11, 21, 31)"),
     "another name": ({"label": "y.tif"}, "y.tif"),
-    "16 bits": ({"truth": IDS.astype(np.uint16)}, "uint16"),
+    "16 bits": ({"truth": IDS.astype(np.uint16)}, IDS),
+    "32 bits": ({"truth": IDS.astype(np.int32) - 1}, "-1"),
     "grey image": ({"bands": 1}, "x.tif"),
 }
 for name, (options, expected) in LAND.items():
@@ -322,11 +323,14 @@ odd(
     ("images[0]", WHOLE_FILE.replace('"width": 8', '"width": NaN')),
     *((f"{key}[0]", json.dumps(COCO | {key: [[1]]})) for key in COCO),
 )
+OUTSIDE = "[8, 1, 4, 4]", "[1, 8, 4, 4]", "[-4, 1, 4, 4]", "[1, -5, 4, 4]"
 odd(
-    "two categories of one name",
+    "own annotations",
     "a.json",
-    lambda folder: detection.own_folder(folder / "a.json", folder, ["dog"]).base,
-    {WHOLE_FILE.replace("]}", ', {"id": 5, "name": "cat"}]}'): (3, 5)},
+    lambda folder: detection.own_folder(folder / "a.json", folder).base,
+    {WHOLE_FILE: (3, 4), WHOLE_FILE.replace(BOX, "[-3, -3, 4, 4]"): (3, 4)},
+    ("'cat'", WHOLE_FILE.replace("]}", ', {"id": 5, "name": "cat"}]}')),
+    ("annotations[0]", *(WHOLE_FILE.replace(BOX, box) for box in OUTSIDE)),
 )
 RESULT = json.dumps([ROW, ROW])
 odd(

@@ -211,12 +211,13 @@ def test_own_folder(tmp_path):
     listing.write_text(header + rows, encoding="utf-8")
     assert images_of(own_folder(tmp_path)) == {"trainval": [0, 1], "test": [4]}
     ends = "anna/2.jpg,val,2,0", "anna/2.jpg,val,nan,0", "anna/2.jpg,val,1", "anna/2.jpg,holdout,1,0"
-    contents = {f"{header}{rows}{end}": "line 5" for end in (*ends, "anna/0.jpg,test,1,1")}
+    contents = {f"{header}{rows}{end}": "line 5" for end in (*ends, "anna/0.jpg,test,1,1", "./anna/0.jpg,test,1,1")}
     contents |= {
         f"{header}{rows}../2.jpg,test,1,1": "../2.jpg",
         f"{header}anna/0.jpg,train,1,0\n": "test",
         b"\xff\xfe\x00a": "",
         "file,part\nx,y": "no column image",
+        "image,split,A hat,A hat\nanna/0.jpg,train,1,0\nanna/4.jpg,test,1,1\n": "'A hat'",
     }
     unreadable(listing, lambda: own_folder(tmp_path), contents)
     listing.write_text(f"{header}{rows}anna/9.jpg,test,1,1", encoding="utf-8")

@@ -207,9 +207,9 @@ def few(splits: Mapping[str, Any], count: int) -> dict[str, Any]:
 
     Raises `CorruptFile`: an image that cannot be read, or that is in "train" and in "test".
     """
-    learned = set(map(str, _files(splits["train"]))) if "train" in splits else set()
+    learned = set(map(os.path.normpath, _files(splits["train"]))) if "train" in splits else set()
     for name in _files(splits.get("test", ())):
-        if str(name) in learned:
+        if os.path.normpath(name) in learned:
             raise CorruptFile(name, "it is in the splits 'train' and 'test': a test on it would mean nothing")
     found = {}
     for name, split in splits.items():

@@ -14,6 +14,7 @@ A new set needs a `DataSet` with task "attributes" in `DATASETS`, and files like
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -344,12 +345,12 @@ def _csv(dataset: DataSet, root: Path) -> Listing:
     pictures: dict[str, list[int]] = {}
     chosen: dict[str, list[int]] = {"train": [], "val": [], "test": []}
     for line, row in rows:
-        cells = [row[name] for name in names]
-        if row["split"] not in chosen or not {*cells} <= {"0", "1"} or not cells or row["image"] in pictures:
+        cells, image = [row[name] for name in names], posixpath.normpath(row["image"])
+        if row["split"] not in chosen or not {*cells} <= {"0", "1"} or not cells or image in pictures:
             wanted = f"a new image, {', '.join(chosen)}, and 0 or 1 for each of {len(names)} attributes"
             raise CorruptFile(path, f"line {line}: expected {wanted}, found {','.join(row.values())[:80]!r}")
         chosen[row["split"]].append(len(pictures))
-        pictures[row["image"]] = [int(cell) for cell in cells]
+        pictures[image] = [int(cell) for cell in cells]
     if not chosen["val"]:
         chosen = {"trainval": chosen["train"], "test": chosen["test"]}
     if empty := [split for split, members in chosen.items() if not members]:

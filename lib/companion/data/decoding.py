@@ -6,8 +6,8 @@
 
 PIL identifies a file; torchvision decodes plain JPEGs and PNGs, PIL all others, tifffile the TIFFs that PIL does not
 read or reads wrongly, pydicom DICOM. Full scale is 255 for 8 bits, 65535 for 16, or given by `BitsPerSample` of a TIFF
-and `BitsStored` of a DICOM; for floats and 32-bit integers it is the smallest of 1 (floats), 255 and 65535 that covers
-the values. Values without a full scale - NaN, negative values, 12 bits stored as 16 - raise an error.
+and `BitsStored` of a DICOM, 1 for floats; for 32-bit integers it is the smaller of 255 and 65535 that covers the
+values. Values without a full scale - NaN, negative values, floats above 1, 12 bits stored as 16 - raise an error.
 """
 
 from __future__ import annotations
@@ -215,14 +215,14 @@ def _full_scale(values: np.ndarray, bits: int) -> int:
         raise ValueError(f"its values go from {low:g} to {high:g}: scale them to 0..1 (floats) or 0..65535")
     if bits:
         full = 2**bits - 1
-    elif values.dtype.kind == "f" and high <= 1:
+    elif values.dtype.kind == "f":  # not guessed from an image's values: those of one series would be scaled apart
         full = 1
     else:
         full = 255 if values.dtype != np.uint16 and high <= 255 else 65535
     if high > full or (full > 4095 and 0 < high < 4096):
         raise ValueError(
-            f"its values end at {high:g}, and full scale is 1 (floats), 255 or 65535 (with 12 bits or less in 16 an "
-            "image would be nearly black): scale them to it"
+            f"its values end at {high:g}, and full scale is 1 for floats, else 255 or 65535 (with 12 bits or less in "
+            "16 an image would be nearly black): scale them to it, all images of a series alike"
         )
     return full
 

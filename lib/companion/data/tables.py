@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections import Counter
 from pathlib import Path
 
 from ..errors import CorruptFile
@@ -60,7 +61,7 @@ def names(path: str | Path) -> list[str]:
 def rows(path: str | Path, *columns: str) -> list[tuple[int, dict[str, str]]]:
     """The rows of a CSV with a header: line number, and cell by column. Lines with # above the header are comments.
 
-    Raises also: a column of `columns` is missing, or a row has more or fewer cells than the header.
+    Raises also: a column of `columns` is missing, two have one name, or a row has more or fewer cells than the header.
     """
     text = list(io.StringIO(read_text(path), newline=""))
     above = next((i for i, line in enumerate(text) if not line.startswith("#")), 0)
@@ -68,6 +69,8 @@ def rows(path: str | Path, *columns: str) -> list[tuple[int, dict[str, str]]]:
     try:
         if absent := [column for column in columns if column not in (reader.fieldnames or ())]:
             raise CorruptFile(path, f"has no column {', '.join(absent)}; its columns are {reader.fieldnames}")
+        if twice := [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1 and name]:
+            raise CorruptFile(path, f"two columns are called {twice[0]!r}")
         found = [(above + reader.line_num, row) for row in reader]
     except csv.Error as error:
         raise CorruptFile(path, f"no table ({error})") from error
