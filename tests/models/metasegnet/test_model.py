@@ -177,6 +177,19 @@ def test_frozen_texts_are_encoded_once():
     assert not torch.allclose(encoder(ids), states), "other weights, other states"
 
 
+def test_states_of_texts_are_of_the_type_asked_for_and_bounded():
+    encoder = BertText(*bert(), 10)
+    ids = encoder.ids(["sand", "soil"])
+    states = encoder(ids)
+    encoder.load_state_dict(encoder.state_dict())  # the states are computed again
+    with torch.autocast("cpu", torch.bfloat16):
+        encoder(ids)
+    assert torch.equal(encoder(ids), states) and states.dtype == torch.float32
+    for _ in range(100):  # a text for each image
+        encoder(torch.randint(8, (2, 10)))
+    assert len(encoder._states) < 100
+
+
 # --- official names --------------------------------------------------------------------------------------------------
 
 

@@ -80,11 +80,14 @@ class Words(nn.Module):
         return self.norm(x)[back]
 
 
+CACHED = 64  # texts whose states `BertText` keeps, 0.4 MB each of BERT-base
+
+
 class BertText(nn.Module):
     """The last hidden states of a text encoder of `transformers` (BERT-base: D = 768), frozen.
 
-    The states of each text are computed once: a data set has at most one text for each of the 30 climate zones. The
-    tensors are the caller's, whose model keeps its mode and its flags.
+    The states of the last `CACHED` texts are kept: a data set has at most one text for each of the 30 climate zones,
+    unless each image has its own. The tensors are the caller's, whose model keeps its mode and its flags.
 
     Args:
         model: returns `last_hidden_state` for `input_ids` and `attention_mask`, such as `BertModel`.
@@ -99,7 +102,7 @@ class BertText(nn.Module):
         super().__init__()
         self.model, self.tokenizer, self.length = frozen_copy(model), tokenizer, length
         self.width, self.pad = model.config.hidden_size, tokenizer.pad_token_id
-        self._states: dict[tuple[int, ...], Tensor] = {}  # by the ids of a text
+        self._states: dict[tuple, Tensor] = {}  # by the type of the computation and the ids of a text
 
     def words(self, text: str) -> list[str]:
         """The tokens of a text, one for each id that is not padding."""
@@ -117,7 +120,11 @@ class BertText(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """States (n, L, width) of ids (n, L), those of padding too."""
-        rows = [tuple(row) for row in ids.tolist()]  # the only synchronisation with a GPU
+        device, weights = ids.device.type, next(self.model.parameters()).dtype
+        mixed = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weights
+        rows = [(weights, mixed, *row) for row in ids.tolist()]  # the only synchronisation with a GPU
+        if len(self._states.keys() | {*rows}) > CACHED:
+            self._states.clear()
         if new := list({row: i for i, row in enumerate(rows) if row not in self._states}.values()):
             with torch.no_grad():
                 output = self.model(input_ids=ids[new], attention_mask=self.mask(ids[new]).long())
