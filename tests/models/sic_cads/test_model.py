@@ -115,3 +115,10 @@ def test_the_scores_of_an_image_are_independent_of_its_batch():
         torch.testing.assert_close(model.recognise(images[i : i + 1]).p, together.p[i : i + 1], rtol=1e-4, atol=1e-5)
     model.recognise(images, student=True)
     assert len(model.teacher.seen) == 4
+
+
+def test_the_shorter_side_is_the_requested_one():
+    model = build(image_input=Input(416, (0.0,) * 3, (1.0,) * 3))
+    for side in (17, 23, 45, 93):
+        found = model.prepared(torch.full((1, 3, side, 2 * side), 255, dtype=torch.uint8))[0, 0]
+        assert (int((found[:, 0] > 0).sum()), int((found[0] > 0).sum())) == (416, 832), side

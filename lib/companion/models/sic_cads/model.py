@@ -280,8 +280,8 @@ class MLR(OfficialModel):
         check_pixels(images)
         target = self.settings.image_input
         if resize:
-            scale = target.size / min(images.shape[-2:])
-            images = F.interpolate(images, scale_factor=scale, recompute_scale_factor=True)
+            sides = images.shape[-2:]
+            images = F.interpolate(images, [side * target.size // min(sides) for side in sides])
         height, width = images.shape[-2:]
         return F.pad(_standardised(images, target), (0, -width % 32, 0, -height % 32))
 
