@@ -64,6 +64,16 @@ def test_pairs_draw_anew_and_from_torch_alone(vocabulary):
     assert pairs(vocabulary, windows=[(0, 2), (1, 1), (2, 2)])[0].window.tolist() == [0, 2]
 
 
+def test_a_large_set_of_reports_does_not_fill_the_memory(vocabulary):
+    reports = [f"There is edema {i}." for i in range(2000)]
+    data = Pairs(
+        torch.zeros(1, 3, 64, 64).expand(2000, -1, -1, -1), reports, vocabulary, patches=64, length=8, window=6
+    )
+    for item in data:
+        assert len(item.ids) == 8
+    assert text._read.cache_info().currsize < 2000
+
+
 def test_texts_of_other_images_are_refused(vocabulary):
     refuses(
         (lambda: pairs(vocabulary, masking="all")[0], "intended"),

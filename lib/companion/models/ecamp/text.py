@@ -35,7 +35,7 @@ MASKINGS = ("released", "intended")
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[MASK]", "[SEP]")
 TEMPLATES = ("there is no evidence of", "there is no")  # the first that matches
 BOILERPLATE = 0.05  # weight of a template's words
-CACHED = 1 << 16  # texts
+CACHED = 1 << 10  # texts, 3 kB each; more than synthetic reports have, while real ones hardly recur
 SPLICED = 0.8  # fraction of reports with the LLM's statements
 # masking probabilities of an entity, another word, a word of a text without entities
 ENTITY, OTHER, NO_ENTITY = 0.75, 0.7, 0.75
@@ -218,7 +218,7 @@ def weights(ids: Sequence[int] | np.ndarray, vocabulary: Vocabulary) -> np.ndarr
 
 @functools.lru_cache(CACHED)
 def _read(text: str, length: int, vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and weights (length,) of a text; cached, because the same texts recur."""
+    """Ids and weights (length,) of a text; cached, because synthetic texts recur."""
     ids = vocabulary.encode(text, length)
     return ids, weights(ids, vocabulary)
 
