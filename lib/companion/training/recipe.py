@@ -28,9 +28,10 @@ class Training:
         build: makes the model, with its seed.
         loss: from the model and a batch to the loss, see `fit`.
         data: makes the training data; None: nothing is trained.
-        fit: the other arguments of `fit`: optimizer, schedule, epochs, batch, last, callbacks, seed, hardware.
+        fit: the other arguments of `fit`: optimizer, schedule, epochs, batch, last, callbacks, seed, hardware; a
+            checkpoint of its own.
         facts: identity of data and settings: a checkpoint with other facts is not resumed.
-        weights: the tensors of the model to save at the end.
+        weights: the tensors of the model to save at the end; None: the caller saves them.
         metadata: text to save with them.
         every: steps between two checkpoints.
         dry_run: one epoch of two steps; `data` makes few items, see `dry_items`.
@@ -42,7 +43,7 @@ class Training:
     data: Callable[[], Dataset] | None
     fit: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
-    weights: Callable[[nn.Module], Mapping[str, Tensor]] = trained_state
+    weights: Callable[[nn.Module], Mapping[str, Tensor]] | None = trained_state
     metadata: Callable[[nn.Module], Mapping[str, str]] | None = None
     every: int = 200
     dry_run: bool = False
@@ -83,7 +84,7 @@ def run(training: Training, out: str | Path | None = None, **changes: Any) -> tu
     model, options = training.build(), {"name": training.name, **training.fit, **changes}
     if training.data is None:
         return model.eval(), []
-    if out:
+    if out and "checkpoint" not in options:
         folder, facts = Path(out) / "checkpoints", {**training.facts, "model": model}
         options["checkpoint"] = Checkpoint.of(folder, training.name, training.every, **facts)
     data = training.data()
@@ -96,7 +97,7 @@ def run(training: Training, out: str | Path | None = None, **changes: Any) -> tu
             clock = Clock(Path(out) / "step.json", options["batch"])
             options["callbacks"] = [*options.get("callbacks", ()), clock]
     history = fit(model, training.loss, data, **options)
-    if out:
+    if out and training.weights:
         metadata = training.metadata(model) if training.metadata else None
         save(Path(out) / "trained", training.name, training.weights(model), metadata)
     return model.eval(), history

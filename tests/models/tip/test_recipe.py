@@ -16,6 +16,7 @@ from companion.errors import BadCheckpoint, CorruptFile, MissingData, MissingWei
 from companion.evaluation.metrics.restoration import psnr
 from companion.models.tip import TIPPipeline, load_adaptor, recipe, save_adaptor
 from companion.models.tip.degradations import BLIND, TASKS, Degraded
+from companion.ops.files import read_json
 from tests.conftest import parameters
 from tests.models.common import refuses
 from tests.models.tip.test_model import save_narrow
@@ -46,6 +47,13 @@ def data() -> Degraded:
 
 def weights(pipe: TIPPipeline) -> dict[str, torch.Tensor]:
     return {n: t.clone() for n, t in pipe.adaptor.state_dict().items()}
+
+
+def test_a_dry_run_measures_a_step(pocket: None, tmp_path: Path) -> None:
+    recipe.run(given(), tmp_path)
+    step = read_json(tmp_path / "step.json")
+    assert step["images"] > 0 and step["seconds"] > 0
+    assert [path.is_dir() for path in (tmp_path / "trained").iterdir()] == [True]
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

@@ -290,8 +290,10 @@ def train(
             loss=lambda model, batch: model(*batch),
             data=lambda: Tensors(data, pipe),
             fit=options,
+            weights=None,
             dry_run=p.dry_run,
-        )
+        ),
+        out,
     )
     pipe.to(device(p.accelerator))  # for the test
     if out is not None:  # in diffusers' layout
