@@ -170,10 +170,15 @@ class Echo(nn.Module):
         return images
 
 
-def test_images_of_several_sizes_are_tested_in_batches():
+def test_images_of_several_sizes_are_tested_in_batches_by_the_workers_of_the_hardware(monkeypatch):
     torch.manual_seed(0)
     data = [(torch.randn(3, n, 64), torch.randint(3, (n, 64))) for n in (64, 32, 64, 64, 32)]
     expected = sum(metrics.confusion(labels, image.argmax(0), 3) for image, labels in data)
+    asked, loader = [], recipe.DataLoader
+    monkeypatch.setattr(recipe, "DataLoader", lambda *a, **o: asked.append(o["num_workers"]) or loader(*a, **o))
+    for workers in (0, 1):
+        recipe.confusion(Echo(), recipe.Part(data, [], [*"abc"]), None, hardware=replace(CPU, workers=workers))
+    assert asked == [0, 1]
     for batch in (1, 2, 5):
         assert torch.equal(recipe.confusion(Echo(), recipe.Part(data, [], [*"abc"]), None, batch=batch), expected)
 

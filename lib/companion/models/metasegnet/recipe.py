@@ -313,9 +313,10 @@ def confusion(
     total = torch.zeros(len(test.classes), len(test.classes), dtype=torch.int64)
     network: Callable[..., Tensor] = model
     data = test.data if texts is None or model.text is None else Prompted(test.data, model.text, texts)
-    workers = 0 if isinstance(test.data, TensorDataset) else WORKERS
     with evaluating(hardware, model) as where:
-        for items in DataLoader(data, batch, num_workers=workers, pin_memory=where.type == "cuda", collate_fn=list):
+        for items in DataLoader(
+            data, batch, num_workers=hardware.workers, pin_memory=where.type == "cuda", collate_fn=list
+        ):
             for some in same_shapes([image for image, *_ in items], batch):
                 images, labels, *ids = (torch.stack(column) for column in zip(*[items[i] for i in some], strict=True))
                 predict = functools.partial(network, texts=ids[0].to(where) if ids else None)
