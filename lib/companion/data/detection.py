@@ -126,10 +126,7 @@ class Boxes(Images):
         pixels, info = self.pixels(index)
         image = self.truth["images"][index]
         known = (image["height"], image["width"])
-        for found in (
-            decoding.upright(pixels, info),
-            pixels,
-        ):  # boxes are drawn on the upright image, or the stored one
+        for found in (decoding.upright(pixels, info), pixels):  # some tools draw boxes on the stored image
             if known == found.shape[:2]:
                 return torch.from_numpy(found).permute(2, 0, 1), self.target(index)
         raise CorruptFile(self.sources[index], f"is {pixels.shape[1::-1]} pixels, its annotation has {known[::-1]}")

@@ -125,7 +125,7 @@ class Raster:
                     found = self._file.read(list(bands), window=((top, top + rows), (left, left + columns)))
                 except rasterio.errors.RasterioError as error:
                     raise CorruptFile(self.path, f"rows {top} to {top + rows} cannot be decoded ({error})") from error
-        if found.size and not 0 <= found.min() <= found.max() <= 255:
+        if kind != np.uint8 and not 0 <= found.min() <= found.max() <= 255:
             raise CorruptFile(self.path, f"its values are {found.min()} to {found.max()}; 0 to 255 are needed")
         return found.astype(np.uint8, copy=False)
 

@@ -123,6 +123,14 @@ def test_nothing_left_to_be_found_is_no_score(protocol, expected):
     np.testing.assert_equal(recipe.score("detection", [(heads, boxes)], protocol), expected)
 
 
+def test_outputs_are_scored_without_autocast(small):
+    """As downstream of half precision: only the network's own pass has it."""
+    p = given(precision="bf16-mixed", encoder="random")
+    data = torch.utils.data.TensorDataset(torch.rand(3, 3, 224, 224), torch.arange(3))
+    for found, _ in recipe.outputs(p, recipe.head(p), data):
+        assert found.dtype == (found @ found.T).dtype == torch.float32
+
+
 def test_what_cannot_be_run_is_refused(tmp_path, monkeypatch):
     def downstream(**changes):
         return lambda: recipe.downstream(given(**changes))

@@ -27,6 +27,7 @@ import numpy as np
 import pandas as pd
 
 from ...errors import BadParameter
+from . import check_values
 
 THRESHOLD = 0.45  # probability above which an attribute is predicted, in the authors' evaluation
 _TINY = 1e-20  # the authors': so that 0 / 0 is 0
@@ -66,10 +67,9 @@ def evaluate(labels: np.ndarray, probabilities: np.ndarray, threshold: float = T
     Raises `BadParameter`: shapes that differ, no images, probabilities outside 0 to 1, or a threshold outside.
     """
     y, p = np.asarray(labels), np.asarray(probabilities, dtype=np.float64)
-    if y.ndim != 2 or y.shape != p.shape or not y.size:
-        raise BadParameter("probabilities", p.shape, f"the shape of the labels, {y.shape}: images by attributes")
-    if not (p.min() >= 0 and p.max() <= 1):  # logits, or nan
-        raise BadParameter("probabilities", f"{p.min():g} to {p.max():g}", "0 to 1: take the sigmoid of logits first")
+    if y.ndim != 2 or not y.size:
+        raise BadParameter("labels", y.shape, "images by attributes")
+    check_values("probabilities (after the sigmoid)", p, y.shape, 0, 1)
     if not 0 < threshold < 1:
         raise BadParameter("threshold", threshold, "between 0 and 1")
     there, absent, said = y == 1, y == 0, p > threshold

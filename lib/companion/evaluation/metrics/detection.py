@@ -22,6 +22,7 @@ from faster_coco_eval import COCO, COCOeval_faster
 from ...data.detection import check_results, is_box
 from ...errors import BadParameter, CorruptFile, check_choice
 from ...ops.files import read_json
+from . import check_values
 
 BLOCK = 250_000  # images x classes scored at once: about half a GB
 KINDS = ("bbox", "segm")
@@ -176,9 +177,13 @@ def recognition_ap(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
     """AP of each class over images (C,), in percent, from labels and scores (n, C); nan where no image has the class.
 
     The mean over the images with the class of the precision at their rank, not interpolated.
+
+    Raises `BadParameter`: other labels than 0 and 1, scores of another shape or that are not finite.
     """
     from sklearn.metrics import average_precision_score  # imported here because it takes a second
 
+    check_values("labels", labels, low=0, high=1, whole=True)
+    check_values("scores", scores, labels.shape)
     found = np.full(labels.shape[1], np.nan)
     for c in np.flatnonzero(labels.any(0)):
         found[c] = 100 * average_precision_score(labels[:, c], scores[:, c])

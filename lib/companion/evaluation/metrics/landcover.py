@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...errors import BadParameter
+from . import check_values
 
 
 class Scores(NamedTuple):
@@ -24,9 +25,13 @@ class Scores(NamedTuple):
 def confusion(truth: Tensor, predicted: Tensor, classes: int) -> Tensor:
     """Counts (C, C) of pixels, rows the truth, columns the prediction; truth outside 0 ... C - 1 is left out.
 
-    The matrices of several images can be summed."""
+    The matrices of several images can be summed.
+
+    Raises `BadParameter`: a prediction outside 0 ... C - 1, or of another shape than the truth.
+    """
     from torchmetrics.functional.classification import multiclass_confusion_matrix  # takes a second to import
 
+    check_values("predicted", predicted, truth.shape, 0, classes - 1, whole=True)
     truth = truth.long().where((truth >= 0) & (truth < classes), -1)
     return multiclass_confusion_matrix(predicted.long(), truth, classes, ignore_index=-1)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...errors import BadParameter, check_choice
+from . import check_values
 
 IOUS = (0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75)
 PROTOCOLS = ("released", "plain")
@@ -17,11 +18,14 @@ PROTOCOLS = ("released", "plain")
 def mean_auroc(labels: np.ndarray | Tensor, scores: np.ndarray | Tensor) -> float:
     """The plain mean of the classes' areas under the ROC curve, in percent; labels 0 or 1 and scores (n, classes).
 
-    Raises `BadParameter`: a class with positives only, or none, whose area is not defined.
+    Raises `BadParameter`: a class with positives only, or none, whose area is not defined; other labels; scores of
+    another shape, or that are not finite.
     """
     from sklearn.metrics import roc_auc_score  # imported here because it takes a second
 
     labels, scores = np.asarray(labels).reshape(len(labels), -1), np.asarray(scores).reshape(len(scores), -1)
+    check_values("labels", labels, low=0, high=1, whole=True)
+    check_values("scores", scores, labels.shape)
     alike = [c for c in range(labels.shape[1]) if len(set(labels[:, c].tolist())) < 2]
     if alike:
         raise BadParameter("labels", f"classes {alike} with one value only", "positives and negatives of each class")
@@ -36,6 +40,8 @@ def dice(probability: Tensor, truth: Tensor, protocol: str = "released") -> Tens
     empty predictions: with 78 % healthy images, predicting nothing scores 78. "plain" leaves those images out (nan).
     """
     check_choice("protocol", protocol, PROTOCOLS)
+    check_values("truth", truth, low=0, high=1.001)  # the mean of a mask, up to rounding
+    check_values("probability", probability, truth.shape, 0, 1)
     p, t = ((x > 0.5).flatten(1).float() for x in (probability, truth))
     both, sums = (p * t).sum(1), p.sum(1) + t.sum(1)
     healthy = (p.sum(1) == 0).float() if protocol == "released" else torch.full_like(both, torch.nan)
@@ -59,8 +65,10 @@ def mean_precision(found: Sequence[Tensor], boxes: Tensor, size: int, protocol: 
     from torchmetrics.detection import MeanAveragePrecision  # takes a second to import; most users do not need it
 
     metric = MeanAveragePrecision(iou_thresholds=list(IOUS), backend="faster_coco_eval")
+    check_values("boxes", boxes, (len(found), *boxes.shape[1:]))
     metric.warn_on_many_detections = False  # as released: the hundred best of an image are scored
     for kept, truth in zip(found, boxes, strict=True):
+        check_values("found", kept)
         truth = truth[truth[:, 3] > 0]
         if protocol == "released" and not (len(kept) and len(truth)):
             continue

@@ -20,20 +20,21 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 from torchvision.models import AlexNet_Weights
 
-from ...errors import BadParameter
+from . import check_values
 
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # torch-fidelity's
 
 
 def psnr(restored: Tensor, clean: Tensor) -> Tensor:
-    """-10 log10 of the mean squared error of each image (B, 3, H, W) in [0, 1]: (B,) dB, infinite where equal."""
-    _alike(restored, clean)
-    return -10 * (restored - clean).square().flatten(1).mean(1).log10()
+    """-10 log10 of the mean squared error of each image (B, 3, H, W) in [0, 1]: (B,) dB, at most 100, also where equal:
+    a mean over images is finite."""
+    check_values("restored", restored, clean.shape)
+    return -10 * (restored - clean).square().flatten(1).mean(1).clamp_min(1e-10).log10()
 
 
 def ssim(restored: Tensor, clean: Tensor) -> Tensor:
     """Structural similarity of each image (B, 3, H, W) in [0, 1]: (B,); Gaussian windows of sigma 1.5, borders in."""
-    _alike(restored, clean)
+    check_values("restored", restored, clean.shape)
     return structural_similarity_index_measure(restored, clean, data_range=1.0, reduction="none").reshape(-1)
 
 
@@ -64,8 +65,3 @@ def perceptual(download: bool = False) -> tuple[dict[str, Metric], dict[str, str
         except (OSError, ImportError, RuntimeError) as error:
             reasons[name] = f"not run: {file} could not be had ({type(error).__name__})"
     return found, reasons
-
-
-def _alike(restored: Tensor, clean: Tensor) -> None:
-    if restored.shape != clean.shape or restored.ndim != 4:
-        raise BadParameter("pictures", (tuple(restored.shape), tuple(clean.shape)), "two tensors (B, 3, H, W) alike")

@@ -20,6 +20,7 @@ moves by 0.01.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -122,11 +123,14 @@ def evaluate(
 
     Raises:
         BadParameter: unknown rules.
-        CompanionError: sequences without result or results without sequence (listed), too few rows, a box that is not a
-            number, or a ground truth without the second stream that the rules require.
+        CompanionError: two sequences of one name, sequences without result or results without sequence (listed), too
+            few rows, a box that is not a number, or a ground truth without the second stream that the rules require.
     """
     check_choice("rules", rules, RULES)
+    sequences = list(sequences)
     truth = {sequence.name: sequence for sequence in sequences}
+    if twice := [name for name, count in Counter(sequence.name for sequence in sequences).items() if count > 1]:
+        raise CompanionError(f"{len(twice)} names of sequences are there twice: {', '.join(twice[:8])}")
     _check(results, truth, rules)
     two, gtot = rules in ("rgbt234", "gtot"), rules == "gtot"
     pixels = (5 if gtot else 20) if pixels is None else pixels

@@ -24,7 +24,7 @@ from ...backbones import read_state
 from ...data import few, find, present, pretraining
 from ...data.pretraining import ADE20K, COCO, IMAGENET
 from ...errors import BadParameter, MissingWeights
-from ...evaluation.metrics import detection, landcover
+from ...evaluation.metrics import accuracy, detection, landcover
 from ...evaluation.tables import Cells, Results, published_table, with_measured
 from ...ops import papers
 from ...ops.progress import progress
@@ -464,8 +464,7 @@ def _labels(data: Any) -> Tensor:
 
 
 def _top1(p: Parameters, model: nn.Module, data: Dataset) -> dict[str, float]:
-    right = predict(model, data, batch=MICRO_BATCH, hardware=_hardware(p)).argmax(1) == _labels(data)
-    return {"top-1": 100 * float(right.float().mean())}
+    return {"top-1": accuracy(_labels(data), predict(model, data, batch=MICRO_BATCH, hardware=_hardware(p)))}
 
 
 def _generated(p: Parameters, count: int, seed: int) -> Any:

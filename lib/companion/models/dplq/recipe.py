@@ -19,6 +19,7 @@ from ...data import domains, few, fewshot, find, present
 from ...data.classification import Images
 from ...data.domains import CLASSES
 from ...errors import BadParameter, MissingWeights
+from ...evaluation import metrics
 from ...evaluation.tables import Cells, Results, compare_published, published_table
 from ...ops import papers
 from ...training.fit import Hardware, History, RunParameters, predict
@@ -291,8 +292,8 @@ def accuracy(model: PromptedCLIP, data: Any, classes: tuple[str, ...], seed: int
     model.set_classes(classes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        predicted = predict(model, data, batch=TEST_BATCH, hardware=hardware).argmax(1)
-    return 100 * float((predicted == torch.tensor(data.labels)).double().mean())
+        logits = predict(model, data, batch=TEST_BATCH, hardware=hardware)
+    return metrics.accuracy(torch.tensor(data.labels), logits)
 
 
 def rows(p: Parameters, scores: Mapping[str, float]) -> list[dict[str, Any]]:

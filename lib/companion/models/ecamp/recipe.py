@@ -20,7 +20,7 @@ from ... import backbones
 from ...data import DATASETS, few, present, xrays
 from ...data.xrays import CLASSES, ONE_OF, tasks
 from ...errors import BadParameter, MissingWeights, check_choice
-from ...evaluation.metrics import radiology
+from ...evaluation.metrics import accuracy, radiology
 from ...evaluation.tables import Results, published_table
 from ...ops import papers
 from ...ops.files import atomic
@@ -30,6 +30,7 @@ from ...training.fit import Hardware, RunParameters, evaluating
 from ...training.recipe import Training, dry_items
 from ...training.recipe import run as train
 from ...training.schedules import adamw, sgd
+from ..layers.precision import without_autocast
 from . import detection, heads, official, text
 from . import model as ecamp
 from .model import ECAMP
@@ -473,7 +474,8 @@ def outputs(p: Parameters, model: nn.Module, part: Dataset) -> Iterator[tuple[An
         options = {"num_workers": hardware.workers, "pin_memory": device.type == "cuda"}
         for images, truth in DataLoader(part, TEST_BATCH, **options):
             out = model(images.to(device, non_blocking=True))
-            yield [x.float().cpu() for x in out] if isinstance(out, list) else out.float().cpu(), truth
+            with without_autocast(device):  # of what is done with them
+                yield [x.float().cpu() for x in out] if isinstance(out, list) else out.float().cpu(), truth
 
 
 def score(kind: str, batches: Iterable[tuple[Any, Tensor]], protocol: str = "released") -> float:
@@ -498,7 +500,7 @@ def score(kind: str, batches: Iterable[tuple[Any, Tensor]], protocol: str = "rel
         return radiology.mean_precision(kept, torch.stack(boxes), SIDE, protocol) if any(scored) else math.nan
     logits, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     if labels.ndim == 1:
-        return 100 * float((logits.argmax(1) == labels).float().mean())
+        return accuracy(labels, logits)
     return radiology.mean_auroc(labels, logits)
 
 

@@ -34,6 +34,7 @@ from torch.nn import functional as F
 
 from ...errors import BadParameter, check_choice
 from ...errors import check_names as check_class_names
+from ...evaluation.metrics import check_values
 from ...ops.config import configure
 from ..layers.state_dicts import OfficialModel, below, check_names, depth
 from . import official
@@ -388,8 +389,11 @@ def predict(head: str, outputs: Tensor, classes: int = 6) -> Tensor:
 
     Ordinal heads count the leading probabilities above one half; CORN multiplies them up first. (The released code
     leaves that product out in training and tuning: `predict("ordinal", ...)` gives what it computes there.)
+
+    Raises `BadParameter`: another head, or outputs that are not finite.
     """
     check_choice("head", head, HEADS)
+    check_values("outputs", outputs)
     if head == "classification":
         return outputs.argmax(1)
     if head == "regression":  # torch rounds halves to even

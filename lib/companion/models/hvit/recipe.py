@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from ...data import few, present
 from ...data import slides as data
 from ...errors import BadParameter, MissingData, MissingWeights
+from ...evaluation.metrics import check_values
 from ...evaluation.tables import Results
 from ...ops import papers
 from ...training.callbacks import Callback, EarlyStop
@@ -348,9 +349,14 @@ def voted(each: Sequence[Tensor], names: Sequence[str] | None = None, isup: bool
 
 
 def quadratic_kappa(truth: Tensor, predicted: Tensor) -> float:
-    """Quadratic weighted kappa; predictions that are all the same give 0."""
+    """Quadratic weighted kappa; predictions that are all the same give 0.
+
+    Raises `BadParameter`: grades that are no whole numbers from 0, or not one for each slide.
+    """
     from sklearn.metrics import cohen_kappa_score  # here: it takes a second to import
 
+    for name, grades in {"truth": truth, "predicted": predicted}.items():
+        check_values(name, grades, truth.shape, 0, whole=True)
     labels = list(range(max(data.GRADES, 1 + int(truth.max()), 1 + int(predicted.max()))))
     value = cohen_kappa_score(truth.cpu().numpy(), predicted.cpu().numpy(), weights="quadratic", labels=labels)
     return 0.0 if math.isnan(value) else float(value)

@@ -17,6 +17,7 @@ from torchvision.transforms import v2
 
 from ... import backbones
 from ...data import DATASETS, classification, few, present
+from ...evaluation import metrics
 from ...evaluation.tables import Cells, Results, compare_published, published_table
 from ...ops import papers
 from ...training.callbacks import EarlyStop
@@ -244,9 +245,8 @@ def fit_options(learning_rate: float, hardware: Hardware, val: Dataset | None = 
 
 def accuracy(model: nn.Module, data: Dataset, hardware: Hardware, batch: int = 64) -> float:
     """Top-1 accuracy in percent, of the image pathway if there are two."""
-    predicted = predict(model, data, batch=batch, hardware=hardware).argmax(1)
     labels = data.tensors[1] if isinstance(data, TensorDataset) else torch.tensor(data.labels)
-    return 100 * float((predicted == labels).float().mean())
+    return metrics.accuracy(labels, predict(model, data, batch=batch, hardware=hardware))
 
 
 # --- results ----------------------------------------------------------------------------------------------------------
