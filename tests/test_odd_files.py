@@ -295,7 +295,11 @@ odd(
 )
 NAMED = {f"{BOM}field\nwood\n": [*CLASSES], "field 300 0 0\nwood\n": "300"}
 odd(
-    "classes", "classes.txt", lambda folder: [*landcover.read_classes(folder)], NAMED, ("", "field\n", "field\nfield\n")
+    "classes",
+    "classes.txt",
+    lambda folder: [*landcover.read_classes(folder)],
+    NAMED,
+    ("", "field\n", "field\nfield\n", "a 1 2 3\nb 1 2 3\n"),
 )
 
 # --- COCO's files -----------------------------------------------------------------------------------------------------

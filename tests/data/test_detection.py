@@ -155,7 +155,7 @@ def test_a_rotated_photograph_is_read_as_its_annotation_describes_it(coco, own, 
         ({"annotations": [{"image_id": 1}]}, "annotations[0]: 'caption'"),
         ({"annotations": [{"image_id": 1, "caption": None}]}, "annotations[0]: 'caption'"),
         ({"annotations": [["a"]]}, "annotations[0]"),
-        ({"images": [{"id": 1}]}, "images[0]: 'file_name'"),
+        ({"images": [{"file_name": "a.jpg"}]}, "images[0]: 'id'"),
         ({"images": None}, "'images'"),
     ],
 )

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from companion.data import DATASETS, xrays
+from companion.data import DATASETS, landcover, xrays
 from companion.data.xrays import MaskTransform, load, reports, rle_mask
 from companion.errors import BadParameter, CorruptFile, MissingData
 from tests.data.conftest import picture, refused, unreadable
@@ -199,3 +199,6 @@ def test_own_folder(tmp_path):
     assert found.texts == ["No mass."] and found.statements is None
     refused(MissingData, r"test_list\.txt", load, mine, tmp_path, "test")
     refused(BadParameter, "classes", load, xrays.own(tmp_path), tmp_path, "train")
+    for classes in ("mass", ["mass", "mass"]):
+        refused(BadParameter, "mass", xrays.own, tmp_path, classes)
+        refused(BadParameter, "mass", landcover.own, tmp_path, classes)

@@ -250,11 +250,8 @@ SCHEMA: dict[str, Fields] = {
     "annotations": {"image_id": _is_id, "category_id": _is_whole, "bbox": is_box},
 }
 """The fields of each part of COCO's format that are read here, and what each must be."""
-CAPTIONS: dict[str, Fields] = {
-    "images": SCHEMA["images"],
-    "annotations": {"image_id": _is_id, "caption": lambda value: isinstance(value, str)},
-}
-"""The same of a file of captions."""
+CAPTION: Fields = {"image_id": _is_id, "caption": lambda value: isinstance(value, str)}
+"""The fields of an annotation in a file of captions."""
 REFERENCES = [("annotations", "image_id", "images"), ("annotations", "category_id", "categories")]
 REFERENCES += [("images", f"{kind}_category_ids", "categories") for kind in ("pos", "neg", "not_exhaustive")]
 SHAPES: dict[str, Fields] = {
@@ -355,7 +352,8 @@ def caption_labels(captions: Mapping, categories: Sequence[Mapping], file: str |
     are named.
     """
     wrong = functools.partial(_wrong, "captions", "COCO's captions", file)
-    for part, fields in CAPTIONS.items():
+    known: Fields = SCHEMA["images"] if file else {"id": _is_id}
+    for part, fields in {"images": known, "annotations": CAPTION}.items():
         rows = captions.get(part) if isinstance(captions, Mapping) else None
         if not isinstance(rows, list):
             raise wrong(f"not COCO's format: no list '{part}'")

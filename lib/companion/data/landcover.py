@@ -29,7 +29,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.datasets.utils import download_and_extract_archive
 
-from ..errors import BadParameter, CorruptFile, check_choice
+from ..errors import BadParameter, CorruptFile, check_choice, check_names
 from ..ops.files import atomic
 from . import DataSet, Parts, Status, climate, downloading, facts, find, own_set, tables
 from .rasters import SUFFIXES, Raster, quiet
@@ -298,6 +298,7 @@ def own(
     Raises as `load`.
     """
     root = Path(root)
+    check_names(classes)
     layout = (
         "images/*.tif    uint8, red, green, blue\nlabels/*.tif    optional: one band, the same names\n"
         "places.csv      optional: image,latitude,longitude,zone,text\n{train,val,test}.txt    optional: file names"
@@ -364,8 +365,8 @@ def read_classes(root: str | Path) -> dict[str, tuple[int, int, int]]:
     for i, line in enumerate(tables.lines(path)):
         ((name, *colour),) = re.findall(r"^(.*?)(?:\s(\d+)\s+(\d+)\s+(\d+))?$", line)
         red, green, blue = map(int, colour) if colour[0] else _colour(i)
-        if name in found or max(red, green, blue) > 255:
-            raise CorruptFile(path, f"{line!r} is not a new name, or a name and three numbers from 0 to 255")
+        if name in found or (red, green, blue) in found.values() or max(red, green, blue) > 255:
+            raise CorruptFile(path, f"{line!r} is not a new name, or a new name and colour, of numbers from 0 to 255")
         found[name] = red, green, blue
     if len(found) < 2:
         raise CorruptFile(path, "two classes or more are needed")

@@ -35,7 +35,7 @@ from torchvision.datasets.utils import download_url
 from torchvision.ops import box_convert
 from torchvision.transforms import v2
 
-from ..errors import BadParameter, CorruptFile, check_choice
+from ..errors import BadParameter, CorruptFile, check_choice, check_names
 from ..ops.config import configure
 from ..ops.files import atomic
 from . import DataSet, Parts, Status, decoding, downloading, facts, find, own_set, tables
@@ -330,7 +330,10 @@ def own(root: str | Path, classes: Sequence[str] = ()) -> DataSet:
     The lists have the authors' forms: train_list.txt (a path, then 0 or 1 for each class), train_list.csv with
     img_path,mask_path or image_path,bbox (of an image of 1024 pixels), val_list and test_list alike; and pretrain.csv
     with img_path,report and optionally llm_output. A mask has values of 0 and 255, or of 0 and 1.
+
+    Raises `BadParameter`: `classes` are no different names.
     """
+    check_names(classes)
     return own_set(
         root,
         "xrays",

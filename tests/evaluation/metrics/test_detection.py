@@ -119,8 +119,11 @@ def test_files_are_read_and_malformed_inputs_refused(tmp_path):
         (broken("annotations", "bbox"), "'bbox'"),
         (broken("categories", "frequency"), "'frequency'"),
         (broken("annotations", "image_id", image_id=7), "7"),
+        (broken("annotations", "category_id", category_id=77), "77"),
         error=CorruptFile,
     )
     refuses(
-        (lambda: evaluate(truth(), [row(7, 3)]), "7"), (lambda: evaluate(truth(), [RIGHT], kind="segm"), "segmentation")
+        (lambda: evaluate(truth(), [row(7, 3)]), "7"),
+        (lambda: evaluate(truth(), [RIGHT], kind="segm"), "segmentation"),
+        (lambda: evaluate(truth(), [RIGHT], top=0), "top"),
     )

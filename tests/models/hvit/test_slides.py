@@ -141,6 +141,8 @@ def test_the_spacing_decides_the_level(path, tmp_path, image):
             found = slides.tile(slide, dataclasses.replace(SMALL, mpp=mpp, region=region, area=0.1))
             assert set(found.contours) == pieces and (found.level, found.pixels, found.step) == read
         refuses((lambda: slides.tile(slide, dataclasses.replace(SMALL, mpp=1.0)), r"mpp = 1\.0.*0\.5, 2, 8"))
+    for name, wrong in {"region": 0, "mpp": 0, "downsample": 0, "median": 2, "close": -1}.items():
+        refuses((lambda change={name: wrong}: Tiling(**change), name))
     bare = written(tmp_path / "bare.tiff", image, mpp=None)
     with Slide(bare) as slide:
         refuses((lambda: slides.tile(slide, SMALL), r"mpp.*bare\.tiff"), (lambda: Slide(bare, mpp=0), "mpp = 0"))

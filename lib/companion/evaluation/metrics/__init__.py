@@ -16,6 +16,8 @@ def check_values(
     name: str,
     values: Any,
     shape: Sequence[int] | None = None,
+    *,
+    axes: int | None = None,
     low: float = -math.inf,
     high: float = math.inf,
     whole: bool = False,
@@ -24,11 +26,14 @@ def check_values(
 
     Args:
         shape: None: any.
+        axes: their number, for values that must not be empty; None: any.
         whole: no fractions, as in labels.
     """
     found = torch.as_tensor(values)
     if shape is not None and found.shape != tuple(shape):
         raise BadParameter(name, f"shape {tuple(found.shape)}", f"{tuple(shape)}, one value for each that is scored")
+    if axes is not None and (found.ndim != axes or not found.numel()):
+        raise BadParameter(name, f"shape {tuple(found.shape)}", f"{axes} axes, and at least one value")
     if not found.numel():
         return
     ends = float(found.min()), float(found.max())
@@ -43,6 +48,6 @@ def accuracy(labels: Tensor, outputs: Tensor) -> float:
 
     Raises `BadParameter`: outputs that are not finite, labels that are no class, or not one for each output.
     """
-    check_values("outputs", outputs)
-    check_values("labels", labels, outputs.shape[:1], 0, outputs.shape[1] - 1, whole=True)
+    check_values("outputs", outputs, axes=2)
+    check_values("labels", labels, outputs.shape[:1], low=0, high=outputs.shape[1] - 1, whole=True)
     return 100 * float((outputs.argmax(1) == labels).double().mean())

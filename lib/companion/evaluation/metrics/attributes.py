@@ -67,9 +67,8 @@ def evaluate(labels: np.ndarray, probabilities: np.ndarray, threshold: float = T
     Raises `BadParameter`: shapes that differ, no images, probabilities outside 0 to 1, or a threshold outside.
     """
     y, p = np.asarray(labels), np.asarray(probabilities, dtype=np.float64)
-    if y.ndim != 2 or not y.size:
-        raise BadParameter("labels", y.shape, "images by attributes")
-    check_values("probabilities (after the sigmoid)", p, y.shape, 0, 1)
+    check_values("labels", y, axes=2)
+    check_values("probabilities (after the sigmoid)", p, y.shape, low=0, high=1)
     if not 0 < threshold < 1:
         raise BadParameter("threshold", threshold, "between 0 and 1")
     there, absent, said = y == 1, y == 0, p > threshold

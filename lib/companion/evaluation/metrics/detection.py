@@ -83,14 +83,16 @@ def evaluate(
             classes in "lvis". With another number "coco" has no recalls by number.
 
     Raises:
-        BadParameter: an unknown style or kind, a row without a field, with NaN, with another shape, or of an image that
-            the annotations do not have.
+        BadParameter: an unknown style or kind, a `top` below 1, a row without a field, with NaN, with another shape, or
+            of an image that the annotations do not have.
         CorruptFile: a malformed file.
     """
     check_choice("style", style, STYLES)
     check_choice("kind", kind, KINDS)
     truth, lvis = _annotations(annotations, style, kind), style == "lvis"
-    top = top or (300 if lvis else 100)
+    top = (300 if lvis else 100) if top is None else top
+    if top < 1:
+        raise BadParameter("top", top, "1 or more")
     file = results if isinstance(results, (str, Path)) else None
     rows: Sequence[Mapping] = check_results(read_json(file) if file else results, file, kind)
     named = {category["id"]: category["name"] for category in truth["categories"]}
@@ -152,10 +154,12 @@ def _annotations(given: str | Path | dict, style: str, kind: str) -> dict:
         for i, entry in enumerate(truth[part]):
             if lost := [name for name in names if not isinstance(entry, Mapping) or entry.get(name) is None]:
                 raise CorruptFile(where, f"{part}[{i}]: '{lost[0]}' is missing")
-    known = {entry["id"] for entry in truth["images"]}
+    known, classes = ({entry["id"] for entry in truth[part]} for part in ("images", "categories"))
     for i, entry in enumerate(truth["annotations"]):
         if entry["image_id"] not in known:
             raise CorruptFile(where, f"annotations[{i}]: 'image_id' is {entry['image_id']!r}, which no image is")
+        if entry["category_id"] not in classes:
+            raise CorruptFile(where, f"annotations[{i}]: 'category_id' is {entry['category_id']!r}, which no class is")
         if "bbox" in entry and not is_box(entry["bbox"]):
             wrong = str(entry["bbox"])[:80]
             raise CorruptFile(where, f"annotations[{i}]: 'bbox' is {wrong}, not [x, y, width, height]")
@@ -182,7 +186,7 @@ def recognition_ap(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
     """
     from sklearn.metrics import average_precision_score  # imported here because it takes a second
 
-    check_values("labels", labels, low=0, high=1, whole=True)
+    check_values("labels", labels, axes=2, low=0, high=1, whole=True)
     check_values("scores", scores, labels.shape)
     found = np.full(labels.shape[1], np.nan)
     for c in np.flatnonzero(labels.any(0)):

@@ -31,7 +31,7 @@ def confusion(truth: Tensor, predicted: Tensor, classes: int) -> Tensor:
     """
     from torchmetrics.functional.classification import multiclass_confusion_matrix  # takes a second to import
 
-    check_values("predicted", predicted, truth.shape, 0, classes - 1, whole=True)
+    check_values("predicted", predicted, truth.shape, low=0, high=classes - 1, whole=True)
     truth = truth.long().where((truth >= 0) & (truth < classes), -1)
     return multiclass_confusion_matrix(predicted.long(), truth, classes, ignore_index=-1)
 

@@ -23,8 +23,8 @@ def mean_auroc(labels: np.ndarray | Tensor, scores: np.ndarray | Tensor) -> floa
     """
     from sklearn.metrics import roc_auc_score  # imported here because it takes a second
 
-    labels, scores = np.asarray(labels).reshape(len(labels), -1), np.asarray(scores).reshape(len(scores), -1)
-    check_values("labels", labels, low=0, high=1, whole=True)
+    labels, scores = (np.asarray(x)[:, None] if np.ndim(x) == 1 else np.asarray(x) for x in (labels, scores))
+    check_values("labels", labels, axes=2, low=0, high=1, whole=True)
     check_values("scores", scores, labels.shape)
     alike = [c for c in range(labels.shape[1]) if len(set(labels[:, c].tolist())) < 2]
     if alike:
@@ -41,7 +41,7 @@ def dice(probability: Tensor, truth: Tensor, protocol: str = "released") -> Tens
     """
     check_choice("protocol", protocol, PROTOCOLS)
     check_values("truth", truth, low=0, high=1.001)  # the mean of a mask, up to rounding
-    check_values("probability", probability, truth.shape, 0, 1)
+    check_values("probability", probability, truth.shape, low=0, high=1)
     p, t = ((x > 0.5).flatten(1).float() for x in (probability, truth))
     both, sums = (p * t).sum(1), p.sum(1) + t.sum(1)
     healthy = (p.sum(1) == 0).float() if protocol == "released" else torch.full_like(both, torch.nan)

@@ -28,13 +28,13 @@ INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # torch-fidelity's
 def psnr(restored: Tensor, clean: Tensor) -> Tensor:
     """-10 log10 of the mean squared error of each image (B, 3, H, W) in [0, 1]: (B,) dB, at most 100, also where equal:
     a mean over images is finite."""
-    check_values("restored", restored, clean.shape)
+    check_values("restored", restored, clean.shape, axes=4)
     return -10 * (restored - clean).square().flatten(1).mean(1).clamp_min(1e-10).log10()
 
 
 def ssim(restored: Tensor, clean: Tensor) -> Tensor:
     """Structural similarity of each image (B, 3, H, W) in [0, 1]: (B,); Gaussian windows of sigma 1.5, borders in."""
-    check_values("restored", restored, clean.shape)
+    check_values("restored", restored, clean.shape, axes=4)
     return structural_similarity_index_measure(restored, clean, data_range=1.0, reduction="none").reshape(-1)
 
 

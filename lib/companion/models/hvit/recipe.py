@@ -356,7 +356,7 @@ def quadratic_kappa(truth: Tensor, predicted: Tensor) -> float:
     from sklearn.metrics import cohen_kappa_score  # here: it takes a second to import
 
     for name, grades in {"truth": truth, "predicted": predicted}.items():
-        check_values(name, grades, truth.shape, 0, whole=True)
+        check_values(name, grades, truth.shape, axes=1, low=0, whole=True)
     labels = list(range(max(data.GRADES, 1 + int(truth.max()), 1 + int(predicted.max()))))
     value = cohen_kappa_score(truth.cpu().numpy(), predicted.cpu().numpy(), weights="quadratic", labels=labels)
     return 0.0 if math.isnan(value) else float(value)

@@ -199,6 +199,12 @@ class Tiling:
     padding: bool = True
     jpeg: bool = False
 
+    def __post_init__(self) -> None:
+        fits = {"region": self.region > 0, "mpp": 0 < self.mpp < math.inf, "downsample": self.downsample > 0}
+        fits |= {"median": self.median % 2 == 1 <= self.median, "close": self.close >= 0}
+        for name in [name for name, good in fits.items() if not good]:
+            raise BadParameter(name, getattr(self, name), "more than 0; `median` odd, `close` 0 or more")
+
 
 PANDA = Tiling(downsample=16, otsu=True, close=10, area=4, hole_area=2, jpeg=True)
 
