@@ -57,6 +57,8 @@ def test_own_folder(tmp_path: Path) -> None:
     assert found.captions == ("a zebra on grass", "") and Path(found.sources[0]).name == "b.jpg"
     bad = "{", "[]", '{"file": "a.png"}', '{"file": 3, "caption": ""}', '{"file": "../a", "caption": ""}', "[" * 10**5
     unreadable(listing, lambda: own_folder(tmp_path), dict.fromkeys(bad, "line 1") | {"": ""})
+    twice = "".join(f'{{"file": "{name}", "caption": "x"}}\n' for name in ("a.png", "./a.png"))
+    unreadable(listing, lambda: own_folder(tmp_path), {twice: "a.png"})
     refused(MissingData, "nowhere", own_folder, tmp_path / "nowhere")
 
 

@@ -35,7 +35,7 @@ def test_runs_as_siim_has_them():
     expected[[2, 3, 4, 9]] = True  # the second run begins 4 after the end of the first
     assert (rle_mask("2 3 4 1", 5) == expected.reshape(5, 5).T).all()
     assert not rle_mask("-1").any() and rle_mask("-1").shape == (1024, 1024)
-    for text in ("1", "a b", "24 5", "-3 2"):
+    for text in ("1", "a b", "24 5", "-3 2", f"{2**63 - 1} {2**63 - 1} 2 2"):
         with pytest.raises(ValueError):
             rle_mask(text, 5)
 

@@ -11,6 +11,8 @@ describes the sets. TIP degrades them, see `models.tip.degradations`.
 from __future__ import annotations
 
 import json
+import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -96,7 +98,7 @@ def own_folder(folder: str | Path) -> Captioned:
 
     Raises:
         MissingData: no such folder, no images, an image with a caption is missing, or one of a pair.
-        CorruptFile: a malformed line of `captions.jsonl`.
+        CorruptFile: a malformed line of `captions.jsonl`, or an image that is in it twice.
     """
     folder = Path(folder)
     layout = f"{_FACTS['OWN']}\nor images alone, without captions; or high/ and low/ with the same file names"
@@ -189,4 +191,6 @@ def _own(own: DataSet, folder: Path, images: str) -> tuple[list[str], list[str]]
             raise CorruptFile(listing, f"line {number}: expected {wanted}, found {line[:80]!r}") from None
     if not sources:
         raise CorruptFile(listing, "no images in it")
+    if twice := [name for name, count in Counter(map(os.path.normpath, sources)).items() if count > 1]:
+        raise CorruptFile(listing, f"{twice[0]} is there twice")
     return sources, captions

@@ -46,6 +46,7 @@ class Item:
         provider: the scanning institution; empty if unknown.
         gleason: the Gleason score as written; empty if there is none.
         patient: whose slide it is; empty if unknown.
+        label: the class as written in your own folder; empty in the public sets.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Item:
     provider: str = ""
     gleason: str = ""
     patient: str = ""
+    label: str = ""
 
 
 _ISUP = {
@@ -150,7 +152,7 @@ def folder(path: str | Path) -> list[Item]:
         raise CorruptFile(files[f"{masks[0]}_mask"], what)
     numbers = _numbered(source, sorted({*label_of.values()}))
     return sorted(
-        (Item(name, files[name], numbers[label], patient=patient) for name, label, patient in found),
+        (Item(name, files[name], numbers[label], patient=patient, label=label) for name, label, patient in found),
         key=lambda item: item.name,
     )
 

@@ -107,7 +107,7 @@ def rle_mask(runs: str, side: int = RUN_SIDE) -> np.ndarray:
             raise ValueError("an odd number of starts and lengths")
         starts, lengths = numbers.reshape(-1, 2).T
         ends = np.cumsum(starts + lengths)
-        if numbers.min() < 0 or ends[-1] > flat.size:
+        if numbers.min() < 0 or max(numbers.max(), ends[-1]) > flat.size:  # a sum of large ones would overflow
             raise ValueError(f"its runs, which end at {ends[-1]}, are not inside {flat.size} pixels")
         for end, length in zip(ends, lengths, strict=True):
             flat[end - length : end] = True

@@ -162,7 +162,7 @@ def own(tmp_path):
     return tmp_path / "own"
 
 
-def test_slides_of_ones_own_are_stored_in_parts_and_trained_on(own, tmp_path):
+def test_slides_of_ones_own_are_stored_in_parts_and_trained_on(own, tmp_path, capsys):
     tiling = replace(PANDA, area=0.1, hole_area=0.05, close=3, median=3)
     patch, other = (hvit.PatchEncoder(64, 32, dim=384, depth=1).eval() for _ in range(2))
     p = given(dry_run=False, dataset="folder", data_root=str(own), features=str(tmp_path / "f"), region=128)
@@ -175,6 +175,7 @@ def test_slides_of_ones_own_are_stored_in_parts_and_trained_on(own, tmp_path):
     assert isinstance(dict(features.store(p, other, (0, 10), tiling=tiling))["benign_0"], BadParameter)
     p.region, p.epochs = 512, 1  # 2 x 2 patches
     _, folds, test, _ = recipe.stored(p)
+    assert "0 benign, 1 tumour" in capsys.readouterr().out
     assert len(test) == 2 and [len(train) + len(tune) for train, tune in folds] == [8, 8]
     assert recipe.run(p, tmp_path).models[0].slide.classes == 2
 

@@ -125,6 +125,8 @@ def stored(p: Parameters) -> tuple[str, list[Fold], Dataset, int]:
     classes = data.GRADES
     if p.dataset == "folder":
         items = data.folder(p.data_root)
+        named = sorted({(item.grade, item.label) for item in items})
+        print(f"classes of {p.data_root}: " + ", ".join(f"{grade} {label}" for grade, label in named))
         lists = [[fold[s] for s in data.SPLITS] for fold in data.split_folds(items, **SPLIT)[: p.folds]]
         classes = max(2, 1 + max(item.grade for item in items))
     else:
