@@ -134,9 +134,10 @@ class Raster:
             with decoding.opened(self.path) as image:
                 # GDAL converts CMYK to RGB, too
                 mode = "RGB" if image.mode == "CMYK" else image.mode
-                factor = {"L;2": 85, "L;4": 17}.get(image.tile[0][3], 1) if image.format == "PNG" else 1
+                stored = image.tile[0][3] if image.format == "PNG" else mode  # type: ignore[attr-defined]
                 self._whole = decoding.pixels(image, mode) if mode in ("RGB", "L") else np.asarray(image)
-                self._whole = self._whole // factor if factor > 1 else self._whole  # the codes, which PIL scales to 255
+                if factor := {"L;2": 85, "L;4": 17}.get(stored):  # by which PIL scales the codes
+                    self._whole = self._whole // factor
         return self._whole
 
     def read(self, *window: int) -> np.ndarray:
