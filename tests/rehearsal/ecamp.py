@@ -101,7 +101,7 @@ FAULTS = {
     "a label out of range": Fault(COVIDX, spoil(TEST, "train/test_0.png 3\n"), "line 1 .*'0', '1', '2'"),
     "a missing image": Fault(COVIDX, spoil("xrays/covidx/train/100_2.png"), "1 listed images are not there"),
     "an unreadable image": Fault(COVIDX, spoil("xrays/covidx/train/100_5.png", "no image"), "cannot read"),
-    "splits that overlap": Fault(COVIDX, spoil(TEST, "train/100_1.png 1\n" * 5, "100_1.png"), "'train' and 'test'"),
+    "splits that overlap": Fault(COVIDX, spoil(TEST, "./train/100_1.png 1\n" * 5, "100_1.png"), "'train' and 'test'"),
     "the lists of another set": Fault(COVIDX, spoil(TEST, "a.png" + " 0" * 14), "line 1 is not a path and 1 of"),
     "runs beyond the image": Fault(
         run("segment", "xrays/siim", labels="1"),

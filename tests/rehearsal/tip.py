@@ -70,5 +70,5 @@ FAULTS = {
     "captions of another set": Fault(COCO, spoil("annotations/captions_train2017.json", NO_CAPTIONS), "1 images .* 6 "),
     "a missing image": Fault(COCO, spoil("train2017/train3.jpg", None), "train3"),
     "an unreadable image": Fault(COCO, spoil("train2017/train0.jpg", "no image"), "train0"),
-    "splits that overlap": Fault({"dataset": "folder"} | SMALL, overlap, "'train' and 'test'"),
+    "splits that overlap": Fault({"dataset": "folder"} | SMALL, overlap, "twice"),
 }

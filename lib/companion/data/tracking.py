@@ -250,9 +250,7 @@ def _check_numbers(visible: list[Path], infrared: list[Path], boxes: int) -> Non
     offset = number[infrared[0]] - number[visible[0]] if alike else 0
     for first, second in zip(visible, infrared, strict=False):
         if number[second] - number[first] != offset:
-            raise CorruptFile(
-                second, f"it would be paired with {first.name}: a frame before is missing, or there twice"
-            )
+            raise CorruptFile(second, f"it would be paired with {first.name}: a frame is missing, or there twice")
     for before, path in itertools.pairwise(visible if alike and len(visible) != boxes else ()):
         if number[path] != number[before] + 1:
             what = f"it follows {before.name}, and there are {len(visible)} frames for {boxes} boxes"

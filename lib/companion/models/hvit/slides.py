@@ -73,9 +73,8 @@ class Slide:
         self.size: tuple[int, int] = tuple(self._slide.dimensions)
         self.levels: list[tuple[int, int]] = [tuple(size) for size in self._slide.level_dimensions]
         ratio = self.size[0] / self.size[1]
-        self.downsamples: list[
-            float
-        ] = [  # infinite for another image of the file, such as its label: never the nearest
+        # infinite for another image of the file, such as its label: never the nearest
+        self.downsamples: list[float] = [
             float(d) if abs(wide / high / ratio - 1) < 0.05 + 1 / min(wide, high) else math.inf
             for d, (wide, high) in zip(self._slide.level_downsamples, self.levels, strict=True)
         ]
