@@ -3,6 +3,7 @@ trainings."""
 
 import ast
 import contextlib
+import os
 import shutil
 import signal
 import subprocess
@@ -53,6 +54,11 @@ def no_figures_left() -> Iterator[None]:
 def root() -> Path:
     """The folder of the checkout."""
     return ROOT
+
+
+def cores() -> int:
+    """Those that this process may use, where the system tells them apart."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def parameters(slug: str, **changes: object) -> SimpleNamespace:

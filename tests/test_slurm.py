@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, cores
 from tests.test_snakefile import Workspace
 
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "sinfo")
@@ -85,7 +85,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     key.chmod(0o400)
     conf = folder / "slurm.conf"
     host, memory = socket.gethostname().split(".")[0], os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 21
-    facts = dict(host=host, ports=free_ports(2), folder=folder, cpus=len(os.sched_getaffinity(0)), memory=memory)
+    facts = dict(host=host, ports=free_ports(2), folder=folder, cpus=cores(), memory=memory)
     conf.write_text(CONF.format(**facts), encoding="utf-8")
     (folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n", encoding="utf-8")
     monkeypatch.setenv("SLURM_CONF", str(conf))

@@ -15,7 +15,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, cores
 
 PARAMETERS = "profile = 'pocket'  # scale\nseed = 0  # of the run\nout = ''  # folder of the results"
 WRITES = """
@@ -116,7 +116,7 @@ def test_only_what_changed_reruns_and_git_tracks_no_output(workspace: Workspace)
     status = subprocess.run(["git", "status", "--short"], cwd=workspace.folder, capture_output=True, text=True)
     assert (status.stdout, status.stderr) == ("", "")
     assert str(workspace.folder) not in workspace.read("build/reports/pocket/first/first.ipynb")
-    threads = min(4, max(1, len(os.sched_getaffinity(0)) // 3))  # the notebooks share the cores
+    threads = min(4, max(1, cores() // 3))  # the notebooks share the cores
     assert json.loads(workspace.read("build/reports/pocket/first/claims.json")) == ["pocket", str(threads)]
 
     status, _, started = workspace.run()

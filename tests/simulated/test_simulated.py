@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from companion.ops.papers import paper, slugs
 from tests.conftest import ROOT
@@ -26,7 +27,11 @@ ALLOWED: dict[str, dict[str, int]] = {
 }
 """Waits of a training step, by paper: the file where the host waits, and how often at most. Others never wait."""
 
-pytestmark = pytest.mark.simulated
+ABLE = sys.platform == "linux" and torch.version.cuda is None and torch.version.hip is None
+pytestmark = [
+    pytest.mark.simulated,
+    pytest.mark.skipif(not ABLE, reason="the simulated GPU needs a CPU build of PyTorch on Linux"),
+]
 
 
 @pytest.mark.parametrize("chosen", ["refuses or gradients_are or step_waits", pytest.param("", marks=pytest.mark.slow)])
