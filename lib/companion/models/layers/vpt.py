@@ -162,7 +162,7 @@ class VPT(_Frozen):
                     prompt = self._prompt(i, b)
                 x, prompt = self._swin_block(block, x, prompt, onward=not self.deep)
                 i += 1
-        return swin.norm(x).mean((1, 2))
+        return swin.forward_head(swin.norm(x), pre_logits=True)
 
     @staticmethod
     def _swin_block(block: nn.Module, x: Tensor, prompt: Tensor, onward: bool) -> tuple[Tensor, Tensor]:
@@ -179,8 +179,9 @@ class VPT(_Frozen):
         tokens = torch.cat([block.norm1(prompt)[:, None].expand(-1, y.shape[1], -1, -1), y], dim=2)  # (b, N, p + n, D)
         q, k, v = rearrange(attn.qkv(tokens.flatten(0, 1)), "n t (c h e) -> c n h t e", c=3, h=attn.num_heads)
         bias = attn._get_rel_pos_bias()
-        if block.attn_mask is not None:
-            bias = (bias + block.attn_mask[:, None]).repeat(len(x), 1, 1, 1)
+        mask = block.get_attn_mask(x) if block.dynamic_mask else block.attn_mask  # dynamic: of images of any size
+        if mask is not None:
+            bias = (bias + mask[:, None]).repeat(len(x), 1, 1, 1)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=F.pad(bias, (p, 0, p, 0)))
         y = attn.proj(rearrange(y, "(b n) h t e -> b n t (h e)", b=len(x)))  # (b, N, p + n, D)
         if onward:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from einops import rearrange
@@ -73,7 +74,7 @@ class SA2VPSwin(TwoPathways, ReleasedSwin):
         block = self.backbone.layers[self.stage].blocks[i]
         to_prompt = i % self.period == 0
         source, query = (image, prompt) if to_prompt else (prompt, image)
-        d = query.shape[-1]
+        d = block.attn.proj.in_features
         (q,), (k, v) = self.projected(block, query, slice(d)), self.projected(block, source, slice(d, None))
         fusion = self.interaction(i, block.attn.proj, q, k, v, query.flatten(1, 2))  # (b, N, D)
         added = self.scale * fusion.view_as(image)
@@ -89,15 +90,15 @@ class SA2VPSwin(TwoPathways, ReleasedSwin):
         """
         norm, attn = block.norm1, block.attn
         x = F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, 1e-6)
-        x = F.linear(x, attn.qkv.weight[part], attn.qkv.bias[part])
-        return rearrange(
-            x, "b y x (c h e) -> c b h (y x) e", h=attn.num_heads, e=norm.normalized_shape[0] // attn.num_heads
-        )
+        x = F.linear(x, attn.qkv.weight[part], None if attn.qkv.bias is None else attn.qkv.bias[part])
+        e = attn.proj.in_features // attn.num_heads
+        return rearrange(x, "b y x (c h e) -> c b h (y x) e", h=attn.num_heads, e=e)
 
     def forward_features(self, images: Tensor) -> Pathways:
-        """Input of the head: the mean of the tokens of both pathways after the last norm, two (b, D)."""
+        """Input of the head: the pooled tokens of both pathways after the last norm, two (b, D)."""
         for pathways, _ in self.steps(*self.embed(images)):
             image, prompt = pathways
         for layer in (*self.backbone.layers[self.stage + 1 :], self.backbone.norm):
             image, prompt = layer(image), layer(prompt)
-        return image.mean((1, 2)), prompt.mean((1, 2))
+        pool = partial(self.backbone.forward_head, pre_logits=True)
+        return pool(image), pool(prompt)
