@@ -11,6 +11,9 @@ from torch import nn
 from companion.errors import BadCheckpoint, BadParameter
 from companion.training.fit import _checkpoint_activations
 
+# arguments of timm's ViT whose blocks compute more than a plain one, or less
+BLOCKS = [{"init_values": 0.5}, {"qk_norm": True}, {"scale_attn_norm": True}, {"qkv_bias": False}]
+
 
 def draw(*shape: int, seed: int = 1) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))

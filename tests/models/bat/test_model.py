@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import Tensor
 
 from companion.errors import BadCheckpoint
@@ -18,17 +18,17 @@ from companion.models.bat import (
     losses,
 )
 from companion.toy.bat import OneDirection
-from tests.models.common import assert_recomputed_gradients_are_equal, draw, refuses
+from tests.models.common import BLOCKS, assert_recomputed_gradients_are_equal, draw, refuses
 
 DEPTH = 3
 BOXES = torch.tensor([[0.3, 0.35, 0.25, 0.2], [0.1, 0.5, 0.3, 0.3]])
 
 
-def small_tracker() -> OSTrack:
+def small_tracker(**changes) -> OSTrack:
     """OSTrack with all its parts, the unused class token and table too, at 3 blocks of width 64."""
     torch.manual_seed(0)
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": DEPTH, "num_heads": 2, "mlp_ratio": 2}
-    vit = VisionTransformer(**sizes, num_classes=0, global_pool="")
+    vit = VisionTransformer(**sizes | {"num_classes": 0, "global_pool": ""} | changes)
     tracker = OSTrack(vit, template=32, search=64, head_channels=16).eval()
     for module in tracker.head.modules():  # statistics that a wrong mode would change
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -72,6 +72,19 @@ def test_gradients_come_where_training_is_and_recomputed_ones_are_equal(options)
     assert got == set(model.trained()) == expected - {"tracker.vit.cls_token", "tracker.vit.pos_embed"}
     assert all(p.requires_grad and p.grad is None for p in tracker.parameters()) and tracker.head.training
     assert_recomputed_gradients_are_equal(lambda: small(**options), lambda m: loss(m, (*crops(), BOXES)))
+
+
+@pytest.mark.parametrize("vit", [*BLOCKS, {"pre_norm": True}, {"reg_tokens": 2}, {"class_token": False}], ids=str)
+@torch.no_grad()
+def test_adapters_of_zeros_leave_the_sum_of_two_passes_of_any_tracker(vit):
+    tracker, (template, search) = small_tracker(**vit), crops()
+    pairs = zip(template.chunk(2, 1), search.chunk(2, 1), strict=True)
+    features = sum(tracker.forward_features(tracker.embed_template(z), x) for z, x in pairs)
+    model = BAT(tracker, 4, std=0).eval()
+    found = model.forward_features(model.embed_template(template), search)
+    torch.testing.assert_close(found, features, rtol=1e-4, atol=1e-4)
+    normed = tracker.embed_search(search[:, :3]).mean(-1).abs().max() < 1e-5
+    assert normed == ("pre_norm" in vit)
 
 
 def test_half_precision_knows_no_certainty():
@@ -132,6 +145,7 @@ def test_bad_checkpoints_options_and_crops_are_refused(tmp_path):
         (lambda: foundation(tmp_path / "resnet.pth"), "pos_embed_z"),
         error=BadCheckpoint,
     )
+    refuses((lambda: BAT(small_tracker(block_fn=ResPostBlock)), "ResPostBlock"))
     refuses((lambda: small(elimination={7: 0.7}), "0 to 2"), (lambda: OSTrack(small_tracker().vit, template=30), "30"))
     z, x = crops()
     for model in (small(), SingleStream(small_tracker(), 1)):

@@ -3,13 +3,14 @@
 import pytest
 import torch
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
-from timm.models.vision_transformer import VisionTransformer
+from open_clip.transformer import CustomResidualAttentionBlock
+from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 
 from companion.errors import BadCheckpoint, CorruptFile
 from companion.models.promptpar import PromptPAR, Settings, loss, read_checkpoint
 from companion.models.promptpar.tower import strips
 from companion.toy.tokens import Tokenizer
-from tests.models.common import assert_recomputed_gradients_are_equal, draw, misfits, refuses
+from tests.models.common import BLOCKS, assert_recomputed_gradients_are_equal, draw, misfits, refuses
 
 SENTENCES = ["a red top", "a green disc", "a large cat", "a moon at the left", "a rocket"]
 GRID = (8, 4)
@@ -26,10 +27,10 @@ def small_clip(layers: int = 3, embed: int = 32) -> CLIP:
     return CLIP(embed, vision, CLIPTextCfg(16, 64, width=32, heads=2, layers=2), quick_gelu=True).eval()
 
 
-def build(clip: CLIP | None = None, inner: int = 48, **changes) -> PromptPAR:
+def build(clip: CLIP | None = None, inner: int = 48, vit: dict | None = None, **changes) -> PromptPAR:
     """A model whose trained tensors are all different from their start and from each other."""
     torch.manual_seed(0)
-    fusion = VisionTransformer(img_size=16, embed_dim=inner, depth=3, num_heads=4, num_classes=0)
+    fusion = VisionTransformer(img_size=16, embed_dim=inner, depth=3, num_heads=4, num_classes=0, **vit or {})
     options = {"prompts": 10, "visual_embed": True} | changes
     model = PromptPAR(clip or small_clip(), SENTENCES, Tokenizer(), fusion, Settings(**options)).eval()
     with torch.no_grad():
@@ -78,6 +79,16 @@ def test_the_last_fusion_block_is_skipped_for_some_images_while_training():
     tokens = model.forward_features(images(1)).detach().expand(16, -1, -1)
     torch.manual_seed(0)
     assert len(model.train().fuse(tokens)[0][:, 0, 0].unique()) > 1
+
+
+@pytest.mark.parametrize("vit", BLOCKS, ids=str)
+@torch.no_grad()
+def test_the_fusion_is_the_block_of_any_vit(vit):
+    model = build(vit=vit, mm_layers=2)
+    tokens = model.forward_features(images())
+    x = torch.cat([model.word_embed(model.text_features).expand(2, -1, -1), model.visual_embed(tokens)], 1)
+    expected = model.norm(model.blocks[1](model.blocks[0](x)))[:, :5]
+    torch.testing.assert_close(model.fuse(tokens)[0], expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -171,11 +182,20 @@ def test_a_file_of_the_authors_code(tmp_path):
 
 
 def test_what_would_run_wrongly_is_refused():
+    model, half, custom = build(), build().half_clip(), small_clip()
+    custom.visual.transformer.resblocks[1] = CustomResidualAttentionBlock(32, 2)
     refuses(
+        (lambda: model.read(SENTENCES[:4], Tokenizer()), "5"),
+        (lambda: half.read(SENTENCES, Tokenizer()), "half_clip"),
+        (lambda: build(custom), "CustomResidualAttentionBlock"),
+        (lambda: build(vit={"block_fn": ResPostBlock}), "ResPostBlock"),
+        (lambda: build(mm_layers=4), "0 to 3"),
+        (lambda: build(visual_embed=False), "48"),
         (lambda: build(depth=4), "1 to 3"),
         (lambda: build(official_quirks=True, prompts=7), "5"),
         (lambda: build(official_quirks=True, regions=3), "4"),
     )
+    assert model.sentences == tuple(SENTENCES), "what is refused changes nothing"
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from companion.models.sa2vp.model import neighbourhood
 from companion.training.fit import CPU, fit
 from companion.training.schedules import adamw
 from companion.viz.attention import Recorder
-from tests.models.common import assert_recomputed_gradients_are_equal, draw, misfits, refuses
+from tests.models.common import BLOCKS, assert_recomputed_gradients_are_equal, draw, misfits, refuses
 from tests.parity.runner import ROOT, Case
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -89,6 +89,20 @@ def test_without_fusion_the_image_pathway_is_the_frozen_backbone_and_no_image_in
     assert tokens[0].shape == tokens[1].shape == (2, *((22, 24) if name == "ViT" else (16, 64)))
 
 
+SWINS = [{"global_pool": "max"}, {"strict_img_size": False}, {"qkv_bias": False}, {"head_dim": 8}]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"), [*(("ViT", c) for c in BLOCKS if "scale_attn_norm" not in c), *(("Swin", c) for c in SWINS)]
+)
+def test_the_image_pathway_and_vpt_without_prompts_are_any_backbone(name, changes):
+    make, x = BACKBONES[name]
+    for model in (SA2VP if name == "ViT" else SA2VPSwin)(make(**changes), 5, 4, scale=0.0), VPT(make(**changes), 5, 0):
+        found = model.eval()(x)
+        expected = model.head(model.backbone(x))
+        torch.testing.assert_close(found[0] if isinstance(found, tuple) else found, expected, **CLOSE)
+
+
 @either
 @pytest.mark.parametrize("attention", ["aligned", "padded"])
 def test_attention_maps_of_every_block_and_interaction_are_recorded(name, attention):
@@ -122,7 +136,7 @@ FORMS += [{"global_pool": "avg"}, {"global_pool": "avg", "class_token": False}, 
 def test_backbones_of_another_form_are_refused_not_run_wrongly():
     """CLIP's ViTs have a norm before the blocks, DeiT-III's no position for the [CLS] token, ..."""
     vits = [small_vit(**changes) for changes in FORMS]
-    own = [small_vit(block_fn=ResPostBlock), small_vit(mlp_layer=GluMlp)]
+    own = [small_vit(block_fn=ResPostBlock), small_vit(mlp_layer=GluMlp), small_vit(scale_attn_norm=True)]
     refuses(
         *((lambda kind=kind, vit=vit: kind(vit, 5), "VisionTransformer") for vit in vits for kind in (SA2VP, VPT)),
         *((lambda vit=vit: SA2VP(vit, 5), "VisionTransformer") for vit in own),

@@ -23,14 +23,13 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ...errors import BadParameter
 from ...ops.config import configure
-from ..layers import state_dicts
+from ..layers import attend, state_dicts
 from ..layers.attend import attention_map
 from ..layers.frozen import frozen_copy
 from .elimination import checked, eliminate, restore
@@ -58,13 +57,6 @@ def halves(x: Tensor) -> tuple[Tensor, Tensor]:
 def swap(x: Tensor) -> Tensor:
     """The batch (2b, ...) with its two streams swapped."""
     return rearrange(rearrange(x, "(two b) ... -> two b ...", two=2).flip(0), "two b ... -> (two b) ...")
-
-
-def mhsa(attn: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Multi-head self-attention of a timm block on (b, n, d), and its queries and keys, (b, h, n, e)."""
-    q, k, v = rearrange(attn.qkv(x), "b n (c h e) -> c b h n e", c=3, h=attn.num_heads)  # (b, h, n, e) each
-    x = F.scaled_dot_product_attention(q, k, v)  # (b, h, n, e)
-    return attn.proj(rearrange(x, "b h n e -> b n (h e)")), q, k
 
 
 class Adapter(nn.Module):
@@ -135,6 +127,8 @@ class BAT(Tracks, state_dicts.OfficialModel):
         dropout, std: see `Adapter`.
         elimination: candidate elimination, block -> share of search tokens that remain: none in BAT's released
             configurations, {3: 0.7, 6: 0.7, 9: 0.7} in OSTrack.
+
+    Raises `BadParameter`: a tracker of other blocks than timm's pre-norm ones, or an elimination that does not exist.
     """
 
     rules = ((r"^tracker\.", ""), *OSTrack.rules, *ADAPTERS)
@@ -150,6 +144,8 @@ class BAT(Tracks, state_dicts.OfficialModel):
     ):
         configure(self, locals())
         super().__init__()
+        if not attend.pre_norm(tracker.vit.blocks):
+            raise BadParameter("tracker", type(tracker.vit.blocks[0]).__name__, f"one on {attend.PRE_NORM}")
         self.tracker, self.grad_checkpointing = frozen_copy(tracker), False
         self.elimination = checked(elimination or {}, len(tracker.vit.blocks))
         sizes = tracker.vit.embed_dim, width, dropout, std
@@ -195,7 +191,8 @@ class BAT(Tracks, state_dicts.OfficialModel):
         """
         frozen, A1, A2 = self.tracker.vit.blocks[i], *(self.adapters[i][stage] for stage in STAGES)
         h = frozen.norm1(x)  # (2b, n + m, d)
-        attended, q, k = mhsa(frozen.attn, h)
+        q, k, v = attend.qkv(frozen.attn, h)  # (2b, h, n + m, e) each
+        attended = frozen.ls1(attend.output(frozen.attn, h, F.scaled_dot_product_attention(q, k, v)))
         received = A1(swap(h))
         x = x + frozen.drop_path1(attended) + frozen.drop_path1(received)  # (2)
         out = {"MHSA": attended, "A1": received, "q": q, "k": k}
@@ -204,7 +201,7 @@ class BAT(Tracks, state_dicts.OfficialModel):
             x, kept = eliminate(x, kept, self.template_attention(q, k).mean(1), self.elimination[i])
 
         h = frozen.norm2(x)
-        transformed, received = frozen.mlp(h), A2(swap(h))
+        transformed, received = frozen.ls2(frozen.mlp(h)), A2(swap(h))
         x = x + frozen.drop_path2(transformed) + frozen.drop_path2(received)  # (3)
         return x, kept, out | {"MLP": transformed, "A2": received}
 

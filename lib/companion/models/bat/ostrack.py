@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from einops import rearrange
+from timm.models import checkpoint_seq
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -129,16 +130,17 @@ class OSTrack(state_dicts.OfficialModel):
 
     def embed_template(self, images: Tensor) -> Tensor:
         """Tokens (b, n, d) of template crops (b, 3, t, t); they are the same for a whole video."""
-        return self._patches(images, self.template) + self.position_template
+        return self.vit.norm_pre(self._patches(images, self.template) + self.position_template)
 
     def embed_search(self, images: Tensor) -> Tensor:
         """Tokens (b, m, d) of search crops (b, 3, s, s)."""
-        return self._patches(images, self.search) + self.position_search
+        return self.vit.norm_pre(self._patches(images, self.search) + self.position_search)
 
     def _patches(self, images: Tensor, side: int) -> Tensor:
         if images.shape[1:] != (3, side, side):
             raise BadParameter("crop", tuple(images.shape), f"(B, 3, {side}, {side}) for each stream")
-        return rearrange(self.vit.patch_embed.proj(images), "b d h w -> b (h w) d")
+        patches = self.vit.patch_embed
+        return patches.norm(rearrange(patches.proj(images), "b d h w -> b (h w) d"))
 
     def forward(self, template: Tensor, search: Tensor) -> Prediction:
         """The prediction on one stream: template crops (b, 3, t, t), search crops (b, 3, s, s)."""
@@ -151,9 +153,8 @@ class OSTrack(state_dicts.OfficialModel):
     def forward_features(self, template_tokens: Tensor, search: Tensor) -> Tensor:
         """Tokens (b, n + m, d) after the last norm, template first."""
         x = torch.cat([template_tokens, self.embed_search(search)], 1)  # (b, n + m, d)
-        for block in self.vit.blocks:
-            x = block(x)
-        return self.vit.norm(x)
+        blocks = self.vit.blocks
+        return self.vit.norm(checkpoint_seq(blocks, x) if self.vit.grad_checkpointing else blocks(x))
 
     def forward_head(self, tokens: Tensor) -> Prediction:
         """The head on the search tokens, the last f x f of (b, n + m, d)."""

@@ -11,14 +11,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from einops import rearrange
 from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ...ops.config import configure
-from ..layers.attend import attention_map
+from ..layers.attend import attention_map, qkv
 from ..layers.heads import vit_sizes
 from ..layers.mae import initialise, visible_tokens
 from ..layers.pos_embed import sincos_table
@@ -123,7 +122,7 @@ class ViT(VisionTransformer, OfficialModel):
         """Attention of the [CLS] token to the patches in the last block: (B, heads, L), without that to itself."""
         last = self.blocks[-1]
         x = last.norm1(self.blocks[:-1](visible_tokens(self, images)))  # (B, N, D)
-        q, k, _ = rearrange(last.attn.qkv(x), "b n (c h e) -> c b h n e", c=3, h=last.attn.num_heads)
+        q, k, _ = qkv(last.attn, x)
         return attention_map(q[:, :, :1], k)[:, :, 0, 1:]
 
     @classmethod

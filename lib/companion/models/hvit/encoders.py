@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ...errors import BadParameter
 from ...ops.config import configure
-from ..layers.attend import attention_map
+from ..layers.attend import attention_map, qkv
 from ..layers.pos_embed import resize_pos_embed
 from ..layers.state_dicts import OfficialModel
 from . import official
@@ -101,7 +101,7 @@ class Encoder(OfficialModel):
         (b, h, 1 + h w), that of the last block's [CLS] query."""
         (*lower, last), mask = self.blocks, key_mask(keep)
         z = self._through(lower, self.tokens(x), mask)
-        q, k, _ = rearrange(last.attn.qkv(last.norm1(z)), "b n (c h e) -> c b h n e", c=3, h=self.heads)
+        q, k, _ = qkv(last.attn, last.norm1(z))
         tokens = self.norm(self._through([last], z, mask))
         return tokens[:, 0], {"tokens": tokens, "attention": attention_map(q[:, :, :1], k, mask)[:, :, 0]}
 

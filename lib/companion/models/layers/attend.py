@@ -1,12 +1,40 @@
-"""Attention that figures can read: the one call of `scaled_dot_product_attention` of a paper's own layers."""
+"""timm's attention in parts, for papers that change what is between them, and attention that figures can read."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
+from einops import rearrange
+from timm.layers.attention import Attention
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+
+def pre_norm(blocks: Iterable[nn.Module]) -> bool:
+    """Whether these are timm's blocks x + attn(norm1(x)), then x + mlp(norm2(x)), with an attention that `qkv` and
+    `output` compute."""
+    return all(isinstance(block, Block) and type(block.attn) is Attention for block in blocks)
+
+
+PRE_NORM = "a timm VisionTransformer of its plain pre-norm blocks (`Block` with `Attention`)"
+
+
+def qkv(attention: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values, (b, h, n, e) each, of tokens (b, n, d) in one of timm's attentions."""
+    q, k, v = rearrange(attention.qkv(x), "b n (c h e) -> c b h n e", c=3, h=attention.num_heads)
+    return attention.q_norm(q), attention.k_norm(k), v
+
+
+def output(attention: nn.Module, x: Tensor, attended: Tensor) -> Tensor:
+    """The output (b, n, d) of one of timm's attentions for the first n of its tokens x (b, N, d), from the values that
+    these attend to, (b, h, n, e)."""
+    y = attention.norm(rearrange(attended, "b h n e -> b n (h e)"))
+    if getattr(attention, "gate", None) is not None:  # older releases of timm have none
+        y = y * attention.gate(x[:, : y.shape[1]]).sigmoid()
+    return attention.proj_drop(attention.proj(y))
 
 
 def attention_map(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:

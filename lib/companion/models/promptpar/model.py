@@ -35,12 +35,13 @@ from torch.nn import functional as F
 from ...data.attributes import square_transform
 from ...errors import BadParameter
 from ...ops.config import configure
+from ..layers import attend
 from ..layers.attend import attention_map
 from ..layers.clip_prompting import Texts, Tokenizer, embed_texts, encode_text
 from ..layers.precision import without_autocast
 from ..layers.predicting import Images, Names, Shapes, Transform, named, outputs
 from .released import Released, prompted_text, read_checkpoint
-from .tower import PUBLISHED, Out, PromptedTower, Settings, attention, region_mask, uniform
+from .tower import PUBLISHED, Out, PromptedTower, Settings, region_mask, uniform
 
 __all__ = ["PromptPAR", "Settings", "loss", "prompted_text", "read_checkpoint", "region_mask"]
 
@@ -62,12 +63,12 @@ class Maps(NamedTuple):
 
 def first_tokens(block: Block, x: Tensor, count: int) -> tuple[Tensor, Out]:
     """The first `count` output tokens (b, count, D) of one of timm's blocks, from tokens (b, n, D)."""
-    attn, h, width = block.attn, block.norm1(x), x.shape[-1]
-    q = F.linear(h[:, :count], attn.qkv.weight[:width], attn.qkv.bias[:width])  # (b, count, D)
-    k, v = F.linear(h, attn.qkv.weight[width:], attn.qkv.bias[width:]).chunk(2, -1)  # (b, n, D) each
-    a, out = attention(q, k, v, attn.num_heads)
-    x = x[:, :count] + block.drop_path1(block.ls1(attn.proj(a)))
-    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))), out
+    h = block.norm1(x)
+    q, k, v = attend.qkv(block.attn, h)
+    q = q[:, :, :count]  # (b, heads, count, d)
+    a = attend.output(block.attn, h, F.scaled_dot_product_attention(q, k, v))
+    x = x[:, :count] + block.drop_path1(block.ls1(a))
+    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))), {"q": q, "k": k}
 
 
 class Heads(nn.Module):
@@ -112,9 +113,16 @@ class PromptPAR(PromptedTower, Released):
     ):
         configure(self, locals())
         super().__init__(clip, settings)
-        self.read(sentences, tokenizer)
-        s, attributes, width = settings, len(self.text_features), fusion.embed_dim
+        s, width = settings, fusion.embed_dim
         shared, text_width = self.clip.text_projection.shape[::-1]
+        if not attend.pre_norm(fusion.blocks):
+            raise BadParameter("fusion", type(fusion.blocks[0]).__name__, attend.PRE_NORM)
+        if not 0 <= s.mm_layers <= len(fusion.blocks):
+            raise BadParameter("mm_layers", s.mm_layers, f"0 to {len(fusion.blocks)}, the blocks of the fusion")
+        if not s.visual_embed and shared != width:
+            raise BadParameter("visual_embed", False, f"True where the fusion's width {width} is not CLIP's, {shared}")
+        self.read(sentences, tokenizer)
+        attributes = len(self.text_features)
         text_layers, patch = len(self.clip.transformer.resblocks), self.clip.visual.patch_size[0]
         self.text_prompts = uniform(text_layers, s.text_prompts, attributes, text_width, patch=patch)
         self.text_prompts.requires_grad_(False)
@@ -136,15 +144,21 @@ class PromptPAR(PromptedTower, Released):
         self.bn = nn.BatchNorm1d(attributes)
 
     def read(self, sentences: Sequence[str] | Texts, tokenizer: Tokenizer | None) -> None:
-        """Encode the sentences; store their features, `text_features` (A, E), not normalised."""
-        self.sentences = () if isinstance(sentences, Texts) else tuple(sentences)
-        if not isinstance(sentences, Texts):
+        """Encode the sentences; store their features, `text_features` (A, E), not normalised.
+
+        Raises `BadParameter`: another number of sentences than of attributes, or a CLIP that `half_clip` converted."""
+        texts = sentences
+        if not isinstance(texts, Texts):
             if tokenizer is None:
                 raise BadParameter("tokenizer", None, "the CLIP's tokenizer, when sentences are given as text")
-            sentences = embed_texts(tokenizer, self.clip, sentences)
-        length = int(sentences.ends.max()) + 1
+            texts = embed_texts(tokenizer, self.clip, texts)
+        known = len(getattr(self, "text_features", texts.ends))
+        if len(texts.ends) != known or self.clip.text_projection.dtype == torch.float16:
+            raise BadParameter("sentences", f"{len(texts.ends)} of them", f"{known}, read before `half_clip`")
+        self.sentences = () if isinstance(sentences, Texts) else tuple(sentences)
+        length = int(texts.ends.max()) + 1
         with torch.no_grad():
-            features = encode_text(self.clip, sentences.embedded[:, :length], sentences.ends)
+            features = encode_text(self.clip, texts.embedded[:, :length], texts.ends)
         self.register_buffer("text_features", features, persistent=False)
 
     def predict(self, images: Images, names: Names, transform: Transform = None) -> list[dict[str, float]]:

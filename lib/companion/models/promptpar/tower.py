@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from einops import rearrange
 from open_clip.model import CLIP
+from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -181,6 +182,8 @@ class PromptedTower(nn.Module):
         self.clip = frozen_copy(checked_clip(clip))
         self.grad_checkpointing = False
         visual = self.clip.visual
+        if other := [type(b).__name__ for b in visual.transformer.resblocks if type(b) is not ResidualAttentionBlock]:
+            raise BadParameter("clip", f"one with a {other[0]}", "one whose image tower has plain blocks")
         self.grid = tuple(visual.grid_size)
         width, layers = visual.conv1.out_channels, len(visual.transformer.resblocks)
         depth = 0 if s.prompts == 0 else s.depth or layers

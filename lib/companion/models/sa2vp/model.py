@@ -21,14 +21,14 @@ from collections.abc import Iterator
 import torch
 from einops import rearrange
 from timm.layers import Mlp
-from timm.layers.attention import Attention
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ...errors import BadParameter
 from ...ops.config import configure
+from ..layers import attend
 from ..layers.attend import Attend
 from ..layers.frozen import frozen_copy
 from ..layers.predicting import OnBackbone
@@ -209,7 +209,10 @@ class SA2VP(TwoPathways, ReleasedViT):
     ):
         configure(self, locals())
         blocks = getattr(backbone, "blocks", ())
-        usual = all(isinstance(b, Block) and type(b.mlp) is Mlp and type(b.attn) is Attention for b in blocks)
+        usual = attend.pre_norm(blocks) and all(
+            type(b.mlp) is Mlp and type(b.attn.norm) is nn.Identity and getattr(b.attn, "gate", None) is None
+            for b in blocks  # the interaction has no norm and no gate before the projection
+        )
         if not plain_vit(backbone) or not usual or len(blocks) % 3 or len(blocks) < LEAST:
             accepted = f"{PLAIN_VIT}; pre-norm, depth divisible by 3, {LEAST} or more"
             raise BadParameter("backbone", f"{type(backbone).__name__} of depth {len(blocks)}", accepted)
@@ -283,11 +286,10 @@ class SA2VP(TwoPathways, ReleasedViT):
     def block(self, i: int, x: Tensor, images: int, keep: int | None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """T_i for the first `keep` tokens of x (b, N, D), or of one map (1, N, D); and its q, k, v (b, h, N, e)."""
         block, attn = self.backbone.blocks[i], self.backbone.blocks[i].attn
-        qkv = attn.qkv(block.norm1(x))  # (b, N, 3 D)
-        q, k, v = rearrange(qkv, "b n (c h e) -> c b h n e", c=3, h=attn.num_heads)  # each (b, h, N, e)
-        q, k = attn.q_norm(q), attn.k_norm(k)
-        a = rearrange(self.attends[i](q[:, :, :keep], k, v), "b h n e -> b n (h e)")  # (b, n, D)
-        x = x[:, :keep] + block.drop_path1(block.ls1(attn.proj(a)))
+        h = block.norm1(x)
+        q, k, v = attend.qkv(attn, h)  # each (b, h, N, e)
+        a = attend.output(attn, h, self.attends[i](q[:, :, :keep], k, v))  # (b, n, D)
+        x = x[:, :keep] + block.drop_path1(block.ls1(a))
         x = self._for_each(images, x)
         return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))), (q, k, v)
 
