@@ -74,6 +74,11 @@ def test_gradients_come_where_training_is_and_recomputed_ones_are_equal(options)
     assert_recomputed_gradients_are_equal(lambda: small(**options), lambda m: loss(m, (*crops(), BOXES)))
 
 
+def test_recomputed_gradients_of_the_tracker_are_equal():
+    one = [x[:, :3] for x in crops()]
+    assert_recomputed_gradients_are_equal(small_tracker, lambda m: loss(m, (*one, BOXES)))
+
+
 @pytest.mark.parametrize("vit", [*BLOCKS, {"pre_norm": True}, {"reg_tokens": 2}, {"class_token": False}], ids=str)
 @torch.no_grad()
 def test_adapters_of_zeros_leave_the_sum_of_two_passes_of_any_tracker(vit):

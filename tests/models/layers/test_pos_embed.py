@@ -1,10 +1,32 @@
 """Position embeddings and the parts of masked autoencoders that several papers share."""
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 
-from companion.models.layers.mae import masked_pixel_loss, patchify, random_mask, unpatchify
+from companion.models.layers.mae import MAE, masked_pixel_loss, patchify, random_mask, unpatchify
 from companion.models.layers.pos_embed import sincos_table
-from tests.models.common import refuses
+from tests.models.common import assert_recomputed_gradients_are_equal, draw, refuses
+
+
+def small(mask_ratio: float = 0.75, **changes) -> MAE:
+    torch.manual_seed(0)
+    sizes = dict(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=4, num_classes=0)
+    return MAE(VisionTransformer(**sizes | changes), (32, 3, 4), mask_ratio=mask_ratio)
+
+
+def test_gradient_checkpointing_of_a_masked_autoencoder_changes_no_gradient():
+    images, noise = draw(2, 3, 32, 32), draw(2, 16)
+    assert_recomputed_gradients_are_equal(small, lambda model: model(images, noise))
+
+
+def test_encoders_and_masks_that_would_train_wrongly_are_refused():
+    forms = [{"pre_norm": True}, {"reg_tokens": 2}, {"no_embed_class": True}, {"dynamic_img_size": True}]
+    forms += [{"class_token": False, "global_pool": "avg"}, {"img_size": (16, 64)}]
+    refuses(
+        *((lambda form=form: small(**form), "encoder") for form in forms),
+        *((lambda ratio=ratio: small(ratio), "mask_ratio") for ratio in (-0.1, 0.0, 1.0)),
+    )
+    assert small(0.01)(draw(2, 3, 32, 32)).isfinite(), "one of 16 patches is hidden"
 
 
 def test_patches_round_trip_in_order_and_the_loss_reads_hidden_ones_alone():

@@ -28,7 +28,6 @@ from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
-from timm.models import checkpoint_seq
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -39,7 +38,7 @@ from ...data.xrays import test_transform
 from ...ops.config import configure
 from ..layers.attend import attention_map
 from ..layers.heads import vit_sizes
-from ..layers.mae import Decoder, initialise, patchify, random_mask, unpatchify, visible, visible_tokens
+from ..layers.mae import Decoder, encode, initialise, patchify, random_mask, unpatchify, visible
 from ..layers.pos_embed import sincos_table
 from ..layers.predicting import Images, Names, Transform, grey, outputs
 from ..layers.state_dicts import OfficialModel, depth, renamed
@@ -379,9 +378,7 @@ class ECAMP(OfficialModel):
 
         `keep` (B, K): indices of the visible patches; None: all N of them.
         """
-        vit = self.encoder
-        x = visible_tokens(vit, images, keep)  # (B, 1 + K, D)
-        return vit.norm(checkpoint_seq(vit.blocks, x) if vit.grad_checkpointing else vit.blocks(x))
+        return encode(self.encoder, images, keep)
 
     def forward(self, batch: Batch) -> Losses:
         """The losses of a batch."""

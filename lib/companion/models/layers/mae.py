@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from einops import rearrange
+from timm.models import checkpoint_seq
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -61,8 +62,26 @@ def masked_pixel_loss(pixels: Tensor, target: Tensor, hidden: Tensor) -> Tensor:
 # --- tokens -----------------------------------------------------------------------------------------------------------
 
 
+def plain_input(vit: nn.Module) -> bool:
+    """Whether the blocks of a timm ViT read a [CLS] token and the patches, each with its position, and nothing else.
+
+    That is: no register tokens, no norm before the blocks (as CLIP's have), patches that are a sequence already.
+    """
+    return (
+        isinstance(vit, VisionTransformer)
+        and vit.num_prefix_tokens == 1
+        and vit.pos_embed is not None
+        and vit.pos_embed.shape[1] == 1 + vit.patch_embed.num_patches
+        and not vit.dynamic_img_size
+        and isinstance(vit.norm_pre, nn.Identity)
+    )
+
+
+PLAIN_INPUT = "a timm VisionTransformer with a [CLS] token that has a position, and no norm before its blocks"
+
+
 def visible_tokens(vit: nn.Module, images: Tensor, keep: Tensor | None = None, masked: Tensor | None = None) -> Tensor:
-    """The input of the blocks of one of timm's ViTs: (B, 1 + K, D), positions added, the [CLS] token first.
+    """The input of the blocks of a timm ViT of `plain_input`: (B, 1 + K, D), positions added, the [CLS] token first.
 
     Args:
         keep: (B, K) indices of the visible patches, the others are dropped; None: all N of them.
@@ -77,6 +96,12 @@ def visible_tokens(vit: nn.Module, images: Tensor, keep: Tensor | None = None, m
     if keep is not None:
         x = x.take_along_dim(keep[..., None], 1)  # (B, K, D)
     return torch.cat([(vit.cls_token + table[:, :1]).expand(len(x), -1, -1).to(x.dtype), x], 1)
+
+
+def encode(vit: nn.Module, images: Tensor, keep: Tensor | None = None) -> Tensor:
+    """Tokens (B, 1 + K, D) after the norm of a timm ViT; `keep` (B, K): the visible patches, None: all."""
+    x = visible_tokens(vit, images, keep)
+    return vit.norm(checkpoint_seq(vit.blocks, x) if vit.grad_checkpointing else vit.blocks(x))
 
 
 def with_mask_tokens(x: Tensor, keep: Tensor, mask_token: Tensor, patches: int) -> Tensor:
@@ -118,8 +143,12 @@ class Decoder(nn.Module):
         self.mask_token = nn.Parameter(torch.randn(1, 1, width) * mask_std if mask_std else torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(sincos_table(width, side, positions), requires_grad=False)
         norm = partial(nn.LayerNorm, eps=1e-6)
-        self.blocks = nn.ModuleList(Block(width, heads, qkv_bias=True, norm_layer=norm) for _ in range(depth))
-        self.norm = norm(width)
+        self.blocks = nn.Sequential(*(Block(width, heads, qkv_bias=True, norm_layer=norm) for _ in range(depth)))
+        self.norm, self.grad_checkpointing = norm(width), False
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the activations of each block in the backward pass: less memory, more time."""
+        self.grad_checkpointing = enable
 
     def initialise(self) -> Decoder:
         """This decoder, with MAE's initial weights."""
@@ -137,10 +166,8 @@ class Decoder(nn.Module):
         x = self.embed(latent)  # (B, 1 + K, E)
         if keep is not None:
             x = with_mask_tokens(x, keep, self.mask_token, self.pos_embed.shape[1] - 1)  # (B, 1 + N, E)
-        x = x + self.pos_embed
-        for block in self.blocks[:depth]:
-            x = block(x)
-        return x
+        x, blocks = x + self.pos_embed, self.blocks[:depth]
+        return checkpoint_seq(blocks, x) if self.grad_checkpointing else blocks(x)
 
     def forward(self, latent: Tensor, keep: Tensor | None = None) -> Tensor:
         """As `hidden`, after the norm."""
@@ -158,12 +185,15 @@ class MAE(OfficialModel):
     """A masked autoencoder: images to the loss on the pixels of their masked patches.
 
     Args:
-        encoder: a ViT of timm, trained in place; it receives the visible patches.
+        encoder: a ViT of timm of `plain_input` and a square grid of patches, trained in place; it receives the visible
+            patches.
         decoder: its width, depth and heads.
-        mask_ratio: share of hidden patches.
+        mask_ratio: share of hidden patches, one or more of them.
         normalise: predict pixels standardised by each patch's own mean and std (norm_pix_loss, on in the released
             training).
         xavier: MAE's initial weights in decoder and pixel head; False: PyTorch's.
+
+    Raises `BadParameter`: another encoder, or a share that hides or leaves no patch.
     """
 
     def __init__(
@@ -178,7 +208,11 @@ class MAE(OfficialModel):
         configure(self, locals())
         super().__init__()
         embed = encoder.patch_embed
-        visible(embed.num_patches, mask_ratio)
+        if not plain_input(encoder) or len(set(embed.grid_size)) > 1:
+            found = f"{type(encoder).__name__} of {embed.grid_size} patches"
+            raise BadParameter("encoder", found, f"{PLAIN_INPUT}; of a square grid")
+        if visible(embed.num_patches, mask_ratio) == embed.num_patches:
+            raise BadParameter("mask_ratio", mask_ratio, f"one that hides a patch of {embed.num_patches}")
         self.encoder, self.patch = encoder, embed.patch_size[0]
         self.mask_ratio, self.normalise = mask_ratio, normalise
         sizes = (encoder.embed_dim, *decoder, embed.grid_size[0])
@@ -188,9 +222,8 @@ class MAE(OfficialModel):
             initialise(self.pixels)
 
     def encode(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Tokens (B, 1 + K, D) after the encoder's norm; `keep` (B, K): the visible patches, None: all."""
-        x = visible_tokens(self.encoder, images, keep)
-        return self.encoder.norm(self.encoder.blocks(x))
+        """As the function `encode`, by the encoder."""
+        return encode(self.encoder, images, keep)
 
     def forward(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """The loss of images (B, 3, S, S); `noise` (B, N): the patches with the least are visible, None: drawn."""

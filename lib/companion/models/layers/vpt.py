@@ -19,27 +19,21 @@ from torch.nn import functional as F
 from ...errors import BadParameter
 from ...ops.config import configure
 from .frozen import frozen_copy
+from .mae import PLAIN_INPUT, plain_input
 from .predicting import OnBackbone
 
 
 def plain_vit(backbone: nn.Module) -> bool:
-    """Whether `backbone` is a timm ViT of the original's form, which the prompting methods run block by block.
-
-    That is: a [CLS] token, position embeddings added to it and to the patches, no norm before the blocks (as CLIP's
-    have), and the [CLS] token read after the last norm.
-    """
+    """Whether `backbone` is a timm ViT of the original's form, which the prompting methods run block by block: of
+    `plain_input`, and its [CLS] token is read after the last norm."""
     return (
-        isinstance(backbone, VisionTransformer)
-        and backbone.num_prefix_tokens == 1
-        and backbone.pos_embed is not None
-        and backbone.pos_embed.shape[1] == 1 + backbone.patch_embed.num_patches
-        and not backbone.dynamic_img_size  # its patches are not a sequence yet
+        plain_input(backbone)
         and backbone.global_pool == "token"
-        and all(isinstance(part, nn.Identity) for part in (backbone.norm_pre, backbone.fc_norm, backbone.patch_drop))
+        and all(isinstance(part, nn.Identity) for part in (backbone.fc_norm, backbone.patch_drop))
     )
 
 
-PLAIN_VIT = "a timm VisionTransformer with a [CLS] token that has a position and is read, and no norm before its blocks"
+PLAIN_VIT = f"{PLAIN_INPUT}, whose [CLS] token is read"
 
 
 def head(dim: int, classes: int) -> nn.Linear:

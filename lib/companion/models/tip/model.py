@@ -197,8 +197,9 @@ class TIP(nn.Module):
         return self
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the adaptor's activations in the backward pass, to save memory."""
-        getattr(self.adaptor.branch, f"{'enable' if enable else 'disable'}_gradient_checkpointing")()
+        """Recompute the activations of the adaptor and the UNet in the backward pass, to save memory."""
+        for part in (self.adaptor.branch, self.unet):
+            getattr(part, f"{'enable' if enable else 'disable'}_gradient_checkpointing")()
 
     def states(self, text: Tensor) -> Tensor:
         """States (B, M, d) of ids (B, M) int64; states are returned as they are, so they can be encoded in advance."""
