@@ -16,7 +16,6 @@ A model has a `config`, which its constructor sets, a method `predict(images, na
 from __future__ import annotations
 
 import copy
-import functools
 import importlib.util
 import inspect
 import json
@@ -167,8 +166,6 @@ def predict(
     kind, method = type(model).__name__, getattr(model, "predict", None)
     if method is None:
         raise BadParameter("model", kind, "a model of companion.models")
-    if inspect.isfunction(method):  # of a model whose class is timm's
-        method = functools.partial(method, model)
     given = [images] if isinstance(images, (str, Path, Image.Image, Tensor)) else list(images)
     if not given:
         raise BadParameter("images", "an empty list", "at least one image")

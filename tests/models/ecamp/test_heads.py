@@ -1,12 +1,54 @@
 """The heads of ECAMP's encoder: what they train, boxes, the authors' names, and the metrics of radiology."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from timm.models.vision_transformer import VisionTransformer
 
 from companion.evaluation.metrics import radiology
 from companion.models.ecamp import detection
-from tests.models.common import refuses
+from companion.models.ecamp.heads import PatchMap, Segmenter, classifier
+from tests.models.common import draw, refuses
+
+
+def vit(size: int | tuple[int, int], patch: int, **changes) -> VisionTransformer:
+    torch.manual_seed(0)
+    return VisionTransformer(size, patch, embed_dim=12, depth=1, num_heads=2, num_classes=0, **changes).eval()
+
+
+@pytest.mark.parametrize(("size", "patch"), [(28, 14), (42, 14), (64, 32), (8, 1), ((32, 72), 8), (32, 16)])
+@torch.no_grad()
+def test_logits_have_the_size_of_the_images_whatever_the_patch(size, patch):
+    encoder = vit(size, patch, reg_tokens=2)
+    images = draw(1, 3, *encoder.patch_embed.img_size)
+    assert Segmenter(encoder).eval()(images).shape == (1, 1, *images.shape[2:])
+
+
+@torch.no_grad()
+def test_a_map_lies_as_the_image():
+    """Of 4 x 9 patches; a map changes most where the image does."""
+    module, images = PatchMap(vit((32, 72), 8)).eval(), torch.zeros(1, 3, 32, 72)
+    changed = images.clone()
+    changed[:, :, 16:24, 56:64] = 1
+    difference = (module(changed) - module(images)).norm(dim=1)[0]
+    assert difference.shape == (4, 9) and divmod(int(difference.argmax()), 9) == (2, 7)
+
+
+def test_a_grid_that_cannot_be_halved_has_no_detector():
+    refuses(*((lambda s=s: detection.Detector(vit(s, 8)), "patches") for s in (24, (32, 48), (16, 64))))
+
+
+def test_a_classifier_predicts_by_its_own_method_and_so_does_its_copy():
+    model = classifier(vit(32, 8), 2).eval()
+    image = Image.new("L", (32, 32), 90)
+    found = model.predict([image], ["effusion", "mass"])
+    assert set(found[0]) == {"effusion", "mass"}
+    twin = copy.deepcopy(model)
+    torch.nn.init.constant_(twin.head.bias, 9)
+    assert twin.predict([image], ["effusion", "mass"]) != found == model.predict([image], ["effusion", "mass"])
 
 
 def test_a_box_whose_centre_is_on_the_border_belongs_to_the_last_cell():

@@ -20,6 +20,7 @@ from torchvision.models.resnet import Bottleneck
 from torchvision.ops import Conv2dNormActivation, batched_nms, box_convert, box_iou
 
 from ...data.xrays import squeeze_transform
+from ...errors import BadParameter
 from ...ops.config import configure
 from ..layers.heads import vit_sizes
 from ..layers.predicting import Images, Names, Shapes, Transform, batches, grey
@@ -82,10 +83,13 @@ class Detector(OfficialModel):
     """Images (B, 3, S, S) to the raw outputs of three heads, coarse to fine, each (B, 3 (5 + classes), h, h).
 
     Args:
-        encoder: `ECAMP.encoder`, or any ViT of timm; it is copied.
+        encoder: `ECAMP.encoder`, or any ViT of timm with as many rows of patches as columns, an even number; it is
+            copied.
         classes: of boxes.
         expansion: e of the bottlenecks: 4 with all labels, 8 with 1 or 10 % of them.
         channels: of the three levels; the heads' widths follow.
+
+    Raises `BadParameter`: an encoder of another grid.
     """
 
     rules = official.NAMES["detector"]
@@ -99,6 +103,9 @@ class Detector(OfficialModel):
     ):
         configure(self, locals())
         super().__init__()
+        rows, columns = encoder.patch_embed.grid_size
+        if rows % 2 or rows != columns:
+            raise BadParameter("encoder", f"{rows} x {columns} patches", "an even number of rows, and as many columns")
         self.size = encoder.patch_embed.img_size[0]
         self.map, self.pyramid = PatchMap(encoder), Pyramid(encoder.embed_dim, expansion, channels)
         below = [0, channels[0] // 8, channels[1] // 8]  # channels from the coarser level

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -42,7 +43,7 @@ def classifier(
 ) -> VisionTransformer:
     """The classifier: MAE's, see `layers.heads.classifier`."""
     model = shared.classifier(encoder, classes, probe=probe, drop_path=drop_path)
-    vars(model)["predict"] = findings
+    vars(model)["predict"] = partial(findings, model)
     given = {"encoder": encoder, "classes": classes, "probe": probe, "drop_path": drop_path}
     return configure(model, given, classifier)
 
@@ -78,7 +79,7 @@ def classification_loss(logits: Tensor, target: Tensor) -> Tensor:
 
 
 class PatchMap(nn.Module):
-    """From images (B, 3, S, S) to a map (B, D, g, g): a linear layer on an encoder's tokens before its last norm."""
+    """From images (B, 3, H, W) to a map (B, D, g, g'): a linear layer on an encoder's tokens before its last norm."""
 
     def __init__(self, encoder: VisionTransformer, frozen: bool = True):
         super().__init__()
@@ -89,8 +90,9 @@ class PatchMap(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            x = self.encoder.forward_features(images)[:, self.encoder.num_prefix_tokens :]  # (B, g g, D)
-        return rearrange(self.project(x), "b (h w) d -> b d h w", h=math.isqrt(x.shape[1]))
+            x = self.encoder.forward_features(images)[:, self.encoder.num_prefix_tokens :]  # (B, g g', D)
+        rows, _ = self.encoder.patch_embed.dynamic_feat_size(images.shape[-2:])
+        return rearrange(self.project(x), "b (h w) d -> b d h w", h=rows)
 
 
 class MapDecoder(nn.Sequential):
@@ -106,13 +108,13 @@ class MapDecoder(nn.Sequential):
 
 
 class Segmenter(OfficialModel):
-    """Images (B, 3, S, S) to logits (B, outputs x classes, S, S).
+    """Images (B, 3, H, W) to logits (B, outputs x classes, H, W).
 
     Args:
         encoder: `ECAMP.encoder`, or any ViT of timm; it is copied.
         outputs: decoders, one for each structure to segment: 1, or 2 for RIGA's disc and cup.
         channels: of the decoder's steps, each of which doubles the side. None: of 512, 256, 128, 64 the last ones, as
-            many as the patch needs.
+            many as the patch needs. What the steps do not bring to the images' size is resized to it, bilinear.
         frozen: as released; False is the README's description, and the authors' setting for a random encoder on RIGA.
         classes: logits of a decoder; more than 1 only to load a file that has them.
     """
@@ -135,8 +137,9 @@ class Segmenter(OfficialModel):
         self.decoders = nn.ModuleDict({name: MapDecoder(encoder.embed_dim, channels, classes) for name in names})
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.map(images)  # (B, D, g, g)
-        return torch.cat([decoder(x) for decoder in self.decoders.values()], 1)
+        x, size = self.map(images), images.shape[-2:]  # (B, D, g, g')
+        logits = torch.cat([decoder(x) for decoder in self.decoders.values()], 1)
+        return logits if logits.shape[-2:] == size else F.interpolate(logits, size, mode="bilinear")
 
     def predict(self, images: Images, names: Names, transform: Transform = None) -> list[Tensor]:
         """Probabilities (outputs, S, S) of each image; disc and cup are those of RIGA's images in colour."""
