@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from companion.errors import BadCheckpoint
+from companion.models.dmt import figures
 from companion.models.dmt.vit import ViT, build
 from companion.models.layers.pos_embed import resize_pos_embed, sincos_table
 from tests.models.common import assert_recomputed_gradients_are_equal, misfits, refuses
@@ -48,6 +49,7 @@ def test_attention_of_the_cls_token(images):
     attn.attn_drop.register_forward_hook(lambda module, inputs, output: seen.append(output))
     vit(images)
     torch.testing.assert_close(vit.attention(images), seen[0][:, :, 0, 1:])
+    assert figures.attention({"student": vit}, torch.zeros(1, 3, 32, 72))["student"].shape == (1, 4, 9)
 
 
 def test_gradient_checkpointing_changes_no_gradient(images):
@@ -73,6 +75,7 @@ def test_a_checkpoint_that_does_not_fit():
     state["blocks.1.attn.typo"] = state.pop("blocks.1.attn.proj.bias")
     expected = ["blocks.1.attn.proj.bias"], ["blocks.1.attn.typo"], []
     assert misfits(ViT.from_official, state, heads=4) == expected
+    refuses((lambda: build("huge"), "size"))
 
 
 @pytest.mark.slow

@@ -19,9 +19,11 @@ from .vit import ViT
 
 @torch.no_grad()
 def attention(models: Mapping[str, ViT], images: Tensor) -> dict[str, Tensor]:
-    """By model, the attention of the [CLS] token to the patches in the last block, mean of the heads: (B, s, s)."""
-    found = {name: model.attention(images).mean(1) for name, model in models.items()}
-    return {name: x.unflatten(1, (math.isqrt(x.shape[1]),) * 2) for name, x in found.items()}
+    """By model, the attention of the [CLS] token to the patches in the last block, mean of the heads: (B, h, w)."""
+    return {
+        name: model.attention(images).mean(1).unflatten(1, model.patch_embed.dynamic_feat_size(images.shape[2:]))
+        for name, model in models.items()
+    }
 
 
 @styled

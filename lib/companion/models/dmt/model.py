@@ -89,24 +89,32 @@ class TargetNorm(nn.Module):
         self.kind, self.running = kind, kind == "channel" and statistics == "running"
         if self.running:
             self.register_buffer("mean", torch.zeros(width))
-            self.register_buffer("square", torch.ones(width))
+            self.register_buffer("variance", torch.ones(width))
             self.register_buffer("batches", torch.zeros(()))
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        if f"{prefix}square" in state:  # a training of version 0.2.0 left the mean of squares
+            state[f"{prefix}variance"] = state.pop(f"{prefix}square") - state[f"{prefix}mean"].square()
+        super()._load_from_state_dict(state, prefix, *args)
 
     @torch.no_grad()
     def forward(self, tokens: Tensor) -> Tensor:
         x = F.layer_norm(tokens.float(), tokens.shape[-1:], eps=1e-6)
         if self.kind == "ln":
             return x
-        mean, square = x.mean((0, 1)), x.square().mean((0, 1))  # (D_k,)
-        if self.running:
-            if self.training:
-                # the first batches have equal weight, to limit the influence of the initial values
-                self.batches += 1
-                share = torch.clamp(1 / self.batches, min=MOMENTUM)
-                self.mean.lerp_(average_over_devices(mean), share)
-                self.square.lerp_(average_over_devices(square), share)
-            mean, square = self.mean, self.square
-        return (x - mean) / (square - mean.square()).clamp_min(1e-6).sqrt()
+        if self.running and not self.training:
+            mean, variance = self.mean, self.variance
+        else:  # squares of deviations: in float32 a mean of squares less the squared mean loses a small variance
+            mean = x.mean((0, 1))  # (D_k,)
+            mean = average_over_devices(mean) if self.running else mean
+            variance = (x - mean).square().mean((0, 1))
+        if self.running and self.training:
+            # the first batches have equal weight, to limit the influence of the initial values
+            self.batches += 1
+            share = torch.clamp(1 / self.batches, min=MOMENTUM)
+            variance = average_over_devices(variance) + (1 - share) * (mean - self.mean).square()
+            mean, variance = self.mean.lerp_(mean, share), self.variance.lerp_(variance, share)
+        return (x - mean) / variance.clamp_min(1e-6).sqrt()
 
 
 # --- student and losses -----------------------------------------------------------------------------------------------
@@ -154,6 +162,7 @@ class DMT(nn.Module):
         self.visible = visible(student.patches, mask_ratio)
         self.token_weight, self.map_weight = token_weight, map_weight
         self.target_norms = nn.ModuleList(TargetNorm(width, target_norm, statistics) for width in widths)
+        check_choice("decoder", decoder, DECODERS)
         sizes = DECODERS[decoder]
         self.adapters = nn.ModuleList(nn.Linear(student.width, width) for width in widths if token_weight)
         self.decoder = None
