@@ -41,12 +41,15 @@ def attention_map(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(d) + mask), (b, h, n, m) in float32, of queries (b, h, n, d) and keys (b, h, m, d).
 
     Args:
-        mask: broadcastable to (b, h, n, m); boolean, True where a query may attend, or added to the scores.
+        mask: broadcastable to (b, h, n, m); boolean, True where a query may attend, or added to the scores. A query
+            that may attend to nothing has a row of zeros, as it has zeros from `Attend`.
     """
     scores = q.float() @ k.float().transpose(-2, -1) / math.sqrt(q.shape[-1])
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -math.inf)
-    return (scores if mask is None else scores + mask).softmax(-1)
+    if mask is None:
+        return scores.softmax(-1)
+    return (scores + mask).softmax(-1).masked_fill((mask == -math.inf).all(-1, keepdim=True), 0)
 
 
 class Attend(nn.Module):
