@@ -97,6 +97,9 @@ def test_what_would_be_silently_wrong_is_refused():
         (lambda: hvit.loss("ordinal", torch.zeros(1, 5), torch.tensor([6])), "6"),
         (lambda: pocket()(torch.zeros(1, 0, 48)), "regions"),
         (lambda: PatchEncoder(32, 4, 48, 1, 3)(torch.zeros(1, 3, 30, 32)), "4"),
+        (lambda: PatchEncoder(16, 16), "side"),
+        (lambda: RegionEncoder(1), "side"),
+        (lambda: pocket("whole")(draw(1, 1, 3, 64, 256)), "regions"),
         (lambda: pocket(levels=("region", "slide"))(pixels()), "patch"),
     )
 

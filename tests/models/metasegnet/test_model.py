@@ -3,13 +3,14 @@
 import pytest
 import timm
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from transformers import BertConfig, BertModel, BertTokenizer
 
 from companion.evaluation.tables import published_table
 from companion.models.metasegnet import bands, decoder, figures, segment
-from companion.models.metasegnet.inference import reader
+from companion.models.metasegnet.inference import augmented, reader
 from companion.models.metasegnet.model import Fusion, MetaSegNet
 from companion.models.metasegnet.text import BertText, Words
 from companion.viz.attention import Recorder
@@ -87,6 +88,13 @@ def test_the_maps_of_other_timm_encoders_are_those_of_timms_feature_extractor():
         normed = F.layer_norm(expected.movedim(1, -1), expected.shape[1:2]).movedim(-1, 1)
         torch.testing.assert_close(found, normed, **CLOSE)
     assert model(x, TEXTS[:1]).shape == (1, 3, 64, 48)
+
+
+def test_networks_of_one_text_encoder_do_not_share_it():
+    words = text()
+    networks = [build(words) for _ in range(2)]
+    owned = [{p.data_ptr() for p in module.parameters()} for module in (words, *(n.text for n in networks))]
+    assert len(set.union(*owned)) == sum(map(len, owned))
 
 
 def test_a_callers_encoder_is_not_changed_and_can_be_checkpointed():
@@ -210,7 +218,11 @@ def test_tiles_of_a_local_network_give_the_whole_image(size, tile, overlap):
 
 def test_what_would_silently_give_wrong_maps_is_refused():
     model, twin, x = build(text()), build(), draw(2, 3, 32, 32)
+    assert model.predict([], [], texts=[]) == []
     refuses(
+        (lambda: model.predict([Image.new("RGB", (8, 8))], [], texts=[]), "texts"),
+        (lambda: MetaSegNet.build(3, size="large"), "size"),
+        (lambda: augmented(twin, x, "flips"), "kind"),
         (lambda: twin(x, TEXTS), "bare land"),
         (lambda: model(x), "None"),
         (lambda: segment(twin, x[0], tile=16, overlap=16), "16"),

@@ -115,7 +115,7 @@ def test_results_are_means_over_seeds_next_to_the_published_ones(tmp_path):
         ({"texts": "sentences", "dataset": "par/rapv1"}, "PromptPAR, sentences"),
         ({"release": "2025", "quirks": False}, "PromptPAR, code of 2025, as meant"),
         ({"select": "maxima", "clip": "x"}, "PromptPAR, x, maxima over epochs"),
-        ({"checkpoint": "a/x.pth", "release": "2025"}, "PromptPAR, weights of x.pth"),
+        ({"checkpoint": "a/x.pth", "release": "2025", "select": "maxima"}, "PromptPAR, weights of x.pth"),
     ],
 )
 def test_what_is_not_as_published_has_a_row_of_its_own(changes, label):

@@ -143,6 +143,7 @@ def test_backbones_of_another_form_are_refused_not_run_wrongly():
         (lambda: SA2VP(small_vit(depth=4), 5), "depth 4"),
         (lambda: SA2VP(small_vit(depth=3), 5), "depth 3"),
         (lambda: SA2VPSwin(small_swin(), 5, stage=1), "1 with 1 blocks"),
+        (lambda: SA2VP(small_vit(), 5, attention="other"), "attention"),
         (lambda: VPT(small_swin(window_size=3), 5), r"\(16, 16\)"),
     )
     for vit in own:

@@ -60,8 +60,9 @@ def test_boxes_and_captions_take_turns(coco):  # noqa: F811
 def test_images_are_resized_as_for_the_detector_but_not_in_training(small, monkeypatch):
     model, (images, *_) = recogniser().eval(), batch(2)
     monkeypatch.setattr(recipe, "SHORTER", 128)
-    plain = sic_cads.MLR.crops
+    plain, plain_input = sic_cads.MLR.crops, sic_cads.MLR.prepared
     assert model.prepared(images).shape[-1] == 416
+    assert torch.equal(model.prepared(images, False), plain_input(model, images, False)), "also in eval mode"
     assert torch.equal(model.crops(images), plain(model, recipe.resize(images, [128], antialias=True)))
     assert torch.equal(model.train().crops(images), plain(model, images))
 

@@ -233,6 +233,7 @@ def test_what_would_silently_restore_something_else_is_refused() -> None:
     image, call = torch.rand(1, 3, 32, 32), small_pipe()
     other = UNet2DConditionModel(**LEVELS["sd15"], num_class_embeds=3)
     refuses(
+        (lambda: build("sd3"), "size"),
         (lambda: call(image * 0 + 1.5), "0, 1"),
         (lambda: call(image.byte()), "float"),
         (lambda: call(image, ["a", "b"]), "1"),

@@ -16,6 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ...errors import check_choice
 from ...ops.config import configure
 from ..layers.attend import attention_map, qkv
 from ..layers.heads import vit_sizes
@@ -161,4 +162,5 @@ def encoder_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def build(size: str = "small", **options: Any) -> ViT:
     """A random ViT (torch's current seed) of one of `SIZES`; `options` as in `ViT`."""
+    check_choice("size", size, SIZES)
     return ViT(**{**SIZES[size], **options})

@@ -35,6 +35,7 @@ from transformers import BertConfig
 from transformers.models.bert import modeling_bert as bert
 
 from ...data.xrays import test_transform
+from ...errors import check_choice
 from ...ops.config import configure
 from ..layers.attend import attention_map
 from ..layers.heads import vit_sizes
@@ -363,6 +364,7 @@ class ECAMP(OfficialModel):
             words: V, if it is not that of the size.
             options: arguments of the class that differ.
         """
+        check_choice("size", size, SIZES)
         options = SIZES[size] | options
         if words:
             options["text"] = replace(options["text"], words=words)

@@ -56,6 +56,8 @@ class Encoder(OfficialModel):
         std: float | None = 0.02,
     ):
         super().__init__()
+        if side < 1:
+            raise BadParameter("side", side, "1 or more; by default 7/8 of the tokens or patches a side, rounded down")
         if heads < 1 or dim % heads:
             raise BadParameter("dim, heads", (dim, heads), "1 or more heads, which divide the width")
         self.dim, self.heads, self.std, self.grad_checkpointing = dim, heads, std, False
@@ -214,7 +216,11 @@ class RegionEncoder(Encoder):
 
 
 def patches_of(regions: Tensor, side: int) -> Tensor:
-    """The patches (m n n, 3, side, side) of regions (m, 3, n side, n side), row by row."""
+    """The patches (m n n, 3, side, side) of regions (m, 3, n side, n side), row by row.
+
+    Raises `BadParameter`: regions that are not square, or no whole patches."""
+    if regions.shape[-2] != regions.shape[-1] or regions.shape[-1] % side:
+        raise BadParameter("regions", tuple(regions.shape), f"(m, 3, R, R), R a multiple of {side}")
     return rearrange(regions, "m c (i h) (j w) -> (m i j) c h w", h=side, w=side)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...errors import BadParameter
+from ...errors import BadParameter, check_choice
 
 SCALES = (0.75, 1.0, 1.25, 1.5)
 AUGMENTATIONS = {  # flips left-right, flips upside down, scales; no rotations, despite the name "d4"
@@ -26,6 +26,7 @@ Read = Callable[[int, int, int, int], Tensor]
 
 def views(kind: str) -> list[tuple[bool, bool, float]]:
     """The views of a test-time augmentation, 1, 4, 16 or 8: (flipped left-right, flipped upside down, scale)."""
+    check_choice("kind", kind, AUGMENTATIONS)
     return list(itertools.product(*AUGMENTATIONS[kind]))
 
 

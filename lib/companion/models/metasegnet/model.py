@@ -31,7 +31,7 @@ from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...errors import BadParameter
+from ...errors import BadParameter, check_choice
 from ...ops.config import configure
 from ..layers.attend import Attend
 from ..layers.heads import swin_sizes
@@ -141,7 +141,7 @@ class MetaSegNet(OfficialModel):
     Args:
         encoder: a timm model with four or more maps, which is copied; `swin(**sizes)` for the author's.
         classes: number of classes.
-        text: `Words` or `BertText`. RECONSTRUCTION.
+        text: `Words` or `BertText`, which is copied. RECONSTRUCTION.
         width, heads, window: see `Decoder`.
         fusion_stages: of the stages 1 to 4, those with a fusion. RECONSTRUCTION: all.
         fusion_heads: heads of the fusion; None: C_k / 32. RECONSTRUCTION.
@@ -167,7 +167,7 @@ class MetaSegNet(OfficialModel):
         self.encoder = copy.deepcopy(encoder)
         self.encoder.prune_intermediate_layers(self.indices, prune_norm=True, prune_head=True)
         self.norms = nn.ModuleList(nn.LayerNorm(c) for c in channels)
-        self.text, self.fusions = text, nn.ModuleDict()
+        self.text, self.fusions = copy.deepcopy(text), nn.ModuleDict()
         if text is not None:
             for k in fusion_stages:
                 c = channels[k - 1]
@@ -177,6 +177,7 @@ class MetaSegNet(OfficialModel):
     @classmethod
     def build(cls, classes: int, text: TextEncoder | None = None, size: str = "paper", **options) -> MetaSegNet:
         """A network with random weights, of one of `SIZES`; `options` override those of the size."""
+        check_choice("size", size, SIZES)
         return cls(swin(**SIZES[size]["swin"]), classes, text, **(SIZES[size]["model"] | options))
 
     def maps(self, images: Tensor) -> list[Tensor]:
@@ -249,7 +250,7 @@ class MetaSegNet(OfficialModel):
         if len(given) not in (1, len(images)):
             raise BadParameter("texts", f"{len(given)} of them", f"1, or one for each of {len(images)} images")
         device, found = next(self.parameters()).device, []
-        for image, text in zip(images, given * (len(images) // len(given)), strict=True):
+        for image, text in zip(images, given if len(given) == len(images) else given * len(images), strict=True):
             if isinstance(image, Image.Image):
                 raw, there = np.asarray(image.convert("RGB")).transpose(2, 0, 1), np.ones(image.size[::-1], bool)
             else:

@@ -363,7 +363,7 @@ def label(p: Parameters) -> str:
         "as meant": not p.quirks,
         p.texts: p.texts != "released" and p.dataset in PHRASES,
         p.clip: p.clip != CLIP,
-        "maxima over epochs": p.select == "maxima",
+        "maxima over epochs": p.select == "maxima" and not p.checkpoint,
     }
     return ", ".join([p.method, *(name for name, changed in changes.items() if changed)])
 

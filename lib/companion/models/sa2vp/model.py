@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ...errors import BadParameter
+from ...errors import BadParameter, check_choice
 from ...ops.config import configure
 from ..layers import attend
 from ..layers.attend import Attend
@@ -131,6 +131,7 @@ class TwoPathways(OnBackbone, OfficialModel):
     ):
         super().__init__()
         kinds = {"aligned": AlignedAttention, "padded": PaddedAttention}
+        check_choice("attention", attention, kinds)
         self.backbone = frozen_copy(backbone)
         self.scale, self.grid = scale, (grid[0], grid[1])
         self.grad_checkpointing = False

@@ -375,7 +375,7 @@ class Recogniser(sic_cads.MLR):
 
     def prepared(self, images: Tensor, resize: bool = True) -> Tensor:
         """As `MLR.prepared`; training images (`resize` False) have their size."""
-        return super().prepared(self._resized(images), resize)
+        return super().prepared(self._resized(images) if resize else images, resize)
 
     def crops(self, images: Tensor) -> Tensor:
         """As `MLR.crops`."""

@@ -33,7 +33,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from ...backbones import unreachable
-from ...errors import BadCheckpoint, BadParameter, CorruptFile, MissingWeights
+from ...errors import BadCheckpoint, BadParameter, CorruptFile, MissingWeights, check_choice
 from ...ops.files import atomic_folder, read_json
 from ...ops.progress import progress
 from ..layers.predicting import Images, Names, coloured
@@ -418,6 +418,7 @@ def build(
 
     Works on torch's meta device (`with torch.device("meta")`), to count parameters.
     """
+    check_choice("size", size, SIZES)
     sizes = SIZES[size]
     net = UNet2DConditionModel(**{**sizes["unet"], **unet})
     encoder = CLIPTextModel(CLIPTextConfig(max_position_embeddings=77, vocab_size=49408, **{**sizes["text"], **text}))
