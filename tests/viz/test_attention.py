@@ -170,3 +170,4 @@ def test_maps_of_photographs_leave_the_prefix_tokens_out():
     torch.testing.assert_close(maps["[CLS] attention"], last)
     torch.testing.assert_close(maps["rollout"], rollout(found.maps)[:, 0, 3:].unflatten(1, (4, 6)))
     assert maps["principal components"].shape == (3, 4, 6, 3)
+    refuses((lambda: photograph_maps(vit(class_token=False, global_pool="avg"), images), "vit"))

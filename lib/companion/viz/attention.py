@@ -215,7 +215,11 @@ def photograph_maps(vit: Any, images: Tensor) -> dict[str, Tensor | np.ndarray]:
     Returns:
         "[CLS] attention" of the last block and "rollout" of all blocks, (batch, rows, columns) each, and "principal
         components" of the last block's patch tokens after the norm, (batch, rows, columns, 3).
+
+    Raises `BadParameter`: a ViT without a [CLS] token.
     """
+    if getattr(vit, "cls_token", None) is None:
+        raise BadParameter("vit", type(vit).__name__, "a timm ViT with a [CLS] token")
     with Recorder(vit) as record, torch.no_grad():
         tokens = vit.forward_features(images)
     prefix = vit.num_prefix_tokens

@@ -39,6 +39,7 @@ def test_a_map_lies_as_the_image():
 
 def test_a_grid_that_cannot_be_halved_has_no_detector():
     refuses(*((lambda s=s: detection.Detector(vit(s, 8)), "patches") for s in (24, (32, 48), (16, 64))))
+    refuses((lambda: Segmenter(vit(32, 8), 3), "outputs"))
 
 
 def test_a_classifier_predicts_by_its_own_method_and_so_does_its_copy():

@@ -99,6 +99,7 @@ def test_what_would_be_silently_wrong_is_refused():
         (lambda: PatchEncoder(32, 4, 48, 1, 3)(torch.zeros(1, 3, 30, 32)), "4"),
         (lambda: PatchEncoder(16, 16), "side"),
         (lambda: RegionEncoder(1), "side"),
+        (lambda: pocket(levels=("regions", "slide")), "levels"),
         (lambda: pocket("whole")(draw(1, 1, 3, 64, 256)), "regions"),
         (lambda: pocket(levels=("region", "slide"))(pixels()), "patch"),
     )

@@ -11,7 +11,7 @@ from transformers import BertConfig, BertModel, BertTokenizer
 from companion.evaluation.tables import published_table
 from companion.models.metasegnet import bands, decoder, figures, segment
 from companion.models.metasegnet.inference import augmented, reader
-from companion.models.metasegnet.model import Fusion, MetaSegNet
+from companion.models.metasegnet.model import Fusion, MetaSegNet, swin
 from companion.models.metasegnet.text import BertText, Words
 from companion.viz.attention import Recorder
 from tests.models.common import assert_recomputed_gradients_are_equal, draw, numbers, refuses
@@ -222,6 +222,8 @@ def test_what_would_silently_give_wrong_maps_is_refused():
     refuses(
         (lambda: model.predict([Image.new("RGB", (8, 8))], [], texts=[]), "texts"),
         (lambda: MetaSegNet.build(3, size="large"), "size"),
+        (lambda: build(text(), fusion_stages=(0, 1)), "fusion_stages"),
+        (lambda: MetaSegNet(swin(depths=(1, 1, 1), num_heads=(1, 2, 4), embed_dim=8), 3), "encoder"),
         (lambda: augmented(twin, x, "flips"), "kind"),
         (lambda: twin(x, TEXTS), "bare land"),
         (lambda: model(x), "None"),

@@ -192,6 +192,7 @@ def test_what_would_run_wrongly_is_refused():
         (lambda: build(mm_layers=4), "0 to 3"),
         (lambda: build(visual_embed=False), "48"),
         (lambda: build(depth=4), "1 to 3"),
+        (lambda: build(depth=0), "1 to 3"),
         (lambda: build(official_quirks=True, prompts=7), "5"),
         (lambda: build(official_quirks=True, regions=3), "4"),
     )

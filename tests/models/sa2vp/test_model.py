@@ -144,6 +144,8 @@ def test_backbones_of_another_form_are_refused_not_run_wrongly():
         (lambda: SA2VP(small_vit(depth=3), 5), "depth 3"),
         (lambda: SA2VPSwin(small_swin(), 5, stage=1), "1 with 1 blocks"),
         (lambda: SA2VP(small_vit(), 5, attention="other"), "attention"),
+        (lambda: SA2VP(small_vit(), 5, new_maps=3), "new_maps"),
+        (lambda: SA2VPSwin(small_swin(), 5, stage=-2), "stage"),
         (lambda: VPT(small_swin(window_size=3), 5), r"\(16, 16\)"),
     )
     for vit in own:

@@ -234,6 +234,7 @@ def test_what_would_silently_restore_something_else_is_refused() -> None:
     other = UNet2DConditionModel(**LEVELS["sd15"], num_class_embeds=3)
     refuses(
         (lambda: build("sd3"), "size"),
+        (lambda: small_pipe(fusion="modulated"), "fusion"),
         (lambda: call(image * 0 + 1.5), "0, 1"),
         (lambda: call(image.byte()), "float"),
         (lambda: call(image, ["a", "b"]), "1"),

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...data.xrays import squeeze_transform, test_transform
+from ...errors import check_choice
 from ...ops.config import configure
 from ..layers import heads as shared
 from ..layers.heads import like, vit_sizes
@@ -131,6 +132,7 @@ class Segmenter(OfficialModel):
     ):
         configure(self, locals())
         super().__init__()
+        check_choice("outputs", outputs, (1, 2))
         channels = channels or (512, 256, 128, 64)[-int(math.log2(encoder.patch_embed.patch_size[0])) :]
         self.map = PatchMap(encoder, frozen)
         names = ("decoder",) if outputs == 1 else RIGA

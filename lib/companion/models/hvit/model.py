@@ -340,6 +340,8 @@ def build(
         slide: further options of `SlideTransformer`.
     """
     check_choice("size", size, SIZES)
+    for level in levels:
+        check_choice("levels", level, ("patch", "region", "slide"))
     sizes = SIZES[size]
     patch = PatchEncoder(**sizes["patch"]) if "patch" in levels else None
     region = RegionEncoder(patches, sizes["patch"]["dim"], **sizes["region"]) if "region" in levels else None

@@ -163,6 +163,8 @@ class MetaSegNet(OfficialModel):
         super().__init__()
         self.indices = list(range(len(encoder.feature_info)))[-4:]
         info = [encoder.feature_info[i] for i in self.indices]
+        if len(info) < 4:
+            raise BadParameter("encoder", f"{type(encoder).__name__} of {len(info)} maps", "one of four maps or more")
         channels, self.stride = [i["num_chs"] for i in info], info[0]["reduction"]
         self.encoder = copy.deepcopy(encoder)
         self.encoder.prune_intermediate_layers(self.indices, prune_norm=True, prune_head=True)
@@ -170,6 +172,7 @@ class MetaSegNet(OfficialModel):
         self.text, self.fusions = copy.deepcopy(text), nn.ModuleDict()
         if text is not None:
             for k in fusion_stages:
+                check_choice("fusion_stages", k, (1, 2, 3, 4))
                 c = channels[k - 1]
                 self.fusions[str(k)] = Fusion(c, text.width, fusion_heads or max(1, c // 32))
         self.decoder = Decoder(channels, classes, width, heads, window)

@@ -186,8 +186,8 @@ class PromptedTower(nn.Module):
             raise BadParameter("clip", f"one with a {other[0]}", "one whose image tower has plain blocks")
         self.grid = tuple(visual.grid_size)
         width, layers = visual.conv1.out_channels, len(visual.transformer.resblocks)
-        depth = 0 if s.prompts == 0 else s.depth or layers
-        if depth:
+        depth = 0 if s.prompts == 0 else layers if s.depth is None else s.depth
+        if s.prompts:
             check_depth(clip, depth)
         if s.official_quirks and s.regions and (s.regions != 4 or s.prompts % 5 or not s.prompts):
             accepted = "4 regions, or none, and a multiple of 5 prompts: the released code has no others"

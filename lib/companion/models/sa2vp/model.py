@@ -217,6 +217,7 @@ class SA2VP(TwoPathways, ReleasedViT):
         if not plain_vit(backbone) or not usual or len(blocks) % 3 or len(blocks) < LEAST:
             accepted = f"{PLAIN_VIT}; pre-norm, depth divisible by 3, {LEAST} or more"
             raise BadParameter("backbone", f"{type(backbone).__name__} of depth {len(blocks)}", accepted)
+        check_choice("new_maps", new_maps, range(3))  # one joins at the start of each third but the first
         super().__init__(backbone, scale, backbone.patch_embed.grid_size, True, attention, dropout)
         dim, tokens, self.period = backbone.embed_dim, 1 + math.prod(self.grid), len(blocks) // 3
         self.attends = nn.ModuleList(Attend() for _ in blocks)

@@ -11,7 +11,7 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...errors import BadParameter
+from ...errors import BadParameter, check_choice
 from ...ops.config import configure
 from .model import DROPOUT, LEAST, Adapter, Named, Pathways, TwoPathways, halves
 from .released import ReleasedSwin
@@ -43,6 +43,7 @@ class SA2VPSwin(TwoPathways, ReleasedSwin):
         dropout: float = DROPOUT,
     ):
         configure(self, locals())
+        check_choice("stage", stage, range(len(backbone.layers)))
         blocks = backbone.layers[stage].blocks
         if len(blocks) % 3 or len(blocks) < LEAST:
             accepted = f"one with {LEAST} blocks or more, divisible by 3"

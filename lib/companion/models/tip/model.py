@@ -31,7 +31,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...errors import BadParameter
+from ...errors import BadParameter, check_choice
 from ..layers.frozen import frozen_copy
 
 # --- the frozen UNet in two halves ------------------------------------------------------------------------------------
@@ -119,6 +119,7 @@ class Adaptor(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(self, controlnet: dict, fusion: str = "modulate"):
         super().__init__()
+        check_choice("fusion", fusion, ("modulate", "add"))
         self.branch = net = ControlNetModel.from_config(dict(controlnet))
         if fusion == "modulate":
             blocks = net.controlnet_down_blocks
