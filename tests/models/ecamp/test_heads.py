@@ -42,6 +42,13 @@ def test_a_grid_that_cannot_be_halved_has_no_detector():
     refuses((lambda: Segmenter(vit(32, 8), 3), "outputs"))
 
 
+@torch.no_grad()
+def test_a_classifier_reads_the_mean_of_the_patches_alone():
+    model, images = classifier(vit(32, 8, reg_tokens=2, pool_include_prefix=True), 2).eval(), draw(2, 3, 32, 32)
+    tokens = model.forward_features(images)
+    torch.testing.assert_close(model.forward_head(tokens, pre_logits=True), model.fc_norm(tokens[:, 3:].mean(1)))
+
+
 def test_a_classifier_predicts_by_its_own_method_and_so_does_its_copy():
     model = classifier(vit(32, 8), 2).eval()
     image = Image.new("L", (32, 32), 90)

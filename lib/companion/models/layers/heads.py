@@ -89,7 +89,7 @@ def classifier(
         drop_path: see `like`.
     """
     model = like(encoder, drop_path).requires_grad_(not probe)
-    model.num_classes, model.global_pool, model.attn_pool = classes, "avg", None
+    model.num_classes, model.global_pool, model.attn_pool, model.pool_include_prefix = classes, "avg", None, False
     model.norm, model.fc_norm = nn.Identity(), nn.LayerNorm(model.embed_dim, eps=1e-6)
     model.fc_norm.requires_grad_(not probe)
     model.head = nn.Linear(model.embed_dim, classes)
