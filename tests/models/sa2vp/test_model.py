@@ -136,7 +136,8 @@ FORMS += [{"global_pool": "avg"}, {"global_pool": "avg", "class_token": False}, 
 def test_backbones_of_another_form_are_refused_not_run_wrongly():
     """CLIP's ViTs have a norm before the blocks, DeiT-III's no position for the [CLS] token, ..."""
     vits = [small_vit(**changes) for changes in FORMS]
-    own = [small_vit(block_fn=ResPostBlock), small_vit(mlp_layer=GluMlp), small_vit(scale_attn_norm=True)]
+    own = [small_vit(block_fn=ResPostBlock), small_vit(mlp_layer=GluMlp)]
+    own += [small_vit(**changes) for changes in BLOCKS if "scale_attn_norm" in changes]
     refuses(
         *((lambda kind=kind, vit=vit: kind(vit, 5), "VisionTransformer") for vit in vits for kind in (SA2VP, VPT)),
         *((lambda vit=vit: SA2VP(vit, 5), "VisionTransformer") for vit in own),

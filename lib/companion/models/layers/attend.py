@@ -31,9 +31,10 @@ def qkv(attention: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def output(attention: nn.Module, x: Tensor, attended: Tensor) -> Tensor:
     """The output (b, n, d) of one of timm's attentions for the first n of its tokens x (b, N, d), from the values that
     these attend to, (b, h, n, e)."""
-    y = attention.norm(rearrange(attended, "b h n e -> b n (h e)"))
-    if getattr(attention, "gate", None) is not None:  # older releases of timm have none
-        y = y * attention.gate(x[:, : y.shape[1]]).sigmoid()
+    y = rearrange(attended, "b h n e -> b n (h e)")
+    norm, gate = (getattr(attention, name, None) for name in ("norm", "gate"))  # not in every release of timm
+    y = y if norm is None else norm(y)
+    y = y if gate is None else y * gate(x[:, : y.shape[1]]).sigmoid()
     return attention.proj_drop(attention.proj(y))
 
 

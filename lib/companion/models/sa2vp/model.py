@@ -211,7 +211,7 @@ class SA2VP(TwoPathways, ReleasedViT):
         configure(self, locals())
         blocks = getattr(backbone, "blocks", ())
         usual = attend.pre_norm(blocks) and all(
-            type(b.mlp) is Mlp and type(b.attn.norm) is nn.Identity and getattr(b.attn, "gate", None) is None
+            type(b.mlp) is Mlp and not any(n.startswith(("norm.", "gate.")) for n, _ in b.attn.named_parameters())
             for b in blocks  # the interaction has no norm and no gate before the projection
         )
         if not plain_vit(backbone) or not usual or len(blocks) % 3 or len(blocks) < LEAST:
