@@ -95,6 +95,7 @@ def test_the_padding_of_short_slides_changes_nothing():
 def test_what_would_be_silently_wrong_is_refused():
     refuses(
         (lambda: hvit.loss("ordinal", torch.zeros(1, 5), torch.tensor([6])), "6"),
+        (lambda: hvit.loss("regression", torch.zeros(2, 1), torch.tensor([[1], [2]])), "grades"),
         (lambda: pocket()(torch.zeros(1, 0, 48)), "regions"),
         (lambda: PatchEncoder(32, 4, 48, 1, 3)(torch.zeros(1, 3, 30, 32)), "4"),
         (lambda: PatchEncoder(16, 16), "side"),

@@ -366,6 +366,8 @@ def loss(head: str, outputs: Tensor, grades: Tensor, classes: int = 6, *, per_sl
             losses are the same either way.
     """
     check_choice("head", head, HEADS)
+    if grades.shape != outputs.shape[:1]:  # a mean of squares would broadcast them
+        raise BadParameter("grades", tuple(grades.shape), f"({len(outputs)},), one for each row of outputs")
     grades = grades.long()
     if grades.is_cpu and grades.numel() and (grades.min() < 0 or grades.max() >= classes):  # a GPU is not waited for
         raise BadParameter("grades", grades.tolist(), f"0 to {classes - 1}")
