@@ -154,6 +154,11 @@ CHANGES: dict[str, tuple[str, Callable[[Any], object], Callable[[Any], object]]]
     "noise": ("DPLQ", lambda m: setattr(m, "noise", "always"), lambda m: m.noise),
     "elimination": ("BAT", lambda m: setattr(m, "elimination", {2: 0.5}), lambda m: m.elimination),
     "deep": ("VPT", lambda m: setattr(m, "deep", False), lambda m: m.deep),
+    "sentences": (
+        "PromptPAR, embedded",
+        lambda m: m.read(["disc", "a ring", "moon"], Tokenizer()),
+        lambda m: (m.sentences, m.text_features.sum().item()),
+    ),
     "classes": ("DPLQ", lambda m: m.set_classes(["disc", "a ring"]), lambda m: m.classes),
 }
 

@@ -205,7 +205,7 @@ class PromptedCLIP(nn.Module):
         self.register_buffer("embedded", None, persistent=False)
         self.register_buffer("ends", None, persistent=False)
         self.set_classes(classes)
-        self.register_load_state_dict_post_hook(_embed_again)
+        self.register_load_state_dict_post_hook(embed_again)
 
     def set_classes(self, classes: Classes) -> None:
         """Exchange the class names, for instance for novel ones after training; the parameters are unchanged."""
@@ -221,6 +221,10 @@ class PromptedCLIP(nn.Module):
         self.classes = () if isinstance(given, Texts) else tuple(given)
         vars(self)["config"]["args"]["classes"] = as_json(given)
         vars(self).pop("class_names", None)  # those of the file that it was loaded from
+
+    def embed_again(self) -> None:
+        """Embed the class names by the CLIP's present weights."""
+        self.set_classes(self.classes or Texts(self.embedded, self.ends))
 
     def predict(self, images: Images, names: Names, transform: Transform = None) -> list[dict[str, float]]:
         """The probability of each class, by default under the names that the prompts have."""
@@ -255,11 +259,12 @@ class PromptedCLIP(nn.Module):
             return self.clip.encode_image(images)
 
 
-def _embed_again(model: PromptedCLIP, _: object) -> None:
-    """After `load_state_dict`: the class names are embedded by the weights that were loaded."""
-    names = {name: value for name, value in vars(model).items() if name == "class_names"}
-    model.set_classes(model.classes or Texts(model.embedded, model.ends))
-    vars(model).update(names)
+def embed_again(model: Any, keys: Any) -> None:
+    """After `load_state_dict` of a whole model: its method of this name embeds the texts by the weights loaded."""
+    if not any("clip." in name for name in keys.missing_keys):
+        names = {name: value for name, value in vars(model).items() if name == "class_names"}
+        model.embed_again()
+        vars(model).update(names)
 
 
 class PromptLearner(PromptedCLIP):

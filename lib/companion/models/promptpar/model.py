@@ -37,7 +37,7 @@ from ...errors import BadParameter
 from ...ops.config import configure
 from ..layers import attend
 from ..layers.attend import attention_map
-from ..layers.clip_prompting import Texts, Tokenizer, embed_texts, encode_text
+from ..layers.clip_prompting import Texts, Tokenizer, embed_again, embed_texts, encode_text
 from ..layers.precision import without_autocast
 from ..layers.predicting import Images, Names, Shapes, Transform, named, outputs
 from .released import Released, prompted_text, read_checkpoint
@@ -122,6 +122,7 @@ class PromptPAR(PromptedTower, Released):
         if not s.visual_embed and shared != width:
             raise BadParameter("visual_embed", False, f"True where the fusion's width {width} is not CLIP's, {shared}")
         self.read(sentences, tokenizer)
+        self.register_load_state_dict_post_hook(embed_again)
         attributes = len(self.text_features)
         text_layers, patch = len(self.clip.transformer.resblocks), self.clip.visual.patch_size[0]
         self.text_prompts = uniform(text_layers, s.text_prompts, attributes, text_width, patch=patch)
@@ -146,20 +147,27 @@ class PromptPAR(PromptedTower, Released):
     def read(self, sentences: Sequence[str] | Texts, tokenizer: Tokenizer | None) -> None:
         """Encode the sentences; store their features, `text_features` (A, E), not normalised.
 
-        Raises `BadParameter`: another number of sentences than of attributes, or a CLIP that `half_clip` converted."""
+        Raises `BadParameter`: another number of sentences than of attributes."""
         texts = sentences
         if not isinstance(texts, Texts):
             if tokenizer is None:
                 raise BadParameter("tokenizer", None, "the CLIP's tokenizer, when sentences are given as text")
             texts = embed_texts(tokenizer, self.clip, texts)
         known = len(getattr(self, "text_features", texts.ends))
-        if len(texts.ends) != known or self.clip.text_projection.dtype == torch.float16:
-            raise BadParameter("sentences", f"{len(texts.ends)} of them", f"{known}, read before `half_clip`")
+        if len(texts.ends) != known:
+            raise BadParameter("sentences", f"{len(texts.ends)} of them", f"{known}, one for each attribute")
         self.sentences = () if isinstance(sentences, Texts) else tuple(sentences)
-        length = int(texts.ends.max()) + 1
+        self.texts, self.tokenizer = texts, tokenizer
+        vars(self).pop("class_names", None)  # those of the file that it was loaded from
+        length, half = int(texts.ends.max()) + 1, self.clip.text_projection.dtype == torch.float16
         with torch.no_grad():
-            features = encode_text(self.clip, texts.embedded[:, :length], texts.ends)
-        self.register_buffer("text_features", features, persistent=False)
+            clip = copy.deepcopy(self.clip).float() if half else self.clip
+            features = encode_text(clip, texts.embedded[:, :length], texts.ends)
+        self.register_buffer("text_features", features.half().float() if half else features, persistent=False)
+
+    def embed_again(self) -> None:
+        """Encode the sentences by the CLIP's present weights."""
+        self.read(self.sentences or self.texts, self.tokenizer)
 
     def predict(self, images: Images, names: Names, transform: Transform = None) -> list[dict[str, float]]:
         """The probability of each attribute, by default under its sentence."""

@@ -142,5 +142,4 @@ class Released(state_dicts.OfficialModel):
         )
         model = cls(copy.deepcopy(clip), sentences, tokenizer, fusion, settings).eval()
         state_dicts.load_official(model, state, model.official_names(), what, optional=("num_batches_tracked",))
-        model.read(sentences, tokenizer)  # by the weights that were just loaded
         return model
