@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from timm.layers import SwiGLU
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from transformers import BertConfig, BertModel, BertTokenizer
@@ -227,6 +228,7 @@ def rewritten(path: Path, about: str = "", **tensors: torch.Tensor) -> Path:
 
 def test_what_would_be_loaded_as_something_else_is_not_saved(tmp_path: Path) -> None:
     changed, foreign, inside, out = *(MODELS["VPT"]() for _ in range(3)), tmp_path / "m.safetensors"
+    gated = vpt.FineTuning(VisionTransformer(img_size=32, depth=1, embed_dim=48, num_heads=3, mlp_layer=SwiGLU), 3)
     changed.head = nn.Linear(48, 7)
     inside.backbone.pool_include_prefix = True
     foreign.config["args"]["backbone"] = {"unknown": "torch.nn.Sequential"}
@@ -234,6 +236,7 @@ def test_what_would_be_loaded_as_something_else_is_not_saved(tmp_path: Path) -> 
         (lambda: companion.save(changed, out), "head.weight"),
         (lambda: companion.save(inside, out), "backbone.pool_include_prefix"),
         (lambda: companion.save(foreign, out), "torch.nn.Sequential"),
+        (lambda: companion.save(gated, out), "VisionTransformer"),
         (lambda: companion.save(nn.Linear(2, 2), out), "Linear"),
         (lambda: companion.save(MODELS["VPT"](), out, transform=lambda x: x), "transform"),
         (lambda: companion.save(MODELS["DPLQ"](), out, class_names=["a", "b", "a"]), "'a'"),

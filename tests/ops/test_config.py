@@ -87,7 +87,8 @@ def accepted(by: str) -> set[str]:
     bases = [base for base in getattr(target, "__mro__", ()) if base.__module__.startswith(("companion", "timm"))]
     calls = [target, *(base for base in bases if "__init__" in vars(base))]
     calls += LIBRARIES if by in config.PASSED_ON else ()
-    return {name for call in calls for name in inspect.signature(call).parameters}
+    known = config.SIZES if by in config.PASSED_ON else set()
+    return known | {name for call in calls for name in inspect.signature(call).parameters}
 
 
 @pytest.mark.parametrize("made", [config.PASSED_ON, pytest.param(None, marks=pytest.mark.slow, id="all")])

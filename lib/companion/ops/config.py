@@ -15,6 +15,7 @@ flags of an unpickler.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 from collections.abc import Callable, Mapping
@@ -55,7 +56,8 @@ SIZES = {"name", "num_classes", "img_size", "patch_size", "in_chans", "embed_dim
 SIZES |= {"mlp_ratio", "window_size", "qkv_bias", "qk_norm", "init_values", "class_token", "reg_tokens", "pre_norm"}
 SIZES |= {"no_embed_class", "pos_embed", "global_pool", "pool_include_prefix", "fc_norm", "final_norm"}
 SIZES |= {"strict_img_size", "dynamic_img_size", "dynamic_img_pad", "drop_rate", "pos_drop_rate", "patch_drop_rate"}
-SIZES |= {"proj_drop_rate", "attn_drop_rate", "drop_path_rate"}
+SIZES |= {"proj_drop_rate", "attn_drop_rate", "drop_path_rate", "proj_bias", "scale_attn_norm", "scale_mlp_norm"}
+SIZES |= {"head_dim", "always_partition", "output_stride", "features_only", "out_indices"}
 SIZES |= {"force_quick_gelu", "force_image_size", "force_patch_dropout"}
 PASSED_ON = {"companion.backbones:build", "companion.toy.encoders:build", "companion.models.metasegnet.model:swin", VIT}
 # all that is read of a BERT's configuration: others, such as `attn_implementation`, may name code on a hub
@@ -112,7 +114,8 @@ def as_json(value: Any) -> Any:
         return config
     kind = f"{type(value).__module__}:{type(value).__qualname__}"
     if kind == VIT and len(value.blocks):
-        return {"by": VIT, "args": _vit(value)}
+        with contextlib.suppress(AttributeError):  # blocks of another form than timm's plain ones
+            return {"by": VIT, "args": _vit(value)}
     if kind.startswith("companion.") and _frozen(type(value)):
         return {
             "by": kind,
