@@ -5,7 +5,18 @@ import math
 import pandas as pd
 import pytest
 
-from companion.evaluation.claims import PAPER, interval, judge, judge_measured, rates, within
+from companion.evaluation.claims import (
+    CHECK,
+    PAPER,
+    SYNTHETIC,
+    counts,
+    evidence,
+    interval,
+    judge,
+    judge_measured,
+    rates,
+    within,
+)
 from companion.ops import report
 from companion.ops.papers import paper, slugs
 
@@ -82,6 +93,28 @@ def test_a_selected_rate_is_named_with_its_neighbours_of_the_grid():
     study = pd.concat([rows("select", {"ours": [score]}, rate) for rate, score in grid.items()])
     assert rates(study, "t", "ours") == "0.3 (70.0 on validation; at 0.1: 60.0, 1: 40.0)"
     assert rates(study, "t", "untrained") == ""
+
+
+def test_the_evidence_of_a_claim_has_what_limits_it():
+    grid = {0.1: 60.0, 0.3: 70.0}
+    study = pd.concat(rows("select", {"ours": [9.0], "theirs": [score]}, rate) for rate, score in grid.items())
+    study = pd.concat([study, rows("test", {"ours": [80.0], "theirs": [75.0]}, 0.3)]).assign(
+        trained=[1234] * 4 + [5, 6]
+    )
+    claim, data = {"tasks": ["t"], "better": "ours", "worse": "theirs", "limits": "one image"}, {"t": "counting"}
+    text = evidence(claim, data, study)
+    for part in ("t: counting", "one image", "ours 5, theirs 6", "of theirs: 0.3 (70.0 "):
+        assert part in text
+    alone = evidence({"tasks": ["t"], "better": "ours", "favours": True}, data, study.drop(columns="trained"))
+    assert "theirs" not in alone and "arameters" not in alone and "one image" not in alone
+    assert ("favour the method" in alone, "favour the method" in text) == (True, False)
+
+
+def test_claims_are_counted_by_kind():
+    states = {CHECK: ["holds", "holds"], SYNTHETIC: ["fails", "holds", "not run"], PAPER: ["not run"]}
+    ledger = [{"kind": kind, "status": status} for kind, found in states.items() for status in found]
+    expected = {CHECK: "2 of 2 hold", SYNTHETIC: "1 of 2 hold, 1 not run", PAPER: "1 not run"}
+    assert counts(ledger) == expected and counts(ledger[:2]) == expected | {SYNTHETIC: "none", PAPER: "none"}
 
 
 def barely(claim: dict) -> dict[tuple[str, str], float]:

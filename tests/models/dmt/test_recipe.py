@@ -33,6 +33,13 @@ def small(monkeypatch):
     shrink("dmt", monkeypatch)
 
 
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_dry_run_has_the_images_of_two_steps_on_all_devices(devices, monkeypatch, tmp_path):
+    monkeypatch.setattr(runs, "MICRO_BATCH", 1)
+    _, training = runs.distillation(given(devices=devices), tmp_path, real=False)
+    assert len(training.data()) == 2 * devices
+
+
 def written_out(model, images, noises, r, warmup):
     """Distillation by the equations: losses of each step; the model's parameters are changed in place."""
     parameters = [p for p in model.parameters() if p.requires_grad]

@@ -110,7 +110,11 @@ def test_a_file_without_a_small_level_is_reduced_band_by_band(tmp_path, image, m
     monkeypatch.setattr(slides, "LARGEST_THUMBNAIL", 100_000)
     with Slide(written(tmp_path / "one.tiff", image, downsamples=(1,))) as slide:
         rgb, downsample = slide.thumbnail(16)
-    assert downsample == 16
+        found = []  # no more reduced than the limit asks for, also where a larger image is asked for
+        for largest in (image.size // 3, image.size // 3 - 1, image.size // 3 // 9, image.size // 3 // 10):
+            monkeypatch.setattr(slides, "LARGEST_THUMBNAIL", largest)
+            found.append(slide.thumbnail(1)[1])
+    assert downsample == 16 and found == [1, 2, 3, 4]
     np.testing.assert_array_equal(rgb, slides.reduce(image, 16))
 
 
