@@ -96,7 +96,9 @@ def test_no_argument_of_a_forged_config_is_read_or_looked_up_or_run(made: set[st
     sources = {"file": str(trap.file), "hf_model_name": "evil/model", "url": "https://evil.invalid/model.pt"}
     sources |= {"timm_model_name": "resnet18", "timm_model_pretrained": True, "custom_load": True}
     flags = {"weights_only": False, "trust_remote_code": True}  # they would let an unpickler run
-    values = [str(trap.file), "hf-hub:evil/model", "laion2b_s34b_b79k", {"mapping": [*map(list, sources.items())]}]
+    towers = dict.fromkeys(config.TOWER, str(trap.file))
+    values = [str(trap.file), "hf-hub:evil/model", "laion2b_s34b_b79k"]
+    values += [{"mapping": [*map(list, found.items())]} for found in (sources, towers)]
     examples = recorded()
     for by, example in [(by, examples[by]) for by in made or examples]:
         flagged = [{}, flags, flags | {"pretrained": str(trap.file)}] if by in config.PASSED_ON else [{}]

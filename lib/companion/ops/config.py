@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -59,6 +60,9 @@ SIZES |= {"strict_img_size", "dynamic_img_size", "dynamic_img_pad", "drop_rate",
 SIZES |= {"proj_drop_rate", "attn_drop_rate", "drop_path_rate", "proj_bias", "scale_attn_norm", "scale_mlp_norm"}
 SIZES |= {"head_dim", "always_partition", "output_stride", "features_only", "out_indices"}
 SIZES |= {"force_quick_gelu", "force_image_size", "force_patch_dropout"}
+# of an open_clip tower
+TOWER = {"layers", "width", "heads", "head_width", "mlp_ratio", "patch_size", "image_size", "context_length"}
+TOWER |= {"vocab_size", "ls_init_value", "patch_dropout", "pool_type", "no_ln_pre", "final_ln_after_pool"}
 PASSED_ON = {"companion.backbones:build", "companion.toy.encoders:build", "companion.models.metasegnet.model:swin", VIT}
 # all that is read of a BERT's configuration: others, such as `attn_implementation`, may name code on a hub
 BERT = {"vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"}
@@ -170,7 +174,9 @@ def build(note: Any) -> Any:
         return build(note["of"]).visual
     by, given, fixed = note["by"], note["args"], FUNCTIONS.get(note["by"], {})
     if by in PASSED_ON:
-        _only(given, SIZES | fixed.keys())
+        towers = {name: value["mapping"] for name, value in given.items() if name in ("vision_cfg", "text_cfg")}
+        _only(given, SIZES | fixed.keys() | towers.keys())
+        _only(dict(itertools.chain(*towers.values())), TOWER)
     return _resolve(by)(**{name: build(value) for name, value in given.items()} | fixed)
 
 

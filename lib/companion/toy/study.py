@@ -47,7 +47,7 @@ from ..training.fit import History
 SELECTION_SEEDS = (100, 101, 102)
 SEEDS = tuple(range(200, 210))
 HERE = Path(__file__).parent
-ROUNDED = {"rel_tol": 5e-4, "abs_tol": 2e-4}  # losses are written with four decimals
+ROUNDED = {"rel_tol": 0.02, "abs_tol": 2e-4}  # of a loss, after a training on another processor
 
 
 @dataclass(frozen=True)
@@ -199,8 +199,8 @@ def _recheck(pool: Executor, paper: str, rows: list[dict], folder: Path, metric:
     """The record's entries on existing rows: the code that produced them, and the rows that the current code
     reproduced.
 
-    Rows of other code remain valid if one of each task and method, drawn by the hash of the code, is the same again, up
-    to the rounding of another processor.
+    Rows of other code remain valid if one of each task and method, drawn by the hash of the code, is the same again: to
+    the last digit on the processor that made it; on another one, whose rounding a training amplifies, within a point.
     """
     record = read_json(folder / "study.json")
     facts = {key: record[key] for key in ("code", "rechecked") if key in record}
@@ -208,15 +208,16 @@ def _recheck(pool: Executor, paper: str, rows: list[dict], folder: Path, metric:
         return facts
     shuffled = random.Random(code).sample(rows, len(rows))
     drawn = [*{(row["task"], row["method"]): row for row in shuffled}.values()]
-    futures = [pool.submit(_job, paper, *(row[key] for key in KEYS)) for row in drawn]
+    futures, equal = [pool.submit(_job, paper, *(row[key] for key in KEYS)) for row in drawn], 0
     for row, future in zip(drawn, futures, strict=True):
         again = future.result()
-        if not (abs(again[metric] - row[metric]) <= 0.1 and math.isclose(again["loss"], row["loss"], **ROUNDED)):
+        equal += again[metric] == row[metric] and again["loss"] == row["loss"]
+        if abs(again[metric] - row[metric]) >= 1 or not math.isclose(again["loss"], row["loss"], **ROUNDED):
             what = f"{row['stage']} of {row['method']} on {row['task']}: {again[metric]}, not {row[metric]}"
             accepted = f"rows that the current code reproduces ({what}); move it away to start from scratch"
             raise BadParameter("study", str(folder / "study.csv"), accepted)
     today = datetime.date.today().isoformat()
-    return facts | {"rechecked": {"code": code, "date": today, "rows": len(drawn), "of": len(rows)}}
+    return facts | {"rechecked": {"code": code, "date": today, "rows": len(drawn), "equal": equal, "of": len(rows)}}
 
 
 def _job(paper: str, *key: Any) -> dict:
