@@ -337,6 +337,21 @@ def test_image_folder_without_splits_is_split_by_class(tmp_path):
     assert image_folder(tmp_path, seed=4)["val"].sources != val.sources
 
 
+@pytest.mark.parametrize("name", ["../../outside.txt", "/outside.txt", "dtd/link"])
+def test_an_archive_with_a_member_outside_of_its_folder_is_refused(name, served, tmp_path, monkeypatch):
+    folder, server = served
+    archive, member = folder / "dtd-r1.0.1.tar.gz", tarfile.TarInfo(name)
+    if name.endswith("link"):
+        member.type, member.linkname = tarfile.SYMTYPE, "../../../../outside.txt"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.addfile(member)
+    monkeypatch.setattr(torchvision.datasets.DTD, "_URL", f"{server}/{archive.name}")
+    monkeypatch.setattr(torchvision.datasets.DTD, "_MD5", md5(archive))
+    with pytest.raises(CompanionError):
+        data.fetch("hta/dtd", tmp_path / "data", progress=False)
+    assert not [path for path in tmp_path.rglob("*") if path.is_symlink() or "outside" in path.name]
+
+
 def test_fetch_downloads_verifies_and_unpacks(served, tmp_path, monkeypatch):
     shrink(monkeypatch, "hta/dtd", 2, 3, 2, 2)
     (folder, server), root = served, tmp_path / "data"

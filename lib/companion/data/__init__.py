@@ -281,12 +281,13 @@ def fetch(name: str, root: str | Path, progress: bool = True) -> Path:
 @contextlib.contextmanager
 def downloading(dataset: DataSet, folder: Path, progress: bool) -> Iterator[None]:
     """Context of a download to `folder`: no progress bars unless `progress`; a failure raises `CompanionError` with
-    advice.
+    advice, as does an archive with a member outside of its folder.
 
     A host that does not answer within `SECONDS` counts as a failure; the system's own timeout is minutes.
     """
     waited = socket.getdefaulttimeout()
     socket.setdefaulttimeout(SECONDS)
+    tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)  # the default from Python 3.14 on
     try:
         with contextlib.nullcontext() if progress else contextlib.redirect_stderr(io.StringIO()):
             yield
@@ -297,6 +298,7 @@ def downloading(dataset: DataSet, folder: Path, progress: bool) -> Iterator[None
         ) from None
     finally:
         socket.setdefaulttimeout(waited)
+        tarfile.TarFile.extraction_filter = None
 
 
 @contextlib.contextmanager
