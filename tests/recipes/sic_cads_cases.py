@@ -235,7 +235,7 @@ def _captions(case: Case) -> list[Row]:
 def _views(case: Case) -> list[Row]:
     image = case.data["in.image"].permute(2, 0, 1)[None]
     height, width = image.shape[-2:]
-    model = MLR(timm.create_model("resnet10t", num_classes=0), torch.randn(2, 4), torch.zeros(2) > 0)
+    model = MLR(timm.create_model("resnet10t", num_classes=0), torch.randn(3, 4), torch.zeros(3) > 0)
     expected, options = case.expected, case.facts["tolerance"]
     rows = [same("crops_x1_y1_x2_y2", expected["crops_x1_y1_x2_y2"], windows(height, width, model.settings.levels))]
 

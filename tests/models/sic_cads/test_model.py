@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from companion.backbones import Input
-from companion.models.sic_cads.model import MLR, Settings, pool, rank_loss, refine
+from companion.models.sic_cads.model import MLR, Settings, normalise, pool, rank_loss, refine
 from tests.models.common import draw, misfits, refuses
 from tests.parity.runner import ROOT as PARITY
 from tests.parity.runner import Case
@@ -100,10 +100,22 @@ def test_what_would_silently_give_wrong_scores_is_refused():
         (lambda: build(lambda_novel=1.5).recognise(pixels()), "1.5"),
         (lambda: MLR(body(), text, NOVEL.float()), "float32"),
         (lambda: MLR(body(), text, NOVEL[:3]), "3"),
+        (lambda: MLR(body(), text[:1], NOVEL[:1]), "text"),
+        (lambda: MLR(body(), text[:2], NOVEL[:2]), "text"),
         (lambda: model.recognise(pixels().float()), "uint8"),
         (lambda: refine(share(3, 4), share(4), 1.2), "1.2"),
         (lambda: refine(share(3, 4), share(1, 4)), "4"),
     )
+
+
+def test_equal_scores_and_classes_without_boxes_give_finite_values():
+    equal, none = torch.full((2, 4), 0.25), torch.zeros(4, dtype=torch.bool)
+    for over in ("image", "batch"):
+        torch.testing.assert_close(normalise(equal, over), torch.full((2, 4), 0.5))
+    scores = draw(2, 4).requires_grad_()
+    loss = rank_loss(scores, ~none.expand(2, 4), none)
+    loss.backward()
+    assert loss == 0 and not scores.grad.any()
 
 
 @torch.no_grad()

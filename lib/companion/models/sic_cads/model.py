@@ -69,14 +69,13 @@ def pool(cosines: Tensor, levels: int) -> Tensor:
 
 
 def normalise(scores: Tensor, over: str = "image") -> Tensor:
-    """Probabilities sigmoid((s - mean) / std) of scores (B, C), with the unbiased std.
+    """Probabilities sigmoid((s - mean) / std) of scores (B, C), with the unbiased std; 0.5 where all scores are equal.
 
     `over`: "image", the paper's formula; "batch", mean and std over all B · C scores, as in the released code (which
     tests one image at a time, where the two are equal).
     """
-    if over == "batch":
-        return ((scores - scores.mean()) / scores.std()).sigmoid()
-    return ((scores - scores.mean(-1, keepdim=True)) / scores.std(-1, keepdim=True)).sigmoid()
+    dims = (-2, -1) if over == "batch" else -1
+    return ((scores - scores.mean(dims, keepdim=True)) / scores.std(dims, keepdim=True).clamp_min(1e-6)).sigmoid()
 
 
 def text_share(novel: Tensor, lambda_base: float = 0.8, lambda_novel: float = 0.8) -> Tensor:
@@ -111,7 +110,7 @@ def rank_loss(scores: Tensor, positives: Tensor, columns: Tensor | None = None) 
     """Mean of max(0, 1 + s_k - s_p) over an image's positives p and all classes k, then over the images.
 
     As released, k runs over the positives as well, p itself among them, which gives a lower bound of |p| / |k|; an
-    image without positives counts with 0.
+    image without positives among the classes used counts with 0.
 
     Args:
         scores: (B, C), cosines times the logit scale.
@@ -125,9 +124,10 @@ def rank_loss(scores: Tensor, positives: Tensor, columns: Tensor | None = None) 
     count = (scores.shape[1] - torch.searchsorted(ordered, scores.detach() - 1)).clamp_min(1)  # (B, C)
     sums = ordered.flip(-1).cumsum(-1).gather(-1, count - 1)  # (B, C), of the `count` largest
     hinge = (count * (1 - scores) + sums) / columns.sum()  # (B, C), of each class p the mean over k
-    positives = (positives & columns).to(scores.dtype)
+    positives = positives & columns
     weights = positives / positives.sum(1, keepdim=True).clamp_min(1)
-    return (weights * hinge).sum() / len(scores)
+    # not weights * hinge: without a column in use the hinge is infinite
+    return (weights * hinge.where(positives, 0)).sum() / len(scores)
 
 
 def distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -218,7 +218,8 @@ class MLR(OfficialModel):
 
     Args:
         body: a timm model with intermediate feature maps, ResNet-50 as published.
-        text: embedded class names (C, D), from `vocabulary`; used as they are, and frozen.
+        text: embedded class names (C, D), from `vocabulary`; used as they are, and frozen. At least three: `normalise`
+            has no std for one, and gives the same two probabilities for any two scores.
         novel: (C,) bool: classes without boxes in training.
         teacher: CLIP's image tower, crops (N, 3, s, s) to (N, D), frozen. None: only the student's scores are
             available, and the distillation needs cached embeddings.
@@ -240,6 +241,8 @@ class MLR(OfficialModel):
         super().__init__()
         if novel.shape != text.shape[:1] or novel.dtype != torch.bool:
             raise BadParameter("novel", (tuple(novel.shape), novel.dtype), f"one bool for each of {len(text)} classes")
+        if len(text) < 3:
+            raise BadParameter("text", tuple(text.shape), "three classes or more: fewer have no image-level scores")
         self.settings, self.classes = settings, len(text)
         s = settings
         self.body = copy.deepcopy(body)
