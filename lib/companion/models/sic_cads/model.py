@@ -123,7 +123,7 @@ def rank_loss(scores: Tensor, positives: Tensor, columns: Tensor | None = None) 
     ordered = scores.masked_fill(~columns, -torch.inf).sort(-1).values  # (B, C)
     count = (scores.shape[1] - torch.searchsorted(ordered, scores.detach() - 1)).clamp_min(1)  # (B, C)
     sums = ordered.flip(-1).cumsum(-1).gather(-1, count - 1)  # (B, C), of the `count` largest
-    hinge = (count * (1 - scores) + sums) / columns.sum()  # (B, C), of each class p the mean over k
+    hinge = (count * (1 - scores) + sums) / columns.sum().clamp_min(1)  # (B, C), of each class p the mean over k
     positives = positives & columns
     weights = positives / positives.sum(1, keepdim=True).clamp_min(1)
     # not weights * hinge: without a column in use the hinge is infinite
