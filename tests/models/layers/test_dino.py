@@ -134,6 +134,18 @@ def test_pretraining_of_either_level(kind):
     assert not any(torch.equal(t, before[n]) for n, t in teacher.state_dict().items()) and not teacher.training
 
 
+def test_crops_are_drawn_by_the_loaders_processes():
+    (encoder, images, views), drawn = level("region"), []
+
+    def watched(grids):
+        drawn.append(len(grids))
+        return views(grids)
+
+    hardware = [Hardware("cpu", workers=workers) for workers in (0, 1)]
+    (_, here), (_, elsewhere) = (pretrain(encoder, images, watched, **SMALL | {"hardware": on}) for on in hardware)
+    assert here == elsewhere and drawn == [1] * 3 * len(images), "one by one, with workers in none of this process"
+
+
 def test_what_cannot_be_trained_is_refused():
     encoder, images, views = level("region")
     refuses(

@@ -14,14 +14,31 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset
 
 from ...errors import BadParameter
 from ...training.callbacks import ClipNorm
-from ...training.fit import AUTO, Batch, Hardware, History
+from ...training.fit import WORKERS, Hardware, History
 from ...training.recipe import Training, run
 from ...training.schedules import adamw
 from ..layers.dino import FreezeLastLayer, SelfDistillation, WeightDecay, cosine
+
+
+class Crops(Dataset):
+    """The crops of each image, drawn by the process that loads it: item i is a tuple of them, as floats.
+
+    Arguments as of `pretrain`.
+    """
+
+    def __init__(self, images: Tensor, views: Callable[[Tensor], list[Tensor]]):
+        self.images, self.views = images, views
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        image = self.images[index : index + 1]
+        return tuple(crop[0] for crop in self.views(image.float() / 255 if image.dtype == torch.uint8 else image))
 
 
 def pretrain(
@@ -42,7 +59,7 @@ def pretrain(
     bottleneck: int = 256,
     seed: int = 0,
     out: Path | None = None,
-    hardware: Hardware = AUTO,
+    hardware: Hardware = Hardware(workers=WORKERS),
     name: str = "DINO",
 ) -> tuple[nn.Module, History]:
     """Train a copy of `encoder` by DINO; return the teacher's encoder, in eval mode on the CPU, and the history.
@@ -52,7 +69,7 @@ def pretrain(
     Args:
         encoder: the student, see `SelfDistillation`, with stochastic depth as it was built.
         images: (N, 3, H, W) uint8 or float in [0, 1], or (N, D, n, n) grids of patch embeddings.
-        views: from a batch of them to crops, the two large ones first.
+        views: from a batch of them, here always of one image, to crops, the two large ones first.
         epochs, batch: passes, and images per step; the last partial batch is dropped.
         lr: by default 5e-4 for each 256 images of a batch. Warmed up over `warmup` epochs, then a cosine to 1e-6.
         weight_decay: at the start and the end of a cosine; vectors and biases do not decay.
@@ -61,6 +78,7 @@ def pretrain(
         frozen_epochs: epochs with a fixed last layer of the head.
         outputs, hidden, bottleneck: sizes of the head.
         out: folder of the run, see `training.recipe.run`; None: nothing is written.
+        hardware: its `workers` draw the crops: ten of an image take a core about 0.1 s.
 
     Raises `BadParameter`: an encoder without a parameter that requires a gradient.
     """
@@ -69,9 +87,6 @@ def pretrain(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = SelfDistillation(encoder, outputs, hidden, bottleneck)
-
-    def loss(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        return model(views(batch[0].float() / 255 if batch[0].dtype == torch.uint8 else batch[0]))
 
     options = {
         "epochs": epochs,
@@ -91,8 +106,8 @@ def pretrain(
     training = Training(
         name,
         build=lambda: model,
-        loss=loss,
-        data=lambda: TensorDataset(images),
+        loss=lambda model, crops: model(crops),
+        data=lambda: Crops(images, views),
         fit=options,
         facts=facts,
         weights=lambda model: model.export().state_dict(),

@@ -298,14 +298,14 @@ class ImageViews:
                 width = max(3, size // 10 | 1)
                 steps += [v2.RandomApply([v2.GaussianBlur(width, (0.1, 2.0))], blur)]
                 steps += [v2.RandomSolarize(0.5, solarise)] if solarise else []
-            return v2.Compose([v2.Lambda(lambda x: x.clamp(0, 1)), *steps, v2.Normalize(list(mean), list(std))])
+            return v2.Compose([*steps, v2.Normalize(list(mean), list(std))])
 
         large = [crop(sizes[0], scales[0], 1.0, 0.0), crop(sizes[0], scales[0], 0.1, 0.2)]
         self.crops = [*large, *[crop(sizes[1], scales[1], 0.5, 0.0)] * small]
 
     def __call__(self, images: Tensor) -> list[Tensor]:
         """From images (B, 3, H, W) in [0, 1] to a list of (B, 3, s, s), the two large ones first."""
-        return [torch.stack([crop(x) for x in images]) for crop in self.crops]
+        return [torch.stack([crop(x) for x in images.clamp(0, 1)]) for crop in self.crops]
 
 
 class GridViews:
