@@ -46,6 +46,26 @@ def test_entities_are_found_in_order_plurals_too():
         ("No effusion, but there is a large mass.", "no effusion.large mass"),
         ("There is edema but no mass.", "edema.no mass"),
         ("No consolidation, effusion, or pneumothorax.", "no consolidation.no effusion.no pneumothorax"),
+        ("No change in the right pleural effusion.", "right pleural effusion"),
+        ("There is no significant change in effusion, or increase in edema.", "effusion.edema"),
+        ("Without interval change of the catheter.", "catheter"),
+        ("No definite changes of edema.", "no edema"),
+        ("Pneumothorax is no longer seen.", "no pneumothorax"),
+        ("Pneumothorax is not visualized.", "no pneumothorax"),
+        ("Interval resolution of effusion. Removal of the catheter.", "no effusion.no catheter"),
+        ("The edema has not resolved. The effusion has cleared.", "edema.no effusion"),
+        ("Neither effusion nor pneumothorax.", "no effusion.no pneumothorax"),
+        ("Compared to May 12, there is a small effusion.", "small effusion"),
+        ("Since the radiograph of May 2012 large effusion. No edema on May 3.", "large effusion.no edema"),
+        ("Pneumonia cannot be ruled out.", "may be pneumonia"),
+        ("This does not exclude pneumonia.", "may be pneumonia"),
+        ("Pneumonia is unlikely.", "may be pneumonia"),
+        ("Opacity, atelectasis vs. edema.", "opacity.may be atelectasis.may be edema"),
+        ("No opacity to suggest pneumonia.", "no opacity.no pneumonia"),
+        ("No suspicious nodule.", "no suspicious nodule"),
+        ("No 1.5 cm nodule.", "no cm nodule"),
+        ("The effusion is small, and pneumothorax is absent.", "effusion.no pneumothorax"),
+        ("Effusion and pneumothorax are absent.", "no effusion.no pneumothorax"),
     ],
 )
 def test_the_rules_state_each_finding_of_a_report(report, expected):
@@ -53,6 +73,10 @@ def test_the_rules_state_each_finding_of_a_report(report, expected):
     stated = Rules()(report, entities_in(report))
     assert stated == " ".join(f"There {kind}." for kind in kinds)
     assert check(stated, report, entities_in(report)) == stated
+
+
+def test_entities_that_the_report_does_not_name_are_refused():
+    refuses((lambda: Rules()("Lungs are clear.", ["mass"]), "mass"))
 
 
 def test_malformed_answers_are_refused():

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from ...errors import CannotWrite, CompanionError, CorruptFile, MissingWeights
+from ...errors import BadParameter, CannotWrite, CompanionError, CorruptFile, MissingWeights
 from ...ops.progress import progress
 from .text import ENTITIES
 
@@ -46,19 +46,32 @@ TRIES = 3
 
 # phrases that negate or question a finding, before or after its name in the sentence
 ABSENT = (
-    r"\b(no|not|without|free of|clear of|negative for|absence of|rather than)\b",
-    r"\b(absent|resolved|not seen|not present|ruled out)\b",
+    r"\b(no|not|without|neither|nor|resolved|free of|clear of|negative for|rather than)\b"
+    r"|\b(absence|lack|resolution|removal) of\b",
+    r"\b(absent|none|no longer|excluded|ruled out)\b"
+    r"|\bnot (seen|present|identified|evident|visible|visuali[sz]ed|demonstrated|appreciated|detected)\b"
+    r"|(?<!not )(?<!not completely )(?<!not fully )(?<!partially )\b(resolved|cleared|disappeared|removed|gone)\b",
 )
 DOUBTFUL = (
-    r"\b(may|might|could|possibl[ey]|probabl[ey]|likely|suspected|suspicious|suggest\w*|concern\w*|question\w*|versus)\b",
-    r"\b(possible|likely|suspected|questioned|not excluded|cannot be excluded|be considered)\b",
+    r"\b(may|might|could|possibl[ey]|probabl[ey]|\w*likely|suspected|suspicio\w*|suggest\w*|concern\w*|question\w*"
+    r"|versus|exclude|rule out)\b",
+    r"\b(possible|\w*likely|suspected|questioned|be considered|(not|cannot|to) [a-z ]*(excluded?|ruled? out))\b"
+    r"|^ versus\b",
 )
+# a sign that is absent is no doubt: "no opacity suggesting pneumonia"
+UNSUSPECTED = r"\b(no|not|nothing|without)\b((?!,| and ).)*(suggest|concern|suspicio|question)"
+# what ends a negation or a doubt before a finding: "no change in the effusion", "compared to May, there is an effusion"
+ENDED = (
+    r".*\b((no|not|without)\b[^,]*\b((change|increase|decrease)s? in|(change|enlargement|progression|worsening) of)"
+    r"|there (is|are|was|were|has been|have been))\b"
+)
+MONTH = r"\b(in|since|from|dated) may\b|\bmay(?=,? (of )?\d)"
 # words before an entity that do not describe it: a description ends at them
 _PLAIN = """
     a an the of and or in on at to with for is are was were be been has have there this that these those no not without
     may might could possible possibly probable probably likely suspected evidence any seen noted which as from by than
     but however also it its represent represents reflect reflects suggest suggests suggesting indicate indicates
-    concerning question versus due consistent compatible
+    concerning question versus due consistent compatible neither nor exclude
 """
 _UNDESCRIBING = frozenset(_PLAIN.split())
 
@@ -102,6 +115,11 @@ def _forms(entity: str) -> tuple[str, str]:
     return word, word + "s"
 
 
+_ANY = "|".join(form for entity in ENTITIES for form in _forms(entity))
+# a statement after a finding, up to that of another one: "the effusion is small, and pneumothorax is absent"
+_OWN = rf"(.*?\b(?:is|are|was|were|has|have|remains?)\b.*?)(?:,|\band\b).*\b(?:{_ANY})\b.*"
+
+
 def check(answer: str, report: str, entities: Sequence[str]) -> str:
     """The answer with single spaces, if it is valid.
 
@@ -133,9 +151,10 @@ def check(answer: str, report: str, entities: Sequence[str]) -> str:
 class Rules:
     """Statements by rules, offline: the sentence of an entity decides whether it is present, possible or absent."""
 
-    name = "rules 3"
+    name = "rules 4"
 
     def __call__(self, report: str, entities: Sequence[str], attempt: int = 0) -> str:
+        """Raises `BadParameter`: an entity that the report does not name."""
         return " ".join(self._statement(report, entity, entities) for entity in entities)
 
     def _statement(self, report: str, entity: str, entities: Sequence[str]) -> str:
@@ -143,18 +162,23 @@ class Rules:
         described: dict[str, str] = {}  # the entity with its descriptors, by kind of statement
         # in "no consolidation, effusion or pneumothorax" none describes another
         ends = _UNDESCRIBING | {form for other in entities for form in _forms(other)}
+        named = rf"(?<![a-z])({'|'.join(_forms(entity))})(?![a-z])"
+        text = re.sub(r"[^\S\n]+", " ", re.sub(MONTH, "", report.lower().replace("vs.", "versus")))
         # a conjunction ends a negation: "no pneumothorax, but a small effusion"
-        for sentence in re.split(r"[.;\n]|\b(?:but|however|although|though|except)\b", report.lower()):
-            words = _words(sentence)
-            at = next((i for i, word in enumerate(words) if word in _forms(entity)), None)
-            if at is None:
+        for sentence in re.split(r"\.(?!\d)|[;\n]|\b(?:but|however|although|though|except)\b", text):
+            if not (at := re.search(named, sentence)):
                 continue
-            before, after = " ".join(words[:at]), " ".join(words[at + 1 :])
+            before, after = re.sub(ENDED, "", sentence[: at.start()]), re.sub(_OWN, r"\1", sentence[at.end() :])
+            doubted = re.search(DOUBTFUL[0], before) and not re.search(UNSUSPECTED, before)
             # "cannot be excluded" contains "not", so uncertainty is tested before absence
-            kinds = {"may be": DOUBTFUL, "is no": ABSENT}.items()
-            found = (kind for kind, (a, b) in kinds if re.search(a, before) or re.search(b, after))
-            nearest = itertools.takewhile(lambda word: word not in ends, words[max(0, at - 3) : at][::-1])
-            described.setdefault(next(found, "is"), " ".join([*[*nearest][::-1], entity]))
+            if doubted or re.search(DOUBTFUL[1], after):
+                kind = "may be"
+            else:
+                kind = "is no" if re.search(ABSENT[0], before) or re.search(ABSENT[1], after) else "is"
+            nearest = itertools.takewhile(lambda word: word not in ends, _words(sentence[: at.start()])[:-4:-1])
+            described.setdefault(kind, " ".join([*[*nearest][::-1], entity]))
+        if not described:
+            raise BadParameter("entities", entity, f"those that the report names: {entities_in(report)}")
         kind = next(k for k in ("is", "may be", "is no") if k in described)
         return f"There {kind} {described[kind]}."
 
