@@ -29,8 +29,14 @@ def test_levels_of_the_texts():
         wrong = prompts.texts(prompts.exchanged(zones, "wrong", seed))
         assert wrong[0] == wrong[4] and wrong[2] == prompts.unknown and set(wrong) == set(right)
         assert all(w != r for i, (w, r) in enumerate(zip(wrong, right, strict=True)) if i != 2)
-        assert sorted(prompts.texts(prompts.exchanged(zones, "shuffled", seed))) == sorted(right)
-    refuses((lambda: prompts.texts(["Cfa"], "poem"), "level = 'poem'"))
+        shuffled = prompts.texts(prompts.exchanged(zones, "shuffled", seed))
+        assert sorted(shuffled) == sorted(right) and shuffled[2] == prompts.unknown
+    single = Prompts({"Cfa": prompts.zones["Cfa"]}, "constant", "unknown")
+    refuses(
+        (lambda: prompts.texts(["Cfa"], "poem"), "level = 'poem'"),
+        (lambda: prompts.exchanged(zones, "mixed"), "kind = 'mixed'"),
+        (lambda: single.exchanged(["Cfa", None], "wrong"), "Cfa"),
+    )
     # the only zone gets the text of one that is not there
     alone = prompts.texts(prompts.exchanged(["Cfa", None, "Cfa"], "wrong"))
     assert alone[0] == alone[2] != right[0] and alone[0] in map(prompts.text, prompts.zones) and alone[1] == right[2]

@@ -18,7 +18,7 @@ import numpy as np
 import yaml
 
 from ...data.climate import OCEAN
-from ...errors import CorruptFile, check_choice
+from ...errors import BadParameter, CorruptFile, check_choice
 
 PROMPTS = Path(__file__).with_name("climate_prompts.yaml")
 PLAIN = ("full", "name", "code", "constant", "empty")
@@ -80,13 +80,20 @@ class Prompts:
         Args:
             kind: "shuffled": in random order, so that some remain right. "wrong": for all images of a zone another one
                 of `zones`; where there is only one zone, another one that has a text.
+
+        Raises `BadParameter`: another kind, or no other zone has a text.
         """
         generator = np.random.default_rng(seed)
+        check_choice("kind", kind, EXCHANGED)
+        known = [zone for zone in zones if zone is not None]
         if kind == "shuffled":
-            return [zones[i] for i in generator.permutation(len(zones))]
-        located = sorted({zone for zone in zones if zone is not None})
+            shuffled = iter([known[i] for i in generator.permutation(len(known))])
+            return [zone and next(shuffled) for zone in zones]
+        located = sorted(set(known))
         if len(located) == 1:
             others = sorted(set(self.zones) - {*located, OCEAN})
+            if not others:
+                raise BadParameter("kind", kind, f"texts of another zone than {located[0]}")
             following = {located[0]: others[generator.integers(len(others))]}
         else:
             order = generator.permutation(len(located))  # each zone gets the next in a ring
