@@ -187,6 +187,18 @@ def test_what_is_missing_or_would_mean_nothing_is_refused_before_training(releas
     refuses((asked(**own), "1"))
 
 
+def test_images_in_a_row_of_one_caption_have_no_wrong_prompt(released: Path) -> None:
+    lines = [json.dumps({"file": f"{i}.png", "caption": text}) for i, text in enumerate(["a cat", "a cat", "a dog"])]
+    (released / "captions.jsonl").write_text("\n".join(lines))
+    p = given(
+        dry_run=False, dataset="folder", data_root=str(released), checkpoint="trained", texts="wrong semantic prompt"
+    )
+    assert len(recipe.datasets(p)[2]) == 3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipe, "TEST_BATCH", 1)
+        refuses((lambda: recipe.datasets(p), "wrong semantic prompt"))
+
+
 # --- test and results -------------------------------------------------------------------------------------------------
 
 

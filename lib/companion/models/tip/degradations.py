@@ -385,11 +385,15 @@ def texts(samples: Sequence[Sample], kind: str = "own") -> tuple[list[str], list
     "own": c_s and c_r. "no text": "" and `BLIND`. "semantic only", also called "blind prompt": c_s and `BLIND`.
     "restoration only": "" and c_r. "wrong ...": that of the next sample with a different one. "prompts swapped": c_r to
     the UNet, c_s to the adaptor.
+
+    Raises `BadParameter`: "wrong ..." of samples whose prompts are all equal.
     """
     check_choice("texts", kind, TEXTS)
     semantic, restoration = [s.semantic for s in samples], [s.restoration for s in samples]
 
     def other(prompts: list[str]) -> list[str]:
+        if len(set(prompts)) < 2:
+            raise BadParameter("texts", kind, f"others: all prompts are {prompts[:1]}")
         return [next(t for t in (*prompts[i:], *prompts[:i]) if t != own) for i, own in enumerate(prompts)]
 
     if kind == "prompts swapped":

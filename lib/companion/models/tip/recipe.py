@@ -177,16 +177,18 @@ def datasets(p: Parameters) -> tuple[str, Dataset | None, Dataset]:
         title, test = DATASETS[p.dataset].title, restoration.load(p.dataset, p.data_root, "test")
         if not p.checkpoint:
             train = restoration.load(p.dataset, p.data_root, "train")
-    # before, not after, days of training: a wrong prompt is that of another image
-    same = {"wrong semantic prompt": len(set(test.captions)) < 2}
+    if p.dry_run:
+        parts = few({"test": test} | ({"train": train} if train else {}), dry_items(p, BATCH))
+        train, test = parts.get("train"), parts["test"]
+    # before, not after, days of training: a wrong prompt is that of another image of the batch
+    batches = test_batches(len(test))
+    same = {"wrong semantic prompt": any(len({test.captions[i] for i in batch}) < 2 for batch in batches)}
     same["wrong restoration prompt"] = (
         len(test) < 2 or p.degradation == "real-esrgan" or isinstance(test, restoration.Pairs)
     )
     if same.get(p.texts):
-        raise BadParameter("texts", p.texts, "others: all test images have the same prompt, or there is only one")
-    if p.dry_run:
-        parts = few({"test": test} | ({"train": train} if train else {}), dry_items(p, BATCH))
-        train, test = parts.get("train"), parts["test"]
+        accepted = f"others: {TEST_BATCH} test images in a row have the same prompt, or there is only one"
+        raise BadParameter("texts", p.texts, accepted)
     return title, train, test
 
 
@@ -337,15 +339,19 @@ def texts_of(method: str, kind: str = "own") -> str:
     return method if kind == "own" and method in ("semantic only", "restoration only") else kind
 
 
+def test_batches(count: int) -> list[np.ndarray]:
+    """The indices of `count` test images, in batches of `TEST_BATCH` or a few more."""
+    return np.array_split(np.arange(count), max(1, count // TEST_BATCH))
+
+
 def whole_test(
     restored: Callable[..., Tensor], test: Dataset, kind: str, where: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Restored and clean images of a whole test, about `TEST_BATCH` at a time, on the device `where`.
+    """Restored and clean images of a whole test, by `test_batches`, on the device `where`.
 
     A wrong prompt is that of another sample of the same batch.
     """
-    count = len(test)
-    for indices in np.array_split(np.arange(count), max(1, count // TEST_BATCH)):
+    for indices in test_batches(len(test)):
         data = [test[int(i)] for i in indices]
         clean = torch.stack([s.clean for s in data])
         yield restored(data, kind, first=int(indices[0])).to(where), clean.to(where)
