@@ -1,5 +1,7 @@
 """Cached teachers: fixed views, the same tokens and losses, and caches of other teachers or images."""
 
+import json
+
 import pytest
 import torch
 from torch.utils.data import TensorDataset
@@ -10,6 +12,7 @@ from companion.models.dmt import DMT, Teachers, build
 from companion.models.dmt import cache as dmt_cache
 from companion.models.dmt.cache import Views
 from companion.training import fit
+from companion.training.checkpoints import checkpoint_key
 from tests.conftest import interrupted
 from tests.models.common import refuses
 
@@ -75,11 +78,68 @@ def test_a_cache_of_something_else_is_refused_and_left_alone(tmp_path):
         (lambda: cached(tmp_path, teachers(seed=8)), "teachers"),
         (lambda: cached(tmp_path, reheaded), "teachers"),
         (lambda: cached(tmp_path, views=Views(IMAGES + 0.01)), "images"),
-        (lambda: cached(tmp_path, views=Views(IMAGES, CROP)), "images"),
+        (lambda: cached(tmp_path, views=Views(IMAGES, CROP)), "augment"),
         (lambda: cached(tmp_path, views=Views(IMAGES[1:])), "done"),
         (lambda: cached(tmp_path, dtype="float32"), "float32"),
     )
     assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
+
+
+class Files(TensorDataset):
+    """Images with paths, which are not read."""
+
+    def __init__(self, folder):
+        super().__init__(IMAGES)
+        self.sources = [str(folder / "train" / f"{i}.png") for i in range(len(IMAGES))]
+
+    tensors = property(lambda self: (None,), lambda self, value: None)
+
+    def __getitem__(self, index):
+        return IMAGES[index], 0
+
+    def __len__(self):
+        return len(IMAGES)
+
+
+class Brighter:
+    """An augmentation whose repr is its address."""
+
+    def __init__(self, by):
+        self.by = by
+
+    def __call__(self, image):
+        return image + self.by
+
+
+def test_a_cache_belongs_to_what_its_augmentation_does_and_its_images_may_move(tmp_path, monkeypatch):
+    here, moved = Files(tmp_path / "here"), Files(tmp_path / "moved" / "away")
+    cached(tmp_path / "a", views=Views(here, lambda image: image + 0.5))
+    monkeypatch.setattr(Teachers, "forward", None)
+    for views in (Views(moved, lambda image: 0.5 + image), Views(moved, Brighter(0.5))):
+        assert len(cached(tmp_path / "a", views=views)) == 10
+    fewer = Files(tmp_path / "here")
+    fewer.sources[3] = str(tmp_path / "here" / "train" / "other.png")
+    refuses(
+        (lambda: cached(tmp_path / "a", views=Views(here, lambda image: image + 0.4)), "augment"),
+        (lambda: cached(tmp_path / "a", views=Views(here, Brighter(0.4))), "augment"),
+        (lambda: cached(tmp_path / "a", views=Views(fewer, Brighter(0.5))), "images"),
+        (lambda: cached(tmp_path / "a", views=Views(here, Brighter(0.5), seed=1)), "images"),
+    )
+
+
+def test_a_cache_without_a_sample_is_accepted_by_the_name_of_its_augmentation(tmp_path):
+    for views in (Views(IMAGES, CROP), Views(Files(tmp_path), CROP), Views(IMAGES, lambda image: image)):
+        folder = tmp_path / str(id(views))
+        note = cached(folder, views=views).folder / "cache.json"
+        written = json.loads(note.read_text())
+        name = getattr(views.augment, "__qualname__", repr(views.augment))
+        content = views.images if views.images is IMAGES else views.images.sources
+        key = checkpoint_key(images=10, augment=name, seed=0, content=content)
+        note.write_text(json.dumps({k: v for k, v in written.items() if k != "sample"} | {"images": key}))
+        if views.augment is CROP:
+            assert len(cached(folder, views=views)) == 10
+        else:  # all lambdas have one name
+            refuses((lambda folder=folder, views=views: cached(folder, views=views), "images"))
 
 
 def test_damaged_caches_and_what_cannot_be_cached(tmp_path, monkeypatch):

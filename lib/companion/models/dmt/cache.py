@@ -7,11 +7,13 @@
 Tokens are stored before they are normalised, one memory-mapped file per teacher; cache.json is written last. At paper
 size an image takes 0.9 MB in float16 for three ViT-B (197 x 768 values each), ImageNet-1k 1.2 TB.
 
-A cache of other teachers, images, augmentations or settings is refused and not overwritten.
+A cache of other teachers, images, augmentations or settings is refused and not overwritten; the folder of the images
+may have moved.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,14 +21,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 from torch.utils.data import DataLoader, Dataset
 
+from ...data import spaced
 from ...errors import BadParameter, CompanionError, CorruptFile
 from ...ops.files import read_json, write_json
 from ...ops.progress import progress
 from ...training.checkpoints import checkpoint_key
 from ...training.fit import AUTO, Hardware, evaluating
 from .model import Teachers
+
+SAMPLED, CLOSE = 32, 0.02  # views in a cache's sample, and their largest difference on another machine
 
 
 class Views(Dataset):
@@ -53,12 +59,28 @@ class Views(Dataset):
             return image if self.augment is None else self.augment(image)
 
     def key(self) -> str:
-        """A hash of the images, or of their paths, and of their augmentations."""
+        """A hash of the images, or of their paths below the folder that they share, and of the seed."""
+        content = self._content()
+        if not isinstance(content, Tensor):
+            shared = os.path.commonpath([min(content), max(content)])
+            content = [path.removeprefix(shared) for path in content]
+        return checkpoint_key(images=len(self.images), seed=self.seed, content=content)
+
+    def first_key(self) -> str | None:
+        """The key in caches without a sample: of the paths as they were given, and the augmentation's name. None for a
+        lambda, whose name is that of any other."""
+        augment = getattr(self.augment, "__qualname__", repr(self.augment))  # a function's repr contains its address
+        facts = {"images": len(self.images), "augment": augment, "seed": self.seed, "content": self._content()}
+        return None if "<lambda>" in augment else checkpoint_key(**facts)
+
+    def _content(self) -> Tensor | list[str]:
         pixels = getattr(self.images, "tensors", [self.images])[0]
-        content = pixels if isinstance(pixels, Tensor) else [str(path) for path in self.images.sources]
-        # a function's repr contains its address
-        augment = getattr(self.augment, "__qualname__", repr(self.augment))
-        return checkpoint_key(images=len(self.images), augment=augment, seed=self.seed, content=content)
+        return pixels if isinstance(pixels, Tensor) else [str(path) for path in self.images.sources]
+
+    def sample(self) -> list[list[float]]:
+        """Some views as the means of their quarters, by which an augmentation is known: functions have no identity."""
+        chosen = [self[i].float() for i in spaced(len(self), SAMPLED)]
+        return [adaptive_avg_pool2d(view, 2).flatten().tolist() for view in chosen]
 
 
 class Cache(Dataset):
@@ -121,6 +143,7 @@ def build(
         "widths": list(teachers.widths),
         "dtype": dtype,
         "images": views.key(),
+        "sample": views.sample(),
         # heads are not in the tensors
         "teachers": {
             name: checkpoint_key(model=model, heads=[block.attn.num_heads for block in model.blocks])
@@ -129,8 +152,13 @@ def build(
     }
     note = folder / "cache.json"
     if note.is_file():
-        written = read_json(note)
-        if differing := {key: value for key, value in settings.items() if written.get(key) != value}:
+        written, sample = read_json(note), settings.pop("sample")
+        if "sample" not in written:
+            settings["images"] = views.first_key()
+        differing = {key: value for key, value in settings.items() if written.get(key) != value}
+        if not differing and not np.allclose(written.get("sample", sample), sample, atol=CLOSE):
+            differing = {"augment": views.augment}
+        if differing:
             raise BadParameter(
                 "cache", differing, f"the {', '.join(differing)} of the cache in {folder}, or another folder"
             )
