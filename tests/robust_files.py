@@ -39,7 +39,7 @@ def read_slide(path: Path) -> None:
 
 
 def extract(path: Path) -> None:
-    features.extract(written(path.with_name("slide.tiff"), drawn()), mean_colour, path, tiling=SMALL)
+    features.extract(written(path.with_name("slide.tiff"), drawn()), mean_colour, path, tiling=SMALL, encoder="mean")
 
 
 def train(path: Path) -> None:

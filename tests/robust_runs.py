@@ -102,7 +102,7 @@ def features(folder: Path) -> str:
         pause(0.05)
         return mean_colour(regions)
 
-    found = read_features(extract(slide, encode, folder / "slide.h5", tiling=SMALL, batch=1))
+    found = read_features(extract(slide, encode, folder / "slide.h5", tiling=SMALL, encoder="mean", batch=1))
     return digest([found["features"].numpy().tobytes()])
 
 

@@ -20,9 +20,11 @@ from companion.models import hvit
 from companion.models.hvit import features, heatmaps, slides
 from companion.models.hvit.slides import PANDA, Slide, Tiling
 from companion.training.checkpoints import checkpoint_key
+from tests.conftest import interrupted
 from tests.models.common import refuses
 
 SMALL = Tiling(region=128, mpp=0.5, downsample=16, otsu=False, median=3, close=2, area=0.01, least=0.1)
+MEAN = {"tiling": SMALL, "encoder": "mean"}
 
 
 def drawn(width: int = 1024, height: int = 768, seed: int = 0) -> np.ndarray:
@@ -171,7 +173,7 @@ def test_masks_replace_the_detection_by_colour(path, tmp_path):
         with Slide(path) as slide:
             mask = slides.read_mask(tmp_path / file.stem, slide, 16)
         np.testing.assert_array_equal(mask, 255 * values, err_msg=file.name)
-    out = features.extract(path, mean_colour, tmp_path / "slide.h5", tiling=SMALL, masks=tmp_path / "grey")
+    out = features.extract(path, mean_colour, tmp_path / "slide.h5", **MEAN, masks=tmp_path / "grey")
     corners = {(x, y) for x in (128, 256) for y in (256, 384)}
     assert set(map(tuple, read_features(out)["coords"].tolist())) == corners
     Image.fromarray(values[:20]).save(tmp_path / "slide.png")
@@ -179,7 +181,7 @@ def test_masks_replace_the_detection_by_colour(path, tmp_path):
     (tmp_path / "none").mkdir()
 
     def masked(folder: str):
-        return lambda: features.extract(path, mean_colour, out, tiling=SMALL, masks=tmp_path / folder)
+        return lambda: features.extract(path, mean_colour, out, **MEAN, masks=tmp_path / folder)
 
     refuses((masked("none"), r"none/slide\.png"), error=MissingData)
     refuses((masked("plain"), r"plain/slide\.tif"), error=CorruptFile)
@@ -189,8 +191,8 @@ def test_masks_replace_the_detection_by_colour(path, tmp_path):
 def test_a_preview_shows_what_is_taken_as_tissue(path, tmp_path, image):
     """Also of slides whose features are there already."""
     out = tmp_path / "slide.h5"
-    features.extract(path, mean_colour, out, tiling=SMALL)
-    features.extract(path, None, out, tiling=SMALL, preview=True)
+    features.extract(path, mean_colour, out, **MEAN)
+    features.extract(path, None, out, **MEAN, preview=True)
     picture = np.asarray(Image.open(out.with_suffix(".png"))).astype(int)
     assert picture.shape == image.shape
     framed, outlined = ((picture == colour).all(-1) for colour in ((0, 60, 255), (255, 130, 0)))
@@ -226,7 +228,7 @@ def test_pixels_are_normalised():
 
 
 def test_an_extraction_that_is_stopped_resumes_to_the_same_features(path, tmp_path):
-    whole = read_features(features.extract(path, mean_colour, tmp_path / "whole.h5", tiling=SMALL, batch=2))
+    whole = read_features(features.extract(path, mean_colour, tmp_path / "whole.h5", **MEAN, batch=2))
     out, calls = tmp_path / "stopped.h5", []
 
     def counted(x):
@@ -236,13 +238,21 @@ def test_an_extraction_that_is_stopped_resumes_to_the_same_features(path, tmp_pa
         return mean_colour(x)
 
     with pytest.raises(KeyboardInterrupt):
-        features.extract(path, counted, out, tiling=SMALL, batch=2)
+        features.extract(path, counted, out, **MEAN, batch=2)
     assert not out.exists() and len(list(tmp_path.glob("stopped.h5.parts/[0-9]*"))) == 3
-    refuses((lambda: features.extract(path, mean_colour, out, tiling=SMALL, batch=2, normalise="half"), "normalise"))
-    found = read_features(features.extract(path, counted, out, tiling=SMALL, batch=2))
+    refuses((lambda: features.extract(path, mean_colour, out, **MEAN, batch=2, normalise="half"), "normalise"))
+    found = read_features(features.extract(path, counted, out, **MEAN, batch=2))
     assert len(calls) == -(-len(whole["coords"]) // 2) + 1  # the batch that was stopped is counted twice
     assert torch.equal(found["features"], whole["features"]) and torch.equal(found["coords"], whole["coords"])
     assert not out.with_name("stopped.h5.parts").exists()
+
+
+def test_parts_of_a_run_killed_at_its_end_are_removed(path, tmp_path, monkeypatch):
+    out = tmp_path / "slide.h5"
+    with interrupted(monkeypatch, shutil, "rmtree", 0):
+        features.extract(path, mean_colour, out, **MEAN)
+    assert [*tmp_path.glob("*.parts")]
+    assert features.extract(path, mean_colour, out, **MEAN) == out and not [*tmp_path.glob("*.parts")]
 
 
 def test_features_of_other_encoders_or_settings_are_not_mixed(path, tmp_path):
@@ -259,6 +269,7 @@ def test_features_of_other_encoders_or_settings_are_not_mixed(path, tmp_path):
     refuses(
         (again(encoder=other), f"encoder.*{checkpoint_key(encoder=one)}"),
         (again(encoder=six), "heads"),
+        (again(encoder="mean"), "encoder"),
         (again(mpp=0.501), "slide_mpp"),
         (again(tiling=dataclasses.replace(SMALL, jpeg=True)), "jpeg"),
     )
@@ -267,7 +278,7 @@ def test_features_of_other_encoders_or_settings_are_not_mixed(path, tmp_path):
 
 def test_a_slide_without_tissue_has_no_features(tmp_path):
     white = written(tmp_path / "white.tiff", np.full((512, 512, 3), 255, np.uint8))
-    read = read_features(features.extract(white, mean_colour, tmp_path / "white.h5", tiling=SMALL))
+    read = read_features(features.extract(white, mean_colour, tmp_path / "white.h5", **MEAN))
     assert len(read["features"]) == len(read["coords"]) == 0
 
 

@@ -52,8 +52,8 @@ def extract(
     encode: Callable[[Tensor], Tensor],
     out: str | Path,
     *,
+    encoder: nn.Module | str,
     tiling: Tiling = PANDA,
-    encoder: nn.Module | None = None,
     normalise: str = "unit",
     batch: int = 1,
     mpp: float | None = None,
@@ -69,8 +69,8 @@ def extract(
 
     Args:
         encode: regions (b, 3, R, R) to features (b, ...): for H-ViT, `embed_patches`, or `embed_regions` after it.
-        encoder: the module used by `encode`; a hash of its tensors and the numbers of attention heads distinguish the
-            features of two encoders.
+        encoder: what distinguishes the features of two encoders: the module used by `encode`, by a hash of its tensors
+            and its numbers of attention heads; or a name.
         batch: regions per step.
         mpp: see `Slide`.
         masks: a folder of tissue masks, see `read_mask`; None: tissue is detected by colour.
@@ -83,7 +83,7 @@ def extract(
     """
     if batch < 1:
         raise BadParameter("batch", batch, "1 or more")
-    out, parts = Path(out), Path(f"{out}.parts")
+    out, parts, modules = Path(out), Path(f"{out}.parts"), () if isinstance(encoder, str) else encoder.modules()
     with Slide(path, mpp) as slide:
         mask = read_mask(masks, slide, tiling.downsample) if masks else None
         tiles = tile(slide, tiling, mask)
@@ -91,9 +91,9 @@ def extract(
             "slide": slide.path.name,
             "size": list(slide.size),
             "slide_mpp": slide.mpp,
-            "encoder": "" if encoder is None else checkpoint_key(encoder=encoder),
+            "encoder": encoder if isinstance(encoder, str) else checkpoint_key(encoder=encoder),
             # no tensor depends on the number of attention heads, so the encoder's hash does not either
-            "heads": [] if encoder is None else [m.num_heads for m in encoder.modules() if hasattr(m, "num_heads")],
+            "heads": [m.num_heads for m in modules if hasattr(m, "num_heads")],
             "normalise": normalise,
             "step": tiles.step,
             "level": tiles.level,
@@ -111,6 +111,7 @@ def extract(
             shown = tissue_mask(slide.thumbnail(tiling.downsample)[0], tiling) if mask is None else mask
             write_preview(out.with_suffix(".png"), slide, tiles, shown)
         if out.is_file():
+            shutil.rmtree(parts, ignore_errors=True)  # of a run killed after it had written `out`
             return out
         starts = [i for i in range(0, len(tiles), batch) if not (parts / f"{i:06d}.safetensors").is_file()]
 
