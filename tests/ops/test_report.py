@@ -9,13 +9,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from companion.errors import MissingData
 from companion.evaluation import ablations
 from companion.evaluation.claims import PAPER, SYNTHETIC, counts
 from companion.evaluation.tables import Results, compare_published, published_table
 from companion.ops import record, report
 from companion.ops.adopt import adopt
 from companion.ops.files import sha256
-from companion.ops.papers import paper
+from companion.ops.papers import paper, rules, slugs
+from tests.conftest import parameters
 from tests.models.common import refuses
 
 
@@ -76,6 +78,23 @@ def test_a_run_from_another_folder_writes_there_and_finds_study_and_data(tmp_pat
         for name, found, out in (("", f"{up}/data", tmp_path / "runs/pocket/sa2vp"), ("mine", "mine", here / "mine")):
             run = report.start("sa2vp", {"profile": "pocket", "data_root": name, "out": name})
             assert (run.parameters.data_root, run.out) == (found, out)
+
+
+@pytest.mark.parametrize("slug", slugs())
+def test_a_run_on_real_data_looks_for_it_before_anything_else(slug, tmp_path):
+    given = vars(parameters(slug, profile="paper", data_root=str(tmp_path / "none"), out=str(tmp_path / "out")))
+    refuses((lambda: report.start(slug, given), "none"), error=MissingData)
+    if "folder" in rules(slug)["dataset"]["choices"]:
+        refuses((lambda: report.start(slug, given | {"dataset": "folder"}), "none"), error=MissingData)
+    assert not (tmp_path / "out").exists()
+    report.start(slug, given | {"dry_run": True})
+
+
+def test_what_an_incomplete_set_lacks_is_printed(tmp_path, capsys):
+    (tmp_path / "LasHeR").mkdir()
+    given = parameters("bat", profile="paper", dataset="rgbt/lasher", data_root=str(tmp_path), out=str(tmp_path / "o"))
+    report.start("bat", vars(given))
+    assert "LasHeR" in capsys.readouterr().out
 
 
 def test_synthetic_results_are_judged_by_the_test_rows_of_a_study_in_each_metric(run, monkeypatch):

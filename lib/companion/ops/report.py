@@ -29,6 +29,7 @@ from IPython.display import HTML, Image, Markdown, display
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
+from .. import data
 from ..errors import BadParameter, check_choice
 from ..evaluation.ablations import read, stale
 from ..evaluation.claims import SPREAD, SYNTHETIC, counts, evidence, judge, judge_measured
@@ -118,8 +119,10 @@ def start(slug: str, namespace: Mapping[str, Any]) -> Run:
 
     A dry run writes into the folder `dry_run` below that of the run.
 
-    Raises `BadParameter`: a value that is not accepted, or papermill injected an unknown parameter, of which it only
-    warns; another run is writing into the same folder.
+    Raises:
+        BadParameter: a value that is not accepted, or papermill injected an unknown parameter, of which it only warns;
+            another run is writing into the same folder.
+        MissingData: a data set that the parameters of a run of the `paper` profile name.
     """
     known = rules(slug)
     for name in sorted(_injected() - known.keys()):
@@ -129,10 +132,29 @@ def start(slug: str, namespace: Mapping[str, Any]) -> Run:
         raise BadParameter("study", True, "False with profile = 'paper': the study is at pocket scale")
     if values.get("dry_run") and values.get("profile") == "pocket":
         raise BadParameter("dry_run", True, "False with profile = 'pocket', which is quick as it is")
+    if values.get("profile") == "paper" and not values.get("dry_run"):
+        _look(values, known)  # before anything is trained at pocket scale
     run = Run(slug, SimpleNamespace(**values))
     if values.get("data_root") == "":
         run.parameters.data_root = os.path.relpath(run.root / "data")
     return run
+
+
+def _look(values: Mapping[str, Any], known: Mapping[str, Mapping]) -> None:
+    """Raise `MissingData` where a data set that a parameter names is not there; print what an incomplete one lacks, of
+    which the run may need less."""
+    root = Path(values.get("data_root") or record.root() / "data")
+    for name, rule in known.items():
+        chosen = str(values.get(name) or rule.get("usual", {}).get(values.get("task"), ""))
+        for part in chosen.split(", ") if rule["type"] in ("choice", "list") else ():
+            if part == "folder" and not root.is_dir():
+                raise data.own_set(root, "own", "your own files").missing(root)
+            if part in data.DATASETS:
+                found = data.status(part, root)
+                if found.state == "missing":
+                    raise data.find(part).missing(root, found.detail)
+                if found.state == "incomplete":
+                    print(f"{data.find(part).title} is incomplete: {found.detail}")
 
 
 def _injected() -> set[str]:

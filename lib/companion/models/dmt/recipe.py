@@ -22,7 +22,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from ...backbones import read_state
 from ...data import few, find, present, pretraining
-from ...data.pretraining import ADE20K, COCO, IMAGENET
+from ...data.pretraining import COCO, IMAGENET
 from ...errors import BadParameter, MissingWeights
 from ...evaluation.metrics import accuracy, detection, landcover
 from ...evaluation.tables import Cells, Results, published_table, with_measured
@@ -43,7 +43,7 @@ from .vit import ViT
 WORKERS = 16
 MICRO_BATCH = 256  # micro-batch of a device; the gradients of a step are accumulated
 LOSSES = {"token and map": (1, 1), "token": (1, 0), "map": (0, 1)}  # weights of token and feature-map loss
-USUAL = {"distil": IMAGENET, "fine-tune": IMAGENET, "linear probe": IMAGENET, "detect": COCO, "segment": ADE20K}
+USUAL = papers.paper("dmt")["parameters"]["dataset"]["usual"]  # the data set of each task
 SIZES = {"detect": 1024, "segment": 512}  # sides of training crops, in pixels
 CLASSES = {"fine-tune": 1000, "linear probe": 1000, "detect": 80, "segment": 150}
 CROP = (0.2, 1.0)  # share of an image's area in a crop of distillation
