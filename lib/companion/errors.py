@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -101,6 +102,12 @@ def check_choice(name: str, value: object, choices: Iterable) -> None:
     """Raise `BadParameter` unless `value` is one of `choices` (of a dict, its keys)."""
     if value not in choices:
         raise BadParameter(name, value, tuple(choices))
+
+
+def check_range(name: str, value: float, low: float, high: float = math.inf) -> None:
+    """Raise `BadParameter` unless `low` <= `value` <= `high`."""
+    if not low <= value <= high:  # NaN too
+        raise BadParameter(name, value, f"{low:g} or more" if high == math.inf else f"{low:g} to {high:g}")
 
 
 def check_names(names: Iterable, count: int | None = None) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import CompanionError
+from ..errors import BadParameter, CompanionError
 from .checkpoints import trained_state
 
 if TYPE_CHECKING:  # imported only for training: it takes a second, because it imports torchmetrics
@@ -86,6 +86,12 @@ class Callback:
         """Restore a `state_dict`."""
 
 
+def _limit(name: str, value: float) -> float:
+    if not value > 0:  # 0 would remove the gradient, a negative one turn it round
+        raise BadParameter(name, value, "more than 0")
+    return float(value)
+
+
 class ClipNorm(Callback):
     """Clip the gradient to a maximum norm: over all parameter groups of one `name`, or for each tensor separately.
 
@@ -95,7 +101,7 @@ class ClipNorm(Callback):
     """
 
     def __init__(self, max_norm: float, *, per_tensor: bool = False):
-        self.max_norm, self.per_tensor = float(max_norm), per_tensor
+        self.max_norm, self.per_tensor = _limit("max_norm", max_norm), per_tensor
         # the sum of all norms so far; it is checked rarely, because each check synchronises with a GPU
         self._norm = torch.zeros(())
 
@@ -127,7 +133,7 @@ class ClipValue(Callback):
     """Clip every entry of the gradient to [-max_value, max_value]."""
 
     def __init__(self, max_value: float):
-        self.max_value = float(max_value)
+        self.max_value = _limit("max_value", max_value)
 
     def on_gradients(self, loop: Loop) -> None:
         for group in loop.optimizer.param_groups:

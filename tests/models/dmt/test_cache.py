@@ -81,6 +81,9 @@ def test_a_cache_of_something_else_is_refused_and_left_alone(tmp_path):
         (lambda: cached(tmp_path, views=Views(IMAGES, CROP)), "augment"),
         (lambda: cached(tmp_path, views=Views(IMAGES[1:])), "done"),
         (lambda: cached(tmp_path, dtype="float32"), "float32"),
+        (lambda: cached(tmp_path / "new", dtype="int8"), "int8"),
+        (lambda: cached(tmp_path / "new", batch=0), "batch"),
+        (lambda: dmt_cache.build(tmp_path / "new", teachers(), Views(IMAGES[:0])), "views"),
     )
     assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
 

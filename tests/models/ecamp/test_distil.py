@@ -75,8 +75,11 @@ def test_the_rules_state_each_finding_of_a_report(report, expected):
     assert check(stated, report, entities_in(report)) == stated
 
 
-def test_entities_that_the_report_does_not_name_are_refused():
-    refuses((lambda: Rules()("Lungs are clear.", ["mass"]), "mass"))
+def test_entities_that_the_report_does_not_name_are_refused(tmp_path):
+    refuses(
+        (lambda: Rules()("Lungs are clear.", ["mass"]), "mass"),
+        (lambda: distil("Edema.", Rules(), tmp_path / "answers.sqlite"), "Edema"),  # its letters are no reports
+    )
 
 
 def test_malformed_answers_are_refused():

@@ -270,6 +270,7 @@ def test_features_of_other_encoders_or_settings_are_not_mixed(path, tmp_path):
         (again(encoder=other), f"encoder.*{checkpoint_key(encoder=one)}"),
         (again(encoder=six), "heads"),
         (again(encoder="mean"), "encoder"),
+        (lambda: features.extract(path, lambda x: x.mean((0, 2, 3)), tmp_path / "b.h5", **MEAN, batch=2), "encode"),
         (again(mpp=0.501), "slide_mpp"),
         (again(tiling=dataclasses.replace(SMALL, jpeg=True)), "jpeg"),
     )

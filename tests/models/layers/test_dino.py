@@ -149,7 +149,14 @@ def test_crops_are_drawn_by_the_loaders_processes():
 def test_what_cannot_be_trained_is_refused():
     encoder, images, views = level("region")
     refuses(
-        (lambda: pretrain(encoder, images, views, **SMALL | {"batch": 17}), "17"),
+        *(
+            (lambda name=name, value=value: pretrain(encoder, images, views, **SMALL | {name: value}), f"= {value}")
+            for name, value in (("batch", 17), ("batch", 0), ("momentum", 1.5), ("clip", 0.0))
+        ),
+        (lambda: dino.Loss(4, teacher=0.0), "0.0"),
+        (lambda: dino.GridViews(4, shares=(1.5, 0.5)), "1.5"),
+        (lambda: dino.ImageViews((28, 12))(torch.full((1, 3, 32, 32), 255.0)), "255"),
+        (lambda: ibot()([torch.rand(2, 3, 32, 32)]), "crops"),
         (lambda: pretrain(encoder.requires_grad_(False), images, views, **SMALL), "encoder"),
     )
 

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from companion.backbones import Input
-from companion.models.sic_cads.model import MLR, Settings, normalise, pool, rank_loss, refine
+from companion.models.sic_cads.model import MLR, Settings, detect, normalise, pool, rank_loss, refine
 from tests.models.common import draw, misfits, refuses
 from tests.parity.runner import ROOT as PARITY
 from tests.parity.runner import Case
@@ -95,9 +95,15 @@ def test_official_names_round_trip():
 
 
 def test_what_would_silently_give_wrong_scores_is_refused():
-    text, model = draw(CLASSES, DIM), build()
+    text, model, positives = draw(CLASSES, DIM), build(), draw(2, CLASSES) > 0
     refuses(
-        (lambda: build(lambda_novel=1.5).recognise(pixels()), "1.5"),
+        (lambda: build(lambda_novel=1.5), "1.5"),
+        (lambda: build(levels=0), "levels"),
+        (lambda: model.recognise(pixels(), share=1.5), "share"),
+        (lambda: model.loss(pixels(), positives[:1]), "positives"),
+        (lambda: model.loss(pixels(), positives, teacher=share(2, 1, DIM)), "teacher"),
+        (lambda: normalise(share(2, 4), "images"), "over"),
+        (lambda: detect(share(3, 4), share(3, 4), top=-1), "top"),
         (lambda: MLR(body(), text, NOVEL.float()), "float32"),
         (lambda: MLR(body(), text, NOVEL[:3]), "3"),
         (lambda: MLR(body(), text[:1], NOVEL[:1]), "text"),

@@ -188,7 +188,11 @@ def test_prompts_of_a_test(pictures: restoration.Captioned) -> None:
         "prompts swapped": (named, semantic),
     }
     assert {kind: texts(found, kind) for kind in TEXTS} == expected
-    refuses((lambda: texts([found[0]] * 2, "wrong semantic prompt"), "wrong semantic prompt"))
+    refuses(
+        (lambda: texts([found[0]] * 2, "wrong semantic prompt"), "wrong semantic prompt"),
+        (lambda: Degraded(pictures, 0), "size"),
+        (lambda: Degraded(pictures, 8, no_caption=1.5), "no_caption"),
+    )
 
 
 def test_squares_are_the_middle_or_anywhere() -> None:

@@ -210,6 +210,11 @@ def test_the_start_noise_of_a_sample_is_its_own(data: Degraded) -> None:
     # before training the texts of the adaptor do nothing: only the noise could differ
     torch.testing.assert_close(together, recipe.restore(pipe, chosen, "blind prompt", steps=2), **close)
     assert not torch.allclose(together, recipe.restore(pipe, chosen, steps=2, seed=1), atol=0.01)
+    refuses(
+        (lambda: recipe.restore(pipe, chosen, batch=-1), "batch"),
+        (lambda: recipe.restore(pipe, []), "data"),
+        (lambda: recipe.restore(pipe, chosen, steps=0), "steps"),
+    )
 
 
 def test_scores_of_a_test_larger_than_the_memory_are_those_of_all_images_at_once(

@@ -25,7 +25,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 from torch.utils.data import DataLoader, Dataset
 
 from ...data import spaced
-from ...errors import BadParameter, CompanionError, CorruptFile
+from ...errors import BadParameter, CompanionError, CorruptFile, check_choice, check_range
 from ...ops.files import read_json, write_json
 from ...ops.progress import progress
 from ...training.checkpoints import checkpoint_key
@@ -135,6 +135,9 @@ def build(
         CompanionError: not enough disk space, or values outside the range of the dtype.
         CorruptFile: a file of the cache cannot be read.
     """
+    check_choice("dtype", dtype, ("float16", "float32"))
+    check_range("batch", batch, 1)
+    check_range("views", len(views), 1)
     folder, (height, width) = Path(folder), views[0].shape[-2:]
     side = next(iter(teachers.models.values())).patch_embed.patch_size[0]
     settings = {

@@ -241,6 +241,8 @@ def distil(reports: Sequence[str], back_end: BackEnd, cache: str | Path) -> Dist
 
     Raises `CorruptFile`: `cache` is another kind of file.
     """
+    if isinstance(reports, str):
+        raise BadParameter("reports", reports, "a list of reports: this is one text")
     statements, refused = [], {}
     Path(cache).parent.mkdir(parents=True, exist_ok=True)
     try:

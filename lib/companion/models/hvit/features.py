@@ -24,7 +24,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
 from ...data import slides as data
-from ...errors import BadParameter, CompanionError
+from ...errors import BadParameter, CompanionError, check_range
 from ...ops.files import atomic, read_json, write_json
 from ...ops.progress import progress
 from ...training.checkpoints import checkpoint_key
@@ -81,8 +81,7 @@ def extract(
         MissingData: the slide has no mask.
         CorruptFile: the slide or its mask cannot be read.
     """
-    if batch < 1:
-        raise BadParameter("batch", batch, "1 or more")
+    check_range("batch", batch, 1)
     out, parts, modules = Path(out), Path(f"{out}.parts"), () if isinstance(encoder, str) else encoder.modules()
     with Slide(path, mpp) as slide:
         mask = read_mask(masks, slide, tiling.downsample) if masks else None
@@ -126,6 +125,8 @@ def extract(
                 regions = ahead.popleft().result()
                 ahead += [reader.submit(pixels, following) for following in starts[i + threads : i + threads + 1]]
                 features = encode(tensor(regions, normalise, device)).float().cpu().numpy()
+                if features.shape[:1] != (len(regions),):
+                    raise BadParameter("encode", features.shape, f"({len(regions)}, ...), of so many regions")
                 with atomic(parts / f"{start:06d}.safetensors") as temporary:
                     save_file({"features": np.ascontiguousarray(features)}, temporary)
     _assemble(out, parts, tiles, batch, settings)

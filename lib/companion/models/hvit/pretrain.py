@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ...errors import BadParameter
+from ...errors import BadParameter, check_range
 from ...training.callbacks import ClipNorm
 from ...training.fit import WORKERS, Hardware, History
 from ...training.recipe import Training, run
@@ -80,8 +80,9 @@ def pretrain(
         out: folder of the run, see `training.recipe.run`; None: nothing is written.
         hardware: its `workers` draw the crops: ten of an image take a core about 0.1 s.
 
-    Raises `BadParameter`: an encoder without a parameter that requires a gradient.
+    Raises `BadParameter`: an encoder without a parameter that requires a gradient, or a value outside its range.
     """
+    check_range("batch", batch, 1)
     if not any(p.requires_grad for p in encoder.parameters()):
         raise BadParameter("encoder", "a frozen one", "one with parameters that require a gradient")
     with torch.random.fork_rng(devices=[]):

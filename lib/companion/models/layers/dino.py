@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import InterpolationMode, v2
 
-from ...errors import BadParameter
+from ...errors import BadParameter, check_range
 from ...training.callbacks import EMA, Callback, ema_copy
 from ...training.fit import Loop, average_over_devices
 from ...training.schedules import learning_rates
@@ -93,6 +93,8 @@ class Loss(nn.Module):
 
     def __init__(self, outputs: int, *, student: float = 0.1, teacher: float = 0.04, momentum: float = 0.9):
         super().__init__()
+        if not (student > 0 and teacher > 0):
+            raise BadParameter("student, teacher", (student, teacher), "temperatures above 0")
         self.student, self.teacher, self.momentum = student, teacher, momentum
         self.centre: Tensor
         self.patch_centre: Tensor
@@ -185,6 +187,7 @@ class SelfDistillation(nn.Module):
             "loss"; of iBOT also its parts "class loss" and "patch loss"; and "entropy", that of the teacher's mean
             distribution over the batch, divided by its largest value: near 0 or 1 the training has collapsed.
         """
+        check_range("crops", len(crops), 2)
         large = torch.cat(list(crops[:2]))
         student, teacher, masked = self.student, self.teacher, {}
         if self.patch_weight:
@@ -212,6 +215,7 @@ class SelfDistillation(nn.Module):
 
     def ema(self, steps: int, momentum: float = 0.996) -> EMA:
         """The callback that updates the teacher after the student's step, its momentum rising to 1 over `steps`."""
+        check_range("momentum", momentum, 0, 1)
         return EMA([(self.teacher, self.student)], lambda step: half_cosine(momentum, 1.0, step - 1, steps))
 
     def export(self) -> nn.Module:
@@ -304,7 +308,12 @@ class ImageViews:
         self.crops = [*large, *[crop(sizes[1], scales[1], 0.5, 0.0)] * small]
 
     def __call__(self, images: Tensor) -> list[Tensor]:
-        """From images (B, 3, H, W) in [0, 1] to a list of (B, 3, s, s), the two large ones first."""
+        """From images (B, 3, H, W) in [0, 1] to a list of (B, 3, s, s), the two large ones first.
+
+        Values beyond, as interpolation gives them, are clipped. Raises `BadParameter`: images in 0 ... 255.
+        """
+        if images.max() > 2:
+            raise BadParameter("images", f"up to {images.max():g}", "values in [0, 1]")
         return [torch.stack([crop(x) for x in images.clamp(0, 1)]) for crop in self.crops]
 
 
@@ -318,6 +327,8 @@ class GridViews:
     """
 
     def __init__(self, patches: int, small: int = 8, shares: tuple[float, float] = (0.875, 0.375)):
+        for share in shares:
+            check_range("shares", share, 0, 1)
         self.patches = patches
         self.sides = [max(int(shares[0] * patches), 1)] * 2 + [max(int(shares[1] * patches), 1)] * small
 

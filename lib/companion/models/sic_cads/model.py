@@ -34,7 +34,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from ...backbones import Input, build, per_channel
-from ...errors import BadParameter
+from ...errors import BadParameter, check_choice, check_range
 from ...ops.config import configure
 from ..layers.clip_prompting import Tokenizer, tokenise
 from ..layers.precision import without_autocast
@@ -74,19 +74,22 @@ def normalise(scores: Tensor, over: str = "image") -> Tensor:
     `over`: "image", the paper's formula; "batch", mean and std over all B · C scores, as in the released code (which
     tests one image at a time, where the two are equal).
     """
+    check_choice("over", over, ("image", "batch"))
     dims = (-2, -1) if over == "batch" else -1
     return ((scores - scores.mean(dims, keepdim=True)) / scores.std(dims, keepdim=True).clamp_min(1e-6)).sigmoid()
 
 
 def text_share(novel: Tensor, lambda_base: float = 0.8, lambda_novel: float = 0.8) -> Tensor:
     """The exponent of the text branch for each class (C,): lambda_base, and for novel classes 1 - lambda_novel."""
-    if not (0 <= lambda_base <= 1 and 0 <= lambda_novel <= 1):
-        raise BadParameter("lambda_base, lambda_novel", (lambda_base, lambda_novel), "0 to 1")
+    check_range("lambda_base", lambda_base, 0, 1)
+    check_range("lambda_novel", lambda_novel, 0, 1)
     return torch.where(novel, 1 - lambda_novel, lambda_base)
 
 
 def fuse(p_text: Tensor, p_image: Tensor, share: Tensor | float) -> Tensor:
     """Eq. 6: p_text ** share * p_image ** (1 - share), (B, C); `share` from `text_share`, or one for all classes."""
+    if not isinstance(share, Tensor):
+        check_range("share", share, 0, 1)
     return p_text**share * p_image ** (1 - share)
 
 
@@ -96,8 +99,7 @@ def refine(probabilities: Tensor, p: Tensor, gamma: float = 0.5) -> Tensor:
     `gamma` 0 gives the detector's, 1 the image's for every box. Call it on the full matrix, background column dropped,
     before threshold, non-maximum suppression and top-k: within one image and one class it changes no order.
     """
-    if not 0 <= gamma <= 1:
-        raise BadParameter("gamma", gamma, "0 to 1")
+    check_range("gamma", gamma, 0, 1)
     if probabilities.ndim != 2 or p.shape != probabilities.shape[1:]:
         raise BadParameter("p", tuple(p.shape), f"one score for each class of {tuple(probabilities.shape)}")
     return probabilities.pow(1 - gamma).mul(p.to(probabilities.dtype).pow(gamma))
@@ -117,6 +119,8 @@ def rank_loss(scores: Tensor, positives: Tensor, columns: Tensor | None = None) 
         positives: (B, C) bool.
         columns: (C,) bool, the classes used, as positives too: the base ones for boxes. None: all.
     """
+    if positives.shape != scores.shape or positives.dtype != torch.bool:
+        raise BadParameter("positives", (tuple(positives.shape), positives.dtype), f"bool, {tuple(scores.shape)}")
     columns = torch.ones_like(positives[0]) if columns is None else columns
     # The k that count for p are those with s_k >= s_p - 1, the last ones in order: their number and their sum suffice.
     # All classes are taken for p, and weigh 0 if they are no positives: to select these would wait for the GPU.
@@ -132,6 +136,8 @@ def rank_loss(scores: Tensor, positives: Tensor, columns: Tensor | None = None) 
 
 def distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """The L1 distance of normalised embeddings (..., D), summed over D, averaged over the embeddings."""
+    if student.shape != teacher.shape:
+        raise BadParameter("teacher", tuple(teacher.shape), f"embeddings {tuple(student.shape)}, as the student's")
     return (student - teacher).abs().sum(-1).mean()
 
 
@@ -245,6 +251,8 @@ class MLR(OfficialModel):
             raise BadParameter("text", tuple(text.shape), "three classes or more: fewer have no image-level scores")
         self.settings, self.classes = settings, len(text)
         s = settings
+        text_share(novel, s.lambda_base, s.lambda_novel)  # refused here, not after a training
+        check_range("levels", s.levels, 1)
         self.body = copy.deepcopy(body)
         channels = [body.feature_info[i]["num_chs"] for i in s.indices]
         top = self.top and self.top(s.width, s.width)
@@ -490,6 +498,7 @@ def detect(
         nms: IoU from which a box is suppressed; None for no suppression, for detectors that predict sets.
         top: largest number of detections.
     """
+    check_range("top", top, 1)
     rows, classes = (probabilities > threshold).nonzero(as_tuple=True)
     scores = probabilities[rows, classes]
     if nms is None:

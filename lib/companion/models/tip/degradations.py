@@ -35,7 +35,7 @@ from torch.utils.data import Dataset
 from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
 from torchvision.transforms.v2.functional import resize
 
-from ...errors import BadParameter, check_choice
+from ...errors import BadParameter, check_choice, check_range
 
 BLIND = "Remove all degradation"  # figure: the restoration prompt that names no degradation
 
@@ -343,6 +343,11 @@ class Degraded(Dataset):
     fresh: bool = True
     seed: int = 0
     edge: str = "replicate"
+
+    def __post_init__(self):
+        check_range("size", self.size, 1)
+        for name in ("share_blind", "blind_prompt", "no_caption"):
+            check_range(name, getattr(self, name), 0, 1)
 
     def __len__(self) -> int:
         return len(self.pictures)

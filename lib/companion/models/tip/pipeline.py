@@ -33,7 +33,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from ...backbones import unreachable
-from ...errors import BadCheckpoint, BadParameter, CorruptFile, MissingWeights, check_choice
+from ...errors import BadCheckpoint, BadParameter, CorruptFile, MissingWeights, check_choice, check_range
 from ...ops.files import atomic_folder, read_json
 from ...ops.progress import progress
 from ..layers.predicting import Images, Names, coloured
@@ -265,6 +265,7 @@ class TIPPipeline(DiffusionPipeline):
         """
         if not (image.is_floating_point() and image.amin() >= 0 and image.amax() <= 1):
             raise BadParameter("image", "values outside [0, 1], or whole", "a float tensor (B, 3, H, W) in [0, 1]")
+        check_range("steps", steps, 1)
         model, device, dtype, count = TIP(self.unet, self.adaptor), self.unet.device, self.adaptor.dtype, len(image)
         (height, width), factor = image.shape[-2:], self.adaptor.factor
         if tile and (tile % factor or overlap % factor or not 0 <= overlap <= tile // 2):

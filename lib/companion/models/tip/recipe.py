@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ...data import DATASETS, few, present, restoration
-from ...errors import BadParameter, MissingWeights
+from ...errors import BadParameter, MissingWeights, check_range
 from ...evaluation.metrics.restoration import perceptual, psnr, ssim
 from ...evaluation.tables import Cells, Results, with_measured
 from ...ops import papers
@@ -322,6 +322,8 @@ def restore(
 
     The initial noise of a sample depends only on `seed` and its index, counted from `first`, not on the prompts.
     """
+    check_range("batch", batch, 1)
+    check_range("data", len(data), 1)
     semantic, restoration = degradations.texts(data, kind)
     restored = []
     with evaluating(hardware, pipe.vae, pipe.text_encoder, pipe.unet, pipe.adaptor):
