@@ -417,6 +417,9 @@ def test_settings_that_would_train_on_other_images_or_numbers_are_refused():
         (trained(hardware=Hardware("cpu", accumulate=9)), "1 to 8"),
         (trained(batch=9, hardware=Hardware("cpu", devices=2)), "batch = 9.* 2"),
         (trained(hardware=Hardware("cpu", precision="16-mixed")), "precision.*bf16-mixed"),
+        # 0 would remove the gradient, a negative limit turn it round, a negative patience stop after an epoch
+        *((lambda clip=clip: clip(-1.0), "-1.0") for clip in (ClipNorm, ClipValue, Lookahead)),
+        (lambda: EarlyStop(lambda model: 0.0, patience=-1), "patience"),
     )
 
 

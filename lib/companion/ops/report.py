@@ -154,7 +154,7 @@ def _look(values: Mapping[str, Any], known: Mapping[str, Mapping]) -> None:
                 if found.state == "missing":
                     raise data.find(part).missing(root, found.detail)
                 if found.state == "incomplete":
-                    print(f"{data.find(part).title} is incomplete: {found.detail}")
+                    print(f"{data.find(part).title} is incomplete, and this run may need it: {found.detail}")
 
 
 def _injected() -> set[str]:

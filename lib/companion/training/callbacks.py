@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import BadParameter, CompanionError
+from ..errors import BadParameter, CompanionError, check_range
 from .checkpoints import trained_state
 
 if TYPE_CHECKING:  # imported only for training: it takes a second, because it imports torchmetrics
@@ -169,6 +169,7 @@ class EarlyStop(Callback):
         patient_ties: bool = False,
         start: float | None = None,
     ):
+        check_range("patience", patience, 0)
         self.score, self.patience, self.first_step = score, patience, first_step
         self.ties, self.patient_ties = ties, patient_ties
         self.start = [] if start is None else [float(start)]
@@ -213,6 +214,7 @@ class Lookahead(Callback):
     """
 
     def __init__(self, k: int = 5, alpha: float = 0.5):
+        check_range("k", k, 1)
         self.k, self.alpha = k, alpha
         self.slow: list[Tensor] = []
 
