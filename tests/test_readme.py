@@ -105,9 +105,9 @@ def shop() -> None:
     images(Path("shop/images"), [f"{i}.jpg" for i in range(8)])
     found = {
         "images": [{"id": i, "file_name": f"{i}.jpg", "height": 40, "width": 48} for i in range(8)],
-        "categories": [{"id": 1, "name": "apple"}, {"id": 2, "name": "kiwi"}],
+        "categories": [{"id": 1, "name": "apple"}, {"id": 2, "name": "kiwi"}, {"id": 3, "name": "pear"}],
         "annotations": [
-            {"id": i, "image_id": i, "category_id": 1 + i % 2, "bbox": [5, 5, 30, 30], "area": 900, "iscrowd": 0}
+            {"id": i, "image_id": i, "category_id": 1 + i % 3, "bbox": [5, 5, 30, 30], "area": 900, "iscrowd": 0}
             for i in range(8)
         ],
     }
@@ -144,7 +144,7 @@ FOLDERS: dict[str, tuple[Callable[[], None], str]] = {
     "bat": (walk, r"\[\[120"),
     "metasegnet": (area, r"\[tensor\(\[\["),
     "ecamp": (chests, r"\[\{'(effusion|nodule)': 0\.\d+, "),
-    "sic_cads": (shop, r"\[\{'(apple|kiwi)': 0\.\d+, "),
+    "sic_cads": (shop, r"\[\{'(apple|kiwi|pear)': 0\.\d+, "),
     "dmt": (flowers, r"\[\{'(rose|tulip)': 0\.\d+, "),
     "hvit": (biopsies, r"\['(benign|low grade|high grade)'\]"),
     "tip": (photographs, ""),
