@@ -146,6 +146,14 @@ def test_crops_are_drawn_by_the_loaders_processes():
     assert here == elsewhere and drawn == [1] * 3 * len(images), "one by one, with workers in none of this process"
 
 
+def test_a_training_is_not_resumed_with_other_crops(tmp_path):
+    encoder, images, views = level("region")
+    (_, first), (_, again), (_, other) = (
+        pretrain(encoder, images, crops, **SMALL, out=tmp_path) for crops in (views, views, dino.GridViews(4, 2))
+    )
+    assert first == again != other
+
+
 def test_what_cannot_be_trained_is_refused():
     encoder, images, views = level("region")
     refuses(

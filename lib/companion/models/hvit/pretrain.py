@@ -103,7 +103,8 @@ def pretrain(
         "seed": seed,
         "hardware": hardware,
     }
-    facts = {"images": images, "views": type(views).__name__}
+    crops = {name: str(value) for name, value in getattr(views, "__dict__", {}).items()}
+    facts = {"images": images, "views": type(views).__name__, "crops": crops}
     training = Training(
         name,
         build=lambda: model,
