@@ -132,9 +132,9 @@ def notice(slug: str, folder: Path) -> str:
     ends = [f"{method} ({task})" if several else method for task, method in at_ends(rows)]
     text += f" Best at an end of the grid: {', '.join(ends) or 'none'}."
     if again := facts.get("rechecked"):
-        equal = again.get("equal", again["rows"])  # in records of before all rows had to be equal
-        same = "with equal results" if equal == again["rows"] else f"{equal} equal, the others within a point"
-        text += f" Rerun with later code on {again['date']}: {again['rows']} of {again['of']} rows, {same}."
+        text += f" Rerun with later code on {again['date']}: {again['rows']} of {again['of']} rows, with equal results"
+        here = again.get("equal_here")
+        text += f" ({here} of them compared with the earlier code on another processor)." if here else "."
     if not stale(slug, folder):
         return text
     again = f"run python -m companion.toy.study {slug} (see its module)"

@@ -17,11 +17,12 @@ import contextlib
 import datetime
 import importlib
 import inspect
-import math
+import json
 import multiprocessing
 import os
 import platform
 import random
+import subprocess
 import sys
 import threading
 import time
@@ -47,7 +48,6 @@ from ..training.fit import History
 SELECTION_SEEDS = (100, 101, 102)
 SEEDS = tuple(range(200, 210))
 HERE = Path(__file__).parent
-ROUNDED = {"rel_tol": 0.02, "abs_tol": 2e-4}  # of a loss, after a training on another processor
 
 
 @dataclass(frozen=True)
@@ -100,12 +100,19 @@ def load(paper: str) -> Study:
     return importlib.import_module(f"companion.toy.{paper}").STUDY
 
 
-def run(paper: str, folder: str | Path, workers: int | None = None, seeds: Sequence[int] | None = None) -> pd.DataFrame:
+def run(
+    paper: str,
+    folder: str | Path,
+    workers: int | None = None,
+    seeds: Sequence[int] | None = None,
+    before: Path | None = None,
+) -> pd.DataFrame:
     """Run or finish the study of a paper; write `folder`/study.csv and study.json; return its rows.
 
     Args:
         workers: processes, each with one thread; all cores by default.
         seeds: to test on; those of the study by default, none to select learning rates only.
+        before: a checkout of the code that made the rows, for a recheck on another processor.
 
     Raises `BadParameter`: the current code does not reproduce the rows of the file; move it away to start from scratch.
     """
@@ -116,7 +123,7 @@ def run(paper: str, folder: str | Path, workers: int | None = None, seeds: Seque
     rows = _rows(folder, pairs, {*study.selection_seeds, *study.seeds})
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _quiet) as pool, _ends(pool):
         if rows:
-            facts |= _recheck(pool, paper, rows, folder, study.metric, facts["code"])
+            facts |= _recheck(pool, paper, rows, folder, facts["code"], before)
 
         def work(stage: str, jobs: Sequence[tuple[str, str, float, int]]) -> None:
             done = {tuple(row[key] for key in KEYS[1:]) for row in rows if row["stage"] == stage}
@@ -195,29 +202,65 @@ def _rows(folder: Path, pairs: Sequence[tuple[str, str]], seeds: set[int]) -> li
     return [row for row in rows if (row["task"], row["method"]) in pairs and row["seed"] in seeds]
 
 
-def _recheck(pool: Executor, paper: str, rows: list[dict], folder: Path, metric: str, code: str) -> dict:
+def _recheck(pool: Executor, paper: str, rows: list[dict], folder: Path, code: str, before: Path | None) -> dict:
     """The record's entries on existing rows: the code that produced them, and the rows that the current code
     reproduced.
 
-    Rows of other code remain valid if one of each task and method, drawn by the hash of the code, is the same again: to
-    the last digit on the processor that made it; on another one, whose rounding a training amplifies, within a point.
+    Rows of other code remain valid if one of each task and method, drawn by the hash of the code, is equal again. One
+    that differs must be equal to that of the code `before` on this processor: another one rounds differently, which a
+    training amplifies.
     """
     record = read_json(folder / "study.json")
     facts = {key: record[key] for key in ("code", "rechecked") if key in record}
-    if code in (record.get("code"), record.get("rechecked", {}).get("code")):
+    known = (record.get("code"), record.get("rechecked", {}).get("code"))
+    if code in known:
         return facts
     shuffled = random.Random(code).sample(rows, len(rows))
     drawn = [*{(row["task"], row["method"]): row for row in shuffled}.values()]
-    futures, equal = [pool.submit(_job, paper, *(row[key] for key in KEYS)) for row in drawn], 0
+    futures, here = [pool.submit(_job, paper, *(row[key] for key in KEYS)) for row in drawn], 0
     for row, future in zip(drawn, futures, strict=True):
         again = future.result()
-        equal += again[metric] == row[metric] and again["loss"] == row["loss"]
-        if abs(again[metric] - row[metric]) >= 1 or not math.isclose(again["loss"], row["loss"], **ROUNDED):
-            what = f"{row['stage']} of {row['method']} on {row['task']}: {again[metric]}, not {row[metric]}"
-            accepted = f"rows that the current code reproduces ({what}); move it away to start from scratch"
-            raise BadParameter("study", str(folder / "study.csv"), accepted)
+        if not _same(again, row):
+            here += 1
+            reference = row if before is None else _by(before, paper, row, known)
+            if not _same(again, reference):
+                different = {key: (again[key], reference[key]) for key in again if again[key] != reference[key]}
+                what = f"{row['stage']} of {row['method']} on {row['task']}: {different}"
+                accepted = (
+                    f"rows that the current code reproduces ({what}). On another processor than theirs give --before, "
+                    "a checkout of the code that made them; or move them away to start from scratch"
+                )
+                raise BadParameter("study", str(folder / "study.csv"), accepted)
     today = datetime.date.today().isoformat()
-    return facts | {"rechecked": {"code": code, "date": today, "rows": len(drawn), "equal": equal, "of": len(rows)}}
+    again = {"code": code, "date": today, "rows": len(drawn), "of": len(rows)}
+    return facts | {"rechecked": again | ({"equal_here": here} if here else {})}
+
+
+def _same(row: Mapping, other: Mapping) -> bool:
+    """Whether two rows have the same results; the seconds are no result."""
+    results = (key for key in row if key != "seconds")
+    return all(row[key] == other[key] or (pd.isna(row[key]) and pd.isna(other[key])) for key in results)
+
+
+BY = """
+import json, sys, torch
+from companion.toy import study
+torch.set_num_threads(1)
+paper, key, known = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
+if study._facts(paper, study.load(paper), [])["code"] not in known:
+    sys.exit("its code is not that of the rows")
+print(json.dumps(study.load(paper).row(*key)))
+"""
+
+
+def _by(before: Path, paper: str, row: Mapping, known: tuple) -> dict:
+    """A row by the code of another checkout. Raises `BadParameter`: it is none of the code of the record."""
+    words = [sys.executable, "-c", BY, paper, json.dumps([row[key] for key in KEYS]), json.dumps(known)]
+    path = os.pathsep.join([str(before.resolve() / "lib"), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(words, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
+    if done.returncode:
+        raise BadParameter("before", str(before), f"a checkout of the code that made the rows: {done.stderr[-300:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _job(paper: str, *key: Any) -> dict:
@@ -251,6 +294,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--workers", type=int)
     parser.add_argument("--seeds", type=int, nargs="*", help="those to test; none to select learning rates only")
+    parser.add_argument("--before", type=Path, help="on another processor: a checkout of the code that made the rows")
     arguments = parser.parse_args(words)
     try:
         named = [*slugs(), *(path.stem for path in HERE.glob("*_real.py"))]

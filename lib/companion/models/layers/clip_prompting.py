@@ -220,7 +220,7 @@ class PromptedCLIP(nn.Module):
         self.length = int(classes.ends.max()) + 1
         self.classes = () if isinstance(given, Texts) else tuple(given)
         vars(self)["config"]["args"]["classes"] = as_json(given)
-        vars(self).pop("class_names", None)  # those of the file that it was loaded from
+        self.__dict__.pop("class_names", None)  # those of the file that it was loaded from
 
     def embed_again(self) -> None:
         """Embed the class names by the CLIP's present weights."""

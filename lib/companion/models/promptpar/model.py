@@ -158,7 +158,7 @@ class PromptPAR(PromptedTower, Released):
             raise BadParameter("sentences", f"{len(texts.ends)} of them", f"{known}, one for each attribute")
         self.sentences = () if isinstance(sentences, Texts) else tuple(sentences)
         self.texts, self.tokenizer = texts, tokenizer
-        vars(self).pop("class_names", None)  # those of the file that it was loaded from
+        self.__dict__.pop("class_names", None)  # those of the file that it was loaded from
         length, half = int(texts.ends.max()) + 1, self.clip.text_projection.dtype == torch.float16
         with torch.no_grad():
             clip = copy.deepcopy(self.clip).float() if half else self.clip
