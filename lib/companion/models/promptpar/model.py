@@ -63,10 +63,13 @@ class Maps(NamedTuple):
 
 def first_tokens(block: Block, x: Tensor, count: int) -> tuple[Tensor, Out]:
     """The first `count` output tokens (b, count, D) of one of timm's blocks, from tokens (b, n, D)."""
-    h = block.norm1(x)
-    q, k, v = attend.qkv(block.attn, h)
-    q = q[:, :, :count]  # (b, heads, count, d)
-    a = attend.output(block.attn, h, F.scaled_dot_product_attention(q, k, v))
+    attn, h, d = block.attn, block.norm1(x), x.shape[-1]
+    weight, bias = attn.qkv.weight, attn.qkv.bias
+    q = F.linear(h[:, :count], weight[:d], None if bias is None else bias[:d])  # no query of the other tokens
+    kv = F.linear(h, weight[d:], None if bias is None else bias[d:]).chunk(2, -1)  # (b, n, D) each
+    q, k, v = (rearrange(part, "b n (h e) -> b h n e", h=attn.num_heads) for part in (q, *kv))
+    q, k = attn.q_norm(q), attn.k_norm(k)
+    a = attend.output(attn, h, F.scaled_dot_product_attention(q, k, v))
     x = x[:, :count] + block.drop_path1(block.ls1(a))
     return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))), {"q": q, "k": k}
 
