@@ -447,6 +447,15 @@ def test_the_scale_of_half_precision_is_in_the_checkpoint(tmp_path, monkeypatch)
         assert given == [{"scale": 4.0}] * times
 
 
+def test_a_checkpoint_serves_several_trainings(tmp_path):
+    checkpoint = Checkpoint(tmp_path / "a.pt", 5)
+    run(noisy_model(), checkpoint=checkpoint)
+    for file in (checkpoint.path, checkpoint.history):
+        file.unlink()
+    whole = run(noisy_model(), checkpoint=checkpoint)
+    assert run(noisy_model(), checkpoint=Checkpoint(checkpoint.path, 5)) == whole
+
+
 @pytest.mark.skipif(torch.version.cuda is not None, reason="a CUDA build looks for the GPUs itself")
 def test_a_training_on_the_cpu_does_not_start_cuda(monkeypatch):
     """Processes for several GPUs could not be forked any more."""
