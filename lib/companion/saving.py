@@ -80,11 +80,13 @@ def save(model: Any, path: str | Path, *, class_names: Sequence[str] = (), trans
     state, settings = _tensors(model), _settings(model)
     with torch.random.fork_rng(devices=[]):
         again = build(config)
-        if changed := {name: settings[name] for name in _different(settings, _settings(again)) & config["args"].keys()}:
-            config = config | {"args": config["args"] | changed}  # exchanged after the model was made
+        exchanged = _different(settings, _settings(again)) & config["args"].keys() & settings.keys()
+        if exchanged:  # after the model was made
+            config = config | {"args": config["args"] | {name: settings[name] for name in exchanged}}
             again = build(config)
-    shapes = ({name: x.shape for name, x in tensors.items()} for tensors in (state, _tensors(again)))
-    if (other := _different(*shapes) | _different(settings, _settings(again))) or repr(again) != repr(model):
+    ours, theirs = ({name: x.shape for name, x in tensors.items()} for tensors in (state, _tensors(again)))
+    other = _different(ours, theirs) | _different(theirs, ours) | _different(settings, _settings(again))
+    if other or repr(again) != repr(model):
         accepted = "one that was not changed after it was made: from its arguments another one would be loaded"
         raise BadParameter("model", f"{type(model).__name__} ({', '.join(sorted(other)[:8])})", accepted)
     about = {"made": config, "class_names": list(class_names), "preprocessing": preprocessing}
@@ -321,8 +323,8 @@ def _settings(model: nn.Module) -> dict[str, Any]:
 
 
 def _different(ours: dict[str, Any], theirs: dict[str, Any]) -> set[str]:
-    """The names under which two dictionaries differ."""
-    return {name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)}
+    """The names of `theirs` under which `ours` has something else; others of `ours` are derived, such as caches."""
+    return {name for name, value in theirs.items() if ours.get(name) != value}
 
 
 def _tip() -> Any:

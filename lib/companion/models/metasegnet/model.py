@@ -34,6 +34,7 @@ from torch.nn import functional as F
 from ...errors import BadParameter, check_choice
 from ...ops.config import configure
 from ..layers.attend import Attend
+from ..layers.frozen import frozen_copy
 from ..layers.heads import swin_sizes
 from ..layers.predicting import Images, Names, Shapes
 from ..layers.state_dicts import OfficialModel, load_official
@@ -169,7 +170,8 @@ class MetaSegNet(OfficialModel):
         self.encoder = copy.deepcopy(encoder)
         self.encoder.prune_intermediate_layers(self.indices, prune_norm=True, prune_head=True)
         self.norms = nn.ModuleList(nn.LayerNorm(c) for c in channels)
-        self.text, self.fusions = copy.deepcopy(text), nn.ModuleDict()
+        frozen = text is not None and not any(p.requires_grad for p in text.parameters())  # BERT takes 0.4 GB
+        self.text, self.fusions = frozen_copy(text) if frozen else copy.deepcopy(text), nn.ModuleDict()
         if text is not None:
             for k in fusion_stages:
                 check_choice("fusion_stages", k, (1, 2, 3, 4))
