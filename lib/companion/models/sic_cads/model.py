@@ -129,7 +129,7 @@ def rank_loss(scores: Tensor, positives: Tensor, columns: Tensor | None = None) 
     sums = ordered.flip(-1).cumsum(-1).gather(-1, count - 1)  # (B, C), of the `count` largest
     hinge = (count * (1 - scores) + sums) / columns.sum().clamp_min(1)  # (B, C), of each class p the mean over k
     positives = positives & columns
-    weights = positives / positives.sum(1, keepdim=True).clamp_min(1)
+    weights = positives.to(scores.dtype) / positives.sum(1, keepdim=True).clamp_min(1)
     # not weights * hinge: without a column in use the hinge is infinite
     return (weights * hinge.where(positives, 0)).sum() / len(scores)
 
