@@ -72,7 +72,7 @@ def speed(name: str, small: bool = False) -> dict:
     script."""
     import pytest
 
-    from companion.ops.needs import GPUS
+    from companion.ops.needs import GPUS, peak
     from companion.training import fit as training
     from companion.training.callbacks import Callback
     from tests.conftest import parameters
@@ -123,7 +123,7 @@ def speed(name: str, small: bool = False) -> dict:
         )
         card = [gpu for gpu in sorted(GPUS, key=len, reverse=True) if gpu in torch.cuda.get_device_name()]
         if card:  # the peak of other GPUs is not known
-            found["share_of_peak"] = round(flop / seconds / 1e12 / GPUS[card[0]][precision == "32-true"], 3)
+            found["share_of_peak"] = round(flop / seconds / 1e12 / peak(card[0], precision), 3)
         return [{"step": 0, "lr": 0.0, "loss": 0.0}] * 2
 
     recipe.fit = importlib.import_module("companion.training.recipe").fit = fit

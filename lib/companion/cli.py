@@ -195,7 +195,7 @@ def doctor(given: argparse.Namespace) -> int:
     here = [name for name in needs.GPUS if re.search(rf"\b{name}\b", where)]  # "NVIDIA A100-SXM4-80GB", "Tesla T4"
     gpu = given.gpu or (here or ["A100"])[0]
     precision = facts["precision"] if given.precision == "paper" else given.precision
-    peak = needs.GPUS[gpu][precision == "32-true"]
+    peak = needs.peak(gpu, facts.get("products", precision) if given.precision == "paper" else precision)
     dry_runs = [*record.root().glob(f"r*/paper/{given.paper}/**/dry_run/step.json")]  # runs/ and reports/
     step = read_json(max(dry_runs, key=lambda file: file.stat().st_mtime)) if dry_runs else None
     lacking = False

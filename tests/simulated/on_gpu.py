@@ -245,13 +245,14 @@ def test_several_devices_after_cuda_was_used_are_refused():
         run(linear(), hardware=Hardware("cuda", 2))
 
 
-def test_products_may_use_tf32_in_training_alone():
+@pytest.mark.parametrize(("precision", "products"), [("32-true", "highest"), ("16-mixed", "highest"), ("tf32", "high")])
+def test_products_use_tf32_only_where_it_is_asked_for(precision, products):
     class Looks(Callback):
         def on_step_end(self, loop):
             seen.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark))
 
     seen: list = []
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
-    run(linear(), callbacks=[Looks()])
-    assert set(seen) == {("high", True)}
+    run(linear(), callbacks=[Looks()], hardware=Hardware("cuda", precision=precision))
+    assert set(seen) == {(products, True)}
     assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark) == before == ("highest", False)

@@ -477,6 +477,7 @@ def test_gpus_that_are_not_there_are_refused_and_apple_silicon_is_used_only_on_r
     refuses(*((lambda kind=kind: launcher(Hardware(kind)), kind) for kind in ("cuda", "mps")))
     monkeypatch.setattr(MPSAccelerator, "is_available", staticmethod(lambda: True))
     assert launcher(Hardware()).device.type == "cpu" and launcher(Hardware("mps")).device.type == "mps"
+    refuses(*((lambda kind=kind: launcher(Hardware(kind, precision="tf32")), "tf32") for kind in ("cpu", "mps")))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     refuses((lambda: launcher(Hardware("cuda"), 2), "devices = 2.* 1"))

@@ -10,21 +10,26 @@ import yaml
 from .. import data
 from .papers import MODELS, paper, slugs
 
-# Peak matrix throughput in TFLOP/s, dense, from NVIDIA's data sheets: in half precision, and in TF32 (float32 on GPUs
-# without it), which "32-true" uses.
+# Peak matrix throughput in TFLOP/s, dense, from NVIDIA's data sheets: in half precision, in TF32 (float32 on GPUs
+# without it), and in float32.
 GPUS = {
-    "T4": (65, 8.1),
-    "V100": (125, 15.7),
-    "A10": (125, 62.5),
-    "L4": (121, 60),
-    "L40S": (362, 183),
-    "RTX 3090": (71, 35.6),
-    "RTX 4090": (165, 82.6),
-    "A100": (312, 156),
-    "H100": (989, 494),
-    "H200": (989, 494),
+    "T4": (65, 8.1, 8.1),
+    "V100": (125, 15.7, 15.7),
+    "A10": (125, 62.5, 31.2),
+    "L4": (121, 60, 30.3),
+    "L40S": (362, 183, 91.6),
+    "RTX 3090": (71, 35.6, 35.6),
+    "RTX 4090": (165, 82.6, 82.6),
+    "A100": (312, 156, 19.5),
+    "H100": (989, 494, 67),
+    "H200": (989, 494, 67),
 }
 SHARE = 0.3  # assumed fraction of the peak that a training reaches; `companion doctor` prints it
+
+
+def peak(gpu: str, precision: str) -> float:
+    """The peak throughput of a GPU at a precision of `Hardware`, TFLOP/s."""
+    return GPUS[gpu][{"tf32": 1, "32-true": 2}.get(precision, 0)]
 
 
 def sets(prefix: str) -> list[str]:
@@ -37,7 +42,7 @@ def memory(slug: str, run: dict, precision: str) -> tuple[float, str]:
     counted = yaml.safe_load((MODELS / "memory.yaml").read_text(encoding="utf-8")).get(slug, {}).get(run["id"])
     if counted is None:
         return run["memory_gb"], " (estimated)"
-    image = counted["image_gb" if precision == "32-true" else "image_half_gb"]
+    image = counted["image_gb" if precision in ("32-true", "tf32") else "image_half_gb"]
     wanted = counted["fixed_gb"] + counted["images"] * image
     how = f"{counted['fixed_gb']} of weights, gradients and moments, {image} an image;\n{'':11}kernels take more"
     return wanted, f" for a step of {counted['images']} images at {precision} (counted: {how})"
@@ -58,15 +63,15 @@ def batch(published: int | list[int], devices: int = 1, accumulate: int = 1) -> 
     return text + f"at once {whole // shares:,} = {whole:,} / ({devices} devices x {accumulate} parts)"
 
 
-def hours(run: dict, peak: float) -> tuple[float, float]:
-    """Hours of a run on one GPU with a peak of `peak` TFLOP/s, of which it reaches `SHARE`; and the FLOPs."""
+def hours(run: dict, throughput: float) -> tuple[float, float]:
+    """Hours of a run on one GPU with a peak of `throughput` TFLOP/s, of which it reaches `SHARE`; and the FLOPs."""
     flop = 0.0
     for name in sets(run["data"]):
         sizes = data.DATASETS[name].sizes
         # a tracker's epoch is a number of pairs, and its test a number of frames, both in the paper's file
         seen = {"train": sizes.get("trainval"), "test": sizes.get("test")} | run.get("images", {})
         flop += run["gflop"] * 1e9 * (3 * seen["train"] * run["epochs"] + seen["test"])
-    return flop / (SHARE * peak * 1e12) / 3600, flop
+    return flop / (SHARE * throughput * 1e12) / 3600, flop
 
 
 def measured(run: dict, step: dict) -> float:
@@ -79,11 +84,11 @@ def measured(run: dict, step: dict) -> float:
 
 def longest(slug: str, gpu: str = "A100") -> tuple[dict, str, float]:
     """The longest run of a paper's tables: its facts, its GPU memory at the authors' precision, its hours on a GPU."""
-    precision = paper(slug)["precision"]
-    peak = GPUS[gpu][precision == "32-true"]
-    run = max(paper(slug)["runs"], key=lambda run: hours(run, peak))
+    facts = paper(slug)
+    precision, throughput = facts["precision"], peak(gpu, facts.get("products", facts["precision"]))
+    run = max(facts["runs"], key=lambda run: hours(run, throughput))
     wanted, how = memory(slug, run, precision)
-    return run, f"{wanted:.3g} GB{'' if 'counted' in how else ' (estimate)'}", hours(run, peak)[0]
+    return run, f"{wanted:.3g} GB{'' if 'counted' in how else ' (estimate)'}", hours(run, throughput)[0]
 
 
 def summary(slug: str) -> str:
