@@ -30,6 +30,7 @@ def package(tmp_path: Path) -> Path:
         "data/other_sets.yaml": "sets: []",
         "models/nb/paper.yaml": "title: x",
         "models/nb/findings.yaml": "[]",
+        "models/nb/threads.yaml": "lower: []",
     }
     for name, text in files.items():
         path = tmp_path / "companion" / name
@@ -53,7 +54,7 @@ TWO = {"__init__.py", "models/__init__.py", "models/two.py", "training/fit.py", 
 
 def test_imports_of_every_form_are_followed(package: Path, tmp_path: Path) -> None:
     path = notebook(tmp_path, "%matplotlib inline\nfrom companion.models import two\n!ls", "if True:\n    import numpy")
-    assert names(path, package) == {*TWO, "models/nb/paper.yaml", "models/nb/findings.yaml"}
+    assert names(path, package) == {*TWO, *(f"models/nb/{name}.yaml" for name in ("paper", "findings", "threads"))}
     assert names(package / "models" / "two.py", package) == TWO  # a module counts itself
 
 

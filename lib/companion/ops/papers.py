@@ -58,13 +58,25 @@ def findings(slug: str) -> list[dict]:
     file.
 
     Each is a dict: `topic`; `kind`, one of `FINDINGS` (unintended; unexpected; a setting that only the code states);
-    `paper`, `code` and `here`, the behaviour of each ("" where unknown); `where`, files and lines of the code at the
-    commit of paper.yaml; `effect`, as measured by us ("" if not measured); `case`, the recorded case that shows it.
+    `paper`, `code` and `here`, the behaviour of each ("" where unknown); `where`, from lines of the code at the commit
+    of paper.yaml to a name or literal on them, see tools/findings.py; `effect`, as measured by us ("" if not
+    measured); `case`, the recorded case that shows it.
     """
     check_choice("paper", slug, slugs())
     path = MODELS / slug / "findings.yaml"
     given = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else []
-    return [{"paper": "", "where": [], "effect": "", "case": ""} | row for row in given]
+    return [{"paper": "", "where": {}, "effect": "", "case": ""} | row for row in given]
+
+
+@cache
+def threads(slug: str) -> dict[str, Any]:
+    """What others asked about the paper's numbers, from models/<slug>/threads.yaml.
+
+    `threads`, by "owner/name#number": `state`, the day `read`, what was `seen` and `answered` ("" if nothing was), in
+    our words. `lower`, rows on numbers below the published ones: what one may `see`, `threads` that report it, the
+    likely `cause` (`guess`: no thread says it), and what to `set`.
+    """
+    return yaml.safe_load((MODELS / slug / "threads.yaml").read_text(encoding="utf-8"))
 
 
 def rules(slug: str) -> dict[str, dict]:

@@ -26,9 +26,9 @@ def sources(path: str | Path, package: Path = PACKAGE) -> list[Path]:
     """The files of the package that `path`, a notebook or a Python file, depends on, sorted.
 
     These are all modules that it imports, directly or indirectly, with their packages' `__init__.py` files; the toy
-    weights and the data files (YAML, CSV, text) named in any of these files; and, for a notebook, the
-    `paper.yaml` and `findings.yaml` of `models/<slug>`, its name. A file below `package` is included itself; a notebook
-    is not.
+    weights and the data files (YAML, CSV, text) named in any of these files; and, for a notebook, the `paper.yaml`,
+    `findings.yaml` and `threads.yaml` of `models/<slug>`, its name. A file below `package` is included itself; a
+    notebook is not.
 
     Imports are lines of the source (including functions). Names composed at run time are not found. `companion.save`
     and the other functions of the package itself count where they are named.
@@ -46,7 +46,7 @@ def sources(path: str | Path, package: Path = PACKAGE) -> list[Path]:
     shipped += [(file, file.name) for folder in ("data", "toy") for file in (package / folder).glob("*.[yct]*")]
     found.update(file for file, name in shipped if any(name in text for text in texts))
     if path.suffix == ".ipynb":
-        facts = (package / "models" / path.stem / name for name in ("paper.yaml", "findings.yaml"))
+        facts = (package / "models" / path.stem / name for name in ("paper.yaml", "findings.yaml", "threads.yaml"))
         found.update(file for file in facts if file.exists())
     return sorted(file for file in found if file.is_relative_to(package))
 

@@ -38,7 +38,7 @@ from ..viz import plots
 from ..viz.tables import show_table
 from . import record
 from .files import atomic, check_folder, sha256, write_json
-from .papers import convert, paper, rules, slugs
+from .papers import convert, paper, rules, slugs, threads
 from .provenance import code_hash, sources
 
 FEW_COLOURS = 40_000  # bytes of a PNG above which the notebook shows it in 256 colours
@@ -285,6 +285,22 @@ class Run:
             | self.claims.get(claim["id"], blank | {"why": claim.get("cannot_be_judged", "")})
             for claim in claims
         ]
+
+    def lower(self) -> Markdown:
+        """The table of the paper's `threads.yaml` for a number below the published one: causes, and what to set."""
+        asked = threads(self.slug)
+        lines = ["| what you see | asked, and answered | likely cause | what to set |", "| --- | --- | --- | --- |"]
+        for row in asked["lower"]:
+            told = []
+            for name in row.get("threads", ()):
+                repository, _, number = name.partition("#")
+                link = f"[{repository.split('/')[1]} {number}](https://github.com/{repository}/issues/{number})"
+                told.append(f"{link}: {asked['threads'][name]['answered'] or 'no answer'}")
+            cause = "our guess: " * row.get("guess", False) + row["cause"]
+            lines.append(f"| {row['see']} | {'<br>'.join(told) or '–'} | {cause} | {row['set']} |")
+        read = sorted({str(thread["read"]) for thread in asked["threads"].values()})
+        said = f" Threads are as read on {', '.join(read)}." if read else ""
+        return Markdown("\n".join([*lines, "", f"No cause was tested on the real data here.{said}"]))
 
     def close(self) -> HTML:
         """Write `claims.json`, the ledger, and `run.json`; return how many claims of each kind hold."""
