@@ -49,8 +49,10 @@ def places(slug: str) -> Iterator[Place]:
     known = paper(slug)["code"]["repositories"]
     rows = [(f"{slug}: {row['topic']}", row["where"], known) for row in findings(slug)]
     for file in sorted((CASES / slug).glob("*/case.json")):
-        source = read_json(file)["source"]
-        rows.append((f"{slug}, case {file.parent.name}", source["where"], {source["repo"]: source["commit"]} | known))
+        sources = read_json(file)["source"]
+        for source in sources if isinstance(sources, list) else [sources]:
+            commits = {source["repo"]: source["commit"]} | known
+            rows.append((f"{slug}, case {file.parent.name}", source["where"], commits))
     for cited, where, commits in rows:
         for text, token in where.items():
             place = PLACE.fullmatch(text)

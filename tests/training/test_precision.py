@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_hook
 
+from companion.models.dplq import domain_model
 from companion.models.layers.clip_prompting import similarity
 from companion.models.sic_cads import predictions
 from companion.models.sic_cads.model import Heads
@@ -158,6 +159,9 @@ def test_a_paper_trains_and_predicts_in_float32_and_bfloat16(name, monkeypatch, 
 
 SHIELDED: dict[str, Callable[[], tuple[Tensor, ...]]] = {
     "similarity of CLIP": lambda: (similarity(encoders.build("pocket_clip"), draw(4, 64), draw(5, 64, seed=2)),),
+    "domain model of DPLQ": lambda: (
+        domain_model("vit_tiny_patch16_224", "random", clip=encoders.build("pocket_clip"))(draw(2, 3, 32, 32)),
+    ),
     "heads of SIC-CADS": lambda: Heads(24, 16)([draw(2, 24, 8, 8)]),
 }
 

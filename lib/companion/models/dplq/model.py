@@ -41,6 +41,7 @@ from ..layers.clip_prompting import (
 )
 from ..layers.coop import DEEP_PROJECTIONS, DEEP_TEXT, META_NET, meta_net
 from ..layers.frozen import frozen_copy
+from ..layers.precision import without_autocast
 from ..layers.predicting import Shapes
 from ..layers.quaternion import QuaternionLinear
 from ..layers.state_dicts import depth as depth_of
@@ -249,9 +250,10 @@ class DomainModel(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """The feature (b, F) of images (b, 3, H, W)."""
+        """The feature (b, F) of images (b, 3, H, W), in float32 also under autocast, as in the authors' code."""
         parts = images.split(self.batch) if self.batch else [images]
-        return torch.cat([self.encoder(x if self.size is None else F.interpolate(x, self.size)) for x in parts])
+        with without_autocast(images.device):
+            return torch.cat([self.encoder(x if self.size is None else F.interpolate(x, self.size)) for x in parts])
 
 
 MEDSAM = "wanglab/medsam-vit-base"
