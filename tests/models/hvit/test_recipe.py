@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.metrics import cohen_kappa_score
 from torch.utils.data import TensorDataset
 
 import companion
@@ -22,7 +23,6 @@ from companion.models.hvit import features, heatmaps, recipe, slides
 from companion.models.hvit.model import grids
 from companion.models.hvit.official import read_checkpoint
 from companion.models.hvit.slides import PANDA, Slide, tensor, tile, write_pyramid
-from companion.models.layers.pos_embed import resize_pos_embed
 from companion.toy import encoders
 from companion.toy import hvit as synthetic
 from companion.toy.encoders import slide_dino
@@ -53,7 +53,7 @@ def test_sampling_is_what_the_parameter_says(sampling):
     assert len(shown) == 8 and (high == 8 if sampling == "uniform" else 16 < high < 48)
 
 
-def test_hipts_region_level_is_loaded_with_its_positions_resized(tmp_path):
+def test_hipts_region_level_keeps_its_positions(tmp_path):
     """Global reads the file in `weights`; Local starts from random weights unless a file is given."""
     saved, file = hvit.RegionEncoder(16), tmp_path / "weights" / "vit4k_xs_dino.pth"
     file.parent.mkdir()
@@ -68,7 +68,16 @@ def test_hipts_region_level_is_loaded_with_its_positions_resized(tmp_path):
         assert recipe.region_weights(p) == found
     model = recipe.build(given(method="Global", region=2048, data_root=str(tmp_path)), "Global")
     assert torch.equal(model.region.blocks[0].attn.qkv.weight, saved.blocks[0].attn.qkv.weight)
-    assert torch.equal(model.region.pos_embed, resize_pos_embed(saved.pos_embed, (7, 7)))
+    assert torch.equal(model.region.pos_embed, saved.pos_embed)  # resized in the forward pass alone
+    assert not any(t.requires_grad for t in model.region.parameters()) and not model.region.training
+
+
+def test_kappa_is_over_all_grades_also_where_one_is_absent():
+    rng = np.random.default_rng(0)
+    truth = rng.choice([0, 1, 2, 4, 5], 30)
+    grades = np.where(rng.random(30) < 0.6, truth, rng.choice([0, 1, 2, 4, 5], 30))
+    assert recipe.kappa(*map(torch.from_numpy, (truth, grades))) == 88.77
+    assert round(100 * cohen_kappa_score(truth, grades, weights="quadratic"), 2) == 86.97  # as the authors' code
 
 
 @pytest.fixture

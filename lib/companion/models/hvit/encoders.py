@@ -37,8 +37,8 @@ class Encoder(OfficialModel):
 
     Args:
         side: tokens a side of the position embedding, which is resized to the input's grid on every forward pass.
-        std: of the truncated normal that weights, [CLS] token and positions are drawn from. None: 1/sqrt(fan in) for
-            weights, 0.3 for [CLS] token and positions: a small width needs it for outputs that depend on the input.
+        std: of the truncated normal that linear weights, [CLS] token and positions are drawn from. None: 1/sqrt(fan in)
+            for weights, 0.3 for [CLS] token and positions: a small width needs it for outputs that depend on the input.
         drop_path: largest drop probability of stochastic depth, that of the last block.
     """
 
@@ -72,8 +72,10 @@ class Encoder(OfficialModel):
     def _initialise(self) -> None:
         for table in (self.cls_token, self.pos_embed):
             nn.init.trunc_normal_(table, std=self.std or 0.3)
+        # at the paper's sizes the convolution keeps PyTorch's default, as in the authors' code
+        drawn = nn.Linear if self.std else (nn.Linear, nn.Conv2d)
         for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
+            if isinstance(module, drawn):
                 nn.init.trunc_normal_(module.weight, std=self.std or module.weight[0].numel() ** -0.5)
                 nn.init.zeros_(module.bias)
 

@@ -32,9 +32,8 @@ from ...training.fit import AUTO, Hardware, History, Loop, RunParameters, evalua
 from ...training.recipe import Training, dry_items
 from ...training.recipe import run as train
 from ...training.schedules import MakeOptimizer, param_groups
-from ..layers.pos_embed import resize_pos_embed
 from . import model as hvit
-from .encoders import LARGEST_CROP, PatchEncoder
+from .encoders import PatchEncoder
 from .features import patch_encoder, stored_in
 from .official import read_checkpoint
 from .slides import PANDA, Tiling, write_pyramid
@@ -212,9 +211,8 @@ def build(
     patches, options = p.region // 256, {"classes": classes, "levels": levels, "position": p.position, **slide}
     model = hvit.build("paper", method.lower(), p.head, patches=patches, **options)
     if model.region is not None and (file := region_weights(p)):
-        pretrained, side = hvit.RegionEncoder.from_official(read_checkpoint(file)), int(patches * LARGEST_CROP)
-        positions = resize_pos_embed(pretrained.pos_embed, (side, side))
-        model.region.load_state_dict(pretrained.state_dict() | {"pos_embed": positions})
+        pretrained = hvit.RegionEncoder.from_official(read_checkpoint(file))  # with the table of its own size
+        model = hvit.HViT(model.slide, pretrained, model.patch, model.variant)
     return model
 
 
