@@ -207,6 +207,21 @@ def _labels_text(case: Case) -> list[Row]:
     return rows
 
 
+def _labels_stops(case: Case) -> list[Row]:
+    """The words of each report, with the statement after each of its pieces and without."""
+    rows, said = [], case.settings
+    words = text.Vocabulary.from_words(piece for one in case.expected["texts"] for piece in one["tokens"])
+    for one in case.expected["texts"]:
+        report, after = one["report"], one["inserted_after"]
+        draws = iter([1.0] if after is None else [0.0, (after + 0.5) / (len(report.split(".")) + 1)])
+        ids = words.encode(text.splice(report, said["statement"], draws.__next__), said["length"])
+        rows.append(same(f"texts {report}, {after}", one["tokens"], words.words(ids)))
+        if after is None:  # and where no statements are
+            ids = text.Pairs(torch.zeros(1, 3, 8, 8), [report], words)[0].labels
+            rows.append(same(f"texts {report}, no statements", one["tokens"], words.words(ids)))
+    return rows
+
+
 # --- losses and metrics -----------------------------------------------------------------------------------------------
 
 
@@ -663,6 +678,7 @@ KINDS: dict[str, Callable[[Case], list[Row]]] = {
     "groups_downstream": _groups_downstream,
     "groups_pretraining": _groups_pretraining,
     "labels_orders": _labels_orders,
+    "labels_stops": _labels_stops,
     "labels_text": _labels_text,
     "loss": _losses,
     "metric": _metrics,

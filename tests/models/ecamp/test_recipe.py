@@ -131,6 +131,24 @@ def test_outputs_are_scored_without_autocast(small):
         assert found.dtype == (found @ found.T).dtype == torch.float32
 
 
+@pytest.mark.parametrize(("precision", "tested"), [("paper", "32-true"), ("bf16-mixed", "bf16-mixed")])
+def test_the_test_is_in_float32_as_the_authors(precision, tested, monkeypatch, tmp_path):
+    """They rebuild the model for it; validation has the training's precision."""
+    asked = []
+    monkeypatch.setattr(recipe, "downstream", lambda p, real: (None, {"test": None}))
+    monkeypatch.setattr(recipe, "train", lambda training, out: (None, []))
+    monkeypatch.setattr(recipe, "evaluate", lambda p, model, part: asked.append(p.precision) or 50.0)
+    recipe.run(given(precision=precision), tmp_path)
+    assert asked == [tested]
+
+
+def test_a_random_encoder_starts_as_the_authors(monkeypatch):
+    small = functools.partial(VisionTransformer, patch_size=16, embed_dim=768, depth=1)
+    monkeypatch.setattr(recipe, "VisionTransformer", small)
+    vit = recipe.encoder(given(encoder="random"))
+    assert float(vit.cls_token.detach().std()) == pytest.approx(0.02, rel=0.1)
+
+
 def test_what_cannot_be_run_is_refused(tmp_path, monkeypatch):
     def downstream(**changes):
         return lambda: recipe.downstream(given(**changes))

@@ -120,7 +120,7 @@ def run(p: Parameters, out: Path) -> Result:
         else:
             (training, data), title = downstream(chosen, real), f"{task} on {dataset}, {p.labels} % of the labels"
             trained, history = train(training, out)
-            name, score = metric(chosen), evaluate(chosen, trained, data["test"])
+            name, score = metric(chosen), evaluate(in_test(chosen), trained, data["test"])
             facts = {key: getattr(chosen, key) for key in RESULTS.keys} | {"labels": int(p.labels), "score": score}
             RESULTS.measured(out / "measured.csv", facts, dry_run=p.dry_run)
         title += "" if real else ", generated images in its place"
@@ -341,6 +341,7 @@ def encoder(p: Parameters) -> VisionTransformer:
     """The ViT-B/16 of the parameter `encoder`, with the weights of `weights` or of `<data_root>/weights`, or random."""
     torch.manual_seed(p.seed)
     vit = VisionTransformer(img_size=SIDE, num_classes=0, global_pool="")
+    nn.init.trunc_normal_(vit.cls_token, std=0.02)  # as the authors' timm; newer ones have 1e-6
     if p.encoder != "random" and (file := _file(p, p.encoder.lower())):
         official.load_vit(vit, backbones.read_state(file), f"{p.encoder}'s ViT-B/16")
     return vit
@@ -447,6 +448,11 @@ def downstream_fit(p: Parameters, images: int, best: EarlyStop, numbers: Mapping
 
 
 # --- downstream: test -------------------------------------------------------------------------------------------------
+
+
+def in_test(p: Parameters) -> Parameters:
+    """`p`, but for the precision "paper": the authors validate at that of the training, and test in float32."""
+    return SimpleNamespace(**vars(p) | ({"precision": "32-true"} if p.precision == "paper" else {}))  # type: ignore[return-value]
 
 
 def metric(p: Parameters) -> str:

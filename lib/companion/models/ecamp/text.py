@@ -128,16 +128,17 @@ def _wordpiece(**vocabulary: Any) -> Tokenizer:
 
 
 def splice(report: str, statements: str, draw: Draw, share: float = SPLICED) -> str:
-    """The report with the LLM's statements between two of its sentences, with probability `share`; or unchanged.
+    """The report with the LLM's statements between two of its sentences, with probability `share`; or without them.
 
-    Draws one number, and with an insertion a second one for its position.
+    Draws one number, and with an insertion a second one for its position. As released, two full stops become one, also
+    those of the report itself.
     """
-    if draw() >= share:
-        return report
-    pieces = report.split(".")
-    position = int(draw() * (len(pieces) + 1))
-    before, after = ("".join(piece + "." for piece in part) for part in (pieces[:position], pieces[position:]))
-    return (before + statements + after).replace("..", ".")
+    if draw() < share:
+        pieces = report.split(".")
+        position = int(draw() * (len(pieces) + 1))
+        before, after = ("".join(piece + "." for piece in part) for part in (pieces[:position], pieces[position:]))
+        report = before + statements + after
+    return report.replace("..", ".")
 
 
 def _positions(ids: Sequence[int] | np.ndarray, vocabulary: Vocabulary) -> Iterable[int]:
@@ -277,9 +278,10 @@ class Pairs(Parts, Dataset):
     def __getitem__(self, i: int) -> Batch:
         image = self.images[i]
         draw = iter(torch.rand(2 + 2 * self.length).tolist()).__next__
-        text = self.reports[i]
         if self.statements is not None and self.splice_share:
-            text = splice(text, self.statements[i], draw, self.splice_share)
+            text = splice(self.reports[i], self.statements[i], draw, self.splice_share)
+        else:
+            text = self.reports[i].replace("..", ".")  # as in `splice`
         labels, weight = _read(text, self.length, self.vocabulary)
         return Batch(
             images=image[0] if isinstance(image, (tuple, list)) else image,
