@@ -85,7 +85,9 @@ def test_a_pre_trained_encoder_starts_a_downstream_task(tmp_path, monkeypatch, r
     torch.save({"model": mae.state_dict()}, tmp_path / "mae.pth")
     p = pretraining(dataset="xrays/mimic-cxr", data_root=str(tmp_path), weights=str(tmp_path / "mae.pth"))
     training = recipe.pretraining(p, tmp_path / "out")
-    assert torch.equal(training.build().encoder.blocks[0].mlp.fc1.weight, mae.blocks[0].mlp.fc1.weight)
+    started = training.build().encoder
+    assert torch.equal(started.blocks[0].mlp.fc1.weight, mae.blocks[0].mlp.fc1.weight)
+    assert torch.equal(started.patch_embed.proj.bias, mae.patch_embed.proj.bias)  # which from scratch is 0
     weight = run(training, tmp_path / "out")[0].encoder.blocks[0].mlp.fc1.weight
     assert not torch.equal(weight, mae.blocks[0].mlp.fc1.weight)
     (file,) = (tmp_path / "out" / "trained").iterdir()
