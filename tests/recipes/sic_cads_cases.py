@@ -162,6 +162,23 @@ def _repeats(case: Case) -> list[Row]:
     ]
 
 
+def _lvis_images(case: Case) -> list[Row]:
+    s = case.settings
+    categories = [{"id": i, "name": f"{i}", "frequency": often} for i, often in enumerate(s["frequencies"], 1)]
+    images = [{"id": i, "file_name": f"{i}.jpg", "width": 1, "height": 1} for i in range(1, s["images"] + 1)]
+    rows = [
+        {"image_id": i, "category_id": c + 1, "bbox": [0, 0, 1, 1], "iscrowd": crowd}
+        for i, c, crowd in s["image_class_crowd"]
+    ]
+    truth = detection.ov_lvis({"images": images, "annotations": rows, "categories": categories}, "train")
+    boxes = detection.Boxes(DATASETS["detection/ov-lvis"], Path(), Path(), truth, [], [])
+    factors = detection.repeat_factors(boxes, s["threshold"])
+    return [
+        same("images", case.expected["images"], boxes.image_ids),
+        near("factors", case.expected["factors"], factors, **case.facts["tolerance"]),
+    ]
+
+
 def _boxes(dataset: str, categories: Sequence[Mapping], classes: Sequence[Sequence[int]], split: str = "train"):
     """A split of images that have a box of each of some classes (indices), made as the paper profile makes it."""
     images = [{"id": i, "file_name": f"{i}.jpg", "width": 1, "height": 1} for i in range(len(classes))]
@@ -257,6 +274,17 @@ def _views(case: Case) -> list[Row]:
     rows.append(near("recogniser mean", found["mean"], inside.mean(), **options))
     rows.append(near("recogniser grid", found["grid"], at(inside, h, w), **options))
     return rows
+
+
+def _sizes(case: Case) -> list[Row]:
+    model = MLR(timm.create_model("resnet10t", num_classes=0), torch.randn(3, 4), torch.zeros(3) > 0)
+    detector, recogniser = [], []
+    for height, width in case.settings["height_width"]:
+        detector.append(recipe.detector_size(height, width))
+        image = torch.full((1, 3, *detector[-1]), 255, dtype=torch.uint8)
+        (seen,) = model.prepared(image)[:, 0] != 0  # zeros are padded
+        recogniser.append([int(seen[:, 0].sum()), int(seen[0].sum())])
+    return equal(case.expected, {"detector": detector, "recogniser": recogniser})
 
 
 def _training_images(case: Case) -> list[Row]:
@@ -383,6 +411,17 @@ def _metric(case: Case) -> list[Row]:
     recorded = np.array(case.expected["recognition_ap_of_each_class"])
     rows.append(near("recognition_ap_of_each_class", np.where(recorded == -100, np.nan, recorded), ap, **options))
     return rows
+
+
+def _ties(case: Case) -> list[Row]:
+    scores, labels = (np.array(case.settings[name]).T for name in ("tenths", "labels"))
+    reason = "images of equal score have one precision, that of the last: AP does not depend on the order of the images"
+    orders = {"ap": 1, "ap_images_reversed": -1}
+    found = {name: recognition_ap(labels[::step].copy(), scores[::step].copy()) for name, step in orders.items()}
+    rows = [
+        near(name, case.expected[name], ap, departs=reason, **case.facts["tolerance"]) for name, ap in found.items()
+    ]
+    return [*rows, near("ap in both orders", *found.values(), relative=1e-9)]
 
 
 class _Watch(Callback):
@@ -513,11 +552,14 @@ KINDS = {
     "groups": _groups,
     "schedule_repeat": _repeats,
     "schedule": _schedule,
+    "data": _lvis_images,
     "labels_captions": _captions,
     "labels": _classes,
     "preprocess_training": _training_images,
+    "preprocess_sizes": _sizes,
     "preprocess": _views,
     "loss": _losses,
+    "metric_recognition": _ties,
     "metric": _metric,
     "selection": _selection,
     "trajectory": _trajectory,

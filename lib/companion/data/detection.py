@@ -306,13 +306,16 @@ def ov_coco(instances: Mapping, split: str) -> dict:
 
 
 def ov_lvis(annotations: Mapping, split: str) -> dict:
-    """OV-LVIS from LVIS v1: "train" without the boxes of rare classes, with all images; "test" unchanged."""
+    """OV-LVIS from LVIS v1: "train" without the boxes of rare classes and of crowds, and only images that still have
+    one, as detectron2's loader leaves them; "test" unchanged."""
     check_choice("split", split, ("train", "test"))
     if split == "test":
         return dict(annotations)
     rare = {category["id"] for category in annotations["categories"] if category["frequency"] == "r"}
-    kept = [a for a in annotations["annotations"] if a["category_id"] not in rare]
-    return {**annotations, "annotations": kept}
+    kept = [a for a in annotations["annotations"] if a["category_id"] not in rare and not a.get("iscrowd")]
+    there = {a["image_id"] for a in kept}
+    images = [image for image in annotations["images"] if image["id"] in there]
+    return {**annotations, "images": images, "annotations": kept}
 
 
 @functools.cache

@@ -8,10 +8,11 @@ import torch
 
 from companion.data import detection
 from companion.errors import BadCheckpoint, CorruptFile, MissingData, MissingWeights
+from companion.models.sic_cads import detectors, predictions, recipe
 from companion.models.sic_cads import model as sic_cads
-from companion.models.sic_cads import predictions, recipe
 from companion.ops.files import write_json
 from companion.training.checkpoints import save
+from companion.training.fit import Hardware
 from tests.conftest import parameters
 from tests.data.test_detection import coco, image, sizes  # noqa: F401
 from tests.models.common import refuses
@@ -60,6 +61,7 @@ def test_boxes_and_captions_take_turns(coco):  # noqa: F811
 def test_images_are_resized_as_for_the_detector_but_not_in_training(small, monkeypatch):
     model, (images, *_) = recogniser().eval(), batch(2)
     monkeypatch.setattr(recipe, "SHORTER", 128)
+    assert recipe.detector_size(60, 64) == [128, 137], "rounded, not floored"
     plain, plain_input = sic_cads.MLR.crops, sic_cads.MLR.prepared
     assert model.prepared(images).shape[-1] == 416
     assert torch.equal(model.prepared(images, False), plain_input(model, images, False)), "also in eval mode"
@@ -122,6 +124,23 @@ def test_detections_of_lvis_are_of_classes_that_count():
     counted = predictions._best(found, 0, torch.zeros(4, 4), matrix)
     assert [c for c in every.classes.tolist() if c in annotated] == counted.classes.tolist()
     assert 2 <= len(counted.scores) < len(every.scores) == 300
+
+
+def test_tests_are_in_float32_also_after_a_training_in_half_precision(small):
+    test = recipe.generated(given(), 2)
+    detect = torch.nn.Linear(4, 80)  # a detector that half precision would change
+
+    def found(image: torch.Tensor) -> detectors.Output:
+        boxes = torch.arange(8.0).reshape(2, 4)
+        return detectors.Output(boxes, detect(boxes).sigmoid(), image.shape[-2:])
+
+    model, precisions = recogniser(), ("32-true", "bf16-mixed")
+    plain, mixed = (
+        predictions.predict(model, found, test, Hardware("cpu", precision=name), title="") for name in precisions
+    )
+    assert plain.p.keys() == mixed.p.keys() == set(predictions.BRANCHES)
+    assert all(torch.equal(p, mixed.p[name]) for name, p in plain.p.items())
+    assert all(map(torch.equal, plain.probabilities, mixed.probabilities))
 
 
 def test_a_method_is_labelled_by_its_differences_from_the_published_setting():

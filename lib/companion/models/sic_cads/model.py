@@ -291,8 +291,8 @@ class MLR(OfficialModel):
         check_pixels(images)
         target = self.settings.image_input
         if resize:
-            sides = images.shape[-2:]
-            images = F.interpolate(images, [side * target.size // min(sides) for side in sides])
+            scale = target.size / min(images.shape[-2:])  # a float, as in `F.interpolate`: some sides round down to 415
+            images = F.interpolate(images, [int(side * scale) for side in images.shape[-2:]])
         height, width = images.shape[-2:]
         return F.pad(_standardised(images, target), (0, -width % 32, 0, -height % 32))
 

@@ -105,13 +105,13 @@ class Predictions:
 def predict(
     model: sic_cads.MLR, detect: detectors.Detector, test: detection.Boxes, hardware: Hardware = CPU, **combined: Any
 ) -> Predictions:
-    """Run detector and recogniser on the test images; `combined`: see `Predictions`."""
+    """Run detector and recogniser on the test images, both in float32; `combined`: see `Predictions`."""
     outputs, rows, held = Predictions(test=test, **combined), [], 0
-    with evaluating(hardware, model) as where:
+    # the authors' recogniser is tested in float32; half precision would move boxes by pixels
+    with evaluating(hardware, model) as where, without_autocast(where):
         for index in progress(range(len(test)), "test images"):
             image, _ = test[index]
-            with without_autocast(where):  # half precision would move boxes by pixels
-                boxes, probabilities = (x.cpu() for x in detect(image)[:2])
+            boxes, probabilities = (x.cpu() for x in detect(image)[:2])
             scores = {name: p[0].cpu() for name, p in branch_scores(model, image[None].to(where)).items()}
             outputs.boxes.append(boxes)
             rows.append(scores)

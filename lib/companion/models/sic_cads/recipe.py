@@ -382,7 +382,15 @@ class Recogniser(sic_cads.MLR):
         return super().crops(self._resized(images))
 
     def _resized(self, images: Tensor) -> Tensor:
-        return images if self.training else resize(images, [SHORTER], max_size=LONGER, antialias=True)
+        return images if self.training else resize(images, detector_size(*images.shape[-2:]), antialias=True)
+
+
+def detector_size(height: int, width: int) -> list[int]:
+    """Height and width to which the authors' detectors resize a test image, both rounded to the nearest pixel."""
+    longer = SHORTER / min(height, width) * max(height, width)
+    scale = min(LONGER / longer, 1.0)
+    sides = [int(side * scale + 0.5) for side in (SHORTER, longer)]
+    return sides if height < width else sides[::-1]
 
 
 def build(p: Parameters, clip: nn.Module, text: Tensor, novel: Tensor, weights: str | Path) -> Recogniser:
