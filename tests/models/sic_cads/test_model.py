@@ -135,13 +135,6 @@ def test_the_scores_of_an_image_are_independent_of_its_batch():
     assert len(model.teacher.seen) == 4
 
 
-def test_the_shorter_side_is_the_requested_one():
-    model = build(image_input=Input(416, (0.0,) * 3, (1.0,) * 3))
-    for side in (17, 23, 45, 93):
-        found = model.prepared(torch.full((1, 3, side, 2 * side), 255, dtype=torch.uint8))[0, 0]
-        assert (int((found[:, 0] > 0).sum()), int((found[0] > 0).sum())) == (416, 832), side
-
-
 def test_the_rank_loss_has_the_precision_of_its_scores():
     scores, positives = draw(2, 12).double(), torch.arange(12).expand(2, -1) < 3
     costs = (1 + scores[:, None] - scores[:, :3, None]).clamp_min(0)  # (2, 3, 12)

@@ -287,11 +287,12 @@ class MLR(OfficialModel):
 
     def prepared(self, images: Tensor, resize: bool = True) -> Tensor:
         """The body's input from images (B, 3, H, W), uint8, RGB: resized to the nearest pixel so that the shorter side
-        is `image_input.size` (not in training), normalised, padded right and below with zeros."""
+        is `image_input.size`, for some sizes a pixel less as released (not in training), normalised, padded right and
+        below with zeros."""
         check_pixels(images)
         target = self.settings.image_input
         if resize:
-            scale = target.size / min(images.shape[-2:])  # a float, as in `F.interpolate`: some sides round down to 415
+            scale = target.size / min(images.shape[-2:])  # a float: the shorter side of 321 x 640 becomes 415 of 416
             images = F.interpolate(images, [int(side * scale) for side in images.shape[-2:]])
         height, width = images.shape[-2:]
         return F.pad(_standardised(images, target), (0, -width % 32, 0, -height % 32))
