@@ -292,7 +292,7 @@ class MLR(OfficialModel):
         check_pixels(images)
         target = self.settings.image_input
         if resize:
-            scale = target.size / min(images.shape[-2:])  # a float: the shorter side of 321 x 640 becomes 415 of 416
+            scale = target.size / min(images.shape[-2:])  # a float: the shorter side of 669 x 1333 becomes 415, not 416
             images = F.interpolate(images, [int(side * scale) for side in images.shape[-2:]])
         height, width = images.shape[-2:]
         return F.pad(_standardised(images, target), (0, -width % 32, 0, -height % 32))
