@@ -96,11 +96,22 @@ def test_other_images_classes_or_options_are_another_training(tmp_path, tiny, mo
         ({"width": 16, "batch": 64}, "SA²VP"),  # as published
         ({"attention": "padded", "width": 8}, "SA²VP, padded attention, r = 8"),
         ({"method": "VPT-deep", "attention": "padded", "width": 8}, "VPT-deep"),
-        ({"batch": 40}, "SA²VP, batch 40"),
+        ({"batch": 40, "scale": 0.5}, "SA²VP, batch 40"),  # SVHN's own scale
+        ({"scale": 0.1, "transform": "crops"}, "SA²VP, s = 0.1, crops images"),
+        ({"method": "linear probing", "scale": 0.1}, "linear probing"),
     ],
 )
 def test_what_is_not_as_published_has_a_row_of_its_own(changes, label):
     assert recipe.label(given(**changes)) == label
+
+
+def test_what_is_inferred_can_be_chosen():
+    """Swin's scale, of which the README has two, and HTA's transform, which it does not name."""
+    swin = recipe.build(given(backbone="swin_b", scale=0.1), "SA²VP", 2, "random")
+    assert swin.scale == 0.1 and recipe.build(given(backbone="swin_b"), "SA²VP", 2, "random").scale == 0.5
+    seen = backbones.Input(32, (0.5,) * 3, (0.5,) * 3)
+    for kind, cropped in (("recipe", True), ("crops", True), ("whole", False)):
+        assert ("RandomCrop" in str(recipe.transforms("hta/dtd", seen, kind)[0])) == cropped
 
 
 def test_results_are_means_over_seeds_next_to_the_published_ones(tmp_path):

@@ -47,6 +47,8 @@ class Parameters(RunParameters, Protocol):
     dataset: str
     attention: str
     width: int
+    scale: float
+    transform: str
     batch: int
 
 
@@ -155,9 +157,12 @@ def input_of(backbone: nn.Module) -> backbones.Input:
     return replace(backbones.input_of(backbone), mean=PIXELS, std=PIXELS)
 
 
-def transforms(dataset: str, seen: backbones.Input) -> tuple[v2.Transform, v2.Transform]:
-    """The transforms of a dataset's training and test images: whole images for VTAB-1k, crops for all others."""
-    if dataset.startswith("vtab/"):
+def transforms(dataset: str, seen: backbones.Input, kind: str = "recipe") -> tuple[v2.Transform, v2.Transform]:
+    """The transforms of a dataset's training and test images: of `kind` "whole" or "crops".
+
+    "recipe": whole images for VTAB-1k, crops for all others; for HTA that is inferred.
+    """
+    if kind == "whole" or (kind == "recipe" and dataset.startswith("vtab/")):
         return (classification.resize_transform(seen),) * 2
     return classification.crop_transform(seen, train=True), classification.crop_transform(seen, train=False)
 
@@ -171,7 +176,7 @@ def images(p: Parameters, seen: backbones.Input) -> dict[str, classification.Ima
 
     Raises `MissingData`, `CorruptFile`: see `classification.load`.
     """
-    varied, fixed = transforms(p.dataset, seen)
+    varied, fixed = transforms(p.dataset, seen, p.transform)
     if p.dataset == "folder":
         own = classification.image_folder(p.data_root, seed=p.seed)
         parts = dict(zip(("train", "test"), ("trainval", "test") if "test" in own else ("train", "val"), strict=True))
@@ -218,7 +223,7 @@ def build(p: Parameters, method: str, classes: int, weights: str | Path) -> nn.M
     torch.manual_seed(p.seed)
     if method == "SA²VP":
         published = published_settings(p.backbone, p.dataset)
-        sizes = (p.width or published["width"], published["scale"])
+        sizes = (p.width or published["width"], p.scale or published["scale"])
         if p.backbone == "swin_b":
             return SA2VPSwin(backbone, classes, *sizes, attention=p.attention)
         maps = 1 if p.dataset == "fgvc/cars196" else 2
@@ -258,6 +263,8 @@ def label(p: Parameters) -> str:
     changes = {
         f"{p.attention} attention": ours and p.attention != "aligned",
         f"r = {p.width}": ours and p.width not in (0, usual["width"]),
+        f"s = {p.scale:g}": ours and p.scale not in (0, usual["scale"]),
+        f"{p.transform} images": p.transform != "recipe",
         f"batch {p.batch}": p.batch not in (0, usual["batch"]),
     }
     return ", ".join([p.method, *(name for name, changed in changes.items() if changed)])
