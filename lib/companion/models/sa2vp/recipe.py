@@ -99,6 +99,7 @@ def training(p: Parameters, found: Data) -> Training:
     learn, val, seen = found.splits["train"], found.splits.get("val"), found.input
     batch = batch_of(p)
     facts = {"data_root": Path(p.data_root), "attention": p.attention, "precision": hardware(p).precision}
+    facts |= {"scale": p.scale, "transform": p.transform}
     if p.dataset == "folder" and isinstance(learn, classification.Images):  # they may change between runs
         batch = min(batch, max(len(learn) // p.devices, 1) * p.devices)
         paths = [os.path.relpath(path, p.data_root) for path in learn.sources]
