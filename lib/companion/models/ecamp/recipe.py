@@ -452,7 +452,7 @@ def downstream_fit(p: Parameters, images: int, best: EarlyStop, numbers: Mapping
 
 def in_test(p: Parameters) -> Parameters:
     """`p`, but for the precision "paper": the authors validate at that of the training, and test in float32."""
-    return SimpleNamespace(**vars(p) | ({"precision": "32-true"} if p.precision == "paper" else {}))  # type: ignore[return-value]
+    return SimpleNamespace(**vars(p) | ({"precision": "32-true"} if p.precision == "paper" else {}))
 
 
 def metric(p: Parameters) -> str:
