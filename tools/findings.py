@@ -54,13 +54,15 @@ def places(slug: str) -> Iterator[Place]:
             commits = {source["repo"]: source["commit"]} | known
             rows.append((f"{slug}, case {file.parent.name}", source["where"], commits))
     for cited, where, commits in rows:
+        if not isinstance(where, dict):
+            raise ValueError(f"{cited}: `where` maps each place to a token, not {where!r}")
         for text, token in where.items():
             place = PLACE.fullmatch(text)
             repository = place and (place["repository"] or next(iter(commits), ""))
             if not place or repository not in commits:
                 raise ValueError(f"{cited}: {text} is no place (path:line) of {', '.join(commits)}")
             first = int(place["first"] or 0)
-            if not TOKEN.fullmatch(token) if first else token:
+            if not (isinstance(token, str) and (TOKEN.fullmatch(token) if first else not token)):
                 raise ValueError(f"{cited}: {text}: a token is one name or literal, and only of lines, not {token!r}")
             last = int(place["last"] or first)
             yield Place(cited, repository, str(commits[repository]), place["path"], first, last, token)
@@ -94,7 +96,12 @@ def main(argv: list[str] | None = None) -> int:
     given = parser.parse_args(argv)
     wrong, missing = 0, set()
     for slug in given.papers or slugs():
-        cited = list(places(slug))
+        try:
+            cited = list(places(slug))
+        except ValueError as error:
+            print(error)
+            wrong += 1
+            continue
         here = {p.repository for p in cited if (given.repos / p.repository.replace("/", "+") / "repo").exists()}
         missing |= {p.repository for p in cited} - here
         found = [(place, off(place, given.repos)) for place in cited if place.repository in here]
