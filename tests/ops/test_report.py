@@ -164,6 +164,25 @@ def test_published_numbers_and_their_gaps_stand_next_to_ours():
     assert cells["measured here"].to_dict() == {"A": "1 of 2", "B": "not run", "C": "1 of 2"}
 
 
+def test_a_lower_number_has_what_a_thread_says_and_calls_the_rest_a_guess(run, monkeypatch):
+    asked = {"state": "open", "read": "2026-12-02", "seen": "70 instead of 80", "answered": ""}
+    rows = [
+        {"see": "70", "threads": ["them/code#3", "them/code#4"], "cause": "another batch", "set": "`batch`"},
+        {"see": "75", "cause": "another crop", "guess": True, "set": "`crop`"},
+    ]
+    told = {"them/code#3": asked, "them/code#4": asked | {"state": "closed", "answered": "the batch"}}
+    monkeypatch.setattr(report, "threads", lambda slug: {"threads": told, "lower": rows})
+    said = run.lower().data
+    first, second = (line for line in said.splitlines() if line.startswith("| 7"))
+    for words in (
+        "[code 3](https://github.com/them/code/issues/3) (open): no answer",
+        "(closed): the batch",
+        "`batch`",
+    ):
+        assert words in first
+    assert "guess: another crop" in second and "guess" not in first and "2026-12-02" in said
+
+
 def test_results_gather_in_a_file_by_their_keys(tmp_path):
     path, results = tmp_path / "measured.csv", Results("sa2vp", ["method", "seed"], ["accuracy"])
     empty = results.measured(path)

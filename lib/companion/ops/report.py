@@ -295,7 +295,8 @@ class Run:
             for name in row.get("threads", ()):
                 repository, _, number = name.partition("#")
                 link = f"[{repository.split('/')[1]} {number}](https://github.com/{repository}/issues/{number})"
-                told.append(f"{link}: {asked['threads'][name]['answered'] or 'no answer'}")
+                thread = asked["threads"][name]
+                told.append(f"{link} ({thread['state']}): {thread['answered'] or 'no answer'}")
             cause = "our guess: " * row.get("guess", False) + row["cause"]
             lines.append(f"| {row['see']} | {'<br>'.join(told) or '–'} | {cause} | {row['set']} |")
         read = sorted({str(thread["read"]) for thread in asked["threads"].values()})
