@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from companion import data
 from companion.data import attributes
 from companion.data.attributes import load, own_folder, splits, square_transform
-from companion.errors import CorruptFile, MissingData
+from companion.errors import BadParameter, CorruptFile, MissingData
 from tests.data.conftest import expect, picture, refused, unreadable, values
 
 
@@ -243,3 +243,10 @@ def test_missing_images(tmp_path):
 def test_fields_that_contradict_each_other(make, changes, value, tmp_path):
     make(tmp_path, **changes)
     refused(CorruptFile, value, splits, "par/peta" if make is peta else "par/pa100k", tmp_path)
+
+
+def test_an_image_is_padded_in_either_colour():
+    black, white = (square_transform(32, padding=padding)(Image.new("RGB", (10, 20))) for padding in ("black", "white"))
+    assert (black == -1).all() and (white[:, :, 8:24] == -1).all()
+    assert (white[:, :, :8] == 1).all() and (white[:, :, 24:] == 1).all()
+    refused(BadParameter, "white", square_transform, padding="grey")

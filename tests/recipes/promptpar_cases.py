@@ -149,7 +149,7 @@ def picture(case: Case) -> list[Row]:
     """What the network gets of a tested image."""
     s, e, room = case.settings, case.expected, case.facts["tolerance"]
     image = Image.fromarray(case.data["in.image"].numpy())
-    pad, *steps = attributes.square_transform(s["size"][0]).transforms
+    pad, *steps = attributes.square_transform(s["size"][0], padding=s.get("colour", "black")).transforms
     x = v2.Compose(steps)(image if s["padded"] else pad(image))
     grid = x[:, e["rows"]][:, :, e["columns"]]
     close = float(((grid - torch.tensor(e["grid"])).abs() <= room["grid"]).float().mean())
@@ -247,20 +247,70 @@ def selection(case: Case) -> list[Row]:
     ]
 
 
-def trajectory(case: Case) -> list[Row]:
-    """A training by the recipe from filled weights, batches in the recorded order."""
-    s, e, room = case.settings, case.expected, case.facts["tolerance"]
-    m, o, plan, size = s["model"], s["optimizer"], s["schedule"], s["batch"]["size"]
-    state = {}
+def test_mode(case: Case) -> list[Row]:
+    """What a test after an epoch changes: here nothing, in the authors' code the similarity's batch norm."""
+    s, e = case.settings, case.expected
+    model = _small(s["attributes"]).train()
+    images = torch.randn(s["batches"] * s["images"], 3, 28, 28)
+    modes = list[dict[str, bool]]()
+
+    def score(model: PromptPAR) -> dict[str, float]:
+        modes.append({"model": model.bn.training, "clip_model": model.agg_bn.training})
+        for some in images.split(s["images"]):
+            model(some)
+        return {}
+
+    fabric = SimpleNamespace(global_rank=0, barrier=lambda: None)
+    recipe.Epochs(score, []).on_epoch_end(SimpleNamespace(model=model, fabric=fabric))
+    why = "the running statistics see training images alone; no probability depends on them"
+    with torch.no_grad():
+        differ = [model.eval()(images).logits]
+        model.agg_bn.train()
+        differ.append(model(images).logits)
+    return [
+        same("in_training_mode", e["in_training_mode"], modes[0], why),
+        same("agg_bn_batches", e["agg_bn_batches"], int(model.agg_bn.num_batches_tracked) - 1, why),
+        same("bn_batches", e["bn_batches"], int(model.bn.num_batches_tracked)),
+        same("probabilities_differ", e["probabilities_differ"], float((differ[0] - differ[1]).abs().max())),
+    ]
+
+
+def precision(case: Case) -> list[Row]:
+    """Sentences, and cosines of region tokens, with CLIP's weights in float16."""
+    e, room, data = case.expected, case.facts["tolerance"], case.data
+    model = _filled(case.settings).half_clip()
+    text, recorded = model.text_features, data["out.text"].float()
+    model.text_features = recorded
+    with torch.no_grad():
+        cosines, _ = model.similarities(data["in.classes"].float())
+    return [
+        same("dtype", e["dtype"], str(model.clip.text_projection.dtype).removeprefix("torch.")),
+        near("out.text", recorded, text, absolute=room["text"]),
+        near("out.cosines", data["out.cosines"], cosines, absolute=room["cosines"]),
+        near("float32_and_rounded", e["float32_and_rounded"], (recorded - text).abs().max(), absolute=room["text"] / 4),
+    ]
+
+
+def _filled(settings: Mapping) -> PromptPAR:
+    """A case's model of filled weights."""
+    m, state = settings["model"], {}
     for name, value in _small(m["attributes"], **m).to_official().items():
         if value.is_floating_point():
-            state[name] = torch.from_numpy(np.array(fill.parameter(name, tuple(value.shape), s["weights"]["seed"])))
+            filled = fill.parameter(name, tuple(value.shape), settings["weights"]["seed"])
+            state[name] = torch.from_numpy(np.array(filled))
     state["clip_model.logit_scale"] = torch.tensor(np.log(100.0)).float()
     state["clip_model.softmax_model.temperature"] = torch.tensor(1.0)
     heads = (m["vision_heads"], m["text_heads"], m["fusion_dim"] // 64)
     options = {"overlap": m["overlap_row"], "threshold": m["ag_threshold"], "drop_path": 0.0}
     tokenizer = open_clip.get_tokenizer(recipe.CLIP.partition("/")[0])
-    model = PromptPAR.from_official(state, m["sentences"], tokenizer, heads=heads, **options)
+    return PromptPAR.from_official(state, m["sentences"], tokenizer, heads=heads, **options)
+
+
+def trajectory(case: Case) -> list[Row]:
+    """A training by the recipe from filled weights, batches in the recorded order."""
+    s, e, room = case.settings, case.expected, case.facts["tolerance"]
+    o, plan, size = s["optimizer"], s["schedule"], s["batch"]["size"]
+    model = _filled(s)
 
     generator = np.random.default_rng(s["batch"]["seed"])
     images = torch.from_numpy(generator.standard_normal(s["batch"]["images"], dtype=np.float32))
@@ -302,7 +352,9 @@ KINDS = {
     "metric": metric,
     "preprocess_train": operations,
     "preprocess": picture,
+    "precision": precision,
     "schedule": schedule,
     "selection": selection,
+    "test": test_mode,
     "trajectory": trajectory,
 }

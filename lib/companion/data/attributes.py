@@ -167,7 +167,10 @@ def own_folder(root: str | Path, transform: Transform | None = None) -> dict[str
 
 
 class PadToSquare:
-    """Scales an image to `size` rows and centres it on a black square, as the authors of PromptPAR do.
+    """Scales an image to `size` rows and centres it on a black or white square.
+
+    This is inferred: the authors of PromptPAR read images that were padded by code they did not release. Commented-out
+    code of theirs, which this follows, has both colours; black is what they answered when asked (OpenPAR issue 45).
 
     Resized bilinearly without antialiasing, as OpenCV does. The result may be one or two pixels narrower than high,
     like theirs. An image that would be wider than high is not padded (the resize that follows changes its aspect
@@ -175,10 +178,14 @@ class PadToSquare:
 
     Args:
         antialias: resize with antialiasing, by Pillow.
+        padding: "black" or "white".
+
+    Raises `BadParameter`: another colour.
     """
 
-    def __init__(self, size: int, antialias: bool = False):
-        self.size, self.antialias = size, antialias
+    def __init__(self, size: int, antialias: bool = False, padding: str = "black"):
+        check_choice("padding", padding, ("black", "white"))
+        self.size, self.antialias, self.padding = size, antialias, padding
 
     def __call__(self, picture: Image.Image) -> Image.Image:
         wide = picture.width / (picture.height / self.size)
@@ -190,16 +197,18 @@ class PadToSquare:
         else:
             pixels = F.pil_to_tensor(picture.convert("RGB"))
             resized = F.to_pil_image(F.resize(pixels, [self.size, width], antialias=False))
-        square = Image.new("RGB", (width + 2 * edge, self.size))
+        square = Image.new("RGB", (width + 2 * edge, self.size), self.padding)
         square.paste(resized, (edge, 0))
         return square
 
 
-def square_transform(size: int = 224, train: bool = False, antialias: bool = False) -> v2.Transform:
+def square_transform(
+    size: int = 224, train: bool = False, antialias: bool = False, padding: str = "black"
+) -> v2.Transform:
     """PromptPAR's transform: padded to a square, resized (bilinear), normalised by 0.5, not by CLIP's statistics.
 
     Args:
-        antialias: see `PadToSquare`.
+        antialias, padding: see `PadToSquare`.
         train: adds 10 pixels of black padding, a random crop of `size`, and a flip with probability 0.5.
 
     Returns:
@@ -207,8 +216,8 @@ def square_transform(size: int = 224, train: bool = False, antialias: bool = Fal
     """
     cut = [v2.Pad(10), v2.RandomCrop(size), v2.RandomHorizontalFlip(0.5)] if train else []
     halves = SimpleNamespace(mean=(0.5,) * 3, std=(0.5,) * 3)
-    steps = [PadToSquare(size, antialias), v2.Resize((size, size)), *cut, *_normalised(halves)]
-    arguments = {"size": size, "train": train, "antialias": antialias}
+    steps = [PadToSquare(size, antialias, padding), v2.Resize((size, size)), *cut, *_normalised(halves)]
+    arguments = {"size": size, "train": train, "antialias": antialias, "padding": padding}
     return configure(v2.Compose(steps), arguments, square_transform)
 
 

@@ -214,9 +214,21 @@ def test_what_would_run_wrongly_is_refused():
     assert model.sentences == tuple(SENTENCES), "what is refused changes nothing"
 
 
+def test_prompts_start_as_released_in_the_range_for_patches_of_14_pixels():
+    bounds = [(6 / (3 * patch**2 + 32)) ** 0.5 for patch in (8, 14)]
+    for quirks, bound in zip((False, True), bounds, strict=True):
+        torch.manual_seed(0)
+        fusion = VisionTransformer(img_size=16, embed_dim=32, depth=1, num_heads=2, num_classes=0)
+        options = Settings(prompts=10, official_quirks=quirks)
+        model = PromptPAR(small_clip(), SENTENCES, Tokenizer(), fusion, options)
+        for prompts in (model.prompts, model.text_prompts):
+            assert 0.95 * bound < float(prompts.abs().max()) <= bound
+
+
 @torch.no_grad()
 def test_without_the_quirks_tokens_are_normalised_and_the_first_class_token_is_read():
     plain, released = (build(official_quirks=quirks, masked=False) for quirks in (False, True))
+    released.load_state_dict(plain.state_dict())  # their prompts start in another range
     positions = [list(map(int, model.class_positions)) for model in (plain, released)]
     assert positions[0][1:] == positions[1][1:] and positions[0][0] == 0 != positions[1][0]
     visual = plain.clip.visual

@@ -114,6 +114,7 @@ def test_results_are_means_over_seeds_next_to_the_published_ones(tmp_path):
         ({"texts": "sentences"}, "PromptPAR"),
         ({"texts": "sentences", "dataset": "par/rapv1"}, "PromptPAR, sentences"),
         ({"release": "2025", "quirks": False}, "PromptPAR, code of 2025, as meant"),
+        ({"padding": "white"}, "PromptPAR, white padding"),
         ({"select": "maxima", "clip": "x"}, "PromptPAR, x, maxima over epochs"),
         ({"checkpoint": "a/x.pth", "release": "2025", "select": "maxima"}, "PromptPAR, weights of x.pth"),
     ],

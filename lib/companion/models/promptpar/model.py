@@ -127,8 +127,8 @@ class PromptPAR(PromptedTower, Released):
         self.read(sentences, tokenizer)
         self.register_load_state_dict_post_hook(embed_again)
         attributes = len(self.text_features)
-        text_layers, patch = len(self.clip.transformer.resblocks), self.clip.visual.patch_size[0]
-        self.text_prompts = uniform(text_layers, s.text_prompts, attributes, text_width, patch=patch)
+        text_layers = len(self.clip.transformer.resblocks)
+        self.text_prompts = uniform(text_layers, s.text_prompts, attributes, text_width, patch=self.patch)
         self.text_prompts.requires_grad_(False)
         self.temperature = nn.Parameter(torch.tensor(1.0)) if s.regions else None
         self.agg_bn = nn.BatchNorm1d(attributes) if s.regions else None
@@ -195,7 +195,8 @@ class PromptPAR(PromptedTower, Released):
     def similarities(self, regions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines times CLIP's scale, and their softmax over attributes, both (b, 1 + R, A); regions (b, 1 + R, E)."""
         with without_autocast(regions.device):  # 100 times a cosine needs full precision
-            cosines = F.normalize(regions.float(), dim=-1) @ F.normalize(self.text_features.float(), dim=-1).mT
+            regions = F.normalize(regions.to(self.clip.visual.proj.dtype), dim=-1).float()  # float16 as CLIP's weights
+            cosines = regions @ F.normalize(self.text_features.float(), dim=-1).mT
             logits = self.clip.logit_scale.exp() * cosines
             return logits, (logits / self.temperature).softmax(-1)
 
@@ -262,9 +263,10 @@ class PromptPAR(PromptedTower, Released):
     def half_clip(self) -> PromptPAR:
         """Convert CLIP's convolution, linear layers, attention and projections to float16, in place, as the authors do.
 
-        Prompts, norms, fusion and heads stay in float32; training then needs no autocast, and has no loss scaling."""
+        Prompts, norms, fusion and heads stay in float32; training then needs no autocast, and has no loss scaling. The
+        sentences are encoded again."""
         convert_weights_to_lp(self.clip, torch.float16)
-        self.register_buffer("text_features", self.text_features.half().float(), persistent=False)
+        self.embed_again()
         return self
 
     def param_groups(self) -> list[dict[str, Any]]:

@@ -56,6 +56,7 @@ class Parameters(RunParameters, Protocol):
     release: str
     quirks: bool
     texts: str
+    padding: str
     select: str
     checkpoint: str
 
@@ -95,7 +96,7 @@ def run(p: Parameters, out: Path) -> Tested:
     clip, fusion = (released.clip, None) if released else _backbones(p)
     ratio = learn.ratio if p.quirks else torch.as_tensor(learn.labels).eq(1).float().mean(0)
     for data, varied in ((learn, True), (test, False)):
-        data.transform = attributes.square_transform(clip.visual.image_size[0], train=varied)
+        data.transform = attributes.square_transform(clip.visual.image_size[0], train=varied, padding=p.padding)
     totals: list[dict[str, float]] = []  # filled in training if `select` is "maxima"
 
     def score(model: nn.Module) -> Scores:
@@ -363,6 +364,7 @@ def label(p: Parameters) -> str:
         "as meant": not p.quirks,
         p.texts: p.texts != "released" and p.dataset in PHRASES,
         p.clip: p.clip != CLIP,
+        f"{p.padding} padding": p.padding != "black",
         "maxima over epochs": p.select == "maxima" and not p.checkpoint,
     }
     return ", ".join([p.method, *(name for name, changed in changes.items() if changed)])

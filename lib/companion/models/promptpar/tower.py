@@ -51,7 +51,8 @@ class Settings:
         threshold: of `PromptPAR.aggregate`.
         official_quirks: as released, where the code differs from the method: no last norm on the image tower's tokens;
             row 0 of the similarity is the first global prompt, not [CLS]; the last image's regions count for the whole
-            batch; and `released_strips`. Requires 4 regions, or none, and groups of equal size.
+            batch; prompts start as for patches of 14 pixels; and `released_strips`. Requires 4 regions, or none, and
+            groups of equal size.
     """
 
     prompts: int = 50
@@ -193,7 +194,7 @@ class PromptedTower(nn.Module):
             accepted = "4 regions, or none, and a multiple of 5 prompts: the released code has no others"
             raise BadParameter("official_quirks", True, accepted)
 
-        self.prompts = uniform(depth, s.prompts, width, patch=visual.patch_size[0])
+        self.prompts = uniform(depth, s.prompts, width, patch=self.patch)
         self.region_tokens = nn.Parameter(torch.randn(s.regions, width) * width**-0.5)
         order, mask = tower_order(s.prompts, s.regions, math.prod(self.grid)), None
         inside = order.argsort()  # of each token in the tower, its position in the layout of the paper
@@ -205,6 +206,11 @@ class PromptedTower(nn.Module):
             positions[0] = 1
         for name, value in (("order", order), ("class_positions", positions), ("mask", mask)):
             self.register_buffer(name, value, persistent=False)
+
+    @property
+    def patch(self) -> int:
+        """The side of a patch that the prompts' initial range assumes: as released 14 for every tower."""
+        return 14 if self.settings.official_quirks else self.clip.visual.patch_size[0]
 
     def encode(self, images: Tensor) -> tuple[Tensor, Out]:
         """All tokens of the tower, (b, L, E), of images (b, 3, H, W); and `out` of its last layer."""
