@@ -1,18 +1,22 @@
 """PromptPAR's recipe: what is trained and how, own images, the authors' weights, tables of results."""
 
+import io
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from companion.data.attributes import PadToSquare
 from companion.errors import CorruptFile, MissingData, MissingWeights
 from companion.models.promptpar import recipe
 from companion.models.promptpar.model import Output
 from companion.toy.tokens import Tokenizer
 from tests.conftest import parameters
 from tests.models.common import refuses
+from tests.recipes import runner
 from tests.rehearsal import promptpar as rehearsal
 from tests.small import shrink, small_backbones
 
@@ -153,3 +157,13 @@ def test_methods_have_the_parts_of_their_names(method, small, folder):
     assert (model.mask is None) == (method not in ("PromptPAR", "regions, no similarity loss"))
     # without a loss on the similarity its tensors only decay
     assert not expected[0] or model.agg_bn.bias.any() == (method != "regions, no similarity loss")
+
+
+def test_what_the_findings_say_of_padded_images():
+    (case,) = [case for case in runner.cases("promptpar") if case.name == "preprocess_tall_padded"]
+    square = PadToSquare(224)(Image.fromarray(case.data["in.image"].numpy()))
+    square.save(coded := io.BytesIO(), "JPEG", quality=95)
+    pixels, again = (np.asarray(image, float) for image in (square, Image.open(coded)))
+    bars = pixels.max((0, 2)) == 0
+    assert bars.sum() == 148 and abs(pixels - again)[:, ~bars].mean() == pytest.approx(2.8, abs=0.15)
+    assert sum(height / (height / 224) > 224 for height in range(50, 501)) == 35
