@@ -217,6 +217,18 @@ def test_regions_are_compressed_as_hs2p_stores_them(path, image, tmp_path):
     assert (found != raw).any()
 
 
+def test_tissue_is_detected_in_the_level_nearest_to_a_64th_as_in_the_authors_configuration_for_panda(tmp_path):
+    image = np.full((1024, 2048, 3), 255, np.uint8)
+    image[300:700, 400:1500] = (200, 60, 120)
+    for levels, side in (((1, 4, 16), 16), ((1, 4, 16, 64), 64)):  # PANDA's, and one more
+        found = []
+        with Slide(slides.write_pyramid(tmp_path / f"{side}.tiff", image, 0.5, levels)) as slide:
+            for mask in (None, slides.tissue_mask(slide.thumbnail(side)[0], PANDA)):
+                found.append(slides.tile(slide, dataclasses.replace(PANDA, region=128, area=0.1), mask))
+        np.testing.assert_array_equal(found[0].coords, found[1].coords)
+        np.testing.assert_array_equal(found[0].shares, found[1].shares)
+
+
 # --- features ---------------------------------------------------------------------------------------------------------
 
 
@@ -262,6 +274,8 @@ def test_features_of_other_encoders_or_settings_are_not_mixed(path, tmp_path):
     out = features.extract(path, mean_colour, tmp_path / "a.h5", tiling=SMALL, encoder=one)
     before = out.read_bytes()
     assert features.extract(path, None, out, tiling=SMALL, encoder=one) == out  # there already: nothing is encoded
+    nearby = dataclasses.replace(SMALL, downsample=15)  # tissue of the same level, so the same regions
+    assert features.extract(path, None, out, tiling=nearby, encoder=one) == out
 
     def again(**changes):
         return lambda: features.extract(path, mean_colour, out, **{"tiling": SMALL, "encoder": one} | changes)

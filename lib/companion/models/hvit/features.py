@@ -138,7 +138,8 @@ def _same(settings: dict, written: dict, where: Path) -> None:
     # files of earlier versions lack these
     written = {"jpeg": False, "heads": settings["heads"], "slide_mpp": settings["slide_mpp"]} | written
     for key, value in settings.items():
-        if written.get(key) != value:
+        # the level in which tissue is detected only matters through the coordinates
+        if key != "downsample" and written.get(key) != value:
             raise BadParameter(key, value, f"{written.get(key)!r}, as in {where}; delete that to start from scratch")
 
 

@@ -169,7 +169,7 @@ class Tiling:
         mpp: requested microns per pixel. The nearest level is read unchanged (0.45 remains 0.45), or resampled to `mpp`
             with `resample`.
         tolerance: maximum relative difference of the nearest level from `mpp` without resampling.
-        downsample: of the level in which tissue is detected.
+        downsample: tissue is detected in the level nearest to it; in PANDA's files that is 16, their last.
         saturation, otsu: threshold on the saturation (0 to 255), or Otsu's threshold instead.
         median, close: sizes in pixels of the median blur before it and of the closing after it.
         area, hole_area: least area of tissue, and of a hole, in patches of 256 px at the level that is read.
@@ -205,7 +205,7 @@ class Tiling:
             raise BadParameter(name, getattr(self, name), "more than 0; `median` odd, `close` 0 or more")
 
 
-PANDA = Tiling(downsample=16, otsu=True, close=10, area=4, hole_area=2, jpeg=True)
+PANDA = Tiling(otsu=True, close=10, area=4, hole_area=2, jpeg=True)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
