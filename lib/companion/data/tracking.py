@@ -370,7 +370,7 @@ def write_results(path: str | Path, boxes: np.ndarray, box_type: str = "ltwh") -
         (left, top), (right, bottom) = boxes[:, :2].T, (boxes[:, :2] + boxes[:, 2:]).T
         boxes = np.stack((left, top, right, top, right, bottom, left, bottom), axis=1)
     with atomic(path) as temporary:
-        np.savetxt(temporary, boxes, fmt="%.4f", delimiter=",")
+        np.savetxt(temporary, boxes, fmt="%.17g", delimiter=",")  # exact: metrics round to pixels
 
 
 def read_results(
