@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from companion.evaluation.tables import published_table
 from companion.models.dplq import loss, recipe
 from companion.models.dplq.model import NoFeatures
 from companion.models.layers import mae
+from companion.models.layers.clip_prompting import similarity
 from companion.toy import encoders
 from companion.training.checkpoints import checkpoint_key
 from tests.conftest import parameters
@@ -173,6 +175,20 @@ def test_half_precision_weights_lose_most_of_the_steps():
         return 100 * float(torch.cat(same).double().mean())
 
     assert lost(1e-5) == pytest.approx(99.7, abs=0.1) and lost(0.0035) == pytest.approx(60, abs=1)
+
+
+def test_half_precision_logits_change_a_few_predictions():
+    """The authors' normalisation and logits in float16, on drawn features with cosines of about 0.25 and 0.02 apart."""
+    draw, unit = torch.Generator().manual_seed(0), functools.partial(torch.nn.functional.normalize, dim=-1)
+    common, own, noise = (unit(torch.randn(n, 512, generator=draw)) for n in (1, 45, 20_000))
+    text, labels = unit(2 * common + own), torch.randint(45, (20_000,), generator=draw)
+    images = unit(0.25 * common + 0.08 * unit(text - (text @ common.T) * common)[labels] + 0.96 * noise)
+    clip = SimpleNamespace(logit_scale=torch.tensor(100.0).log())
+    logits = similarity(clip, images, text)
+    halves = [x.half() / x.half().norm(dim=-1, keepdim=True) for x in (images, text)]
+    rounded = torch.tensor(100.0).half() * halves[0] @ halves[1].T
+    assert 24 < logits.max(1).values.mean() < 32 and 1.5 < logits.std(1).mean() < 2.5
+    assert 100 * float((rounded.argmax(1) != logits.argmax(1)).double().mean()) == pytest.approx(0.4, abs=0.1)
 
 
 def test_every_method_is_built_at_the_published_depth():
