@@ -92,6 +92,17 @@ def squares(count=8, side=64):
     return items
 
 
+def test_every_operation_of_the_augmentation_takes_its_smallest_and_its_largest_magnitude():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
+    (drawn,) = (step for step in down.train_transform(32).transforms if hasattr(step, "ops"))
+    for operation in drawn.ops:
+        operation.prob, operation.magnitude_std = 1, 0
+        for operation.magnitude in (0, 10):
+            assert operation(image).size == image.size
+        if "Posterize" in operation.name:
+            assert not np.asarray(operation(image)).any(), "0 bits are black, with any Pillow"
+
+
 def test_the_pyramid_has_five_scales_of_a_copy_that_trains_its_table_too(images):
     encoder = vit(masked=True)
     pyramid = down.SimplePyramid(encoder, 0.1).eval()

@@ -23,7 +23,9 @@ from typing import Any
 import numpy as np
 import torch
 from einops import rearrange
+from PIL import Image
 from timm.data import create_transform
+from timm.data.auto_augment import RandAugment, posterize
 from timm.layers import LayerNorm2d
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
@@ -97,7 +99,7 @@ def classifier(vit: ViT, classes: int, *, drop_path: float = 0.1) -> ViT:
 
 def train_transform(size: int = 224) -> Callable:
     """MAE's for fine-tuning, by timm: random crop, flip, RandAugment 9, erasing 0.25, ImageNet's mean and std."""
-    return create_transform(
+    transform = create_transform(
         size,
         is_training=True,
         color_jitter=None,
@@ -108,6 +110,16 @@ def train_transform(size: int = 224) -> Callable:
         mean=MEAN,
         std=STD,
     )
+    (drawn,) = (step for step in transform.transforms if isinstance(step, RandAugment))
+    for operation in drawn.ops:
+        if operation.aug_fn is posterize:
+            operation.aug_fn = _posterize
+    return transform
+
+
+def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
+    """As timm: 0 bits, which RandAugment draws at its largest magnitude, leave black. Pillow 13 refuses them."""
+    return posterize(image, bits, **options) if bits else Image.new(image.mode, image.size)
 
 
 def test_transform(size: int = 224) -> v2.Transform:
