@@ -116,11 +116,12 @@ def test_a_stopped_study_resumes_and_a_damaged_one_is_refused(fake, tmp_path):
 
 
 KILLED = """
-import multiprocessing, os, time
+import multiprocessing, os, signal, time
 from concurrent.futures import ProcessPoolExecutor
 from companion.toy import study
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), study._quiet) as pool, study._ends(pool):
         print(pool.submit(os.getpid).result(), flush=True)
         [row.result() for row in [pool.submit(time.sleep, 600) for _ in range(9)]]
