@@ -174,12 +174,7 @@ def test_a_lower_number_has_what_a_thread_says_and_calls_the_rest_a_guess(run, m
     monkeypatch.setattr(report, "threads", lambda slug: {"threads": told, "lower": rows})
     said = run.lower().data
     first, second = (line for line in said.splitlines() if line.startswith("| 7"))
-    for words in (
-        "[code 3](https://github.com/them/code/issues/3) (open): no answer",
-        "(closed): the batch",
-        "`batch`",
-    ):
-        assert words in first
+    assert "(https://github.com/them/code/issues/3) (open)" in first and "(closed): the batch" in first
     assert "guess: another crop" in second and "guess" not in first and "2026-12-02" in said
 
 

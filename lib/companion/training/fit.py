@@ -72,7 +72,7 @@ class Hardware:
             "mps" is not tested. Several devices take equal shares of a batch, and their gradients are averaged (DDP): a
             loss that is not a mean over images, and a batch norm, are computed per device. Running statistics are
             averaged too. The precision "tf32" is "32-true" with matrix products in TF32, which no authors' code asks
-            for: faster on GPUs since Ampere, with three digits.
+            for: factors of three digits; by NVIDIA's data sheets faster on A10, A100, L4 and later of that line.
         workers: number of data loading processes.
         accumulate: number of micro-batches per batch and device, whose gradients are summed; a loss that is a mean over
             images is unchanged, with less memory.

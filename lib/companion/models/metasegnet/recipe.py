@@ -45,10 +45,10 @@ from .networks import LEVELS
 from .text import TextEncoder
 
 SELECT = {LOVEDA: "best"}
-VIEWS = {POTSDAM: "lr", LOVEDA: "d4 loveda"}  # the only examples of the author's README
 """Of each data set the epoch that is tested, where it is not the last: the one of the highest validation mIoU.
 
 On Potsdam the author takes the epoch of the highest F1 on the TEST images; that is `select` = "best"."""
+VIEWS = {POTSDAM: "lr", LOVEDA: "d4 loveda"}  # at test, in the only examples of the author's README
 SCORES = {POTSDAM: "mf1"}  # metric that selects the best epoch, if not "miou"
 LOOKAHEAD: dict[str, Any] = {"k": 5, "alpha": 0.5}
 LAST = "drop"  # the last images of an epoch, see `fit`
