@@ -68,7 +68,7 @@ def test_doctor_reads_what_is_there_and_says_how_a_step_is_divided(capsys, tmp_p
     write_json(tmp_path / "runs/paper/bat/dry_run/step.json", step)
     words = ("doctor", "bat", "--data-root", tmp_path, "--devices", 5)
     out = " ".join(call(capsys, *words)[1].split())
-    assert "rgbt/lasher: ready: train 1, an item of 24 x 32 x 6; val 1" in out
+    assert "train: ready: 1 videos, 24 frame pairs, an item of 24 x 32 x 6 val: ready: 1" in out
     assert "96 images a step = 32 images x 3 devices" in out and "WARNING: 5 devices x 1 parts" in out
     assert "36.0 h of training by the last dry run: 0.36 s for a step of 10 images on a GPU" in out  # 60 x 60,000 pairs
     for path in tmp_path.rglob("TestingSet/*/*/visible/v000.png"):

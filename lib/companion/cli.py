@@ -202,19 +202,22 @@ def doctor(given: argparse.Namespace) -> int:
     print(f"{facts['title']}  (arXiv {facts['arxiv']})\ndata root: {root.resolve()}\n")
     for run in facts["runs"]:
         print(f"{run['title']}\n  tables   {', '.join(run['tables'])}")
-        looked = {name: data.look(name, root) for name in needs.sets(run["data"])}
+        looked = {name: data.status(name, root, decode=True) for name in needs.sets(run["data"])}
         absent = [(data.DATASETS[name], state) for name, state in looked.items() if state.state != "present"]
         print(f"  data     {len(looked) - len(absent)} of {len(looked)} sets are present")
         for name, state in looked.items():
-            if state.state == "present":
-                line = f"{name}: ready: {state.detail}"
-                print(textwrap.fill(line, 110, initial_indent="    ", subsequent_indent="      "))
+            if state.ready:
+                print(f"    {name}, in {state.folder}")
+            for split, line in state.ready.items():
+                print(f"      {split}: ready: {line}")
         # sets with the same layout and source are printed together
         for (layout, source), members in itertools.groupby(absent, lambda pair: (pair[0].layout, pair[0].where)):
             folders = []
             for dataset, state in members:
                 folders.append(dataset.folder(root))
-                print(f"    {dataset.name}: {state.state} ({state.detail}); licence: {dataset.licence}")
+                print(f"    {dataset.name}: {state.state}; licence: {dataset.licence}")
+                for split, line in state.lacking.items():
+                    print(textwrap.fill(f"{split}: {line}", 110, initial_indent=" " * 6, subsequent_indent=" " * 8))
             print(textwrap.indent(f"searched in {folders[0]}:\n{textwrap.indent(layout, '  ')}", " " * 6))
             print(textwrap.fill(f"get it: {source}", 110, initial_indent=" " * 6, subsequent_indent=" " * 8))
         for name in run["weights"]:

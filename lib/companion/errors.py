@@ -22,16 +22,30 @@ class MissingData(CompanionError):
         source: where to get it.
         licence: its licence, or the access conditions.
         detail: what exactly is missing, if only a part is.
+        there: what is there instead.
+        archive: the archive that is wanted, by name and number of files.
     """
 
-    def __init__(self, name: str, folder: str | Path, layout: str, source: str, licence: str, detail: str = ""):
+    def __init__(
+        self,
+        name: str,
+        folder: str | Path,
+        layout: str,
+        source: str,
+        licence: str,
+        detail: str = "",
+        there: str = "",
+        archive: str = "",
+    ):
         self.name, self.folder, self.layout = name, Path(folder), layout
         self.source, self.licence, self.detail = source, licence, detail
         tree = "\n".join("    " + line for line in layout.strip().splitlines())
         what = f"\n  missing : {detail}" if detail else ""
+        what += f"\n  there   : {there}" if there else ""
+        wanted = f"\n  archive : {archive}" if archive else ""
         how = "is not complete" if detail and self.folder.is_dir() else "was not found"
         super().__init__(
-            f"the data set '{name}' {how}\n  expected: {folder}{what}\n  layout  :\n{tree}\n"
+            f"the data set '{name}' {how}\n  expected: {folder}{what}\n  layout  :\n{tree}{wanted}\n"
             f"  get it  : {source}\n  licence : {licence}"
         )
 

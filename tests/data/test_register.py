@@ -58,9 +58,12 @@ def test_the_error_of_a_missing_set_names_its_folder_source_and_licence(name, tm
     (tmp_path / found.folders[0]).mkdir(parents=True)
     with pytest.raises(MissingData):
         load(name, tmp_path)
+    assert data.status(name, tmp_path).state == "missing"
+    (tmp_path / found.folders[0] / "other").mkdir()
     # the folder of COCO is also that of other sets: there is no sign that this one was started
-    begun = found.task not in ("detection", "restoration")
+    begun = "coco" not in found.folders
     assert data.status(name, tmp_path).state == ("incomplete" if begun else "missing")
+    assert "holds other" in str(found.missing(tmp_path))
 
 
 @pytest.mark.parametrize("task", sorted({dataset.task for dataset in DATASETS.values()}))

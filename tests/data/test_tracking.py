@@ -80,7 +80,7 @@ def test_lasher(lasher, tmp_path):
     bike, head = load("rgbt/lasher", tmp_path)
     assert bike.boxes_infrared[0].tolist() == [5, 3, 8, 6] and values(head)[3] == (53, 153)
     assert bike.attributes == {"NO"} and head.attributes == {"PO", "ARC"}
-    assert data.status("rgbt/lasher", tmp_path).detail.startswith("4 sequences, 16 frame pairs")
+    assert data.status("rgbt/lasher", tmp_path).ready["test"] == "2 videos, 8 frame pairs"
     refused(BadParameter, "'trainval'", load, "rgbt/lasher", tmp_path, "testing")
 
 

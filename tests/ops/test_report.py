@@ -91,7 +91,7 @@ def test_a_run_on_real_data_looks_for_it_before_anything_else(slug, tmp_path):
 
 
 def test_what_an_incomplete_set_lacks_is_printed(tmp_path, capsys):
-    (tmp_path / "LasHeR").mkdir()
+    (tmp_path / "LasHeR" / "TestingSet").mkdir(parents=True)
     given = parameters("bat", profile="paper", dataset="rgbt/lasher", data_root=str(tmp_path), out=str(tmp_path / "o"))
     report.start("bat", vars(given))
     assert "LasHeR" in capsys.readouterr().out

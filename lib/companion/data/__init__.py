@@ -2,10 +2,11 @@
 
 `DATASETS` holds a `DataSet` for each name ("fgvc/cub200", "vtab/cifar100", ...); `status` checks whether it is on this
 machine, `fetch` downloads it if it is free and has a checksum, `table` lists all of them in rows. The module of a task
-has `load`, `status` and, for free sets, `fetch`; `<task>_sets.yaml` holds the facts. No module here depends on a model
-or a paper.
+has `load`, for free sets `fetch`, and `parts` where a set has more than its splits; `<task>_sets.yaml` holds the facts.
+No module here depends on a model or a paper.
 
-`tables` reads lists and CSV files; `inside` and `check_listed` check the files that they name.
+A set is found by the names that mark its folder (`DataSet.folder`), and a file in it by `at`, both in upper or lower
+case. `tables` reads lists and CSV files; `inside` and `check_listed` check the files that they name.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import functools
 import http.client
 import importlib
 import io
+import itertools
 import os
 import re
 import shutil
@@ -25,15 +27,15 @@ import tarfile
 import tempfile
 import zipfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import yaml
 
-from ..errors import BadParameter, CompanionError, CorruptFile, MissingData
+from ..errors import BadParameter, CompanionError, CorruptFile, MissingData, check_choice
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,10 @@ class DataSet:
         task: the module of this package that reads it.
         classes: number of classes; 0 where the lists name them, or where there are none.
         sizes: images (for tracking: sequences) in each split, as published; a different number raises an error.
+        usual: of splits without a published number that of the copies that are known; a different one is told.
         folders: the folders searched below the data root; the first is the usual spelling.
+        marks: files or folders, or patterns of them, of which the set's folder holds at least one.
+        archive: the archive that is wanted, by name and number of files.
         layout: the files expected below the folder, one per line.
         source: where to get it.
         checked: the day on which the links of `source` were last known to work; None: not checked.
@@ -69,17 +74,32 @@ class DataSet:
     citation: str
     fetchable: bool = False
     checked: datetime.date | None = None
+    marks: tuple[str, ...] = ()
+    archive: str = ""
+    usual: Mapping[str, int] = field(default_factory=dict)
 
     def folder(self, root: str | Path) -> Path:
-        """The first of `folders` that exists below `root`; the usual spelling when none does."""
-        candidates = [Path(root) / folder for folder in self.folders]
-        return next((folder for folder in candidates if folder.is_dir()), candidates[0])
+        """The set's folder: the first of `folders` below `root` that holds one of `marks`, or else the first folder one
+        or two levels below that does; if there is none the first that exists, or the usual spelling."""
+        places = [place for name in self.folders if (place := at(Path(root), name)).is_dir()]
+        nested = (folder for place in places for folder in below(place))
+        marked = (folder for folder in itertools.chain(places, nested) if self.marked(folder))
+        return next(marked, places[0] if places else Path(root) / self.folders[0])
+
+    def marked(self, folder: Path) -> bool:
+        """Whether a folder holds one of `marks`; without marks, whether it exists."""
+        if not self.marks:
+            return folder.is_dir()
+        return any(next(folder.glob(m), None) if "*" in m else at(folder, m).exists() for m in self.marks)
 
     def missing(self, root: str | Path, detail: str = "") -> MissingData:
-        """The error that lists what is missing below `root`, what was expected and where to get it."""
+        """The error that lists what is missing below `root`, what is there, what was expected and where to get it."""
         also = f" (also accepted: {', '.join(self.folders[1:])})" if self.folders[1:] else ""
         layout = "\n".join([f"{self.folders[0]}/{also}", *("    " + line for line in self.layout.splitlines())])
-        return MissingData(self.title, self.folder(root), layout, self.where, self.licence, detail)
+        folder = self.folder(root)
+        here = folder if folder.is_dir() else Path(root)
+        there = f"{here} holds {told(entries(here))}" if here.is_dir() else ""
+        return MissingData(self.title, folder, layout, self.where, self.licence, detail, there, self.archive)
 
     @property
     def where(self) -> str:
@@ -101,16 +121,73 @@ def own_set(root: str | Path, task: str, layout: str, classes: int = 0) -> DataS
     return DataSet(name, title, "own", task, classes, {}, (".",), layout, source, "yours", "")
 
 
+def entries(folder: Path) -> list[str]:
+    """The names in a folder, sorted, without hidden ones and those that operating systems add; of no folder none."""
+    found = (entry.name for entry in os.scandir(folder)) if folder.is_dir() else ()
+    return sorted(name for name in found if not name.startswith(".") and name not in ADDED)
+
+
+def told(names: Sequence[str], most: int = 8) -> str:
+    """Names in one line, of many the first and their number."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "") or "nothing"
+
+
+def below(folder: Path) -> Iterator[Path]:
+    """The folders in a folder, then those in them; a folder of more than `MANY` is one of classes or videos, and is not
+    entered."""
+    level = [folder]
+    for _ in range(2):
+        inner = ([path for name in entries(place) if (path := place / name).is_dir()] for place in level)
+        level = [path for paths in inner if len(paths) <= MANY for path in paths]
+        yield from level
+
+
+def at(folder: Path, *names: str) -> Path:
+    """The first of `names` that exists below `folder`, also in another spelling of upper and lower case; else the
+    first, where it would be."""
+    for name in names:
+        if (found := folder / name).exists():
+            return found
+        place = folder
+        for part in Path(name).parts:
+            alike = [n for n in entries(place) if n.lower() == part.lower()] if not (place / part).exists() else [part]
+            place = place / (alike[0] if len(alike) == 1 else part)
+        if place.exists():
+            return place
+    return folder / names[0]
+
+
 @dataclass(frozen=True)
 class Status:
-    """Whether a data set is on this machine, and a description of what is missing."""
+    """What of a data set is on this machine.
 
-    state: Literal["present", "missing", "incomplete"]
-    detail: str
+    Attributes:
+        folder: where it was found, or is expected.
+        ready: by split, its items in words.
+        lacking: by split, what is missing or wrong; "set" where nothing marks the folder. Both are empty without one.
+    """
+
+    folder: Path
+    ready: Mapping[str, str]
+    lacking: Mapping[str, str]
+
+    @property
+    def state(self) -> Literal["present", "missing", "incomplete"]:
+        """Whether all that was looked for is there, nothing, or a part."""
+        return "incomplete" if self.lacking else "present" if self.ready else "missing"
+
+    @property
+    def detail(self) -> str:
+        """One line, what is lacking first."""
+        whole = [f"{split}: {line}" for split, line in self.ready.items()]
+        lines = [*(f"{split}: {line}" for split, line in self.lacking.items()), *whole]
+        return "; ".join(lines) or f"nothing of it in {self.folder}"
 
 
 DATASETS: dict[str, DataSet] = {}
 SECONDS = 20  # timeout of a host's answer
+ADDED = ("__MACOSX", "Thumbs.db", "desktop.ini")  # to copies, by operating systems
+MANY = 64  # folders in one
 _HERE = Path(__file__).parent
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml parses ten times faster
 
@@ -130,73 +207,73 @@ def _reader(dataset: DataSet):
     return importlib.import_module(f".{dataset.task}", __name__)
 
 
-def status(name: str, root: str | Path) -> Status:
-    """Look for a data set below `root`: checks lists, their lengths, and that each listed image exists (opens no
-    image).
+def status(name: str, root: str | Path, *splits: str, decode: bool = False) -> Status:
+    """Look for a data set below `root`: checks lists, their lengths, and that each listed file exists.
 
-    Raises `BadParameter` for an unknown name, and nothing else.
+    Args:
+        splits: those to look for; all that the set has, and what is read with them, if none is given.
+        decode: read one item of each too; otherwise no image is opened.
+
+    Raises `BadParameter` for an unknown name or split, and nothing else.
     """
     dataset, root = find(name), Path(root)
-    folder = dataset.folder(root)
-    if not folder.is_dir():
-        return Status("missing", f"no folder {folder}")
-    try:
-        reader = _reader(dataset)
-        return reader.status(dataset, root) if hasattr(reader, "status") else complete(dataset, root)
-    except CompanionError as error:
-        return Status("incomplete", getattr(error, "detail", "") or str(error))
+    folder, ready, lacking = dataset.folder(root), dict[str, str](), dict[str, str]()
+    known = parts(dataset)
+    if not dataset.marked(folder):
+        others = {place for other in DATASETS.values() if other.marks != dataset.marks for place in other.folders}
+        if entries(folder) and not others & {*dataset.folders}:  # the folder of COCO is also that of other sets
+            wanted = f"none of {', '.join(dataset.marks)} is in it, nor in a folder one or two levels below"
+            lacking["set"] = f"{folder} holds {told(entries(folder))}: {wanted}"
+        return Status(folder, ready, lacking)
+    for split in splits or known:
+        check_choice(f"split of {name}", split, known)
+        try:
+            read = known[split](root)
+            check_listed(dataset, root, map(str, _files(read)))
+            ready[split] = _line(dataset, split, read, decode)
+        except CompanionError as error:
+            lacking[split] = getattr(error, "detail", "") or str(error)
+    return Status(folder, ready, lacking)
 
 
-def complete(dataset: DataSet, root: Path) -> Status:
-    """ "present", with the images of each split; raises `MissingData`, `CorruptFile`: something is wrong."""
-    counts = []
-    for split, items in _splits(dataset, root):
-        check_listed(dataset, root, map(str, _files(items)))
-        counts.append(f"{len(items):,} in {split}")
-    return Status("present", f"images in {dataset.folder(root)}: {', '.join(counts)}")
-
-
-def look(name: str, root: str | Path) -> Status:
-    """`status`, and of a set that is present the counts of each split, the range of its labels, and one item, decoded.
-
-    Raises as `status`.
-    """
-    found, dataset, rows = status(name, root), find(name), []
-    if found.state != "present":
-        return found
-    try:
-        for split, items in _splits(dataset, Path(root)):
-            row = f"{split} {len(items):,}"
-            labels = np.asarray(getattr(items, "labels", ()))
-            if getattr(items, "classes", 0) and labels.size and labels.dtype.kind in "iuf":
-                row += f", labels {labels.min():g} to {labels.max():g}"
-            if len(items):
-                item = items[len(items) // 2]
-                first = item.frame(0) if hasattr(item, "frame") else item[0] if isinstance(item, tuple) else item
-                if shape := getattr(first, "shape", ()):
-                    row += f", an item of {' x '.join(map(str, shape))}"
-            rows.append(row)
-    except CompanionError as error:
-        return Status("incomplete", getattr(error, "detail", "") or str(error))
-    return Status("present", "; ".join(rows) or found.detail)
-
-
-def _splits(dataset: DataSet, root: Path) -> Iterator[tuple[str, Any]]:
-    """The splits that a set has, by name, one after the other."""
+def parts(dataset: DataSet) -> dict[str, Callable[[Path], Any]]:
+    """What a set has, by name: its splits, and of some sets more; a function from the data root gives the items."""
     reader = _reader(dataset)
-    for split in dict.fromkeys([*dataset.sizes, "train", "val", "test"]):
-        with contextlib.suppress(BadParameter):  # a split that this set does not have
-            yield split, reader.load(dataset.name, root, split)
+    if hasattr(reader, "parts"):
+        return reader.parts(dataset)
+    splits = [split for split in ("train", "val", "test") if split in dataset.sizes] or ["train", "val", "test"]
+    return {split: functools.partial(reader.load, dataset.name, split=split) for split in splits}
 
 
-def present(name: str, root: str | Path) -> bool:
-    """Whether a dry run reads a data set below `root`: any of its folders is there; "folder" is `root` itself.
+def _line(dataset: DataSet, split: str, items: Any, decode: bool) -> str:
+    """A split in words: number of items, range of labels, one item, and what is special about this copy."""
+    line, usual = f"{len(items):,}", dataset.usual.get(split)
+    labels = getattr(items, "labels", ())
+    if getattr(items, "classes", 0) and len(labels) and not isinstance(labels, range):
+        known = np.asarray(labels)
+        line += f", labels {known.min():g} to {known.max():g}" if known.dtype.kind in "iuf" else ""
+    item: Any = items[len(items) // 2] if len(items) and (decode or isinstance(items, list)) else None
+    if hasattr(item, "frame"):
+        line += f" videos, {sum(map(len, items)):,} frame pairs"
+    if decode and item is not None:
+        first = item.frame(0) if hasattr(item, "frame") else item[0] if isinstance(item, tuple) else item
+        if shape := getattr(first, "shape", ()):
+            line += f", an item of {' x '.join(map(str, shape))}"
+    if usual not in (None, len(items)):
+        line += f" ({usual:,} are usual)"
+    told = str(getattr(items, "name", "")).removeprefix(dataset.name).strip()
+    return f"{line} {told}" if told.startswith("(") else line
+
+
+def present(name: str, root: str | Path, *splits: str) -> bool:
+    """Whether a dry run reads these splits of a data set below `root`, without any all of it: anything of the set is
+    there; "folder" is `root` itself.
 
     Raises `MissingData`: it is there, but not all of it.
     """
     if name == "folder":
         return Path(root).is_dir()
-    found = status(name, root)
+    found = status(name, root, *splits)
     if found.state == "incomplete":
         raise find(name).missing(root, found.detail)
     return found.state == "present"
@@ -350,11 +427,11 @@ def check_listed(dataset: DataSet, root: Path, paths: Iterable[str], listing: st
 
 def table(root: str | Path) -> list[dict[str, str]]:
     """One row for each data set: name, title, state, detail, licence, source."""
-    return [
-        {"name": name, "title": dataset.title, "licence": dataset.licence, "source": dataset.where}
-        | vars(status(name, root))
-        for name, dataset in DATASETS.items()
-    ]
+    rows = []
+    for name, dataset in DATASETS.items():
+        found, facts = status(name, root), {"name": name, "title": dataset.title, "licence": dataset.licence}
+        rows.append(facts | {"source": dataset.where, "state": found.state, "detail": found.detail})
+    return rows
 
 
 def _tuples(value: object) -> Any:

@@ -14,6 +14,7 @@ A new set needs a `DataSet` with task "attributes" in `DATASETS`, and files like
 
 from __future__ import annotations
 
+import functools
 import posixpath
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -219,6 +220,16 @@ def square_transform(
     steps = [PadToSquare(size, antialias, padding), v2.Resize((size, size)), *cut, *_normalised(halves)]
     arguments = {"size": size, "train": train, "antialias": antialias, "padding": padding}
     return configure(v2.Compose(steps), arguments, square_transform)
+
+
+# --- called by `companion.data` ----------------------------------------------------------------------------------
+
+
+def parts(dataset: DataSet) -> dict[str, Callable[[Path], Any]]:
+    """See `companion.data.parts`: the splits, all of which are read at once."""
+    read = functools.cache(functools.partial(splits, dataset.name))
+    own = [split for split in SPLITS if split in dataset.sizes] or ["trainval", "test"]
+    return {split: lambda root, split=split: read(root)[split] for split in own}
 
 
 # --- implementation ----------------------------------------------------------------------------------------------

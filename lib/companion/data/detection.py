@@ -26,8 +26,8 @@ from torchvision.ops import box_convert
 
 from ..errors import BadParameter, CompanionError, CorruptFile, check_choice
 from ..ops.files import read_json
-from . import DataSet, Status, decoding, facts, find, own_set, tables
-from .classification import Images, check_listed
+from . import DataSet, decoding, facts, find, own_set, tables
+from .classification import Images
 
 _FACTS = facts("detection")
 COCO_BASE: dict[str, int] = _FACTS["COCO_BASE"]
@@ -392,16 +392,9 @@ def repeat_factors(boxes: Boxes, threshold: float = 0.001) -> np.ndarray:
 # --- called by `companion.data` ---------------------------------------------------------------------------------------
 
 
-def status(dataset: DataSet, root: Path) -> Status:
-    """See `companion.data.status`: annotations are read, no image is opened."""
-    folder, counts = dataset.folder(root), []
-    if not any((folder / file).is_file() for names in FILES[dataset.name].values() for file in names):
-        return Status("missing", f"no annotations in {folder}")
-    for split in FILES[dataset.name]:
-        wanted = {*load(dataset.name, root, split).sources}
-        check_listed(dataset, root, wanted)
-        counts.append(f"{len(wanted):,} in {split}")
-    return Status("present", f"images: {', '.join(counts)}")
+def parts(dataset: DataSet) -> dict[str, Callable[[Path], Any]]:
+    """See `companion.data.parts`: the splits that have annotations."""
+    return {split: functools.partial(load, dataset.name, split=split) for split in FILES[dataset.name]}
 
 
 # --- implementation ---------------------------------------------------------------------------------------------------

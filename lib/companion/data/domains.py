@@ -19,10 +19,12 @@ directly).
 
 from __future__ import annotations
 
+import functools
 import re
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -134,6 +136,12 @@ def clip_transform(input, train: bool = False) -> v2.Transform:
 
 
 # --- called by `companion.data` ----------------------------------------------------------------------------------
+
+
+def parts(dataset: DataSet) -> dict[str, Callable[[Path], Any]]:
+    """See `companion.data.parts`: the splits, all of which are read at once."""
+    read = functools.cache(functools.partial(splits, dataset.name))
+    return {split: lambda root, split=split: read(root)[split] for split in _PARTS}
 
 
 def fetch(dataset: DataSet, root: Path, progress: bool) -> None:

@@ -31,7 +31,7 @@ from torchvision.datasets.utils import download_and_extract_archive
 
 from ..errors import BadParameter, CorruptFile, check_choice, check_names
 from ..ops.files import atomic
-from . import DataSet, Parts, Status, climate, downloading, facts, find, own_set, tables
+from . import DataSet, Parts, climate, downloading, facts, find, own_set, tables
 from .rasters import SUFFIXES, Raster, quiet
 
 OEM, LOVEDA, POTSDAM = "landcover/openearthmap", "landcover/loveda", "landcover/potsdam"
@@ -492,13 +492,6 @@ def plain_or_coloured(palette: Sequence[tuple[int, int, int]], truth: Raster, *w
 
 
 # --- called by `companion.data` ---------------------------------------------------------------------------------------
-
-
-def status(dataset: DataSet, root: Path) -> Status:
-    """See `companion.data.status`: lists and folders are read, no image is opened."""
-    splits = POTSDAM_TILES if dataset.name == POTSDAM else SPLITS
-    counts = {split: len(_pictures(dataset, root, split)[0]) for split in splits}
-    return Status("present", ", ".join(f"{count:,} {split}" for split, count in counts.items()))
 
 
 def fetch(dataset: DataSet, root: Path, progress: bool) -> None:

@@ -24,7 +24,7 @@ from torchvision.transforms.v2.functional import to_dtype
 
 from ..errors import CorruptFile, check_choice
 from ..ops.files import read_json
-from . import DataSet, Status, check_listed, complete, decoding, facts, fetched, find, inside, own_set, tables
+from . import DataSet, check_listed, decoding, facts, fetched, find, inside, own_set, tables
 from .classification import Images, images_of_classes
 
 _FACTS = facts("restoration")
@@ -133,14 +133,6 @@ def read_captions(path: str | Path) -> dict[str, str]:
 
 
 # --- called by `companion.data` ---------------------------------------------------------------------------------------
-
-
-def status(dataset: DataSet, root: Path) -> Status:
-    """See `companion.data.status`; the folder of COCO is also that of other sets."""
-    folder, lists = dataset.folder(root), _FACTS["CAPTIONS"].values() if dataset.name == "restoration/coco" else ()
-    if any((folder / name).exists() for name in (*FOLDERS[dataset.name].values(), *lists)):
-        return complete(dataset, root)
-    return Status("missing", f"no captions and no images in {folder}")
 
 
 def fetch(dataset: DataSet, root: Path, progress: bool) -> None:

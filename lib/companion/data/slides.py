@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from torch.utils.data import Dataset, default_collate
 
 from ..errors import BadParameter, CorruptFile, MissingData, check_choice
 from ..ops.files import atomic, atomic_folder, sha256
-from . import DataSet, Parts, Status, find, tables
+from . import DataSet, Parts, find, tables
 
 SPLITS = ("train", "tune", "test")
 GRADES = 6
@@ -401,11 +402,9 @@ def trimmed(items: Sequence[tuple[Tensor, Tensor, int]]) -> list[Tensor]:
 # --- the register -----------------------------------------------------------------------------------------------------
 
 
-def status(dataset: DataSet, root: Path) -> Status:
-    """Whether the table exists, has its published length, and every listed slide has a file."""
-    items = _table(dataset, root)
-    masks = sum(item.mask is not None for item in items)
-    return Status("present", f"{len(items)} slides, {masks} with a label mask")
+def parts(dataset: DataSet) -> dict[str, Callable[[Path], list[Item]]]:
+    """See `companion.data.parts`: all slides; folds are lists of them."""
+    return {"train": functools.partial(_table, dataset)}
 
 
 def _table(dataset: DataSet, root: Path) -> list[Item]:

@@ -11,14 +11,16 @@ from collections import Counter
 from pathlib import Path
 
 from ..errors import CorruptFile
-from . import DataSet
+from . import DataSet, at
 
 
 def existing(dataset: DataSet, root: str | Path, *paths: Path) -> Path:
-    """The first of `paths` that is a file. Raises `MissingData` of the set when none is."""
-    if found := next((path for path in paths if path.is_file()), None):
-        return found
-    raise dataset.missing(root, f"{paths[0]} is not there")
+    """The first of `paths` that is a file, also in another spelling of upper and lower case. Raises `MissingData` of
+    the set when none is."""
+    for path in paths:
+        if (found := at(path.parent, path.name)).is_file():
+            return found
+    raise dataset.missing(root, f"{' or '.join(map(str, paths))} is not there")
 
 
 def check_count(dataset: DataSet, root: str | Path, found: int, expected: int | None, what: str) -> None:

@@ -13,12 +13,12 @@ pairs, `evaluation.metrics.tracking` scores boxes.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import itertools
 import math
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ import numpy as np
 
 from ..errors import BadParameter, CompanionError, CorruptFile, MissingData, check_choice
 from ..ops.files import atomic
-from . import DataSet, Status, decoding, facts, find, spaced, tables
+from . import DataSet, decoding, facts, find, spaced, tables
 from .tracking_crops import (  # noqa: F401  (names of this module for its users)
     BRIGHTNESS,
     FLIP,
@@ -406,12 +406,7 @@ def read_results(
 # --- called by `companion.data` ----------------------------------------------------------------------------------
 
 
-def status(dataset: DataSet, root: Path) -> Status:
-    """See `companion.data.status`: every sequence's annotation is read and its frames are counted, none is opened."""
-    videos = [v for split in SPLITS[dataset.name] if split != "trainval" for v in load(dataset.name, root, split)]
-    counts = Counter(video.name for video in videos)
-    if twice := [name for name, count in counts.items() if count > 1]:
-        return Status("incomplete", f"{', '.join(twice[:8])} in two splits")
-    return Status(
-        "present", f"{len(videos):,} sequences, {sum(map(len, videos)):,} frame pairs in {dataset.folder(root)}"
-    )
+def parts(dataset: DataSet) -> dict[str, Callable[[Path], list[Sequence]]]:
+    """See `companion.data.parts`: every sequence's annotation is read and its frames are counted, none is opened."""
+    splits = (split for split in SPLITS[dataset.name] if split != "trainval")
+    return {split: functools.partial(load, dataset.name, split=split) for split in splits}

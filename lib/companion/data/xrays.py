@@ -38,7 +38,7 @@ from torchvision.transforms import v2
 from ..errors import BadParameter, CorruptFile, check_choice, check_names
 from ..ops.config import configure
 from ..ops.files import atomic
-from . import DataSet, Parts, Status, decoding, downloading, facts, find, own_set, tables
+from . import DataSet, Parts, decoding, downloading, facts, find, own_set, tables
 
 _FACTS = facts("xrays")
 TASKS: tuple[str, ...] = _FACTS["TASKS"]
@@ -622,22 +622,20 @@ def write_reports(path: str | Path, paths: Sequence[str], texts: Sequence[str], 
 # --- register ---------------------------------------------------------------------------------------------------------
 
 
-def status(dataset: DataSet, root: Path) -> Status:
-    """See `companion.data.status`: checks lists, their lengths, and that each listed image exists (opens none)."""
-    name, pairs = dataset.name, ""
-    # lists of unknown length, and lists that a set lacks, are not required
-    keys = [(task, key) for (each, task), known in SIZES.items() if each == name for key in known]
-    found = [
-        load(name, root, "train" if key in SHARES else key, task=task, share=key if key in SHARES else "100")
-        for task, key in keys
-    ]
-    if not keys:
-        found = [reports(name, root).images]
-        pairs = f"{len(found[0]):,} images with reports"
-    images = [path for part in found if not isinstance(part, _Stacked) for path in part.paths]
-    if absent := [path for path in images if _there(dataset.folder(root), path) is None]:
-        return Status("incomplete", f"{len(absent)} listed images are not there, the first is {absent[0]}")
-    return Status("present", pairs)
+def parts(dataset: DataSet) -> dict[str, Callable[[Path], Any]]:
+    """See `companion.data.parts`: the splits of each task, and shares of the training list; or the reports."""
+    found: dict[str, Callable[[Path], Any]] = {}
+    for task in tasks(dataset.name):
+        for key in SIZES.get((dataset.name, task), ()):
+            split, share = ("train", key) if key in SHARES else (key, "100")
+            read = functools.partial(load, dataset.name, split=split, task=task, share=share)
+            found[part_name(task, split, share)] = read
+    return found or {"pairs": lambda root: reports(dataset.name, root).images}
+
+
+def part_name(task: str, split: str, share: str = "100") -> str:
+    """The name of a part for `companion.data.status`: "classification test", "segmentation train 10 %"."""
+    return f"{task} {split}" + f" {share} %" * (split == "train")
 
 
 def fetch(dataset: DataSet, root: Path, progress: bool = True) -> None:

@@ -1,0 +1,94 @@
+"""Copies of the data sets as people have them: with a folder more, a link, other letters, files of operating systems;
+and those that the papers' `COPIES` describe, such as Kaggle's. Each has the same items in the same order, or an error
+with the next step."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from companion import data
+from companion.errors import CompanionError
+from tests.rehearsal import common
+from tests.rehearsal.test_rehearsal import PAPERS
+
+SETS = {run["dataset"]: slug for slug in PAPERS for run in common.runs(slug).RUNS if run["dataset"] in data.DATASETS}
+COPIES = [(slug, name) for slug in PAPERS for name in getattr(common.runs(slug), "COPIES", ())]
+
+
+def content(name: str, root: Path) -> dict[str, list]:
+    """By split, the name of each item's file and its label."""
+    found = {}
+    for split, read in data.parts(data.find(name)).items():
+        items = read(root)
+        files = [Path(file).name for file in data._files(items)] or [getattr(item, "name", "") for item in items]
+        found[split] = [len(items), *files, str(getattr(items, "labels", ""))]
+    return found
+
+
+def one_more(folder: Path) -> None:
+    shutil.move(folder, aside := folder.with_name("aside"))
+    shutil.move(aside, folder / "unpacked")
+
+
+def two_more(folder: Path) -> None:
+    one_more(folder)
+    one_more(folder)
+
+
+def linked(folder: Path) -> None:
+    shutil.move(folder, aside := folder.with_name("disk"))
+    folder.symlink_to(aside, target_is_directory=True)
+
+
+def lower(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.rename(path.with_name(path.name.lower()))
+
+
+def added(folder: Path) -> None:
+    for place in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
+        (place / "__MACOSX").mkdir()
+        (place / "__MACOSX" / "._1.jpg").write_bytes(b"\0")
+        for name in (".DS_Store", "Thumbs.db", "._1.jpg"):
+            (place / name).write_bytes(b"\0")
+
+
+WAYS: list[Callable[[Path], None]] = [one_more, two_more, linked, lower, added]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+@pytest.mark.parametrize("name", SETS)
+def test_a_set_is_found(name, way, tmp_path, monkeypatch):
+    common.prepare(SETS[name], {"dataset": name}, tmp_path, monkeypatch)
+    as_published = content(name, tmp_path)
+    way(data.find(name).folder(tmp_path))
+    assert content(name, tmp_path) == as_published
+    found = data.status(name, tmp_path)
+    assert found.state == "present", found.detail
+
+
+@pytest.mark.parametrize(("slug", "name"), COPIES)
+def test_a_copy(slug, name, tmp_path, monkeypatch):
+    """Read as published, or refused with words that say what to do."""
+    copy = common.runs(slug).COPIES[name]
+    common.prepare(slug, copy.run, tmp_path, monkeypatch)
+    as_published = content(copy.run["dataset"], tmp_path)
+    copy.damage(tmp_path)
+    if not copy.words:
+        assert content(copy.run["dataset"], tmp_path) == as_published
+        return
+    with pytest.raises(CompanionError, match=copy.words):
+        content(copy.run["dataset"], tmp_path)
+
+
+def test_a_folder_of_many_is_not_searched(tmp_path, monkeypatch):
+    """A folder of class folders may hold a million files."""
+    looked = []
+    monkeypatch.setattr(data.os, "scandir", lambda place, scan=os.scandir: looked.append(place) or scan(place))
+    for i in range(data.MANY + 1):
+        (tmp_path / "hta/dtd" / str(i) / "labels").mkdir(parents=True)
+    assert data.status("hta/dtd", tmp_path).state == "incomplete"
+    assert {Path(place) for place in looked} == {tmp_path, tmp_path / "hta", tmp_path / "hta/dtd"}
