@@ -68,11 +68,27 @@ class MissingWeights(CompanionError):
 
 
 class CorruptFile(CompanionError):
-    """A file exists but cannot be read in the expected format."""
+    """A file exists but cannot be read in the expected format; what it is instead is said where that is known."""
 
     def __init__(self, path: str | Path, reason: str):
-        self.path, self.reason = Path(path), reason
-        super().__init__(f"cannot read {path}: {reason}")
+        self.path, self.reason = Path(path), reason + (f". {found}" if (found := _what_it_is(Path(path))) else "")
+        super().__init__(f"cannot read {path}: {self.reason}")
+
+
+def _what_it_is(path: Path) -> str:
+    """What a file is that downloads leave in place of data, and what to do; else nothing."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(512).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    except OSError:
+        return ""
+    if not path.stat().st_size:
+        return "The file is empty: get it again"
+    if start.startswith(b"version https://git-lfs"):
+        return "It is a Git LFS pointer, not the file: run `git lfs pull` in its repository"
+    if start.startswith((b"<!doctype html", b"<html", b"<?xml")) and path.suffix.lower() not in (".html", ".xml"):
+        return "It is a web page, such as a host's login or quota message: download the file again in a browser"
+    return ""
 
 
 class CannotWrite(CompanionError, OSError):

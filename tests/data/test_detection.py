@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from companion import data
-from companion.data.detection import caption_labels, load, own_folder, splits
+from companion.data.detection import caption_labels, load, own_folder
 from companion.errors import BadParameter, CorruptFile, MissingData
 from companion.ops.files import read_json, write_json
 from tests.data.conftest import expect, picture, refused, unreadable
@@ -52,8 +52,7 @@ def coco(tmp_path, sizes) -> Path:
 
 
 def test_ov_coco(coco):
-    sets = splits("detection/ov-coco", coco)
-    train, test = sets["train"], sets["test"]
+    train, test = (load("detection/ov-coco", coco, split) for split in ("train", "test"))
     assert train.image_ids == (1,) and test.image_ids == (1, 2) and len(train.class_names) == train.classes == 80
     assert train.positives.nonzero().tolist() == [[0, 0]]
     assert [[test.class_names[i] for i in row.nonzero()] for row in test.positives] == [["person", "cat"], ["cat"]]
@@ -77,7 +76,7 @@ def test_ov_lvis(tmp_path, sizes):
     for split in ("train", "val"):
         write_json(tmp_path / "lvis" / f"lvis_v1_{split}.json", lvis_file())
     picture(tmp_path / "coco" / "val2017" / "000000000001.jpg")
-    train, test = splits("detection/ov-lvis", tmp_path).values()
+    train, test = (load("detection/ov-lvis", tmp_path, split) for split in ("train", "test"))
     assert train[0][1].labels.tolist() == [0] and test[0][1].labels.tolist() == [0, 1]
     assert train.base == (1, 3) and train.novel == (2,) and test.unseen.tolist() == [False, True, False]
     write_json(tmp_path / "lvis" / "lvis_v1_train.json", lvis_file(frequency="often"))
@@ -111,7 +110,8 @@ def test_own_folder_with_labels_without_boxes(tmp_path):
 
 def test_images_that_are_broken_or_missing(coco, sizes):
     name = "detection/ov-coco"
-    assert data.status(name, coco).state == "present"
+    assert data.status(name, coco, "train", "test").state == "present"
+    assert "captions_train2017.json" in data.status(name, coco).lacking["captions"]
     test, file = load(name, coco, "test"), coco / "coco" / "val2017" / "1.jpg"
     Image.new("RGB", (5, 5)).save(file)
     refused(CorruptFile, r"1\.jpg.*5, 5", lambda: test[0])

@@ -6,7 +6,7 @@ import importlib
 import pytest
 
 from companion import data
-from companion.data import DATASETS, real, xrays
+from companion.data import DATASETS, real
 from companion.errors import BadParameter, CompanionError, MissingData
 from tests.data.conftest import expect, refused
 
@@ -20,12 +20,7 @@ FETCHED = {
 
 
 def load(name: str, root) -> object:
-    reader = importlib.import_module(f"companion.data.{DATASETS[name].task}")
-    if name in ("xrays/mimic-cxr", "xrays/openi"):
-        return xrays.reports(name, root)
-    if hasattr(reader, "splits"):
-        return reader.splits(name, root)
-    return reader.load(name, root, "test" if name in ("rgbt/rgbt234", "rgbt/gtot", "slides/panda") else "train")
+    return next(iter(data.parts(DATASETS[name]).values()))(root)
 
 
 def test_the_register_holds_the_numbers_of_the_papers():

@@ -98,6 +98,57 @@ def another(root: Path) -> Path:
     return path
 
 
+def ids_of_pandas(root: Path) -> Path:
+    """Numbers with a point, as pandas writes columns that have a hole."""
+    for file in (root / "coco/annotations").glob("instances*"):
+        found = read_json(file)
+        for row in (*found["images"], *found["annotations"]):
+            row |= {name: float(row[name]) for name in ("id", "image_id", "category_id", "width") if name in row}
+        write_json(file, found)
+    return root
+
+
+def moved(old: str, new: str):  # type: ignore[no-untyped-def]
+    """A folder below the data root under another name."""
+
+    def damage(root: Path) -> Path:
+        (root / new).parent.mkdir(parents=True, exist_ok=True)
+        (root / old).rename(root / new)
+        return root / new
+
+    return damage
+
+
+def linked(root: Path) -> Path:
+    """LVIS is a link to another disk, which has no COCO beside it."""
+    (path := root / "disk" / "lvis").parent.mkdir()
+    (root / "lvis").rename(path)
+    (root / "lvis").symlink_to(path, target_is_directory=True)
+    return path
+
+
+def without(*files: str):  # type: ignore[no-untyped-def]
+    def damage(root: Path) -> Path:
+        for file in files:
+            (root / file).unlink()
+        return root
+
+    return damage
+
+
+OBJECTS = {"dataset": "detection/objects365"}
+COPIES = {
+    "numbers with a point": Fault({"dataset": COCO}, ids_of_pandas, ""),
+    "Ultralytics' folders": Fault({"dataset": COCO}, moved("coco/train2017", "coco/images/train2017"), ""),
+    "annotations in their archive's folder": Fault(
+        {"dataset": COCO}, moved("coco/annotations", "coco/annotations_trainval2017/annotations"), ""
+    ),
+    "a linked LVIS": Fault({"dataset": LVIS}, linked, ""),
+    "LVIS inside COCO": Fault({"dataset": LVIS}, moved("coco", "lvis/coco"), ""),
+    "patches without images/v1": Fault(OBJECTS, moved("objects365/val/images/v1/patch0", "objects365/val/patch0"), ""),
+    "no captions": Fault({"dataset": COCO}, without("coco/annotations/captions_train2017.json"), "captions = False"),
+    "a hole": Fault({"dataset": COCO}, without("coco/val2017/108.jpg"), "108.jpg"),
+}
 FAULTS = {
     "a missing list": Fault({"dataset": COCO}, missing, "captions = False"),
     "a label out of range": Fault(

@@ -24,7 +24,8 @@ def content(name: str, root: Path) -> dict[str, list]:
     for split, read in data.parts(data.find(name)).items():
         items = read(root)
         files = [Path(file).name for file in data._files(items)] or [getattr(item, "name", "") for item in items]
-        found[split] = [len(items), *files, str(getattr(items, "labels", ""))]
+        labels = getattr(items, "positives", getattr(items, "labels", ""))
+        found[split] = [len(items), *files, str(labels)]
     return found
 
 

@@ -121,10 +121,14 @@ def own_set(root: str | Path, task: str, layout: str, classes: int = 0) -> DataS
     return DataSet(name, title, "own", task, classes, {}, (".",), layout, source, "yours", "")
 
 
-def entries(folder: Path) -> list[str]:
-    """The names in a folder, sorted, without hidden ones and those that operating systems add; of no folder none."""
-    found = (entry.name for entry in os.scandir(folder)) if folder.is_dir() else ()
-    return sorted(name for name in found if not name.startswith(".") and name not in ADDED)
+def entries(folder: Path, folders: bool = False) -> list[str]:
+    """The names in a folder, or those of its folders, sorted, without hidden ones and those that operating systems add;
+    of no folder none."""
+    if not folder.is_dir():
+        return []
+    with os.scandir(folder) as found:
+        names = [entry.name for entry in found if not folders or entry.is_dir()]
+    return sorted(name for name in names if not name.startswith(".") and name not in ADDED)
 
 
 def told(names: Sequence[str], most: int = 8) -> str:
@@ -137,7 +141,7 @@ def below(folder: Path) -> Iterator[Path]:
     entered."""
     level = [folder]
     for _ in range(2):
-        inner = ([path for name in entries(place) if (path := place / name).is_dir()] for place in level)
+        inner = ([place / name for name in entries(place, folders=True)] for place in level)
         level = [path for paths in inner if len(paths) <= MANY for path in paths]
         yield from level
 

@@ -1,9 +1,9 @@
 """Images with boxes in COCO's and LVIS' files, in the splits of open-vocabulary detection.
 
-    sets = splits("detection/ov-coco", "data")
-    image, target = sets["test"][0]        # uint8 (3, H, W); target.boxes (n, 4) xyxy, target.labels (n,)
-    sets["train"].positives                # (N, C) bool: which classes each image shows
-    sets["test"].truth                     # the annotations, for `metrics.detection.evaluate`
+    test = load("detection/ov-coco", "data", "test")
+    image, target = test[0]                # uint8 (3, H, W); target.boxes (n, 4) xyxy, target.labels (n,)
+    test.positives                         # (N, C) bool: which classes each image shows
+    test.truth                             # the annotations, for `metrics.detection.evaluate`
 
 A class has an index, its rank among the categories sorted by id, and a category id. Opening a set reads its annotations
 and checks them; an image is decoded on access. `root` is the data folder; detection_sets.yaml describes the sets and
@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import csv
 import functools
+import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path, PureWindowsPath
+from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -26,7 +27,7 @@ from torchvision.ops import box_convert
 
 from ..errors import BadParameter, CompanionError, CorruptFile, check_choice
 from ..ops.files import read_json
-from . import DataSet, decoding, facts, find, own_set, tables
+from . import DataSet, at, below, decoding, facts, find, own_set, tables
 from .classification import Images
 
 _FACTS = facts("detection")
@@ -135,25 +136,21 @@ class Boxes(Images):
 # --- public functions -------------------------------------------------------------------------------------------------
 
 
-def splits(name: str, root: str | Path) -> dict[str, Boxes]:
-    """Every split of a set: "train" and "test" of "detection/ov-coco" and "detection/ov-lvis", "test" of
-    "detection/objects365" and "detection/openimages".
+def load(name: str, root: str | Path, split: str) -> Boxes:
+    """One split of a set: "train" and "test" of "detection/ov-coco" and "detection/ov-lvis", "test" of
+    "detection/objects365" and "detection/openimages", and "captions" of OV-COCO: its training images with the classes
+    that their captions name, see `caption_labels`.
 
     Raises:
-        BadParameter: unknown name.
+        BadParameter: unknown name, or a split that the set does not have.
         MissingData: the folder, an annotation file or the images are missing, or not as many as published.
         CorruptFile: an annotation file that is truncated, or has a wrong or missing field, which is named.
     """
-    dataset = find(name, "detection")
-    return {split: load(name, root, split) for split in FILES[dataset.name]}
-
-
-def load(name: str, root: str | Path, split: str) -> Boxes:
-    """One split of a set; otherwise as `splits`. Raises `BadParameter` for a split that the set does not have."""
     dataset, root = find(name, "detection"), Path(root)
     check_choice("split", split, FILES[dataset.name])
     truth, base, novel = _read(dataset, root, split)
-    return Boxes(dataset, root, _folder(dataset, root, split, truth), truth, base, novel)
+    folder, truth["images"] = _images(dataset, root, split, truth["images"])
+    return Boxes(dataset, root, folder, truth, base, novel)
 
 
 def own_folder(annotations: str | Path, images: str | Path, novel: Sequence[str] = ()) -> Boxes:
@@ -162,7 +159,7 @@ def own_folder(annotations: str | Path, images: str | Path, novel: Sequence[str]
     Args:
         novel: names of classes that count as novel; all others are base.
 
-    Raises as `splits`; also `CorruptFile`: two categories of one name, or a box outside its image; and `BadParameter`
+    Raises as `load`; also `CorruptFile`: two categories of one name, or a box outside its image; and `BadParameter`
     for a name that the file does not have.
     """
     file, folder = Path(annotations), Path(images)
@@ -198,6 +195,10 @@ def read_annotations(path: str | Path) -> dict:
     if not isinstance(found, dict):
         raise wrong("an object was expected")
     found.setdefault("annotations", [])
+    for row in (row for part in ("images", "annotations", "categories") for row in found.get(part) or ()):
+        for name in NUMBERS if isinstance(row, dict) else ():  # pandas writes 1.0
+            if isinstance(value := row.get(name), float) and value.is_integer():
+                row[name] = int(value)
     for image in found.get("images", ()):
         if isinstance(image, dict) and "file_name" not in image and isinstance(image.get("coco_url"), str):
             image["file_name"] = "/".join(image["coco_url"].split("/")[-2:])
@@ -252,6 +253,7 @@ SCHEMA: dict[str, Fields] = {
 """The fields of each part of COCO's format that are read here, and what each must be."""
 CAPTION: Fields = {"image_id": _is_id, "caption": lambda value: isinstance(value, str)}
 """The fields of an annotation in a file of captions."""
+NUMBERS = ("id", "image_id", "category_id", "width", "height", "iscrowd")
 REFERENCES = [("annotations", "image_id", "images"), ("annotations", "category_id", "categories")]
 REFERENCES += [("images", f"{kind}_category_ids", "categories") for kind in ("pos", "neg", "not_exhaustive")]
 SHAPES: dict[str, Fields] = {
@@ -404,6 +406,10 @@ def _read(dataset: DataSet, root: Path, split: str) -> tuple[dict, Sequence[int]
     """The annotations of a split, and the category ids of base and novel classes."""
     folder = dataset.folder(root)
     file = tables.existing(dataset, root, *(folder / name for name in FILES[dataset.name][split]))
+    if split == "captions":
+        known = {**COCO_BASE, **COCO_NOVEL, **COCO_OTHER}
+        categories = [{"id": i, "name": name} for name, i in sorted(known.items(), key=lambda pair: pair[1])]
+        return caption_labels(read_json(file), with_synonyms(categories), file), OV_COCO_BASE, OV_COCO_NOVEL
     found = read_annotations(file)
     tables.check_count(dataset, root, len(found["images"]), dataset.sizes.get(split), f"images in {file}")
     ids = [category["id"] for category in found["categories"]]
@@ -437,13 +443,22 @@ def _renamed(found: Mapping, folder: Path, file: Path) -> dict:
     return {**found, "categories": categories}
 
 
-def _folder(dataset: DataSet, root: Path, split: str, truth: Mapping) -> Path:
-    """The image folder: the first known one that has the first and the last image."""
+def _images(dataset: DataSet, root: Path, split: str, images: Sequence[Mapping]) -> tuple[Path, list[Mapping]]:
+    """The image folder, the first known one that has the first and the last image, and the images, named below it.
+
+    It is searched below the set's folder, the folders that it is in, and those in it. A path in the annotations may
+    begin with folders that the copy does not have: those of an archive.
+    """
     folder = dataset.folder(root)
-    places = [folder / place for place in IMAGES[dataset.name][split]]
-    ends = [truth["images"][i]["file_name"] for i in (0, -1)]
-    for place in places:
-        if all((place / name).is_file() for name in ends):
-            return place
-    where = " or ".join(str(place) for place in places)
-    raise dataset.missing(root, f"the annotations list {' and '.join(ends)}, which are not both in {where}")
+    bases = [folder, *folder.parents[: len(folder.relative_to(root).parts)], *below(folder)]
+    places = list(dict.fromkeys(at(base, place) for base in bases for place in IMAGES[dataset.name][split]))
+    ends = [PurePath(images[i]["file_name"]).parts for i in (0, -1)]
+    for skipped in range(min(map(len, ends))):
+        for place in itertools.chain(places, *map(below, places)):
+            if all(place.joinpath(*parts[skipped:]).is_file() for parts in ends):
+                if not skipped:
+                    return place, list(images)
+                named = ("/".join(PurePath(image["file_name"]).parts[skipped:]) for image in images)
+                return place, [image | {"file_name": name} for image, name in zip(images, named, strict=True)]
+    where, wanted = " or ".join(str(place) for place in places if place.is_dir()), " and ".join(map("/".join, ends))
+    raise dataset.missing(root, f"the annotations list {wanted}, which are not both in {where or places[0]}")

@@ -6,7 +6,6 @@ import pytest
 import timm
 import torch
 
-from companion.data import detection
 from companion.errors import BadCheckpoint, CorruptFile, MissingData, MissingWeights
 from companion.models.sic_cads import detectors, predictions, recipe
 from companion.models.sic_cads import model as sic_cads
@@ -44,18 +43,19 @@ def batch(count: int = 4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def test_boxes_and_captions_take_turns(coco):  # noqa: F811
-    train, p = detection.load("detection/ov-coco", coco, "train"), given(data_root=str(coco))
+    p = given(data_root=str(coco))
     texts = [{"image_id": i, "caption": text} for i, text in ((1, "a dog"), (2, "a man"), (4, "a bus"))]
     captions = {"images": [image(i) for i in (1, 2, 3, 4)], "annotations": texts}
     write_json(coco / "coco" / "annotations" / "captions_train2017.json", captions)
-    found = recipe.training_data(p, train)
+    _, images = recipe.data(p)
+    found, train = recipe.training_data(p, images), images["train"]
     torch.manual_seed(0)
     groups = [found[0] for _ in range(40)]
     labels = torch.cat([positives for _, positives, boxes in groups if not boxes[0]])
     named = {train.class_names[i] for i in labels.any(0).nonzero().flatten()}
     assert named == {"dog", "person", "bus"}, "novel ones too"
     assert groups[0][0].shape == (4, 3, 480, 480) and len(found) == (len(train) + 3) // 4
-    assert isinstance(recipe.training_data(given(captions=False), train), recipe.Crops)
+    assert isinstance(recipe.training_data(given(captions=False), images), recipe.Crops)
 
 
 def test_images_are_resized_as_for_the_detector_but_not_in_training(small, monkeypatch):
@@ -107,7 +107,7 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch, coco):  # noqa: F811
     refuses((run(data_root=str(tmp_path / "empty")), "cocodataset"), error=MissingData)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    refuses((run(data_root=str(coco)), "owlvit"), error=MissingWeights)
+    refuses((run(data_root=str(coco), captions=False), "owlvit"), error=MissingWeights)
 
 
 # --- from data to results ---------------------------------------------------------------------------------------------

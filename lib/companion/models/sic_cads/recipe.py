@@ -7,7 +7,7 @@ the third adds images of ImageNet-21k and is not built.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -26,7 +26,6 @@ from ...errors import BadParameter, MissingWeights
 from ...evaluation.metrics.detection import evaluate
 from ...evaluation.tables import Results
 from ...ops import papers
-from ...ops.files import read_json
 from ...training.callbacks import Callback, ClipValue
 from ...training.fit import WORKERS, Hardware, RunParameters, device
 from ...training.recipe import Training, dry_items
@@ -80,7 +79,7 @@ def run(p: Parameters, out: Path) -> Tested:
     title, images = data(p)
     r, where, test = published(p.dataset, p.captions), device(p.accelerator), images["test"]
     detector, clip, text = frozen(p, test)
-    module, _ = train(training(p, *recogniser(p, clip, text, test.unseen, images.get("train"))), out)
+    module, _ = train(training(p, *recogniser(p, clip, text, test.unseen, images)), out)
 
     def detect(image: Tensor) -> detectors.Output:
         return detector.to(where)(image)  # moved at the first image, not before processes for training are forked
@@ -181,15 +180,16 @@ def data(p: Parameters) -> tuple[str, dict[str, detection.Boxes]]:
 
     Raises `BadParameter`, `MissingData`, `CorruptFile`: with what to change or get.
     """
-    parts, count = ["test"], dry_items(p, published(p.dataset, p.captions).batch)
+    parts, r = ["test"], published(p.dataset, p.captions)
     if p.branch != "visual+" and not p.checkpoint:  # "visual+" does not use the ResNet and the heads
         if p.dataset in COLUMNS:
             accepted = (
                 "a recogniser trained with dataset = 'detection/ov-lvis', or branch = 'visual+', which needs none"
             )
             raise BadParameter("checkpoint", p.checkpoint, accepted)
-        parts.append("train")
-    if p.dry_run and not present(p.dataset, p.data_root):
+        parts += ["train", "captions"] if p.captions and r.repeat is None else ["train"]
+    count = dry_items(p, r.batch)
+    if p.dry_run and not present(p.dataset, p.data_root, *parts):
         title = f"generated images in place of {DATASETS[p.dataset].title} (dry run)"
         return title, {part: generated(p, count) for part in parts}
     found = {part: detection.load(p.dataset, p.data_root, part) for part in parts}
@@ -227,16 +227,16 @@ def frozen(p: Parameters, test: detection.Boxes) -> tuple[nn.Module, nn.Module, 
 
 
 def recogniser(
-    p: Parameters, clip: nn.Module, text: Tensor, novel: Tensor, learn: detection.Boxes | None
+    p: Parameters, clip: nn.Module, text: Tensor, novel: Tensor, images: Mapping[str, detection.Boxes]
 ) -> tuple[Callable[[], sic_cads.MLR], Dataset | None]:
     """What makes the recogniser of the parameters, and its training data: None where it is not trained."""
     if p.checkpoint:
         return functools.partial(load, p, clip, text, novel), None
-    if learn is None:
+    if "train" not in images:
         return functools.partial(build, p, clip, text, novel, "random"), None
     weights: str | Path = p.weights or "pretrained"
     weights = backbones.or_random(BODY, weights) if p.dry_run else weights
-    return functools.partial(build, p, clip, text, novel, weights), training_data(p, learn)
+    return functools.partial(build, p, clip, text, novel, weights), training_data(p, images)
 
 
 # --- training data ----------------------------------------------------------------------------------------------------
@@ -328,25 +328,15 @@ class Turns(Dataset):
         return torch.stack(images), torch.stack(positives), torch.tensor(boxes)
 
 
-def training_data(p: Parameters, train: detection.Boxes) -> Dataset:
+def training_data(p: Parameters, images: Mapping[str, detection.Boxes]) -> Dataset:
     """Crops of images with boxes, repeated where classes are rare (OV-LVIS), or in turns with captions (OV-COCO)."""
     r = published(p.dataset, p.captions)
-    crops = Crops(train, r.size, r.crop)
+    crops = Crops(images["train"], r.size, r.crop)
     if r.repeat is not None:
-        return Repeated(crops, detection.repeat_factors(train, r.repeat))
+        return Repeated(crops, detection.repeat_factors(images["train"], r.repeat))
     if not p.captions:
         return crops
-    if isinstance(train.sources, np.ndarray):  # generated ones, without captions
-        return Turns([crops, Crops(train, r.size, r.crop, boxes=False)], r.group)
-    file = train.dataset.folder(train.root) / "annotations" / "captions_train2017.json"
-    if not file.is_file():
-        raise train.dataset.missing(train.root, f"{file} is not there (or set captions = False)")
-    labels = detection.caption_labels(read_json(file), detection.with_synonyms(train.truth["categories"]), file)
-    captioned = detection.Boxes(
-        train.dataset, train.root, Path(train.sources[0]).parent, labels, train.base, train.novel
-    )
-    captioned = few({"captions": captioned}, len(train))["captions"] if p.dry_run else captioned
-    return Turns([crops, Crops(captioned, r.size, r.crop, boxes=False)], r.group)
+    return Turns([crops, Crops(images["captions"], r.size, r.crop, boxes=False)], r.group)
 
 
 class BatchLoss(nn.Module):
