@@ -102,6 +102,10 @@ def commands() -> dict[str, argparse.ArgumentParser]:
         masks = "folder of a tissue mask a slide, <slide id>.png or .tif, in its proportions: 0 (black) is background, "
         sub.add_argument("--masks", help=f"{masks}any other value tissue (default: tissue is detected by colour)")
         sub.add_argument("--region", type=int, default=2048, help="side of a region in pixels")
+        scan = (
+            "resize the nearest level to 0.5 microns per pixel, for scans without one near it, such as 40x at 1, 4, 16"
+        )
+        sub.add_argument("--resample", action="store_true", help=scan)
         sub.add_argument("--normalise", default="unit", choices=hvit["normalise"]["choices"], help="of the pixels")
         raw = "encode regions as read (default: after JPEG compression, as HS2P stores them for the authors)"
         sub.add_argument("--raw", action="store_true", help=raw)
@@ -319,7 +323,8 @@ def slides(given: argparse.Namespace) -> int:
         raise BadParameter("--part", given.part, "I/N, such as 0/8")
     check_folder("--features", features.stored_in(given.features, given.data_root))
     patch, bad = features.patch_encoder(given.weights, given.heads), []
-    tiling, parameters = replace(PANDA, jpeg=not given.raw), SimpleNamespace(**vars(given))
+    tiling = replace(PANDA, jpeg=not given.raw, resample=given.resample)
+    parameters = SimpleNamespace(**vars(given))
     options = {name: getattr(given, name) for name in ("batch", "mpp", "spacing", "masks", "preview")}
     for name, found in features.store(parameters, patch, (int(i), int(n)), tiling=tiling, **options):
         if isinstance(found, CompanionError):
@@ -351,7 +356,7 @@ def heatmap(given: argparse.Namespace) -> int:
     whole, tiling = HViT(model.slide, model.region, patch, model.variant), replace(PANDA, region=given.region)
     with Slide(path, given.mpp) as slide, evaluating(Hardware(given.accelerator), whole):
         mask = read_mask(given.masks, slide, tiling.downsample) if given.masks else None
-        tiles = tile(slide, replace(tiling, jpeg=not given.raw), mask)
+        tiles = tile(slide, replace(tiling, jpeg=not given.raw, resample=given.resample), mask)
         print(f"{path.stem}: {len(tiles)} regions", flush=True)
         maps = heatmaps.attention_maps(whole, whole.patch, slide, tiles, given.normalise)
         scores = maps.factorised(given.gamma, model.variant)

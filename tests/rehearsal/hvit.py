@@ -62,6 +62,14 @@ def overlap(root: Path) -> Path:
 
 
 ROW = "image_id,data_provider,isup_grade,gleason_score\n0000ab,radboud,6,3+3\n"
+
+
+def hole(root: Path) -> Path:
+    (path := find("slides/panda").folder(root) / "train_images/0000ab.tiff").unlink()
+    return path
+
+
+COPIES = {"a hole": Fault(PANDA, hole, "1 of 48 slides of train.csv .* 0000ab.tiff")}
 FAULTS = {
     "a missing list": Fault(PANDA, spoil("folds/fold-0/test.csv", None), "write_folds"),
     "a grade out of range": Fault(PANDA, spoil("train.csv", ROW), "'6'"),

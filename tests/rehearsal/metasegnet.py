@@ -69,6 +69,35 @@ def colour(root: Path) -> Path:
     return path
 
 
+def moved(name: str, old: str, new: str):  # type: ignore[no-untyped-def]
+    """A file or folder of a set under another name."""
+
+    def damage(root: Path) -> Path:
+        folder = DATASETS[name].folder(root)
+        (folder / old).rename(aside := root / "aside")
+        (folder / new).parent.mkdir(parents=True, exist_ok=True)
+        aside.rename(folder / new)
+        return folder / new
+
+    return damage
+
+
+def participants(root: Path) -> Path:
+    """The labels of the training tiles as first released, and the eroded ones of all tiles."""
+    folder = DATASETS[POTSDAM].folder(root)
+    for tile in landcover.POTSDAM_TILES["test"]:
+        (folder / f"5_Labels_all/top_potsdam_{tile}_label.tif").unlink()
+    return moved(POTSDAM, "5_Labels_all", "5_labels_for_participants")(root)
+
+
+COPIES = {
+    "each archive in a folder of its own": Fault(CITY, moved(LOVEDA, "Train", "Train/Train"), ""),
+    "a test set alone": Fault(CITY, moved(LOVEDA, "Train", "elsewhere"), "0 images of 'train', 2 are"),
+    "labels for participants": Fault(TILES, participants, ""),
+    "another neighbour's image": Fault(
+        CITY, moved(LOVEDA, "Val/Rural/masks_png/0.png", "Val/Rural/masks_png/0_mask.png"), "masks_png/0.png"
+    ),
+}
 LABEL = "tokyo/labels/tokyo_1.tif"
 FAULTS = {
     "a missing list": Fault(EARTH, earth("val.txt"), "is not there"),

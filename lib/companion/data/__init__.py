@@ -147,14 +147,15 @@ def below(folder: Path) -> Iterator[Path]:
 
 
 def at(folder: Path, *names: str) -> Path:
-    """The first of `names` that exists below `folder`, also in another spelling of upper and lower case; else the
-    first, where it would be."""
-    for name in names:
+    """The first of `names` that exists below `folder`, also in another spelling of upper and lower case, or with its
+    first folder twice, as some programs unpack an archive; else the first, where it would be."""
+    twice = (f"{name.partition('/')[0]}/{name}" for name in names if "/" in name)
+    for name in (*names, *twice):
         if (found := folder / name).exists():
             return found
         place = folder
         for part in Path(name).parts:
-            alike = [n for n in entries(place) if n.lower() == part.lower()] if not (place / part).exists() else [part]
+            alike = [part] if (place / part).exists() else [n for n in entries(place) if n.lower() == part.lower()]
             place = place / (alike[0] if len(alike) == 1 else part)
         if place.exists():
             return place

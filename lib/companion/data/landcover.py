@@ -31,7 +31,7 @@ from torchvision.datasets.utils import download_and_extract_archive
 
 from ..errors import BadParameter, CorruptFile, check_choice, check_names
 from ..ops.files import atomic
-from . import DataSet, Parts, climate, downloading, facts, find, own_set, tables
+from . import DataSet, Parts, at, climate, downloading, entries, facts, find, own_set, tables
 from .rasters import SUFFIXES, Raster, quiet
 
 OEM, LOVEDA, POTSDAM = "landcover/openearthmap", "landcover/loveda", "landcover/potsdam"
@@ -48,6 +48,8 @@ XBD: tuple[str, ...] = _FACTS["XBD"]
 LOVEDA_FILES: dict[str, str] = _FACTS["LOVEDA_FILES"]
 """Zip files of Zenodo record 5706578 and their MD5."""
 POTSDAM_TILES: dict[str, tuple[str, ...]] = _FACTS["POTSDAM_TILES"]
+POTSDAM_LABELS: dict[str, tuple[str, ...]] = _FACTS["POTSDAM_LABELS"]
+"""The folders of the labels, by version."""
 POTSDAM_FAULTY: str = _FACTS["POTSDAM_FAULTY"]
 """The tile with wrong labels, not used to train MetaSegNet: its author's papers exclude it."""
 TO_LOVEDA: dict[str, str] = _FACTS["TO_LOVEDA"]
@@ -529,18 +531,19 @@ def _pictures(
     elif dataset.name == POTSDAM:
         pictures = _potsdam(folder, split, labels or {"train": "full", "test": "eroded"}[split])
     elif dataset.name == LOVEDA:
-        scenes = [folder / split.capitalize() / scene for scene in ("Rural", "Urban")]
+        scenes = [at(folder, f"{split.capitalize()}/{scene}") for scene in ("Rural", "Urban")]
         pictures = [
-            Picture(image, scene / "masks_png" / image.name, scene.name.lower())
+            Picture(image, at(scene, "masks_png") / image.name, scene.name.lower())
             for scene in scenes
-            for image in _files(scene / "images_png")
+            for image in _files(at(scene, "images_png"))
         ]
     else:
-        sequences = sorted((folder / f"uavid_{split}").glob("seq*"), key=lambda path: (len(path.name), path.name))
+        top = at(folder, f"uavid_{split}")
+        sequences = [top / name for name in sorted(entries(top, folders=True), key=lambda name: (len(name), name))]
         pictures = [
-            Picture(image, sequence / "Labels" / image.name, sequence.name)
+            Picture(image, at(sequence, "Labels") / image.name, sequence.name)
             for sequence in sequences
-            for image in _files(sequence / "Images")
+            for image in _files(at(sequence, "Images"))
         ]
     tables.check_count(dataset, root, len(pictures), dataset.sizes.get(split), f"images of '{split}'")
     if split == "test" and dataset.name != POTSDAM:  # the labels are withheld
@@ -556,7 +559,7 @@ def _earth(folder: Path, listing: Path) -> tuple[list[Picture], list[str]]:
     absent: list[str] = []
     for name in tables.names(listing):
         region = name.rpartition("_")[0]
-        image, label = (folder / region / kind / name for kind in ("images", "labels"))
+        image, label = (at(folder, f"{region}/{kind}/{name}") for kind in ("images", "labels"))
         if image.is_file():
             found.append(Picture(image, label, region))
         else:
@@ -567,14 +570,14 @@ def _earth(folder: Path, listing: Path) -> tuple[list[Picture], list[str]]:
 def _potsdam(folder: Path, split: str, kind: str) -> list[Picture]:
     """The tiles as released, or in GeoSeg's folders; the first of these that exists."""
     check_choice("labels", kind, LABELS)
-    layouts = [(images, images[8:], f"5_Labels_all{LABELS[kind]}") for images in ("2_Ortho_RGB", "4_Ortho_RGBIR")]
-    layouts.append((f"{split}_images", "RGB", f"{split}_masks{'_eroded' if kind == 'eroded' else ''}"))
-    images, bands, masks = next((one for one in layouts if (folder / one[0]).is_dir()), layouts[0])
-    found = []
+    images = at(folder, "2_Ortho_RGB", "4_Ortho_RGBIR", f"{split}_images")
+    bands, found = "RGBIR" if images.name.lower().endswith("ir") else "RGB", []
+    masks = [mask for mask in POTSDAM_LABELS[kind] if split == "train" or "participants" not in mask]
+    masks += [f"{split}_masks{'_eroded' if kind == 'eroded' else ''}", ""]
     for tile in POTSDAM_TILES[split]:
         name = f"top_potsdam_{tile}_label{LABELS[kind]}.tif"
-        label = next((path for path in (folder / masks / name, folder / name) if path.is_file()), folder / masks / name)
-        found.append(Picture(folder / images / f"top_potsdam_{tile}_{bands}.tif", label, "potsdam"))
+        label = at(folder, *(f"{mask}/{name}" for mask in masks))
+        found.append(Picture(at(images, f"top_potsdam_{tile}_{bands}.tif"), label, "potsdam"))
     return found
 
 

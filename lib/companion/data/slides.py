@@ -27,7 +27,7 @@ from torch.utils.data import Dataset, default_collate
 
 from ..errors import BadParameter, CorruptFile, MissingData, check_choice
 from ..ops.files import atomic, atomic_folder, sha256
-from . import DataSet, Parts, find, tables
+from . import DataSet, Parts, at, entries, find, tables
 
 SPLITS = ("train", "tune", "test")
 GRADES = 6
@@ -411,16 +411,18 @@ def _table(dataset: DataSet, root: Path) -> list[Item]:
     """The slides of train.csv, each with an existing file."""
     top = dataset.folder(root)
     path = tables.existing(dataset, root, top / "train.csv")
-    there = {file.name for folder in ("train_images", "train_label_masks") for file in (top / folder).glob("*.tiff")}
+    images, masks = at(top, "train_images"), at(top, "train_label_masks")
+    there = {*entries(images), *entries(masks)}
     items, lost = [], []
     for line, row in _rows(path, *_COLUMNS):
         name, grade = row["image_id"], _grade(path, line, row["isup_grade"], dataset.classes)
-        image, mask = top / "train_images" / f"{name}.tiff", top / "train_label_masks" / f"{name}_mask.tiff"
+        image, mask = images / f"{name}.tiff", masks / f"{name}_mask.tiff"
         lost += [] if image.name in there else [name]
         found = mask if mask.name in there else None
         items.append(Item(name, image, grade, found, row["data_provider"], row["gleason_score"]))
     if lost:
-        raise dataset.missing(root, f"{len(lost)} of {len(items)} slides, the first: train_images/{lost[0]}.tiff")
+        first = f"{images}/{lost[0]}.tiff"
+        raise dataset.missing(root, f"{len(lost)} of {len(items)} slides of {path.name} are not there, such as {first}")
     tables.check_count(dataset, root, len(items), dataset.sizes.get("train"), f"slides in {path}")
     return items
 

@@ -44,6 +44,22 @@ def quiet(monkeypatch):
     monkeypatch.setattr(recipe, "WORKERS", 0)
 
 
+def test_a_dry_run_without_features_embeds_regions_of_a_few_slides(tmp_path, monkeypatch, capsys):
+    expect(monkeypatch, "slides/panda", sizes={})
+    top = panda(tmp_path, 48)
+    data.write_folds("slides/panda", tmp_path, 2, test=0.25)
+    tissue = np.full((1024, 1024, 3), (200, 120, 170), np.uint8) // 2 + np.indices((1024, 1024)).sum(0)[..., None] % 90
+    drawn = write_pyramid(tmp_path / "drawn.tiff", tissue.astype(np.uint8), 0.5)
+    for path in (top / "train_images").iterdir():
+        path.unlink()
+        path.symlink_to(drawn)
+    monkeypatch.setattr(recipe, "PatchEncoder", lambda: hvit.PatchEncoder(dim=384, depth=1))
+    monkeypatch.setattr(recipe, "PANDA", replace(PANDA, area=0.1))
+    found = recipe.run(given(dataset="slides/panda", data_root=str(tmp_path)), tmp_path / "out")
+    assert "random patch level" in capsys.readouterr().out and "2 slides a split" in found.title
+    assert len(found.test) == recipe.EMBEDDED and found.test[0][0].shape == (1, 16, 384)
+
+
 @pytest.mark.parametrize("sampling", ["uniform", "weighted"])
 def test_sampling_is_what_the_parameter_says(sampling):
     part = TensorDataset(torch.zeros(8, 3, 16, 384), torch.ones(8, 3) > 0, torch.tensor([0] * 7 + [5]))

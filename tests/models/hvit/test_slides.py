@@ -150,6 +150,12 @@ def test_the_spacing_decides_the_level(path, tmp_path, image):
         refuses((lambda: slides.tile(slide, dataclasses.replace(SMALL, mpp=1.0)), r"mpp = 1\.0.*0\.5, 2, 8"))
     for name, wrong in {"region": 0, "mpp": 0, "downsample": 0, "median": 2, "close": -1}.items():
         refuses((lambda change={name: wrong}: Tiling(**change), name))
+    with Slide(written(tmp_path / "40x.tiff", image, 0.25, downsamples=(1, 4, 16))) as slide:
+        refuses((lambda: slides.tile(slide, SMALL), "--resample"))
+        found = slides.tile(slide, dataclasses.replace(SMALL, resample=True))
+        assert (found.level, found.pixels) == (0, 256)
+    with Slide(written(tmp_path / "screen.tiff", image, 25400 / 72)) as slide:
+        refuses((lambda: slides.tile(slide, dataclasses.replace(SMALL, resample=True)), "mpp = 35.*screen.tiff.*--mpp"))
     bare = written(tmp_path / "bare.tiff", image, mpp=None)
     with Slide(bare) as slide:
         refuses((lambda: slides.tile(slide, SMALL), r"mpp.*bare\.tiff"), (lambda: Slide(bare, mpp=0), "mpp = 0"))

@@ -24,7 +24,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
 from ...data import slides as data
-from ...errors import BadParameter, CompanionError, check_range
+from ...errors import BadParameter, CompanionError, CorruptFile, check_range
 from ...ops.files import atomic, read_json, write_json
 from ...ops.progress import progress
 from ...training.checkpoints import checkpoint_key
@@ -175,6 +175,27 @@ def patch_encoder(weights: str | Path, heads: int | None = None) -> PatchEncoder
     return PatchEncoder.from_official(below(state, "patch.", "vit_patch.") or state, heads)
 
 
+def _levels(p: Parameters, patch: PatchEncoder) -> HViT:
+    """The whole model, to which `embed_patches` belongs; the levels above the patch level are not run."""
+    if p.region % patch.image:
+        raise BadParameter("region", p.region, f"a multiple of the {patch.image} pixels of a patch")
+    return HViT(SlideTransformer(192), RegionEncoder(p.region // patch.image, patch.dim), patch)
+
+
+@torch.inference_mode()
+def first_region(p: Parameters, patch: PatchEncoder, path: str | Path) -> Tensor:
+    """Patch embeddings (1, patches, width) of a slide's first region, on the CPU.
+
+    Raises `CorruptFile`: the slide cannot be read, or has no tissue; `BadParameter` as `tile`.
+    """
+    with Slide(path) as slide, evaluating(Hardware(p.accelerator), whole := _levels(p, patch)) as device:
+        tiles = tile(slide, dataclasses.replace(PANDA, region=p.region))
+        if not len(tiles):
+            raise CorruptFile(path, f"no region of {p.region} pixels with tissue was found in it")
+        pixels = slide.region(*tiles.coords[0], tiles)[None]
+        return whole.embed_patches(tensor(pixels, p.normalise, device)).float().cpu()
+
+
 def store(
     p: Parameters,
     patch: PatchEncoder,
@@ -203,14 +224,11 @@ def store(
     i, n = part
     if not 0 <= i < n:
         raise BadParameter("part", f"{i}/{n}", "i/n, i from 0 to n - 1")
-    if p.region % patch.image:
-        raise BadParameter("region", p.region, f"a multiple of the {patch.image} pixels of a patch")
     if p.dataset == "folder":
         named = list(data.unlabelled(p.data_root).items())
     else:
         named = [(item.name, item.path) for item in data.load(p.dataset, p.data_root)]
-    # `embed_patches` belongs to the whole model; the levels above are not run
-    whole = HViT(SlideTransformer(192), RegionEncoder(p.region // patch.image, patch.dim), patch)
+    whole = _levels(p, patch)
     options |= {"tiling": dataclasses.replace(tiling, region=p.region), "encoder": patch, "normalise": p.normalise}
     own = data.spacings(spacing, {name for name, _ in named}) if spacing else {}
     with evaluating(Hardware(p.accelerator), whole) as device:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from ...data import few, present
+from ...data import few, present, spaced
 from ...data import slides as data
 from ...errors import BadParameter, MissingData, MissingWeights
 from ...evaluation.metrics import check_values
@@ -34,7 +34,7 @@ from ...training.recipe import run as train
 from ...training.schedules import MakeOptimizer, param_groups
 from . import model as hvit
 from .encoders import PatchEncoder
-from .features import patch_encoder, stored_in
+from .features import first_region, patch_encoder, stored_in
 from .official import read_checkpoint
 from .slides import PANDA, Tiling, write_pyramid
 
@@ -43,6 +43,7 @@ LEARNING_RATE, DECAY, HALVED, EPOCHS, BATCH, LAST = 2e-4, 1e-5, 20, 50, 32, "car
 REGIONS = {"epochs": 200, "patience": 20}  # of the authors' training on regions of 1024 px from pixels, all levels
 EARLIEST = 52  # epochs that are trained at least; the authors' `epoch > 50` counts from 0
 DRY_REGIONS = 3  # of each generated slide
+EMBEDDED = 2  # slides of a split of a dry run without stored features
 SPLIT: dict[str, Any] = {"folds": 5, "test": 0.2}  # of a folder of slides
 Fold = tuple[Dataset, Dataset | None]  # training data, items (features, present, grade), and tuning data
 
@@ -121,7 +122,7 @@ def stored(p: Parameters) -> tuple[str, list[Fold], Dataset, int]:
 
     A folder of slides is split here: a fifth is tested on, each fold tunes on another fifth of the rest.
     """
-    classes = data.GRADES
+    classes, folds = data.GRADES, list[Fold]()
     if p.dataset == "folder":
         items = data.folder(p.data_root)
         named = sorted({(item.grade, item.label) for item in items})
@@ -132,6 +133,9 @@ def stored(p: Parameters) -> tuple[str, list[Fold], Dataset, int]:
         lists = [[data.load(p.dataset, p.data_root, s, fold) for s in data.SPLITS] for fold in range(p.folds)]
     _check_lists(lists)
     where = stored_in(p.features, p.data_root)
+    if p.dry_run and not any(where.glob("*.h5")) and not any(where.glob("*.pt")):
+        folds, test = embedded(p, lists[0])
+        return f"{p.dataset}, a region of {EMBEDDED} slides a split (no features are stored)", folds, test, classes
     parts = [[data.Features(items, where, drop=True) for items in fold] for fold in lists]
     for fold in parts:
         for part, split in zip(fold, data.SPLITS, strict=True):
@@ -139,8 +143,23 @@ def stored(p: Parameters) -> tuple[str, list[Fold], Dataset, int]:
     if p.dry_run:
         count = dry_items(p, BATCH)
         parts = [[*few(dict(zip(data.SPLITS, fold, strict=True)), count).values()] for fold in parts]
-    folds: list[Fold] = [(train, tune) for train, tune, _ in parts]
+    folds = [(train, tune) for train, tune, _ in parts]
     return f"{p.dataset}, {p.folds} folds", folds, parts[0][2], classes
+
+
+def embedded(p: Parameters, lists: Sequence[Sequence[data.Item]]) -> tuple[list[Fold], Dataset]:
+    """The fold and the test of a dry run without stored features: `EMBEDDED` slides of each list, the first region of
+    each encoded here."""
+    file = Path(p.data_root) / "weights" / "vit256_small_dino.pth"
+    if not file.is_file():
+        print(f"no {file}; a random patch level in this dry run")
+    patch, parts = patch_encoder(file) if file.is_file() else PatchEncoder(), list[TensorDataset]()
+    for items in lists:
+        chosen = [items[i] for i in spaced(len(items), EMBEDDED)]
+        rows = torch.cat([first_region(p, patch, item.path) for item in chosen])[:, None]
+        parts.append(TensorDataset(rows, torch.ones(rows.shape[:2]) > 0, torch.tensor([i.grade for i in chosen])))
+    learn, tune, test = parts
+    return [(learn, tune)], test
 
 
 def generated(p: Parameters) -> tuple[str, list[Fold], Dataset, int]:

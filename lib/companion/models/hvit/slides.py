@@ -39,6 +39,7 @@ MASKS = (".png", ".tif", ".tiff")  # endings of tissue masks
 EXTRA = "pip install -e '.[slides]'"
 PREVIEW = 1600  # longest side of a preview, in pixels
 LARGEST_THUMBNAIL = 64_000_000  # pixels; a level with more is reduced band by band
+LARGEST_MPP = 50  # microns per pixel of level 0
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -87,15 +88,15 @@ class Slide:
 
     @property
     def mpp(self) -> float:
-        """Microns per pixel of level 0, the mean of both axes. Raises `BadParameter` when it is unknown."""
-        if self._mpp is not None:
-            return self._mpp
+        """Microns per pixel of level 0, the mean of both axes. Raises `BadParameter`: it is unknown, or that of a screen
+        (72 dots an inch are 353 microns)."""
         stated = [float(self._slide.properties.get(f"{self.backend}.mpp-{axis}") or 0) for axis in "xy"]
-        values = [value for value in stated if value > 0]
-        if not values:
+        values = [value for value in stated if value > 0] if self._mpp is None else [self._mpp]
+        if not values or not sum(values) / len(values) < LARGEST_MPP:
             how = "the option --mpp, or a row in the table of `companion slides --spacing`"
-            accepted = f"the microns per pixel of level 0, which {self.path} does not contain: {how}"
-            raise BadParameter("mpp", None, accepted)
+            known = "contains no scanner's" if values else "does not contain"
+            accepted = f"the microns per pixel of level 0, which {self.path} {known}, below {LARGEST_MPP}: {how}"
+            raise BadParameter("mpp", values[0] if values else None, accepted)
         return sum(values) / len(values)
 
     def level(self, downsample: float) -> int:
@@ -346,7 +347,9 @@ def tile(slide: Slide, tiling: Tiling, mask: np.ndarray | None = None) -> Tiles:
     mpp = slide.mpp * slide.downsamples[level]
     if not tiling.resample and abs(mpp / tiling.mpp - 1) > tiling.tolerance:
         have = ", ".join(f"{slide.mpp * d:.3g}" for d in slide.downsamples if d < math.inf)
-        raise BadParameter("mpp", tiling.mpp, f"one near those of {slide.path} ({have}); or resample = True")
+        raise BadParameter(
+            "mpp", tiling.mpp, f"one near those of {slide.path} ({have}); or --resample (`resample = True`)"
+        )
     pixels = round(tiling.region * tiling.mpp / mpp) if tiling.resample else tiling.region
     if mask is None:
         mask = tissue_mask(slide.thumbnail(tiling.downsample)[0], tiling)
