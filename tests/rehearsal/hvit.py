@@ -69,7 +69,7 @@ def hole(root: Path) -> Path:
     return path
 
 
-COPIES = {"a hole": Fault(PANDA, hole, "1 of 48 slides of train.csv .* 0000ab.tiff")}
+COPIES = {"a hole": Fault(PANDA, hole, "1 of 48 slides of train.csv .*0000ab.tiff")}
 FAULTS = {
     "a missing list": Fault(PANDA, spoil("folds/fold-0/test.csv", None), "write_folds"),
     "a grade out of range": Fault(PANDA, spoil("train.csv", ROW), "'6'"),
