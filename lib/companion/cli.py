@@ -102,9 +102,7 @@ def commands() -> dict[str, argparse.ArgumentParser]:
         masks = "folder of a tissue mask a slide, <slide id>.png or .tif, in its proportions: 0 (black) is background, "
         sub.add_argument("--masks", help=f"{masks}any other value tissue (default: tissue is detected by colour)")
         sub.add_argument("--region", type=int, default=2048, help="side of a region in pixels")
-        scan = (
-            "resize the nearest level to 0.5 microns per pixel, for scans without one near it, such as 40x at 1, 4, 16"
-        )
+        scan = "resize the nearest level to 0.5 microns per pixel, where none is near: of 40x with levels 1, 4, 16"
         sub.add_argument("--resample", action="store_true", help=scan)
         sub.add_argument("--normalise", default="unit", choices=hvit["normalise"]["choices"], help="of the pixels")
         raw = "encode regions as read (default: after JPEG compression, as HS2P stores them for the authors)"

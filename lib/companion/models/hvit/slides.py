@@ -88,8 +88,10 @@ class Slide:
 
     @property
     def mpp(self) -> float:
-        """Microns per pixel of level 0, the mean of both axes. Raises `BadParameter`: it is unknown, or that of a screen
-        (72 dots an inch are 353 microns)."""
+        """Microns per pixel of level 0, the mean of both axes.
+
+        Raises `BadParameter`: it is unknown, or that of a screen (72 dots an inch are 353 microns).
+        """
         stated = [float(self._slide.properties.get(f"{self.backend}.mpp-{axis}") or 0) for axis in "xy"]
         values = [value for value in stated if value > 0] if self._mpp is None else [self._mpp]
         if not values or not sum(values) / len(values) < LARGEST_MPP:
