@@ -3,22 +3,25 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 
-from companion.errors import MissingData
+from companion.errors import CompanionError, MissingData
 from companion.evaluation import ablations
 from companion.evaluation.claims import PAPER, SYNTHETIC, counts
 from companion.evaluation.tables import Results, compare_published, published_table
-from companion.ops import record, report
+from companion.ops import needs, record, report
 from companion.ops.adopt import adopt
 from companion.ops.files import sha256
 from companion.ops.papers import paper, rules, slugs
 from tests.conftest import parameters
 from tests.models.common import refuses
+from tests.rehearsal import bat
+from tests.small import shrink
 
 
 @pytest.fixture
@@ -81,7 +84,8 @@ def test_a_run_from_another_folder_writes_there_and_finds_study_and_data(tmp_pat
 
 
 @pytest.mark.parametrize("slug", slugs())
-def test_a_run_on_real_data_looks_for_it_before_anything_else(slug, tmp_path):
+def test_a_run_on_real_data_looks_for_it_before_anything_else(slug, tmp_path, monkeypatch):
+    shrink(slug, monkeypatch)
     given = vars(parameters(slug, profile="paper", data_root=str(tmp_path / "none"), out=str(tmp_path / "out")))
     refuses((lambda: report.start(slug, given), "none"), error=MissingData)
     if "folder" in rules(slug)["dataset"]["choices"]:
@@ -90,11 +94,27 @@ def test_a_run_on_real_data_looks_for_it_before_anything_else(slug, tmp_path):
     report.start(slug, given | {"dry_run": True})
 
 
-def test_what_an_incomplete_set_lacks_is_printed(tmp_path, capsys):
-    (tmp_path / "LasHeR" / "TestingSet").mkdir(parents=True)
-    given = parameters("bat", profile="paper", dataset="rgbt/lasher", data_root=str(tmp_path), out=str(tmp_path / "o"))
-    report.start("bat", vars(given))
-    assert "LasHeR" in capsys.readouterr().out
+def test_a_run_opens_data_and_asks_for_memory_and_disk_before_anything_else(tmp_path, monkeypatch, capsys):
+    """A frame that is missing is known in the first cell; so is a step that does not fit, and a full disk."""
+    bat.write("rgbt/lasher", tmp_path, monkeypatch)
+    shrink("bat", monkeypatch)
+    given = {"profile": "paper", "dry_run": True, "dataset": "rgbt/lasher", "data_root": str(tmp_path)}
+
+    def start():
+        return report.start("bat", vars(parameters("bat", accelerator="cpu", out=str(tmp_path / "o"), **given)))
+
+    start().release()
+    assert not capsys.readouterr().out and not any((tmp_path / "o").iterdir())
+    (group := tmp_path / "group").mkdir()
+    for name, value in {"max": 2 << 30, "current": 1 << 30}.items():
+        (group / f"memory.{name}").write_text(f"{value}\n")
+    monkeypatch.setattr(needs, "CGROUP", group)
+    refuses((start, r"4 images .* 1\.1 GB are free .*accumulate"), error=CompanionError)
+    monkeypatch.setattr(needs, "CGROUP", tmp_path / "none")
+    monkeypatch.setattr(needs.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    refuses((start, "0.0 GB are free in"), error=CompanionError)
+    next(tmp_path.rglob("TestingSet/*/*/infrared/i003.png")).unlink()
+    refuses((start, "i004.png.* a frame is missing"), error=CompanionError)
 
 
 def test_synthetic_results_are_judged_by_the_test_rows_of_a_study_in_each_metric(run, monkeypatch):
@@ -214,8 +234,9 @@ def test_a_folder_belongs_to_one_process_at_a_time(run, tmp_path):
 
 def test_a_dry_run_has_a_folder_of_its_own_which_a_killed_one_keeps_and_a_finished_one_loses(tmp_path):
     values = {"profile": "paper", "dry_run": True, "out": str(tmp_path)}
+    values = vars(parameters("sa2vp", **values, accelerator="cpu"))
     run = report.start("sa2vp", values)
-    (run.out / "checkpoints").mkdir()
+    (run.out / "checkpoints").mkdir(exist_ok=True)
     run = report.start("sa2vp", values)
     assert run.out == tmp_path / "dry_run" and (run.out / "checkpoints").is_dir()
     assert "dry run" in run.table("t", pd.DataFrame({"a": [1.0]})).data

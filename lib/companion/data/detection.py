@@ -459,6 +459,6 @@ def _images(dataset: DataSet, root: Path, split: str, images: Sequence[Mapping])
                 if not skipped:
                     return place, list(images)
                 named = ("/".join(PurePath(image["file_name"]).parts[skipped:]) for image in images)
-                return place, [image | {"file_name": name} for image, name in zip(images, named, strict=True)]
+                return place, [{**image, "file_name": name} for image, name in zip(images, named, strict=True)]
     where, wanted = " or ".join(str(place) for place in places if place.is_dir()), " and ".join(map("/".join, ends))
     raise dataset.missing(root, f"the annotations list {wanted}, which are not both in {where or places[0]}")

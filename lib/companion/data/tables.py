@@ -34,6 +34,8 @@ def read_text(path: str | Path) -> str:
     try:
         with Path(path).open(encoding="utf-8-sig", newline="") as file:
             text = file.read()
+    except FileNotFoundError as error:
+        raise CorruptFile(path, "there is no such file") from error
     except (OSError, UnicodeDecodeError) as error:
         raise CorruptFile(path, f"no text in UTF-8 ({error})") from error
     if "\0" in text:

@@ -3,11 +3,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
 
+import psutil
+import torch
 import yaml
 
 from .. import data
+from ..errors import CompanionError
+from ..training.fit import Hardware, RunParameters, device
+from ..training.recipe import dry_items
 from .papers import MODELS, paper, slugs
 
 # Peak matrix throughput in TFLOP/s, dense, from NVIDIA's data sheets: in half precision, in TF32 (float32 on GPUs
@@ -24,6 +33,8 @@ GPUS = {
     "H100": (989, 494, 67),
     "H200": (989, 494, 67),
 }
+CPU_COPIES = 1.75  # times the counted memory: MetaSegNet's dry run on a CPU took 17.8 GB where 10.2 are counted
+CGROUP = Path("/sys/fs/cgroup")
 SHARE = 0.3  # assumed fraction of the peak that a training reaches; `companion doctor` prints it
 
 
@@ -37,15 +48,64 @@ def sets(prefix: str) -> list[str]:
     return [name for name in data.DATASETS if name.startswith(prefix)]
 
 
+def _counted(slug: str) -> dict[str, dict[str, float]]:
+    """Of each run of a paper that was counted, its entry in `models/memory.yaml`."""
+    return yaml.safe_load((MODELS / "memory.yaml").read_text(encoding="utf-8")).get(slug, {})
+
+
 def memory(slug: str, run: dict, precision: str) -> tuple[float, str]:
     """The GB that a run needs, and their source: counted by benchmarks/memory.py for a training, or estimated."""
-    counted = yaml.safe_load((MODELS / "memory.yaml").read_text(encoding="utf-8")).get(slug, {}).get(run["id"])
+    counted = _counted(slug).get(run["id"])
     if counted is None:
         return run["memory_gb"], " (estimated)"
     image = counted["image_gb" if precision in ("32-true", "tf32") else "image_half_gb"]
     wanted = counted["fixed_gb"] + counted["images"] * image
     how = f"{counted['fixed_gb']} of weights, gradients and moments, {image} an image;\n{'':11}kernels take more"
     return wanted, f" for a step of {counted['images']} images at {precision} (counted: {how})"
+
+
+def check(slug: str, p: RunParameters, out: Path) -> None:
+    """Raise `CompanionError` where less memory or disk is free than a step of the run with these parameters takes."""
+    run = next((run for run in paper(slug)["runs"] if _is(run, p)), None)
+    counted = _counted(slug).get(run["id"]) if run else None
+    if counted is None or p.devices > 1:  # memory of several GPUs cannot be asked for before they are forked
+        return
+    hardware, where = Hardware.of(p, slug), device(p.accelerator)
+    images = -(-int(counted["images"]) // hardware.accumulate)
+    if p.dry_run:
+        images = min(images, dry_items(p, images) // 2)
+    half = where == "cuda" and hardware.precision not in ("32-true", "tf32")
+    wanted = counted["fixed_gb"] + images * counted["image_half_gb" if half else "image_gb"]
+    if where == "cpu":
+        wanted *= CPU_COPIES
+    free = torch.cuda.mem_get_info()[0] if where == "cuda" else _free()
+    if wanted * 1e9 > free:
+        take = "close other programs or notebooks, or take a larger `accumulate`, `grad_checkpointing = True`"
+        here = "this GPU" if where == "cuda" else "this machine, which computes on its CPU"
+        raise CompanionError(
+            f"a step of {images} images takes about {wanted:.1f} GB of memory, and {free / 1e9:.1f} GB are free on "
+            f"{here}: {take}, or another machine. `companion doctor {slug}` lists what each run needs"
+        )
+    if (disk := shutil.disk_usage(next(f for f in (out, *out.parents) if f.exists())).free) < 2e9 * counted["fixed_gb"]:
+        # two checkpoints: a new one is written before the old one goes
+        what = f"a checkpoint takes up to {counted['fixed_gb']:.1f} GB, and two fit at a time"
+        raise CompanionError(f"{what}; {disk / 1e9:.1f} GB are free in {out}: choose another `out`, or make room")
+
+
+def _is(run: Mapping, p: RunParameters) -> bool:
+    """Whether an entry of `paper.yaml` is the run of these parameters."""
+    given, named = vars(p), run.get("parameters", {}).items()
+    chosen = all(given.get(k) in (v if isinstance(v, list) else [v]) for k, v in named if "{" not in str(v))
+    return chosen and (given.get("dataset") or "folder").startswith(("folder", run["data"]))
+
+
+def _free() -> float:
+    """Bytes of host memory that a process may still take; in a container, below its limit."""
+    free = float(psutil.virtual_memory().available)
+    with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+        limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        free = min(free, limit - used)
+    return free
 
 
 def batch(published: int | list[int], devices: int = 1, accumulate: int = 1) -> str:

@@ -11,6 +11,9 @@ run.close()                                                      # writes claims
 from __future__ import annotations
 
 import ast
+import contextlib
+import functools
+import importlib
 import io
 import itertools
 import os
@@ -33,10 +36,10 @@ from .. import data
 from ..errors import BadParameter, check_choice
 from ..evaluation.ablations import read, stale
 from ..evaluation.claims import SPREAD, SYNTHETIC, counts, evidence, judge, judge_measured
-from ..training.fit import Hardware
+from ..training.fit import Hardware, opens
 from ..viz import plots
 from ..viz.tables import show_table
-from . import record
+from . import needs, record
 from .files import atomic, check_folder, sha256, write_json
 from .papers import convert, paper, rules, slugs, threads
 from .provenance import code_hash, sources
@@ -122,7 +125,8 @@ def start(slug: str, namespace: Mapping[str, Any]) -> Run:
     Raises:
         BadParameter: a value that is not accepted, or papermill injected an unknown parameter, of which it only warns;
             another run is writing into the same folder.
-        MissingData: a data set that the parameters of a run of the `paper` profile name.
+        MissingData, MissingWeights, CorruptFile: at the `paper` profile, of what the run reads before its first step.
+        CompanionError: there is less memory or disk than that step takes.
     """
     known = rules(slug)
     for name in sorted(_injected() - known.keys()):
@@ -133,28 +137,31 @@ def start(slug: str, namespace: Mapping[str, Any]) -> Run:
     if values.get("dry_run") and values.get("profile") == "pocket":
         raise BadParameter("dry_run", True, "False with profile = 'pocket', which is quick as it is")
     if values.get("profile") == "paper" and not values.get("dry_run"):
-        _look(values, known)  # before anything is trained at pocket scale
+        _look(values, known)
     run = Run(slug, SimpleNamespace(**values))
     if values.get("data_root") == "":
         run.parameters.data_root = os.path.relpath(run.root / "data")
+    if values.get("profile") == "paper":  # before anything is trained at pocket scale
+        recipe = importlib.import_module(f"companion.models.{slug}.recipe")
+        try:
+            opens(functools.partial(recipe.run, run.parameters, run.out))
+            needs.check(slug, run.parameters, run.out)
+        except BaseException:
+            run.release()
+            raise
     return run
 
 
 def _look(values: Mapping[str, Any], known: Mapping[str, Mapping]) -> None:
-    """Raise `MissingData` where a data set that a parameter names is not there; print what an incomplete one lacks, of
-    which the run may need less."""
+    """Raise `MissingData` where nothing is there of a data set that a parameter names: before weights are opened."""
     root = Path(values.get("data_root") or record.root() / "data")
     for name, rule in known.items():
         chosen = str(values.get(name) or rule.get("usual", {}).get(values.get("task"), ""))
         for part in chosen.split(", ") if rule["type"] in ("choice", "list") else ():
-            if part == "folder" and not root.is_dir():
-                raise data.own_set(root, "own", "your own files").missing(root)
-            if part in data.DATASETS:
-                found = data.status(part, root)
-                if found.state == "missing":
-                    raise data.find(part).missing(root, found.detail)
-                if found.state == "incomplete":
-                    print(f"{data.find(part).title} is incomplete, and this run may need it: {found.detail}")
+            own = data.own_set(root, "own", "your own files") if part == "folder" else None
+            dataset = own or data.DATASETS.get(part)
+            if dataset and not dataset.marked(dataset.folder(root)):
+                raise dataset.missing(root)
 
 
 def _injected() -> set[str]:
@@ -201,6 +208,13 @@ class Run:
                     shutil.rmtree(path)
                 elif path.name != ".lock":
                     path.unlink()
+
+    def release(self) -> None:
+        """Unlock the folder; remove it when it is empty."""
+        (self.out / ".lock").unlink(missing_ok=True)
+        self._lock.release(force=True)
+        with contextlib.suppress(OSError):
+            self.out.rmdir()
 
     def table(self, name: str, frame: pd.DataFrame, digits: int = 2, title: str = "") -> HTML:
         """Write `tables/<name>.csv` and return the table to show."""
@@ -331,6 +345,5 @@ class Run:
         if (folder / "study.json").exists():
             facts["study"] = {"sha256": sha256(folder / "study.csv"), "stale": stale(self.slug, folder)}
         write_json(self.out / "run.json", facts)
-        (self.out / ".lock").unlink(missing_ok=True)
-        self._lock.release(force=True)
+        self.release()
         return HTML("<br>".join(f"{kind}s: {said}".capitalize() for kind, said in counts(ledger).items()))

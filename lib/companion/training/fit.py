@@ -20,6 +20,7 @@ import tempfile
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -121,6 +122,24 @@ def device(accelerator: str) -> str:
 AUTO, CPU = Hardware(), Hardware("cpu")
 
 
+class _Opened(Exception):
+    """Everything that is read before the first step has been."""
+
+
+_only_opens: ContextVar[bool] = ContextVar("only_opens", default=False)
+
+
+def opens(run: Callable[[], object]) -> None:
+    """Call a training with its tests, or tests alone, up to the first step: data, weights and checkpoints are opened,
+    what the function prints is not shown, and nothing is computed. Its errors are raised."""
+    token = _only_opens.set(True)
+    try:
+        with contextlib.suppress(_Opened), contextlib.redirect_stdout(None):
+            run()
+    finally:
+        _only_opens.reset(token)
+
+
 def launcher(hardware: Hardware, devices: int = 1) -> Fabric:
     """The `Fabric` of `hardware`, for one device unless more are requested.
 
@@ -141,6 +160,8 @@ def launcher(hardware: Hardware, devices: int = 1) -> Fabric:
         raise BadParameter("devices", devices, f"1 to {known}, the GPUs there are")
     if hardware.precision in {"cpu": ("16-mixed", "tf32"), "mps": ("tf32",)}.get(chosen, ()):
         raise BadParameter("precision", hardware.precision, f"32-true or bf16-mixed: this one is not for {chosen}")
+    if _only_opens.get():
+        raise _Opened
     # unused: a loss may leave parameters out, as PromptPAR's without regions; `fit` averages the buffers, which DDP
     # would replace by those of the first process
     ddp = {"start_method": "fork", "find_unused_parameters": True, "broadcast_buffers": False}
@@ -528,7 +549,7 @@ class _Seeded(Dataset):
         seed = _mix(self.seed, epoch, index)
         python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - augmentations may draw from it
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # a GPU's belongs to the step
             random.seed(seed)
             np.random.seed(seed % 2**32)  # noqa: NPY002
             item = self.data[index]

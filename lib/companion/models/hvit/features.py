@@ -192,7 +192,8 @@ def first_region(p: Parameters, patch: PatchEncoder, path: str | Path) -> Tensor
         tiles = tile(slide, dataclasses.replace(PANDA, region=p.region))
         if not len(tiles):
             raise CorruptFile(path, f"no region of {p.region} pixels with tissue was found in it")
-        pixels = slide.region(*tiles.coords[0], tiles)[None]
+        x, y = tiles.coords[0]
+        pixels = slide.region(x, y, tiles)[None]
         return whole.embed_patches(tensor(pixels, p.normalise, device)).float().cpu()
 
 
