@@ -14,7 +14,6 @@ simdevice.install(project=("/lib/companion/",))
 SKIPPED = {
     "test_the_teacher_follows_once_a_step_after_the_student": "compares with a mean computed on the CPU",
     "is_the_one_written_out": "the training that the test writes out is on the CPU",
-    "test_crops_are_drawn_by_the_loaders_processes": "items drawn in the training process seed the GPU too",
     "test_cached_losses_are_the_losses[float32]": "1.4e-6 apart: batched products are rounded otherwise",
 }
 """Part of a test's name, and why it does not hold on a GPU."""
