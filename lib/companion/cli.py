@@ -210,8 +210,7 @@ def doctor(given: argparse.Namespace) -> int:
         for name, state in looked.items():
             if state.ready:
                 print(f"    {name}, in {state.folder}")
-            for split, line in state.ready.items():
-                print(f"      {split}: ready: {line}")
+                print(*(f"      {split}: ready: {line}" for split, line in state.ready.items()), sep="\n")
         # sets with the same layout and source are printed together
         for (layout, source), members in itertools.groupby(absent, lambda pair: (pair[0].layout, pair[0].where)):
             folders = []
@@ -289,7 +288,7 @@ def show_data(given: argparse.Namespace) -> int:
         print(f"{'':{width}}  {'':10}  {'as above' if source == before else source}")
         before = source
         if row["state"] != "missing":
-            print(f"{'':{width}}  {'':10}  {row['detail']}")
+            print(textwrap.indent(row["detail"], " " * (width + 14)))
     print()
     for group in dict.fromkeys(row["name"].partition("/")[0] for row in rows):
         some = [row for row in rows if row["name"].startswith(f"{group}/")]

@@ -182,11 +182,16 @@ class Status:
         return "incomplete" if self.lacking else "present" if self.ready else "missing"
 
     @property
+    def lines(self) -> list[str]:
+        """A line for each split, what is lacking first."""
+        lacking = [f"{split}: {line}" for split, line in self.lacking.items()]
+        ready = [f"{split}: ready: {line}" for split, line in self.ready.items()]
+        return [*lacking, *ready] or [f"nothing of it in {self.folder}"]
+
+    @property
     def detail(self) -> str:
-        """One line, what is lacking first."""
-        whole = [f"{split}: {line}" for split, line in self.ready.items()]
-        lines = [*(f"{split}: {line}" for split, line in self.lacking.items()), *whole]
-        return "; ".join(lines) or f"nothing of it in {self.folder}"
+        """What is lacking; of a set that is present what there is."""
+        return "; ".join(f"{split}: {line}" for split, line in (self.lacking or self.ready).items()) or self.lines[0]
 
 
 DATASETS: dict[str, DataSet] = {}
@@ -435,7 +440,7 @@ def table(root: str | Path) -> list[dict[str, str]]:
     rows = []
     for name, dataset in DATASETS.items():
         found, facts = status(name, root), {"name": name, "title": dataset.title, "licence": dataset.licence}
-        rows.append(facts | {"source": dataset.where, "state": found.state, "detail": found.detail})
+        rows.append(facts | {"source": dataset.where, "state": found.state, "detail": "\n".join(found.lines)})
     return rows
 
 
