@@ -213,14 +213,16 @@ def doctor(given: argparse.Namespace) -> int:
                 print(*(f"      {split}: ready: {line}" for split, line in state.ready.items()), sep="\n")
         # sets with the same layout and source are printed together
         for (layout, source), members in itertools.groupby(absent, lambda pair: (pair[0].layout, pair[0].where)):
-            folders = []
+            folders, archives = [], dict[str, None]()
             for dataset, state in members:
                 folders.append(dataset.folder(root))
+                archives |= {f"wanted: {dataset.archive}": None} if dataset.archive else {}
                 print(f"    {dataset.name}: {state.state}; licence: {dataset.licence}")
                 for split, line in state.lacking.items():
                     print(textwrap.fill(f"{split}: {line}", 110, initial_indent=" " * 6, subsequent_indent=" " * 8))
             print(textwrap.indent(f"searched in {folders[0]}:\n{textwrap.indent(layout, '  ')}", " " * 6))
-            print(textwrap.fill(f"get it: {source}", 110, initial_indent=" " * 6, subsequent_indent=" " * 8))
+            for line in (*archives, f"get it: {source}"):
+                print(textwrap.fill(line, 110, initial_indent=" " * 6, subsequent_indent=" " * 8))
         for name in run["weights"]:
             entry, lack = weights[name]
             size = f"{entry['size_mb']} MB, " if "size_mb" in entry else ""
