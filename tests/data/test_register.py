@@ -6,8 +6,9 @@ import importlib
 import pytest
 
 from companion import data
-from companion.data import DATASETS, real
-from companion.errors import BadParameter, CompanionError, MissingData
+from companion.data import DATASETS, decoding, real, tables
+from companion.errors import BadParameter, CompanionError, CorruptFile, MissingData
+from companion.ops.files import read_json
 from tests.data.conftest import expect, refused
 
 SPLITS = ("train", "val", "trainval", "test", "all")
@@ -84,3 +85,28 @@ def test_real_sets_are_found_where_the_variable_points(tmp_path, root, monkeypat
     refused(MissingData, r"(?s)labels.csv.*COMPANION_REAL_DATA.*example.org", real.folder, "cells/labels.csv", **facts)
     monkeypatch.setenv("COMPANION_REAL_DATA", "")
     assert real.root() == root / "data"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n", "git lfs pull"),
+        (b"\r\n<!DOCTYPE html><html><head><title>Quota exceeded", "web page"),
+    ],
+)
+def test_what_a_download_left_in_place_of_a_file_is_named(content, words, tmp_path):
+    for name, read in {
+        "a.json": read_json,
+        "a.csv": lambda path: tables.rows(path, "image"),
+        "a.png": decoding.unit,
+    }.items():
+        (tmp_path / name).write_bytes(content)
+        refused(CorruptFile, words, read, tmp_path / name)
+
+
+def test_a_name_is_found_in_other_letters_and_below_a_folder_of_its_own_name(tmp_path):
+    (tmp_path / "Train" / "Train" / "IMAGES").mkdir(parents=True)
+    assert data.at(tmp_path, "val", "train/images") == tmp_path / "Train" / "Train" / "IMAGES"
+    assert data.at(tmp_path, "train") == tmp_path / "Train"
+    assert data.at(tmp_path, "none", "other") == tmp_path / "none"
