@@ -1,5 +1,6 @@
 """ECAMP: pre-training on MIMIC-CXR, OpenI or a folder, and the four downstream tasks."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -99,7 +100,9 @@ FAULTS = {
     "a missing list": Fault(COVIDX, spoil("xrays/covidx/val_list.txt"), "is not there"),
     "a shorter list": Fault(COVIDX, spoil(TEST, "train/test_0.png 1\n"), "1 images in test_list.txt, 5 are"),
     "a label out of range": Fault(COVIDX, spoil(TEST, "train/test_0.png 3\n"), "line 1 .*'0', '1', '2'"),
-    "a missing image": Fault(COVIDX, spoil("xrays/covidx/train/100_2.png"), "1 listed images are not there"),
+    "a missing image": Fault(
+        COVIDX, spoil("xrays/covidx/train/100_2.png"), r"1 of 6 listed images of train_list\.txt are not there"
+    ),
     "an unreadable image": Fault(COVIDX, spoil("xrays/covidx/train/100_5.png", "no image"), "cannot read"),
     "splits that overlap": Fault(COVIDX, spoil(TEST, "./train/100_1.png 1\n" * 5, "100_1.png"), "'train' and 'test'"),
     "the lists of another set": Fault(COVIDX, spoil(TEST, "a.png" + " 0" * 14), "line 1 is not a path and 1 of"),
@@ -116,5 +119,75 @@ FAULTS = {
     "no reports": Fault(MIMIC, spoil(f"xrays/mimic-cxr/{REPORTS[1]}"), "none of"),
     "the reports of another set": Fault(
         MIMIC, spoil(f"xrays/mimic-cxr/{REPORTS[1]}", "path,text\na.png,none\n"), "has no column img_path, report"
+    ),
+}
+
+
+def moved(name: str, *places: tuple[str, str], end: str = ""):  # type: ignore[no-untyped-def]
+    """The images of a set below other folders, in which "*" is the image's own name; with another ending."""
+
+    def damage(root: Path) -> Path:
+        folder = root / DATASETS[name].folders[0]
+        for listed, there in places:
+            for file in sorted((folder / listed).glob("*")):
+                new = folder / there.replace("*", file.stem) / f"{file.stem}{end or file.suffix}"
+                new.parent.mkdir(parents=True, exist_ok=True)
+                shutil.move(file, new)
+            if not any((folder / listed).iterdir()):
+                (folder / listed).rmdir()
+        return folder
+
+    return damage
+
+
+def kaggle(name: str, *places: tuple[str, str], words: str = "", **options: str) -> Fault:
+    return Fault({"dataset": f"xrays/{name}"}, moved(f"xrays/{name}", *places, **options), words)
+
+
+def fewer(root: Path) -> Path:
+    """Lists alone: each of them counts its own images."""
+    shutil.rmtree(root / "xrays/covidx/train")
+    return root
+
+
+def without(name: str, list_name: str, share: str) -> Fault:
+    """A run on a list that nobody has ends before its first step."""
+    task = "segment" if name == "siim" else "fine-tune"
+    return Fault(run(task, f"xrays/{name}", labels=share), spoil(f"xrays/{name}/{list_name}"), "labels = 100 alone")
+
+
+FAULTS |= {
+    "all labels of CheXpert": without("chexpert", "train_list.txt", "100"),
+    "all labels of SIIM": without("siim", "train_list.csv", "100"),
+    "an image outside of the folder": Fault(COVIDX, spoil(TEST, "../../a.png 1\n" * 5), "leaves the data set's folder"),
+    "an unreadable image of a list": Fault(
+        COVIDX, spoil("xrays/covidx/train/100_5.png", "no image"), r"\(listed in train_list\.txt\)"
+    ),
+}
+COPIES = {
+    "NIH of Kaggle": kaggle("chestx-ray14", ("images_001", "images_001/images")),
+    "NIH, all images in one folder": kaggle("chestx-ray14", ("images_001", "images")),
+    "CheXpert as unpacked": kaggle("chexpert", ("train", "CheXpert-v1.0-small/train")),
+    "SIIM's DICOMs": kaggle("siim", ("train/images/1024/dicom", "dicom-images-train/*/1.2"), end=".dcm"),
+    "RSNA of Kaggle": kaggle("rsna", ("train_images", "stage_2_train_images"), end=".dcm"),
+    "OpenI, images alone": kaggle("openi", ("images/images_normalized", "images_normalized")),
+    "MIMIC as downloaded": kaggle("mimic-cxr", ("files", "physionet.org/files/mimic-cxr-jpg/2.1.0/files")),
+    "CheXpert without the list that nobody has": Fault(
+        {"dataset": "xrays/chexpert"}, spoil("xrays/chexpert/train_list.txt"), ""
+    ),
+    "SIIM without the list that nobody has": Fault({"dataset": "xrays/siim"}, spoil("xrays/siim/train_list.csv"), ""),
+    "lists alone": Fault(
+        COVIDX, fewer, r"train 10 %: 5 of 5 listed images of train_list_10\.txt .*no folder .*train\)"
+    ),
+    "a folder with another name": kaggle(
+        "chestx-ray14",
+        ("images_001", "pictures"),
+        words=r"of 6 listed images of train_list\.txt .*no folder .*images_001",
+    ),
+    "masks of RIGA that are not there": Fault(
+        {"dataset": "fundus/riga"}, spoil("fundus/riga/FinalLabel/BinRushed/val_1.tif"), r"1 of 8 .* of val_list\.csv"
+    ),
+    "a truncated array": Fault(
+        {"dataset": "xrays/chestmnist"}, spoil("xrays/chestmnist/chestmnist_224.npz", "PK"), "truncated.* 2 bytes"
     ),
 }

@@ -19,11 +19,11 @@ COPIES = [(slug, name) for slug in PAPERS for name in getattr(common.runs(slug),
 
 
 def content(name: str, root: Path) -> dict[str, list]:
-    """By split, the name of each item's file and its label."""
+    """By split, the name of each item's file, without its ending, and its label."""
     found = {}
     for split, read in data.parts(data.find(name)).items():
         items = read(root)
-        files = [Path(file).name for file in data._files(items)] or [getattr(item, "name", "") for item in items]
+        files = [Path(file).stem for file in data._files(items)] or [getattr(item, "name", "") for item in items]
         labels = getattr(items, "positives", getattr(items, "labels", ""))
         found[split] = [len(items), *files, str(labels)]
     return found
@@ -80,9 +80,11 @@ def test_a_copy(slug, name, tmp_path, monkeypatch):
     copy.damage(tmp_path)
     if not copy.words:
         assert content(copy.run["dataset"], tmp_path) == as_published
+        assert data.present(copy.run["dataset"], tmp_path)
         return
     with pytest.raises(CompanionError, match=copy.words):
         content(copy.run["dataset"], tmp_path)
+        data.present(copy.run["dataset"], tmp_path)
 
 
 def test_a_folder_of_many_is_not_searched(tmp_path, monkeypatch):

@@ -239,7 +239,7 @@ def status(name: str, root: str | Path, *splits: str, decode: bool = False) -> S
         check_choice(f"split of {name}", split, known)
         try:
             read = known[split](root)
-            check_listed(dataset, root, map(str, _files(read)))
+            check_listed(dataset, root, map(str, _files(read)), getattr(read, "listing", ""))
             ready[split] = _line(dataset, split, read, decode)
         except CompanionError as error:
             lacking[split] = getattr(error, "detail", "") or str(error)
@@ -428,7 +428,9 @@ def check_listed(dataset: DataSet, root: Path, paths: Iterable[str], listing: st
         absent += [f"{folder}/{name}" for name in expected - there]
     if absent:
         by = f" of {listing}" if listing else ""
-        what = f"{len(absent)} of {len(wanted)} listed images{by} are not there, the first: {min(absent)}"
+        place = Path(one := min(absent)).parent
+        there = f"its folder holds {told(entries(place), 3)}" if place.is_dir() else f"there is no folder {place}"
+        what = f"{len(absent)} of {len(wanted)} listed images{by} are not there, the first: {one} ({there})"
         raise dataset.missing(root, what)
 
 

@@ -19,6 +19,8 @@ from __future__ import annotations
 import ast
 import csv
 import functools
+import os
+import re
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -38,7 +40,7 @@ from torchvision.transforms import v2
 from ..errors import BadParameter, CorruptFile, check_choice, check_names
 from ..ops.config import configure
 from ..ops.files import atomic
-from . import DataSet, Parts, decoding, downloading, facts, find, own_set, tables
+from . import DataSet, Parts, at, decoding, downloading, facts, find, inside, own_set, tables
 
 _FACTS = facts("xrays")
 TASKS: tuple[str, ...] = _FACTS["TASKS"]
@@ -54,6 +56,7 @@ SIZES: dict[tuple[str, str], dict[str, int]] = {
 are absent here could not be read; a list of any length is accepted for them."""
 REPORTS: tuple[str, ...] = _FACTS["REPORTS"]
 WINDOWS: tuple[str, ...] = _FACTS["WINDOWS"]
+_PLACES: dict[str, tuple[str, ...]] = _FACTS["PLACES"]
 
 # the training list for 1, 10 and 100 % of the labels (none is part of a larger one), then validation and test
 _SPLITS = {"1": "train_list_1", "10": "train_list_10", "100": "train_list", "val": "val_list", "test": "test_list"}
@@ -226,29 +229,66 @@ class Pictures(Parts, Dataset):
     Args:
         dataset: the set they belong to, for the error message of a missing file.
         root: the data folder.
-        paths: relative to the set's folder; a listed PNG or JPEG that exists as DICOM (.dcm) is also found.
+        paths: relative to the set's folder; see `sources`.
         transform: from a grey tensor (1, H, W); None: unchanged.
+        listing: the list that names them.
 
-    Raises (on indexing):
+    Raises `CorruptFile`: a path leaves the set's folder. On indexing:
         MissingData: listed but missing.
-        CorruptFile: not readable; the path is in the message.
+        CorruptFile: not readable; the path and the list are in the message.
     """
 
     each: ClassVar[tuple[str, ...]] = ("paths",)
 
-    def __init__(self, dataset: DataSet, root: str | Path, paths: Sequence[str], transform: Callable | None = None):
+    def __init__(
+        self,
+        dataset: DataSet,
+        root: str | Path,
+        paths: Sequence[str],
+        transform: Callable | None = None,
+        listing: Path | None = None,
+    ):
         self.dataset, self.root, self.paths, self.transform = dataset, Path(root), list(paths), transform
-        self.name, self.folder = dataset.name, dataset.folder(root)
+        self.name, self.folder, self.listing = dataset.name, dataset.folder(root), listing.name if listing else ""
+        self._nested: dict[Path, dict[str, str]] = {}
+        for number, path in enumerate(self.paths, 1):
+            inside(listing or self.folder, f"image {number}", path)
 
     def __len__(self) -> int:
         return len(self.paths)
 
+    @property
+    def sources(self) -> list[str]:
+        """The file of each image: where the list has it, or where another copy of the set has it (`PLACES`); a listed
+        PNG or JPEG that exists as DICOM (.dcm) is found too. Of a missing one the listed path."""
+        find_folder = functools.cache(functools.partial(at, self.folder))
+        return [self._source(path, find_folder) for path in self.paths]
+
+    def _source(self, path: str, find_folder: Callable[[str], Path]) -> str:
+        pattern, *places = _PLACES.get(self.name, ("^",))
+        for place in (r"\g<0>", *places):
+            where, name = os.path.split(re.sub(pattern, place, path, count=1))
+            where, star, below = where.partition("/*")
+            folder, names = find_folder(where), (name, f"{Path(name).stem}.dcm", f"{name}.dcm")
+            if star and folder not in self._nested:
+                self._nested[folder] = {file.name: str(file) for file in folder.glob(f"{star[1:]}{below}/*")}
+            files = (self._nested[folder].get(each, "") if star else f"{folder}/{each}" for each in names)
+            if found := next(filter(os.path.isfile, files), None):
+                return found
+        return f"{self.folder}/{path}"
+
     def grey(self, i: int, colour: bool = False) -> Tensor:
         """(1, H, W) in 0 to 1, before the transform; with `colour` (3, H, W)."""
-        path = _there(self.folder, self.paths[i])
-        if path is None:
-            raise self.dataset.missing(self.root, f"{self.paths[i]} is listed but not there")
-        values = torch.from_numpy(np.ascontiguousarray(read_image(path, colour)))
+        path, by = (
+            self._source(self.paths[i], functools.partial(at, self.folder)),
+            f"listed in {self.listing or self.name}",
+        )
+        try:
+            values = torch.from_numpy(np.ascontiguousarray(read_image(path, colour)))
+        except FileNotFoundError:
+            raise self.dataset.missing(self.root, f"{path} is {by}, but not there") from None
+        except CorruptFile as error:
+            raise CorruptFile(path, f"{error.reason} ({by})") from error
         return values.permute(2, 0, 1) if colour else values[None]
 
     def __getitem__(self, i: int) -> Any:
@@ -261,8 +301,10 @@ class Labelled(Pictures):
 
     each: ClassVar[tuple[str, ...]] = ("paths", "labels")
 
-    def __init__(self, dataset: DataSet, root: str | Path, paths: Sequence[str], labels: Tensor, transform=None):
-        super().__init__(dataset, root, paths, transform)
+    def __init__(
+        self, dataset: DataSet, root: str | Path, paths: Sequence[str], labels: Tensor, transform=None, listing=None
+    ):
+        super().__init__(dataset, root, paths, transform, listing)
         self.labels = labels
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
@@ -278,9 +320,15 @@ class Boxed(Labelled):
     """
 
     def __init__(
-        self, dataset: DataSet, root: str | Path, paths: Sequence[str], boxes: Sequence[np.ndarray], transform=None
+        self,
+        dataset: DataSet,
+        root: str | Path,
+        paths: Sequence[str],
+        boxes: Sequence[np.ndarray],
+        transform=None,
+        listing=None,
     ):
-        super().__init__(dataset, root, paths, torch.zeros(len(paths), BOXES, 5), transform)
+        super().__init__(dataset, root, paths, torch.zeros(len(paths), BOXES, 5), transform, listing)
         for own, corners in zip(self.labels, boxes, strict=True):
             found = torch.as_tensor(corners, dtype=torch.float32) / BOX_UNIT
             own[: len(found), 1:] = box_convert(found, "xyxy", "cxcywh")
@@ -294,10 +342,11 @@ class Boxed(Labelled):
 class Masked(Pictures):
     """Item i: (image, mask (k, S, S) in 0 to 1). `mask(rows[i])` reads it, at any size; see `MaskTransform`.
 
-    `finish` makes the final mask from the transformed one. With `colour` images keep their three channels.
+    `finish` makes the final mask from the transformed one. With `colour` images keep their three channels. `masks` are
+    the files of the masks, where they have some.
     """
 
-    each = ("paths", "rows")
+    each = ("paths", "rows", "masks")
 
     def __init__(
         self,
@@ -308,20 +357,23 @@ class Masked(Pictures):
         transform: MaskTransform | None = None,
         finish: Transform | None = None,
         colour: bool = False,
+        listing: Path | None = None,
+        masks: Pictures | None = None,
     ):
-        super().__init__(dataset, root, paths, transform)
+        super().__init__(dataset, root, paths, transform, listing)
         self.mask, self.finish, self.colour, self.rows = mask, finish, colour, range(len(paths))
+        self.masks = masks
+
+    @property
+    def sources(self) -> list[str]:
+        """The files of the images, then those of the masks."""
+        return super().sources + (self.masks.sources if self.masks else [])
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         image, mask = self.grey(i, self.colour), self.mask(self.rows[i])
         if self.transform:
             image, mask = self.transform(image, mask)
         return image, self.finish(mask) if self.finish else mask
-
-
-def _there(folder: Path, name: str) -> Path | None:
-    path = folder / name
-    return next((p for p in (path, path.with_suffix(".dcm"), Path(f"{path}.dcm")) if p.is_file()), None)
 
 
 def own(root: str | Path, classes: Sequence[str] = ()) -> DataSet:
@@ -387,12 +439,13 @@ def load(
     if name == "xrays/chestmnist":
         return _chestmnist(dataset, Path(root), split, share, transform)
     path = tables.existing(dataset, root, dataset.folder(root) / lists(task)[key])
-    make: Callable[..., Masked] = functools.partial(Masked, dataset, root, transform=transform)  # type: ignore[arg-type]
+    make: Callable[..., Masked]
+    make = functools.partial(Masked, dataset, root, transform=transform, listing=path)  # type: ignore[arg-type]
     found: Pictures
     if task == "classification":
-        found = Labelled(dataset, root, *_labels(path, dataset), transform)
+        found = Labelled(dataset, root, *_labels(path, dataset), transform, path)
     elif task == "detection":
-        found = Boxed(dataset, root, *_boxes(path), transform)
+        found = Boxed(dataset, root, *_boxes(path), transform, path)
     elif name == "xrays/rsna":
         paths, boxes = _boxes(path)
         found = make(paths, functools.partial(_box_mask, boxes))
@@ -402,11 +455,11 @@ def load(
         found = make(paths, functools.partial(_run_mask, path, [*runs.items()]))
     else:
         paths, files = _columns(path, "img_path", "mask_path")
-        masks = Pictures(dataset, root, files)
+        masks = Pictures(dataset, root, files, listing=path)
         if name == "fundus/riga":
-            found = make(paths, masks.grey, finish=_disc_and_cup, colour=True)
+            found = make(paths, masks.grey, finish=_disc_and_cup, colour=True, masks=masks)
         else:
-            found = make(paths, functools.partial(_own_mask, masks))
+            found = make(paths, functools.partial(_own_mask, masks), masks=masks)
     if not len(found):
         raise CorruptFile(path, "lists no image")
     listed = len(set(_columns(path, "ImageId")[0])) if name == "xrays/siim" else len(found)
@@ -494,7 +547,7 @@ def _own_mask(masks: Pictures, i: int) -> Tensor:
     mask = masks.grey(i)
     if 0 < (top := float(mask.max())) < 0.5:
         if top > 1.5 / 255:
-            path = masks.folder / masks.paths[i]
+            path = masks.sources[i]
             raise CorruptFile(path, f"its values end at {255 * top:g} of 255: 0 and 255, or 0 and 1, are expected")
         mask = mask * 255
     return mask
@@ -510,7 +563,7 @@ class _Stacked(Labelled):
     """ChestMNIST: the images are one array."""
 
     each = ("paths", "labels", "pictures")
-    sources = ()  # its paths are numbers, not files
+    sources = ()  # type: ignore[assignment]  # its paths are numbers, not files
 
     def __init__(self, dataset: DataSet, root: Path, pictures: np.ndarray, labels: Tensor, transform=None):
         super().__init__(dataset, root, [f"{i}" for i in range(len(pictures))], labels, transform)
@@ -527,7 +580,8 @@ def _chestmnist(dataset: DataSet, root: Path, split: str, share: str, transform)
         with np.load(path, allow_pickle=False) as file:
             pictures, labels = file[f"{split}_images"], file[f"{split}_labels"]
     except Exception as error:  # zipfile, zlib and NumPy raise many kinds
-        raise CorruptFile(path, f"not MedMNIST's file ({type(error).__name__}: {error})") from error
+        what = f"truncated, or not MedMNIST's file: it has {path.stat().st_size:,} bytes ({error!r}); fetch it again"
+        raise CorruptFile(path, what) from error
     known = SIZES[dataset.name, "classification"]["100" if split == "train" else split]
     tables.check_count(dataset, root, len(pictures), known, f"images of '{split}'")
     step = {"1": 100, "10": 10, "100": 1}[share] if split == "train" else 1
@@ -565,7 +619,7 @@ def reports(name: str | DataSet, root: str | Path, transform: Transform | None =
     """
     dataset = name if isinstance(name, DataSet) else find(name, "xrays")
     folder = dataset.folder(root)
-    path = next((folder / file for file in REPORTS if (folder / file).is_file()), None)
+    path = next((file for file in (at(folder, name) for name in REPORTS) if file.is_file()), None)
     if path is None and dataset.name == "xrays/openi":
         return _openi(dataset, root, transform)
     if path is None:
@@ -574,7 +628,7 @@ def reports(name: str | DataSet, root: str | Path, transform: Transform | None =
     if not rows:
         raise CorruptFile(path, "lists no image")
     statements = [row["llm_output"] for row in rows] if "llm_output" in rows[0] else None
-    windows, other = None, next((folder / file for file in WINDOWS if (folder / file).is_file()), None)
+    windows, other = None, next((file for file in (at(folder, name) for name in WINDOWS) if file.is_file()), None)
     if other is not None:
         try:
             windows = torch.tensor([[*map(int, column)] for column in _columns(other, "label_i", "label_j")]).T
@@ -582,7 +636,7 @@ def reports(name: str | DataSet, root: str | Path, transform: Transform | None =
             raise CorruptFile(other, f"not whole numbers ({error})") from error
         if len(windows) != len(rows):
             raise CorruptFile(other, f"{len(windows)} windows for {len(rows)} images of {path.name}")
-    images = Pictures(dataset, root, [row["img_path"] for row in rows], transform)
+    images = Pictures(dataset, root, [row["img_path"] for row in rows], transform, path)
     return Reports(images, [row["report"] for row in rows], statements, windows)
 
 
@@ -597,7 +651,7 @@ def _openi(dataset: DataSet, root: str | Path, transform: Transform | None) -> R
     frontal = [row for _, row in tables.rows(taken, "uid", "filename", "projection") if row["projection"] == "Frontal"]
     kept = [(row["filename"], texts[row["uid"]]) for row in frontal if texts.get(row["uid"])]
     paths = [f"images/images_normalized/{file}" for file, _ in kept]
-    return Reports(Pictures(dataset, root, paths, transform), [text for _, text in kept], None, None)
+    return Reports(Pictures(dataset, root, paths, transform, taken), [text for _, text in kept], None, None)
 
 
 def write_reports(path: str | Path, paths: Sequence[str], texts: Sequence[str], statements: Sequence[str]) -> Path:

@@ -107,7 +107,7 @@ def run(p: Parameters, out: Path) -> Result:
     Raises `BadParameter`, `MissingData`, `MissingWeights`, `BadCheckpoint`: with the change or download needed.
     """
     rows, model, batch = [], None, None
-    real = not p.dry_run or present(p.dataset, p.data_root)
+    real = not p.dry_run or present(p.dataset, p.data_root, *_wanted(p))
     for task, dataset in (({} if real else DRY_TASKS) | {p.task: p.dataset}).items():
         devices = 1 if p.task == "pre-train" != task else p.devices  # only pre-training runs on several
         chosen: Any = SimpleNamespace(**vars(p) | {"task": task, "dataset": dataset, "devices": devices})
@@ -126,6 +126,14 @@ def run(p: Parameters, out: Path) -> Result:
         title += "" if real else ", generated images in its place"
         rows.append((title, len(history), name, score))
     return Result(pd.DataFrame(rows, columns=["task", "steps", "metric", "score"]), model, batch)
+
+
+def _wanted(p: Parameters) -> list[str]:
+    """The parts of a set that a run reads, without lists that nobody has; none for pre-training, which reads all."""
+    kind = KINDS.get(p.task, "")
+    read = [xrays.part_name(kind, split, p.labels) for split in xrays.SPLITS]
+    known = xrays.parts(DATASETS[p.dataset]) if p.dataset in DATASETS else ()
+    return [part for part in read if part in known]
 
 
 # --- pre-training -----------------------------------------------------------------------------------------------------
