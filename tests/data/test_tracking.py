@@ -126,15 +126,15 @@ def test_visevent_one_means_present_and_tests_start_with_the_object(tmp_path, mo
     streams = {"vis_imgs": "frame{:04d}.bmp", "event_imgs": "frame{:04d}.bmp"}
     expect(monkeypatch, "rgbe/visevent", sizes={"test": 1})
     for part, shown in (("train", (True, False, True, False)), ("test", (False, True, False))):
-        video(root / part / "tank", streams, {"groundtruth.txt": [[0, 0, 0, 0], *BOXES[1:]]})
-        rows(root / part / "tank/absent_label.txt", [[0], [1], [0], [1]])
-        rows(root / part / f"{part}list.txt", [["tank"]])
+        video(root / part / part, streams, {"groundtruth.txt": [[0, 0, 0, 0], *BOXES[1:]]})
+        rows(root / part / part / "absent_label.txt", [[0], [1], [0], [1]])
+        rows(root / part / f"{part}list.txt", [[part]])
         (root / part / "unlisted").mkdir()
         (tank,) = load("rgbe/visevent", tmp_path, part)
         first = 4 - len(shown)
         assert tuple(tank.absent) == shown and values(tank)[0] == (first, 100 + first)
         assert tank.boxes[-1].tolist() == BOXES[-1]
-    label = root / "test/tank/absent_label.txt"
+    label = root / "test/test/absent_label.txt"
     unreadable(label, lambda: load("rgbe/visevent", tmp_path), {"0\n" * 4: ""})
 
 

@@ -1,5 +1,6 @@
 """BAT: training on LasHeR or VisEvent, tests on them, on RGBT234 and on GTOT."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,12 @@ def overlap(root: Path) -> Path:
     return path
 
 
+def without_training(root: Path) -> Path:
+    """LasHeR's test set alone."""
+    shutil.rmtree(path := root / "rgbt/LasHeR/TrainingSet")
+    return path
+
+
 LASHER, BIKE = {"dataset": "rgbt/lasher"}, "TestingSet/testingset/bike"
 FAULTS = {
     "a missing annotation": Fault(LASHER, spoil("TrainingSet/trainingset/man/init.txt", None), "is not there"),
@@ -77,5 +84,53 @@ FAULTS = {
         LASHER, spoil("TrainingSet/trainingset/man/visible/v000.png", b""), "cannot|not|truncated"
     ),
     "splits that overlap": Fault({"dataset": "rgbe/visevent"}, overlap, "two splits"),
+    "no videos to train on": Fault(LASHER, without_training, r"train: there is no folder .*TrainingSet"),
     "another set's frames": Fault(LASHER, spoil(f"{BIKE}/visible.txt", b"1,2,3,4\n"), "visible 24"),
+}
+
+
+def moved(name: str, there: str):  # type: ignore[no-untyped-def]
+    """A folder or file below the data root in another place."""
+
+    def damage(root: Path) -> Path:
+        shutil.move(root / name, aside := root / "aside")
+        (root / there).parent.mkdir(parents=True, exist_ok=True)
+        return Path(shutil.move(aside, root / there))
+
+    return damage
+
+
+def doubled(root: Path) -> Path:
+    path = root / "rgbt/LasHeR" / BIKE / "infrared/i003.png"
+    return Path(shutil.copy(path, path.with_name("i003 (1).png")))
+
+
+def gone(name: str):  # type: ignore[no-untyped-def]
+    def damage(root: Path) -> Path:
+        (root / name).unlink()
+        return root / name
+
+    return damage
+
+
+RGBT234, GTOT, VISEVENT = {"dataset": "rgbt/rgbt234"}, {"dataset": "rgbt/gtot"}, {"dataset": "rgbe/visevent"}
+COPIES = {
+    "RGBT234 as unpacked": Fault(RGBT234, moved("rgbt/RGBT234", "rgbt/RGBT234/RGB-T234"), ""),
+    "GTOT as unpacked": Fault(GTOT, moved("rgbt/GTOT", "GTOT/GTOT"), ""),
+    "streams in other letters": Fault(RGBT234, moved("rgbt/RGBT234/car3/visible", "rgbt/RGBT234/car3/Visible"), ""),
+    "LasHeR's test set alone": Fault(LASHER, without_training, "there is no folder .*TrainingSet"),
+    "a missing frame": Fault(
+        LASHER, gone(f"rgbt/LasHeR/{BIKE}/infrared/i005.png"), r"i006\.png: .* a frame is missing"
+    ),
+    "a frame that is there twice": Fault(LASHER, doubled, r"i003 \(1\)\.png: .* there twice"),
+    "RGBT234 without a stream's boxes": Fault(
+        RGBT234, gone("rgbt/RGBT234/dog1/infrared.txt"), r"dog1/infrared\.txt is"
+    ),
+    "GTOT without a stream's boxes": Fault(
+        GTOT, gone("rgbt/GTOT/dog1/groundTruth_i.txt"), r"groundTruth_i\.txt is not"
+    ),
+    "a video fewer": Fault(
+        GTOT, lambda root: shutil.rmtree(root / "rgbt/GTOT/dog1"), "1 sequences in .*, 2 are expected"
+    ),
+    "VisEvent's train in its test": Fault(VISEVENT, overlap, r"train1 is in two splits: .*list\.txt"),
 }

@@ -27,7 +27,7 @@ import numpy as np
 
 from ..errors import BadParameter, CompanionError, CorruptFile, MissingData, check_choice
 from ..ops.files import atomic
-from . import DataSet, decoding, facts, find, spaced, tables
+from . import DataSet, at, decoding, entries, facts, find, spaced, tables
 from .tracking_crops import (  # noqa: F401  (names of this module for its users)
     BRIGHTNESS,
     FLIP,
@@ -169,15 +169,15 @@ def load(name: str, root: str | Path, split: str = "test") -> list[Sequence]:
         BadParameter: unknown name or split; the message lists the accepted ones.
         MissingData: a folder, list, video, annotation or attribute file is missing.
         CorruptFile: an annotation that is not numbers or has a blank line before its end (file and line are named),
-            streams of very different length, or a frame after a missing or doubled one, which is named.
+            streams of very different length, a frame after a missing or doubled one, which is named, or a video that is
+            in two splits.
     """
     dataset, root = find(name, "tracking"), Path(root)
     check_choice(f"split of {name}", split, SPLITS[name])
     folder = dataset.folder(root)
-    options = [folder / part for part in _LAYOUTS[name].parts[split]]
-    part = next((option for option in options if option.is_dir()), None)
-    if part is None:
-        raise dataset.missing(root, f"no folder {options[-1]}")
+    part = at(folder, *_LAYOUTS[name].parts[split])
+    if not part.is_dir():
+        raise dataset.missing(root, f"there is no folder {folder / _LAYOUTS[name].parts[split][-1]}")
     names = _names(dataset, root, part, split)
     attributes = _attributes(dataset, folder, names)
     return [_sequence(dataset, root, part / each, split, attributes.get(each, frozenset())) for each in names]
@@ -185,13 +185,17 @@ def load(name: str, root: str | Path, split: str = "test") -> list[Sequence]:
 
 def _names(dataset: DataSet, root: Path, part: Path, split: str) -> list[str]:
     """The sequences of a split, each with an existing folder."""
-    there = sorted(entry.name for entry in part.glob("[!.]*") if entry.is_dir())
+    there = [name for name in entries(part) if (part / name).is_dir()]
     if dataset.name == "rgbt/lasher":
         names = [name for half in (("train", "val") if split == "trainval" else (split,)) for name in lasher_list(half)]
     elif dataset.name == "rgbe/visevent":
-        names = tables.names(tables.existing(dataset, root, part / f"{split}list.txt"))
+        listing = tables.existing(dataset, root, part / f"{split}list.txt")
+        other = at(part.parent, "test/testlist.txt" if split == "train" else "train/trainlist.txt")
+        names = tables.names(listing)
+        if both := {*names} & {*(tables.names(other) if other.is_file() else ())}:
+            raise CorruptFile(listing, f"{min(both)} is in two splits: {other} names it too")
     else:
-        names = [name for name in there if (part / name / _LAYOUTS[dataset.name].streams[0]).is_dir()]
+        names = [name for name in there if at(part / name, _LAYOUTS[dataset.name].streams[0]).is_dir()]
     if absent := sorted(set(names) - set(there)):
         raise dataset.missing(root, f"{len(absent)} of {len(names)} sequences below {part}, the first: {absent[0]}")
     tables.check_count(dataset, root, len(names), dataset.sizes.get(split), f"sequences in {part}")
@@ -205,10 +209,10 @@ def lasher_list(split: str) -> list[str]:
 
 def _sequence(dataset: DataSet, root: Path, folder: Path, split: str, attributes: frozenset[str]) -> Sequence:
     layout = _LAYOUTS[dataset.name]
-    visible, infrared = (_frames(dataset, root, folder / stream) for stream in layout.streams)
+    visible, infrared = (_frames(dataset, root, at(folder, stream)) for stream in layout.streams)
     lasher_trains = dataset.name == "rgbt/lasher" and split != "test"
     annotation = tables.existing(dataset, root, folder / ("init.txt" if lasher_trains else layout.boxes))
-    boxes, other = _boxes(annotation, layout.corners), folder / layout.boxes_infrared
+    boxes, other = _boxes(annotation, layout.corners), at(folder, layout.boxes_infrared)
     if layout.both:
         tables.existing(dataset, root, other)
     boxes_infrared = _boxes(other, layout.corners) if other.is_file() else None
@@ -334,7 +338,7 @@ def _attributes(dataset: DataSet, folder: Path, names: list[str]) -> dict[str, f
     known, shipped = ATTRIBUTES[dataset.name], _shipped()
     places = [folder] + ([shipped / Path(dataset.folders[0]).name] if shipped and dataset.name in _SHIPPED else [])
     kind = {"rgbt/rgbt234": "attr_txt", "rgbt/lasher": "AttriSeqsTxt"}.get(dataset.name, "none")
-    place = next((place / kind for place in places if (place / kind).is_dir()), None)
+    place = next((found for place in places if (found := at(place, kind)).is_dir()), None)
     if place is None:
         return {}
     if kind == "attr_txt":  # a file for each attribute

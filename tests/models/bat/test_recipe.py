@@ -13,6 +13,7 @@ from companion.training import recipe as training
 from companion.training.fit import CPU
 from tests.conftest import parameters
 from tests.models.common import refuses
+from tests.rehearsal import bat
 
 
 def given(**changes):
@@ -95,6 +96,13 @@ def test_result_files_are_scored(tmp_path):
     first.unlink()
     refuses((lambda: recipe.rescored(tmp_path), truth[0].name), error=CompanionError)
     refuses((lambda: recipe.rescored(tmp_path / "RGBT234"), "LasHeR"))
+
+
+def test_a_test_set_alone_is_rehearsed(tmp_path, monkeypatch):
+    bat.write("rgbt/lasher", tmp_path, monkeypatch)
+    bat.without_training(tmp_path)
+    found = recipe.test_videos(given(dry_run=True, data_root=str(tmp_path)))
+    assert [video.name for video in found] == ["bike", "head"]
 
 
 @pytest.mark.parametrize("dataset", ["rgbt/lasher", "rgbt/gtot", "rgbe/visevent"])

@@ -125,7 +125,7 @@ def test_videos(p: Parameters) -> Sequence:
     """The test videos of a benchmark; in a dry run a few frames of two of them, or of two generated ones."""
     if not p.dry_run:
         return data.load(p.dataset, p.data_root, "test")
-    if not present(p.dataset, p.data_root):
+    if not present(p.dataset, p.data_root, "test"):
         return [Generated(f"generated {i}", np.random.default_rng((p.seed, i))) for i in (1, 2)]
     return data.short(data.load(p.dataset, p.data_root, "test"), 2, DRY_FRAMES)
 
@@ -134,7 +134,7 @@ def train_pairs(p: Parameters, tracker: OSTrack) -> data.Pairs:
     """The training pairs of a benchmark; RGBT234 and GTOT have no training videos: the authors trained on LasHeR."""
     name = p.dataset if p.dataset.startswith("rgbe/") else "rgbt/lasher"
     videos: Sequence
-    if p.dry_run and not present(name, p.data_root):
+    if p.dry_run and not present(name, p.data_root, "train"):
         videos = [Generated("generated", np.random.default_rng(p.seed), 24)]
     else:
         videos = data.load(name, p.data_root, "train")
