@@ -1,5 +1,6 @@
 """PromptPAR: five sets of pedestrians, two of them also split by person, and a folder of one's own."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -86,9 +87,80 @@ def another(root: Path) -> Path:
 
 PA100K = {"dataset": "par/pa100k"}
 FAULTS = {
-    "a missing list": Fault({"dataset": "par/rapv1"}, missing, "is not there"),
+    "a missing list": Fault({"dataset": "par/rapv1"}, missing, r"none of RAP_annotation/RAP_annotation\.mat"),
     "a label out of range": Fault(PA100K, changed(test_label=3 * layouts.raw(8, 26)[5:]), "a label is 3"),
     "an unreadable image": Fault(PA100K, unreadable, "truncated|cannot read"),
     "splits that overlap": Fault(PA100K, overlap, "'train' and 'test'"),
     "the file of another set": Fault(PA100K, another, "not those of PA-100K"),
+}
+
+
+def moved(name: str, there: str):  # type: ignore[no-untyped-def]
+    """A folder or file below the data root with another name."""
+
+    def damage(root: Path) -> Path:
+        return (root / name).rename(root / there)
+
+    return damage
+
+
+def ending(name: str, end: str):  # type: ignore[no-untyped-def]
+    """The images of a folder with another ending."""
+
+    def damage(root: Path) -> Path:
+        for path in (root / name).iterdir():
+            path.rename(path.with_suffix(end))
+        return root / name
+
+    return damage
+
+
+def doubled(root: Path) -> Path:
+    """An image with two other endings: which of them is meant is not known."""
+    ending("par/PETA/images", ".bmp")(root)
+    return Path(shutil.copy(root / "par/PETA/images/00005.bmp", root / "par/PETA/images/00005.jpg"))
+
+
+def written(name: str, content: bytes | None = None, size: int = 0):  # type: ignore[no-untyped-def]
+    """A file below the data root with another content, or its first bytes."""
+
+    def damage(root: Path) -> Path:
+        (root / name).write_bytes((root / name).read_bytes()[:size] if content is None else content)
+        return root / name
+
+    return damage
+
+
+def version_one(root: Path) -> Path:
+    """RAPv2 with the annotation of RAPv1, as in the bundle of PromptPAR's authors."""
+    name = "RAP_annotation/RAP_annotation.mat"
+    return Path(shutil.copy(layouts.rapv1(root) / name, root / "par/RAPV2" / name))
+
+
+HDF5 = b"MATLAB 7.3 MAT-file, Platform: GLNXA64".ljust(124) + b"\x00\x02IM" + b"\x89HDF\r\n\x1a\n"
+PETA, RAP1, RAP2 = {"dataset": "par/peta"}, {"dataset": "par/rapv1"}, {"dataset": "par/rapv2"}
+COPIES = {
+    "PA100K with its second folder": Fault(PA100K, moved("par/PA100k/data", "par/PA100k/release_data"), ""),
+    "RAP in other letters": Fault(RAP1, moved("par/RAPV1/RAP_dataset", "par/RAPV1/rap_Dataset"), ""),
+    "annotations in other letters": Fault(
+        {"dataset": "par/wider"},
+        moved("par/WIDER/Annotations/test_name.txt", "par/WIDER/Annotations/Test_name.TXT"),
+        "",
+    ),
+    "PETA as JPEGs": Fault(PETA, ending("par/PETA/images", ".jpg"), ""),
+    "PETA as bitmaps": Fault(PETA, ending("par/PETA/images", ".BMP"), ""),
+    "an image with two other endings": Fault(PETA, doubled, r"PETA\.mat lists 00005\.png .*images \(00001\.bmp"),
+    "images in another folder": Fault(
+        PETA,
+        moved("par/PETA/images", "par/PETA/pictures"),
+        r"PETA\.mat lists .*not both of which are in .*Pad_datasets",
+    ),
+    "an image fewer": Fault(
+        PETA, lambda root: (root / "par/PETA/images/00007.png").unlink(), r"1 of 3 listed images of PETA\.mat"
+    ),
+    "a truncated annotation": Fault(PETA, written("par/PETA/PETA.mat", size=700), "truncated, .* 700 bytes .*download"),
+    "an empty annotation": Fault(RAP1, written("par/RAPV1/RAP_annotation/RAP_annotation.mat"), "truncated, .* 0 bytes"),
+    "an annotation in HDF5": Fault(PETA, written("par/PETA/PETA.mat", HDF5), r"format 7\.3 \(HDF5\).* -v7"),
+    "RAPv2 with RAPv1's annotation": Fault(RAP2, version_one, r"but those of RAP v1\. .*OpenPAR 59, 67"),
+    "PA100K with PETA's annotation": Fault(PA100K, another, "not those of PA-100K .*but those of PETA"),
 }

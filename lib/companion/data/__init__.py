@@ -429,8 +429,8 @@ def check_listed(dataset: DataSet, root: Path, paths: Iterable[str], listing: st
     if absent:
         by = f" of {listing}" if listing else ""
         place = Path(one := min(absent)).parent
-        there = f"its folder holds {told(entries(place), 3)}" if place.is_dir() else f"there is no folder {place}"
-        what = f"{len(absent)} of {len(wanted)} listed images{by} are not there, the first: {one} ({there})"
+        near = f"its folder holds {told(entries(place), 3)}" if place.is_dir() else f"there is no folder {place}"
+        what = f"{len(absent)} of {len(wanted)} listed images{by} are not there, the first: {one} ({near})"
         raise dataset.missing(root, what)
 
 

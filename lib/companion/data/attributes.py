@@ -14,7 +14,9 @@ A new set needs a `DataSet` with task "attributes" in `DATASETS`, and files like
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import os
 import posixpath
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -31,8 +33,9 @@ from torchvision.transforms.v2 import functional as F
 from ..errors import CorruptFile, check_choice
 from ..ops import unpickle
 from ..ops.config import configure
-from . import DataSet, facts, find, inside, own_set, tables
+from . import DataSet, at, entries, facts, find, inside, own_set, tables, told
 from .classification import Images, _normalised, _to_tensor
+from .decoding import SUFFIXES
 
 SPLITS = ("train", "val", "trainval", "test")
 Transform = Callable[[Image.Image], torch.Tensor]
@@ -229,7 +232,11 @@ def parts(dataset: DataSet) -> dict[str, Callable[[Path], Any]]:
     """See `companion.data.parts`: the splits, all of which are read at once."""
     read = functools.cache(functools.partial(splits, dataset.name))
     own = [split for split in SPLITS if split in dataset.sizes] or ["trainval", "test"]
-    return {split: lambda root, split=split: read(root)[split] for split in own}
+    return {split: functools.partial(_split, read, split) for split in own}
+
+
+def _split(read: Callable[[Path], dict[str, Pedestrians]], split: str, root: Path) -> Pedestrians:
+    return read(root)[split]
 
 
 # --- implementation ----------------------------------------------------------------------------------------------
@@ -240,7 +247,7 @@ def _pedestrians(dataset: DataSet, root: Path, transform: Transform | None) -> d
     folder, own = dataset.folder(root), ZERO_SHOT.get(dataset.name, dataset.name)
     if own == "par/wider":
         listing = _wider(dataset, root)
-    elif (folder / "labels.csv").is_file() or dataset.group == "own":
+    elif at(folder, "labels.csv").is_file() or dataset.group == "own":
         listing = _csv(dataset, root)
     else:
         listing = _mat(dataset, root, own)
@@ -248,31 +255,71 @@ def _pedestrians(dataset: DataSet, root: Path, transform: Transform | None) -> d
     for split, known in dataset.sizes.items():
         count = len(listing.splits.get(split, ()))
         tables.check_count(dataset, root, count, known, f"images for '{split}' in {listing.file}")
+    places = [at(folder, place) for place in _FACTS["IMAGES"].get(own, ("data", ""))]
     ends = [listing.pictures[listing.splits["test"][i]] for i in (0, -1)]
-    places = [folder / place for place in _FACTS["IMAGES"].get(own, ("data", ""))]
-    base = next((place for place in places if all((place / name).is_file() for name in ends)), None)
+    base = next((place for place in places if all(map(os.path.isfile, _sources(place, ends)))), None)
     if base is None:
-        where = " or ".join(map(str, places))
-        raise dataset.missing(root, f"{listing.file.name} lists {' and '.join(ends)}, which are not in {where}")
+        where = "; ".join(f"{place} ({told(entries(place), 3)})" if place.is_dir() else str(place) for place in places)
+        raise dataset.missing(root, f"{listing.file.name} lists {' and '.join(ends)}, not both of which are in {where}")
+    files = np.array(_sources(base, listing.pictures))
     sentences, found = SENTENCES.get(dataset.name, listing.names), {}
     for split in (split for split in SPLITS if split in listing.splits):
         chosen = listing.splits[split]
-        sources, labels = [f"{base}/{listing.pictures[i]}" for i in chosen], listing.labels[chosen]
+        sources, labels = files[chosen].tolist(), listing.labels[chosen]
         found[split] = Pedestrians(dataset, root, sources, labels, listing.names, sentences, transform)
+        found[split].listing = listing.file.name
     return found
+
+
+def _sources(base: Path, pictures: Sequence[str]) -> list[str]:
+    """The files of listed images; of one that is not there the only other one, not listed, with another ending."""
+    listed = [f"{base}/{picture}" for picture in pictures]
+    known = {*listed}
+
+    @functools.cache
+    def names(folder: str) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for name in entries(Path(folder)):
+            stem, end = os.path.splitext(name)  # noqa: PTH122  (ten times faster for 100,000 names)
+            if end.lower() in SUFFIXES:
+                found.setdefault(stem, []).append(name)
+        return found
+
+    files = []
+    for path in listed:
+        folder, name = os.path.split(path)
+        alike = [f"{folder}/{other}" for other in names(folder).get(Path(name).stem, ())]
+        files.append(alike[0] if len(alike) == 1 and alike[0] not in known else path)
+    return files
 
 
 def _mat(dataset: DataSet, root: Path, own: str) -> Listing:
     """A MATLAB file in the layout of the set `own`."""
     layout = own if own in _LAYOUTS else "par/pa100k"
-    path = tables.existing(dataset, root, dataset.folder(root) / _FACTS["ANNOTATIONS"][layout])
+    path = tables.existing(dataset, root, at(dataset.folder(root), _FACTS["ANNOTATIONS"][layout]))
     try:
         content = loadmat(path, simplify_cells=True)
-        found = Listing(path, *_LAYOUTS[layout](content, [*COLUMNS.get(dataset.name, ())]))
+    except NotImplementedError as error:
+        what = "it is in MATLAB's format 7.3 (HDF5), the released one is not: take that, or save it with -v7"
+        raise CorruptFile(path, what) from error
     except Exception as error:  # a damaged file can raise anything
-        what = f"its fields are not those of {dataset.title} ({type(error).__name__}: {error})"
+        what = f"truncated, or no MATLAB file: it has {path.stat().st_size:,} bytes ({error!r}); download it again"
+        raise CorruptFile(path, what) from error
+    try:
+        found = Listing(path, *_LAYOUTS[layout](content, [*COLUMNS.get(dataset.name, ())]))
+    except Exception as error:
+        what = f"its fields are not those of {dataset.title} ({error!r}){_whose(content)}. Get it: {dataset.where}"
         raise CorruptFile(path, what) from error
     return found._replace(splits=_new_split(dataset, root)) if dataset.name in ZERO_SHOT else found
+
+
+def _whose(content: dict) -> str:
+    """The set whose fields those of a MATLAB file are, in words."""
+    for name, read in _LAYOUTS.items():
+        with contextlib.suppress(Exception):
+            read(content, [*COLUMNS[name]])
+            return f", but those of {find(name).title}"
+    return ""
 
 
 Fields = tuple[list[str], np.ndarray, Sequence[str], dict[str, np.ndarray]]  # those of a `Listing` after the file
@@ -320,11 +367,11 @@ _LAYOUTS = {"par/peta": _peta, "par/pa100k": _pa100k, "par/rapv1": _rapv1, "par/
 
 def _wider(dataset: DataSet, root: Path) -> Listing:
     folder, files = dataset.folder(root), _FACTS["WIDER_FILES"]
-    names_file = tables.existing(dataset, root, folder / files["names"])
+    names_file = tables.existing(dataset, root, at(folder, files["names"]))
     pictures: list[str] = []
     names, labels, chosen = tables.lines(names_file), [], {}
     for split in ("trainval", "test"):
-        listed, given = (tables.existing(dataset, root, folder / name) for name in files[split])
+        listed, given = (tables.existing(dataset, root, at(folder, name)) for name in files[split])
         rows = tables.lines(listed)
         try:
             values = np.loadtxt([line.strip("[]") for line in tables.lines(given)], int, delimiter=",", ndmin=2)

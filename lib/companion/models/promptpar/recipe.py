@@ -128,7 +128,7 @@ def pedestrians(p: Parameters, batch: int) -> tuple[str, attributes.Pedestrians,
     Raises `BadParameter`, `MissingData`, `CorruptFile`: with the change or download needed.
     """
     count = dry_items(p, batch)
-    if p.dry_run and not present(p.dataset, p.data_root):
+    if p.dry_run and not present(p.dataset, p.data_root, "trainval", "test"):
         rng, dataset = np.random.default_rng(p.seed), find("par/peta" if p.dataset == "folder" else p.dataset)
         texts = SENTENCES[dataset.name]
         learn, test = (
