@@ -40,7 +40,7 @@ from torchvision.transforms import v2
 from ..errors import BadParameter, CorruptFile, check_choice, check_names
 from ..ops.config import configure
 from ..ops.files import atomic
-from . import DataSet, Parts, at, decoding, downloading, facts, find, inside, own_set, tables
+from . import DataSet, Parts, at, check_listed, decoding, downloading, facts, find, inside, own_set, tables
 
 _FACTS = facts("xrays")
 TASKS: tuple[str, ...] = _FACTS["TASKS"]
@@ -342,11 +342,10 @@ class Boxed(Labelled):
 class Masked(Pictures):
     """Item i: (image, mask (k, S, S) in 0 to 1). `mask(rows[i])` reads it, at any size; see `MaskTransform`.
 
-    `finish` makes the final mask from the transformed one. With `colour` images keep their three channels. `masks` are
-    the files of the masks, where they have some.
+    `finish` makes the final mask from the transformed one. With `colour` images keep their three channels.
     """
 
-    each = ("paths", "rows", "masks")
+    each = ("paths", "rows")
 
     def __init__(
         self,
@@ -358,16 +357,9 @@ class Masked(Pictures):
         finish: Transform | None = None,
         colour: bool = False,
         listing: Path | None = None,
-        masks: Pictures | None = None,
     ):
         super().__init__(dataset, root, paths, transform, listing)
         self.mask, self.finish, self.colour, self.rows = mask, finish, colour, range(len(paths))
-        self.masks = masks
-
-    @property
-    def sources(self) -> list[str]:
-        """The files of the images, then those of the masks."""
-        return super().sources + (self.masks.sources if self.masks else [])
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         image, mask = self.grey(i, self.colour), self.mask(self.rows[i])
@@ -422,8 +414,8 @@ def load(
 
     Raises:
         BadParameter: an unknown name, split, task or share.
-        MissingData: the folder or a list is missing, or its number of images differs from the published one.
-        CorruptFile: a malformed line of a list; the list and the line are in the message.
+        MissingData: the folder, a list or a mask is missing, or its number of images differs from the published one.
+        CorruptFile: a malformed line of a list, or a path that leaves the folder; both are in the message.
     """
     dataset = name if isinstance(name, DataSet) else find(name, "xrays")
     name = dataset.name
@@ -456,10 +448,11 @@ def load(
     else:
         paths, files = _columns(path, "img_path", "mask_path")
         masks = Pictures(dataset, root, files, listing=path)
+        check_listed(dataset, masks.root, masks.sources, masks.listing)
         if name == "fundus/riga":
-            found = make(paths, masks.grey, finish=_disc_and_cup, colour=True, masks=masks)
+            found = make(paths, masks.grey, finish=_disc_and_cup, colour=True)
         else:
-            found = make(paths, functools.partial(_own_mask, masks), masks=masks)
+            found = make(paths, functools.partial(_own_mask, masks))
     if not len(found):
         raise CorruptFile(path, "lists no image")
     listed = len(set(_columns(path, "ImageId")[0])) if name == "xrays/siim" else len(found)
