@@ -95,9 +95,12 @@ class Pedestrians(Images):
         names: the attribute names of the annotation.
         sentences: the attributes as the sentences that CLIP encodes.
         ratio: (A,) the mean label of each attribute, for the loss: the share of images with the attribute.
+        listing: the name of the annotation; empty without one.
 
     Raises (on indexing) as `classification.Images`.
     """
+
+    listing = ""
 
     def __init__(
         self,
