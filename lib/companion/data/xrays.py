@@ -279,10 +279,8 @@ class Pictures(Parts, Dataset):
 
     def grey(self, i: int, colour: bool = False) -> Tensor:
         """(1, H, W) in 0 to 1, before the transform; with `colour` (3, H, W)."""
-        path, by = (
-            self._source(self.paths[i], functools.partial(at, self.folder)),
-            f"listed in {self.listing or self.name}",
-        )
+        path = self._source(self.paths[i], functools.partial(at, self.folder))
+        by = f"listed in {self.listing or self.name}"
         try:
             values = torch.from_numpy(np.ascontiguousarray(read_image(path, colour)))
         except FileNotFoundError:
