@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import functools
 import itertools
 import os
 import re
@@ -200,11 +201,11 @@ def doctor(given: argparse.Namespace) -> int:
     peak = needs.peak(gpu, facts.get("products", precision) if given.precision == "paper" else precision)
     dry_runs = [*record.root().glob(f"r*/paper/{given.paper}/**/dry_run/step.json")]  # runs/ and reports/
     step = read_json(max(dry_runs, key=lambda file: file.stat().st_mtime)) if dry_runs else None
-    lacking = False
+    lacking, look = False, functools.cache(functools.partial(data.status, root=root, decode=True))  # once for all runs
     print(f"{facts['title']}  (arXiv {facts['arxiv']})\ndata root: {root.resolve()}\n")
     for run in facts["runs"]:
         print(f"{run['title']}\n  tables   {', '.join(run['tables'])}")
-        looked = {name: data.status(name, root, decode=True) for name in needs.sets(run["data"])}
+        looked = {name: look(name) for name in needs.sets(run["data"])}
         absent = [(data.DATASETS[name], state) for name, state in looked.items() if state.state != "present"]
         print(f"  data     {len(looked) - len(absent)} of {len(looked)} sets are present")
         for name, state in looked.items():
