@@ -17,8 +17,8 @@ companion adopt DIR                           import a run made on another machi
 from __future__ import annotations
 
 import argparse
-import importlib
 import functools
+import importlib
 import itertools
 import os
 import re
