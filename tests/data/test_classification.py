@@ -78,14 +78,14 @@ def fgvc(root: Path, key: str, folder: str = "", ids: dict[str, list] = IDS) -> 
 
 
 def dtd(root: Path, *_) -> Path:
-    base = root / "hta/dtd/dtd"
+    base = root / "hta/dtd"
     (base / "labels").mkdir(parents=True)
     lists = {"train": "zigzag/a banded/b zigzag/c", "val": "banded/d zigzag/e", "test": "banded/f zigzag/g"}
     for number, (split, names) in enumerate(lists.items()):
         (base / f"labels/{split}1.txt").write_text("".join(f"{name}.png\n" for name in names.split()))
         for index, name in enumerate(names.split()):
             picture(base / "images" / f"{name}.png", 10 * number + index)
-    return root / "hta/dtd"
+    return base
 
 
 def food101(root: Path, *_) -> Path:
@@ -210,8 +210,9 @@ def test_class_ids_of_cub_are_text_and_those_of_nabirds_are_sorted_over_all_spli
 OFFICIAL_LABELS = [1 + (i % 3 == 0) for i in range(70)]  # of 60 images for training and 10 for testing
 
 
-def official(folder: Path, key: str) -> list[str]:
-    """The files of the official split; returns the paths of the images."""
+def official(folder: Path, key: str, cars: str = "car_ims") -> list[str]:
+    """The files of the official split; returns the paths of the images. With `cars` = "cars_train" those of Stanford
+    Cars are as in torchvision."""
     labels, numbers = np.array(OFFICIAL_LABELS), np.arange(1, 71)
     if key in ("cub200", "nabirds"):
         paths = [f"{label:03d}.Bird/{image}.jpg" for image, label in enumerate(OFFICIAL_LABELS)]
@@ -230,6 +231,12 @@ def official(folder: Path, key: str) -> list[str]:
         listed = np.array(paths, dtype=object)[:, None]
         parts = {"train": slice(60), "test": slice(60, 70)}
         files = {f"{s}_list": {"file_list": listed[part], "labels": labels[part, None]} for s, part in parts.items()}
+    elif cars == "cars_train":
+        paths = [f"cars_train/{i:05d}.jpg" for i in range(1, 61)] + [f"cars_test/{i:05d}.jpg" for i in range(1, 11)]
+        fields = [(name, object) for name in ("bbox_x1", "class", "fname")]
+        rows = [(1, OFFICIAL_LABELS[i], path.partition("/")[2]) for i, path in enumerate(paths)]
+        names = {"devkit/cars_train_annos": rows[:60], "cars_test_annos_withlabels": rows[60:]}
+        files = {name: {"annotations": np.array([part], dtype=fields)} for name, part in names.items()}
     else:
         paths = [f"car_ims/{i:06d}.jpg" for i in numbers]
         fields = [(name, object) for name in ("relative_im_path", "bbox_x1", "class", "test")]
@@ -241,16 +248,16 @@ def official(folder: Path, key: str) -> list[str]:
     return paths
 
 
-@pytest.mark.parametrize("key", FGVC)
-def test_lists_from_the_official_split_are_stratified_and_named_as_not_vpts(key, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("key", "images_in"), [*((key, "car_ims") for key in FGVC), ("cars196", "cars_train")])
+def test_lists_from_the_official_split_are_stratified_and_named_as_not_vpts(key, images_in, tmp_path, monkeypatch):
     name, images = f"fgvc/{key}", classification.IMAGES[key]
     shrink(monkeypatch, name, 2, 54, 6, 10)
     folder = tmp_path / "fgvc" / FGVC[key][0]
     folder.mkdir(parents=True)
-    paths = official(folder, key)
+    paths = official(folder, key, images_in)
     for i, path in enumerate(paths):
         picture(folder / images / path, i)
-    refused(MissingData, "train.json", load, name, tmp_path, "train")
+    refused(MissingData, r"train.json .*official_lists\('fgvc", load, name, tmp_path, "train")
     out = classification.official_lists(name, tmp_path)
     lists = {split: json.loads((out / f"{split}.json").read_text()) for split in ("train", "val", "test")}
     labels = dict(zip(paths, OFFICIAL_LABELS, strict=True))
@@ -302,6 +309,14 @@ def test_hta_is_split_in_file_order_or_shuffled_once_where_it_is_sorted_by_class
     make, train, val, test = HTA[name]
     shrink(monkeypatch, name, 2, len(train), len(val), len(test))
     folder = make(tmp_path, monkeypatch)
+    if name in ("hta/dtd", "hta/gtsrb", "hta/food101"):  # as torchvision numbers and orders them
+        reader, place = classification._TORCHVISION[name]
+        (beside := tmp_path / "torchvision" / place).parent.mkdir(parents=True)
+        beside.symlink_to(folder)
+        for split, items_of in {"train": sorted(train + val) if name != "hta/dtd" else train, "test": test}.items():
+            theirs = reader(tmp_path / "torchvision", split=split)
+            values_of = [(int(np.asarray(picture)[0, 0, 0]), label) for picture, label in theirs]
+            assert values_of == items_of
     assert read(name, tmp_path) == [train, val, train + val, test]
     assert data.status(name, tmp_path).state == "present"
     if name == "hta/gtsrb":
@@ -311,6 +326,7 @@ def test_hta_is_split_in_file_order_or_shuffled_once_where_it_is_sorted_by_class
         (folder / "data_batch_2").write_bytes(b"")
         refused(MissingData, "MD5", load, name, tmp_path, "train")
         assert data.status(name, tmp_path).state == "incomplete"
+        assert items(load(name, tmp_path, "test")) == test  # which is whole
 
 
 @pytest.mark.parametrize(("length", "digest"), [(75750, "3eb9d1a3e6977fa8"), (26640, "964f8fdebc48f7b2")])
@@ -357,7 +373,7 @@ def test_fetch_downloads_verifies_and_unpacks(served, tmp_path, monkeypatch):
     (folder, server), root = served, tmp_path / "data"
     archive = folder / "dtd-r1.0.1.tar.gz"
     with tarfile.open(archive, "w:gz") as tar:
-        tar.add(dtd(tmp_path / "made") / "dtd", "dtd")
+        tar.add(dtd(tmp_path / "made"), "dtd")
     whole = archive.read_bytes()
     monkeypatch.setattr(torchvision.datasets.DTD, "_URL", f"{server}/{archive.name}")
     monkeypatch.setattr(torchvision.datasets.DTD, "_MD5", md5(archive))
@@ -369,7 +385,7 @@ def test_fetch_downloads_verifies_and_unpacks(served, tmp_path, monkeypatch):
     assert data.status("hta/dtd", root).state == "present"
     assert [path.name for path in root.iterdir()] == ["hta"] and not list(root.rglob("*.gz"))
     # an incomplete copy is completed, and other files are not removed
-    (root / "hta/dtd/dtd/images/banded/f.png").unlink()
+    (root / "hta/dtd/images/banded/f.png").unlink()
     (root / "hta/dtd/notes.txt").write_text("mine")
     data.fetch("hta/dtd", root, progress=False)
     assert values(load("hta/dtd", root, "test")) == [20, 21] and (root / "hta/dtd/notes.txt").read_text() == "mine"

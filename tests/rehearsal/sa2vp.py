@@ -1,5 +1,7 @@
 """SA²VP: VTAB-1k on both backbones, FGVC, HTA, and a folder of one's own."""
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -65,4 +67,73 @@ FAULTS = {
     "an unreadable image": Fault(SVHN, unreadable, "1.png"),
     "splits that overlap": Fault(SVHN, overlap, "'train' and 'test'"),
     "the list of another set": Fault(SVHN, listed("images/trainval/0.png 1\n" * 3), "3 .* 5 "),
+}
+
+
+def moved(old: str, new: str) -> Callable[[Path], Path]:
+    """A file or folder below the data root at another place."""
+
+    def damage(root: Path) -> Path:
+        shutil.move(root / old, aside := root / "aside")
+        (root / new).parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(aside, root / new)
+        return root / new
+
+    return damage
+
+
+def without(name: str) -> Callable[[Path], Path]:
+    """Neither this file, nor this folder, below the data root."""
+
+    def damage(root: Path) -> Path:
+        path = root / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return path
+
+    return damage
+
+
+def spaced(root: Path) -> Path:
+    """Lists with blanks, a tab and an empty line."""
+    for path in (root / "vtab-1k/svhn").glob("*.txt"):
+        first, *rows = path.read_text().splitlines()
+        path.write_text("\n".join([f"{first} \t", rows[0].replace(" ", "\t"), *rows[1:], " ", ""]))
+    return root
+
+
+def twice(root: Path) -> Path:
+    path = root / "vtab-1k/svhn/test.txt"
+    path.write_text(path.read_text().splitlines()[0] + "\n" + "".join(path.read_text().splitlines(True)[:-1]))
+    return path
+
+
+def benchmark(root: Path) -> Path:
+    """The benchmark's training images of GTSRB, of which there are more."""
+    place = moved("hta/gtsrb/GTSRB/Training", "hta/gtsrb/GTSRB/Final_Training/Images")(root)
+    for number in range(3):
+        picture(place / "00000" / f"9999{number}.ppm", number)
+    return place
+
+
+def devkit(root: Path) -> Path:
+    """Stanford Cars with VPT's lists, which name images in car_ims, and those of torchvision, with other numbers."""
+    for path in (root / "fgvc/cars").glob("*.json"):
+        path.write_text(path.read_text().replace("cars_train/", "car_ims/"))
+    return root
+
+
+GTSRB, DTD, CARS = {"dataset": "hta/gtsrb"}, {"dataset": "hta/dtd"}, {"dataset": "fgvc/cars196"}
+TRAIN = "fgvc/cars/cars_train"
+COPIES = {
+    "VTAB's whole archive with a folder more": Fault(SVHN, moved("vtab-1k", "vtab-1k/vtab-1k"), ""),
+    "VTAB's lists with blanks": Fault(SVHN, spaced, ""),
+    "an image listed twice": Fault(SVHN, twice, "test.txt: line 2: .* further up"),
+    "torchvision's folder of DTD": Fault(DTD, moved("hta/dtd", "hta/dtd/dtd"), ""),
+    "DTD without its lists": Fault(DTD, without("hta/dtd/labels"), "(?s)train1.txt is not there.*dtd-r1.0.1"),
+    "torchvision's folder of GTSRB": Fault(GTSRB, moved("hta/gtsrb", "hta/gtsrb/gtsrb"), ""),
+    "GTSRB of the benchmark": Fault(GTSRB, benchmark, "(?s)13 images for 'train' .*, 10 are .*Training_fixed.zip"),
+    "GTSRB without a class": Fault(GTSRB, without("hta/gtsrb/GTSRB/Training/00001"), "1 class folders .* 2 are"),
+    "Kaggle's folder of Stanford Cars": Fault(CARS, moved(TRAIN, f"{TRAIN}/cars_train"), ""),
+    "Stanford Cars with lists of other images": Fault(CARS, devkit, "(?s)train.json .*car_ims/0.jpg.*official_lists"),
+    "no training list": Fault({"dataset": "fgvc/dogs120"}, without("fgvc/dogs/train.json"), "train.json is not there"),
 }

@@ -94,4 +94,4 @@ def test_a_folder_of_many_is_not_searched(tmp_path, monkeypatch):
     for i in range(data.MANY + 1):
         (tmp_path / "hta/dtd" / str(i) / "labels").mkdir(parents=True)
     assert data.status("hta/dtd", tmp_path).state == "incomplete"
-    assert {Path(place) for place in looked} == {tmp_path, tmp_path / "hta", tmp_path / "hta/dtd"}
+    assert {Path(place) for place in looked} <= {tmp_path, tmp_path / "hta", tmp_path / "hta/dtd"}

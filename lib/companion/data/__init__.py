@@ -80,8 +80,10 @@ class DataSet:
 
     def folder(self, root: str | Path) -> Path:
         """The set's folder: the first of `folders` below `root` that holds one of `marks`, or else the first folder one
-        or two levels below that does; if there is none the first that exists, or the usual spelling."""
-        places = [place for name in self.folders if (place := at(Path(root), name)).is_dir()]
+        or two levels below that does; if there is none the first that exists, or the usual spelling. An archive of
+        several sets may have been unpacked in a folder of its own name: `vtab-1k/vtab-1k`."""
+        doubled = [f"{name.partition('/')[0]}/{name}" for name in self.folders if "/" in name]
+        places = [place for name in (*self.folders, *doubled) if (place := at(Path(root), name)).is_dir()]
         nested = (folder for place in places for folder in below(place))
         marked = (folder for folder in itertools.chain(places, nested) if self.marked(folder))
         return next(marked, places[0] if places else Path(root) / self.folders[0])

@@ -5,13 +5,15 @@
 
 Opening a set reads its lists only; an image is decoded on access. `root` is the data folder (`data`).
 
-`classification_sets.yaml` describes the sets: format, splits, sizes, licences. torchvision's readers are used where
-they exist (DTD, GTSRB, Food-101, CIFAR, SVHN); it opens CIFAR's pickles only when their MD5 is the published one.
+`classification_sets.yaml` describes the sets: format, splits, sizes, licences. torchvision reads CIFAR and SVHN; it
+opens CIFAR's pickles only when their MD5 is the published one.
 """
 
 from __future__ import annotations
 
+import functools
 import re
+import shutil
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,7 +31,7 @@ from torchvision.transforms import v2
 from ..errors import BadParameter, CorruptFile, check_choice
 from ..ops.config import configure
 from ..ops.files import atomic_folder, read_json, write_json
-from . import DataSet, Parts, check_listed, decoding, facts, fetched, find, inside, own_set, tables
+from . import DataSet, Parts, at, below, check_listed, decoding, facts, fetched, find, inside, own_set, tables
 
 SPLITS = ("train", "val", "trainval", "test")
 _LISTS = {"train": "train800.txt", "val": "val200.txt", "trainval": "train800val200.txt", "test": "test.txt"}
@@ -43,6 +45,8 @@ OFFICIAL: dict[str, tuple[str, ...]] = {
     "cars196": ("cars_annos.mat",),
 }
 """The files of an FGVC set that hold its official split and labels."""
+CARS = ("cars_train_annos.mat", "cars_test_annos_withlabels.mat")
+"""Those of Stanford Cars as it is in torchvision and at Kaggle, with images in `cars_train` and `cars_test`."""
 NOT_VPT = "lists-not-vpt"  # the folder of `official_lists`, below that of the set
 Listed = tuple[Path, Any, list[int]]  # the list that was read, paths or an array (n, H, W, 3), labels
 Rows = tuple[Path, Path, list[str], list[int]]  # a list, the folder that its paths start from, these, labels from 0
@@ -63,12 +67,16 @@ class Images(Parts, Dataset):
         transform: from a PIL image (RGB) to a tensor; None scales to 0..1 and keeps the size.
         class_names: names by label, where the layout has them.
 
+    Attributes:
+        listing: the name of the list that has the images, for messages; "" where they are all in a folder.
+
     Raises (on indexing):
         MissingData: the file is listed but missing.
         CorruptFile: the file is truncated, no image, or has no full scale (see `decoding`); its path is in the message.
     """
 
     each: ClassVar[tuple[str, ...]] = ("sources", "labels")
+    listing = ""
 
     def __init__(
         self,
@@ -111,7 +119,12 @@ class Images(Parts, Dataset):
                     return decode(Image.fromarray(decoding.upright(found, {"exif": image.getexif().tobytes()})))
                 return decode(image)
         except FileNotFoundError:
-            raise self.dataset.missing(self.root, f"{source} is listed but not there") from None
+            by = f" in {self.listing}" if self.listing else ""
+            raise self.dataset.missing(self.root, f"{source} is listed{by} but not there") from None
+        except CorruptFile as error:
+            if not self.listing:
+                raise
+            raise CorruptFile(error.path, f"{error.reason}; it is listed in {self.listing}") from error
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, Any]:
         picture = self.picture(index)
@@ -144,6 +157,7 @@ def load(
     if not isinstance(sources, np.ndarray):  # two files only: opening must stay instant
         check_listed(dataset, root, (sources[0], sources[-1]), listing.name)
     found = Images(dataset, root, sources, labels, dataset.classes, transform)
+    found.listing = listing.name
     if listing.parent.name == NOT_VPT:
         found.name = f"{name} (lists not VPT's)"
         told = "are not VPT's: do not compare results on them with published ones"
@@ -158,8 +172,9 @@ def official_lists(name: str, root: str | Path) -> Path:
     0; Oxford Flowers has an official validation split. They are not the images that VPT chose. The folder is `NOT_VPT`
     below that of the set; `load` reads it where VPT's lists are missing. Its files are replaced.
 
-    The official split is in the files `OFFICIAL`, in the folder of the set or one below it; of Stanford Cars,
-    `cars_annos.mat` names images as car_ims/000001.jpg.
+    The official split is in the files `OFFICIAL`, in the folder of the set or up to two below it. Of Stanford Cars
+    `cars_annos.mat` names images as car_ims/000001.jpg, as VPT's lists do. Those in cars_train and cars_test have other
+    numbers; with these two folders alone the files are `CARS`.
 
     Raises:
         BadParameter: not a set of FGVC.
@@ -172,7 +187,10 @@ def official_lists(name: str, root: str | Path) -> Path:
     folder, key = dataset.folder(root), name.partition("/")[2]
     if key not in IMAGES or name.startswith("vtab/"):
         raise BadParameter("data set", name, [f"fgvc/{key}" for key in IMAGES])
-    files = [tables.existing(dataset, root, folder / file, *folder.glob(f"*/{file}")) for file in OFFICIAL[key]]
+    names, places = OFFICIAL[key], [folder, *below(folder)]
+    if key == "cars196" and at(folder, "cars_train").is_dir() and not at(folder, "car_ims").is_dir():
+        names = CARS
+    files = [tables.existing(dataset, root, *(place / file for place in places)) for file in names]
     lists = dict[str, dict[str, int]](train={}, val={}, test={})
     try:
         for path, class_id, split in _official(key, files):
@@ -211,9 +229,13 @@ def _official(key: str, files: Sequence[Path]) -> Iterator[tuple[str, int, str]]
         for split, listed in zip(("train", "test"), found, strict=True):
             for path, class_id in zip(listed["file_list"], listed["labels"], strict=True):
                 yield path, class_id, split
-    else:
+    elif len(found) == 1:
         for image in found[0]["annotations"]:
             yield image["relative_im_path"], image["class"], "test" if image["test"] else "train"
+    else:
+        for split, listed in zip(("train", "test"), found, strict=True):
+            for image in listed["annotations"]:
+                yield f"cars_{split}/{image['fname']}", image["class"], split
 
 
 def resize_transform(input) -> v2.Transform:
@@ -380,22 +402,32 @@ def fetch(dataset: DataSet, root: Path, progress: bool) -> None:
             (new.parent / "flowers-102/jpg").rename(new / "jpg")
             return
         splits = [{"split": split} for split in ("train", "test")]
+        download, place = _TORCHVISION[dataset.name]
         for options in splits if dataset.name in ("hta/gtsrb", "hta/svhn") else ({},):
-            if dataset.name == "hta/svhn":
-                tv.SVHN(new, download=True, **options)
-            else:
-                _TORCHVISION[dataset.name](new.parent, download=True, **options)
+            download(new, download=True, **options)
+        for path in [*(new / place).iterdir()] if place else ():
+            path.rename(new / path.name)
+        if place:
+            shutil.rmtree(new / Path(place).parts[0])
+
+
+def parts(dataset: DataSet) -> dict[str, Callable[[Path], Images]]:
+    """See `companion.data.parts`: the splits that have lists; of VTAB-1k "trainval" too, which has its own."""
+    splits = SPLITS if dataset.name.startswith("vtab/") else ("train", "val", "test")
+    return {split: functools.partial(load, dataset.name, split=split) for split in splits}
 
 
 # --- implementation ----------------------------------------------------------------------------------------------
 
-_TORCHVISION: dict[str, Callable] = {
-    "hta/dtd": tv.DTD,
-    "hta/food101": tv.Food101,
-    "hta/gtsrb": tv.GTSRB,
-    "hta/cifar10": tv.CIFAR10,
-    "hta/cifar100": tv.CIFAR100,
+_TORCHVISION: dict[str, tuple[Callable, str]] = {
+    "hta/dtd": (tv.DTD, "dtd/dtd"),
+    "hta/food101": (tv.Food101, "food-101"),
+    "hta/gtsrb": (tv.GTSRB, "gtsrb"),
+    "hta/cifar10": (tv.CIFAR10, tv.CIFAR10.base_folder),
+    "hta/cifar100": (tv.CIFAR100, tv.CIFAR100.base_folder),
+    "hta/svhn": (tv.SVHN, ""),
 }
+"""The class of torchvision that downloads a set, and where it puts the set's folder."""
 
 
 def _to_tensor(picture: Image.Image) -> torch.Tensor:
@@ -412,9 +444,10 @@ def _read(dataset: DataSet, root: Path, split: str) -> Listed:
     if group == "vtab":
         found = _checked(dataset, *_vtab(tables.existing(dataset, root, dataset.folder(root) / _LISTS[split])))
     elif key in IMAGES or key == "dtd":  # with a validation list
-        read = _fgvc if key in IMAGES else _torchvision
+        read = _fgvc if key in IMAGES else _dtd
         parts = [_checked(dataset, *read(dataset, root, s)) for s in (SPLITS[:2] if split == "trainval" else (split,))]
-        found = parts[0][0], [x for part in parts for x in part[1]], [y for part in parts for y in part[2]]
+        listing = parts[0][0].with_name(" or ".join(part[0].name for part in parts))
+        found = listing, [x for part in parts for x in part[1]], [y for part in parts for y in part[2]]
     else:
         found = _shared_out(dataset, root, split)
     tables.check_count(dataset, root, len(found[2]), dataset.sizes[split], f"images for '{split}' in {found[0]}")
@@ -422,19 +455,28 @@ def _read(dataset: DataSet, root: Path, split: str) -> Listed:
 
 
 def _checked(dataset: DataSet, listing: Path, base: Path, paths: Sequence[str], labels: list[int]) -> Listed:
-    """Full paths; every entry of a list is below the folder, and its label is one of the set's."""
+    """Full paths; every entry of a list is below the folder and there once, and its label is one of the set's.
+
+    A listed folder that is in one of the same name, as some archives unpack, is found there.
+    """
+    seen = set[str]()
     for number, (path, label) in enumerate(zip(paths, labels, strict=True), 1):
         inside(listing, f"line {number}", path)
         if not 0 <= label < dataset.classes:
             raise CorruptFile(listing, f"line {number}: the class of {path!r} is none of the {dataset.classes} classes")
-    return listing, [f"{base}/{path}" for path in paths], labels
+        if path in seen:
+            raise CorruptFile(listing, f"line {number}: {path!r} is further up too")
+        seen.add(path)
+    tops = {path.partition("/")[0] for path in paths}
+    above = {top: f"{base}/{top}" if (base / top / top).is_dir() else str(base) for top in tops}
+    return listing, [f"{above[path.partition('/')[0]]}/{path}" for path in paths], labels
 
 
 def _vtab(listing: Path) -> Rows:
     """VTAB-1k's lists: lines "relative/path label", labels from 0."""
     paths, labels = [], []
-    for number, line in enumerate(tables.read_text(listing).splitlines(), 1):
-        row = re.fullmatch(r"(.+) ([0-9]{1,9})", line)
+    for number, line in enumerate(tables.lines(listing), 1):
+        row = re.fullmatch(r"(.+?)\s+([0-9]{1,9})", line)
         if not row:
             raise CorruptFile(listing, f"line {number}: expected 'relative/path label', found {line[:80]!r}")
         paths.append(row[1])
@@ -446,6 +488,9 @@ def _fgvc(dataset: DataSet, root: Path, split: str) -> Rows:
     """FGVC's lists: a dict "path" -> class id, from 1; NABirds has raw ids, numbered in their order in training."""
     folder, key = dataset.folder(root), dataset.name.partition("/")[2]
     lists = folder / _lists(folder)
+    if not any(at(lists, f"{name}.json").is_file() for name in SPLITS):
+        others = f"companion.data.classification.official_lists({dataset.name!r}, {str(root)!r})"
+        raise dataset.missing(root, f"{split}.json and all other lists: get VPT's, or make others by {others}")
     listing = tables.existing(dataset, root, lists / f"{split}.json")
     known: Iterable[int] = range(1, dataset.classes + 1)
     if key == "nabirds":
@@ -453,7 +498,8 @@ def _fgvc(dataset: DataSet, root: Path, split: str) -> Rows:
         if len(known) != dataset.classes:
             raise dataset.missing(root, f"train.json names {len(known)} classes, {dataset.classes} expected")
     number, ids = {class_id: label for label, class_id in enumerate(known)}, _class_ids(listing)
-    return listing, folder / IMAGES[key], list(ids), [number.get(class_id, -1) for class_id in ids.values()]
+    base = at(folder, IMAGES[key]) if IMAGES[key] else folder
+    return listing, base, list(ids), [number.get(class_id, -1) for class_id in ids.values()]
 
 
 def _lists(folder: Path) -> str:
@@ -473,11 +519,14 @@ def _shared_out(dataset: DataSet, root: Path, split: str) -> Listed:
     """An official test set; or "train" and "val", 80 and 20 % of the official training set, or both."""
     official = "test" if split == "test" else "train"
     if dataset.name in ("hta/food101", "hta/gtsrb"):
-        listing, sources, labels = _checked(dataset, *_torchvision(dataset, root, official))
+        read = _food101 if dataset.name == "hta/food101" else _gtsrb
+        listing, sources, labels = _checked(dataset, *read(dataset, root, official))
         order = range(len(labels)) if split == "test" else _shuffled(len(labels))
         sources, labels = [sources[i] for i in order], [labels[i] for i in order]
     else:
         listing, sources, labels = _arrays(dataset, root, official)
+    whole = dataset.sizes["test" if split == "test" else "trainval"]
+    tables.check_count(dataset, root, len(labels), whole, f"images for '{official}' in {listing}")
     cut = int(0.8 * len(labels))
     part = {"train": slice(cut), "val": slice(cut, None)}.get(split, slice(None))
     return listing, sources[part], labels[part]
@@ -490,33 +539,66 @@ def _shuffled(length: int) -> list[int]:
 
 def _arrays(dataset: DataSet, root: Path, official: str) -> Listed:
     """CIFAR or SVHN: images (n, 32, 32, 3) uint8 and labels."""
-    folder = dataset.folder(root)
+    folder, (reader, place) = dataset.folder(root), _TORCHVISION[dataset.name]
     try:
-        if dataset.name == "hta/svhn":
-            digits = tv.SVHN(folder, split=official)
+        if not place:
+            digits = reader(folder, split=official)
             return folder, digits.data.transpose(0, 2, 3, 1), digits.labels.tolist()
-        read = _TORCHVISION[dataset.name](folder.parent, train=official == "train")
+        # the folder has a name of its own, and the split is read where the other one is not there
+        unread = "test_list" if official == "train" else "train_list"
+        here = type(reader.__name__, (reader,), {"base_folder": str(folder.absolute()), unread: []})
+        read = here(folder, train=official == "train")
         return folder, read.data, read.targets
     except RuntimeError as error:
         told = f"a file of {folder} is missing, or has not the published MD5: download it again"
         raise dataset.missing(root, told) from error
 
 
-def _torchvision(dataset: DataSet, root: Path, split: str) -> Rows:
-    """DTD, GTSRB or Food-101: paths and labels as torchvision reads its lists."""
+def _dtd(dataset: DataSet, root: Path, split: str) -> Rows:
+    """DTD's first list of a split: lines "class/image"."""
     folder = dataset.folder(root)
-    lists = {"hta/dtd": f"dtd/labels/{split}1.txt", "hta/food101": f"meta/{split}.json"}
-    listing = folder / lists.get(dataset.name, "GT-final_test.csv")
+    listing = tables.existing(dataset, root, at(folder, f"labels/{split}1.txt"))
+    paths = tables.lines(listing)
+    return listing, at(folder, "images"), paths, _numbered(dataset, listing, [p.rpartition("/")[0] for p in paths])
+
+
+def _food101(dataset: DataSet, root: Path, split: str) -> Rows:
+    """Food-101's list of a split: a dict from a class to paths without their ending."""
+    folder = dataset.folder(root)
+    listing = tables.existing(dataset, root, at(folder, f"meta/{split}.json"))
     try:
-        read = _TORCHVISION[dataset.name](folder.parent, split=split)
-        paths, labels = (
-            zip(*read._samples, strict=True) if "gtsrb" in dataset.name else (read._image_files, read._labels)
-        )
-    except (RuntimeError, FileNotFoundError) as error:
-        raise dataset.missing(root, str(error)) from error
-    except Exception as error:  # it does not check its lists
-        raise CorruptFile(listing, f"torchvision cannot read it ({type(error).__name__}: {error})") from error
-    return listing, folder, [str(path).removeprefix(f"{folder}/") for path in paths], list(labels)
+        rows = [(name, f"{path}.jpg") for name, paths in read_json(listing).items() for path in paths]
+    except (TypeError, AttributeError) as error:
+        raise CorruptFile(listing, f"expected a dict from classes to lists of paths ({error})") from error
+    return listing, at(folder, "images"), [path for _, path in rows], _numbered(dataset, listing, [n for n, _ in rows])
+
+
+def _gtsrb(dataset: DataSet, root: Path, split: str) -> Rows:
+    """GTSRB: class folders for training, the rows of a CSV for the test."""
+    folder = dataset.folder(root)
+    if split == "train":
+        place = at(folder, "GTSRB/Training", "Training", "GTSRB/Final_Training/Images", "Final_Training/Images")
+        names = _class_folders(place) if place.is_dir() else []
+        tables.check_count(dataset, root, len(names), dataset.classes, f"class folders in {place}")
+        found = images_of_classes(place, names)
+        return place, place, [path.removeprefix(f"{place}/") for path, _ in found], [label for _, label in found]
+    places = [folder, at(folder, "GTSRB"), at(folder, "GTSRB/Final_Test"), at(folder, "Final_Test")]
+    listing = tables.existing(dataset, root, *(place / "GT-final_test.csv" for place in places))
+    rows = tables.rows(listing, "Filename", "ClassId", delimiter=";")
+    try:
+        labels = [int(row["ClassId"]) for _, row in rows]
+    except ValueError as error:
+        raise CorruptFile(listing, f"a ClassId is no number ({error})") from error
+    images = at(folder, "GTSRB/Final_Test/Images", "Final_Test/Images")
+    return listing, images, [row["Filename"] for _, row in rows], labels
+
+
+def _numbered(dataset: DataSet, listing: Path, names: Sequence[str]) -> list[int]:
+    """The labels of classes, by their sorted names."""
+    number = {name: label for label, name in enumerate(sorted(set(names)))}
+    if len(number) != dataset.classes:
+        raise CorruptFile(listing, f"it has {len(number)} classes, {dataset.classes} are expected")
+    return [number[name] for name in names]
 
 
 def _class_folders(folder: Path) -> list[str]:

@@ -62,14 +62,14 @@ def names(path: str | Path) -> list[str]:
     return found
 
 
-def rows(path: str | Path, *columns: str) -> list[tuple[int, dict[str, str]]]:
+def rows(path: str | Path, *columns: str, delimiter: str = ",") -> list[tuple[int, dict[str, str]]]:
     """The rows of a CSV with a header: line number, and cell by column. Lines with # above the header are comments.
 
     Raises also: a column of `columns` is missing, two have one name, or a row has more or fewer cells than the header.
     """
     text = list(io.StringIO(read_text(path), newline=""))
     above = next((i for i, line in enumerate(text) if not line.startswith("#")), 0)
-    reader = csv.DictReader(text[above:])
+    reader = csv.DictReader(text[above:], delimiter=delimiter)
     try:
         if absent := [column for column in columns if column not in (reader.fieldnames or ())]:
             raise CorruptFile(path, f"has no column {', '.join(absent)}; its columns are {reader.fieldnames}")
