@@ -196,3 +196,8 @@ def test_fetch_through_torchgeo(tmp_path, monkeypatch):
     folder = data.fetch(name, tmp_path, progress=False)
     assert calls == [(True, True)] * 2 and data.status(name, tmp_path).state == "present"
     assert not list(folder.glob("*.zip")) and not list(tmp_path.glob(".fetch-*"))
+
+
+def test_how_many_images_are_usual_is_told_where_no_number_is_published(tmp_path):
+    tree(tmp_path / "remote/WHURS19", domains.CLASSES["remote/whurs19"])
+    assert "all: 76, labels 0 to 18 (1,005 are usual)" in data.status("remote/whurs19", tmp_path).detail

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import pickle
+import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -38,6 +39,29 @@ class Fault(NamedTuple):
     run: Mapping[str, object]
     damage: Callable[[Path], Path]
     words: str
+
+
+def moved(old: str, new: str) -> Callable[[Path], Path]:
+    """A file or folder below the data root at another place."""
+
+    def damage(root: Path) -> Path:
+        shutil.move(root / old, aside := root / "aside")
+        (root / new).parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(aside, root / new)
+        return root / new
+
+    return damage
+
+
+def without(name: str) -> Callable[[Path], Path]:
+    """Neither this file, nor this folder, below the data root."""
+
+    def damage(root: Path) -> Path:
+        path = root / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return path
+
+    return damage
 
 
 def runs(slug: str) -> ModuleType:

@@ -9,7 +9,7 @@ from companion.data import DATASETS
 from companion.data.domains import CLASSES
 from tests.data import test_domains as layouts
 from tests.data.conftest import expect
-from tests.rehearsal.common import Fault
+from tests.rehearsal.common import Fault, moved, without
 
 LIST = "medical/BTMRI/split_cao_BTMRI.json"
 TARGETS = {"remote/rsicd": ["remote/whurs19", "remote/rsscn7"], "medical/btmri": ["medical/chmnist", "medical/ccbtm"]}
@@ -65,4 +65,46 @@ FAULTS = {
     "an unreadable image": Fault(BTMRI, unreadable, "cannot read"),
     "splits that overlap": Fault(BTMRI, listed(test=[["glioma/7.jpg", 0, "glioma"]]), "image .*'train'"),
     "the list of another set": Fault(BTMRI, listed("medical/ccbtm"), "2 of 2 .* of split_cao_BTMRI.json"),
+}
+
+
+def nested(root: Path) -> Path:
+    """The list of BTMRI next to a folder that holds the class folders in another one."""
+    return moved("medical/BTMRI/BTMRI", "medical/BTMRI/archive/Data")(root)
+
+
+def halves(root: Path) -> Path:
+    """WHU-RS19 as others split it."""
+    place = root / "remote/WHURS19"
+    moved("remote/WHURS19/WHURS19", "remote/WHURS19/train")(root)
+    shutil.copytree(place / "train", place / "test")
+    return place
+
+
+def again(root: Path) -> Path:
+    """An image as a browser names its second download."""
+    path = root / "remote/RSSCN7/RSSCN7/Grass/0.jpg"
+    return Path(shutil.copy(path, path.with_name("0 (1).jpg")))
+
+
+def released(root: Path) -> Path:
+    """One of the two folders of the archive of BTMRI."""
+    (root / LIST).unlink()
+    return moved("medical/BTMRI/BTMRI", "medical/BTMRI/Training")(root)
+
+
+AID, WHU, RSSCN7 = {"dataset": "remote/aid"}, {"dataset": "remote/whurs19"}, {"dataset": "remote/rsscn7"}
+COPIES = {
+    "Kaggle's folders of AID": Fault(AID, moved("remote/AID/AID", "remote/AID/AID_dataset/AID"), ""),
+    "AID in small letters": Fault(AID, moved("remote/AID", "remote/aid"), ""),
+    "WHU-RS19 as released": Fault(WHU, moved("remote/WHURS19/WHURS19", "remote/WHURS19/WHU-RS19"), ""),
+    "CCBTM in Data": Fault({"dataset": "medical/ccbtm"}, moved("medical/CCBTM/CCBTM", "medical/CCBTM/Data"), ""),
+    "all sets in a folder more": Fault(AID, moved("remote", "remote/remote"), ""),
+    "a list next to a nested folder": Fault(BTMRI, nested, ""),
+    "a list in the nested folder": Fault(BTMRI, moved(LIST, "medical/BTMRI/BTMRI/split_cao_BTMRI.json"), ""),
+    "a split alone": Fault(WHU, halves, "test is one split of a copy"),
+    "a part of BTMRI": Fault(BTMRI, released, "Testing has no class folders"),
+    "an image twice": Fault(RSSCN7, again, "29 images for 'all' .* 28 are expected"),
+    "a listed image that is missing": Fault(BTMRI, without("medical/BTMRI/BTMRI/glioma/7.jpg"), "split_cao_BTMRI.json"),
+    "no classes": Fault(RSSCN7, moved("remote/RSSCN7/RSSCN7", "remote/RSSCN7/RSSCN7/images/all"), "no class folders"),
 }

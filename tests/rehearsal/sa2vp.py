@@ -1,7 +1,5 @@
 """SA²VP: VTAB-1k on both backbones, FGVC, HTA, and a folder of one's own."""
 
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,7 +7,7 @@ import pytest
 from companion.data import DATASETS
 from tests.data import test_classification as layouts
 from tests.data.conftest import picture
-from tests.rehearsal.common import Fault
+from tests.rehearsal.common import Fault, moved, without
 
 
 def write(name: str, root: Path, patch: pytest.MonkeyPatch) -> None:
@@ -68,29 +66,6 @@ FAULTS = {
     "splits that overlap": Fault(SVHN, overlap, "'train' and 'test'"),
     "the list of another set": Fault(SVHN, listed("images/trainval/0.png 1\n" * 3), "3 .* 5 "),
 }
-
-
-def moved(old: str, new: str) -> Callable[[Path], Path]:
-    """A file or folder below the data root at another place."""
-
-    def damage(root: Path) -> Path:
-        shutil.move(root / old, aside := root / "aside")
-        (root / new).parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(aside, root / new)
-        return root / new
-
-    return damage
-
-
-def without(name: str) -> Callable[[Path], Path]:
-    """Neither this file, nor this folder, below the data root."""
-
-    def damage(root: Path) -> Path:
-        path = root / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-        return path
-
-    return damage
 
 
 def spaced(root: Path) -> Path:

@@ -419,7 +419,7 @@ def parts(dataset: DataSet) -> dict[str, Callable[[Path], Images]]:
 
 # --- implementation ----------------------------------------------------------------------------------------------
 
-_TORCHVISION: dict[str, tuple[Callable, str]] = {
+_TORCHVISION: dict[str, tuple[type, str]] = {
     "hta/dtd": (tv.DTD, "dtd/dtd"),
     "hta/food101": (tv.Food101, "food-101"),
     "hta/gtsrb": (tv.GTSRB, "gtsrb"),

@@ -20,6 +20,7 @@ directly).
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 import zlib
 from collections.abc import Callable, Mapping
@@ -34,8 +35,17 @@ from torchvision.transforms import v2
 from ..errors import CompanionError, CorruptFile, check_choice
 from ..ops.config import configure
 from ..ops.files import read_json
-from . import DataSet, check_listed, facts, fetched, find, inside, own_set, tables
-from .classification import Images, _class_folders, _normalised, class_folders, image_folder, images_of_classes, warn_of
+from . import DataSet, at, below, check_listed, facts, fetched, find, inside, own_set, tables
+from .classification import (
+    SPELLED,
+    Images,
+    _class_folders,
+    _normalised,
+    class_folders,
+    image_folder,
+    images_of_classes,
+    warn_of,
+)
 
 SPLITS = ("train", "val", "test", "all")
 _PARTS = SPLITS[:3]
@@ -139,9 +149,13 @@ def clip_transform(input, train: bool = False) -> v2.Transform:
 
 
 def parts(dataset: DataSet) -> dict[str, Callable[[Path], Any]]:
-    """See `companion.data.parts`: the splits, all of which are read at once."""
+    """See `companion.data.parts`: the splits, all of which are read at once, and all images."""
     read = functools.cache(functools.partial(splits, dataset.name))
-    return {split: lambda root, split=split: read(root)[split] for split in _PARTS}
+
+    def part(root: Path, split: str) -> Images:
+        return read(root)[split]
+
+    return {split: functools.partial(part, split=split) for split in SPLITS}
 
 
 def fetch(dataset: DataSet, root: Path, progress: bool) -> None:
@@ -173,8 +187,10 @@ def split_sizes(count: int) -> dict[str, int]:
 def _images(dataset: DataSet, root: Path, transform: Transform | None) -> dict[str, Images]:
     """The splits, by the list of splits if there is one, or else cut with a fixed seed."""
     folder, known, authors = dataset.folder(root), dataset.name in CLASSES, dataset.folders[-1]
-    listing = folder / (f"split_cao_{'NWPU' if authors == 'nwpu' else authors}.json" if known else "split.json")
     base, holders = _place(dataset, root)
+    name = f"split_cao_{'NWPU' if authors == 'nwpu' else authors}.json" if known else "split.json"
+    nested = (base.parent, base) if known and base != folder else ()  # a list in there counts too
+    listing = next((path for place in (folder, *nested) if (path := at(place, name)).is_file()), folder / name)
     if listing.is_file():
         names, parts = _listed(dataset, listing)
     elif dataset.group == "own" or known:
@@ -183,7 +199,7 @@ def _images(dataset: DataSet, root: Path, transform: Transform | None) -> dict[s
         raise dataset.missing(root, f"{listing} is not there")
     parts["all"] = sorted((sample for samples in parts.values() for sample in samples), key=lambda s: (s[1], s[0]))
     renamed, found = WHOLE_SET_NAMES.get(dataset.name, {}), {}
-    for part, samples in parts.items():
+    for part, samples in {"all": parts["all"], **parts}.items():  # one image more is told of the whole set
         what = f"images for '{part}' in {folder}"
         tables.check_count(dataset, root, len(samples), dataset.sizes.get(part), what)
         paths, labels = [f"{base}/{path}" for path, _ in samples], [label for _, label in samples]
@@ -191,23 +207,32 @@ def _images(dataset: DataSet, root: Path, transform: Transform | None) -> dict[s
             check_listed(dataset, root, (paths[0], paths[-1]), listing.name)
         called = [renamed.get(name, name) for name in names] if part == "all" else names
         found[part] = Images(dataset, root, paths, labels, len(names), transform, called)
-    return found
+        found[part].listing = listing.name if listing.is_file() else ""
+    return {part: found[part] for part in SPLITS}
 
 
 def _place(dataset: DataSet, root: Path) -> tuple[Path, list[Path]]:
     """The folder that listed paths start from, and the folders that hold class folders: usually the same one.
 
-    The most specific place is taken; "a+b" is one set whose classes are in both a and b.
+    The most specific place is taken, in the set's folder or up to two levels below; "a+b" is one set whose classes are
+    in both a and b.
     """
     folder, known = dataset.folder(root), dataset.name in CLASSES
     places = (*_FACTS["RELEASED_IN"].get(dataset.name, ()), dataset.folders[-1]) if known else ("images",)
-    for place in (*places, ""):
-        holders = [folder / part for part in place.split("+")]
-        if all(
-            holder.is_dir() and any(not known or _class(dataset, name) for name in _class_folders(holder))
-            for holder in holders
-        ):
-            return (holders[0] if len(holders) == 1 else folder), holders
+    for nested in itertools.chain([folder], below(folder) if known else ()):
+        for place in (*places, ""):
+            holders = [at(nested, part) for part in place.split("+")]
+            classes = [
+                holder.is_dir() and any(not known or _class(dataset, name) for name in _class_folders(holder))
+                for holder in holders
+            ]
+            if known and classes[0] and holders[0].name.lower() in itertools.chain(*SPELLED.values()) and not place:
+                told = "is one split of a copy: the images of a class belong into one folder, see the layout"
+                raise dataset.missing(root, f"{holders[0]} {told}")
+            if all(classes):
+                return (holders[0] if len(holders) == 1 else nested), holders
+            if any(classes):  # a part of the set is no set
+                raise dataset.missing(root, f"{holders[classes.index(False)]} has no class folders")
     raise dataset.missing(root, f"{folder} has no class folders")
 
 
