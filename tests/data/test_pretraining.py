@@ -5,9 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.io
 import torch
 from PIL import Image
 
+from companion.data import status
 from companion.data.pretraining import ADE20K, COCO, IMAGENET, load, pictures
 from companion.errors import CorruptFile, MissingData
 from companion.ops.files import read_json, write_json
@@ -22,27 +24,55 @@ def small(monkeypatch):
 
 
 def shrink(patch: pytest.MonkeyPatch) -> None:
-    """Four training images and a test image; two classes, of ADE20K all."""
+    """Four training images and a test image, of ImageNet two; two classes, of ADE20K all."""
     for name, classes in ((IMAGENET, 2), (COCO, 2), (ADE20K, 150)):
-        expect(patch, name, sizes={"train": 4, "test": 1}, classes=classes)
+        expect(patch, name, sizes={"train": 4, "test": 1 + (name == IMAGENET)}, classes=classes)
 
 
 def imagenet(root: Path) -> None:
-    for split, name, count in [("train", "n01", 2), ("train", "n02", 2), ("val", "n02", 1)]:
+    for split, name, count in [("train", "n01", 2), ("train", "n02", 2), ("val", "n01", 1), ("val", "n02", 1)]:
         for i in range(count):
             picture(root / "imagenet" / split / name / f"{name}_{i}.JPEG")
-    (root / "imagenet" / "val" / "n01").mkdir()
 
 
 def test_imagenet(tmp_path, monkeypatch):
     imagenet(tmp_path)
     train, test = (load(IMAGENET, tmp_path, split) for split in ("train", "test"))
-    assert train.labels == [0, 0, 1, 1] and test.labels == [1] and train.class_names == ("n01", "n02")
+    assert train.labels == [0, 0, 1, 1] and test.labels == [0, 1] and train.class_names == ("n01", "n02")
     assert train[0][0].shape == (3, 8, 12) and train[0][0].dtype == torch.float32
     small = load(IMAGENET, tmp_path, "train", lambda picture: torch.tensor(picture.size))
     assert small[0][0].tolist() == [12, 8]
     expect(monkeypatch, IMAGENET, classes=3)
     refused(MissingData, "2 class folders, 3", load, IMAGENET, tmp_path, "train")
+
+
+def flat(root: Path) -> Path:
+    """The images of ImageNet's val in one folder."""
+    place = root / "imagenet/val"
+    for path in [*place.glob("*/*")]:
+        path.rename(place / path.name)
+        path.parent.rmdir()
+    return place
+
+
+def test_imagenets_own_list_of_a_flat_folder_counts_by_another_order_of_the_classes(tmp_path):
+    imagenet(tmp_path)
+    place, numbers = flat(tmp_path), {"n01": 2, "n02": 1, "n00": 3}
+    for number, name in enumerate(("n02_0", "n01_0"), 1):
+        (place / f"{name}.JPEG").rename(place / f"ILSVRC2012_val_{number:08d}.JPEG")
+    (kit := tmp_path / "imagenet/ILSVRC2012_devkit_t12/data").mkdir(parents=True)
+    (truth := kit / "ILSVRC2012_validation_ground_truth.txt").write_text("1\n2\n")
+    refused(CorruptFile, "meta.mat", load, IMAGENET, tmp_path, "test")
+    fields = [(name, object) for name in ("ILSVRC2012_ID", "WNID", "num_children")]
+    rows = [(number, wnid, int(wnid == "n00")) for wnid, number in numbers.items()]
+    scipy.io.savemat(kit / "meta.mat", {"synsets": np.array(rows, dtype=fields)})
+    test = load(IMAGENET, tmp_path, "test")
+    assert [Path(path).stem[-1] for path in test.sources] == ["2", "1"] and test.labels == [0, 1]
+    assert test.class_names == ("n01", "n02")
+    truth.write_text("1\n3\n")
+    refused(CorruptFile, "2 classes, found", load, IMAGENET, tmp_path, "test")
+    (kit / "meta.mat").write_bytes(b"none")
+    refused(CorruptFile, "meta.mat: not ImageNet's", load, IMAGENET, tmp_path, "test")
 
 
 def annotation(number, image, category, segmentation, box=(1, 2, 4, 3), **more):
@@ -101,6 +131,7 @@ def test_ade20k(tmp_path):
     folder = ade20k(tmp_path)
     train = load(ADE20K, tmp_path, "train")
     image, found = train[0]
+    assert "labels" not in status(ADE20K, tmp_path).detail  # which are no classes of images
     assert len(train) == 4 and image.shape == (3, 8, 12) and found.dtype == torch.int64
     assert found[:, 0].tolist() == [0, 149, *[255] * 6]
     (folder / "annotations/training/a.png").unlink()

@@ -11,7 +11,7 @@ from PIL import Image
 from companion import data
 from companion.data import restoration
 from companion.data.restoration import load, own_folder, read_captions
-from companion.errors import MissingData
+from companion.errors import CorruptFile, MissingData
 from companion.ops.files import write_json
 from tests.data.conftest import expect, refused, unreadable
 
@@ -89,7 +89,12 @@ def test_pairs_of_low_and_high_quality_are_matched_by_their_names(tmp_path: Path
     (tmp_path / "captions.jsonl").unlink()
     pairs = own_folder(tmp_path)
     assert [Path(file).name for file in pairs.part([1]).low.sources] == ["b.png"] and len(pairs) == 2
-    (tmp_path / "low" / "a.png").unlink()
+    (tmp_path / "low" / "a.png").rename(tmp_path / "low" / "ax4.png")  # as DIV2K's
+    assert [Path(file).name for file in own_folder(tmp_path).low.sources] == ["ax4.png", "b.png"]
+    picture(tmp_path / "low" / "ax2.png")
+    refused(CorruptFile, "ax2.png and ax4.png are both of a.png", own_folder, tmp_path)
+    for scale in (2, 4):
+        (tmp_path / "low" / f"ax{scale}.png").unlink()
     refused(MissingData, r"low/a\.png", own_folder, tmp_path)
     shutil.rmtree(tmp_path / "low")
     refused(MissingData, "pairs need", own_folder, tmp_path)

@@ -1,6 +1,6 @@
 """DMT: distillation and classification on ImageNet-1k, detection on COCO, segmentation on ADE20K, a folder."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -8,11 +8,11 @@ import pytest
 from companion.data.pretraining import ADE20K, COCO, IMAGENET
 from companion.ops.files import read_json, write_json
 from tests.data import test_pretraining as layouts
-from tests.rehearsal.common import Fault
+from tests.rehearsal.common import Fault, moved, without
 
 
 def write(name: str, root: Path, patch: pytest.MonkeyPatch) -> None:
-    """The data set in its layout, of 4 training images and a test image."""
+    """The data set in its layout, of 4 training images and a test image or two."""
     layouts.shrink(patch)
     if name == "folder":
         for i in range(4):
@@ -78,4 +78,46 @@ FAULTS = {
     "an unreadable image": Fault(FINE, spoil("imagenet/val/n02/n02_0.JPEG", b"none"), "cannot read"),
     "an unreadable image to distil": Fault(OWN, spoil("a/2.png", b"none"), "cannot read"),
     "fewer images": Fault(FINE, emptied, "3 images for 'train' .* 4 are expected"),
+}
+
+
+def flat(files: Mapping[str, str]) -> Callable[[Path], Path]:
+    """The test images of ImageNet in one folder, and lists of their classes."""
+
+    def damage(root: Path) -> Path:
+        for name, text in files.items():
+            (root / "imagenet" / name).write_text(text)
+        return layouts.flat(root)
+
+    return damage
+
+
+def kaggle(root: Path) -> Path:
+    """Kaggle's folders of ImageNet."""
+    flat({"LOC_val_solution.csv": SOLUTION})(root)
+    for split in ("train", "val"):
+        moved(f"imagenet/{split}", f"imagenet/ILSVRC/Data/CLS-LOC/{split}")(root)
+    return root
+
+
+SOLUTION = "ImageId,PredictionString\nn02_0,n02 1 2 3 4 n02 5 6 7 8 \nn01_0,n01 1 2 3 4 \n"
+OTHERS = SOLUTION.replace("n02 ", "n03 ")
+ADE = "ade/ADEChallengeData2016"
+LISTED = {"val.txt": "n02_0.JPEG 1\nn01_0.JPEG 0\n"}
+COPIES = {
+    "Kaggle's folders of ImageNet": Fault(FINE, kaggle, ""),
+    "flat test images of ImageNet with Caffe's list": Fault(FINE, flat(LISTED), ""),
+    "flat test images with a list of names": Fault(FINE, flat({"val.txt": "n02_0.JPEG n02\nn01_0.JPEG n01\n"}), ""),
+    "flat test images without a list": Fault(FINE, flat({}), "2 images lie flat in .*LOC_val_solution.csv"),
+    "a list of other classes": Fault(FINE, flat({"LOC_val_solution.csv": OTHERS}), "its classes are not those of"),
+    "a list that counts from 1": Fault(FINE, flat({"val.txt": "n02_0.JPEG 2\nn01_0.JPEG 1\n"}), "a number from 0"),
+    "a listed image that is missing": Fault(FINE, flat({"val.txt": "n02_1.JPEG 1\nn01_0.JPEG 0\n"}), "val.txt .* n"),
+    "other classes in test": Fault(FINE, moved("imagenet/val/n01", "imagenet/val/n03"), "its classes are not those of"),
+    "COCO's images in images/": Fault(DETECT, moved("coco/train2017", "coco/images/train2017"), ""),
+    "a COCO file next to the images": Fault(
+        DETECT, moved("coco/annotations/instances_val2017.json", "coco/instances_val2017.json"), ""
+    ),
+    "ADE20K in capitals": Fault(SEGMENT, moved(f"{ADE}/images/training", f"{ADE}/images/Training"), ""),
+    "labels of ADE20K that are missing": Fault(SEGMENT, without(f"{ADE}/annotations/training/d.png"), "1 of 4 .*d.png"),
+    "an image of ADE20K that is missing": Fault(SEGMENT, without(f"{ADE}/images/training/d.jpg"), "3 images for"),
 }

@@ -9,7 +9,7 @@ from companion.data import restoration
 from companion.ops.files import write_json
 from tests.data.conftest import expect
 from tests.data.test_restoration import picture
-from tests.rehearsal.common import Fault
+from tests.rehearsal.common import Fault, moved, without
 
 
 def write(name: str, root: Path, patch: pytest.MonkeyPatch) -> None:
@@ -71,4 +71,22 @@ FAULTS = {
     "a missing image": Fault(COCO, spoil("train2017/train3.jpg", None), "train3"),
     "an unreadable image": Fault(COCO, spoil("train2017/train0.jpg", "no image"), "train0"),
     "splits that overlap": Fault({"dataset": "folder"} | SMALL, overlap, "twice"),
+}
+
+
+DIV2K = {"dataset": "restoration/div2k"}
+HIGH = "DIV2K/DIV2K_train_HR"
+ANNOTATED = "coco/annotations/captions_train2017.json"
+COPIES = {
+    "Kaggle's folder of DIV2K": Fault(DIV2K, moved(HIGH, f"{HIGH}/DIV2K_train_HR"), ""),
+    "DIV2K with a hole": Fault(DIV2K, without(f"{HIGH}/0006.png"), "DIV2K_train_HR/0006.png"),
+    "images of low quality in place of DIV2K": Fault(
+        DIV2K, moved(HIGH, "DIV2K/DIV2K_train_LR"), "(?s)0001.png.*holds DIV2K_train_LR, DIV2K_valid_HR"
+    ),
+    "images of COCO in images/": Fault(COCO, moved("coco/val2017", "coco/images/val2017"), ""),
+    "captions next to the images of COCO": Fault(COCO, moved(ANNOTATED, "coco/captions_train2017.json"), ""),
+    "no captions of COCO": Fault(COCO, without(ANNOTATED), "(?s)captions_train2017.json.*annotations_trainval2017.zip"),
+    "an image of COCO that is missing": Fault(
+        COCO, without("coco/train2017/train0.jpg"), "images of captions_train2017.json .*train0.jpg"
+    ),
 }

@@ -10,7 +10,7 @@ Opening a set lists its files or reads its annotations; an image is decoded on a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import BadParameter, CorruptFile, check_choice
-from . import DataSet, check_listed, decoding, find, own_set, tables
+from . import DataSet, at, below, check_listed, decoding, entries, find, own_set, tables
 from .classification import Images, _class_folders, images_of_classes
 from .detection import Boxes, read_annotations
 
@@ -113,7 +113,7 @@ def load(
     Raises:
         BadParameter: unknown name or split, or a transform for another set than ImageNet.
         MissingData: the folder, a file or images are missing, or not as many as published.
-        CorruptFile: malformed annotations.
+        CorruptFile: malformed annotations, or a list of other classes.
     """
     dataset, root = find(name, "pretraining"), Path(root)
     check_choice("split", split, SPLITS)
@@ -121,23 +121,22 @@ def load(
         raise BadParameter("transform", transform, f"None: {name} has boxes or labels that would have to change too")
     folder, part = dataset.folder(root), SPLITS[split]
     if name == IMAGENET:
-        names = _class_folders(folder / part) if (folder / part).is_dir() else []
-        if len(names) != dataset.classes:
-            what = f"{folder / part} has {len(names)} class folders, {dataset.classes} are expected"
-            raise dataset.missing(root, what)
-        samples = images_of_classes(folder / part, names)
+        listing, samples, names = _imagenet(dataset, root, part)
         paths, labels = [path for path, _ in samples], [label for _, label in samples]
-        found: Any = Images(dataset, root, paths, labels, len(names), transform, names)
+        found: Any = Images(dataset, root, paths, labels, dataset.classes, transform, names)
+        found.listing = listing
     elif name == COCO:
-        file = tables.existing(dataset, root, folder / f"annotations/instances_{part}2017.json")
+        truths = f"annotations/instances_{part}2017.json", f"instances_{part}2017.json"
+        file = tables.existing(dataset, root, at(folder, *truths))
         truth = read_annotations(file)
         if len(truth["categories"]) != dataset.classes:
             raise CorruptFile(file, f"{len(truth['categories'])} categories, {dataset.classes} are expected")
-        found = Instances(dataset, root, file, folder / f"{part}2017", truth)
+        found = Instances(dataset, root, file, at(folder, f"{part}2017", f"images/{part}2017"), truth)
     else:
         place = {"train": "training", "test": "validation"}[split]
-        paths = [path for path, _ in images_of_classes(folder / "images", [place])]
-        marked = [str(folder / "annotations" / place / f"{Path(path).stem}.png") for path in paths]
+        images, masks = (at(folder, f"{kind}/{place}") for kind in ("images", "annotations"))
+        paths = [path for path, _ in images_of_classes(images, [""])] if images.is_dir() else []
+        marked = [f"{masks}/{Path(path).stem}.png" for path in paths]
         check_listed(dataset, root, marked)
         found = Scenes(dataset, root, paths, marked, dataset.classes)
     tables.check_count(dataset, root, len(found), dataset.sizes.get(split), f"images for '{split}' in {folder}")
@@ -158,3 +157,74 @@ def pictures(root: str | Path) -> Images:
     if not found:
         raise own.missing(root, f"there are no images in {folder}")
     return Images(own, root, found, [0] * len(found), 1)
+
+
+# --- ImageNet ---------------------------------------------------------------------------------------------------------
+
+
+def _imagenet(dataset: DataSet, root: Path, part: str) -> tuple[str, list[tuple[str, int]], list[str]]:
+    """The name of a list, "" without one; paths and labels; the class folders, sorted, by which labels are numbered."""
+    folder = dataset.folder(root)
+    places = {name: at(folder, name, f"ILSVRC/Data/CLS-LOC/{name}", f"Data/CLS-LOC/{name}") for name in ("train", part)}
+    known = {name: _class_folders(place) if place.is_dir() else [] for name, place in places.items()}
+    place, names, listing, labels = places[part], known[part], Path(), dict[str, int]()
+    flat = [] if names else [name for name in entries(place) if name.lower().endswith(decoding.SUFFIXES)]
+    if flat and part == "val":
+        listing, labels, names = _truth(dataset, [folder, place.parent, *below(folder)])
+    if flat and not labels:
+        lists = f"LOC_val_solution.csv of Kaggle, or val.txt of Caffe, is not in {folder}: put it there"
+        told = f"{len(flat):,} images lie flat in {place}, and {lists}, or sort them into class folders"
+        raise dataset.missing(root, told if part == "val" else f"{len(flat):,} images lie flat in {place}")
+    if len(names or known["train"]) != dataset.classes:
+        raise dataset.missing(root, f"{place} has {len(names)} class folders, {dataset.classes} are expected")
+    if names and known["train"] and names != known["train"]:
+        raise CorruptFile(listing if flat else place, f"its classes are not those of {places['train']}")
+    if not flat:
+        return "", images_of_classes(place, names), names
+    ending = {Path(name).stem: name for name in flat}
+    samples = [(f"{place}/{ending.get(stem, f'{stem}.JPEG')}", label) for stem, label in labels.items()]
+    check_listed(dataset, root, [path for path, _ in samples], listing.name)
+    return listing.name, sorted(samples, key=lambda sample: (sample[1], sample[0])), names or known["train"]
+
+
+def _truth(dataset: DataSet, places: Sequence[Path]) -> tuple[Path, dict[str, int], list[str]]:
+    """The list of the classes of ImageNet's validation images, its labels by the stem of an image, and the classes by
+    label, which a list of numbers does not name. {} without a list.
+
+    `ILSVRC2012_validation_ground_truth.txt` counts the classes in another order, which `meta.mat` next to it names.
+    """
+    names = "LOC_val_solution.csv", "val.txt", "ILSVRC2012_validation_ground_truth.txt"
+    found = (path for name in names for place in places if (path := at(place, name)).is_file())
+    if not (listing := next(found, None)):
+        return Path(), {}, []
+    if listing.suffix == ".csv":
+        rows = tables.rows(listing, "ImageId", "PredictionString")
+        pairs = [(row["ImageId"], (row["PredictionString"].split() or [""])[0]) for _, row in rows]
+    elif listing.name.lower() == "val.txt":
+        pairs = [(Path(name).stem, label) for name, _, label in (row.partition(" ") for row in tables.lines(listing))]
+    else:
+        wnids = _wnids(listing)
+        numbers = enumerate(tables.lines(listing), 1)
+        pairs = [(f"ILSVRC2012_val_{i:08d}", wnids.get(number, "")) for i, number in numbers]
+    classes, labels = sorted({label for _, label in pairs}), dict(pairs)
+    if classes and all(label.isdecimal() for label in classes):
+        numbered, classes = {label: int(label) for label in classes}, []
+    else:
+        numbered = {label: number for number, label in enumerate(classes)}
+    if sorted(numbered.values()) != [*range(dataset.classes)] or "" in numbered or len(labels) != len(pairs):
+        told = f"an image a line, once, with a WordNet id or a number from 0: {dataset.classes} classes"
+        raise CorruptFile(listing, f"expected {told}, found {len(numbered)} in {len(labels)} of {len(pairs)} lines")
+    return listing, {stem: numbered[label] for stem, label in labels.items()}, classes
+
+
+def _wnids(listing: Path) -> dict[str, str]:
+    """The WordNet id of each number in ImageNet's own list, by `meta.mat` next to it."""
+    from scipy.io import loadmat  # few use this file
+
+    if not (file := at(listing.parent, "meta.mat")).is_file():
+        raise CorruptFile(listing, "its numbers of classes need meta.mat of the same archive next to it")
+    try:
+        rows = loadmat(file, simplify_cells=True)["synsets"]
+        return {str(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in rows if row["num_children"] == 0}
+    except Exception as error:  # a damaged .mat can raise anything
+        raise CorruptFile(file, f"not ImageNet's ({type(error).__name__}: {error})") from error

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
+import re
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -24,7 +25,7 @@ from torchvision.transforms.v2.functional import to_dtype
 
 from ..errors import CorruptFile, check_choice
 from ..ops.files import read_json
-from . import DataSet, check_listed, decoding, facts, fetched, find, inside, own_set, tables
+from . import DataSet, at, check_listed, decoding, entries, facts, fetched, find, inside, own_set, tables
 from .classification import Images, images_of_classes
 
 _FACTS = facts("restoration")
@@ -86,19 +87,22 @@ def load(name: str, root: str | Path, split: str) -> Captioned:
     """
     dataset, root = find(name, "restoration"), Path(root)
     check_choice("split", split, FOLDERS[dataset.name])
-    sources, captions = _read(dataset, root, split)
-    check_listed(dataset, root, (sources[0], sources[-1]))  # two files only: opening must stay instant
-    return Captioned(dataset, root, sources, captions)
+    sources, captions, listing = _read(dataset, root, split)
+    check_listed(dataset, root, (sources[0], sources[-1]), listing)  # two files only: opening must stay instant
+    found = Captioned(dataset, root, sources, captions)
+    found.listing = listing
+    return found
 
 
 def own_folder(folder: str | Path) -> Captioned:
     """Your own images: `images/` and `captions.jsonl` next to it, or a folder of images alone, without captions.
 
-    With `high/` and `low/` instead of `images/`, whose files have the same names, they are `Pairs`.
+    With `high/` and `low/` instead of `images/`, whose files have the same names, they are `Pairs`; a name in
+    `low/` may end in the scale: 0001x4.png.
 
     Raises:
         MissingData: no such folder, no images, an image with a caption is missing, or one of a pair.
-        CorruptFile: a malformed line of `captions.jsonl`, or an image that is in it twice.
+        CorruptFile: a malformed line of `captions.jsonl`, or an image that is in it, or in `low/`, twice.
     """
     folder = Path(folder)
     layout = f"{_FACTS['OWN']}\nor images alone, without captions; or high/ and low/ with the same file names"
@@ -107,7 +111,7 @@ def own_folder(folder: str | Path) -> Captioned:
     if len(kinds) == 1:
         raise own.missing(folder, f"{folder} has {kinds[0]}/ alone: pairs need high/ and low/")
     sources, captions = _own(own, folder, kinds[0] if kinds else "images")
-    low = [f"{folder}/low/{Path(path).name}" for path in sources] if kinds else []
+    low = _low(folder / "low", sources) if kinds else []
     check_listed(own, folder, [*sources, *low])
     return Pairs(own, folder, sources, captions, low) if kinds else Captioned(own, folder, sources, captions)
 
@@ -139,7 +143,7 @@ def fetch(dataset: DataSet, root: Path, progress: bool) -> None:
     """See `companion.data.fetch`: the archives of DIV2K that are not there, each verified."""
     for split, (numbers, md5) in DIV2K.items():
         name = FOLDERS[dataset.name][split]
-        if not all((dataset.folder(root) / name / f"{i:04d}.png").is_file() for i in numbers):
+        if not all((_place(dataset.folder(root), name) / f"{i:04d}.png").is_file() for i in numbers):
             with fetched(dataset, root, progress) as new:
                 download_and_extract_archive(f"{_FACTS['DIV2K_URL']}{name}.zip", str(new), md5=md5)
 
@@ -147,16 +151,36 @@ def fetch(dataset: DataSet, root: Path, progress: bool) -> None:
 # --- implementation ---------------------------------------------------------------------------------------------------
 
 
-def _read(dataset: DataSet, root: Path, split: str) -> tuple[list[str], list[str]]:
-    """Paths and captions of a split."""
+def _place(folder: Path, name: str) -> Path:
+    """A split's folder, also in `images/`, or in one of its own name, as some archives unpack."""
+    place = at(folder, name, f"images/{name}")
+    return inner if (inner := at(place, name)).is_dir() else place
+
+
+def _read(dataset: DataSet, root: Path, split: str) -> tuple[list[str], list[str], str]:
+    """Paths and captions of a split, and the name of their file."""
     folder = dataset.folder(root)
-    place = folder / FOLDERS[dataset.name][split]
+    place = _place(folder, FOLDERS[dataset.name][split])
     if dataset.name == "restoration/div2k":
-        return [f"{place}/{number:04d}.png" for number in DIV2K[split][0]], [""] * len(DIV2K[split][0])
-    file = tables.existing(dataset, root, folder / _FACTS["CAPTIONS"][split])
+        return [f"{place}/{number:04d}.png" for number in DIV2K[split][0]], [""] * len(DIV2K[split][0]), ""
+    named = _FACTS["CAPTIONS"][split]
+    file = tables.existing(dataset, root, at(folder, named, Path(named).name))
     found = read_captions(file)
     tables.check_count(dataset, root, len(found), dataset.sizes[split], f"images in {file}")
-    return [f"{place}/{name}" for name in found], list(found.values())
+    return [f"{place}/{name}" for name in found], list(found.values()), file.name
+
+
+def _low(folder: Path, high: Sequence[str]) -> list[str]:
+    """The files of low quality of images of high quality: of the same name, or with the scale at its end."""
+    there, scaled = set(entries(folder)), defaultdict[str, list[str]](list)
+    for name in sorted(there):
+        scaled[re.sub(r"x[0-9]$", "", Path(name).stem)].append(name)
+    names = [Path(path).name for path in high]
+    found = {name: [name] if name in there else scaled.get(Path(name).stem, [name]) for name in names}
+    for name, same in found.items():
+        if len(same) > 1:
+            raise CorruptFile(folder, f"{' and '.join(same)} are both of {name}: keep one of them")
+    return [f"{folder}/{found[name][0]}" for name in names]
 
 
 def _own(own: DataSet, folder: Path, images: str) -> tuple[list[str], list[str]]:
