@@ -103,6 +103,7 @@ def kaggle(root: Path) -> Path:
 SOLUTION = "ImageId,PredictionString\nn02_0,n02 1 2 3 4 n02 5 6 7 8 \nn01_0,n01 1 2 3 4 \n"
 OTHERS = SOLUTION.replace("n02 ", "n03 ")
 ADE = "ade/ADEChallengeData2016"
+ABSENT = "n02_1.JPEG 1\nn01_0.JPEG 0\n"
 LISTED = {"val.txt": "n02_0.JPEG 1\nn01_0.JPEG 0\n"}
 COPIES = {
     "Kaggle's folders of ImageNet": Fault(FINE, kaggle, ""),
@@ -111,7 +112,7 @@ COPIES = {
     "flat test images without a list": Fault(FINE, flat({}), "2 images lie flat in .*LOC_val_solution.csv"),
     "a list of other classes": Fault(FINE, flat({"LOC_val_solution.csv": OTHERS}), "its classes are not those of"),
     "a list that counts from 1": Fault(FINE, flat({"val.txt": "n02_0.JPEG 2\nn01_0.JPEG 1\n"}), "a number from 0"),
-    "a listed image that is missing": Fault(FINE, flat({"val.txt": "n02_1.JPEG 1\nn01_0.JPEG 0\n"}), "val.txt .* n"),
+    "an image that is listed alone": Fault(FINE, flat({"val.txt": ABSENT}), "1 images of .*val.txt .* n02_1"),
     "other classes in test": Fault(FINE, moved("imagenet/val/n01", "imagenet/val/n03"), "its classes are not those of"),
     "COCO's images in images/": Fault(DETECT, moved("coco/train2017", "coco/images/train2017"), ""),
     "a COCO file next to the images": Fault(
@@ -121,3 +122,4 @@ COPIES = {
     "labels of ADE20K that are missing": Fault(SEGMENT, without(f"{ADE}/annotations/training/d.png"), "1 of 4 .*d.png"),
     "an image of ADE20K that is missing": Fault(SEGMENT, without(f"{ADE}/images/training/d.jpg"), "3 images for"),
 }
+ALONE = {"the training images of ImageNet": Fault(OWN | {"dataset": IMAGENET}, without("imagenet/val"), "")}

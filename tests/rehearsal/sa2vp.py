@@ -59,12 +59,13 @@ def overlap(root: Path) -> Path:
 
 
 SVHN = {"dataset": "vtab/svhn"}
+THREE = "".join(f"images/trainval/{i}.png 1\n" for i in range(3))
 FAULTS = {
     "a missing list": Fault(SVHN, missing, "test.txt"),
     "a label out of range": Fault(SVHN, listed("images/trainval/0.png 3\n" * 5), "line 1"),
     "an unreadable image": Fault(SVHN, unreadable, "1.png"),
     "splits that overlap": Fault(SVHN, overlap, "'train' and 'test'"),
-    "the list of another set": Fault(SVHN, listed("images/trainval/0.png 1\n" * 3), "3 .* 5 "),
+    "the list of another set": Fault(SVHN, listed(THREE), "3 .* 5 "),
 }
 
 
@@ -112,3 +113,4 @@ COPIES = {
     "Stanford Cars with lists of other images": Fault(CARS, devkit, "(?s)train.json .*car_ims/0.jpg.*official_lists"),
     "no training list": Fault({"dataset": "fgvc/dogs120"}, without("fgvc/dogs/train.json"), "train.json is not there"),
 }
+ALONE = {"VTAB's lists of a published training": Fault(SVHN, without("vtab-1k/svhn/val200.txt"), "")}

@@ -1,6 +1,6 @@
 """Copies of the data sets as people have them: with a folder more, a link, other letters, files of operating systems;
 and those that the papers' `COPIES` describe, such as Kaggle's. Each has the same items in the same order, or an error
-with the next step."""
+with the next step. `ALONE` are parts of a set that a run needs alone."""
 
 import os
 import shutil
@@ -11,10 +11,12 @@ import pytest
 
 from companion import data
 from companion.errors import CompanionError
+from tests.conftest import parameters
 from tests.rehearsal import common
 from tests.rehearsal.test_rehearsal import PAPERS
 
 SETS = {run["dataset"]: slug for slug in PAPERS for run in common.runs(slug).RUNS if run["dataset"] in data.DATASETS}
+ALONE = [(slug, name) for slug in PAPERS for name in getattr(common.runs(slug), "ALONE", ())]
 COPIES = [(slug, name) for slug in PAPERS for name in getattr(common.runs(slug), "COPIES", ())]
 
 
@@ -85,6 +87,16 @@ def test_a_copy(slug, name, tmp_path, monkeypatch):
     with pytest.raises(CompanionError, match=copy.words):
         content(copy.run["dataset"], tmp_path)
         data.present(copy.run["dataset"], tmp_path)
+
+
+@pytest.mark.parametrize(("slug", "name"), ALONE)
+def test_a_run_needs_what_it_reads(slug, name, tmp_path, monkeypatch):
+    """A part of a set on which nothing is missing for this run."""
+    copy = common.runs(slug).ALONE[name]
+    recipe, changes = common.prepare(slug, copy.run, tmp_path / "data", monkeypatch)
+    copy.damage(tmp_path / "data")
+    assert data.status(copy.run["dataset"], tmp_path / "data").state == "incomplete"
+    recipe.run(parameters(slug, accelerator="cpu", **changes), tmp_path / "out")
 
 
 def test_a_folder_of_many_is_not_searched(tmp_path, monkeypatch):

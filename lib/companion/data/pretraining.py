@@ -168,23 +168,24 @@ def _imagenet(dataset: DataSet, root: Path, part: str) -> tuple[str, list[tuple[
     places = {name: at(folder, name, f"ILSVRC/Data/CLS-LOC/{name}", f"Data/CLS-LOC/{name}") for name in ("train", part)}
     known = {name: _class_folders(place) if place.is_dir() else [] for name, place in places.items()}
     place, names, listing, labels = places[part], known[part], Path(), dict[str, int]()
+    learned = known["train"] if len(known["train"]) == dataset.classes else []
     flat = [] if names else [name for name in entries(place) if name.lower().endswith(decoding.SUFFIXES)]
     if flat and part == "val":
         listing, labels, names = _truth(dataset, [folder, place.parent, *below(folder)])
     if flat and not labels:
-        lists = f"LOC_val_solution.csv of Kaggle, or val.txt of Caffe, is not in {folder}: put it there"
-        told = f"{len(flat):,} images lie flat in {place}, and {lists}, or sort them into class folders"
-        raise dataset.missing(root, told if part == "val" else f"{len(flat):,} images lie flat in {place}")
-    if len(names or known["train"]) != dataset.classes:
+        lists = f" or put LOC_val_solution.csv of Kaggle, or val.txt of Caffe, into {folder}" * (part == "val")
+        raise dataset.missing(root, f"{len(flat):,} images lie flat in {place}: sort them into class folders{lists}")
+    if not flat and len(names) != dataset.classes:
         raise dataset.missing(root, f"{place} has {len(names)} class folders, {dataset.classes} are expected")
-    if names and known["train"] and names != known["train"]:
+    if names and learned and names != learned:
         raise CorruptFile(listing if flat else place, f"its classes are not those of {places['train']}")
     if not flat:
         return "", images_of_classes(place, names), names
     ending = {Path(name).stem: name for name in flat}
-    samples = [(f"{place}/{ending.get(stem, f'{stem}.JPEG')}", label) for stem, label in labels.items()]
-    check_listed(dataset, root, [path for path, _ in samples], listing.name)
-    return listing.name, sorted(samples, key=lambda sample: (sample[1], sample[0])), names or known["train"]
+    if absent := sorted(labels.keys() - ending.keys()):
+        raise dataset.missing(root, f"{len(absent):,} images of {listing} are not in {place}, the first: {absent[0]}")
+    samples = sorted((label, f"{place}/{ending[stem]}") for stem, label in labels.items())
+    return listing.name, [(path, label) for label, path in samples], names or learned
 
 
 def _truth(dataset: DataSet, places: Sequence[Path]) -> tuple[Path, dict[str, int], list[str]]:
@@ -201,7 +202,7 @@ def _truth(dataset: DataSet, places: Sequence[Path]) -> tuple[Path, dict[str, in
         rows = tables.rows(listing, "ImageId", "PredictionString")
         pairs = [(row["ImageId"], (row["PredictionString"].split() or [""])[0]) for _, row in rows]
     elif listing.name.lower() == "val.txt":
-        pairs = [(Path(name).stem, label) for name, _, label in (row.partition(" ") for row in tables.lines(listing))]
+        pairs = [(Path(row.split()[0]).stem, row.split()[-1]) for row in tables.lines(listing)]
     else:
         wnids = _wnids(listing)
         numbers = enumerate(tables.lines(listing), 1)

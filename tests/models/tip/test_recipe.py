@@ -21,6 +21,7 @@ from tests.conftest import parameters
 from tests.models.common import refuses
 from tests.models.tip.test_model import save_narrow
 from tests.recipes.runner import InOrder
+from tests.rehearsal import tip as layouts
 from tests.small import shrink, small_pipe
 
 
@@ -169,6 +170,17 @@ def test_own_images_on_a_released_model_are_trained_saved_and_tested(released: P
     refuses((lambda: load_adaptor(tmp_path / "nowhere", pipe.unet), "nowhere"), error=MissingWeights)
     (folder / "diffusion_pytorch_model.safetensors").write_bytes(b"truncated")
     refuses((lambda: load_adaptor(folder, pipe.unet), "adaptor"), error=CorruptFile)
+
+
+def test_a_trained_adaptor_needs_the_test_images_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layouts.write("restoration/coco", tmp_path, monkeypatch)
+    for path in ((tmp_path / "coco/annotations/captions_train2017.json"), *(tmp_path / "coco/train2017").iterdir()):
+        path.unlink()
+    p = given(dataset="restoration/coco", data_root=str(tmp_path), checkpoint="trained")
+    title, train, test = recipe.datasets(p)
+    assert "generated" not in title and train is None and len(test) == 3
+    p.checkpoint = ""
+    refuses((lambda: recipe.datasets(p), "captions_train2017"), error=MissingData)
 
 
 def test_what_is_missing_or_would_mean_nothing_is_refused_before_training(released: Path, tmp_path: Path) -> None:

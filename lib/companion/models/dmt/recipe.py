@@ -98,7 +98,8 @@ def run(p: Parameters, out: Path) -> Result:
     Raises `BadParameter`, `MissingData`, `MissingWeights`, `BadCheckpoint`: with the change or download needed.
     """
     titles, rows, student, taught_by = [], [], None, {}
-    real = not p.dry_run or present(p.dataset or USUAL[p.task], p.data_root)
+    splits = ("train",) if p.task == "distil" else ("train", "test")
+    real = not p.dry_run or present(p.dataset or USUAL[p.task], p.data_root, *splits)
     for task in [p.task] if real else USUAL:
         chosen: Any = SimpleNamespace(**vars(p) | {"task": task, "dataset": p.dataset if task == p.task else ""})
         if task == "distil":

@@ -143,7 +143,7 @@ def data(p: Parameters) -> Data:
     """
     seen = input_of(backbones.build(p.backbone, weights(p)))
     count = dry_items(p, batch_of(p))
-    if p.dry_run and not present(p.dataset, p.data_root):
+    if p.dry_run and not present(p.dataset, p.data_root, *split_names(p.dataset).values()):
         title, splits = f"generated images in place of {p.dataset} (dry run)", generated(p, count, seen)
         return Data(title, tuple(f"class {i}" for i in range(DRY_CLASSES)), seen, splits)
     splits = images(p, seen)
@@ -184,12 +184,16 @@ def images(p: Parameters, seen: backbones.Input) -> dict[str, classification.Ima
         for part, name in parts.items():
             own[name].transform = varied if part == "train" else fixed
         return {part: own[name] for part, name in parts.items()}
-    vtab = p.dataset.startswith("vtab/")
-    parts = {"train": "trainval", "test": "test"} if vtab else {name: name for name in ("train", "val", "test")}
     return {
         part: classification.load(p.dataset, p.data_root, name, varied if part == "train" else fixed)
-        for part, name in parts.items()
+        for part, name in split_names(p.dataset).items()
     }
+
+
+def split_names(dataset: str) -> dict[str, str]:
+    """The splits that a run reads, by what they are to it."""
+    vtab = dataset.startswith("vtab/")
+    return {"train": "trainval", "test": "test"} if vtab else {name: name for name in ("train", "val", "test")}
 
 
 def generated(p: Parameters, count: int, seen: backbones.Input) -> dict[str, TensorDataset]:

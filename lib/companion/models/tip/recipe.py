@@ -161,7 +161,8 @@ def pipeline(p: Parameters, method: str) -> TIPPipeline:
 
 def datasets(p: Parameters) -> tuple[str, Dataset | None, Dataset]:
     """Title, training images (None with a trained adaptor) and test images."""
-    if p.dry_run and not present(p.dataset, p.data_root):
+    splits = ("test",) if p.checkpoint else ("train", "test")
+    if p.dry_run and not present(p.dataset, p.data_root, *splits):
         title = f"generated images in place of {p.dataset} (dry run)"
         return title, Generated(4, DRY_SIZE, p.seed), Generated(2, DRY_SIZE, p.seed + 1)
     train: restoration.Captioned | None = None
