@@ -166,9 +166,12 @@ def test_vtab(tmp_path, monkeypatch):
     images.transform = crop_transform(INPUT, train=True)
     assert images[0][0].shape == (3, 28, 28)
     assert data.fetch(name, tmp_path) == folder  # what is present is left alone
-    (folder / "images/train/1.png").unlink()
     images = load(name, tmp_path, "train")  # opening looks at the first and last image only
-    refused(MissingData, r"train/1\.png", lambda: images[1])
+    (folder / "images/train/1.png").write_text("<!DOCTYPE html>")
+    refused(CorruptFile, r"train/1\.png.*listed in train800\.txt", lambda: images[1])
+    (folder / "images/train/1.png").unlink()
+    refused(MissingData, r"train/1\.png is listed in train800\.txt", lambda: images[1])
+    refused(MissingData, r"listed images of train800\.txt", data.present, name, tmp_path, "train")
     assert "train/1.png" in data.status(name, tmp_path).detail
     (folder / "images/train/0.png").unlink()
     refused(MissingData, r"train/0\.png", load, name, tmp_path, "train")
