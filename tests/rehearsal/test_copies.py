@@ -82,7 +82,8 @@ def test_a_copy(slug, name, tmp_path, monkeypatch):
     copy.damage(tmp_path)
     if not copy.words:
         assert content(copy.run["dataset"], tmp_path) == as_published
-        assert data.present(copy.run["dataset"], tmp_path)
+        found = data.status(copy.run["dataset"], tmp_path)  # which looks for all files
+        assert found.state == "present", found.detail
         return
     with pytest.raises(CompanionError, match=copy.words):
         content(copy.run["dataset"], tmp_path)
