@@ -115,6 +115,8 @@ def test_images_that_are_broken_or_missing(coco, sizes):
     test, file = load(name, coco, "test"), coco / "coco" / "val2017" / "1.jpg"
     Image.new("RGB", (5, 5)).save(file)
     refused(CorruptFile, r"1\.jpg.*5, 5", lambda: test[0])
+    write_json(coco / "coco/annotations/captions_train2017.json", {"images": [image(1)], "annotations": []})
+    refused(MissingData, "no image for 'captions'", load, name, coco, "captions")
     file.with_name("2.jpg").unlink()
     refused(MissingData, r"2\.jpg", load, name, coco, "test")
     sizes(name, sizes={"train": 4, "test": 5_000})

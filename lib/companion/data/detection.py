@@ -149,6 +149,8 @@ def load(name: str, root: str | Path, split: str) -> Boxes:
     dataset, root = find(name, "detection"), Path(root)
     check_choice("split", split, FILES[dataset.name])
     truth, base, novel = _read(dataset, root, split)
+    if not truth["images"]:
+        raise dataset.missing(root, f"no image for '{split}': none has a box, or a caption, of a class of this set")
     folder, truth["images"] = _images(dataset, root, split, truth["images"])
     return Boxes(dataset, root, folder, truth, base, novel)
 
