@@ -126,7 +126,7 @@ def test_potsdam(tmp_path, geoseg, bands):
         assert len(found) == count * 4 and set(found.zones()) == {"Cfb"}
         assert np.array_equal(first[20:, 20:].numpy(), ids[:20, :20]) and (first[:20] == 6).all()
         assert torch.equal(image[:, 20:, 20:], torch.from_numpy(noise(60, 60, 1)[:, :20, :20]))
-    assert data.status(POTSDAM, tmp_path).ready == {"train": "24", "test": "14"}
+    assert data.status(POTSDAM, tmp_path).ready == {"train": "24, 6 classes", "test": "14, 6 classes"}
     if not geoseg:
         full = landcover.load(POTSDAM, tmp_path, "test", size=60, labels="full")
         assert np.array_equal(full[1][1].numpy(), truth["2_14"])

@@ -260,10 +260,12 @@ def parts(dataset: DataSet) -> dict[str, Callable[[Path], Any]]:
 def _line(dataset: DataSet, split: str, items: Any, decode: bool) -> str:
     """A split in words: number of items, range of labels, one item, and what is special about this copy."""
     line, usual = f"{len(items):,}", dataset.usual.get(split)
-    labels = getattr(items, "labels", ())
-    if getattr(items, "classes", 0) and len(labels) and not isinstance(labels, range):
-        known = np.asarray(labels)
-        line += f", labels {known.min():g} to {known.max():g}" if known.dtype.kind in "iuf" else ""
+    labels, classes = getattr(items, "labels", ()), getattr(items, "classes", 0)
+    known = np.asarray(() if isinstance(labels, range) else labels)
+    if classes and known.size and known.dtype.kind in "iuf":
+        line += f", labels {known.min():g} to {known.max():g}"
+    elif classes:  # with boxes, or a label a pixel
+        line += f", {classes if isinstance(classes, int) else len(classes)} classes"
     item: Any = items[len(items) // 2] if len(items) and (decode or isinstance(items, list)) else None
     if hasattr(item, "frame"):
         line += f" videos, {sum(map(len, items)):,} frame pairs"

@@ -303,7 +303,7 @@ class Labelled(Pictures):
         self, dataset: DataSet, root: str | Path, paths: Sequence[str], labels: Tensor, transform=None, listing=None
     ):
         super().__init__(dataset, root, paths, transform, listing)
-        self.labels = labels
+        self.labels, self.classes = labels, dataset.classes
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         # a copy: the authors' loader divides the stored boxes by the image's side each time an item is loaded
