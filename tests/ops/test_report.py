@@ -109,7 +109,7 @@ def test_a_run_opens_data_and_asks_for_memory_and_disk_before_anything_else(tmp_
     for name, value in {"max": 2 << 30, "current": 1 << 30}.items():
         (group / f"memory.{name}").write_text(f"{value}\n")
     monkeypatch.setattr(needs, "CGROUP", group)
-    refuses((start, r"4 images .* 1\.1 GB are free .*accumulate"), error=CompanionError)
+    refuses((start, r"4 images .* 1\.1 GB are free .*another machine"), error=CompanionError)
     monkeypatch.setattr(needs, "CGROUP", tmp_path / "none")
     monkeypatch.setattr(needs.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
     refuses((start, "0.0 GB are free in"), error=CompanionError)

@@ -80,11 +80,12 @@ def check(slug: str, p: RunParameters, out: Path) -> None:
         wanted *= CPU_COPIES
     free = torch.cuda.mem_get_info()[0] if where == "cuda" else _free()
     if wanted * 1e9 > free:
-        take = "close other programs or notebooks, or take a larger `accumulate`, `grad_checkpointing = True`"
+        less = {"accumulate": "a larger `accumulate`", "grad_checkpointing": "`grad_checkpointing = True`"}
+        ways = [] if p.dry_run else [way for name, way in less.items() if hasattr(p, name)]
         here = "this GPU" if where == "cuda" else "this machine, which computes on its CPU"
         raise CompanionError(
             f"a step of {images} images takes about {wanted:.1f} GB of memory, and {free / 1e9:.1f} GB are free on "
-            f"{here}: {take}, or another machine. `companion doctor {slug}` lists what each run needs"
+            f"{here}: close other programs or notebooks, or take {', or '.join([*ways, 'another machine'])}. `companion doctor {slug}` lists what each run needs"
         )
     if (disk := shutil.disk_usage(next(f for f in (out, *out.parents) if f.exists())).free) < 2e9 * counted["fixed_gb"]:
         # two checkpoints: a new one is written before the old one goes
