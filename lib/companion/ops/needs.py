@@ -85,7 +85,8 @@ def check(slug: str, p: RunParameters, out: Path) -> None:
         here = "this GPU" if where == "cuda" else "this machine, which computes on its CPU"
         raise CompanionError(
             f"a step of {images} images takes about {wanted:.1f} GB of memory, and {free / 1e9:.1f} GB are free on "
-            f"{here}: close other programs or notebooks, or take {', or '.join([*ways, 'another machine'])}. `companion doctor {slug}` lists what each run needs"
+            f"{here}: close other programs or notebooks, or take {', or '.join([*ways, 'another machine'])}. "
+            f"`companion doctor {slug}` lists what each run needs"
         )
     if (disk := shutil.disk_usage(next(f for f in (out, *out.parents) if f.exists())).free) < 2e9 * counted["fixed_gb"]:
         # two checkpoints: a new one is written before the old one goes
