@@ -86,6 +86,7 @@ def test_a_run_from_another_folder_writes_there_and_finds_study_and_data(tmp_pat
 @pytest.mark.parametrize("slug", slugs())
 def test_a_run_on_real_data_looks_for_it_before_anything_else(slug, tmp_path, monkeypatch):
     shrink(slug, monkeypatch)
+    monkeypatch.setattr(needs, "_free", lambda: 1e12)  # that of the full size is counted
     given = vars(parameters(slug, profile="paper", data_root=str(tmp_path / "none"), out=str(tmp_path / "out")))
     refuses((lambda: report.start(slug, given), "none"), error=MissingData)
     if "folder" in rules(slug)["dataset"]["choices"]:
@@ -232,8 +233,10 @@ def test_a_folder_belongs_to_one_process_at_a_time(run, tmp_path):
     assert elsewhere() == ""
 
 
-def test_a_dry_run_has_a_folder_of_its_own_which_a_killed_one_keeps_and_a_finished_one_loses(tmp_path):
+def test_a_dry_run_has_a_folder_of_its_own_which_a_killed_one_keeps_and_a_finished_one_loses(tmp_path, monkeypatch):
     values = {"profile": "paper", "dry_run": True, "out": str(tmp_path)}
+    shrink("sa2vp", monkeypatch)
+    monkeypatch.setattr(needs, "_free", lambda: 1e12)
     values = vars(parameters("sa2vp", **values, accelerator="cpu"))
     run = report.start("sa2vp", values)
     (run.out / "checkpoints").mkdir(exist_ok=True)

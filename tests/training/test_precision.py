@@ -72,10 +72,10 @@ def ecamp(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
 
 def sic_cads(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
     title, images = recipe.data(p)
-    test, learn = images["test"], images["train"]
+    test = images["test"]
     detector, *parts = recipe.frozen(p, test)
     torch.manual_seed(0)
-    history = run(recipe.training(p, *recipe.recogniser(p, *parts, test.unseen, learn)))[1]
+    history = run(recipe.training(p, *recipe.recogniser(p, *parts, test.unseen, images)))[1]
     torch.manual_seed(0)
     model = recipe.build(p, *parts, test.unseen, "random")
     outputs = predictions.predict(model, detector, test, hardware=Hardware.of(p, "sic_cads"), title=title)
