@@ -12,7 +12,7 @@ from lightning_fabric.accelerators import MPSAccelerator
 from lightning_fabric.plugins.precision import Precision
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset, TensorDataset, default_collate
 
 from companion.data import spaced
 from companion.errors import CompanionError, CorruptFile
@@ -435,6 +435,42 @@ def test_predict_takes_the_first_output_in_order_without_dropout():
     data, model = pairs(), Two().train()
     assert torch.equal(predict(model, data, batch=7, hardware=CPU), data.tensors[0] * 2)
     assert not model.training
+
+    class Pooled(nn.Module):  # a row for a batch, which would be broadcast to its images
+        def forward(self, x):
+            return x.mean(0, keepdim=True)
+
+    with pytest.raises(RuntimeError, match="shape"):
+        predict(Pooled(), data, batch=7, hardware=CPU)
+
+
+class Ragged(Dataset):
+    """One to four rows of an item's number, padded to nine; a batch has those of its longest item."""
+
+    def __len__(self):
+        return 24
+
+    def __getitem__(self, index):
+        rows = 1 + index % 4
+        return F.pad(torch.full((rows, 5), float(index)), (0, 0, 0, 9 - rows)), torch.zeros(2)
+
+    def collate(self, items):
+        rows, targets = default_collate(items)
+        return rows[:, : max(1 + int(x[0, 0]) % 4 for x, _ in items)], targets
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_data_set_makes_its_own_batches(workers):
+    def loss(model, batch):
+        shapes.append((batch[0].shape[1], max(1 + int(x) % 4 for x in batch[0][:, 0, 0])))
+        return model(batch[0]).square().mean()
+
+    shapes: list[tuple[int, int]] = []
+    hardware = Hardware("cpu", workers=workers)
+    run(nn.Linear(5, 2), loss, Ragged(), batch=3, epochs=2, hardware=hardware)
+    assert len({found for found, _ in shapes}) > 1 and all(found == longest for found, longest in shapes)
+    sums = predict(nn.Flatten(2), Ragged(), batch=4, hardware=hardware)
+    assert sums.shape == (24, 4, 5)
 
 
 def test_the_scale_of_half_precision_is_in_the_checkpoint(tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
@@ -313,8 +314,16 @@ def read_features(path: str | Path) -> dict[str, Any]:
     return found
 
 
+def trimmed(items: Sequence[tuple[Tensor, Tensor, int]]) -> list[Tensor]:
+    """Items of `Features` as one batch, padded to its longest slide."""
+    longest = max(int(present.sum()) for _, present, _ in items)
+    return default_collate([(features[:longest], present[:longest], grade) for features, present, grade in items])
+
+
 class Features(Parts, Dataset):
     """Stored features of slides, padded to one length: (features (M, ...), present (M,) bool, grade).
+
+    Memory holds a slide's own regions, not its padding; `collate` makes a batch without more than its longest slide.
 
     Args:
         items: the slides.
@@ -329,6 +338,7 @@ class Features(Parts, Dataset):
     """
 
     each = ("items", "files")
+    collate = staticmethod(trimmed)
 
     def __init__(self, items: Sequence[Item], path: str | Path, longest: int | None = None, drop: bool = False):
         self.path = Path(path)
@@ -388,15 +398,10 @@ class Features(Parts, Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int]:
         features = self._read(self.files[index])[: self.longest]
-        filled = features.new_zeros(self.longest, *self.shape)
+        # NumPy's zeros take no memory before they are written, and the padding never is; PyTorch's are written
+        filled = torch.from_numpy(np.zeros((self.longest, *self.shape), np.float32))
         filled[: len(features)] = features
         return filled, torch.arange(self.longest) < len(features), self.items[index].grade
-
-
-def trimmed(items: Sequence[tuple[Tensor, Tensor, int]]) -> list[Tensor]:
-    """Items of `Features` as one batch, padded to its longest slide: for a loader's `collate_fn`."""
-    longest = max(int(present.sum()) for _, present, _ in items)
-    return default_collate([(features[:longest], present[:longest], grade) for features, present, grade in items])
 
 
 # --- the register -----------------------------------------------------------------------------------------------------

@@ -251,18 +251,25 @@ def predict(model: nn.Module, data: Dataset, *, batch: int = 256, hardware: Hard
 
     For a model with several outputs (a tuple), the first. Afterwards the model is on its former device.
     """
-    outputs = []
+    found = torch.empty(0)
     # inference mode inside: a model moved within it could not be trained any more
     with evaluating(hardware, model) as device, torch.inference_mode():
         if isinstance(data, TensorDataset):
             stream = data.tensors[0].split(batch)
         else:
-            loader = DataLoader(data, batch, num_workers=hardware.workers, pin_memory=device.type == "cuda")
+            options = {"num_workers": hardware.workers, "pin_memory": device.type == "cuda"}
+            loader = DataLoader(data, batch, collate_fn=getattr(data, "collate", None), **options)
             stream = (items[0] for items in loader)
+        start = 0
         for images in stream:
             output = model(images.to(device, non_blocking=True))
-            outputs.append((output[0] if isinstance(output, tuple) else output).float().cpu())
-    return torch.cat(outputs)
+            output = output[0] if isinstance(output, tuple) else output
+            if not start:  # as large as the result: batches that are joined at the end take twice its memory
+                found = torch.empty(len(data), *output.shape[1:])
+            # seen in the shape of the output: of another shape or number it is an error, not broadcast
+            found[start : start + len(images)].view(output.shape).copy_(output)
+            start += len(images)
+    return found
 
 
 def same_shapes(images: Sequence[Tensor], most: int) -> list[list[int]]:
@@ -296,7 +303,8 @@ def fit(
     Args:
         loss: from the model and a batch (the stacked tuples of `data`) to a scalar, or to named scalars, of which
             "loss" is minimised and the others are recorded. With a `checkpoint` each step has the same names.
-        data: map-style; a `TensorDataset` is indexed directly, without a loader.
+        data: map-style; a `TensorDataset` is indexed directly, without a loader. Its `collate`, if it has one, makes a
+            batch from a list of items.
         epochs: passes over the data, more than 0; may be a fraction.
         batch: images per step, over all devices.
         optimizer: from the model to its optimiser, see `schedules.adamw` and `schedules.sgd`.
@@ -542,7 +550,7 @@ class _Seeded(Dataset):
     """Items whose random augmentation depends on (seed, epoch, index) alone, in any loading process."""
 
     def __init__(self, data: Dataset, seed: int):
-        self.data, self.seed = data, seed
+        self.data, self.seed, self.collate = data, seed, getattr(data, "collate", None)
 
     def __getitem__(self, key: tuple[int, int]):
         epoch, index = key
@@ -606,4 +614,5 @@ def _batches(
     else:
         # a generator of its own: loading draws nothing from the random numbers of a step
         options = {"num_workers": workers, "pin_memory": pin, "generator": torch.Generator()}
-        yield from DataLoader(_Seeded(data, seed), batch_sampler=indices(), **options)
+        items = _Seeded(data, seed)
+        yield from DataLoader(items, batch_sampler=indices(), collate_fn=items.collate, **options)

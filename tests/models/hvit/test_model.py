@@ -88,6 +88,13 @@ def test_the_padding_of_short_slides_changes_nothing():
     both = model(changed, present=present)
     torch.testing.assert_close(both[:1], model(x[:1]))
     torch.testing.assert_close(both[1:], model(x[1:, :2]))
+    seen: list[int] = []
+    model.region.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    share = draw(2, 4, 16, 4)
+    torch.testing.assert_close(
+        model(changed, tissue=share, present=present)[1:], model(x[1:, :2], tissue=share[1:, :2])
+    )
+    assert seen == [6, 2]  # the region level embeds no padding
     assert (model(x) - model(x.flip(2))).abs().max() > 1e-4  # patches have positions
     refuses((lambda: model(x, present=present & False), "present"))
 

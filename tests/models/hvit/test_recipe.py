@@ -27,6 +27,7 @@ from companion.toy import encoders
 from companion.toy import hvit as synthetic
 from companion.toy.encoders import slide_dino
 from companion.training.checkpoints import save
+from companion.training.fit import CPU, fit
 from tests.conftest import parameters
 from tests.data.conftest import expect
 from tests.data.test_slides import panda
@@ -130,6 +131,33 @@ def test_folds_are_trained_on_stored_features_and_vote(tmp_path, stored):
     vote = recipe.voted(each, [item.name for item in test.items])
     kappas = {"kappa": recipe.kappa(truth, vote), "fold": np.mean([recipe.kappa(truth, one) for one in each])}
     assert torch.equal(found.grades, vote) and found.scores == pytest.approx(kappas)
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "weighted"])
+def test_a_batch_has_no_more_padding_than_its_longest_slide_and_trains_as_one_with_more(sampling, tmp_path, stored):
+    part = data.Features(data.load("slides/panda", tmp_path), tmp_path / "features")
+    part = part.part(sorted(range(48), key=lambda i: int(part[i][1].sum())))
+    part.longest = 9  # as beside a slide of nine regions
+    drawn, rows = recipe.ClassBalanced(part) if sampling == "weighted" else part, list[tuple[int, ...]]()
+
+    def loss(model, batch):
+        features, present, _ = batch
+        rows.append((features.shape[1], int(present.sum(1).max())))
+        return recipe.batch_loss(stored.head, 6, model, batch)
+
+    def trained():
+        options = recipe.fit_options(drawn, epochs=1, batch=4, hardware=CPU)
+        model = recipe.build(stored, "Local", dropout=0.0)
+        return fit(model, loss, drawn, **options), recipe.outputs(model, part, CPU)[1]
+
+    history, outputs = trained()
+    assert len({found for found, _ in rows}) > 1 and all(found == longest for found, longest in rows)
+    drawn.collate = part.collate = None
+    rows.clear()
+    again, padded = trained()
+    assert {found for found, _ in rows} == {9}
+    assert [row["loss"] for row in again] == pytest.approx([row["loss"] for row in history], rel=1e-5)
+    torch.testing.assert_close(padded, outputs, rtol=1e-4, atol=1e-5)
 
 
 def test_the_weights_of_each_fold_are_saved_under_the_authors_names(tmp_path, stored):

@@ -231,12 +231,15 @@ class HViT(OfficialModel):
             tissue: (b, m, p, t) share of tissue in each token, where the background is masked.
             present: see `SlideTransformer.forward`.
         """
-        b, keep = len(x), None if tissue is None else rearrange(tissue > 0, "b m p t -> (b m) p t")
-        if x.ndim == 5:
-            x = rearrange(self.embed_patches(x.flatten(0, 1), keep), "(b m) p d -> b m p d", b=b)
-        if x.ndim == 4:
-            patches = None if keep is None else keep.any(-1)  # (b m, p)
-            x = rearrange(self.embed_regions(x.flatten(0, 1), patches), "(b m) d -> b m d", b=b)
+        if x.ndim > 3:
+            there = slice(None) if present is None else present.flatten()  # what is padding is not embedded
+            lower = x.flatten(0, 1)[there]  # (n, ...), n the regions of all slides
+            keep = None if tissue is None else (tissue > 0).flatten(0, 1)[there]  # (n, p, t)
+            if x.ndim == 5:
+                lower = self.embed_patches(lower, keep)  # (n, p, d)
+            regions = self.embed_regions(lower, None if keep is None else keep.any(-1))  # (n, d)
+            x = regions.new_zeros(*x.shape[:2], regions.shape[-1])  # (b, m, d)
+            x.flatten(0, 1)[there] = regions
         return self.slide(x, present)
 
     def predict(self, slides: Sequence[Any], names: Sequence[str]) -> list[Any]:

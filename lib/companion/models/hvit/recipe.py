@@ -188,6 +188,7 @@ class ClassBalanced(Dataset):
     def __init__(self, data: Dataset):
         grades = grades_of(data)
         self.data, self.weights = data, len(grades) / torch.bincount(grades).double()[grades]
+        self.collate = getattr(data, "collate", None)
 
     def __len__(self) -> int:
         return len(self.data)
@@ -345,9 +346,8 @@ def outputs(model: nn.Module, part: Dataset, hardware: Hardware = AUTO) -> tuple
     """True grades (n,) and outputs (n, ...) of slides (features, present, grade), on the CPU."""
     truth, logits = [], []
     with evaluating(hardware, model) as device:
-        pad = data.trimmed if isinstance(part, data.Features) else None
-        options = {"num_workers": hardware.workers, "pin_memory": device.type == "cuda", "collate_fn": pad}
-        for features, present, grade in DataLoader(part, 8, **options):
+        options = {"num_workers": hardware.workers, "pin_memory": device.type == "cuda"}
+        for features, present, grade in DataLoader(part, 8, collate_fn=getattr(part, "collate", None), **options):
             features, present = (x.to(device, non_blocking=True) for x in (features, present))
             logits.append(model(features, present=present).float().cpu())
             truth.append(torch.as_tensor(grade))
