@@ -153,5 +153,10 @@ def test_stored_features(tmp_path):
     assert present.tolist() == [True, True, False, False, False] and grade == 3
     assert slides.Features(items[:2], tmp_path, longest=3)[1][0].shape == (3, 4, 3)
     assert slides.trimmed([found[0]])[0].shape == (1, 2, 4, 3)
+    part = found.of(items[::-1][1:])
+    assert part.items == items[1::-1] and part.dropped == ["c"] and part[1][0].shape[0] == 5 and found.dropped
+    torch.save(torch.ones(3, 4, 3), tmp_path / "c.pt", _use_new_zipfile_serialization=False)  # of old PyTorch
+    (tmp_path / "c.h5").unlink()
+    assert slides.Features(items[1:3], tmp_path)[1][0][:3].eq(1).all()
     stored(tmp_path / "d.h5", np.ones((2, 4, 2), np.float32))
     refused(CorruptFile, r"d\.h5", slides.Features, items, tmp_path, drop=True)

@@ -16,10 +16,11 @@ import dataclasses
 import functools
 import math
 import warnings
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -82,7 +83,9 @@ def isup(gleason: str) -> int:
     return _ISUP[gleason]
 
 
-def load(name: str, root: str | Path, split: str = "all", fold: int = 0) -> list[Item]:
+def load(
+    name: str, root: str | Path, split: str = "all", fold: int = 0, every: Sequence[Item] | None = None
+) -> list[Item]:
     """The slides of one split, in the order of its list. No image is opened.
 
     Args:
@@ -90,6 +93,7 @@ def load(name: str, root: str | Path, split: str = "all", fold: int = 0) -> list
         root: the data folder.
         split: "all" for every slide of train.csv, or "train", "tune", "test" of a fold.
         fold: number of the fold.
+        every: the slides of train.csv from an earlier call, which then is not read again: for the lists of many folds.
 
     Raises:
         BadParameter: unknown name or split.
@@ -98,19 +102,19 @@ def load(name: str, root: str | Path, split: str = "all", fold: int = 0) -> list
     """
     dataset = find(name, "slides")
     check_choice("split", split, ("all", *SPLITS))
-    every = {item.name: item for item in _table(dataset, Path(root))}
+    known = {item.name: item for item in (_table(dataset, Path(root)) if every is None else every)}
     if split == "all":
-        return [*every.values()]
+        return [*known.values()]
     path = dataset.folder(root) / "folds" / f"fold-{fold}" / f"{split}.csv"
     if not path.is_file():
         how = f'write_folds("{name}", "{root}", test=0.2)'  # with a share of 0 there is no list of test slides
         raise dataset.missing(root, f"no list {path}; `companion.data.slides.{how}` makes five folds with all lists")
     items = []
     for line, row in _rows(path, "slide_id", "isup_grade"):
-        if row["slide_id"] not in every:
+        if row["slide_id"] not in known:
             raise CorruptFile(path, f"line {line}: {row['slide_id']!r} is in no line of train.csv")
         grade = _grade(path, line, row["isup_grade"], dataset.classes)
-        items.append(dataclasses.replace(every[row["slide_id"]], grade=grade))
+        items.append(dataclasses.replace(known[row["slide_id"]], grade=grade))
     return items
 
 
@@ -314,6 +318,15 @@ def read_features(path: str | Path) -> dict[str, Any]:
     return found
 
 
+def read_settings(path: str | Path) -> str:
+    """The settings of a file of features as JSON, see `read_features`; the features are not read.
+
+    Raises `CorruptFile` for a file that is missing, truncated, or of another kind.
+    """
+    with _stored(path) as file:
+        return file.attrs["settings"]
+
+
 def trimmed(items: Sequence[tuple[Tensor, Tensor, int]]) -> list[Tensor]:
     """Items of `Features` as one batch, padded to its longest slide."""
     longest = max(int(present.sum()) for _, present, _ in items)
@@ -369,6 +382,16 @@ class Features(Parts, Dataset):
             counts.append(count)
         self.longest = longest or max(counts)
 
+    def of(self, items: Iterable[Item]) -> Self:
+        """The features of some of the slides, whose files are not opened again; the others are listed in `dropped`."""
+        rows = {item.name: row for row, item in enumerate(self.items)}
+        listed = [*items]
+        there = [item for item in listed if item.name in rows]
+        found = self.part([rows[item.name] for item in there])
+        found.items = there  # a list may have a grade of its own
+        found.dropped = [item.name for item in listed if item.name not in rows]
+        return found
+
     def _shape(self, file: Path) -> tuple[int, ...]:
         if file.suffix == ".h5":
             with _stored(file) as stored:
@@ -380,7 +403,9 @@ class Features(Parts, Dataset):
         if file.suffix == ".h5":
             return read_features(file)["features"]
         try:
-            return torch.load(file, map_location="cpu", weights_only=True).float()
+            # mapped: only what is used is read, nothing for a shape; files of PyTorch before 1.6 are no archives
+            mapped = zipfile.is_zipfile(file)
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped).float()
         except Exception as error:  # a damaged file can raise anything
             raise CorruptFile(file, f"no tensor of features ({type(error).__name__})") from error
 
@@ -391,7 +416,7 @@ class Features(Parts, Dataset):
         file = self.files[0]
         if file.suffix != ".h5":
             return f"{file.name}, sha256 {sha256(file)}"
-        return read_features(file)["settings"]
+        return read_settings(file)
 
     def __len__(self) -> int:
         return len(self.items)

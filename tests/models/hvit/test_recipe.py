@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import h5py
@@ -160,6 +161,20 @@ def test_a_batch_has_no_more_padding_than_its_longest_slide_and_trains_as_one_wi
     torch.testing.assert_close(padded, outputs, rtol=1e-4, atol=1e-5)
 
 
+def test_folds_read_the_table_and_the_shape_of_each_file_once(tmp_path, stored, monkeypatch):
+    read: list[str] = []
+    for owner, name in ((data, "_table"), (data.Features, "_shape")):
+        plain = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *given, plain=plain: (read.append(str(given[-1])), plain(*given))[1])
+    _, folds, test, _ = recipe.stored(stored)
+    slides = {item.name for fold in folds for split in (*fold, test) for item in split.items}
+    assert len(read) == 1 + len(slides) == len({*read})
+    for k, (train, tune) in enumerate(folds):
+        for split, part in (("train", train), ("tune", tune)):
+            assert part.items == data.load("slides/panda", tmp_path, split, k)
+            assert [file.stem for file in part.files] == [item.name for item in part.items]
+
+
 def test_the_weights_of_each_fold_are_saved_under_the_authors_names(tmp_path, stored):
     models = recipe.run(stored, tmp_path).models
     files = sorted((tmp_path / "trained").iterdir())
@@ -215,7 +230,7 @@ def own(tmp_path):
     return tmp_path / "own"
 
 
-def test_slides_of_ones_own_are_stored_in_parts_and_trained_on(own, tmp_path, capsys):
+def test_slides_of_ones_own_are_stored_in_parts_and_trained_on(own, tmp_path, capsys, monkeypatch):
     tiling = replace(PANDA, area=0.1, hole_area=0.05, close=3, median=3)
     patch, other = (hvit.PatchEncoder(64, 32, dim=384, depth=1).eval() for _ in range(2))
     p = given(dry_run=False, dataset="folder", data_root=str(own), features=str(tmp_path / "f"), region=128)
@@ -224,6 +239,13 @@ def test_slides_of_ones_own_are_stored_in_parts_and_trained_on(own, tmp_path, ca
     found = {name: path for part in done for name, path in part.items()}
     assert sorted(found) == sorted(item.name for item in data.folder(own))
     assert read_features(found["benign_0"])["features"].shape == (4, 4, 384)  # 2 x 2 regions of 2 x 2 patches
+    with monkeypatch.context() as mended:  # all finished: one hash for all slides, and no slide is tiled
+        mended.setattr(features, "tile", None)
+        keys: list[str] = []
+        plain = features.checkpoint_key
+        mended.setattr(features, "checkpoint_key", lambda **facts: keys.append(plain(**facts)) or keys[-1])
+        again = dict(features.store(p, patch, tiling=tiling))
+    assert all(isinstance(file, Path) for file in again.values()) and len(again) == len(found) and len(keys) == 1
     # features of another encoder are refused
     assert isinstance(dict(features.store(p, other, (0, 10), tiling=tiling))["benign_0"], BadParameter)
     p.region, p.epochs = 512, 1  # 2 x 2 patches

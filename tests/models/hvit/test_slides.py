@@ -273,6 +273,24 @@ def test_parts_of_a_run_killed_at_its_end_are_removed(path, tmp_path, monkeypatc
     assert features.extract(path, mean_colour, out, **MEAN) == out and not [*tmp_path.glob("*.parts")]
 
 
+def test_a_finished_slide_is_not_tiled_again(path, tmp_path, monkeypatch):
+    mask = tmp_path / "masks" / f"{path.stem}.png"
+    mask.parent.mkdir()
+    out, masked = tmp_path / "a.h5", {"masks": mask.parent}
+    features.extract(path, mean_colour, out, **MEAN, preview=True)
+    with Slide(path) as slide:
+        Image.fromarray(slides.tissue_mask(slide.thumbnail(SMALL.downsample)[0], SMALL)).save(mask)
+    features.extract(path, mean_colour, tmp_path / "b.h5", **MEAN, **masked)
+    with monkeypatch.context() as patch:
+        for name in ("tile", "read_features"):
+            patch.setattr(features, name, None, raising=False)
+        assert features.extract(path, None, out, **MEAN, preview=True) == out
+        refuses((lambda: features.extract(path, None, out, **MEAN, normalise="half"), "normalise"))
+    assert features.extract(path, None, tmp_path / "b.h5", **MEAN, **masked)
+    Image.fromarray(np.zeros((20, 25), np.uint8)).resize(Image.open(mask).size).save(mask)  # edited: other regions
+    refuses((lambda: features.extract(path, None, tmp_path / "b.h5", **MEAN, **masked), "coords"))
+
+
 def test_features_of_other_encoders_or_settings_are_not_mixed(path, tmp_path):
     one, six = (hvit.PatchEncoder(64, 16, dim=12, depth=1, heads=heads) for heads in (1, 6))
     six.load_state_dict(one.state_dict())

@@ -13,7 +13,7 @@ import hashlib
 import json
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -52,7 +52,7 @@ def extract(
     encode: Callable[[Tensor], Tensor],
     out: str | Path,
     *,
-    encoder: nn.Module | str,
+    encoder: nn.Module | str | Mapping[str, Any],
     tiling: Tiling = PANDA,
     normalise: str = "unit",
     batch: int = 1,
@@ -65,12 +65,12 @@ def extract(
 
     Threads read the next regions while the current ones are encoded. Each step's features are written to a folder next
     to `out` and merged at the end: a run killed at any moment resumes and gives the same file. A slide without tissue
-    gives a file without rows.
+    gives a file without rows. Of a finished one only the settings are read, unless masks may have changed.
 
     Args:
         encode: regions (b, 3, R, R) to features (b, ...): for H-ViT, `embed_patches`, or `embed_regions` after it.
         encoder: what distinguishes the features of two encoders: the module used by `encode`, by a hash of its tensors
-            and its numbers of attention heads; or a name.
+            and its numbers of attention heads; or a name; or the `identity` of either, for many slides.
         batch: regions per step.
         mpp: see `Slide`.
         masks: a folder of tissue masks, see `read_mask`; None: tissue is detected by colour.
@@ -82,26 +82,35 @@ def extract(
         CorruptFile: the slide or its mask cannot be read.
     """
     check_range("batch", batch, 1)
-    out, parts, modules = Path(out), Path(f"{out}.parts"), () if isinstance(encoder, str) else encoder.modules()
+    out, parts = Path(out), Path(f"{out}.parts")
     with Slide(path, mpp) as slide:
-        mask = read_mask(masks, slide, tiling.downsample) if masks else None
-        tiles = tile(slide, tiling, mask)
         settings = {
             "slide": slide.path.name,
             "size": list(slide.size),
             "slide_mpp": slide.mpp,
-            "encoder": encoder if isinstance(encoder, str) else checkpoint_key(encoder=encoder),
-            # no tensor depends on the number of attention heads, so the encoder's hash does not either
-            "heads": [m.num_heads for m in modules if hasattr(m, "num_heads")],
+            **(encoder if isinstance(encoder, Mapping) else identity(encoder)),
             "normalise": normalise,
+            "masks": bool(masks),
+            **dataclasses.asdict(tiling),
+        }
+        if out.is_file():
+            written = json.loads(data.read_settings(out))
+            _same(settings, written, out)
+            # the regions follow from these settings where tissue is detected by colour; a mask may have been changed
+            detected = not masks and written.get("masks") is False and written.get("downsample") == tiling.downsample
+            if detected and (not preview or out.with_suffix(".png").is_file()):
+                shutil.rmtree(parts, ignore_errors=True)  # of a run killed after it had written `out`
+                return out
+        mask = read_mask(masks, slide, tiling.downsample) if masks else None
+        tiles = tile(slide, tiling, mask)
+        settings |= {
             "step": tiles.step,
             "level": tiles.level,
             "pixels": tiles.pixels,
             "coords": hashlib.sha256(tiles.coords.tobytes()).hexdigest()[:16],
-            **dataclasses.asdict(tiling),
         }
         if out.is_file():
-            _same(settings, json.loads(data.read_features(out)["settings"]), out)
+            _same(settings, written, out)
         elif (plan := parts / "plan.json").is_file():
             _same(settings | {"batch": batch}, read_json(plan), parts)
         else:
@@ -134,12 +143,21 @@ def extract(
     return out
 
 
+def identity(encoder: nn.Module | str) -> dict[str, Any]:
+    """What `extract` writes of an encoder: the hash of its tensors or its name, and its numbers of attention heads."""
+    if isinstance(encoder, str):
+        return {"encoder": encoder, "heads": []}
+    # no tensor depends on the number of attention heads, so the hash does not either
+    heads = [module.num_heads for module in encoder.modules() if hasattr(module, "num_heads")]
+    return {"encoder": checkpoint_key(encoder=encoder), "heads": heads}
+
+
 def _same(settings: dict, written: dict, where: Path) -> None:
     # files of earlier versions lack these
     written = {"jpeg": False, "heads": settings["heads"], "slide_mpp": settings["slide_mpp"]} | written
     for key, value in settings.items():
-        # the level in which tissue is detected only matters through the coordinates
-        if key != "downsample" and written.get(key) != value:
+        # where tissue is looked for only matters through the coordinates
+        if key not in ("downsample", "masks") and written.get(key) != value:
             raise BadParameter(key, value, f"{written.get(key)!r}, as in {where}; delete that to start from scratch")
 
 
@@ -230,7 +248,8 @@ def store(
     else:
         named = [(item.name, item.path) for item in data.load(p.dataset, p.data_root)]
     whole = _levels(p, patch)
-    options |= {"tiling": dataclasses.replace(tiling, region=p.region), "encoder": patch, "normalise": p.normalise}
+    options |= {"tiling": dataclasses.replace(tiling, region=p.region), "normalise": p.normalise}
+    options["encoder"] = identity(patch)  # once: its hash takes a third of a second
     own = data.spacings(spacing, {name for name, _ in named}) if spacing else {}
     with evaluating(Hardware(p.accelerator), whole) as device:
         for name, path in named[i::n]:

@@ -130,13 +130,16 @@ def stored(p: Parameters) -> tuple[str, list[Fold], Dataset, int]:
         lists = [[fold[s] for s in data.SPLITS] for fold in data.split_folds(items, **SPLIT)[: p.folds]]
         classes = max(2, 1 + max(item.grade for item in items))
     else:
-        lists = [[data.load(p.dataset, p.data_root, s, fold) for s in data.SPLITS] for fold in range(p.folds)]
+        every = data.load(p.dataset, p.data_root)
+        lists = [[data.load(p.dataset, p.data_root, s, fold, every) for s in data.SPLITS] for fold in range(p.folds)]
     _check_lists(lists)
     where = stored_in(p.features, p.data_root)
     if p.dry_run and not any(where.glob("*.h5")) and not any(where.glob("*.pt")):
         folds, test = embedded(p, lists[0])
         return f"{p.dataset}, a region of {EMBEDDED} slides a split (no features are stored)", folds, test, classes
-    parts = [[data.Features(items, where, drop=True) for items in fold] for fold in lists]
+    slides = {item.name: item for fold in lists for items in fold for item in items}  # a fold has most of the others'
+    whole = data.Features([*slides.values()], where, drop=True)
+    parts = [[whole.of(items) for items in fold] for fold in lists]
     for fold in parts:
         for part, split in zip(fold, data.SPLITS, strict=True):
             _check_features(p, part, split)
