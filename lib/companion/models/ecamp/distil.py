@@ -20,6 +20,7 @@ import itertools
 import re
 import shutil
 import sqlite3
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,7 @@ Report: {report}
 """
 FORM = re.compile(r"There (is no|may be|is) ([^.]+?)\s*\.\s*", re.IGNORECASE)
 TRIES = 3
+COMMIT = 1.0  # seconds between two writes of answers: each waits for the disk, a hundred times longer than the rules
 
 # phrases that negate or question a finding, before or after its name in the sentence
 ABSENT = (
@@ -237,7 +239,7 @@ def distil(reports: Sequence[str], back_end: BackEnd, cache: str | Path) -> Dist
 
     Args:
         cache: an SQLite file, created when it does not exist. Answers, refused ones too, are cached by the report's
-            text, the back end, the prompt and the entities.
+            text, the back end, the prompt and the entities. A run that is killed loses those of the last second.
 
     Raises `CorruptFile`: `cache` is another kind of file.
     """
@@ -250,24 +252,38 @@ def distil(reports: Sequence[str], back_end: BackEnd, cache: str | Path) -> Dist
             file.execute(
                 "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, text TEXT NOT NULL, why TEXT NOT NULL)"
             )
-            for i, report in enumerate(progress(reports, "distilling", len(reports))):
-                entities, row = entities_in(report), ("", "")
-                if entities:
-                    facts = "\0".join([back_end.name, PROMPT, str(TRIES), *entities, report])
-                    key = hashlib.sha256(facts.encode()).hexdigest()
-                    row = file.execute("SELECT text, why FROM answers WHERE key = ?", (key,)).fetchone()
-                if row is None:
-                    row = _ask(back_end, report, entities)
-                    with file:  # written completely or not at all
-                        file.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?)", (key, *row))
-                statements.append(row[0])
-                if row[1]:
-                    refused[i] = row[1]
+            answers, written = dict[str, tuple[str, str]](), time.monotonic()  # not in the file yet
+            try:
+                for i, report in enumerate(progress(reports, "distilling", len(reports))):
+                    entities, row = entities_in(report), ("", "")
+                    if entities:
+                        facts = "\0".join([back_end.name, PROMPT, str(TRIES), *entities, report])
+                        key = hashlib.sha256(facts.encode()).hexdigest()
+                        cached = file.execute("SELECT text, why FROM answers WHERE key = ?", (key,))
+                        row = answers.get(key) or cached.fetchone()
+                    if row is None:
+                        row = answers[key] = _ask(back_end, report, entities)
+                        if time.monotonic() - written >= COMMIT:
+                            _write(file, answers)
+                            written = time.monotonic()
+                    statements.append(row[0])
+                    if row[1]:
+                        refused[i] = row[1]
+            finally:  # also of a run that is interrupted, or whose back end fails
+                _write(file, answers)
     except sqlite3.DatabaseError as error:
         if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
             raise CannotWrite(cache, shutil.disk_usage(Path(cache).parent).free) from error
         raise CorruptFile(cache, f"not a file of distilled reports ({error})") from error
     return Distilled(statements, refused)
+
+
+def _write(file: sqlite3.Connection, answers: dict[str, tuple[str, str]]) -> None:
+    """Write answers by key to the cache, all or none of them, and forget them."""
+    with file:
+        rows = [(key, *row) for key, row in answers.items()]
+        file.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?, ?)", rows)
+    answers.clear()
 
 
 def _ask(back_end: BackEnd, report: str, entities: Sequence[str]) -> tuple[str, str]:
