@@ -127,7 +127,7 @@ def distillation(folder: Path) -> str:
         pause(0.03)
         return ecamp_distil.Rules()(report, entities)
 
-    slow.name = "slow"
+    slow.name, ecamp_distil.COMMIT = "slow", 0.1  # a run of a second is killed several times
     reports = [f"There is a small effusion at level {i}. No pneumothorax." for i in range(40)]
     return digest([repr(ecamp_distil.distil(reports, slow, folder / "answers.sqlite")).encode()])
 
