@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, TensorDataset, default_collate
 from companion.data import spaced
 from companion.errors import CompanionError, CorruptFile
 from companion.ops.papers import paper, slugs
-from companion.training import recipe
+from companion.training import checkpoints, recipe
 from companion.training.callbacks import Callback, ClipNorm, ClipValue, EarlyStop, Lookahead
 from companion.training.checkpoints import Checkpoint
 from companion.training.fit import CPU, PRECISIONS, Hardware, device, fit, launcher, predict
@@ -344,6 +344,46 @@ def test_a_killed_training_resumes_to_the_same_bits(make, changes, tmp_path):
     assert torch.load(checkpoint.path, weights_only=True)["step"] == 20
     assert run(cut, callbacks=[make(), Callback()], checkpoint=checkpoint, **changes) == history
     assert same(whole, cut) and [*tmp_path.glob(".*")] == [], "a temporary file was left"
+
+
+@pytest.mark.parametrize(
+    ("step", "write", "every", "written"),
+    [
+        (1, 0.5, 7, [7, 14, 21, 28, 35, 40]),  # each is quick: by steps alone
+        (1, 3.1, 7, [7, 40]),  # a minute follows one of three seconds
+        (10, 3.1, 7, [7, 14, 21, 28, 35, 40]),
+        (250, 3.1, 200, [3, 6, 9, 12, 15, 18, 21, 24, 27, 30, 33, 36, 39, 40]),  # ten minutes
+        (250, 40.0, 1, [1, *range(4, 40, 3), 40]),  # twenty times 40 seconds are more than ten minutes
+    ],
+)
+def test_checkpoints_are_written_by_steps_and_by_time(step, write, every, written, tmp_path, monkeypatch):
+    class Clocked(Checkpoint):
+        def write(self, state):
+            found.append(state["step"])
+            super().write(state)
+
+    class Hours(Callback):
+        def on_step_end(self, loop):
+            clock[0] += step
+
+    def save(state, path):
+        clock[0] += write
+        plain(state, path)
+
+    found, clock, plain, whole, model = [], [0.0], torch.save, noisy_model(), noisy_model()
+    history = run(whole, callbacks=[Hours()])
+    monkeypatch.setattr(checkpoints, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(torch, "save", save)
+    checkpoint = Clocked(tmp_path / "c.pt", every=every)
+    assert run(model, callbacks=[Hours()], checkpoint=checkpoint) == history and same(whole, model)
+    assert found == written
+    # killed where time alone was the reason
+    killed, cut = Clocked(tmp_path / "killed.pt", every=every), noisy_model()
+    found.clear()
+    with pytest.raises(KeyboardInterrupt):
+        run(noisy_model(), callbacks=[Hours(), Killed()], checkpoint=killed)
+    assert torch.load(killed.path, weights_only=True)["step"] == found[-1] == max(s for s in written if s < 21)
+    assert run(cut, callbacks=[Hours(), Callback()], checkpoint=killed) == history and same(whole, cut)
 
 
 def test_a_training_does_not_resume_from_one_with_other_settings_or_from_a_damaged_file(tmp_path):

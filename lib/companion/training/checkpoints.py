@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import math
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,9 @@ from torch import Tensor, nn
 
 from ..errors import BadParameter, CorruptFile
 from ..ops.files import atomic, full_disk_is_said
+
+LONGEST = 600  # seconds of a training that a kill costs
+PAUSE = 20  # between two checkpoints, times the whole seconds that the first took to write
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
@@ -83,14 +88,22 @@ def save(folder: str | Path, name: str, state: Mapping[str, Tensor], metadata: M
 class Checkpoint:
     """The file of a training in progress. `<file>.csv` next to it holds the history, one line per step, appended.
 
+    It is written every so many steps, after ten minutes at the latest, and at the end of the training. Writing takes at
+    most a twentieth of the time: after one that took a second or more, steps alone are no reason for twenty times that.
+
     Args:
         path: of the file.
-        every: interval in steps; it is also written at the end of the training.
+        every: interval in steps.
     """
 
     def __init__(self, path: str | Path, every: int = 200):
         self.path, self.every = Path(path), every
+        self._begin()
+
+    def _begin(self) -> None:
+        """Forget the training before: an object may serve several."""
         self._written = 0  # rows of the history already in the file
+        self._since, self._pause = time.monotonic(), 0.0  # the last writing, and seconds until steps are a reason again
 
     @classmethod
     def of(cls, folder: str | Path, name: str, every: int = 200, **facts: Any) -> Checkpoint:
@@ -109,7 +122,7 @@ class Checkpoint:
             BadParameter: it was saved under other settings, or of another model.
             CorruptFile: it cannot be read, or its history is shorter than the training.
         """
-        self._written = 0  # an object may serve several trainings
+        self._begin()
         if not self.path.is_file():
             return None
         try:
@@ -127,6 +140,11 @@ class Checkpoint:
         saved["history"] = self._read_history(step)
         self._written = step
         return saved
+
+    def due(self, step: int) -> bool:
+        """Whether to write the state after that step, by the host's clock: no GPU is waited for."""
+        passed = time.monotonic() - self._since
+        return passed >= LONGEST or (step % self.every == 0 and passed >= self._pause)
 
     def append(self, history: list[dict[str, Any]]) -> None:
         """Append the new rows of the history to its file; their losses become numbers, in place.
@@ -147,8 +165,11 @@ class Checkpoint:
 
     def write(self, state: Mapping[str, Any]) -> None:
         """Save the state, whose history is appended, under a temporary name first."""
+        begun = time.monotonic()
         with atomic(self.path) as temporary:
             torch.save(state, temporary)
+        self._since = time.monotonic()
+        self._pause = PAUSE * math.floor(self._since - begun)
 
     def _read_history(self, step: int) -> list[dict[str, float]]:
         """The first `step` rows; rows that a killed run wrote after its last checkpoint are removed."""

@@ -314,7 +314,8 @@ def fit(
         last: handling of an epoch's last images, too few for a batch: "drop": left out; "train": a smaller batch;
             "carry": their gradients are added to those of the next epoch's first batch, and the sum is divided by
             `batch` (what a loop that accumulates gradients over images does unless it clears them).
-        checkpoint: saves the training, and resumes it if the file exists.
+        checkpoint: saves the training, and resumes it if the file exists. Several devices save by the clock where an
+            epoch ends, or at a multiple of the checkpoint's steps.
         seed: of the order of the items, their augmentation and the random numbers of a step.
         hardware: accelerator, devices and precision.
         name: of the training, shown with its progress.
@@ -367,14 +368,15 @@ def fit(
             loop.step += 1
             for callback in callbacks:
                 callback.on_step_end(loop)
-            saves = checkpoint and loop.step % checkpoint.every == 0
-            if ranks > 1 and (saves or loop.epoch_ended):
+            # the devices' clocks differ: several agree on steps, when what they do not share is averaged
+            agreed = ranks == 1 or loop.epoch_ended or (checkpoint and loop.step % checkpoint.every == 0)
+            if ranks > 1 and agreed:
                 for buffer in filter(torch.is_floating_point, model.buffers()):  # running statistics differ
                     average_over_devices(buffer)
             if loop.epoch_ended:
                 for callback in callbacks:
                     callback.on_epoch_end(loop)
-            if checkpoint and rank == 0 and (saves or loop.ended):
+            if checkpoint and rank == 0 and (loop.ended or (agreed and checkpoint.due(loop.step))):
                 checkpoint.append(loop.history)
                 checkpoint.write(_state(loop, callbacks, settings))
             if loop.ended:
