@@ -232,7 +232,8 @@ class HViT(OfficialModel):
             present: see `SlideTransformer.forward`.
         """
         if x.ndim > 3:
-            there = slice(None) if present is None else present.flatten()  # what is padding is not embedded
+            # what is padding is not embedded; as numbers, since each use of a mask would wait for the GPU
+            there = slice(None) if present is None else present.flatten().nonzero()[:, 0]
             lower = x.flatten(0, 1)[there]  # (n, ...), n the regions of all slides
             keep = None if tissue is None else (tissue > 0).flatten(0, 1)[there]  # (n, p, t)
             if x.ndim == 5:
