@@ -114,6 +114,16 @@ def test_what_would_silently_give_wrong_scores_is_refused():
     )
 
 
+def test_of_equal_scores_those_of_the_first_boxes_and_classes_are_kept():
+    scores = share(40, 6).mul(5).floor().div(5)
+    scores[0, 0] = torch.nan  # is above no threshold
+    above = (scores > 0.3).flatten().nonzero().flatten()
+    expected = above[scores.flatten()[above].argsort(descending=True, stable=True)]
+    for top in (1, 7, 50, 1000):
+        found = detect(share(40, 4), scores, 0.3, None, top)
+        assert torch.equal(found.rows * 6 + found.classes, expected[:top])
+
+
 def test_equal_scores_and_classes_without_boxes_give_finite_values():
     equal, none = torch.full((2, 4), 0.25), torch.zeros(4, dtype=torch.bool)
     for over in ("image", "batch"):

@@ -1,5 +1,6 @@
 """SIC-CADS' published recipe: training data, loss, weights of a recogniser, test, tables of results."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -141,6 +142,35 @@ def test_tests_are_in_float32_also_after_a_training_in_half_precision(small):
     assert plain.p.keys() == mixed.p.keys() == set(predictions.BRANCHES)
     assert all(torch.equal(p, mixed.p[name]) for name, p in plain.p.items())
     assert all(map(torch.equal, plain.probabilities, mixed.probabilities))
+
+
+def test_a_killed_test_predicts_no_saved_image_again(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(predictions, "EVERY", 2)
+    test, model, seen = recipe.generated(given(), 5), recogniser(), []
+
+    def detect(image: torch.Tensor) -> detectors.Output:
+        seen.append(image)
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        scores = torch.rand(6, 80, generator=torch.Generator().manual_seed(int(image.sum())))
+        return detectors.Output(scores[:, :4].cumsum(1), scores, image.shape[-2:])
+
+    def predict(folder: Path | None):
+        return predictions.predict(model, detect, test, branches=["visual+"], folder=folder, title="")
+
+    with pytest.raises(KeyboardInterrupt):
+        predict(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["0.pt"]
+    resumed, done = predict(tmp_path), len(seen)
+    whole, finished = predict(None), predict(tmp_path)
+    assert done == 4 + 3 and len(seen) == done + 5  # two images were saved; nothing of a finished test is done again
+    for found in (resumed, finished):
+        for branch in ("", "visual+"):
+            assert found.detections(branch) == whole.detections(branch) != []
+        assert found.p.keys() == whole.p.keys() == {"visual+"} and torch.equal(found.p["visual+"], whole.p["visual+"])
+        assert all(map(torch.equal, found.probabilities, whole.probabilities))
+    (tmp_path / "2.pt").write_bytes(b"?")
+    refuses((lambda: predict(tmp_path), r"2.pt"), error=CorruptFile)
 
 
 def test_a_method_is_labelled_by_its_differences_from_the_published_setting():

@@ -500,7 +500,12 @@ def detect(
         top: largest number of detections.
     """
     check_range("top", top, 1)
-    rows, classes = (probabilities > threshold).nonzero(as_tuple=True)
+    found = probabilities > threshold
+    if nms is None:  # only the `top` best are sorted; `topk` alone leaves open which of equal scores it takes
+        kept = probabilities.masked_fill(~found, -torch.inf).flatten()
+        least = kept.topk(min(top, len(kept))).values[-1:]
+        found &= (kept >= least).view_as(found)
+    rows, classes = found.nonzero(as_tuple=True)
     scores = probabilities[rows, classes]
     if nms is None:
         best = scores.argsort(descending=True, stable=True)[:top]

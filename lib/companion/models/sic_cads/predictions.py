@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Subset
 
 from ...data import detection
+from ...errors import CorruptFile
 from ...evaluation.metrics.detection import evaluate, recognition_ap
+from ...ops.files import atomic
 from ...ops.progress import progress
 from ...training.fit import CPU, Hardware, evaluating
 from ..layers.precision import without_autocast
@@ -21,6 +26,7 @@ from . import model as sic_cads
 BRANCHES = ("text", "visual", "visual+", "fused", "SIC-CADS")
 """Image-level scores: the text branch, the student, CLIP's own crops, and the two fusions."""
 KEPT = 2**28  # bytes of probabilities that predictions hold
+EVERY = 100  # images whose outputs are saved in one file
 
 
 @torch.no_grad()
@@ -103,34 +109,79 @@ class Predictions:
 
 
 def predict(
-    model: sic_cads.MLR, detect: detectors.Detector, test: detection.Boxes, hardware: Hardware = CPU, **combined: Any
+    model: sic_cads.MLR,
+    detect: detectors.Detector,
+    test: detection.Boxes,
+    hardware: Hardware = CPU,
+    *,
+    branches: Sequence[str] = BRANCHES,
+    folder: Path | None = None,
+    **combined: Any,
 ) -> Predictions:
-    """Run detector and recogniser on the test images, both in float32; `combined`: see `Predictions`."""
-    outputs, rows, held = Predictions(test=test, **combined), [], 0
+    """The outputs of detector and recogniser for the test images, both in float32.
+
+    Args:
+        hardware: device, and number of processes that decode the images.
+        branches: those that the outputs have, of `BRANCHES`; the detector alone is always there.
+        folder: where they are saved every `EVERY` images. Those that are there are not computed again: its name must
+            identify models, images and settings.
+        combined: see `Predictions`.
+
+    Raises `CorruptFile`: a file in `folder` that cannot be read.
+    """
+    outputs = Predictions(test=test, **combined)
+    rows = _saved(folder, len(test)) if folder else []
+    images = DataLoader(Subset(test, range(len(rows), len(test))), None, num_workers=hardware.workers)
     # the authors' recogniser is tested in float32; half precision would move boxes by pixels
     with evaluating(hardware, model) as where, without_autocast(where):
-        for index in progress(range(len(test)), "test images"):
-            image, _ = test[index]
+        held = sum(row["probabilities"].nbytes for row in rows if "probabilities" in row)
+        for index, (image, _) in enumerate(progress(images, "test images", len(images)), len(rows)):
             boxes, probabilities = (x.cpu() for x in detect(image)[:2])
             scores = {name: p[0].cpu() for name, p in branch_scores(model, image[None].to(where)).items()}
-            outputs.boxes.append(boxes)
-            rows.append(scores)
+            scores = {name: p for name, p in scores.items() if name in branches}
+            row: dict[str, Any] = {"boxes": boxes, "p": scores, "best": {}}
             for branch, p in {"": None, **scores}.items():
                 matrix = probabilities if p is None else sic_cads.refine(probabilities, p, outputs.gamma)
                 best = _best(outputs, index, boxes, matrix)
-                reduced = best.scores.clone(), best.classes.int(), best.rows.int()
-                outputs.best.setdefault(branch, []).append(reduced)
+                row["best"][branch] = best.scores.clone(), best.classes.int(), best.rows.int()
             held += probabilities.nbytes
             if held <= KEPT:
-                outputs.probabilities.append(probabilities)
-    outputs.p.update({name: torch.stack([row[name] for row in rows]) for name in rows[0]})
+                row["probabilities"] = probabilities
+            rows.append(row)
+            if folder and (len(rows) % EVERY == 0 or len(rows) == len(test)):
+                with atomic(_file(folder, index)) as temporary:
+                    torch.save(rows[index // EVERY * EVERY :], temporary)
+    outputs.boxes.extend(row["boxes"] for row in rows)
+    outputs.p.update({name: torch.stack([row["p"][name] for row in rows]) for name in rows[0]["p"]})
+    outputs.best.update({branch: [row["best"][branch] for row in rows] for branch in rows[0]["best"]})
+    outputs.probabilities.extend(row["probabilities"] for row in rows if "probabilities" in row)
     return outputs
+
+
+def _file(folder: Path, index: int) -> Path:
+    """The file with the outputs for an image, and for those counted in the same hundred."""
+    return folder / f"{index // EVERY * EVERY}.pt"
+
+
+def _saved(folder: Path, count: int) -> list[dict[str, Any]]:
+    """The outputs that a stopped test of `count` images saved, up to the first file that is not there."""
+    rows: list[dict[str, Any]] = []
+    while len(rows) < count and (path := _file(folder, len(rows))).is_file():
+        try:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+            complete = len(found) == min(EVERY, count - len(rows))
+        except Exception as error:  # a damaged file can raise anything
+            raise CorruptFile(path, f"no predictions ({type(error).__name__}); delete it to make them again") from error
+        if not complete:
+            raise CorruptFile(path, f"predictions for {len(found)} images; delete it to make them again")
+        rows += found
+    return rows
 
 
 def _best(outputs: Predictions, index: int, boxes: Tensor, matrix: Tensor) -> sic_cads.Detections:
     """The detections of an image; of LVIS those that count, of classes annotated in it or known to be absent."""
     best = sic_cads.detect(boxes, matrix, outputs.threshold, outputs.nms, outputs.top)
-    absent = outputs.test.truth["images"][index].get("neg_category_ids")
+    absent = outputs.test.labels[index].get("neg_category_ids")
     if absent is None:
         return best
     counted = (outputs.test.positives[index] | outputs.test.mask(absent))[best.classes]

@@ -26,6 +26,7 @@ from ...errors import BadParameter, MissingWeights
 from ...evaluation.metrics.detection import evaluate
 from ...evaluation.tables import Results
 from ...ops import papers
+from ...training import checkpoints
 from ...training.callbacks import Callback, ClipValue
 from ...training.fit import WORKERS, Hardware, RunParameters, device
 from ...training.recipe import Training, dry_items
@@ -71,8 +72,9 @@ def run(p: Parameters, out: Path) -> Tested:
 
     The detectors here return all their boxes: the threshold is a lower bound, not the 0.15 or 0.2 that the released
     configurations set for theirs, and set predictors need no suppression. A training resumes from its checkpoint in
-    `out`/checkpoints; its weights are saved in `out`/trained, for the parameter `checkpoint`. A dry run takes two steps
-    on a few images of the dataset, or on generated ones where it is not below `data_root`.
+    `out`/checkpoints, and a test from its outputs in `out`/predictions; the weights are saved in `out`/trained, for the
+    parameter `checkpoint`. A dry run takes two steps on a few images of the dataset, or on generated ones where it is
+    not below `data_root`.
 
     Raises `BadParameter`, `MissingData`, `MissingWeights`, `CorruptFile`: with what to change or get.
     """
@@ -85,7 +87,12 @@ def run(p: Parameters, out: Path) -> Tested:
         return detector.to(where)(image)  # moved at the first image, not before processes for training are forked
 
     combined: dict[str, Any] = {"title": title, "branch": p.branch, "gamma": p.gamma or r.gamma, "top": r.top}
-    outputs = predict(module.model, detect, test, hardware=Hardware.of(p, "sic_cads"), **combined)
+    hardware, name = Hardware.of(p, "sic_cads", workers=WORKERS), f"{p.detector.rpartition('/')[2]} {p.branch}"
+    facts = {key: getattr(p, key) for key in ("dataset", "clip", "detector")} | combined
+    facts |= {"sources": test.sources, "images": test.labels, "positives": test.positives, "classes": test.class_names}
+    key = checkpoints.checkpoint_key(**facts, precision=hardware.precision, models=nn.ModuleList([module, detector]))
+    folder = checkpoints.file(out / "predictions", f"{name}, {key}", "")
+    outputs = predict(module.model, detect, test, hardware, branches=[p.branch], folder=folder, **combined)
     record(out / "measured.csv", p, outputs)
     return Tested(module.model, outputs)
 
