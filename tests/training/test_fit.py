@@ -590,3 +590,28 @@ def test_a_dry_run_takes_two_steps_whose_micro_batches_are_those_of_the_training
         assert sizes == expected
         sizes.clear()
     assert spaced(5, 8) == [0, 1, 2, 3, 4] and spaced(100, 3)[::2] == [0, 99]
+
+
+class Damaged(Dataset):
+    """Items of which the last cannot be read."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+        if i == 3:
+            raise CorruptFile("3.jpg", "truncated")
+        return torch.zeros(2), i
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_that_cannot_be_read_is_named_from_a_loaders_process_too(workers):
+    hardware, model = Hardware("cpu", workers=workers), nn.Linear(2, 1)
+    options = {"epochs": 1, "batch": 4, "optimizer": adamw(0.1), "hardware": hardware}
+    for run in (
+        lambda: predict(model, Damaged(), hardware=hardware),
+        lambda: fit(model, lambda model, batch: model(batch[0]).mean(), Damaged(), **options),
+    ):
+        with pytest.raises(CompanionError) as error:
+            run()
+        assert str(error.value) == "cannot read 3.jpg: truncated"

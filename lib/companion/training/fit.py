@@ -185,11 +185,11 @@ def average_over_devices(tensor: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _forked() -> Iterator[None]:
-    """Context manager: an error of ours in a process forked in the block is raised as a `CompanionError`."""
+def _from_processes() -> Iterator[None]:
+    """Context manager: an error of ours in a process of a device or a loader is raised as a `CompanionError`."""
     try:
         yield
-    except ProcessRaisedException as error:  # its text ends with the traceback of the process
+    except (ProcessRaisedException, RuntimeError) as error:  # its text ends with the traceback of the process
         _, ours, told = str(error).rpartition("\ncompanion.errors.")
         if not ours:
             raise
@@ -206,7 +206,7 @@ def apart(function: Callable[[], object]) -> None:
         torch.set_num_threads(1)  # see `fit`
         function()
 
-    with _forked():
+    with _from_processes():
         start_processes(call, nprocs=1, start_method="fork")
 
 
@@ -239,7 +239,7 @@ def evaluating(hardware: Hardware, *models: nn.Module) -> Iterator[torch.device]
     They stay in eval mode and return to their former devices.
     """
     fabric = launcher(hardware)
-    with on_device(fabric, hardware, *models):
+    with _from_processes(), on_device(fabric, hardware, *models):
         for model in models:
             model.eval().to(fabric.device)
         with fabric.autocast():
@@ -533,7 +533,7 @@ def _fork(
             torch.save((history, trained_state(model), [callback.state_dict() for callback in callbacks]), result)
 
     # through a file: a process that returns more than a pipe's capacity never ends
-    with tempfile.TemporaryDirectory(prefix="fit-") as folder, _forked():
+    with tempfile.TemporaryDirectory(prefix="fit-") as folder, _from_processes():
         result = Path(folder) / "result.pt"
         fabric.launch(call)
         history, trained, states = torch.load(result, map_location="cpu", weights_only=True)
@@ -617,4 +617,5 @@ def _batches(
         # a generator of its own: loading draws nothing from the random numbers of a step
         options = {"num_workers": workers, "pin_memory": pin, "generator": torch.Generator()}
         items = _Seeded(data, seed)
-        yield from DataLoader(items, batch_sampler=indices(), collate_fn=items.collate, **options)
+        with _from_processes():
+            yield from DataLoader(items, batch_sampler=indices(), collate_fn=items.collate, **options)
