@@ -265,7 +265,8 @@ def predict(model: nn.Module, data: Dataset, *, batch: int = 256, hardware: Hard
             output = model(images.to(device, non_blocking=True))
             output = output[0] if isinstance(output, tuple) else output
             if not start:  # as large as the result: batches that are joined at the end take twice its memory
-                found = torch.empty(len(data), *output.shape[1:])
+                with torch.inference_mode(False):  # the result may be trained on
+                    found = torch.empty(len(data), *output.shape[1:])
             # seen in the shape of the output: of another shape or number it is an error, not broadcast
             found[start : start + len(images)].view(output.shape).copy_(output)
             start += len(images)
