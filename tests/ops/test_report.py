@@ -107,8 +107,9 @@ def test_a_run_opens_data_and_asks_for_memory_and_disk_before_anything_else(tmp_
     start().release()
     assert not capsys.readouterr().out and not any((tmp_path / "o").iterdir())
     (group := tmp_path / "group").mkdir()
-    for name, value in {"max": 2 << 30, "current": 1 << 30}.items():
+    for name, value in {"max": 2 << 30, "current": 2 << 30}.items():
         (group / f"memory.{name}").write_text(f"{value}\n")
+    (group / "memory.stat").write_text(f"anon 5\nactive_file {1 << 29}\ninactive_file {1 << 29}\n")
     monkeypatch.setattr(needs, "CGROUP", group)
     refuses((start, r"4 images .* 1\.1 GB are free .*another machine"), error=CompanionError)
     monkeypatch.setattr(needs, "CGROUP", tmp_path / "none")

@@ -20,7 +20,8 @@ def existing(dataset: DataSet, root: str | Path, *paths: Path) -> Path:
     for path in paths:
         if (found := at(path.parent, path.name)).is_file():
             return found
-    raise dataset.missing(root, f"{' or '.join(map(str, paths))} is not there")
+    others = f" (nor in {len(paths) - 3} other folders)" if len(paths) > 3 else ""
+    raise dataset.missing(root, f"{' or '.join(map(str, paths[:3]))} is not there{others}")
 
 
 def check_count(dataset: DataSet, root: str | Path, found: int, expected: int | None, what: str) -> None:

@@ -104,9 +104,11 @@ def _is(run: Mapping, p: RunParameters) -> bool:
 def _free() -> float:
     """Bytes of host memory that a process may still take; in a container, below its limit."""
     free = float(psutil.virtual_memory().available)
-    with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+    with contextlib.suppress(OSError, ValueError, KeyError):  # no such file, or "max"
         limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
-        free = min(free, limit - used)
+        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        cached = int(stat["active_file"]) + int(stat["inactive_file"])  # of files that were read: given up when needed
+        free = min(free, limit - used + cached)
     return free
 
 

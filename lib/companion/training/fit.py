@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import itertools
 import multiprocessing
 import os
@@ -134,7 +135,7 @@ def opens(run: Callable[[], object]) -> None:
     what the function prints is not shown, and nothing is computed. Its errors are raised."""
     token = _only_opens.set(True)
     try:
-        with contextlib.suppress(_Opened), contextlib.redirect_stdout(None):
+        with contextlib.suppress(_Opened), contextlib.redirect_stdout(io.StringIO()):
             run()
     finally:
         _only_opens.reset(token)
