@@ -8,13 +8,14 @@ import sys
 import tempfile
 import time
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from companion import errors
 from companion.data import tracking as tracking_data
@@ -26,8 +27,9 @@ from companion.models.dmt import cache as dmt_cache
 from companion.models.ecamp import distil as ecamp_distil
 from companion.models.hvit.features import extract
 from companion.toy import study
+from companion.training import stored
 from companion.training.checkpoints import Checkpoint, trained_state
-from companion.training.fit import CPU
+from companion.training.fit import CPU, predict
 from tests.models.bat.test_tracking import clip, pocket_model, sequence
 from tests.models.hvit.test_slides import SMALL, drawn, mean_colour, written
 from tests.training.test_fit import noisy_model, run, squared
@@ -140,10 +142,28 @@ def cached_teachers(folder: Path) -> str:
         return image
 
     torch.manual_seed(1)
+    stored.FLUSHED = 0.1
     teachers = Teachers({"MAE": build("pocket teacher"), "iBOT": build("pocket teacher", width=64)})
     views = dmt_cache.Views(torch.rand(96, 3, 32, 32, generator=torch.Generator().manual_seed(0)), slowly)
     cache = dmt_cache.build(folder / "tokens", teachers, views, batch=2, hardware=CPU)
     return digest(tokens.contiguous().numpy().tobytes() for tokens in cache.tensors())
+
+
+def predictions(folder: Path) -> str:
+    """The features of images, and results of different sizes, as tests have."""
+    stored.FLUSHED, stored.EVERY = 0.05, 4
+    model = nn.Linear(3, 2)
+    model.load_state_dict({"weight": torch.ones(2, 3), "bias": torch.zeros(2)})
+    model.register_forward_hook(lambda *_: pause(0.02))
+    images = TensorDataset(torch.rand(40, 3, generator=torch.Generator().manual_seed(0)))
+    features = predict(model, images, batch=2, hardware=CPU, folder=folder / "features")
+
+    def boxes(done: int) -> Iterator[list[float]]:
+        for i in range(done, 40):
+            pause(0.01)
+            yield features[: i % 5].flatten().tolist()
+
+    return digest([repr((features.tolist(), stored.saved(folder / "boxes", 40, boxes))).encode()])
 
 
 KINDS: dict[str, Callable[[Path], str]] = {
@@ -153,6 +173,7 @@ KINDS: dict[str, Callable[[Path], str]] = {
     "tracking": videos,
     "distilled reports": distillation,
     "cached teachers": cached_teachers,
+    "features and tests": predictions,
 }
 
 

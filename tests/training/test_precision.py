@@ -95,7 +95,7 @@ def metasegnet(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
 def dmt(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
     if p.task == "distil":
         return run(recipe.distillation(p, out, real=False)[1])[1], None
-    _, training, score = recipe.downstream(p, real=False)
+    _, training, score = recipe.downstream(p, out, real=False)
     model, history = run(training)
     assert np.isfinite([*score(model).values()]).all()
     return history, None

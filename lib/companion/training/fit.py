@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing import ProcessRaisedException, start_processes
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from ..errors import BadParameter, CompanionError, check_choice
 from ..ops.papers import paper
@@ -39,6 +39,7 @@ from .callbacks import Callback, Loop
 from .checkpoints import Checkpoint, as_json, plain, trained_state
 from .schedules import MakeOptimizer, Schedule
 from .schedules import schedule as scheduled
+from .stored import fill, opened
 
 if TYPE_CHECKING:  # imported only for training: it takes a second, because it imports torchmetrics
     from lightning_fabric import Fabric
@@ -247,30 +248,44 @@ def evaluating(hardware: Hardware, *models: nn.Module) -> Iterator[torch.device]
             yield fabric.device
 
 
-def predict(model: nn.Module, data: Dataset, *, batch: int = 256, hardware: Hardware = Hardware()) -> Tensor:
+def predict(
+    model: nn.Module, data: Dataset, *, batch: int = 256, hardware: Hardware = Hardware(), folder: Path | None = None
+) -> Tensor:
     """The outputs of `model`, in eval mode, for the first entry of every item, stacked, on the CPU as float32.
 
     For a model with several outputs (a tuple), the first. Afterwards the model is on its former device.
+
+    Args:
+        folder: where the outputs are stored as they come, see `stored.fill`; a killed prediction resumes there. They
+            are read from the disk when they are indexed. Its name must identify model, data and precision.
     """
-    found = torch.empty(0)
-    # inference mode inside: a model moved within it could not be trained any more
-    with evaluating(hardware, model) as device, torch.inference_mode():
-        if isinstance(data, TensorDataset):
-            stream = data.tensors[0].split(batch)
-        else:
-            options = {"num_workers": hardware.workers, "pin_memory": device.type == "cuda"}
-            loader = DataLoader(data, batch, collate_fn=getattr(data, "collate", None), **options)
-            stream = (items[0] for items in loader)
-        start = 0
-        for images in stream:
-            output = model(images.to(device, non_blocking=True))
-            output = output[0] if isinstance(output, tuple) else output
-            if not start:  # as large as the result: batches that are joined at the end take twice its memory
-                with torch.inference_mode(False):  # the result may be trained on
-                    found = torch.empty(len(data), *output.shape[1:])
-            # seen in the shape of the output: of another shape or number it is an error, not broadcast
-            found[start : start + len(images)].view(output.shape).copy_(output)
-            start += len(images)
+
+    def outputs(done: int) -> Iterator[tuple[Tensor]]:
+        with evaluating(hardware, model) as device:
+            if isinstance(data, TensorDataset):
+                stream = iter(data.tensors[0][done:].split(batch))
+            else:
+                options = {"num_workers": hardware.workers, "pin_memory": device.type == "cuda"}
+                rest = Subset(data, range(done, len(data))) if done else data
+                loader = DataLoader(rest, batch, collate_fn=getattr(data, "collate", None), **options)
+                stream = (items[0] for items in loader)
+            for images in stream:
+                # inference mode here: a model moved within it, or its outputs, could not be trained any more
+                with torch.inference_mode():
+                    output = model(images.to(device, non_blocking=True))
+                    output = output[0] if isinstance(output, tuple) else output
+                # of another number of rows it is an error, not broadcast
+                yield (output.cpu().float().view(len(images), *output.shape[1:]),)
+
+    if folder:
+        fill(folder, len(data), outputs)
+        return torch.from_numpy(opened(folder, 1)[0])
+    found, start = torch.empty(0), 0
+    for (output,) in outputs(0):
+        if not start:  # as large as the result: batches that are joined at the end take twice its memory
+            found = torch.empty(len(data), *output.shape[1:])
+        found[start : start + len(output)].view(output.shape).copy_(output)  # of another shape it is an error too
+        start += len(output)
     return found
 
 

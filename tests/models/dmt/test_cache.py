@@ -11,7 +11,7 @@ from companion.errors import CompanionError, CorruptFile
 from companion.models.dmt import DMT, Teachers, build
 from companion.models.dmt import cache as dmt_cache
 from companion.models.dmt.cache import Views
-from companion.training import fit
+from companion.training import fit, stored
 from companion.training.checkpoints import checkpoint_key
 from tests.conftest import interrupted
 from tests.models.common import refuses
@@ -59,11 +59,17 @@ def test_cached_losses_are_the_losses(tmp_path, dtype):
     assert sum(f.stat().st_size for f in tmp_path.glob("*.npy")) == dmt_cache.size(10, 17, (48, 64), dtype) + 2 * 128
 
 
-def test_a_killed_build_is_begun_anew_and_a_finished_cache_runs_no_teacher(tmp_path, monkeypatch):
+def test_a_killed_build_resumes_where_it_was_written_and_a_finished_cache_runs_no_teacher(tmp_path, monkeypatch):
+    """Five batches, killed in the fourth, the record of the third not yet written."""
+    monkeypatch.setattr(stored.time, "monotonic", iter([0.0, 61.0, 61.0, 122.0, 122.0, 123.0, *[200.0] * 9]).__next__)
     with interrupted(monkeypatch, Teachers, "forward", 3):
-        cached(tmp_path, batch=2)
-    asked = teachers()
-    expected, cache = asked(IMAGES), cached(tmp_path, asked, dtype="float32", batch=2)
+        cached(tmp_path, batch=2, dtype="float32")
+    asked, read = teachers(), []
+    refuses((lambda: cached(tmp_path, teachers(seed=8), dtype="float32"), "teachers"))
+    expected, forward = asked(IMAGES), Teachers.forward
+    monkeypatch.setattr(Teachers, "forward", lambda self, images: read.append(len(images)) or forward(self, images))
+    cache = cached(tmp_path, asked, dtype="float32", batch=2)
+    assert read == [2, 2, 2], "four of ten images were recorded"
     assert {f.name for f in tmp_path.iterdir()} == {"0.npy", "1.npy", "cache.json"}
     torch.testing.assert_close(cache.tensors(), expected, rtol=1e-5, atol=1e-5)
     monkeypatch.setattr(Teachers, "forward", None)
@@ -79,7 +85,7 @@ def test_a_cache_of_something_else_is_refused_and_left_alone(tmp_path):
         (lambda: cached(tmp_path, reheaded), "teachers"),
         (lambda: cached(tmp_path, views=Views(IMAGES + 0.01)), "images"),
         (lambda: cached(tmp_path, views=Views(IMAGES, CROP)), "augment"),
-        (lambda: cached(tmp_path, views=Views(IMAGES[1:])), "done"),
+        (lambda: cached(tmp_path, views=Views(IMAGES[1:])), "images"),
         (lambda: cached(tmp_path, dtype="float32"), "float32"),
         (lambda: cached(tmp_path / "new", dtype="int8"), "int8"),
         (lambda: cached(tmp_path / "new", batch=0), "batch"),

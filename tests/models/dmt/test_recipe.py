@@ -15,9 +15,9 @@ from companion.errors import BadCheckpoint, MissingWeights
 from companion.models.dmt import recipe as runs
 from companion.models.dmt.model import loss
 from companion.models.dmt.vit import ViT
-from companion.training import checkpoints, fit
+from companion.training import checkpoints, fit, stored
 from companion.training.schedules import schedule
-from tests.conftest import parameters
+from tests.conftest import interrupted, parameters
 from tests.models.common import refuses
 from tests.recipes.runner import InOrder
 from tests.small import shrink
@@ -199,7 +199,7 @@ def test_a_small_folder_has_a_batch_for_its_devices_and_its_learning_rate(device
         ("fine-tune", 5_000, {0: 0, 20: 1, -1: 0}),
     ],
 )
-def test_real_sets_are_trained_for_the_published_steps(task, count, shares, monkeypatch):
+def test_real_sets_are_trained_for_the_published_steps(task, count, shares, monkeypatch, tmp_path):
     """Neither dataset is a whole number of batches."""
 
     class Many(list):
@@ -207,7 +207,7 @@ def test_real_sets_are_trained_for_the_published_steps(task, count, shares, monk
             return count
 
     monkeypatch.setattr(runs.pretraining, "load", lambda *args: Many())
-    r, training = runs.published(task), runs.downstream(given(task=task, dry_run=False, encoder="random"))[1]
+    r, training = runs.published(task), runs.downstream(given(task=task, dry_run=False, encoder="random"), tmp_path)[1]
     model, steps = training.build(), round(training.fit["epochs"] * (count // training.fit["batch"]))
     assert steps == (r["steps"] if "steps" in r else r["epochs"] * (count // r["batch"]))
     groups = training.fit["optimizer"](model).param_groups
@@ -238,8 +238,8 @@ class Outputs(nn.Module):
         return logits
 
 
-def test_the_weights_of_a_probe_have_its_encoder():
-    _, training, _ = runs.downstream(given(task="linear probe"), real=False)
+def test_the_weights_of_a_probe_have_its_encoder(tmp_path):
+    _, training, _ = runs.downstream(given(task="linear probe"), tmp_path, real=False)
     assert "0.vit.cls_token" in training.weights(training.build())
 
 
@@ -252,14 +252,39 @@ def test_the_weights_of_a_probe_have_its_encoder():
         ("detect", {"box AP": 100.0, "mask AP": 100.0}),
     ],
 )
-def test_scores_are_those_of_the_outputs(task, expected):
-    _, _, score = runs.downstream(given(task=task), real=False)
+def test_scores_are_those_of_the_outputs(task, expected, tmp_path):
+    _, _, score = runs.downstream(given(task=task), tmp_path, real=False)
     assert score(Outputs(task)) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("task", ["linear probe", "detect", "segment"])
+def test_a_killed_run_computes_no_saved_image_again(task, tmp_path, monkeypatch):
+    """Of 8 images 4 are saved when the fifth, or the third pair of the probe's features, is interrupted."""
+    for module, name, value in ((stored, "EVERY", 4), (stored, "FLUSHED", 0), (runs, "MICRO_BATCH", 2)):
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(runs, "TEST_BATCH", 1)
+    model, seen = (runs.down.Features, 2) if task == "linear probe" else (Outputs, 4)
+
+    def result(out, **changes):
+        _, training, score = runs.downstream(given(task=task, **changes), out, real=False)
+        return training.data().tensors[0] if task == "linear probe" else score(Outputs(task))
+
+    expected = result(tmp_path / "whole")
+    with interrupted(monkeypatch, model, "forward", seen):
+        result(tmp_path / "killed")
+    calls, forward = [], model.forward
+    monkeypatch.setattr(model, "forward", lambda self, images: calls.append(1) or forward(self, images))
+    found = result(tmp_path / "killed")
+    assert len(calls) == seen and (found == expected if task != "linear probe" else torch.equal(found, expected))
+    result(tmp_path / "killed")
+    assert len(calls) == seen
+    result(tmp_path / "killed", precision="bf16-mixed")
+    assert len(calls) == 3 * seen, "of another precision"
 
 
 def test_what_is_missing_or_of_another_model_is_refused(tmp_path, monkeypatch):
     real = given(task="fine-tune", dry_run=False)
-    refuses((lambda: runs.downstream(given(task="fine-tune", dataset="vtab/dtd")), "vtab/dtd"))
+    refuses((lambda: runs.downstream(given(task="fine-tune", dataset="vtab/dtd"), tmp_path), "vtab/dtd"))
     monkeypatch.setattr("companion.backbones.try_to_load_from_cache", lambda *a: None)
     refuses((lambda: runs.encoder(real), "distil"), (lambda: runs.released(real, "MAE"), "mae"), error=MissingWeights)
     torch.save({"a": torch.ones(1)}, tmp_path / "x.pth")

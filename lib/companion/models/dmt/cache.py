@@ -4,8 +4,9 @@
     cache = build("cache", teachers, views)                  # runs the teachers, the first time
     fit(DMT(student, teachers.widths), loss, cache, ...)
 
-Tokens are stored before they are normalised, one memory-mapped file per teacher; cache.json is written last. At paper
-size an image takes 0.9 MB in float16 for three ViT-B (197 x 768 values each), ImageNet-1k 1.2 TB.
+Tokens are stored before they are normalised, one memory-mapped file per teacher. A killed build resumes: cache.json
+says how far it was a minute ago. At paper size an image takes 0.9 MB in float16 for three ViT-B (197 x 768 values
+each), ImageNet-1k 1.2 TB.
 
 A cache of other teachers, images, augmentations or settings is refused and not overwritten; the folder of the images
 may have moved.
@@ -14,20 +15,20 @@ may have moved.
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from ...data import spaced
-from ...errors import BadParameter, CompanionError, CorruptFile, check_choice, check_range
-from ...ops.files import read_json, write_json
+from ...errors import BadParameter, CompanionError, check_choice, check_range
+from ...ops.files import read_json
 from ...ops.progress import progress
+from ...training import stored
 from ...training.checkpoints import checkpoint_key
 from ...training.fit import AUTO, Hardware, evaluating
 from .model import Teachers
@@ -92,13 +93,8 @@ class Cache(Dataset):
     """
 
     def __init__(self, views: Views, folder: str | Path, teachers: int):
-        self.views, self.folder, self.maps = views, Path(folder), []
-        for k in range(teachers):
-            path = self.folder / f"{k}.npy"
-            try:
-                self.maps.append(np.load(path, mmap_mode="c", allow_pickle=False))
-            except (OSError, ValueError) as error:
-                raise CorruptFile(path, f"not the tokens of a teacher ({error})") from error
+        self.views, self.folder = views, Path(folder)
+        self.maps = stored.opened(self.folder, teachers)
 
     def __reduce__(self) -> tuple:
         return Cache, (self.views, self.folder, len(self.maps))  # a loader's process opens the files itself
@@ -123,7 +119,7 @@ def build(
     batch: int = 64,
     hardware: Hardware = AUTO,
 ) -> Cache:
-    """The cache in `folder`: opened if it is finished, otherwise built.
+    """The cache in `folder`, opened; what lacks of it is built first.
 
     Args:
         dtype: of the stored tokens, "float16" or "float32".
@@ -141,7 +137,6 @@ def build(
     folder, (height, width) = Path(folder), views[0].shape[-2:]
     side = next(iter(teachers.models.values())).patch_embed.patch_size[0]
     settings = {
-        "done": len(views),
         "tokens": 1 + (height // side) * (width // side),
         "widths": list(teachers.widths),
         "dtype": dtype,
@@ -153,7 +148,7 @@ def build(
             for name, model in teachers.models.items()
         },
     }
-    note = folder / "cache.json"
+    note = folder / stored.NOTE
     if note.is_file():
         written, sample = read_json(note), settings.pop("sample")
         if "sample" not in written:
@@ -165,31 +160,21 @@ def build(
             raise BadParameter(
                 "cache", differing, f"the {', '.join(differing)} of the cache in {folder}, or another folder"
             )
-        return Cache(views, folder, len(teachers.models))
+        settings = written  # a sample differs in its last digits on another machine
 
-    folder.mkdir(parents=True, exist_ok=True)
-    shapes = [(len(views), settings["tokens"], width) for width in teachers.widths]
-    needed, free = size(*shapes[0][:2], teachers.widths, dtype), shutil.disk_usage(folder).free
-    if needed > free:  # a full disk ends the process, without a message
-        raise CompanionError(f"the teachers' tokens take {needed / 1e9:.1f} GB; {free / 1e9:.1f} are free in {folder}")
-    files = [
-        np.lib.format.open_memmap(folder / f"{k}.npy", mode="w+", dtype=dtype, shape=shape)
-        for k, shape in enumerate(shapes)
-    ]
-    done = 0
-    with evaluating(hardware, teachers) as device:
-        stream = DataLoader(views, batch, num_workers=hardware.workers, pin_memory=device.type == "cuda")
-        for images in progress(stream, "teachers", len(stream)):
-            for name, file, output in zip(teachers.models, files, teachers(images.to(device)), strict=True):
-                tokens = output.to(getattr(torch, dtype)).cpu()
-                if not tokens.isfinite().all():
-                    raise CompanionError(f"{name} returns values that {dtype} cannot hold: dtype = 'float32'")
-                file[done : done + len(tokens)] = tokens.numpy()
-            done += len(images)
-    for file in files:
-        file.flush()
-    write_json(note, settings)
-    return Cache(views, folder, len(files))
+    def tokens(done: int) -> Iterator[list[Tensor]]:
+        with evaluating(hardware, teachers) as device:
+            options = {"num_workers": hardware.workers, "pin_memory": device.type == "cuda"}
+            stream = DataLoader(Subset(views, range(done, len(views))), batch, **options)
+            for images in progress(stream, "teachers", len(stream) + done // batch, done // batch):
+                found = [output.to(getattr(torch, dtype)).cpu() for output in teachers(images.to(device))]
+                for name, values in zip(teachers.models, found, strict=True):
+                    if not values.isfinite().all():
+                        raise CompanionError(f"{name} returns values that {dtype} cannot hold: dtype = 'float32'")
+                yield found
+
+    stored.fill(folder, len(views), tokens, arrays=len(teachers.models), facts=settings)
+    return Cache(views, folder, len(teachers.models))
 
 
 def size(rows: int, tokens: int, widths: Sequence[int], dtype: str = "float16") -> int:

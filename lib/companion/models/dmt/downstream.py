@@ -16,7 +16,8 @@ from __future__ import annotations
 import copy
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,7 +31,7 @@ from timm.layers import LayerNorm2d
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import tv_tensors
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -41,6 +42,7 @@ from ...ops.config import configure
 from ...ops.progress import progress
 from ...training.fit import AUTO, Hardware, History, evaluating, fit, same_shapes
 from ...training.schedules import adamw, learning_rates
+from ...training.stored import saved
 from ..layers import heads
 from .vit import ViT
 
@@ -355,35 +357,52 @@ def _without_masks(items: list[tuple[Tensor, dict]]) -> list[tuple[Tensor, Any]]
     return [(image, target["image_id"]) for image, target in items]
 
 
-@torch.no_grad()
 def detections(
-    model: MaskRCNN, data: Dataset, categories: Sequence[int], *, batch: int = 1, hardware: Hardware = AUTO
+    model: MaskRCNN,
+    data: Dataset,
+    categories: Sequence[int],
+    *,
+    batch: int = 1,
+    hardware: Hardware = AUTO,
+    folder: Path | None = None,
 ) -> list[dict]:
     """Rows for `metrics.detection.evaluate`, kinds "bbox" and "segm", of all images of `data.pretraining.Instances`.
 
     Args:
         categories: category ids in the order of the labels.
         batch: images at once, of one size: the ViT would process padding.
+        folder: where the rows are saved as they come, see `stored.saved`; a killed test resumes there.
     """
+
+    @torch.no_grad()
+    def found(done: int) -> Iterator[list[dict]]:
+        """The rows of each image after the first ones."""
+        with evaluating(hardware, model) as device:
+            options = {"num_workers": hardware.workers, "pin_memory": device.type == "cuda"}
+            stream = DataLoader(Subset(data, range(done, len(data))), 4 * batch, collate_fn=_without_masks, **options)
+            for items in progress(stream, "detection", -(-len(data) // (4 * batch)), done // (4 * batch)):
+                rows: dict[int, list[dict]] = {}
+                for some in same_shapes([image for image, _ in items], batch):
+                    images = [items[i][0].to(device, non_blocking=True).float() / 255 for i in some]
+                    # a batch's masks alone are in memory: 100 of an image are half a gigabyte
+                    for i, output in zip(some, model(images), strict=True):
+                        rows[i] = _rows(output, items[i][1], categories)
+                yield from (rows[i] for i in range(len(items)))
+
+    return [row for rows in saved(folder, len(data), found) for row in rows]
+
+
+def _rows(output: Mapping[str, Tensor], image_id: Any, categories: Sequence[int]) -> list[dict]:
+    """An image's detections in COCO's result format."""
     from faster_coco_eval.core import mask as rle  # the extra "detection"
 
+    pixels = (output["masks"][:, 0] > 0.5).permute(1, 2, 0).cpu().numpy().astype(np.uint8)  # (H, W, n)
+    runs = rle.encode(np.asfortranarray(pixels))
+    sides = box_convert(output["boxes"].cpu(), "xyxy", "xywh").tolist()
     rows = []
-    with evaluating(hardware, model) as device:
-        options = {"num_workers": hardware.workers, "pin_memory": device.type == "cuda", "collate_fn": _without_masks}
-        stream = DataLoader(data, 4 * batch, **options)
-        for items in progress(stream, "detection", len(stream)):
-            outputs: dict[int, dict[str, Tensor]] = {}
-            for some in same_shapes([image for image, _ in items], batch):
-                images = [items[i][0].to(device, non_blocking=True).float() / 255 for i in some]
-                outputs |= zip(some, model(images), strict=True)
-            for i, (_, image_id) in enumerate(items):
-                boxes, labels, scores, masks = (outputs[i][key].cpu() for key in ("boxes", "labels", "scores", "masks"))
-                pixels = (masks[:, 0] > 0.5).permute(1, 2, 0).numpy().astype(np.uint8)  # (H, W, n)
-                runs = rle.encode(np.asfortranarray(pixels))
-                sides = box_convert(boxes, "xyxy", "xywh").tolist()
-                for box, label, score, run in zip(sides, labels.tolist(), scores.tolist(), runs, strict=True):
-                    row = {"image_id": image_id, "category_id": categories[label - 1], "score": score, "bbox": box}
-                    rows.append(row | {"segmentation": {**run, "counts": run["counts"].decode()}})
+    for box, label, score, run in zip(sides, output["labels"].tolist(), output["scores"].tolist(), runs, strict=True):
+        row = {"image_id": image_id, "category_id": categories[label - 1], "score": score, "bbox": box}
+        rows.append(row | {"segmentation": {**run, "counts": run["counts"].decode()}})
     return rows
 
 
@@ -454,6 +473,22 @@ class SceneCrops(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         image, truth = self.data[index]
         return self.transform(tv_tensors.Image(image), tv_tensors.Mask(truth))
+
+
+class WholeScenes(Dataset):
+    """Scenes as mmseg tests them: items (image, labels), the image normalised, its short side resized to `size`."""
+
+    def __init__(self, data: Dataset, size: int = 512):
+        self.data, self.size = data, size
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image, truth = self.data[index]
+        factor = self.size / min(image.shape[1:])
+        sides = [max(1, round(n * factor)) for n in image.shape[1:]]
+        return NORMALISE(v2.functional.resize(image, sides, antialias=True).float() / 255), truth
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import functools
 import json
 import os
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from torchvision.transforms import InterpolationMode, v2
 
 from ...backbones import read_state
@@ -33,6 +33,7 @@ from ...training.fit import Hardware, Loss, RunParameters, apart, device, evalua
 from ...training.recipe import Training, dry_items
 from ...training.recipe import run as train
 from ...training.schedules import adamw, learning_rates, schedule, sgd
+from ...training.stored import saved
 from . import cache as dmt_cache
 from . import downstream as down
 from . import teachers as dmt_teachers
@@ -110,7 +111,7 @@ def run(p: Parameters, out: Path) -> Result:
             title += f"; the student is {student_file(training, out)}"
             scores = {"last loss": history[-1]["loss"]}
         else:
-            title, training, score = downstream(chosen, real)
+            title, training, score = downstream(chosen, out, real)
             model, history = train(training, out)
             scores = score(model)
             settings = {name: getattr(chosen, name) for name in ("task", "encoder", "seed", *DISTILLED)}
@@ -318,9 +319,11 @@ def encoder(p: Parameters) -> ViT:
     return student
 
 
-def downstream(p: Parameters, real: bool = True) -> tuple[str, Training, Score]:
+def downstream(p: Parameters, out: Path, real: bool = True) -> tuple[str, Training, Score]:
     """The task of the parameters `task`, `dataset`, `encoder`, `student` and `weights`: its title, its training, and
     the scores of the trained model; in a dry run on a few images, generated ones unless `real`.
+
+    What is computed once, or in a test, is saved below `out`/predictions as it comes: a killed run resumes there.
 
     Raises `BadParameter`, `MissingData`, `MissingWeights`, `BadCheckpoint`: with the change or download needed.
     """
@@ -329,7 +332,7 @@ def downstream(p: Parameters, real: bool = True) -> tuple[str, Training, Score]:
         raise BadParameter("dataset", p.dataset, [dataset, "empty"])
     r, title = published(p.task), f"{p.task} on {dataset}, {p.encoder} encoder"
     title += "" if real else ", generated images in its place"
-    return title, *TASKS[p.task](p, r, *splits(p, dry_items(p, int(r["batch"])), real))
+    return title, *TASKS[p.task](p, out, r, *splits(p, dry_items(p, int(r["batch"])), real))
 
 
 def splits(p: Parameters, count: int, real: bool) -> list[Any]:
@@ -345,7 +348,7 @@ def splits(p: Parameters, count: int, real: bool) -> list[Any]:
     return list((few(found, count) if p.dry_run else found).values())
 
 
-def _fine_tuning(p: Parameters, r: Mapping[str, float], data: Any, test: Any) -> tuple[Training, Score]:
+def _fine_tuning(p: Parameters, out: Path, r: Mapping[str, float], data: Any, test: Any) -> tuple[Training, Score]:
     start, per_epoch = encoder(p), max(len(data) // int(r["batch"]), 1)
     rates = learning_rates(
         "cosine", r["lr"], int(r["epochs"]) * per_epoch, int(r["warmup_epochs"]) * per_epoch, r["final_lr"]
@@ -356,14 +359,16 @@ def _fine_tuning(p: Parameters, r: Mapping[str, float], data: Any, test: Any) ->
     return _training(p, build, down.mixed_loss(classes), lambda: data, options), lambda model: _top1(p, model, test)
 
 
-def _probing(p: Parameters, r: Mapping[str, float], data: Any, test: Any) -> tuple[Training, Score]:
+def _probing(p: Parameters, out: Path, r: Mapping[str, float], data: Any, test: Any) -> tuple[Training, Score]:
     """Features are computed once, of whole images without augmentation; the probe is trained on one device."""
     features = down.Features(encoder(p))
 
     build = functools.partial(down.linear, 2 * features.vit.width, CLASSES["linear probe"])
 
     def cached() -> Dataset:
-        return TensorDataset(predict(features, data, batch=MICRO_BATCH, hardware=_hardware(p)), _labels(data))
+        folder = _predictions(p, out, features, data)
+        found = predict(features, data, batch=MICRO_BATCH, hardware=_hardware(p), folder=folder)
+        return TensorDataset(found, _labels(data))
 
     options = {
         "epochs": r["epochs"],
@@ -377,7 +382,7 @@ def _probing(p: Parameters, r: Mapping[str, float], data: Any, test: Any) -> tup
     return whole, lambda model: _top1(p, nn.Sequential(features, model), test)
 
 
-def _detection(p: Parameters, r: Mapping[str, float], data: Any, test: Any) -> tuple[Training, Score]:
+def _detection(p: Parameters, out: Path, r: Mapping[str, float], data: Any, test: Any) -> tuple[Training, Score]:
     size, start = SIZES["detect"], encoder(p)
     step = np.arange(int(r["steps"]))
     # x 0.1 twice, and a linear warm-up, as in the script
@@ -387,7 +392,8 @@ def _detection(p: Parameters, r: Mapping[str, float], data: Any, test: Any) -> t
     build = functools.partial(down.detector, start, CLASSES["detect"], size=size, drop_path=r["drop_path"])
 
     def score(model: nn.Module) -> dict[str, float]:
-        rows = down.detections(model, test, test.categories, batch=TEST_BATCH, hardware=_hardware(p))
+        folder = _predictions(p, out, model, test)
+        rows = down.detections(model, test, test.categories, batch=TEST_BATCH, hardware=_hardware(p), folder=folder)
         totals = {kind: detection.evaluate(test.truth, rows, kind=kind).totals for kind in detection.KINDS}
         return {"box AP": totals["bbox"]["AP"], "mask AP": totals["segm"]["AP"]}
 
@@ -395,7 +401,7 @@ def _detection(p: Parameters, r: Mapping[str, float], data: Any, test: Any) -> t
     return _training(p, build, down.detection_loss, lambda: down.Crops(data, size), options), score
 
 
-def _segmentation(p: Parameters, r: Mapping[str, float], data: Any, test: Any) -> tuple[Training, Score]:
+def _segmentation(p: Parameters, out: Path, r: Mapping[str, float], data: Any, test: Any) -> tuple[Training, Score]:
     size, classes, start = SIZES["segment"], CLASSES["segment"], encoder(p)
     layers = [len(start.blocks) * i // 12 - 1 for i in (4, 6, 8, 12)]
     rates = learning_rates("linear", r["lr"], int(r["steps"]), int(r["warmup_steps"]), r["final_lr"])
@@ -407,18 +413,20 @@ def _segmentation(p: Parameters, r: Mapping[str, float], data: Any, test: Any) -
         return segmenter
 
     def score(model: nn.Module) -> dict[str, float]:
-        matrix = torch.zeros(classes, classes, dtype=torch.long)
-        with evaluating(_hardware(p), model) as device:
-            for i in progress(range(len(test)), "segmentation", len(test)):
-                image, truth = test[i]
-                # the short side to 512, as mmseg tests; the prediction back to the image's original size
-                factor = size / min(image.shape[1:])
-                side = [max(1, round(n * factor)) for n in image.shape[1:]]
-                resized = down.NORMALISE(v2.functional.resize(image, side, antialias=True).float() / 255)
-                logits = down.slide(model, resized.to(device), size)
-                whole = nn.functional.interpolate(logits[None], image.shape[1:], mode="bilinear", align_corners=False)
-                matrix += landcover.confusion(truth, whole[0].argmax(0).cpu(), classes)
-        return {"mIoU": landcover.scores(matrix).miou}
+        scenes, hardware = down.WholeScenes(test, size), _hardware(p)
+
+        def matrices(done: int) -> Iterator[Tensor]:
+            with evaluating(hardware, model) as device:
+                rest = Subset(scenes, range(done, len(test)))
+                stream = DataLoader(rest, None, num_workers=hardware.workers, pin_memory=device.type == "cuda")
+                for image, truth in progress(stream, "segmentation", len(test), done):
+                    logits = down.slide(model, image.to(device), size)[None]
+                    # back to the image's original size
+                    whole = nn.functional.interpolate(logits, truth.shape, mode="bilinear", align_corners=False)
+                    yield landcover.confusion(truth, whole[0].argmax(0).cpu(), classes).to_sparse()
+
+        each = saved(_predictions(p, out, model, test), len(test), matrices)
+        return {"mIoU": landcover.scores(sum(matrix.to_dense() for matrix in each)).miou}
 
     options = _layer_decayed(p, r, data, rates, "vit.", 16)
     return _training(p, model, down.segmentation_loss, lambda: down.SceneCrops(data, size), options), score
@@ -458,6 +466,13 @@ def _training(
     name = f"{p.task}, seed {p.seed}, {checkpoints.checkpoint_key(**facts)}"
     fit = {"seed": p.seed, "name": p.task, **options}
     return Training(name, build, loss, data, fit, facts, nn.Module.state_dict, dry_run=p.dry_run)
+
+
+def _predictions(p: Parameters, out: Path, model: nn.Module, data: Any) -> Path:
+    """The folder in `out` for a model's outputs of a data set, named by what they depend on: a killed run resumes."""
+    images = data.tensors if isinstance(data, TensorDataset) else getattr(data, "sources", [p.seed, len(data)])
+    key = checkpoints.checkpoint_key(model=model, images=images, precision=_hardware(p).precision)
+    return out / "predictions" / f"{p.task}, {key}"
 
 
 def _labels(data: Any) -> Tensor:
