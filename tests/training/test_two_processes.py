@@ -132,14 +132,17 @@ def a_killed_training_resumes_to_the_same_bits() -> None:
     def trained(file: str, last: Callback) -> tuple[list, list, nn.Module]:
         model, best = noisy_model(), EarlyStop(lambda model: float(predict(model, pairs(), hardware=CPU).std()))
         callbacks = [ClipNorm(1.0), Lookahead(2), best, last]
-        return run(model, callbacks=callbacks, checkpoint=Checkpoint(file, 5), hardware=TWO), best.scores, model
+        return run(model, callbacks=callbacks, checkpoint=Checkpoint(file, every), hardware=TWO), best.scores, model
 
-    *expected, whole = trained("whole.pt", Callback())
-    with pytest.raises(ProcessRaisedException, match="killed"):
-        trained("killed.pt", Killed())
-    assert torch.load("killed.pt", weights_only=True)["step"] == 20
-    *found, resumed = trained("killed.pt", Callback())
-    assert found == expected and len(found[1]) == 5 and same(whole, resumed)
+    for every, longest in ((5, 600), (1000, 0)):  # by steps, and by the clock, in the middle of an epoch of 8 steps
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("companion.training.checkpoints.LONGEST", longest)
+            *expected, whole = trained(f"whole {every}.pt", Callback())
+            with pytest.raises(ProcessRaisedException, match="killed"):
+                trained(f"killed {every}.pt", Killed())
+            assert torch.load(f"killed {every}.pt", weights_only=True)["step"] == 20
+            *found, resumed = trained(f"killed {every}.pt", Callback())
+        assert found == expected and len(found[1]) == 5 and same(whole, resumed)
 
 
 def one_device_scores_and_all_stop() -> None:

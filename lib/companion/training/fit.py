@@ -46,6 +46,7 @@ if TYPE_CHECKING:  # imported only for training: it takes a second, because it i
 
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "tf32")
 LAST = ("drop", "train", "carry")
+AGREED = 20  # steps between two averages of what several devices do not share
 WORKERS = min(8, os.cpu_count() or 1)  # processes that load the data of a recipe
 
 Batch = tuple[Tensor, ...]
@@ -332,7 +333,7 @@ def fit(
             "carry": their gradients are added to those of the next epoch's first batch, and the sum is divided by
             `batch` (what a loop that accumulates gradients over images does unless it clears them).
         checkpoint: saves the training, and resumes it if the file exists. Several devices save by the clock where an
-            epoch ends, or at a multiple of the checkpoint's steps.
+            epoch ends, or at a multiple of the checkpoint's steps or of `AGREED`.
         seed: of the order of the items, their augmentation and the random numbers of a step.
         hardware: accelerator, devices and precision.
         name: of the training, shown with its progress.
@@ -385,8 +386,10 @@ def fit(
             loop.step += 1
             for callback in callbacks:
                 callback.on_step_end(loop)
-            # the devices' clocks differ: several agree on steps, when what they do not share is averaged
-            agreed = ranks == 1 or loop.epoch_ended or (checkpoint and loop.step % checkpoint.every == 0)
+            # the devices' clocks differ: several agree on steps, when what they do not share is averaged; the first one
+            # alone then decides by its clock whether to write
+            agreed = ranks == 1 or loop.epoch_ended or loop.step % AGREED == 0
+            agreed |= checkpoint is not None and loop.step % checkpoint.every == 0
             if ranks > 1 and agreed:
                 for buffer in filter(torch.is_floating_point, model.buffers()):  # running statistics differ
                     average_over_devices(buffer)
