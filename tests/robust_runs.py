@@ -163,7 +163,7 @@ def predictions(folder: Path) -> str:
             pause(0.01)
             yield features[: i % 5].flatten().tolist()
 
-    return digest([repr((features.tolist(), stored.saved(folder / "boxes", 40, boxes))).encode()])
+    return digest([repr((features.tolist(), [*stored.saved(folder / "boxes", 40, boxes)])).encode()])
 
 
 KINDS: dict[str, Callable[[Path], str]] = {

@@ -75,17 +75,17 @@ def test_results_are_saved_some_at_a_time_and_not_computed_again(tmp_path, monke
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        stored.saved(tmp_path / "s", 10, lambda done: results(done, 7))
+        list(stored.saved(tmp_path / "s", 10, lambda done: results(done, 7)))
     computed.clear()
-    found = stored.saved(tmp_path / "s", 10, results)
+    found = list(stored.saved(tmp_path / "s", 10, results))
     assert computed == [4, 5, 6, 7, 8, 9]
-    again = stored.saved(tmp_path / "s", 10, results)
+    again = list(stored.saved(tmp_path / "s", 10, results))
     assert computed == [4, 5, 6, 7, 8, 9]
     for rows in (found, again):
         assert [len(row["boxes"]) for row in rows] == [*range(10)] == [len(row["names"]) for row in rows]
         assert torch.equal(sum(row["sparse"].to_dense() for row in rows), 10 * torch.eye(3))
-    assert len(stored.saved(None, 10, results)) == 10
+    assert len(list(stored.saved(None, 10, results))) == 10
     last = tmp_path / "s" / "8.pt"
-    refuses((lambda: stored.saved(tmp_path / "s", 9, results), r"8\.pt.* 2 items.*delete"), error=CorruptFile)
+    refuses((lambda: list(stored.saved(tmp_path / "s", 9, results)), r"8\.pt.* 2 items.*delete"), error=CorruptFile)
     last.write_bytes(last.read_bytes()[:50])
-    refuses((lambda: stored.saved(tmp_path / "s", 10, results), r"8\.pt.*delete"), error=CorruptFile)
+    refuses((lambda: list(stored.saved(tmp_path / "s", 10, results)), r"8\.pt.*delete"), error=CorruptFile)

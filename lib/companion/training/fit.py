@@ -188,7 +188,7 @@ def average_over_devices(tensor: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _from_processes() -> Iterator[None]:
+def from_processes() -> Iterator[None]:
     """Context manager: an error of ours in a process of a device or a loader is raised as a `CompanionError`."""
     try:
         yield
@@ -209,7 +209,7 @@ def apart(function: Callable[[], object]) -> None:
         torch.set_num_threads(1)  # see `fit`
         function()
 
-    with _from_processes():
+    with from_processes():
         start_processes(call, nprocs=1, start_method="fork")
 
 
@@ -242,7 +242,7 @@ def evaluating(hardware: Hardware, *models: nn.Module) -> Iterator[torch.device]
     They stay in eval mode and return to their former devices.
     """
     fabric = launcher(hardware)
-    with _from_processes(), on_device(fabric, hardware, *models):
+    with from_processes(), on_device(fabric, hardware, *models):
         for model in models:
             model.eval().to(fabric.device)
         with fabric.autocast():
@@ -553,7 +553,7 @@ def _fork(
             torch.save((history, trained_state(model), [callback.state_dict() for callback in callbacks]), result)
 
     # through a file: a process that returns more than a pipe's capacity never ends
-    with tempfile.TemporaryDirectory(prefix="fit-") as folder, _from_processes():
+    with tempfile.TemporaryDirectory(prefix="fit-") as folder, from_processes():
         result = Path(folder) / "result.pt"
         fabric.launch(call)
         history, trained, states = torch.load(result, map_location="cpu", weights_only=True)
@@ -637,5 +637,5 @@ def _batches(
         # a generator of its own: loading draws nothing from the random numbers of a step
         options = {"num_workers": workers, "pin_memory": pin, "generator": torch.Generator()}
         items = _Seeded(data, seed)
-        with _from_processes():
+        with from_processes():
             yield from DataLoader(items, batch_sampler=indices(), collate_fn=items.collate, **options)

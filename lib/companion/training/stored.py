@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -26,8 +26,8 @@ FLUSHED = 60  # seconds between two records of the rows that `fill` has written
 NOTE = "cache.json"
 
 
-def saved(folder: Path | None, count: int, compute: Callable[[int], Iterable[Any]]) -> list[Any]:
-    """The results of `count` items: those in `folder` are read, the others are computed and saved there.
+def saved(folder: Path | None, count: int, compute: Callable[[int], Iterable[Any]]) -> Iterator[Any]:
+    """Yield the results of `count` items: those in `folder` are read, the others are computed and saved there.
 
     Args:
         folder: its name must identify all that the results depend on. None: nothing is saved.
@@ -35,23 +35,26 @@ def saved(folder: Path | None, count: int, compute: Callable[[int], Iterable[Any
 
     Raises `CorruptFile`: a file in `folder` that cannot be read.
     """
-    found: list[Any] = []
-    while folder and len(found) < count and (path := folder / f"{len(found)}.pt").is_file():
+    done, part = 0, list[Any]()
+    while folder and done < count and (path := folder / f"{done}.pt").is_file():
         try:
             part = torch.load(path, map_location="cpu", weights_only=True)
-            complete = len(part) == min(EVERY, count - len(found))
+            complete = len(part) == min(EVERY, count - done)
         except Exception as error:  # a damaged file can raise anything
             raise CorruptFile(path, f"no results ({type(error).__name__}); delete it to compute them again") from error
         if not complete:
             raise CorruptFile(path, f"the results of {len(part)} items; delete it to compute them again")
-        found += part
-    for result in compute(len(found)):
-        found.append(result)
-        start = (len(found) - 1) // EVERY * EVERY
-        if folder and len(found) in (start + EVERY, count):
-            with atomic(folder / f"{start}.pt") as temporary:
-                torch.save(found[start:], temporary)
-    return found
+        yield from part
+        done += len(part)
+    part = []
+    for result in compute(done):
+        part.append(result)
+        if len(part) == EVERY or done + len(part) == count:
+            if folder:
+                with atomic(folder / f"{done}.pt") as temporary:
+                    torch.save(part, temporary)
+            done, part = done + len(part), []
+        yield result
 
 
 def fill(

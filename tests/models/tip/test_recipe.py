@@ -17,7 +17,7 @@ from companion.evaluation.metrics.restoration import psnr
 from companion.models.tip import TIPPipeline, load_adaptor, recipe, save_adaptor
 from companion.models.tip.degradations import BLIND, TASKS, Degraded
 from companion.ops.files import read_json
-from tests.conftest import parameters
+from tests.conftest import interrupted, parameters
 from tests.models.common import refuses
 from tests.models.tip.test_model import save_narrow
 from tests.recipes.runner import InOrder
@@ -242,6 +242,32 @@ def test_scores_of_a_test_larger_than_the_memory_are_those_of_all_images_at_once
     assert [len(clean) for _, clean in parts] == [4, 4, 3]
     torch.testing.assert_close(torch.cat([r for r, _ in parts]), restored, atol=1e-4, rtol=1e-4)
     assert recipe.score(iter(parts))[0]["PSNR"] == pytest.approx(float(psnr(restored, clean).mean()), abs=1e-2)
+    for (images, truth), (again, same) in zip(
+        recipe.whole_test(restore, test, "own", torch.device("cpu"), workers=2), parts, strict=True
+    ):
+        assert torch.equal(images, again) and torch.equal(truth, same)
+
+
+def test_a_killed_test_restores_no_saved_image_again(released: Path, tmp_path: Path, monkeypatch) -> None:
+    """Of three images, one a batch, two are restored when it is killed; the restored ones are deleted at the end."""
+    monkeypatch.setattr(recipe, "TEST_BATCH", 1)
+    p = given(dry_run=False, dataset="folder", data_root=str(released), degradation="real-esrgan")
+    recipe.run(p, tmp_path)
+    p.checkpoint = str(next((tmp_path / "trained").iterdir()))
+    expected = recipe.run(p, tmp_path / "whole").scores
+    with interrupted(monkeypatch, recipe, "restore", 2):
+        recipe.run(p, tmp_path)
+    with interrupted(monkeypatch, recipe, "restore", 1):
+        recipe.run(SimpleNamespace(**vars(p) | {"scale": 0.5}), tmp_path)  # of which none is saved
+    restored, seen = recipe.restore, []
+
+    def counted(pipe, data, *args, **options):
+        seen.append(options["first"])
+        return restored(pipe, data, *args, **options)
+
+    monkeypatch.setattr(recipe, "restore", counted)
+    assert recipe.run(p, tmp_path).scores == expected and seen == [2]
+    assert len(list((tmp_path / "restored").iterdir())) == 1, "of the other scale"
 
 
 def test_results_stand_in_the_tables_they_belong_to(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -17,7 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from ...data import DATASETS, few, present, restoration
 from ...errors import BadParameter, MissingWeights, check_range
@@ -26,10 +27,11 @@ from ...evaluation.tables import Cells, Results, with_measured
 from ...ops import papers
 from ...training import checkpoints
 from ...training.callbacks import ClipNorm
-from ...training.fit import CPU, Hardware, History, RunParameters, device, evaluating
+from ...training.fit import CPU, Hardware, History, RunParameters, device, evaluating, from_processes
 from ...training.recipe import Training, dry_items
 from ...training.recipe import run as run_training
 from ...training.schedules import adamw, schedule
+from ...training.stored import saved
 from . import degradations
 from . import model as tip
 from .degradations import TASKS, Degraded, Sample
@@ -95,7 +97,8 @@ def run(p: Parameters, out: Path) -> Tested:
     COCO, DIV2K or a folder of one's own ("folder": `data_root` itself), on a released Stable Diffusion. A dry run
     takes two steps on a few of the images, or on generated ones, of 128 pixels where there is no GPU. A training
     resumes from its checkpoint in `out`/checkpoints; its adaptor is saved below
-    `out`/trained, for the parameter `checkpoint`.
+    `out`/trained, for the parameter `checkpoint`. A test resumes from the restored images in `out`/restored, which are
+    deleted at its end.
 
     Raises `BadParameter`, `MissingData`, `MissingWeights`, `CorruptFile`, `BadCheckpoint`: with what to change or get.
     """
@@ -106,19 +109,28 @@ def run(p: Parameters, out: Path) -> Tested:
     title, images, test = datasets(p)
     pipe = pipeline(p, p.method)
     if images is not None:
-        listed = None
-        if isinstance(images, restoration.Captioned):
-            listed = {"images": [*map(str, images.sources)], "captions": [*images.captions]}
-            if isinstance(images, restoration.Pairs):
-                listed["low"] = [*map(str, images.low.sources)]
-        train(p, pipe, samples(images, size, p.method, p.seed), out, listed)
+        train(p, pipe, samples(images, size, p.method, p.seed), out, listing(images))
     given = Degraded(test, size, seed=p.seed, **TASKS[p.degradation])
     options: dict[str, Any] = {"steps": steps, "guidance": p.guidance, "scale": p.scale, "seed": p.seed}
-    restored = functools.partial(restore, pipe, hardware=Hardware.of(p, "tip"), **options)
-    values, missing = score(whole_test(restored, given, texts_of(p.method, p.texts), pipe.device))
-    row = {key: getattr(p, key) for key in RESULTS.keys} | values
-    RESULTS.measured(out / "measured.csv", row, dry_run=p.dry_run)
+    hardware = Hardware.of(p, "tip", workers=WORKERS)
+    restored = functools.partial(restore, pipe, hardware=hardware, **options)
+    row = {key: getattr(p, key) for key in RESULTS.keys}
+    facts = row | options | {"precision": hardware.precision, "size": size, "images": listing(test)}
+    key = checkpoints.checkpoint_key(**facts, adaptor=pipe.adaptor, weights=base(p))
+    folder = checkpoints.file(out / "restored", f"{p.method}, {key}", "")
+    pairs = whole_test(restored, given, texts_of(p.method, p.texts), pipe.device, hardware.workers, folder)
+    values, missing = score(pairs)
+    RESULTS.measured(out / "measured.csv", row | values, dry_run=p.dry_run)
+    shutil.rmtree(folder)  # of COCO 16 GB
     return Tested(title, pipe, [given[i] for i in range(min(SHOWN, len(given)))], restored, values, missing)
+
+
+def listing(images: Dataset) -> dict[str, list[str]] | None:
+    """Names and captions of images, by which trainings and tests on them are known; None for generated ones."""
+    if not isinstance(images, restoration.Captioned):
+        return None
+    listed = {"images": [*map(str, images.sources)], "captions": [*images.captions]}
+    return listed | ({"low": [*map(str, images.low.sources)]} if isinstance(images, restoration.Pairs) else {})
 
 
 def protocol() -> dict[str, str]:
@@ -348,16 +360,30 @@ def test_batches(count: int) -> list[np.ndarray]:
 
 
 def whole_test(
-    restored: Callable[..., Tensor], test: Dataset, kind: str, where: torch.device
+    restored: Callable[..., Tensor],
+    test: Dataset,
+    kind: str,
+    where: torch.device,
+    workers: int = 0,
+    folder: Path | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Restored and clean images of a whole test, by `test_batches`, on the device `where`.
 
     A wrong prompt is that of another sample of the same batch.
+
+    Args:
+        workers: processes that read and degrade the images.
+        folder: where the restored images are saved, batch by batch, see `stored.saved`: a killed test resumes there.
     """
-    for indices in test_batches(len(test)):
-        data = [test[int(i)] for i in indices]
-        clean = torch.stack([s.clean for s in data])
-        yield restored(data, kind, first=int(indices[0])).to(where), clean.to(where)
+    samples = iter(DataLoader(test, None, num_workers=workers))
+    with from_processes():
+        for indices in test_batches(len(test)):
+            data, first = [next(samples) for _ in indices], int(indices[0])
+            some = functools.partial(restored, data, kind, first=first)
+            (images,) = saved(
+                folder and folder / str(first), 1, lambda done, some=some: (some() for _ in range(done, 1))
+            )
+            yield images.to(where), torch.stack([s.clean for s in data]).to(where)
 
 
 @torch.no_grad()
