@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-import types
 
 import pandas as pd
 import pytest
@@ -14,6 +13,7 @@ import torch
 from companion import cli
 from companion.ops import needs, record, report
 from companion.ops.files import write_json
+from companion.ops.papers import paper
 from tests.parity.runner import ROOT as CASES
 from tests.parity.runner import Case
 from tests.rehearsal import bat
@@ -52,8 +52,7 @@ def test_doctor_names_missing_data_and_weights_and_accepted_values(capsys, tmp_p
     ],
 )
 def test_doctor_knows_a_gpu_by_its_whole_name(card, known, capsys, tmp_path, monkeypatch):
-    properties = types.SimpleNamespace(total_memory=16e9)
-    for name, value in (("is_available", True), ("get_device_properties", properties), ("get_device_name", card)):
+    for name, value in (("is_available", True), ("mem_get_info", (16e9, 16e9)), ("get_device_name", card)):
         monkeypatch.setattr(torch.cuda, name, lambda *given, value=value: value)
     out = call(capsys, "doctor", "dplq", "--data-root", tmp_path)[1]
     assert f"h on one {known} " in out
@@ -67,7 +66,14 @@ def test_doctor_reads_what_is_there_and_says_how_a_step_is_divided(capsys, tmp_p
     step = {"images": 10, "seconds": 0.36, "device": "a GPU"}
     write_json(tmp_path / "runs/paper/bat/dry_run/step.json", step)
     words = ("doctor", "bat", "--data-root", tmp_path, "--devices", 5)
+    monkeypatch.setattr(needs, "_free", lambda: 3.4e9)
     out = " ".join(call(capsys, *words)[1].split())
+    (lasher,) = (run for run in paper("bat")["runs"] if run["id"] == "lasher")
+    wanted = needs.memory("bat", lasher, "32-true", "cpu")[0]
+    assert (
+        f"memory {wanted:.3g} GB needed for a step of 96 images at 32-true" in out and "3 GB free (no GPU here)" in out
+    )
+    assert f"disk {lasher['disk_gb']} GB of data, {needs.disk('bat', lasher):.3g} GB in `out`" in out
     assert "train: ready: 1 videos, 24 frame pairs, an item of 24 x 32 x 6 val: ready: 1" in out
     assert "96 images a step = 32 images x 3 devices" in out and "WARNING: 5 devices x 1 parts" in out
     assert "36.0 h of training by the last dry run: 0.36 s for a step of 10 images on a GPU" in out  # 60 x 60,000 pairs
@@ -115,6 +121,9 @@ def test_the_memory_of_a_step_is_that_of_all_its_images_and_hours_count_training
     found = [needs.memory("bat", run, precision)[0] for precision in ("32-true", "16-mixed", "bf16-mixed")]
     assert [needs.peak("A100", precision) for precision in ("16-mixed", "tf32", "32-true")] == [312, 156, 19.5]
     assert found == [6.0, 4.0, 4.0] and needs.memory("bat", run | {"id": "another"}, "32-true")[0] == 77
+    # a CPU computes in float32
+    assert needs.memory("bat", run, "16-mixed", "cpu", 4)[0] == (2 + 4 * 0.5) * needs.CPU_COPIES
+    assert needs.disk("bat", run | {"out_gb": 16}) == 20 and needs.disk("bat", run | {"id": "another"}) == 0
     run = {"data": "rgbt/lasher", "images": {"train": 1000, "test": 500}, "epochs": 2, "gflop": 10}
     flop = 10e9 * (3 * 1000 * 2 + 500)
     assert needs.hours(run, 100) == pytest.approx((flop / (0.3 * 100e12) / 3600, flop))

@@ -32,8 +32,6 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import psutil
-
 from . import __version__, data  # what needs torch, or takes long, is imported where it is used
 from .errors import BadParameter, CompanionError
 from .ops import needs
@@ -187,12 +185,12 @@ def doctor(given: argparse.Namespace) -> int:
 
     from .ops import record
     from .ops.files import read_json
+    from .training.fit import device
 
     facts, root = paper(given.paper), Path(given.data_root)
     weights = {w["name"]: (w, lack) for w, lack in _weights(facts, root)}
-    card = torch.cuda.is_available()
-    memory = torch.cuda.get_device_properties(0).total_memory if card else psutil.virtual_memory().total
-    memory, where = memory / 1e9, torch.cuda.get_device_name() if card else "this machine, which has no GPU"
+    kind = device("auto")
+    memory, where = (needs.free(kind), torch.cuda.get_device_name() if kind == "cuda" else "no GPU here")
     # the folder may not exist yet
     disk = shutil.disk_usage(next(f for f in (root, *root.absolute().parents) if f.exists())).free / 1e9
     here = [name for name in needs.GPUS if re.search(rf"\b{name}\b", where)]  # "NVIDIA A100-SXM4-80GB", "Tesla T4"
@@ -229,9 +227,10 @@ def doctor(given: argparse.Namespace) -> int:
             size = f"{entry['size_mb']} MB, " if "size_mb" in entry else ""
             print(f"  weights  {entry.get('id') or entry['file']} ({size}{entry['licence']}): {lack or 'here'}")
             lacking |= bool(lack)
-        wanted, how = needs.memory(given.paper, run, precision)
-        print(f"  memory   {wanted:.3g} GB needed{how}; {memory:.0f} GB here ({where})")
-        print(f"  disk     {run['disk_gb']} GB needed, {disk:.0f} GB free")
+        wanted, how = needs.memory(given.paper, run, precision, kind)
+        print(f"  memory   {wanted:.3g} GB needed{how}; {memory:.0f} GB free ({where})")
+        written = needs.disk(given.paper, run)
+        print(f"  disk     {run['disk_gb']} GB of data, {written:.3g} GB in `out`; {disk:.0f} GB free")
         if "batch" in run:
             text = needs.batch(run["batch"], given.devices, given.accumulate)
             print(textwrap.fill(text, 110, initial_indent="  batch    ", subsequent_indent=" " * 11))
@@ -243,7 +242,7 @@ def doctor(given: argparse.Namespace) -> int:
         if step and run["epochs"]:
             took = f"{step['seconds']:.2f} s for a step of {step['images']} images on {step['device']}"
             print(f"           {needs.measured(run, step):.1f} h of training by the last dry run:\n           {took}\n")
-        lacking |= bool(absent) or memory < wanted or disk < run["disk_gb"]
+        lacking |= bool(absent) or memory < wanted or disk < run["disk_gb"] + written
     print(f"Parameters of notebooks/{given.paper}.ipynb and their accepted values")
     wrap = textwrap.TextWrapper(110, subsequent_indent=" " * 18, break_long_words=False, break_on_hyphens=False)
     for name, rule in rules(given.paper).items():

@@ -53,45 +53,56 @@ def _counted(slug: str) -> dict[str, dict[str, float]]:
     return yaml.safe_load((MODELS / "memory.yaml").read_text(encoding="utf-8")).get(slug, {})
 
 
-def memory(slug: str, run: dict, precision: str) -> tuple[float, str]:
-    """The GB that a run needs, and their source: counted by benchmarks/memory.py for a training, or estimated."""
+def memory(slug: str, run: dict, precision: str, where: str = "cuda", images: float = 0) -> tuple[float, str]:
+    """The GB that a run needs, and their source: counted by benchmarks/memory.py for a training, or estimated.
+
+    Args:
+        where: "cuda": of a GPU; "cpu": of the host, which computes in float32.
+        images: of a step on one device; 0: the counted ones.
+    """
     counted = _counted(slug).get(run["id"])
     if counted is None:
         return run["memory_gb"], " (estimated)"
+    precision, images = precision if where == "cuda" else "32-true", images or counted["images"]
     image = counted["image_gb" if precision in ("32-true", "tf32") else "image_half_gb"]
-    wanted = counted["fixed_gb"] + counted["images"] * image
-    how = f"{counted['fixed_gb']} of weights, gradients and moments, {image} an image;\n{'':11}kernels take more"
-    return wanted, f" for a step of {counted['images']} images at {precision} (counted: {how})"
+    wanted = (counted["fixed_gb"] + images * image) * (1 if where == "cuda" else CPU_COPIES)
+    how = f"{counted['fixed_gb']} of weights, gradients and moments, {image} an image;\n{'':11}"
+    how += "kernels take more" if where == "cuda" else f"x {CPU_COPIES} on a CPU"
+    return wanted, f" for a step of {images:.0f} images at {precision} (counted: {how})"
+
+
+def disk(slug: str, run: dict) -> float:
+    """The GB that a run writes below `out`: two checkpoints, since a new one is written before the old one goes, and
+    `out_gb` of its entry in `paper.yaml`."""
+    return 2 * _counted(slug).get(run["id"], {}).get("fixed_gb", 0) + run.get("out_gb", 0)
 
 
 def check(slug: str, p: RunParameters, out: Path) -> None:
     """Raise `CompanionError` where less memory or disk is free than a step of the run with these parameters takes."""
     run = next((run for run in paper(slug)["runs"] if _is(run, p)), None)
     counted = _counted(slug).get(run["id"]) if run else None
-    if counted is None or p.devices > 1:  # memory of several GPUs cannot be asked for before they are forked
+    if (
+        run is None or counted is None or p.devices > 1
+    ):  # memory of several GPUs cannot be asked for before they are forked
         return
     hardware, where = Hardware.of(p, slug), device(p.accelerator)
     images = -(-int(counted["images"]) // hardware.accumulate)
     if p.dry_run:
         images = min(images, dry_items(p, images) // 2)
-    half = where == "cuda" and hardware.precision not in ("32-true", "tf32")
-    wanted = counted["fixed_gb"] + images * counted["image_half_gb" if half else "image_gb"]
-    if where == "cpu":
-        wanted *= CPU_COPIES
-    free = torch.cuda.mem_get_info()[0] if where == "cuda" else _free()
-    if wanted * 1e9 > free:
+    wanted, available = memory(slug, run, hardware.precision, where, images)[0], free(where)
+    if wanted > available:
         less = {"accumulate": "a larger `accumulate`", "grad_checkpointing": "`grad_checkpointing = True`"}
         ways = [] if p.dry_run else [way for name, way in less.items() if hasattr(p, name)]
         here = "this GPU" if where == "cuda" else "this machine, which computes on its CPU"
         raise CompanionError(
-            f"a step of {images} images takes about {wanted:.1f} GB of memory, and {free / 1e9:.1f} GB are free on "
+            f"a step of {images} images takes about {wanted:.1f} GB of memory, and {available:.1f} GB are free on "
             f"{here}: close other programs or notebooks, or take {', or '.join([*ways, 'another machine'])}. "
             f"`companion doctor {slug}` lists what each run needs"
         )
-    if (disk := shutil.disk_usage(next(f for f in (out, *out.parents) if f.exists())).free) < 2e9 * counted["fixed_gb"]:
-        # two checkpoints: a new one is written before the old one goes
-        what = f"a checkpoint takes up to {counted['fixed_gb']:.1f} GB, and two fit at a time"
-        raise CompanionError(f"{what}; {disk / 1e9:.1f} GB are free in {out}: choose another `out`, or make room")
+    room = shutil.disk_usage(next(f for f in (out, *out.parents) if f.exists())).free / 1e9
+    if room < (written := disk(slug, run)):
+        what = f"two checkpoints at a time, and what else the run saves, take up to {written:.1f} GB"
+        raise CompanionError(f"{what}; {room:.1f} GB are free in {out}: choose another `out`, or make room")
 
 
 def _is(run: Mapping, p: RunParameters) -> bool:
@@ -99,6 +110,11 @@ def _is(run: Mapping, p: RunParameters) -> bool:
     given, named = vars(p), run.get("parameters", {}).items()
     chosen = all(given.get(k) in (v if isinstance(v, list) else [v]) for k, v in named if "{" not in str(v))
     return chosen and (given.get("dataset") or "folder").startswith(("folder", run["data"]))
+
+
+def free(where: str) -> float:
+    """GB of memory that a process may still take: of a GPU, "cuda", or of the host, "cpu"."""
+    return (torch.cuda.mem_get_info()[0] if where == "cuda" else _free()) / 1e9
 
 
 def _free() -> float:

@@ -380,10 +380,14 @@ def whole_test(
         for indices in test_batches(len(test)):
             data, first = [next(samples) for _ in indices], int(indices[0])
             some = functools.partial(restored, data, kind, first=first)
-            (images,) = saved(
-                folder and folder / str(first), 1, lambda done, some=some: (some() for _ in range(done, 1))
-            )
+            (images,) = saved(folder and folder / str(first), 1, functools.partial(_rest, some))
             yield images.to(where), torch.stack([s.clean for s in data]).to(where)
+
+
+def _rest(restored: Callable[[], Tensor], done: int) -> Iterator[Tensor]:
+    """A batch of restored images, unless it is done."""
+    if not done:
+        yield restored()
 
 
 @torch.no_grad()
