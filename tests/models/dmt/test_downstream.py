@@ -1,5 +1,7 @@
 """Downstream tasks of a pre-trained ViT: features, layer decay, losses, crops, pyramids, detections, windows."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -160,14 +162,17 @@ def test_detections_are_rows_of_coco_in_the_order_of_the_images(batch):
 
         def forward(self, images):
             assert len({image.shape for image in images}) == 1, "the ViT would process padding"
+            assert sum(masks() is not None for masks in earlier) <= 1, "the last masks of the batch before, at most"
             found = []
             for image in images:
                 height, masks = image.shape[1], torch.zeros(1, 1, *image.shape[1:])
                 masks[:, :, : height // 2] = 0.6
                 boxes = torch.tensor([[3.0, 5, 13, height]])
                 found.append({"boxes": boxes, "labels": torch.tensor([2]), "scores": image.max()[None], "masks": masks})
+                earlier.append(weakref.ref(masks))
             return found
 
+    earlier = []
     items = [(image[:, : 64 - 8 * (i % 3 == 1)], target) for i, (image, target) in enumerate(squares(5))]
     rows = down.detections(Found(), items, [7, 9], batch=batch, **CPU)
     assert [row["image_id"] for row in rows] == [1, 2, 3, 4, 5] and {row["category_id"] for row in rows} == {9}

@@ -384,7 +384,7 @@ def detections(
                 rows: dict[int, list[dict]] = {}
                 for some in same_shapes([image for image, _ in items], batch):
                     images = [items[i][0].to(device, non_blocking=True).float() / 255 for i in some]
-                    # a batch's masks alone are in memory: 100 of an image are half a gigabyte
+                    # the masks of one batch are in memory: those of an image of COCO take up to 0.1 GB
                     for i, output in zip(some, model(images), strict=True):
                         rows[i] = _rows(output, items[i][1], categories)
                 yield from (rows[i] for i in range(len(items)))
