@@ -10,11 +10,15 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
+from companion.training import fit as loop
 from companion.training.checkpoints import checkpoint_key, save, trained_state
 from companion.training.recipe import run
 from tests.conftest import interrupted, parameters
 from tests.small import shrink
 from tests.training.test_fit import same
+from tests.training.test_precision import CASES
+
+LONG = ("dmt, detect", "dmt, segment", "sic_cads")
 
 
 def test_a_killed_recipe_resumes_to_the_same_weights_and_a_finished_one_is_only_read(tmp_path, monkeypatch):
@@ -44,6 +48,32 @@ def test_a_killed_recipe_resumes_to_the_same_weights_and_a_finished_one_is_only_
     (saved,) = (tmp_path / "killed" / "trained").iterdir()
     expected, found = trained_state(whole), load_file(saved)
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LONG)) for n in CASES])
+def test_a_killed_training_of_each_paper_takes_the_steps_after_its_checkpoint_alone(name, tmp_path, monkeypatch):
+    """Two steps, or more trainings of two, with a checkpoint after each; killed in the second."""
+
+    def train(out):
+        if slug == "ecamp" and task == "pre-train":
+            run(recipe.pretraining(p, out, real=False), out)
+        elif slug == "ecamp":
+            run(recipe.downstream(p, real=False)[0], out)
+        elif slug == "dmt":
+            run((recipe.distillation if task == "distil" else recipe.downstream)(p, out, real=False)[1], out)
+        else:
+            recipe.run(p, out)
+
+    slug, _, task = name.partition(", ")
+    recipe, usual = shrink(slug, monkeypatch), {"profile": "paper", "dry_run": True, "accelerator": "cpu"}
+    p = parameters(slug, **usual | {"data_root": "nowhere"} | CASES[name][1])
+    monkeypatch.setattr("companion.training.checkpoints.LONGEST", 0)
+    with interrupted(monkeypatch, loop, "_backward", 1):
+        train(tmp_path)
+    steps, backward = [], loop._backward
+    monkeypatch.setattr(loop, "_backward", lambda *args: steps.append(1) or backward(*args))
+    train(tmp_path)
+    assert len(steps) % 2 == 1, "all but the first"
 
 
 def test_a_key_is_the_same_for_the_same_facts_alone(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from companion.data import tracking as data
 from companion.errors import CorruptFile
-from companion.models.bat import BAT, SingleStream
+from companion.models.bat import BAT, SingleStream, tracking
 from companion.models.bat.tracking import Frames, follow, open_video, run, track
 from companion.toy import bat as pocket
 from companion.toy.bat import OneDirection
@@ -220,6 +220,18 @@ def test_results_are_in_the_toolkits_format(tmp_path, model, sequences, together
         assert len(written) == len(one)
         np.testing.assert_array_equal(written, found[one.name])
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["tracker.json", *(f"{n}.txt" for n in found)]
+
+
+@pytest.mark.parametrize(("frames", "parts"), [(1000, [3]), (0, [1, 1, 1]), (-1, [2, 1])])
+def test_a_kill_costs_the_frames_of_one_batch(frames, parts, tmp_path, model, sequences, monkeypatch):
+    """-1: those of the two shorter sequences."""
+    lengths, tracked = sorted(map(len, sequences)), []
+    monkeypatch.setattr(tracking, "FRAMES", frames if frames >= 0 else sum(lengths[:2]))
+    monkeypatch.setattr(
+        tracking, "follow", lambda model, part, *a, **o: tracked.append(len(part)) or follow(model, part, *a, **o)
+    )
+    run(model, sequences, tmp_path / "out", together=3)
+    assert tracked == parts
 
 
 def test_finished_sequences_are_read_and_an_error_leaves_them(tmp_path, model, sequences, monkeypatch):

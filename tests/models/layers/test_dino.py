@@ -16,6 +16,7 @@ from companion.models.layers import dino
 from companion.training.callbacks import Callback
 from companion.training.fit import CPU, Hardware, fit
 from companion.training.schedules import adamw, schedule
+from tests.conftest import interrupted
 from tests.models.common import refuses
 
 SMALL = dict(epochs=3, batch=8, lr=1e-3, warmup=1, outputs=32, hidden=32, bottleneck=16, hardware=CPU)
@@ -152,6 +153,17 @@ def test_a_training_is_not_resumed_with_other_crops(tmp_path):
         pretrain(encoder, images, crops, **SMALL, out=tmp_path) for crops in (views, views, dino.GridViews(4, 2))
     )
     assert first == again != other
+
+
+def test_a_killed_training_takes_the_steps_after_its_checkpoint_alone(tmp_path, monkeypatch):
+    encoder, images, views = level("region")
+    _, whole = pretrain(encoder, images, views, **SMALL)
+    monkeypatch.setattr("companion.training.checkpoints.LONGEST", 0)
+    with interrupted(monkeypatch, dino.SelfDistillation, "forward", 2):
+        pretrain(encoder, images, views, **SMALL, out=tmp_path)
+    steps, forward = [], dino.SelfDistillation.forward
+    monkeypatch.setattr(dino.SelfDistillation, "forward", lambda *args: steps.append(1) or forward(*args))
+    assert pretrain(encoder, images, views, **SMALL, out=tmp_path)[1] == whole and len(steps) == len(whole) - 2
 
 
 def test_what_cannot_be_trained_is_refused():

@@ -31,6 +31,7 @@ from ...training.fit import Hardware, evaluating
 from .ostrack import decode, hann
 
 TEMPLATE_FACTOR, SEARCH_FACTOR = 2.0, 4.0
+FRAMES = 20_000  # of the videos of a batch
 READERS = 8  # threads that read the next frames of several videos
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")
 
@@ -245,7 +246,7 @@ def run(
 
     Args:
         sequences: of `companion.data.tracking`; each starts from its first RGB box.
-        together: number of sequences in one batch, grouped by similar length.
+        together: number of sequences in one batch, grouped by similar length; fewer where they have more than `FRAMES`.
         box_type: of the files: "ltwh", four numbers a row, or "corner", eight, as RGBT234's toolkit reads them.
         options: of `follow`.
 
@@ -266,9 +267,12 @@ def run(
     todo = [sequence for sequence in sequences if not _complete(folder, sequence)]
     if together > 1:  # videos of similar length, so that none waits for the others
         todo.sort(key=len)
-    for start in range(0, len(todo), together):
-        part = todo[start : start + together]
-        done = len(sequences) - len(todo) + start + len(part)
+    while todo:
+        # those of a part are written at its end: its frames are what a kill costs
+        frames = np.cumsum([len(sequence) for sequence in todo[:together]])
+        part = todo[: max(1, int(np.searchsorted(frames, FRAMES, "right")))]
+        todo = todo[len(part) :]
+        done = len(sequences) - len(todo)
         name = f"{part[0].name} ({done} of {len(sequences)})"
         tracks = follow(model, part, [sequence.boxes[0] for sequence in part], name=name, **options)
         for sequence, one in zip(part, tracks, strict=True):
