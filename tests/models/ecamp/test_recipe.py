@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,11 +11,12 @@ import torch
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
-from companion.data import xrays
+from companion.data import decoding, xrays
 from companion.errors import BadCheckpoint, MissingWeights
 from companion.evaluation.claims import judge_measured
 from companion.models.ecamp import recipe
 from companion.ops.papers import paper
+from companion.training import fit as loop
 from companion.training.recipe import run
 from tests.conftest import parameters
 from tests.models.common import refuses
@@ -74,6 +76,20 @@ def test_pairs_of_mimic_and_of_ones_own_folder(tmp_path, reports, small):
     own = {"dataset": "folder", "data_root": str(reports)}
     # learned again from the same reports, the pieces have other ids: no checkpoint would fit
     assert pairs(**own).vocabulary.pieces == pairs(**own).vocabulary.pieces and len(pairs(**own)) == 3
+
+
+def test_images_are_read_and_augmented_in_the_loaders_processes(tmp_path, reports, monkeypatch):
+    own, read = os.getpid(), decoding.unit
+
+    def elsewhere(*args):
+        assert os.getpid() != own
+        return read(*args)
+
+    monkeypatch.setattr(recipe, "WORKERS", 1)
+    training = recipe.pretraining(pretraining(dataset="xrays/mimic-cxr", data_root=str(tmp_path)), tmp_path)
+    monkeypatch.setattr(decoding, "unit", elsewhere)
+    (batch,) = loop._batches(training.data(), 3, 1, 0, 0, 1, 0, 1, training.fit["hardware"].workers)
+    assert batch[0].shape == (3, 3, 448, 448)
 
 
 def test_a_pre_trained_encoder_starts_a_downstream_task(tmp_path, monkeypatch, reports):
