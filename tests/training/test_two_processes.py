@@ -284,7 +284,8 @@ def test_no_gpu_is_used_before_the_processes_are_forked(name, monkeypatch):
     assert train(name, reached, accelerator="cuda") == 2
 
 
-def test_heads_on_features_of_a_gpu_are_trained_on_one_device():
+def test_heads_on_features_of_a_gpu_are_trained_on_one_device(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert train("dmt, linear probe", reached) == 1
 
 
