@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from companion import data
-from companion.data.detection import caption_labels, load, own_folder
+from companion.data.detection import caption_labels, load, own_folder, read_annotations
 from companion.errors import BadParameter, CorruptFile, MissingData
 from companion.ops.files import read_json, write_json
 from tests.data.conftest import expect, picture, refused, unreadable
@@ -61,6 +61,30 @@ def test_ov_coco(coco):
     assert pixels.shape == (3, 8, 12) and pixels.dtype == torch.uint8
     assert target.boxes.tolist() == [[1, 2, 5, 5]] * 2 and target.crowd.tolist() == [False, True]
     assert [test.class_names[i] for i in target.labels] == ["person", "cat"] and target.image_id == 1
+
+
+@pytest.mark.parametrize("name", [int, "image {}".format])
+def test_annotations_come_back_as_they_are_in_the_file(name, tmp_path, monkeypatch):
+    """Also a file whose numbers pandas wrote, which is read entry by entry."""
+    shape = [[1.5, 2, 4, 2, 4, 5]], {"size": [8, 12], "counts": [5, 3, 88]}
+    boxes = [box(7, name(2), 3, iscrowd=1, segmentation=shape[1]), box(5, name(1), 3, segmentation=shape[0])]
+    boxes.append(box(6, name(1), 4, bbox=[0.25, 0.5, 1.125, 2], area=1.5))
+    images = [image(name(i)) for i in (1, 2, 3)]
+    found = {"images": images, "annotations": boxes, "categories": [{"id": 3, "name": "a"}, {"id": 4, "name": "b"}]}
+    write_json(tmp_path / "usual.json", found | {"info": {}})
+    (tmp_path / "odd.json").write_text(json.dumps(found).replace('"category_id": 3', '"category_id": 3.0'))
+    for picture_of in images:
+        picture(tmp_path / picture_of["file_name"])
+    ordered = [{"iscrowd": 0} | boxes[i] for i in (1, 2, 0)]
+    plain = [{k: v for k, v in row.items() if k != "segmentation"} for row in ordered]
+    assert own_folder(tmp_path / "odd.json", tmp_path).truth["annotations"] == plain
+    monkeypatch.setattr("companion.data.detection._read_odd", None)
+    mine = own_folder(tmp_path / "usual.json", tmp_path)
+    assert mine.truth == {"images": images, "annotations": plain, "categories": found["categories"]}
+    assert [mine.target(i).labels.tolist() for i in range(3)] == [[0, 1], [0], []]
+    assert mine.part([2, 1]).truth["annotations"] == plain[2:] and mine.part([1]).target(0).crowd.tolist() == [True]
+    rows = read_annotations(tmp_path / "usual.json", shapes=True)["annotations"]
+    assert [row["segmentation"] for row in rows] == [shape[1], shape[0], None] and rows[1] == boxes[1] | {"iscrowd": 0}
 
 
 def lvis_file(**change) -> dict:

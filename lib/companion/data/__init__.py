@@ -410,12 +410,12 @@ def fetched(dataset: DataSet, root: Path, progress: bool) -> Iterator[Path]:
 
 # --- for the readers --------------------------------------------------------------------------------------------------
 
-_OUTSIDE = re.compile(r"^[/\\]|^[A-Za-z]:|(^|[/\\])\.\.([/\\]|$)|\0")
+OUTSIDE = re.compile(r"^[/\\]|^[A-Za-z]:|(^|[/\\])\.\.([/\\]|$)|\0")
 
 
 def inside(listing: Path, where: str, path: str) -> str:
     """`path` if it is below the data set's folder: a downloaded list must not make us read other files."""
-    if _OUTSIDE.search(path):
+    if OUTSIDE.search(path):
         raise CorruptFile(listing, f"{where}: the path {path!r} leaves the data set's folder")
     return path
 

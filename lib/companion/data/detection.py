@@ -15,19 +15,22 @@ from __future__ import annotations
 import csv
 import functools
 import itertools
+import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path, PurePath, PureWindowsPath
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple, Self
 
+import msgspec
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 from torchvision.ops import box_convert
 
 from ..errors import BadParameter, CompanionError, CorruptFile, check_choice
 from ..ops.files import read_json
-from . import DataSet, at, below, decoding, facts, find, own_set, tables
+from . import OUTSIDE, DataSet, at, below, decoding, facts, find, own_set, tables
 from .classification import Images
 
 _FACTS = facts("detection")
@@ -60,13 +63,114 @@ class Target(NamedTuple):
     image_id: int | str
 
 
+class Rows(Sequence):
+    """Annotations in COCO's format, kept as arrays; an entry, a dictionary, is made when it is asked for.
+
+    Every process that decodes images would copy a list of dictionaries.
+
+    Attributes:
+        columns: "id", "image_id", "category_id", "bbox" (n, 4), "area" and "iscrowd", an entry a row.
+        ends: (n, 2), first and last byte + 1 of each row's segmentation in `shapes`, as JSON; None without them.
+    """
+
+    def __init__(self, columns: Mapping[str, np.ndarray], shapes: bytes = b"", ends: np.ndarray | None = None):
+        self.columns, self.shapes, self.ends = dict(columns), shapes, ends
+
+    @classmethod
+    def of(cls, rows: Sequence[Mapping], shapes: bool = False) -> Self:
+        """The rows of dictionaries, with the segmentations if `shapes`."""
+        if isinstance(rows, cls):
+            return rows
+        plain = [_Row(**{name: row[name] for name in _Row.__struct_fields__ if name in row}) for row in rows]
+        return cls._of(plain, [json.dumps(row.get("segmentation")).encode() for row in rows] if shapes else None)
+
+    @classmethod
+    def _of(cls, rows: Sequence[_Row], shapes: Sequence | None) -> Self:
+        count, columns = len(rows), dict[str, np.ndarray]()
+        ids = ([row.image_id for row in rows], [i if row.id is None else row.id for i, row in enumerate(rows, 1)])
+        for name, values in zip(("image_id", "id"), ids, strict=True):  # numbers, or names
+            columns[name] = np.array(values, np.int64 if all(type(v) is int for v in values) else object)
+        columns["category_id"] = np.fromiter((row.category_id for row in rows), np.int64, count)
+        columns["iscrowd"] = np.fromiter((bool(row.iscrowd) for row in rows), bool, count)
+        boxes = itertools.chain.from_iterable(row.bbox for row in rows)
+        columns["bbox"] = np.fromiter(boxes, np.float64, 4 * count).reshape(-1, 4)
+        areas = (row.bbox[2] * row.bbox[3] if row.area is None else row.area for row in rows)
+        columns["area"] = np.fromiter(areas, np.float64, count)
+        if shapes is None:
+            return cls(columns)
+        last = np.cumsum([len(shape) for shape in shapes], dtype=np.int64)
+        return cls(columns, b"".join(shapes), np.stack([np.concatenate([[0], last[:-1]]), last], 1))
+
+    def __len__(self) -> int:
+        return len(self.columns["image_id"])
+
+    def __getitem__(self, index: int) -> dict[str, Any]:  # type: ignore[override]
+        row = {name: values[index].tolist() for name, values in self.columns.items() if values.dtype != object}
+        row |= {name: values[index] for name, values in self.columns.items() if values.dtype == object}
+        return row | ({} if self.ends is None else {"segmentation": self.shape(index)})
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        lists = [values.tolist() for values in self.columns.values()]
+        for index, values in enumerate(zip(*lists, strict=True)):
+            row = dict(zip(self.columns, values, strict=True))
+            yield row if self.ends is None else row | {"segmentation": self.shape(index)}
+
+    def shape(self, index: int) -> Any:
+        """The segmentation of a row; None where it has none."""
+        first, last = self.ends[index]  # type: ignore[index]
+        return json.loads(self.shapes[first:last])
+
+    def take(self, chosen: np.ndarray) -> Self:
+        """The rows of these numbers, or where a mask is true."""
+        ends = None if self.ends is None else self.ends[chosen]
+        return type(self)({name: values[chosen] for name, values in self.columns.items()}, self.shapes, ends)
+
+
+class _Row(msgspec.Struct, gc=False):
+    """What is read of an annotation of a box."""
+
+    image_id: int | str
+    category_id: int
+    bbox: tuple[float, float, float, float]
+    id: int | str | None = None
+    area: float | None = None
+    iscrowd: int | bool = 0
+
+
+class _Shaped(_Row, gc=False):
+    segmentation: msgspec.Raw = msgspec.Raw(b"null")
+
+
+class _Image(msgspec.Struct, omit_defaults=True):
+    """What is read of an image."""
+
+    id: int | str
+    width: int
+    height: int
+    file_name: str | None = None
+    coco_url: str | None = None
+    pos_category_ids: list[int] | None = None
+    neg_category_ids: list[int] | None = None
+    not_exhaustive_category_ids: list[int] | None = None
+
+
+class _File(msgspec.Struct):
+    images: list[_Image]
+    categories: list[dict[str, Any]]
+    annotations: list[_Row] = []
+
+
+class _ShapedFile(_File):
+    annotations: list[_Shaped] = []  # type: ignore[assignment]
+
+
 class Boxes(Images):
     """Images with boxes, decoded on access: `boxes[i]` is (uint8 (3, H, W), `Target`).
 
     An image is rotated upright by its EXIF orientation unless only the stored one has the size of its annotation.
 
     Attributes:
-        truth: {"images", "annotations", "categories"} of this split, in COCO's format.
+        rows: the annotations, image by image.
         image_ids: of the N images.
         categories: ids of the C classes; `class_names` are theirs.
         base, novel: category ids with boxes in training, and without but scored. For another vocabulary both are empty.
@@ -75,7 +179,7 @@ class Boxes(Images):
     Raises (on indexing) as `classification.Images`.
     """
 
-    each = ("sources", "labels", "image_ids", "positives")
+    each = ("sources", "labels", "image_ids", "positives", "_places")
 
     def __init__(
         self, dataset: DataSet, root: Path, folder: Path, truth: Mapping, base: Sequence[int], novel: Sequence[int]
@@ -85,24 +189,28 @@ class Boxes(Images):
         sources = [str(folder / image["file_name"]) for image in truth["images"]]
         super().__init__(dataset, root, sources, truth["images"], len(names), None, names)
         self.rotated = False  # before an item is compared with its annotation
-        self.truth, self.categories = dict(truth), tuple(category["id"] for category in ordered)
+        self._categories, self.categories = truth["categories"], tuple(category["id"] for category in ordered)
         self.image_ids = tuple(image["id"] for image in truth["images"])
         self.base, self.novel = tuple(base), tuple(novel)
         self.index = {category: i for i, category in enumerate(self.categories)}
-        self._rows: dict[object, list[Mapping]] = {i: [] for i in self.image_ids}
-        for annotation in truth["annotations"]:
-            self._rows[annotation["image_id"]].append(annotation)
+        rows = Rows.of(truth["annotations"])
+        images, labels = _number(self.image_ids, rows, "image_id"), _number(self.categories, rows, "category_id")
+        order = images.argsort(kind="stable")  # the rows of an image are one after the other
+        counts = np.bincount(images, minlength=len(self))
+        self.rows, self._labels = rows.take(order), torch.from_numpy(labels[order])
+        self._places = np.stack([counts.cumsum() - counts, counts.cumsum()], 1)  # of each image's rows, first and last
         self.positives = torch.zeros(len(self), len(names), dtype=torch.bool)
+        self.positives[torch.from_numpy(images), torch.from_numpy(labels)] = True
         for row, image in zip(self.positives, truth["images"], strict=True):
-            found = image.get("pos_category_ids") or [a["category_id"] for a in self._rows[image["id"]]]
-            row[[self.index[category] for category in found]] = True
+            if found := image.get("pos_category_ids"):
+                row[:] = False
+                row[[self.index[category] for category in found]] = True
 
-    def part(self, rows: Sequence[int]) -> Self:
-        """The images of these numbers, with their annotations."""
-        found = super().part(rows)
-        annotations = [row for image in found.image_ids for row in self._rows[image]]
-        found.truth = self.truth | {"images": found.labels, "annotations": annotations}
-        return found
+    @property
+    def truth(self) -> dict[str, Any]:
+        """The annotations of these images in COCO's format, made anew: {"images", "annotations", "categories"}."""
+        rows = (self.rows[i] for first, last in self._places for i in range(first, last))
+        return {"images": self.labels, "annotations": list(rows), "categories": self._categories}
 
     def mask(self, categories: Sequence[int]) -> Tensor:
         """(C,) bool: which classes these category ids are, for instance of `boxes.novel`."""
@@ -117,15 +225,14 @@ class Boxes(Images):
 
     def target(self, index: int) -> Target:
         """The annotations of an image, without opening it."""
-        rows = self._rows[self.image_ids[index]]
-        boxes = torch.tensor([row["bbox"] for row in rows], dtype=torch.float32).view(-1, 4)
-        labels = torch.tensor([self.index[row["category_id"]] for row in rows], dtype=torch.long)
-        crowd = torch.tensor([bool(row.get("iscrowd", 0)) for row in rows], dtype=torch.bool)
-        return Target(box_convert(boxes, "xywh", "xyxy"), labels, crowd, self.image_ids[index])
+        chosen = slice(*self._places[index])
+        boxes, crowd = (torch.from_numpy(self.rows.columns[name][chosen]) for name in ("bbox", "iscrowd"))
+        boxes = box_convert(boxes.float(), "xywh", "xyxy")
+        return Target(boxes, self._labels[chosen].clone(), crowd.clone(), self.image_ids[index])
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         pixels, info = self.pixels(index)
-        image = self.truth["images"][index]
+        image = self.labels[index]
         known = (image["height"], image["width"])
         for found in (decoding.upright(pixels, info), pixels):  # some tools draw boxes on the stored image
             if known == found.shape[:2]:
@@ -170,25 +277,78 @@ def own_folder(annotations: str | Path, images: str | Path, novel: Sequence[str]
     named = {category["id"]: category["name"] for category in truth["categories"]}
     if twice := [name for name, count in Counter(named.values()).items() if count > 1]:
         raise CorruptFile(file, f"two categories are called {twice[0]!r}")
-    sizes = {image["id"]: (image["width"], image["height"]) for image in truth["images"]}
-    for number, row in enumerate(truth["annotations"]):
-        corner, sides, ends = row["bbox"][:2], row["bbox"][2:], sizes[row["image_id"]]
-        if any(x >= end or x + side <= 0 < side for x, side, end in zip(corner, sides, ends, strict=True)):
-            what = f"annotations[{number}]: 'bbox' is {row['bbox']}, outside its image of {ends} pixels"
-            raise CorruptFile(file, what)
+    rows, sizes = truth["annotations"], np.array([[image["width"], image["height"]] for image in truth["images"]])
+    corners, sides = np.split(rows.columns["bbox"], 2, axis=1)
+    ends = sizes[_number([image["id"] for image in truth["images"]], rows, "image_id")]
+    outside = ((corners >= ends) | ((corners + sides <= 0) & (sides > 0))).any(1)
+    if outside.any():
+        number = int(outside.argmax())
+        what = f"outside its image of {tuple(ends[number].tolist())} pixels"
+        raise CorruptFile(file, f"annotations[{number}]: 'bbox' is {rows[number]['bbox']}, {what}")
     if unknown := set(novel) - {*named.values()}:
         raise BadParameter("novel", sorted(unknown), sorted({*named.values()}))
     held = [i for i, name in named.items() if name in novel]
     return Boxes(own, file.parent, folder, truth, [i for i in named if i not in held], sorted(held))
 
 
-def read_annotations(path: str | Path) -> dict:
-    """An annotation file in COCO's or LVIS' format, checked against `SCHEMA`.
+def read_annotations(path: str | Path, shapes: bool = False) -> dict[str, Any]:
+    """An annotation file in COCO's or LVIS' format, checked against `SCHEMA`; "annotations" are `Rows`, with the
+    segmentations if `shapes`. Other fields than those that are used here are not kept.
 
     LVIS' images have a `coco_url` instead of a `file_name`; its last two parts are used.
 
     Raises `CorruptFile` with the path, the entry and the field.
     """
+    try:
+        text = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
+        file = msgspec.json.decode(text, type=_ShapedFile if shapes else _File)
+    except (OSError, ValueError, RecursionError):
+        return _read_odd(path, shapes)
+    parts = [row.segmentation for row in file.annotations] if shapes else None  # type: ignore[attr-defined]
+    images = [msgspec.to_builtins(image) for image in file.images]
+    found = {"images": _named(images), "annotations": Rows._of(file.annotations, parts), "categories": file.categories}
+    return found if _fits(found) else _read_odd(path, shapes)
+
+
+def _named(images: Iterable[dict]) -> list[dict]:
+    """Images with a `file_name`, from the `coco_url` of those that have none."""
+    named = []
+    for image in images:
+        url = image.pop("coco_url", None)
+        if "file_name" not in image and isinstance(url, str):
+            image["file_name"] = "/".join(url.split("/")[-2:])
+        named.append(image)
+    return named
+
+
+def _fits(found: Mapping[str, Any]) -> bool:
+    """Whether decoded annotations are as `SCHEMA` and `REFERENCES` say."""
+    images, rows, categories = found["images"], found["annotations"], found["categories"]
+    boxes, ids = rows.columns["bbox"], [image["id"] for image in images]
+    known = {category.get("id") for category in categories}
+    listed = [image.get(f"{kind}_category_ids", ()) for image in images for kind in LISTS]
+    return bool(
+        images
+        and categories
+        and all(fits(row.get(name)) for row in categories for name, fits in SCHEMA["categories"].items())
+        and all(fits(row.get(name)) for row in images for name, fits in SCHEMA["images"].items())
+        and len({*ids}) == len(ids)
+        and len(known) == len(categories)
+        and known.issuperset(itertools.chain.from_iterable(listed))
+        and (np.abs(boxes) <= LARGEST).all()
+        and (boxes[:, 2:] >= 0).all()
+        and (_number(ids, rows, "image_id") >= 0).all()
+        and (_number([*known], rows, "category_id") >= 0).all()
+    )
+
+
+def _number(ids: Sequence, rows: Rows, column: str) -> np.ndarray:
+    """The place among `ids` of each row's entry in a column; -1: not among them."""
+    return pd.Index(ids).get_indexer(rows.columns[column])
+
+
+def _read_odd(path: str | Path, shapes: bool) -> dict[str, Any]:
+    """As `read_annotations`, entry by entry: numbers that pandas wrote, and what is wrong with a file."""
     found = read_json(path)
 
     def wrong(detail: str) -> CorruptFile:
@@ -201,9 +361,8 @@ def read_annotations(path: str | Path) -> dict:
         for name in NUMBERS if isinstance(row, dict) else ():  # pandas writes 1.0
             if isinstance(value := row.get(name), float) and value.is_integer():
                 row[name] = int(value)
-    for image in found.get("images", ()):
-        if isinstance(image, dict) and "file_name" not in image and isinstance(image.get("coco_url"), str):
-            image["file_name"] = "/".join(image["coco_url"].split("/")[-2:])
+    if isinstance(found.get("images"), list) and all(isinstance(image, dict) for image in found["images"]):
+        found["images"] = _named(found["images"])
     known: dict[str, dict[object, int]] = {}
     for part, fields in SCHEMA.items():
         if not isinstance(found.get(part), list) or not (found[part] or part == "annotations"):
@@ -219,7 +378,7 @@ def read_annotations(path: str | Path) -> dict:
             values = values if isinstance(values, list) else [values]
             if lost := [v for v in values if not _is_id(v) or v not in known[others]]:
                 raise wrong(f"{part}[{number}]: '{name}' is {lost[0]!r}, which is none of '{others}'")
-    return found
+    return found | {"annotations": Rows.of(found["annotations"], shapes)}
 
 
 def _is_whole(value: object) -> bool:
@@ -241,8 +400,7 @@ def is_box(value: object) -> bool:
 
 def _is_file(value: object) -> bool:
     """Whether `value` is a path below the images' folder: a file must not make us read others."""
-    path = PureWindowsPath(value if isinstance(value, str) else "..")  # its parts end at / too
-    return not path.anchor and ".." not in path.parts
+    return isinstance(value, str) and not OUTSIDE.search(value)
 
 
 Fields = Mapping[str, Callable[[Any], bool]]
@@ -257,7 +415,8 @@ CAPTION: Fields = {"image_id": _is_id, "caption": lambda value: isinstance(value
 """The fields of an annotation in a file of captions."""
 NUMBERS = ("id", "image_id", "category_id", "width", "height", "iscrowd")
 REFERENCES = [("annotations", "image_id", "images"), ("annotations", "category_id", "categories")]
-REFERENCES += [("images", f"{kind}_category_ids", "categories") for kind in ("pos", "neg", "not_exhaustive")]
+LISTS = ("pos", "neg", "not_exhaustive")
+REFERENCES += [("images", f"{kind}_category_ids", "categories") for kind in LISTS]
 SHAPES: dict[str, Fields] = {
     "bbox": {"bbox": is_box},
     "segm": {"segmentation": lambda value: isinstance(value, dict) and {"size", "counts"} <= value.keys()},
@@ -303,10 +462,15 @@ def ov_coco(instances: Mapping, split: str) -> dict:
     that still have one. All 80 categories stay."""
     check_choice("split", split, ("train", "test"))
     kept = set(OV_COCO_BASE) | (set() if split == "train" else set(OV_COCO_NOVEL))
-    annotations = [a for a in instances["annotations"] if a["category_id"] in kept]
-    there = {a["image_id"] for a in annotations}
-    images = [image for image in instances["images"] if image["id"] in there]
-    return {**instances, "images": images, "annotations": annotations}
+    return _with_boxes(instances, lambda columns: np.isin(columns["category_id"], list(kept)))
+
+
+def _with_boxes(truth: Mapping, kept: Callable[[Mapping[str, np.ndarray]], np.ndarray]) -> dict:
+    """The annotations that are kept, and the images that have one."""
+    rows = Rows.of(truth["annotations"])
+    rows = rows.take(kept(rows.columns))
+    there = {*rows.columns["image_id"].tolist()}
+    return {**truth, "images": [image for image in truth["images"] if image["id"] in there], "annotations": rows}
 
 
 def ov_lvis(annotations: Mapping, split: str) -> dict:
@@ -316,10 +480,7 @@ def ov_lvis(annotations: Mapping, split: str) -> dict:
     if split == "test":
         return dict(annotations)
     rare = {category["id"] for category in annotations["categories"] if category["frequency"] == "r"}
-    kept = [a for a in annotations["annotations"] if a["category_id"] not in rare and not a.get("iscrowd")]
-    there = {a["image_id"] for a in kept}
-    images = [image for image in annotations["images"] if image["id"] in there]
-    return {**annotations, "images": images, "annotations": kept}
+    return _with_boxes(annotations, lambda c: ~np.isin(c["category_id"], list(rare)) & ~c["iscrowd"])
 
 
 @functools.cache

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..errors import BadParameter, CorruptFile, check_choice
 from . import DataSet, at, below, check_listed, decoding, entries, find, own_set, tables
 from .classification import Images, _class_folders, images_of_classes
-from .detection import Boxes, read_annotations
+from .detection import Boxes, Rows, read_annotations
 
 IMAGENET, COCO, ADE20K = "pretraining/imagenet-1k", "pretraining/coco", "pretraining/ade20k"
 SPLITS = {"train": "train", "test": "val"}  # ours -> the sets' own: papers test on their validation splits
@@ -42,15 +42,15 @@ class Instances(Boxes):
     """
 
     def __init__(self, dataset: DataSet, root: Path, file: Path, folder: Path, truth: Mapping):
-        super().__init__(dataset, root, folder, truth, [category["id"] for category in truth["categories"]], ())
+        shaped = {**truth, "annotations": Rows.of(truth["annotations"], shapes=True)}
+        super().__init__(dataset, root, folder, shaped, [category["id"] for category in truth["categories"]], ())
         self.file = file
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict]:
         image, target = super().__getitem__(index)
-        rows = self._rows[target.image_id]
         sides = target.boxes[:, 2:] - target.boxes[:, :2]
-        kept = [i for i in range(len(rows)) if not target.crowd[i] and (sides[i] > 0).all()]
-        masks = [self._mask(rows[i], *image.shape[1:]) for i in kept]
+        kept = (~target.crowd & (sides > 0).all(1)).nonzero()[:, 0]
+        masks = [self._mask(self.rows[int(self._places[index, 0] + i)], *image.shape[1:]) for i in kept]
         empty = torch.zeros((0, *image.shape[1:]), dtype=torch.uint8)
         return image, {
             "boxes": target.boxes[kept],
@@ -128,7 +128,7 @@ def load(
     elif name == COCO:
         truths = f"annotations/instances_{part}2017.json", f"instances_{part}2017.json"
         file = tables.existing(dataset, root, at(folder, *truths))
-        truth = read_annotations(file)
+        truth = read_annotations(file, shapes=True)
         if len(truth["categories"]) != dataset.classes:
             raise CorruptFile(file, f"{len(truth['categories'])} categories, {dataset.classes} are expected")
         found = Instances(dataset, root, file, at(folder, f"{part}2017", f"images/{part}2017"), truth)
