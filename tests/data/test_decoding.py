@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from companion.data.decoding import pixels, upright
+from companion.data.decoding import pixels, unit, upright
 
 NOISE = np.random.default_rng(0).integers(256, size=(45, 67, 4), dtype=np.uint8)
 SMOOTH = np.asarray(Image.fromarray(NOISE[..., :3]).resize((131, 77), Image.Resampling.BICUBIC))
@@ -27,6 +27,16 @@ def test_pixels_are_pils(tmp_path, name, mode):
         found = pixels(opened, mode)
         assert found.dtype == np.uint8 and found.flags.c_contiguous
         np.testing.assert_array_equal(found, np.asarray(again.convert(mode)))
+
+
+def test_a_large_jpeg_is_decoded_at_half_of_its_size_where_that_is_enough(tmp_path):
+    COLOUR.convert("L").resize((400, 300), Image.Resampling.BICUBIC).save(path := tmp_path / "a.jpg", quality=95)
+    whole = unit(path)
+    np.testing.assert_array_equal(whole, np.asarray(Image.open(path), np.float32) / 255)
+    np.testing.assert_array_equal(unit(path, shortest=151), whole)
+    half = unit(path, shortest=150)
+    assert half.shape == (150, 200) and unit(path, True, 75).shape == (75, 100, 3)
+    np.testing.assert_allclose(half, whole.reshape(150, 2, 200, 2).mean((1, 3)), atol=3 / 255)
 
 
 def test_upright_is_as_pil_rotates():

@@ -81,7 +81,8 @@ def pixels(image: Image.Image, mode: str = "RGB") -> np.ndarray:
     """
     if deep(image):
         return np.array(Image.fromarray(_eight(*_values(image))).convert(mode))
-    if image.format in ("JPEG", "PNG") and image.mode in ("L", mode) and "transparency" not in image.info:
+    fast = image.mode in ("L", mode) and "transparency" not in image.info and not getattr(image, "decoderconfig", ())
+    if fast and image.format in ("JPEG", "PNG"):
         try:
             data = read_file(getattr(image, "filename", ""))
             found = decode_image(data, ImageReadMode.RGB if mode == "RGB" else ImageReadMode.GRAY)
@@ -129,10 +130,11 @@ def upright(pixels: np.ndarray, info: dict[Any, Any]) -> np.ndarray:
     return np.array(ImageOps.exif_transpose(image))
 
 
-def unit(path: str | Path, colour: bool = False) -> np.ndarray:
+def unit(path: str | Path, colour: bool = False, shortest: int = 0) -> np.ndarray:
     """An image as float32 (H, W) in 0 to 1, at full bit depth; with `colour` (H, W, 3).
 
-    A DICOM's colour space, and first window or VOI LUT are applied; MONOCHROME1 is inverted.
+    A JPEG whose sides stay at least `shortest` is decoded at a half, quarter or eighth of its size, in half of the
+    time; 0: at its own size. A DICOM's colour space, and first window or VOI LUT are applied; MONOCHROME1 is inverted.
 
     Raises as `opened`.
     """
@@ -148,7 +150,10 @@ def unit(path: str | Path, colour: bool = False) -> np.ndarray:
             elif deep(image):
                 values = _unit(*_values(image))
             else:
-                return pixels(image, "RGB" if colour else "L").astype(np.float32) / 255
+                if shortest:
+                    image.draft(None, (shortest, shortest))
+                found = pixels(image, "RGB" if colour else "L")
+                return np.divide(found, np.float32(255), dtype=np.float32)  # in one pass
     if colour:
         return values if values.ndim == 3 else np.repeat(values[..., None], 3, 2)
     return values @ _GREY if values.ndim == 3 else values

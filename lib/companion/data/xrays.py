@@ -88,14 +88,14 @@ def tasks(name: str) -> tuple[str, ...]:
 # --- one image --------------------------------------------------------------------------------------------------------
 
 
-def read_image(path: str | Path, colour: bool = False) -> np.ndarray:
-    """An image as float32 (H, W) in 0 to 1; with `colour` (H, W, 3).
+def read_image(path: str | Path, colour: bool = False, shortest: int = 0) -> np.ndarray:
+    """An image as float32 (H, W) in 0 to 1; with `colour` (H, W, 3); for `shortest` see `decoding.unit`.
 
     Raises:
         FileNotFoundError: the file does not exist.
         CorruptFile: it is truncated, no image, or has no full scale; the path is in the message. See `decoding`.
     """
-    return decoding.unit(path, colour)
+    return decoding.unit(path, colour, shortest)
 
 
 def rle_mask(runs: str, side: int = RUN_SIDE) -> np.ndarray:
@@ -133,10 +133,14 @@ def _three(image: Tensor) -> Tensor:
     return image.expand(3, -1, -1)
 
 
+PRETRAIN_CROP = 0.2, 1.0  # of the image
+SHORTEST = round(448 / (PRETRAIN_CROP[0] * 3 / 4) ** 0.5)  # of an image, so that its smallest crop is not enlarged
+
+
 def pretrain_transform(size: int = 448) -> v2.Transform:
     """A crop of 20 to 100 %, bicubic, flipped with probability 0.5; as released, "left" and "right" in the reports are
     not changed."""
-    cut = v2.RandomResizedCrop(size, scale=(0.2, 1.0), interpolation=v2.InterpolationMode.BICUBIC)
+    cut = v2.RandomResizedCrop(size, scale=PRETRAIN_CROP, interpolation=v2.InterpolationMode.BICUBIC)
     return v2.Compose([cut, _clipped, v2.RandomHorizontalFlip(), *_coloured(PRETRAIN_MEAN, PRETRAIN_STD)])
 
 
@@ -239,6 +243,7 @@ class Pictures(Parts, Dataset):
     """
 
     each: ClassVar[tuple[str, ...]] = ("paths",)
+    shortest = 0  # side that a JPEG keeps when it is decoded at less than its size; 0: always its size
 
     def __init__(
         self,
@@ -282,7 +287,7 @@ class Pictures(Parts, Dataset):
         path = self._source(self.paths[i], functools.partial(at, self.folder))
         by = f"listed in {self.listing or self.name}"
         try:
-            values = torch.from_numpy(np.ascontiguousarray(read_image(path, colour)))
+            values = torch.from_numpy(np.ascontiguousarray(read_image(path, colour, self.shortest)))
         except FileNotFoundError:
             raise self.dataset.missing(self.root, f"{path} is {by}, but not there") from None
         except CorruptFile as error:
@@ -628,6 +633,7 @@ def reports(name: str | DataSet, root: str | Path, transform: Transform | None =
         if len(windows) != len(rows):
             raise CorruptFile(other, f"{len(windows)} windows for {len(rows)} images of {path.name}")
     images = Pictures(dataset, root, [row["img_path"] for row in rows], transform, path)
+    images.shortest = SHORTEST
     return Reports(images, [row["report"] for row in rows], statements, windows)
 
 
