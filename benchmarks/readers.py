@@ -91,10 +91,11 @@ def pairs(root: Path) -> tracking.Pairs:
     return tracking.Pairs(videos, COUNT // 4, min_frames=COUNT)
 
 
-def regions(root: Path) -> list[np.ndarray]:
+def region(root: Path, number: int) -> np.ndarray:
+    """One of the two regions of a slide."""
     tiles = Tiles(np.array([[0, 0], [2048, 0]]), np.ones(2), np.zeros(2), 2048, 0, 2048, PANDA.region)
     with Slide(root / "slide.tiff") as slide:
-        return [slide.region(x, y, tiles) for x, y in tiles.coords]
+        return slide.region(*tiles.coords[number], tiles)
 
 
 def plain(root: Path, *kinds: str, transform: Callable) -> Step:
@@ -110,7 +111,7 @@ def reading(make: Callable[[Path], Sequence], root: Path, transform: Callable | 
 
 
 def slides(root: Path) -> Step:
-    return lambda: regions(root) and None
+    return lambda: [region(root, i) for i in range(2)] and None
 
 
 def folder(root: Path) -> classification.Images:

@@ -208,7 +208,7 @@ def facts(runs: Mapping[str, Path], reports: Path) -> dict[str, Any]:
     for slug, measured in bench.items():
         code = code_hash(sources(ROOT / "benchmarks" / f"{slug}.py"))
         measured["older"] = measured.get("code") != code
-    files = bench.pop("readers")
+    files, feeding, scale = (bench.pop(name) for name in ("readers", "feeding", "scale"))
     return {
         "papers": papers,
         "everything": [claim for one in papers for claim in one["ledger"] or []],
@@ -219,6 +219,8 @@ def facts(runs: Mapping[str, Path], reports: Path) -> dict[str, Any]:
         "bench": bench,
         "ratios": [ratio(slug, measured["rows"][0]) for slug, measured in bench.items()],
         "files": files,
+        "feeding": feeding,
+        "scale": scale,
         "reading": [
             (html.escape(row["what"].removesuffix(" / ImageFolder")), [row["time_ratio"]], f"x, {row['fps']:,.0f}/s")
             for row in files["rows"]

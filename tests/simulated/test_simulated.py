@@ -86,8 +86,9 @@ HALF = ("dplq", "dmt", "sic_cads")
 @pytest.mark.slow
 @pytest.mark.parametrize("slug", slugs())
 def test_notebook(slug, tmp_path):
-    """All cells, and a dry run of the paper profile with small models, at the precision of the authors; of the papers in
-    HALF every training and evaluation is under bf16 autocast, its first step in float32 too.
+    """All cells, and a dry run of the paper profile with small models, at the precision of the authors.
+
+    Of the papers in HALF every training and evaluation is under bf16 autocast, its first step in float32 too.
 
     A CPU's float16 is forty times slower than float32: except for two papers, bfloat16 replaces it.
     """

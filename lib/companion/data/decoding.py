@@ -133,8 +133,8 @@ def upright(pixels: np.ndarray, info: dict[Any, Any]) -> np.ndarray:
 def unit(path: str | Path, colour: bool = False, shortest: int = 0) -> np.ndarray:
     """An image as float32 (H, W) in 0 to 1, at full bit depth; with `colour` (H, W, 3).
 
-    A JPEG whose sides stay at least `shortest` is decoded at a half, quarter or eighth of its size, in half of the
-    time; 0: at its own size. A DICOM's colour space, and first window or VOI LUT are applied; MONOCHROME1 is inverted.
+    A JPEG whose sides stay at least `shortest` is decoded at a half, quarter or eighth of its size; 0: at
+    its own. A DICOM's colour space, and first window or VOI LUT are applied; MONOCHROME1 is inverted.
 
     Raises as `opened`.
     """
