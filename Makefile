@@ -44,7 +44,7 @@ lint: $(INSTALLED)  ## ruff, formatting, types, import rules, and the committed 
 	$(BIN) -m ruff format --check .
 	$(BIN) -m mypy
 	$(BIN) -m pytest -q tests/test_imports.py
-	$(BIN) -m companion.ops.notebooks --check notebooks/*.ipynb
+	$(BIN) -m companion.runs.notebooks --check notebooks/*.ipynb
 
 test: $(INSTALLED)  ## unit tests, parity with the authors' code, a small site in a browser
 	OMP_NUM_THREADS=$(THREADS) $(PYTEST) $(COVERAGE) $(SIDE_BY_SIDE) $(LONGEST_FIRST) -m 'not slow' tests
@@ -75,7 +75,7 @@ bench: $(INSTALLED)  ## time each method and the plain backbone passes that it c
 	for script in $(filter-out benchmarks/bench.py benchmarks/gpu.py benchmarks/memory.py,$(wildcard benchmarks/*.py)); do $(BIN) "$$script" || exit 1; done
 
 notebooks: $(INSTALLED)  ## run the notebooks in place: writes their committed outputs, tables, claims and run records
-	$(BIN) -m companion.ops.notebooks notebooks/*.ipynb
+	$(BIN) -m companion.runs.notebooks notebooks/*.ipynb
 
 lock: $(INSTALLED)  ## write requirements.lock from the installed packages
 	$(BIN) .ci/lock.py > requirements.lock.new

@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 from companion.errors import BadParameter
-from companion.ops import batch
-from companion.ops.provenance import sources
+from companion.runs import batch
+from companion.io.provenance import sources
 
 batch.check(config)
 PROFILE = config.get("profile", "pocket")
@@ -73,7 +73,7 @@ PAPERMILL = """
     export OMP_NUM_THREADS={threads} COMPANION_PROGRESS={params.progress}
     unset MPLBACKEND  # the kernel's own backend puts figures into the notebook
     echo "{params.name}: started on {threads} thread(s)"
-    if {PYTHON:q} -m companion.ops.batch {params.gpu} {input.notebook} {params.draft:q} -k python3 --no-progress-bar \
+    if {PYTHON:q} -m companion.runs.batch {params.gpu} {input.notebook} {params.draft:q} -k python3 --no-progress-bar \
         {params.given} -p profile {wildcards.profile} -p out {params.out:q} > {log:q} 2>&1
     then
         mv {params.draft:q} {output:q}
@@ -201,7 +201,7 @@ rule study:
     shell:
         """
         echo "study of {wildcards.slug}: started"
-        {PYTHON:q} -m companion.toy.study {wildcards.slug} reports/pocket/{wildcards.slug} --workers {threads} \
+        {PYTHON:q} -m companion.studies.study {wildcards.slug} reports/pocket/{wildcards.slug} --workers {threads} \
             > {log} 2>&1 || {{ tail -n 40 {log}; exit 1; }}
         echo "study of {wildcards.slug}: done"
         """

@@ -12,7 +12,7 @@ from pathlib import Path
 import safetensors.torch
 
 import companion
-from companion.ops import papers
+from companion.io import papers
 
 checkout, installed = Path(sys.argv[1]).resolve(), Path(companion.__file__).resolve().parent
 if installed.is_relative_to(checkout):

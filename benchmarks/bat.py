@@ -19,8 +19,8 @@ import torch
 from bench import Step
 from torch import Tensor, nn
 
+from companion.io.files import read_json, write_json
 from companion.models import bat
-from companion.ops.files import read_json, write_json
 from companion.toy.encoders import tracker as pocket_tracker
 
 POCKET_FRAMES = 20  # one takes a few milliseconds

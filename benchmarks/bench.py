@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from companion.ops import record
-from companion.ops.files import read_json, write_between, write_json
-from companion.ops.papers import slugs
-from companion.ops.provenance import code_hash, sources
+from companion.io import record
+from companion.io.files import read_json, write_between, write_json
+from companion.io.papers import slugs
+from companion.io.provenance import code_hash, sources
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "reports" / "bench"

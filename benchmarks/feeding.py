@@ -20,14 +20,15 @@ import torch
 from PIL import Image
 
 from companion.data import attributes, classification, detection, domains, pretraining, slides, xrays
+from companion.io import record
+from companion.io.files import write_json
+from companion.io.papers import paper
+from companion.io.provenance import code_hash, sources
 from companion.models.dmt import recipe as dmt
 from companion.models.metasegnet import recipe as metasegnet
 from companion.models.sic_cads import recipe as sic_cads
 from companion.models.tip import recipe as tip
-from companion.ops import needs, record
-from companion.ops.files import write_json
-from companion.ops.papers import paper
-from companion.ops.provenance import code_hash, sources
+from companion.runs import needs
 
 COUNT = readers.COUNT
 

@@ -72,7 +72,7 @@ def speed(name: str, small: bool = False) -> dict:
     script."""
     import pytest
 
-    from companion.ops.needs import GPUS, peak
+    from companion.runs.needs import GPUS, peak
     from companion.training import fit as training
     from companion.training.callbacks import Callback
     from tests.conftest import parameters
@@ -156,8 +156,8 @@ def child(minutes: float, *words: str) -> dict | str:
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run all parts; returns 1 when one of them fails."""
-    from companion.ops import record
-    from companion.ops.files import write_json
+    from companion.io import record
+    from companion.io.files import write_json
     from tests.parity import runner
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])

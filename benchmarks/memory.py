@@ -19,8 +19,8 @@ import torch
 from gpu import BATCHES, FULL, larger
 from torch.utils.data import default_collate
 
-from companion.ops.files import atomic
-from companion.ops.papers import MODELS
+from companion.io.files import atomic
+from companion.io.papers import MODELS
 from tests.conftest import parameters  # gpu.py puts the checkout in the path
 from tests.training.test_precision import CASES
 

@@ -24,8 +24,8 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from companion.data import attributes, classification, detection, domains, landcover, restoration, tracking, xrays
+from companion.io.files import read_json, write_json
 from companion.models.hvit.slides import PANDA, Slide, Tiles, write_pyramid
-from companion.ops.files import read_json, write_json
 
 COUNT = 16
 SEEN = SimpleNamespace(size=224, mean=(0.5,) * 3, std=(0.5,) * 3)

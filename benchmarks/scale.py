@@ -32,10 +32,10 @@ from scipy.io import loadmat, savemat
 
 from companion import cli, data
 from companion.data import classification, detection, domains, tracking, xrays
-from companion.ops import record
-from companion.ops.files import write_json
-from companion.ops.papers import paper, slugs
-from companion.ops.provenance import code_hash, sources
+from companion.io import record
+from companion.io.files import write_json
+from companion.io.papers import paper, slugs
+from companion.io.provenance import code_hash, sources
 from companion.training.fit import _batches
 
 READ = 20_000  # items of a worker

@@ -34,10 +34,10 @@ from companion import data
 from companion.cli import commands
 from companion.evaluation import ablations
 from companion.evaluation.claims import SPREAD, SYNTHETIC, counts
-from companion.ops import needs
-from companion.ops.files import read_json
-from companion.ops.papers import FINDINGS, findings, paper, slugs
-from companion.ops.provenance import code_hash, sources
+from companion.io.files import read_json
+from companion.io.papers import FINDINGS, findings, paper, slugs
+from companion.io.provenance import code_hash, sources
+from companion.runs import needs
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent

@@ -17,12 +17,12 @@ from companion import backbones
 from companion.data import DATASETS, attributes, detection, xrays
 from companion.data import slides as slide_lists
 from companion.evaluation import ablations
+from companion.io import unpickle
+from companion.io.files import write_json
 from companion.models.dmt import Teachers
 from companion.models.dmt import build as dmt_vit
 from companion.models.dmt import cache as dmt_cache
 from companion.models.hvit import features, slides
-from companion.ops import unpickle
-from companion.ops.files import write_json
 from companion.training.checkpoints import Checkpoint
 from companion.training.fit import CPU
 from tests.data.test_attributes import pa100k

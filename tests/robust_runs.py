@@ -26,7 +26,7 @@ from companion.models.dmt import Teachers, build
 from companion.models.dmt import cache as dmt_cache
 from companion.models.ecamp import distil as ecamp_distil
 from companion.models.hvit.features import extract
-from companion.toy import study
+from companion.studies import study
 from companion.training import stored
 from companion.training.checkpoints import Checkpoint, trained_state
 from companion.training.fit import CPU, predict

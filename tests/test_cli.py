@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from companion import cli
-from companion.ops import needs, record, report
-from companion.ops.files import write_json
-from companion.ops.papers import paper
+from companion.io import record
+from companion.io.files import write_json
+from companion.io.papers import paper
+from companion.runs import needs, report
 from tests.parity.runner import ROOT as CASES
 from tests.parity.runner import Case
 from tests.rehearsal import bat

@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from companion import __version__
-from companion.ops.papers import paper, slugs
+from companion.io.papers import paper, slugs
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 import yaml
 
-from companion.ops.papers import slugs, threads
+from companion.io.papers import slugs, threads
 from tools import findings
 
 

@@ -26,8 +26,8 @@ from safetensors.torch import save_file
 from companion import backbones
 from companion.data import classification, detection, domains, landcover, pretraining, slides, tracking, xrays
 from companion.errors import CompanionError
+from companion.io.files import read_json
 from companion.models.sic_cads import detectors
-from companion.ops.files import read_json
 from tests.data.test_rasters import written
 
 ODD: dict[str, tuple[Callable[[Path], object], object]] = {}

@@ -41,7 +41,16 @@ class Workspace:
             shutil.copy(root / name, folder / name)
         package = folder / "lib" / "companion"
         package.mkdir(parents=True)
-        for name in ("__init__", "errors", "ops/__init__", "ops/batch", "ops/files", "ops/papers", "ops/provenance"):
+        for name in (
+            "__init__",
+            "errors",
+            "io/__init__",
+            "io/files",
+            "io/papers",
+            "io/provenance",
+            "runs/__init__",
+            "runs/batch",
+        ):
             (package / f"{name}.py").parent.mkdir(exist_ok=True)
             shutil.copy(root / "lib" / "companion" / f"{name}.py", package / f"{name}.py")
         (package / "models").mkdir()

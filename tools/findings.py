@@ -18,8 +18,8 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from companion.ops.files import read_json
-from companion.ops.papers import findings, paper, slugs
+from companion.io.files import read_json
+from companion.io.papers import findings, paper, slugs
 
 CASES = Path(__file__).parents[1] / "tests" / "recipes"
 PLACE = re.compile(

@@ -31,8 +31,8 @@ from torch import nn
 
 from . import packaged
 from .errors import BadCheckpoint, BadParameter, CorruptFile, MissingWeights, check_choice
-from .ops import unpickle
-from .ops.config import configure
+from .io import unpickle
+from .io.config import configure
 
 SECONDS = 5  # timeout of the hub
 # Our short names and the exact releases: `.orig_in21k` is Google's original ViT
@@ -285,7 +285,7 @@ def _openclip(name: str, tagless: bool = False) -> tuple[str, dict]:
 
 def hub_file(name: str, repository: str | None, files: list[str], download: bool) -> Path:
     """The path in the cache of the first of `files` that exists; with `download` it is downloaded."""
-    from .ops.papers import papers_with  # imported here because only an error needs it
+    from .io.papers import papers_with  # imported here because only an error needs it
 
     ways = [
         "with a file that you have: -p weights FILE of a notebook, or backbones.build(..., weights='FILE'), takes "

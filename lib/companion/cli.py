@@ -34,9 +34,9 @@ from types import SimpleNamespace
 
 from . import __version__, data  # what needs torch, or takes long, is imported where it is used
 from .errors import BadParameter, CompanionError
-from .ops import needs
-from .ops.files import check_folder
-from .ops.papers import accepted, paper, rules, slugs
+from .io.files import check_folder
+from .io.papers import accepted, paper, rules, slugs
+from .runs import needs
 
 
 def commands() -> dict[str, argparse.ArgumentParser]:
@@ -183,8 +183,8 @@ def doctor(given: argparse.Namespace) -> int:
     parameters."""
     import torch
 
-    from .ops import record
-    from .ops.files import read_json
+    from .io import record
+    from .io.files import read_json
     from .training.fit import device
 
     facts, root = paper(given.paper), Path(given.data_root)
@@ -303,7 +303,7 @@ def show_data(given: argparse.Namespace) -> int:
 
 def check_parity(given: argparse.Namespace) -> int:
     """Compare with the recorded cases of the checkout, by its own program."""
-    from .ops import cases
+    from .runs import cases
 
     words = [given.paper, "--accelerator", given.accelerator, *(["--recipe"] if given.recipe else [])]
     for name in ("checkpoint", "fixtures", "case"):
@@ -418,8 +418,9 @@ def run(given: argparse.Namespace) -> int:
     """
     import pandas as pd
 
-    from .ops import batch, record
-    from .ops.files import write_json
+    from .io import record
+    from .io.files import write_json
+    from .runs import batch
 
     config = batch.of_table(given.paper, given.table, given.data_root, given.dry_run)
     root = record.root()
@@ -444,7 +445,7 @@ def run(given: argparse.Namespace) -> int:
 
 def adopt(given: argparse.Namespace) -> int:
     """Copy a run's results to `reports/`, see `ops.adopt`."""
-    from .ops.adopt import adopt as copy
+    from .runs.adopt import adopt as copy
 
     print(copy(given.folder))
     return 0

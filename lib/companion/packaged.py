@@ -41,7 +41,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import CorruptFile
-from .ops.files import atomic, atomic_folder
+from .io.files import atomic, atomic_folder
 
 TEXT_FILES = ("config.json", "model.safetensors", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json")
 

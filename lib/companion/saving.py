@@ -33,8 +33,8 @@ from torch import Tensor, nn
 from . import __version__
 from .backbones import compare, input_of
 from .errors import BadParameter, CompanionError, CorruptFile, check_choice, check_names
-from .ops.config import as_json, build, config_of
-from .ops.files import atomic, atomic_folder
+from .io.config import as_json, build, config_of
+from .io.files import atomic, atomic_folder
 from .training import checkpoints
 
 FORMAT = "1"

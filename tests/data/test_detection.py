@@ -11,7 +11,7 @@ from PIL import Image
 from companion import data
 from companion.data.detection import caption_labels, load, own_folder, read_annotations
 from companion.errors import BadParameter, CorruptFile, MissingData
-from companion.ops.files import read_json, write_json
+from companion.io.files import read_json, write_json
 from tests.data.conftest import expect, picture, refused, unreadable
 from tests.parity.runner import ROOT as FIXTURES
 

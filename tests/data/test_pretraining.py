@@ -12,7 +12,7 @@ from PIL import Image
 from companion.data import status
 from companion.data.pretraining import ADE20K, COCO, IMAGENET, load, pictures
 from companion.errors import CorruptFile, MissingData
-from companion.ops.files import read_json, write_json
+from companion.io.files import read_json, write_json
 from tests.data.conftest import expect, picture, refused
 
 picture = partial(picture, size=(12, 8))

@@ -8,7 +8,7 @@ import pytest
 from companion import data
 from companion.data import DATASETS, decoding, real, tables
 from companion.errors import BadParameter, CompanionError, CorruptFile, MissingData
-from companion.ops.files import read_json
+from companion.io.files import read_json
 from tests.data.conftest import expect, refused
 
 SPLITS = ("train", "val", "trainval", "test", "all")

@@ -12,7 +12,7 @@ from companion import data
 from companion.data import restoration
 from companion.data.restoration import load, own_folder, read_captions
 from companion.errors import CorruptFile, MissingData
-from companion.ops.files import write_json
+from companion.io.files import write_json
 from tests.data.conftest import expect, refused, unreadable
 
 

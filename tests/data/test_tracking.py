@@ -13,7 +13,7 @@ from companion import data
 from companion.data import DATASETS, tracking
 from companion.data.tracking import ATTRIBUTES, Pairs, Sequence, crop, ground_truth, load, read_frame, read_results
 from companion.errors import BadParameter, CompanionError, CorruptFile, MissingData
-from companion.ops.files import read_json
+from companion.io.files import read_json
 from tests.data.conftest import expect, picture, refused, unreadable
 from tests.parity import fill
 

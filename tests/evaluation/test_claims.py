@@ -17,8 +17,8 @@ from companion.evaluation.claims import (
     rates,
     within,
 )
-from companion.ops import report
-from companion.ops.papers import paper, slugs
+from companion.io.papers import paper, slugs
+from companion.runs import report
 
 REACHED = {"of": ["ours", "mA"], "at_least": 88.0}
 AHEAD = {"of": ["ours", "mA"], "over": ["baseline", "mA"], "by": 1.5}

@@ -4,7 +4,7 @@ import pytest
 
 from companion.data import DATASETS
 from companion.evaluation.tables import published_table
-from companion.ops.papers import paper, slugs
+from companion.io.papers import paper, slugs
 from tests.conftest import parameters
 
 

@@ -13,7 +13,7 @@ import sys
 import torch
 
 from companion.errors import BadParameter, CompanionError, CorruptFile, check_choice
-from companion.ops.files import atomic
+from companion.io.files import atomic
 from tests.recipes import runner as recipes
 
 from . import runner

@@ -44,7 +44,7 @@ from torch import Tensor, nn
 
 from companion.backbones import read_state
 from companion.errors import BadCheckpoint, BadParameter, CompanionError, CorruptFile, MissingData, check_choice
-from companion.ops.files import read_json
+from companion.io.files import read_json
 
 from . import fill
 

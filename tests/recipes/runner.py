@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from companion.errors import CompanionError, CorruptFile, MissingData, check_choice
-from companion.ops.files import read_json
+from companion.io.files import read_json
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,9 +22,9 @@ from torch.utils.data import TensorDataset
 
 from companion import backbones
 from companion.data import DATASETS, classification
+from companion.io.papers import paper
 from companion.models.sa2vp import SA2VP, SA2VPSwin, recipe
 from companion.models.sa2vp.model import TwoPathways, two_pathway_loss
-from companion.ops.papers import paper
 from companion.training.callbacks import Callback
 from companion.training.fit import CPU, fit
 from companion.training.recipe import Training

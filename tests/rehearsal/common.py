@@ -21,8 +21,8 @@ import pytest
 from torch.utils.data import DataLoader
 
 from companion.errors import CompanionError
-from companion.ops import needs
-from companion.ops.papers import paper
+from companion.io.papers import paper
+from companion.runs import needs
 from tests.conftest import parameters
 from tests.small import shrink
 

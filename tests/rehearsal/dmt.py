@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from companion.data.pretraining import ADE20K, COCO, IMAGENET
-from companion.ops.files import read_json, write_json
+from companion.io.files import read_json, write_json
 from tests.data import test_pretraining as layouts
 from tests.rehearsal.common import Fault, moved, without
 

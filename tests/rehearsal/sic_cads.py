@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from companion.io.files import read_json, write_json
 from companion.models.sic_cads import recipe
-from companion.ops.files import read_json, write_json
 from companion.training.checkpoints import save
 from tests.conftest import parameters
 from tests.data import test_detection as layouts

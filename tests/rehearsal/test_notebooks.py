@@ -7,7 +7,7 @@ import sys
 import pandas as pd
 import pytest
 
-from companion.ops.files import read_json
+from companion.io.files import read_json
 from tests.conftest import ROOT
 from tests.rehearsal.common import runs
 

@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 
-from companion.ops.papers import slugs
+from companion.io.papers import slugs
 from tests.conftest import parameters
 from tests.rehearsal import common
 from tests.small import shrink

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from companion.data import restoration
-from companion.ops.files import write_json
+from companion.io.files import write_json
 from tests.data.conftest import expect
 from tests.data.test_restoration import picture
 from tests.rehearsal.common import Fault, moved, without

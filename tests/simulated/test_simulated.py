@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from companion.ops.papers import paper, slugs
+from companion.io.papers import paper, slugs
 from tests.conftest import ROOT
 from tests.parity import runner
 

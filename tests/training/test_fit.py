@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, TensorDataset, default_collate
 
 from companion.data import spaced
 from companion.errors import CompanionError, CorruptFile
-from companion.ops.papers import paper, slugs
+from companion.io.papers import paper, slugs
 from companion.training import checkpoints, recipe
 from companion.training.callbacks import Callback, ClipNorm, ClipValue, EarlyStop, Lookahead
 from companion.training.checkpoints import Checkpoint

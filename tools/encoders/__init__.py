@@ -19,7 +19,7 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from companion.ops.files import atomic
+from companion.io.files import atomic
 from companion.toy import encoders
 
 # tensors that are no parameters: the statistics of batch norms, the classes of a zero-shot classifier

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 from torchvision.transforms import v2
 
+from companion.io.progress import progress
 from companion.models.dmt.model import DMT, loss
 from companion.models.dmt.vit import ViT
-from companion.ops.progress import progress
 from companion.toy import scenes
 from companion.toy.encoders import photo_student
 from companion.training.fit import CPU, fit

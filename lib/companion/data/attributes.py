@@ -31,8 +31,8 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from ..errors import CorruptFile, check_choice
-from ..ops import unpickle
-from ..ops.config import configure
+from ..io import unpickle
+from ..io.config import configure
 from . import DataSet, at, entries, facts, find, inside, own_set, tables, told
 from .classification import Images, _normalised, _to_tensor
 from .decoding import SUFFIXES

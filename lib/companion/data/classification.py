@@ -29,8 +29,8 @@ from torchvision.datasets.folder import make_dataset
 from torchvision.transforms import v2
 
 from ..errors import BadParameter, CorruptFile, check_choice
-from ..ops.config import configure
-from ..ops.files import atomic_folder, read_json, write_json
+from ..io.config import configure
+from ..io.files import atomic_folder, read_json, write_json
 from . import DataSet, Parts, at, below, check_listed, decoding, facts, fetched, find, inside, own_set, tables
 
 SPLITS = ("train", "val", "trainval", "test")

@@ -29,7 +29,7 @@ from torch import Tensor
 from torchvision.ops import box_convert
 
 from ..errors import BadParameter, CompanionError, CorruptFile, check_choice
-from ..ops.files import read_json
+from ..io.files import read_json
 from . import OUTSIDE, DataSet, at, below, decoding, facts, find, own_set, tables
 from .classification import Images
 

@@ -33,8 +33,8 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from ..errors import CompanionError, CorruptFile, check_choice
-from ..ops.config import configure
-from ..ops.files import read_json
+from ..io.config import configure
+from ..io.files import read_json
 from . import DataSet, at, below, check_listed, facts, fetched, find, inside, own_set, tables
 from .classification import (
     SPELLED,

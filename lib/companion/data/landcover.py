@@ -30,7 +30,7 @@ from torchvision import tv_tensors
 from torchvision.datasets.utils import download_and_extract_archive
 
 from ..errors import BadParameter, CorruptFile, check_choice, check_names
-from ..ops.files import atomic
+from ..io.files import atomic
 from . import DataSet, Parts, at, climate, downloading, entries, facts, find, own_set, tables
 from .rasters import SUFFIXES, Raster, quiet
 

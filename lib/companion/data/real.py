@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from ..errors import MissingData
-from ..ops import record
+from ..io import record
 
 
 def root() -> Path:

@@ -24,7 +24,7 @@ from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.transforms.v2.functional import to_dtype
 
 from ..errors import CorruptFile, check_choice
-from ..ops.files import read_json
+from ..io.files import read_json
 from . import DataSet, at, check_listed, decoding, entries, facts, fetched, find, inside, own_set, tables
 from .classification import Images, images_of_classes
 

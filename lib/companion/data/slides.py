@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from ..errors import BadParameter, CorruptFile, MissingData, check_choice
-from ..ops.files import atomic, atomic_folder, sha256
+from ..io.files import atomic, atomic_folder, sha256
 from . import DataSet, Parts, at, entries, find, tables
 
 SPLITS = ("train", "tune", "test")

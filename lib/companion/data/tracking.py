@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..errors import BadParameter, CompanionError, CorruptFile, MissingData, check_choice
-from ..ops.files import atomic
+from ..io.files import atomic
 from . import DataSet, at, decoding, entries, facts, find, spaced, tables
 from .tracking_crops import (  # noqa: F401  (names of this module for its users)
     BRIGHTNESS,

@@ -38,8 +38,8 @@ from torchvision.ops import box_convert
 from torchvision.transforms import v2
 
 from ..errors import BadParameter, CorruptFile, check_choice, check_names
-from ..ops.config import configure
-from ..ops.files import atomic
+from ..io.config import configure
+from ..io.files import atomic
 from . import DataSet, Parts, at, check_listed, decoding, downloading, facts, find, inside, own_set, tables
 
 _FACTS = facts("xrays")

@@ -1,17 +1,74 @@
-"""The committed rows of an ablation study: reading, selected learning rates, means over seeds."""
+"""What an ablation study compares; its committed rows: reading, selected learning rates, means over seeds."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from ..errors import CorruptFile
-from ..ops.files import read_json
-from ..ops.provenance import PACKAGE, code_hash, sources
+from ..io.files import read_json
+from ..io.provenance import PACKAGE, code_hash, sources
+from ..training.fit import History
 
 KEYS = ["stage", "task", "method", "learning_rate", "seed"]
+SELECTION_SEEDS = (100, 101, 102)
+SEEDS = tuple(range(200, 210))
+
+
+@dataclass(frozen=True)
+class Study:
+    """What one ablation compares, and how a row is made: the STUDY of `toy.<paper>`, or of `studies.<paper>_real`.
+
+    Attributes:
+        tasks: the methods of each task.
+        learning_rates: the grid, ascending.
+        budget: of every trained method, as text.
+        data: from task, seed and split ("train", "val", "trainval", "test") to that data.
+        fit: from method, task, data, learning rate and seed to the trained model and the history.
+        score: from model, task and data to the metrics in percent, rounded.
+        metric: that selects the learning rate.
+        untrained: methods that are only tested, with learning rate 0.
+        selection_seeds, seeds: those to select with and those to test on.
+    """
+
+    tasks: Mapping[str, Sequence[str]]
+    learning_rates: Sequence[float]
+    budget: str
+    data: Callable[[str, int, str], Any]
+    fit: Callable[[str, str, Any, float, int], tuple[Any, History]]
+    score: Callable[[Any, str, Any], Mapping[str, float]]
+    metric: str = "accuracy"
+    untrained: Sequence[str] = ()
+    selection_seeds: Sequence[int] = SELECTION_SEEDS
+    seeds: Sequence[int] = SEEDS
+
+    def row(self, stage: str, task: str, method: str, learning_rate: float, seed: int) -> dict:
+        """One row: trained on "train" and scored on "val" at the stage "select", on "trainval" and "test" at "test"."""
+        start = time.process_time()
+        learn, held_out = ("train", "val") if stage == "select" else ("trainval", "test")
+        model, history = self.fit(method, task, self.data(task, seed, learn), learning_rate, seed)
+        scores = self.score(model, task, self.data(task, seed, held_out))
+        last = round(float(np.mean([step["loss"] for step in history[-20:]])), 4) if history else 0.0
+        row: dict[str, Any] = {
+            "stage": stage,
+            "task": task,
+            "method": method,
+            "learning_rate": learning_rate,
+            "seed": seed,
+        }
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad) if history else 0
+        return row | dict(scores) | {"loss": last, "trained": trained, "seconds": round(time.process_time() - start, 1)}
+
+
+def source(name: str) -> Path:
+    """The module of a study: `toy.<paper>`, or `studies.<paper>_real` on real images."""
+    return PACKAGE / ("studies" if name.endswith("_real") else "toy") / f"{name}.py"
 
 
 def frame(rows: list[dict] | pd.DataFrame, metric: str) -> pd.DataFrame:
@@ -115,7 +172,7 @@ def bar_tables(
 def stale(paper: str, folder: str | Path) -> bool:
     """Whether the current code neither produced the rows of the study nor reproduced some of them."""
     facts = read_json(Path(folder) / "study.json")
-    today = code_hash(sources(PACKAGE / "toy" / f"{paper}.py"))
+    today = code_hash(sources(source(paper)))
     return today not in (facts.get("code"), facts.get("rechecked", {}).get("code"))
 
 
@@ -137,5 +194,5 @@ def notice(slug: str, folder: Path) -> str:
         text += f" ({here} of them compared with the earlier code on another processor)." if here else "."
     if not stale(slug, folder):
         return text
-    again = f"run python -m companion.toy.study {slug} (see its module)"
+    again = f"run python -m companion.studies.study {slug} (see its module)"
     return f"{text} It is OLDER than the current code: {again}."

@@ -11,8 +11,8 @@ from typing import Any
 import pandas as pd
 
 from ..errors import check_choice
-from ..ops.files import atomic
-from ..ops.papers import paper
+from ..io.files import atomic
+from ..io.papers import paper
 
 
 def published_table(slug: str, table: str) -> pd.DataFrame:

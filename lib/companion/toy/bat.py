@@ -36,17 +36,17 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from ..data.tracking import Pairs, ground_truth
+from ..evaluation.ablations import Study
 from ..evaluation.metrics.tracking import evaluate, iou
+from ..io.config import configure
 from ..models.bat import BAT, FeatureFusion, FullFineTuning, HigherPeak, OSTrack, recipe
 from ..models.bat.model import Adapter, halves
 from ..models.bat.tracking import Frames
-from ..ops.config import configure
 from ..training.callbacks import ClipNorm
 from ..training.fit import CPU, History, fit
 from ..training.schedules import adamw
 from .encoders import tracker as small_tracker
 from .scenes import PHOTOGRAPHS, SPLITS, Cut, photograph, quantise, tiles
-from .study import Study
 
 CANVAS = 128  # side of every frame, in pixels
 OPENING, SEGMENT = 3, 7  # frames of the well-lit start and of each of the three segments that follow it

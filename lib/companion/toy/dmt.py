@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 from torchvision.transforms.v2.functional import to_dtype
 
+from ..evaluation.ablations import Study
 from ..models.dmt.downstream import Features, ridge
 from ..models.dmt.model import DMT, Teachers, loss
 from ..models.dmt.vit import ViT, build
@@ -38,7 +39,6 @@ from ..training.schedules import adamw
 from . import scenes
 from .encoders import teachers
 from .scenes import SIZE, SPLITS, quantise
-from .study import Study
 
 TEXTURES = ("brick", "coins", "grass", "gravel", "page", "stars", "temple", "tissue")
 SHAPES = ("disc", "ring", "cross", "square")

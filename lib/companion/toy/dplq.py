@@ -43,6 +43,7 @@ from .. import backbones
 from ..data import fewshot
 from ..data.domains import clip_transform
 from ..errors import check_choice
+from ..evaluation.ablations import Study
 from ..models.dplq.model import DPLQ, TEST_BATCH, NoFeatures, loss
 from ..models.layers import coop
 from ..models.layers.clip_prompting import ImageFeatures, PromptedCLIP
@@ -51,7 +52,6 @@ from ..training.schedules import adamw
 from . import encoders
 from .encoders import domain_mae
 from .scenes import HUES, PLACES, SHAPES, SIZE, canvas, coverage, cut, quantise
-from .study import Study
 from .tokens import Tokenizer
 
 EACH = {"train": 16, "val": 20, "test": 40}  # images of each class

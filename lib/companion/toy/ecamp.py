@@ -36,6 +36,7 @@ from torch.utils.data import TensorDataset
 from ..backbones import read_state
 from ..data.xrays import write_reports
 from ..errors import check_choice
+from ..evaluation.ablations import Study
 from ..evaluation.metrics import radiology
 from ..models.ecamp import model as ecamp
 from ..models.ecamp import variants
@@ -45,7 +46,6 @@ from ..training.fit import CPU, History, fit, predict
 from ..training.schedules import adamw
 from .encoders import weights_file
 from .scenes import SPLITS
-from .study import Study
 
 SIZE = 64  # side of every image, in pixels
 FINDINGS = ("nodule", "effusion", "pneumothorax", "opacity")

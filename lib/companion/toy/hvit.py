@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from ..errors import check_choice
+from ..evaluation.ablations import Study
 from ..models.hvit import model as hvit
 from ..models.hvit.recipe import kappa, voted
 from ..models.hvit.slides import Tiling, tensor, write_pyramid
@@ -42,7 +43,6 @@ from ..training.schedules import adamw
 from .encoders import slide_dino
 from .encoders.slide_dino import SIDE
 from .scenes import SPLITS, photograph, quantise, tiles
-from .study import Study
 
 TASKS = ("place", "count")
 PATCH, REGIONS = 32, 5  # pixels per patch, regions per slide

@@ -43,6 +43,7 @@ from torch.utils.data import TensorDataset
 
 from .. import backbones
 from ..errors import check_choice
+from ..evaluation.ablations import Study
 from ..evaluation.metrics import landcover as metrics
 from ..models.metasegnet.climate import Prompts, headless
 from ..models.metasegnet.model import MetaSegNet
@@ -50,7 +51,6 @@ from ..models.metasegnet.text import BertText, TextEncoder, Words
 from ..training.fit import CPU, Batch, History, fit
 from ..training.schedules import adamw
 from .scenes import SPLITS, photograph, quantise, tiles
-from .study import Study
 
 SIZE = 64  # side of every image, in pixels
 # OpenEarthMap's, with its colours

@@ -32,9 +32,10 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from torchvision.transforms import v2
 
+from ..evaluation.ablations import Study
 from ..evaluation.metrics.attributes import evaluate
+from ..io.config import configure
 from ..models.promptpar import PromptPAR, Settings, loss
-from ..ops.config import configure
 from ..training.callbacks import ClipNorm
 from ..training.fit import CPU, Batch, History, fit, predict
 from ..training.schedules import adamw
@@ -42,7 +43,6 @@ from . import encoders
 from .encoders.pedestrian_clip import tokenizer
 from .encoders.vit_and_clip import pixels
 from .scenes import PHOTOGRAPHS, cut, photograph, quantise, tiles
-from .study import Study
 
 HEIGHT, WIDTH = 64, 32  # of every image, in pixels
 COLOURS = ("red", "blue", "green", "grey")

@@ -33,13 +33,13 @@ from torch.utils.data import TensorDataset
 from .. import backbones
 from ..data.classification import resize_transform
 from ..errors import check_choice
+from ..evaluation.ablations import Study
 from ..models.layers import vpt
 from ..models.sa2vp import SA2VP, recipe
 from ..models.sa2vp.model import AlignedAttention, neighbourhood
 from ..training.fit import CPU, Hardware, History, fit, predict
 from . import encoders
 from .scenes import PLACES, SIZE, SPLITS, canvas, cut, quantise, scene
-from .study import Study
 
 TEXTURES = (
     "brick",

@@ -36,19 +36,19 @@ from ..backbones import Input
 from ..data import detection as data
 from ..data import own_set
 from ..errors import check_choice
+from ..evaluation.ablations import Study
 from ..evaluation.metrics.detection import evaluate
+from ..io.files import write_json
 from ..models.sic_cads import model as sic_cads
 from ..models.sic_cads.detectors import Output
 from ..models.sic_cads.detectors import rows as coco_rows
 from ..models.sic_cads.predictions import BRANCHES, branch_scores, recognition
-from ..ops.files import write_json
 from ..training.fit import CPU, History, fit
 from ..training.schedules import adamw
 from .encoders import detector as encoders
 from .encoders.detector import SIDE
 from .encoders.vit_and_clip import pixels
 from .scenes import SPLITS, cut, photograph, quantise, tiles
-from .study import Study
 
 COUNTS = {"train": 900, "val": 200, "test": 300}
 LOOKS = ("plain", "hard", "hidden")

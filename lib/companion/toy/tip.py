@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 from torchvision.transforms.v2.functional import to_dtype
 
+from ..evaluation.ablations import Study
 from ..evaluation.metrics.restoration import psnr, ssim
 from ..models.tip import model as tip
 from ..models.tip import recipe
@@ -42,7 +43,6 @@ from ..training.schedules import adamw
 from .encoders import texture_prior as prior
 from .encoders.texture_prior import KINDS
 from .scenes import PHOTOGRAPHS, SPLITS, photograph, quantise, tiles
-from .study import Study
 
 SIZE = 16  # side of every image, in pixels
 CONTRASTS = (0.15, 0.4, 0.7, 1.0)

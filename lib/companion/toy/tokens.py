@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..ops.config import configure
+from ..io.config import configure
 
 # The order is part of the shipped weights: append only (the text tower has room for 64 ids, `END` is the last one).
 WORDS = (

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import BadParameter, CorruptFile
-from ..ops.files import atomic, full_disk_is_said
+from ..io.files import atomic, full_disk_is_said
 
 LONGEST = 600  # seconds of a training that a kill costs
 PAUSE = 20  # between two checkpoints, times the whole seconds that the first took to write

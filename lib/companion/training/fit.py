@@ -33,8 +33,8 @@ from torch.multiprocessing import ProcessRaisedException, start_processes
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from ..errors import BadParameter, CompanionError, check_choice
-from ..ops.papers import paper
-from ..ops.progress import progress
+from ..io.papers import paper
+from ..io.progress import progress
 from .callbacks import Callback, Loop
 from .checkpoints import Checkpoint, as_json, plain, trained_state
 from .schedules import MakeOptimizer, Schedule

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ..ops import record
-from ..ops.files import write_json
+from ..io import record
+from ..io.files import write_json
 from .callbacks import Callback, Loop
 from .checkpoints import Checkpoint, save, trained_state
 from .fit import Hardware, History, Loss, RunParameters, device, fit

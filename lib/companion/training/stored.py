@@ -19,7 +19,7 @@ from numpy.lib.format import open_memmap
 from torch import Tensor
 
 from ..errors import CompanionError, CorruptFile
-from ..ops.files import atomic, read_json, write_json
+from ..io.files import atomic, read_json, write_json
 
 EVERY = 128  # results in a file of `saved`: a multiple of the batches of tests, which a resumed one then has too
 FLUSHED = 60  # seconds between two records of the rows that `fill` has written

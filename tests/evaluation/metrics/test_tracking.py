@@ -8,7 +8,7 @@ import pytest
 from companion.data.tracking import Sequence, ground_truth, read_results, write_results
 from companion.errors import CompanionError
 from companion.evaluation.metrics.tracking import evaluate
-from companion.ops.files import read_json
+from companion.io.files import read_json
 from tests.models.common import refuses
 
 FIXTURE = read_json(Path(__file__).parents[2] / "parity" / "bat" / "metrics" / "case.json")

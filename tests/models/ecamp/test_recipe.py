@@ -14,8 +14,8 @@ from timm.models.vision_transformer import VisionTransformer
 from companion.data import decoding, xrays
 from companion.errors import BadCheckpoint, MissingWeights
 from companion.evaluation.claims import judge_measured
+from companion.io.papers import paper
 from companion.models.ecamp import recipe
-from companion.ops.papers import paper
 from companion.training import fit as loop
 from companion.training.recipe import run
 from tests.conftest import parameters

@@ -325,7 +325,7 @@ LARGE = """
 import sys, torch
 from companion.models import hvit
 from companion.models.hvit import features, slides
-from companion.ops import record
+from companion.io import record
 torch.set_num_threads(1)
 model = hvit.build("pocket", patches=4).eval()
 tiling = slides.Tiling(region=1024, mpp=0.5, otsu=True, area=4)

@@ -96,7 +96,7 @@ def test_no_half_map_is_left(tmp_path):
 
 LARGE = """
 import sys, torch
-from companion.ops import record
+from companion.io import record
 from companion.models.metasegnet import MetaSegNet, geotiff
 torch.set_num_threads(1)
 net = MetaSegNet.build(8, size="pocket").eval()

@@ -8,9 +8,9 @@ import timm
 import torch
 
 from companion.errors import BadCheckpoint, CorruptFile, MissingData, MissingWeights
+from companion.io.files import write_json
 from companion.models.sic_cads import detectors, predictions, recipe
 from companion.models.sic_cads import model as sic_cads
-from companion.ops.files import write_json
 from companion.training.checkpoints import save
 from companion.training.fit import Hardware
 from tests.conftest import parameters

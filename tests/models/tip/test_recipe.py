@@ -14,9 +14,9 @@ pytest.importorskip("diffusers")
 
 from companion.errors import BadCheckpoint, CorruptFile, MissingData, MissingWeights
 from companion.evaluation.metrics.restoration import psnr
+from companion.io.files import read_json
 from companion.models.tip import TIPPipeline, load_adaptor, recipe, save_adaptor
 from companion.models.tip.degradations import BLIND, TASKS, Degraded
-from companion.ops.files import read_json
 from tests.conftest import interrupted, parameters
 from tests.models.common import refuses
 from tests.models.tip.test_model import save_narrow

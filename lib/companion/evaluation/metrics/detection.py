@@ -21,7 +21,7 @@ from faster_coco_eval import COCO, COCOeval_faster
 
 from ...data.detection import check_results, is_box
 from ...errors import BadParameter, CorruptFile, check_choice
-from ...ops.files import read_json
+from ...io.files import read_json
 from . import check_values
 
 BLOCK = 250_000  # images x classes scored at once: about half a GB

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...errors import check_choice
-from ...ops.config import configure
+from ...io.config import configure
 from ..layers.frozen import frozen_copy
 from .model import BAT, Tracks, halves, streams
 from .ostrack import OSTrack, Prediction

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ...errors import BadParameter
-from ...ops.config import configure
+from ...io.config import configure
 from ..layers import attend, state_dicts
 from ..layers.attend import attention_map
 from ..layers.frozen import frozen_copy

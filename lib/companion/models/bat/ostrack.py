@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ... import backbones
 from ...errors import BadParameter, MissingWeights
-from ...ops.config import configure
+from ...io.config import configure
 from ..layers import state_dicts
 from ..layers.heads import vit_sizes
 from ..layers.pos_embed import resize_pos_embed

@@ -17,7 +17,7 @@ from ...data import tracking as data
 from ...errors import BadParameter, MissingWeights
 from ...evaluation.metrics.tracking import Scores, evaluate
 from ...evaluation.tables import Cells, Results
-from ...ops import papers
+from ...io import papers
 from ...training.callbacks import ClipNorm
 from ...training.fit import Batch, Hardware, RunParameters
 from ...training.recipe import Training, dry_items

@@ -23,9 +23,9 @@ from torch import nn
 
 from ...data.tracking import box_from_crop, clip_box, crop, normalise, read_frame, read_results, write_results
 from ...errors import BadParameter, CompanionError, CorruptFile
-from ...ops.config import config_of
-from ...ops.files import atomic, read_json, write_json
-from ...ops.progress import progress
+from ...io.config import config_of
+from ...io.files import atomic, read_json, write_json
+from ...io.progress import progress
 from ...training.checkpoints import checkpoint_key
 from ...training.fit import Hardware, evaluating
 from .ostrack import decode, hann

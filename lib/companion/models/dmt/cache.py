@@ -26,8 +26,8 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from ...data import spaced
 from ...errors import BadParameter, CompanionError, check_choice, check_range
-from ...ops.files import read_json
-from ...ops.progress import progress
+from ...io.files import read_json
+from ...io.progress import progress
 from ...training import stored
 from ...training.checkpoints import checkpoint_key
 from ...training.fit import AUTO, Hardware, evaluating

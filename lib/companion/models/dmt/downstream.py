@@ -38,8 +38,8 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign, box_convert
 from torchvision.transforms import InterpolationMode, v2
 
-from ...ops.config import configure
-from ...ops.progress import progress
+from ...io.config import configure
+from ...io.progress import progress
 from ...training.fit import AUTO, Hardware, History, evaluating, fit, same_shapes
 from ...training.schedules import adamw, learning_rates
 from ...training.stored import saved

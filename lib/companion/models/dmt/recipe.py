@@ -26,8 +26,8 @@ from ...data.pretraining import COCO, IMAGENET
 from ...errors import BadParameter, MissingWeights
 from ...evaluation.metrics import accuracy, detection, landcover
 from ...evaluation.tables import Cells, Results, published_table, with_measured
-from ...ops import papers
-from ...ops.progress import progress
+from ...io import papers
+from ...io.progress import progress
 from ...training import checkpoints
 from ...training.fit import Hardware, Loss, RunParameters, apart, device, evaluating, predict
 from ...training.recipe import Training, dry_items

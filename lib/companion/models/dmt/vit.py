@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ...errors import check_choice
-from ...ops.config import configure
+from ...io.config import configure
 from ..layers.attend import attention_map, qkv
 from ..layers.heads import vit_sizes
 from ..layers.mae import initialise, visible_tokens

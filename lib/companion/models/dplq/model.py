@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from ... import backbones
 from ...errors import BadParameter, MissingWeights, check_choice
-from ...ops.config import configure
+from ...io.config import configure
 from ..layers import mae
 from ..layers.clip_prompting import (
     LEARNER,

@@ -21,7 +21,7 @@ from ...data.domains import CLASSES
 from ...errors import BadParameter, MissingWeights
 from ...evaluation import metrics
 from ...evaluation.tables import Cells, Results, compare_published, published_table
-from ...ops import papers
+from ...io import papers
 from ...training.fit import Hardware, History, RunParameters, predict
 from ...training.recipe import Training, dry_items
 from ...training.recipe import run as train

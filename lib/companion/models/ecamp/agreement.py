@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from ...data.openi import Report
-from ...ops.papers import paper
+from ...io.papers import paper
 from .distil import FORM, Rules, entities_in
 
 HEADINGS: dict[str, list[str]] = paper("ecamp")["headings"]

@@ -21,7 +21,7 @@ from torchvision.ops import Conv2dNormActivation, batched_nms, box_convert, box_
 
 from ...data.xrays import squeeze_transform
 from ...errors import BadParameter
-from ...ops.config import configure
+from ...io.config import configure
 from ..layers.heads import vit_sizes
 from ..layers.predicting import Images, Names, Shapes, Transform, batches, grey
 from ..layers.state_dicts import OfficialModel, below, check_names

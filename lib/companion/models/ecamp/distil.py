@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ...errors import BadParameter, CannotWrite, CompanionError, CorruptFile, MissingWeights
-from ...ops.progress import progress
+from ...io.progress import progress
 from .text import ENTITIES
 
 # The beginning is the authors' (truncated in their overview figure); the rest is ours, in the form of their examples.

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from ...data.xrays import squeeze_transform, test_transform
 from ...errors import check_choice
-from ...ops.config import configure
+from ...io.config import configure
 from ..layers import heads as shared
 from ..layers.heads import like, vit_sizes
 from ..layers.predicting import Images, Names, Shapes, Transform, coloured, grey, named, outputs

@@ -36,7 +36,7 @@ from transformers.models.bert import modeling_bert as bert
 
 from ...data.xrays import test_transform
 from ...errors import check_choice
-from ...ops.config import configure
+from ...io.config import configure
 from ..layers.attend import attention_map
 from ..layers.heads import vit_sizes
 from ..layers.mae import Decoder, encode, initialise, patchify, random_mask, unpatchify, visible

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...ops.papers import paper
+from ...io.papers import paper
 from ..layers.state_dicts import check_names, depth, load_official
 
 WHAT = "ECAMP: the pre-training model, decoders and BERT included"

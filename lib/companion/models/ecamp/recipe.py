@@ -22,8 +22,8 @@ from ...data.xrays import CLASSES, ONE_OF, tasks
 from ...errors import BadParameter, MissingWeights, check_choice
 from ...evaluation.metrics import accuracy, radiology
 from ...evaluation.tables import Results, published_table
-from ...ops import papers
-from ...ops.files import atomic
+from ...io import papers
+from ...io.files import atomic
 from ...training.callbacks import ClipNorm, EarlyStop
 from ...training.checkpoints import checkpoint_key
 from ...training.fit import Hardware, RunParameters, evaluating

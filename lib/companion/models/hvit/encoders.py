@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ...errors import BadParameter
-from ...ops.config import configure
+from ...io.config import configure
 from ..layers.attend import attention_map, qkv
 from ..layers.pos_embed import resize_pos_embed
 from ..layers.state_dicts import OfficialModel

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from ...data import slides as data
 from ...errors import BadParameter, CompanionError, CorruptFile, check_range
-from ...ops.files import atomic, read_json, write_json
-from ...ops.progress import progress
+from ...io.files import atomic, read_json, write_json
+from ...io.progress import progress
 from ...training.checkpoints import checkpoint_key
 from ...training.fit import Hardware, evaluating
 from ..layers.state_dicts import below

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from ... import saving
 from ...errors import BadParameter, CorruptFile, check_choice
-from ...ops.files import atomic
+from ...io.files import atomic
 from .model import HEADS, HViT, PatchEncoder, grids, patches_of
 from .official import read_checkpoint
 from .slides import LARGEST_THUMBNAIL, Slide, Tiles, tensor, write_pyramid

@@ -35,7 +35,7 @@ from torch.nn import functional as F
 from ...errors import BadParameter, check_choice
 from ...errors import check_names as check_class_names
 from ...evaluation.metrics import check_values
-from ...ops.config import configure
+from ...io.config import configure
 from ..layers.state_dicts import OfficialModel, below, check_names, depth
 from . import official
 from .encoders import Named, PatchEncoder, RegionEncoder, grids, patches_of

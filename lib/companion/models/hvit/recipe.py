@@ -26,7 +26,7 @@ from ...data import slides as data
 from ...errors import BadParameter, MissingData, MissingWeights
 from ...evaluation.metrics import check_values
 from ...evaluation.tables import Results
-from ...ops import papers
+from ...io import papers
 from ...training.callbacks import Callback, EarlyStop
 from ...training.fit import AUTO, Hardware, History, Loop, RunParameters, evaluating
 from ...training.recipe import Training, dry_items

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ...data import decoding
 from ...errors import BadParameter, CompanionError, CorruptFile, MissingData, check_choice
-from ...ops.files import atomic
+from ...io.files import atomic
 
 BACKENDS = {"openslide": "OpenSlide", "tiffslide": "TiffSlide"}  # the class of each library that opens a slide
 NORMALISATIONS = {

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from ...backbones import input_of
 from ...data.domains import clip_transform
 from ...errors import BadCheckpoint, BadParameter
-from ...ops.config import as_json, configure
+from ...io.config import as_json, configure
 from .frozen import frozen_copy
 from .precision import without_autocast
 from .predicting import Images, Names, Shapes, Transform, named, outputs

@@ -21,7 +21,7 @@ from open_clip.model import CLIP
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...ops.config import configure
+from ...io.config import configure
 from .clip_prompting import (
     LEARNER,
     Classes,

@@ -16,7 +16,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from ...errors import BadParameter
-from ...ops.config import configure
+from ...io.config import configure
 from .heads import vit_sizes
 from .pos_embed import resize_pos_embed, sincos_table
 from .state_dicts import OfficialModel, check_names, depth

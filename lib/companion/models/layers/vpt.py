@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...errors import BadParameter
-from ...ops.config import configure
+from ...io.config import configure
 from .frozen import frozen_copy
 from .mae import PLAIN_INPUT, plain_input
 from .predicting import OnBackbone

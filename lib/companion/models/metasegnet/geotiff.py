@@ -20,7 +20,7 @@ from torch import Tensor
 from ...data import landcover
 from ...data.rasters import Raster, pixels, quiet
 from ...errors import BadParameter
-from ...ops.files import atomic
+from ...io.files import atomic
 from ...training.fit import Hardware, evaluating
 from . import networks
 from .climate import PROMPTS, Prompts

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...errors import BadParameter, check_choice
-from ...ops.config import configure
+from ...io.config import configure
 from ..layers.attend import Attend
 from ..layers.frozen import frozen_copy
 from ..layers.heads import swin_sizes

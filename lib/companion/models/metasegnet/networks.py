@@ -12,7 +12,7 @@ import torch
 
 from ... import backbones
 from ...errors import MissingWeights
-from ...ops.papers import paper
+from ...io.papers import paper
 from ...training.checkpoints import trained_state
 from ..layers.state_dicts import load_official
 from . import official

@@ -29,8 +29,8 @@ from ...data.landcover_transforms import SCALES, Mosaic, test_transform, train_t
 from ...errors import BadParameter
 from ...evaluation.metrics import landcover as metrics
 from ...evaluation.tables import Results, published_table
-from ...ops import papers
-from ...ops.files import sha256
+from ...io import papers
+from ...io.files import sha256
 from ...training import schedules
 from ...training.callbacks import EarlyStop, Lookahead
 from ...training.fit import AUTO, WORKERS, Hardware, RunParameters, evaluating, same_shapes

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import BadParameter
-from ...ops.config import configure
+from ...io.config import configure
 from ..layers.frozen import frozen_copy
 
 

@@ -34,7 +34,7 @@ from torch.nn import functional as F
 
 from ...data.attributes import square_transform
 from ...errors import BadParameter
-from ...ops.config import configure
+from ...io.config import configure
 from ..layers import attend
 from ..layers.attend import attention_map
 from ..layers.clip_prompting import Texts, Tokenizer, embed_again, embed_texts, encode_text

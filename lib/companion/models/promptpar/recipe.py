@@ -20,7 +20,7 @@ from ...data.attributes import PHRASES, SENTENCES
 from ...errors import BadParameter, MissingWeights
 from ...evaluation.metrics.attributes import THRESHOLD, Scores, evaluate
 from ...evaluation.tables import Results, published_table
-from ...ops import papers
+from ...io import papers
 from ...training.callbacks import Callback, ClipNorm, Loop
 from ...training.fit import WORKERS, Batch, Hardware, History, RunParameters, device, predict
 from ...training.recipe import Training, dry_items

@@ -15,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from ...errors import CorruptFile
-from ...ops.unpickle import load_torch
+from ...io.unpickle import load_torch
 from ..layers import state_dicts
 from ..layers.clip_prompting import Texts, Tokenizer, clip_of
 from .tower import Settings

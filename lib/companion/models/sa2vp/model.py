@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ...errors import BadParameter, check_choice
-from ...ops.config import configure
+from ...io.config import configure
 from ..layers import attend
 from ..layers.attend import Attend
 from ..layers.frozen import frozen_copy

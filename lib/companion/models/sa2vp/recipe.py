@@ -19,7 +19,7 @@ from ... import backbones
 from ...data import DATASETS, classification, few, present
 from ...evaluation import metrics
 from ...evaluation.tables import Cells, Results, compare_published, published_table
-from ...ops import papers
+from ...io import papers
 from ...training.callbacks import EarlyStop
 from ...training.fit import WORKERS, Hardware, History, RunParameters, predict
 from ...training.recipe import Training, dry_items

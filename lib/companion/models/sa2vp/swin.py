@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...errors import BadParameter, check_choice
-from ...ops.config import configure
+from ...io.config import configure
 from .model import DROPOUT, LEAST, Adapter, Named, Pathways, TwoPathways, halves
 from .released import ReleasedSwin
 

@@ -32,7 +32,7 @@ from torchvision.ops import box_convert, clip_boxes_to_image
 from ...backbones import quiet, unreachable
 from ...data.detection import check_results
 from ...errors import BadParameter, CorruptFile, MissingWeights
-from ...ops.files import read_json
+from ...io.files import read_json
 from .model import Detections, check_pixels, detect, refine
 
 NAMES = (

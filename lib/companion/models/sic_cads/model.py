@@ -35,7 +35,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from ...backbones import Input, build, per_channel
 from ...errors import BadParameter, check_choice, check_range
-from ...ops.config import configure
+from ...io.config import configure
 from ..layers.clip_prompting import Tokenizer, tokenise
 from ..layers.precision import without_autocast
 from ..layers.predicting import Images, Names, named, picture

@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, Subset
 from ...data import detection
 from ...errors import CorruptFile
 from ...evaluation.metrics.detection import evaluate, recognition_ap
-from ...ops.files import atomic
-from ...ops.progress import progress
+from ...io.files import atomic
+from ...io.progress import progress
 from ...training.fit import CPU, Hardware, evaluating
 from ..layers.precision import without_autocast
 from . import detectors

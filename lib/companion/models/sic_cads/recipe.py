@@ -25,7 +25,7 @@ from ...data import DATASETS, detection, few, present
 from ...errors import BadParameter, MissingWeights
 from ...evaluation.metrics.detection import evaluate
 from ...evaluation.tables import Results
-from ...ops import papers
+from ...io import papers
 from ...training import checkpoints
 from ...training.callbacks import Callback, ClipValue
 from ...training.fit import WORKERS, Hardware, RunParameters, device

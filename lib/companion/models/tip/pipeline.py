@@ -34,8 +34,8 @@ from transformers.utils import logging as transformers_logging
 
 from ...backbones import unreachable
 from ...errors import BadCheckpoint, BadParameter, CorruptFile, MissingWeights, check_choice, check_range
-from ...ops.files import atomic_folder, read_json
-from ...ops.progress import progress
+from ...io.files import atomic_folder, read_json
+from ...io.progress import progress
 from ..layers.predicting import Images, Names, coloured
 from .degradations import BLIND
 from .model import TIP, Adaptor, frozen, to_images

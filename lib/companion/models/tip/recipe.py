@@ -24,7 +24,7 @@ from ...data import DATASETS, few, present, restoration
 from ...errors import BadParameter, MissingWeights, check_range
 from ...evaluation.metrics.restoration import perceptual, psnr, ssim
 from ...evaluation.tables import Cells, Results, with_measured
-from ...ops import papers
+from ...io import papers
 from ...training import checkpoints
 from ...training.callbacks import ClipNorm
 from ...training.fit import CPU, Hardware, History, RunParameters, device, evaluating, from_processes

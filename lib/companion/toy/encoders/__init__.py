@@ -19,7 +19,7 @@ from torch import nn
 
 from ...backbones import load_weights
 from ...errors import BadParameter, CorruptFile, MissingWeights, check_choice
-from ...ops.config import configure
+from ...io.config import configure
 
 WEIGHTS = Path(__file__).parent / "weights"
 

@@ -21,10 +21,10 @@ from torchvision.ops import box_iou, complete_box_iou_loss, nms, roi_align
 
 from ... import backbones
 from ...errors import BadParameter
+from ...io.config import configure
 from ...models.layers.precision import without_autocast
 from ...models.layers.state_dicts import load_official
 from ...models.sic_cads.model import PROMPT
-from ...ops.config import configure
 from ...training.schedules import schedule
 from .. import encoders
 from ..tokens import END, UNKNOWN, Tokenizer

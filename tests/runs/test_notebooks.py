@@ -10,8 +10,8 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from companion.ops import needs, notebooks
-from companion.ops.papers import paper, slugs
+from companion.io.papers import paper, slugs
+from companion.runs import needs, notebooks
 from tests.conftest import ROOT
 
 COMMITTED = [ROOT / "notebooks" / f"{name}.ipynb" for name in (*slugs(), "pocket")]
@@ -100,7 +100,7 @@ def test_the_committed_record_is_that_of_the_refreshed_notebook(
     for name in ("COMPANION_PROGRESS", "COMPANION_RUNS"):
         monkeypatch.setenv(name, "")
     report = (
-        "import pandas as pd\nfrom companion.ops import report\nrun = report.start('sa2vp', globals())\n"
+        "import pandas as pd\nfrom companion.runs import report\nrun = report.start('sa2vp', globals())\n"
         "run.table('own', pd.DataFrame({'a': [1]}))\nprint(run.study().relative_to(run.root))\nrun.close();"
     )
     path = write(tmp_path / "notebooks" / "sa2vp.ipynb", report)

@@ -1,4 +1,4 @@
-"""Ablation studies, all under one protocol: `python -m companion.toy.study NAME FOLDER`.
+"""Ablation studies, all under one protocol: `python -m companion.studies.study NAME FOLDER`.
 
 1. Every trained method is trained with every learning rate of the grid on each of three selection seeds, and scored on
    validation data.
@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import datetime
 import importlib
-import inspect
 import json
 import multiprocessing
 import os
@@ -25,79 +24,26 @@ import random
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 
 from ..errors import BadParameter, CompanionError, check_choice
-from ..evaluation.ablations import KEYS, frame, read, selected
-from ..ops.files import atomic, read_json, write_json
-from ..ops.papers import slugs
-from ..ops.progress import progress
-from ..ops.provenance import code_hash, sources
-from ..ops.record import versions
-from ..training.fit import History
-
-SELECTION_SEEDS = (100, 101, 102)
-SEEDS = tuple(range(200, 210))
-HERE = Path(__file__).parent
+from ..evaluation.ablations import KEYS, Study, frame, read, selected, source
+from ..io.files import atomic, read_json, write_json
+from ..io.papers import slugs
+from ..io.progress import progress
+from ..io.provenance import PACKAGE, code_hash, sources
+from ..io.record import versions
 
 
-@dataclass(frozen=True)
-class Study:
-    """What one ablation compares, and how a row is made: the STUDY of `toy.<paper>`, or of `toy.<paper>_real`.
-
-    Attributes:
-        tasks: the methods of each task.
-        learning_rates: the grid, ascending.
-        budget: of every trained method, as text.
-        data: from task, seed and split ("train", "val", "trainval", "test") to that data.
-        fit: from method, task, data, learning rate and seed to the trained model and the history.
-        score: from model, task and data to the metrics in percent, rounded.
-        metric: that selects the learning rate.
-        untrained: methods that are only tested, with learning rate 0.
-        selection_seeds, seeds: those to select with and those to test on.
-    """
-
-    tasks: Mapping[str, Sequence[str]]
-    learning_rates: Sequence[float]
-    budget: str
-    data: Callable[[str, int, str], Any]
-    fit: Callable[[str, str, Any, float, int], tuple[Any, History]]
-    score: Callable[[Any, str, Any], Mapping[str, float]]
-    metric: str = "accuracy"
-    untrained: Sequence[str] = ()
-    selection_seeds: Sequence[int] = SELECTION_SEEDS
-    seeds: Sequence[int] = SEEDS
-
-    def row(self, stage: str, task: str, method: str, learning_rate: float, seed: int) -> dict:
-        """One row: trained on "train" and scored on "val" at the stage "select", on "trainval" and "test" at "test"."""
-        start = time.process_time()
-        learn, held_out = ("train", "val") if stage == "select" else ("trainval", "test")
-        model, history = self.fit(method, task, self.data(task, seed, learn), learning_rate, seed)
-        scores = self.score(model, task, self.data(task, seed, held_out))
-        last = round(float(np.mean([step["loss"] for step in history[-20:]])), 4) if history else 0.0
-        row: dict[str, Any] = {
-            "stage": stage,
-            "task": task,
-            "method": method,
-            "learning_rate": learning_rate,
-            "seed": seed,
-        }
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad) if history else 0
-        return row | dict(scores) | {"loss": last, "trained": trained, "seconds": round(time.process_time() - start, 1)}
-
-
-def load(paper: str) -> Study:
-    """The study of a paper, `companion.toy.<paper>.STUDY`."""
-    return importlib.import_module(f"companion.toy.{paper}").STUDY
+def load(name: str) -> Study:
+    """The study of this name, `STUDY` of its module."""
+    return importlib.import_module(".".join(source(name).relative_to(PACKAGE.parent).with_suffix("").parts)).STUDY
 
 
 def run(
@@ -180,7 +126,7 @@ def _facts(paper: str, study: Study, seeds: Sequence[int]) -> dict:
     """The record of a study."""
     return {
         "paper": paper,
-        "code": code_hash(sources(inspect.getfile(importlib.import_module(f"companion.toy.{paper}")))),
+        "code": code_hash(sources(source(paper))),
         "learning_rates": list(study.learning_rates),
         "widened": [],
         "seeds": list(seeds),
@@ -244,7 +190,10 @@ def _same(row: Mapping, other: Mapping) -> bool:
 
 BY = """
 import json, sys, torch
-from companion.toy import study
+try:
+    from companion.studies import study
+except ImportError:  # of a checkout before version 4
+    from companion.toy import study
 torch.set_num_threads(1)
 paper, key, known = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
 if study._facts(paper, study.load(paper), [])["code"] not in known:
@@ -289,7 +238,7 @@ def _write(path: Path, rows: list[dict]) -> None:
 
 def main(words: list[str] | None = None) -> int:
     """Run a study, or finish a stopped one."""
-    parser = argparse.ArgumentParser(prog="companion.toy.study", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="companion.studies.study", description=main.__doc__)
     parser.add_argument("paper", metavar="name", help="a paper, or one of the studies on real images")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--workers", type=int)
@@ -297,8 +246,8 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--before", type=Path, help="on another processor: a checkout of the code that made the rows")
     arguments = parser.parse_args(words)
     try:
-        named = [*slugs(), *(path.stem for path in HERE.glob("*_real.py"))]
-        check_choice("name", arguments.paper, [name for name in named if (HERE / f"{name}.py").exists()])
+        named = [*slugs(), *(path.stem for path in (PACKAGE / "studies").glob("*_real.py"))]
+        check_choice("name", arguments.paper, [name for name in named if source(name).exists()])
         run(**vars(arguments))
     except CompanionError as error:
         print(f"companion: {error}", file=sys.stderr)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from companion.ops.files import atomic, atomic_folder
+from companion.io.files import atomic, atomic_folder
 
 
 def test_a_file_is_replaced_and_not_written_into(tmp_path: Path) -> None:
@@ -32,7 +32,7 @@ def test_a_file_is_replaced_and_not_written_into(tmp_path: Path) -> None:
 KILLED = """
 import os, sys
 from pathlib import Path
-from companion.ops.files import atomic, atomic_folder
+from companion.io.files import atomic, atomic_folder
 
 path, folder = Path(sys.argv[1], "a.csv"), Path(sys.argv[1], "data.v1")
 with atomic_folder(folder) as new:

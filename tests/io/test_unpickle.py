@@ -14,8 +14,8 @@ from torch import nn
 
 from companion.backbones import read_state
 from companion.errors import CorruptFile
-from companion.ops import unpickle
-from companion.ops.unpickle import Inert
+from companion.io import unpickle
+from companion.io.unpickle import Inert
 from tests.models.common import refuses
 
 FORMATS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
@@ -113,7 +113,7 @@ def test_code_in_a_file_does_not_run(tmp_path, kind):
 
 REACHING = """
 builtins:eval __builtin__:eval builtins:getattr builtins:__import__ os:system posix:system operator:attrgetter
-functools:partial numpy:load torch:load torch.hub:load companion.ops.unpickle:load antigravity:fly
+functools:partial numpy:load torch:load torch.hub:load companion.io.unpickle:load antigravity:fly
 """
 
 

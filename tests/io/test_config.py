@@ -22,7 +22,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 import companion
 from companion.errors import BadParameter
-from companion.ops import config
+from companion.io import config
 from tests.models.common import refuses
 from tests.test_saving import MODELS, TRANSFORMS
 

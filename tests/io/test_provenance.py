@@ -8,7 +8,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from companion.ops import provenance
+from companion.io import provenance
 
 
 @pytest.fixture
@@ -94,6 +94,6 @@ def test_hash_ignores_what_does_not_run(tmp_path: Path) -> None:
 
 def test_needs_only_the_standard_library() -> None:
     """The Snakefile imports it for every run: it must not bring torch in."""
-    code = "import sys, companion.ops.provenance; print({'torch', 'numpy', 'yaml', 'nbformat'} & {*sys.modules})"
+    code = "import sys, companion.io.provenance; print({'torch', 'numpy', 'yaml', 'nbformat'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

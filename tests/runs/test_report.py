@@ -14,10 +14,11 @@ from companion.errors import CompanionError, MissingData
 from companion.evaluation import ablations
 from companion.evaluation.claims import PAPER, SYNTHETIC, counts
 from companion.evaluation.tables import Results, compare_published, published_table
-from companion.ops import needs, record, report
-from companion.ops.adopt import adopt
-from companion.ops.files import sha256
-from companion.ops.papers import paper, rules, slugs
+from companion.io import record
+from companion.io.files import sha256
+from companion.io.papers import paper, rules, slugs
+from companion.runs import needs, report
+from companion.runs.adopt import adopt
 from tests.conftest import parameters
 from tests.models.common import refuses
 from tests.rehearsal import bat
@@ -223,7 +224,7 @@ def test_the_notice_of_a_study_names_choices_at_an_end_of_the_grid(tmp_path):
 
 def test_a_folder_belongs_to_one_process_at_a_time(run, tmp_path):
     """A run that has not ended keeps others out; the same kernel may begin again."""
-    other = "from companion.ops import report; report.start('sa2vp', {'profile': 'pocket', 'out': 'OUT'})"
+    other = "from companion.runs import report; report.start('sa2vp', {'profile': 'pocket', 'out': 'OUT'})"
     other = other.replace("OUT", str(run.out))
 
     def elsewhere() -> str:

@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from companion.ops import progress as module
+from companion.io import progress as module
 
 
 class Terminal(io.StringIO):

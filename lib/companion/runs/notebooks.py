@@ -1,4 +1,4 @@
-"""Run notebooks in place and write their committed records: `python -m companion.ops.notebooks notebooks/*.ipynb`.
+"""Run notebooks in place and write their committed records: `python -m companion.runs.notebooks notebooks/*.ipynb`.
 
 A notebook is rewritten only if its run was clean: every cell ran, nothing was written to stderr, no output contains a
 path of this machine, and the file is smaller than `LIMIT`. Its tables, claims and run record then replace those in
@@ -28,11 +28,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..errors import CompanionError
 from ..evaluation.claims import KINDS, counts
+from ..io.files import atomic, read_json, write_between
+from ..io.papers import paper, slugs
+from ..io.record import root
 from . import needs
 from .adopt import adopt
-from .files import atomic, read_json, write_between
-from .papers import paper, slugs
-from .record import root
 
 WIDE = 1600  # pixels of a figure of a first screen
 LIMIT = 1_000_000  # bytes; GitHub does not render larger notebooks
@@ -208,7 +208,7 @@ def span(seeds: list[int]) -> str:
 
 def main(words: list[str] | None = None) -> int:
     """Refresh or check the given notebooks; return 1 when one of them must not be committed."""
-    parser = argparse.ArgumentParser(prog="companion.ops.notebooks", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="companion.runs.notebooks", description=main.__doc__)
     parser.add_argument("notebooks", nargs="+", type=Path)
     parser.add_argument("--check", action="store_true", help="run nothing; check the notebooks on disk")
     given = parser.parse_args(words)

@@ -18,13 +18,13 @@ from companion.errors import BadParameter, CorruptFile
 from companion.evaluation import ablations
 from companion.evaluation.ablations import KEYS
 from companion.evaluation.claims import CHECK, SYNTHETIC
-from companion.ops import record
-from companion.ops.files import read_json
-from companion.ops.papers import paper, slugs
-from companion.toy import study
+from companion.io import record
+from companion.io.files import read_json
+from companion.io.papers import paper, slugs
+from companion.studies import study
 from tests.conftest import ROOT, kill_when
 
-STUDIES = [slug for slug in slugs() if (study.HERE / f"{slug}.py").exists()]
+STUDIES = [slug for slug in slugs() if study.source(slug).exists()]
 REPORTS = record.root() / "reports" / "pocket"
 
 
@@ -118,7 +118,7 @@ def test_a_stopped_study_resumes_and_a_damaged_one_is_refused(fake, tmp_path):
 KILLED = """
 import multiprocessing, os, signal, time
 from concurrent.futures import ProcessPoolExecutor
-from companion.toy import study
+from companion.studies import study
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore

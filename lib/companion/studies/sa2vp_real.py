@@ -1,6 +1,6 @@
 """SA²VP on real images: a pretrained ViT-S/14, aerial scenes and CIFAR-10, under the protocol of all studies.
 
-    COMPANION_REAL_DATA=<folder> python -m companion.toy.study sa2vp_real reports/real/sa2vp
+    COMPANION_REAL_DATA=<folder> python -m companion.studies.study sa2vp_real reports/real/sa2vp
 
 All methods have the same encoder at 112 px (8 x 8 patches) and grid of learning rates, and those that run it in every
 step the same epochs and batch. The linear probe is trained on features that are computed once, so its 100 epochs cost
@@ -25,12 +25,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import TensorDataset
 
 from .. import backbones
+from ..evaluation.ablations import Study
 from ..models.layers import vpt
 from ..models.sa2vp import SA2VP, recipe
+from ..toy.sa2vp import TOKENS
 from ..training.fit import CPU, Hardware, History, fit, predict
 from . import real
-from .sa2vp import TOKENS
-from .study import Study
 
 ENCODER, SIDE = "vit_small_patch14_dinov2", 112
 HARDWARE = Hardware("cpu", precision="bf16-mixed")

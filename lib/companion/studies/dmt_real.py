@@ -1,7 +1,7 @@
 """DMT on real images: a small ViT distilled from two real encoders, scored by linear probes, under the protocol of all
 studies.
 
-    COMPANION_REAL_DATA=<folder> python -m companion.toy.study dmt_real reports/real/dmt
+    COMPANION_REAL_DATA=<folder> python -m companion.studies.study dmt_real reports/real/dmt
 
 The teachers are a ViT-S/14 and an EfficientNet-Lite0, unlike in architecture, width and pre-training; both have 8 x 8
 positions here, at 112 and at 128 px. A student learns from their tokens of a task's training images, without labels,
@@ -20,15 +20,15 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from .. import backbones
+from ..evaluation.ablations import Study
 from ..models.dmt.downstream import ridge
 from ..models.dmt.model import DMT, loss
 from ..models.dmt.vit import build
+from ..toy.encoders import photo_student
+from ..toy.encoders.photo_student import TEACHERS
 from ..training.fit import CPU, History, fit
 from ..training.schedules import adamw
 from . import real
-from .encoders import photo_student
-from .encoders.photo_student import TEACHERS
-from .study import Study
 
 SIDES = {"ViT-S/14": 112, "EfficientNet-Lite0": 128}  # pixels; both give 8 x 8 positions
 SEEN = backbones.Input(SIDES["EfficientNet-Lite0"], (0.0,) * 3, (1.0,) * 3)

@@ -36,13 +36,14 @@ from .. import data
 from ..errors import BadParameter, check_choice
 from ..evaluation.ablations import read, stale
 from ..evaluation.claims import SPREAD, SYNTHETIC, counts, evidence, judge, judge_measured
+from ..io import record
+from ..io.files import atomic, check_folder, sha256, write_json
+from ..io.papers import convert, paper, rules, slugs, threads
+from ..io.provenance import code_hash, sources
 from ..training.fit import Hardware, opens
 from ..viz import plots
 from ..viz.tables import show_table
-from . import needs, record
-from .files import atomic, check_folder, sha256, write_json
-from .papers import convert, paper, rules, slugs, threads
-from .provenance import code_hash, sources
+from . import needs
 
 FEW_COLOURS = 40_000  # bytes of a PNG above which the notebook shows it in 256 colours
 PHOTOGRAPHIC = 120_000  # and above which it shows it at 100 dots an inch

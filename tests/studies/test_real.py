@@ -7,7 +7,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from companion import backbones
 from companion.errors import MissingData
-from companion.toy import dmt_real, real, sa2vp_real
+from companion.studies import dmt_real, real, sa2vp_real
 from tests.models.common import refuses
 
 RSSCN7, CIFAR = real.CLASSES

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 from companion.errors import BadParameter
-from companion.ops import batch
-from companion.ops.papers import paper, slugs
+from companion.io.papers import paper, slugs
+from companion.runs import batch
 
 PAPERS = ("bat", "sa2vp")
 HOLDS = """
 import sys, time
 from pathlib import Path
-from companion.ops.batch import devices
+from companion.runs.batch import devices
 with devices(int(sys.argv[2]), Path(sys.argv[1]), poll=0.05) as GPUs:
     began = time.time()
     time.sleep(0.3)

@@ -15,9 +15,9 @@ import yaml
 
 from .. import data
 from ..errors import CompanionError
+from ..io.papers import MODELS, paper, slugs
 from ..training.fit import Hardware, RunParameters, device
 from ..training.recipe import dry_items
-from .papers import MODELS, paper, slugs
 
 # Peak matrix throughput in TFLOP/s, dense, from NVIDIA's data sheets: in half precision, in TF32 (float32 on GPUs
 # without it), and in float32.

@@ -29,7 +29,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..errors import BadParameter, check_choice
-from .files import atomic, read_json
+from ..io.files import atomic, read_json
 
 FIELDS = ("paper", "name", "resources")  # of an entry of `runs`; all others are parameters of its notebook
 RESOURCES = ("gpu", "threads", "mem_mb", "runtime")
@@ -59,7 +59,7 @@ def expand(config: Mapping, papers: Collection[str]) -> dict[str, dict]:
         BadParameter: an unknown field, paper, parameter or resource, a value that the paper does not accept, an empty
             axis, or two runs with one name.
     """
-    from .papers import convert, rules
+    from ..io.papers import convert, rules
 
     found: dict[str, dict] = {}
     if not isinstance(config["runs"], list) or not all(isinstance(entry, Mapping) for entry in config["runs"]):
@@ -102,8 +102,8 @@ def of_table(slug: str, table: str, data_root: str | Path, dry_run: bool = False
 
     Raises `BadParameter`: no run fills such a table.
     """
+    from ..io.papers import paper
     from . import needs
-    from .papers import paper
 
     every = [run for run in paper(slug)["runs"] if "parameters" in run]
     check_choice("table", table, dict.fromkeys(name for run in every for name in [*run["tables"], run["id"]]))
@@ -208,7 +208,7 @@ def _reason(log: Path) -> str:
 
 
 def main(words: list[str]) -> None:
-    """`python -m companion.ops.batch N ...`: papermill with the other arguments, on N of this machine's GPUs."""
+    """`python -m companion.runs.batch N ...`: papermill with the other arguments, on N of this machine's GPUs."""
     from papermill.cli import papermill
 
     try:

@@ -10,11 +10,11 @@ import pandas as pd
 
 from ..errors import BadParameter, CorruptFile, check_choice
 from ..evaluation.tables import Results
-from . import record
+from ..io import record
+from ..io.files import atomic, read_json, sha256, write_json
+from ..io.papers import slugs
+from ..io.provenance import code_hash, sources
 from .batch import NAME
-from .files import atomic, read_json, sha256, write_json
-from .papers import slugs
-from .provenance import code_hash, sources
 
 MEASURED = "measured.csv"  # the results on real data, of all runs of a paper
 

@@ -7,9 +7,9 @@ import pytest
 
 from companion.data import DATASETS
 from companion.errors import BadParameter
+from companion.io.papers import FINDINGS, convert, findings, paper, slugs
 from companion.models.metasegnet import Prompts
-from companion.ops.papers import FINDINGS, convert, findings, paper, slugs
-from companion.ops.report import start
+from companion.runs.report import start
 from tests.conftest import ROOT
 from tests.models.common import refuses
 
@@ -97,7 +97,7 @@ def test_an_unknown_name_that_papermill_injected_is_refused(tmp_path, monkeypatc
     given = {"profile": "pocket", "dataset": "vtab/dtd", "out": str(tmp_path / "out")}
     for name in ("dataset", "datset"):
         shell = SimpleNamespace(user_ns={"In": ["", "import companion\nx = 1", f'# Parameters\n{name} = "vtab/dtd"\n']})
-        monkeypatch.setattr("companion.ops.report.get_ipython", lambda shell=shell: shell)
+        monkeypatch.setattr("companion.runs.report.get_ipython", lambda shell=shell: shell)
         if name == "dataset":
             start("sa2vp", given)
     with pytest.raises(BadParameter, match="'datset'"):

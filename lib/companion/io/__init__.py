@@ -1,0 +1,1 @@
+"""The bottom: files, configurations, pickles, facts of papers, provenance, progress. Nothing here imports the rest."""

@@ -1,1 +1,0 @@
-"""Running and recording: batches of runs, provenance, notebooks, files, progress."""

@@ -1,0 +1,1 @@
+"""The runner of the ablation studies, and those on real images."""
