@@ -24,8 +24,8 @@ from companion import backbones
 from companion.data.domains import CLASSES
 from companion.data.fewshot import halves
 from companion.models.dplq import DPLQ, domain_model
+from companion.models.dplq.baselines import MaPLe
 from companion.models.layers.clip_prompting import PromptedCLIP
-from companion.models.layers.coop import MaPLe
 
 BATCH, DEPTH = 2, 9
 NAMES, _ = halves(tuple(CLASSES["remote/aid"].values()))  # the 15 base classes of AID

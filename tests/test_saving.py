@@ -26,7 +26,9 @@ from companion.data import attributes, classification, domains, xrays
 from companion.errors import BadCheckpoint, CompanionError, CorruptFile
 from companion.models import bat, dmt, dplq, ecamp, hvit, metasegnet, promptpar, sa2vp, sic_cads
 from companion.models.dmt import downstream
-from companion.models.layers import clip_prompting, coop, vpt
+from companion.models.dplq import baselines as coop
+from companion.models.layers import clip_prompting
+from companion.models.sa2vp import baselines as vpt
 from companion.toy import encoders
 from companion.toy.tokens import Tokenizer
 from tests.models.common import refuses
@@ -284,7 +286,7 @@ def test_other_files_are_refused_by_name(tmp_path: Path) -> None:
     )
 
 
-OLD = """{"paper": "", "made": {"by": "companion.models.layers.vpt:VPT", "args": {
+OLD = """{"paper": "", "made": {"by": "companion.models.sa2vp.baselines:VPT", "args": {
 "backbone": {"by": "companion.backbones:build", "args": {"name": "vit_tiny_patch16_224", "weights": "random",
   "download": false, "img_size": 32, "depth": 1, "embed_dim": 48, "num_heads": 3}},
 "classes": 3, "tokens": 8, "deep": true, "dropout": 0.1}},

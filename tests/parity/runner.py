@@ -8,7 +8,6 @@ A case is a folder `<root>/<paper>/<case>/` with
 
 `case.json` has
 
-    form      2; a case in the form of version 2 is converted by `tools.cases` when it is read
     about     repository, commit, class and notes of the recording
     seed      of the filled weights and inputs
     fixed     tensors of the state dict that are not filled: name -> values
@@ -44,6 +43,7 @@ from torch import Tensor, nn
 
 from companion.backbones import read_state
 from companion.errors import BadCheckpoint, BadParameter, CompanionError, CorruptFile, MissingData, check_choice
+from companion.io.config import today
 from companion.io.files import read_json
 
 from . import fill
@@ -71,12 +71,7 @@ class Case:
     @functools.cached_property
     def facts(self) -> dict[str, Any]:
         """case.json, in the form above."""
-        facts = read_json(self.folder / "case.json")
-        if facts.get("form") == 2:
-            return facts
-        from tools import cases
-
-        return cases.parity(self.paper, self.folder)
+        return read_json(self.folder / "case.json")
 
     @functools.cached_property
     def names(self) -> dict[str, Any]:
@@ -179,9 +174,8 @@ def _called(target: str, look: Any) -> Any:
     """The function, class or method that a step calls."""
     if target.startswith("$"):
         return look(target)
-    module, _, name = target.partition(":")
-    if module.split(".")[0] not in ("torch", "timm"):
-        module = f"companion.{module}"
+    theirs = target.startswith(("torch", "timm"))
+    module, _, name = (target if theirs else today(f"companion.{target}")).partition(":")
     return functools.reduce(getattr, name.split("."), importlib.import_module(module))
 
 

@@ -43,13 +43,8 @@ class Case:
 
     @functools.cached_property
     def facts(self) -> dict[str, Any]:
-        """All of case.json; a case in the form of version 2 is converted by `tools.cases`."""
-        facts = read_json(self.folder / "case.json")
-        if facts.get("form") == 2:
-            return facts
-        from tools import cases
-
-        return cases.recipe(self.folder.parent.name, self.folder)
+        """All of case.json."""
+        return read_json(self.folder / "case.json")
 
     @property
     def settings(self) -> Any:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from companion.models.bat import BAT, exchange
+from companion.models.bat import BAT, figures
 from companion.toy import bat as toy
 from companion.toy.encoders import tracker as small_tracker
 from tests.small import pinned
@@ -59,7 +59,7 @@ def test_attention_and_exchange_are_the_models():
     model = BAT(tracker, width=4, std=0.1).eval()
     template, search = torch.randn(2, 6, 32, 32), torch.randn(2, 6, 64, 64)
     swapped = [torch.cat(x.chunk(2, 1)[::-1], 1) for x in (template, search)]
-    one, other = exchange.trace(model, template, search)[-1], exchange.trace(model, *swapped)[-1]
+    one, other = figures.trace(model, template, search)[-1], figures.trace(model, *swapped)[-1]
     for own, theirs in ((one.attention, other.attention), (one.exchange["mlp"], other.exchange["mlp"])):
         torch.testing.assert_close(own[0], theirs[1], rtol=1e-4, atol=1e-5)
         assert not torch.allclose(own[0], own[1], rtol=1e-2)

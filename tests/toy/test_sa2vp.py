@@ -9,8 +9,8 @@ from PIL import Image
 from torch.utils.data import TensorDataset
 
 from companion.errors import MissingWeights
-from companion.models.layers import vpt
 from companion.models.sa2vp import SA2VP, figures
+from companion.models.sa2vp import baselines as vpt
 from companion.toy import sa2vp as toy
 from companion.toy import scenes
 from companion.toy.encoders import photo_prompts

@@ -5,7 +5,8 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from companion.models.tip.degradations import BLIND, TEXTS, degrade, parse
+from companion.models.tip.degradations import BLIND, degrade, parse
+from companion.models.tip.recipe import TEXTS
 from companion.toy import scenes
 from companion.toy import tip as toy
 from companion.toy.encoders.words import WordText, split

@@ -14,9 +14,9 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
+from companion.models.hvit import dino
 from companion.models.hvit.model import PatchEncoder
 from companion.models.hvit.pretrain import pretrain
-from companion.models.layers import dino
 from companion.toy.encoders.slide_dino import NAME, SIDE, build, embed
 from companion.toy.hvit import PATCH, TUMOUR, is_core, unlabelled
 from companion.training.fit import CPU

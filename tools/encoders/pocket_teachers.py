@@ -21,7 +21,7 @@ from torch.utils.data import TensorDataset
 
 from companion.models.dmt.teachers import contrastive_loss, mlp
 from companion.models.dmt.vit import ViT
-from companion.models.layers.dino import SelfDistillation, half_cosine
+from companion.models.hvit.dino import SelfDistillation, half_cosine
 from companion.models.layers.mae import MAE
 from companion.toy import dmt
 from companion.toy.encoders import teachers

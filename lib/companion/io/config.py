@@ -52,6 +52,15 @@ FUNCTIONS: dict[str, dict[str, Any]] = {
     "companion.toy.tokens:Tokenizer": {},
     VIT: {},
 }
+# where things are that models saved, or cases recorded, by an earlier version name
+MOVED = {
+    "companion.models.bat.loss": "companion.models.bat.model",
+    "companion.models.layers.coop": "companion.models.dplq.baselines",
+    "companion.models.layers.dino": "companion.models.hvit.dino",
+    "companion.models.layers.quaternion": "companion.models.dplq.quaternion",
+    "companion.models.layers.vpt": "companion.models.sa2vp.baselines",
+    "companion.models.tip.text": "companion.models.tip.pipeline",
+}
 # the arguments of an encoder that a config may have
 SIZES = {"name", "num_classes", "img_size", "patch_size", "in_chans", "embed_dim", "depth", "depths", "num_heads"}
 SIZES |= {"mlp_ratio", "window_size", "qkv_bias", "qk_norm", "init_values", "class_token", "reg_tokens", "pre_norm"}
@@ -187,9 +196,15 @@ def _only(given: dict[str, Any], known: set[str]) -> dict[str, Any]:
     return given
 
 
+def today(path: str) -> str:
+    """The "<module>:<name>" of an earlier version under its present one."""
+    module, _, name = path.partition(":")
+    return MOVED.get(path) or f"{MOVED.get(module, module)}:{name}"
+
+
 def _resolve(path: str) -> Callable[..., Any]:
     """The class or function of a config. Raises `BadParameter` where it may not be called."""
-    module, _, name = path.partition(":")
+    module, _, name = (path := today(path)).partition(":")
     found = None
     if module.startswith("companion.") or path == VIT:
         try:

@@ -26,8 +26,8 @@ from torch.utils.data import TensorDataset
 
 from .. import backbones
 from ..evaluation.ablations import Study
-from ..models.layers import vpt
 from ..models.sa2vp import SA2VP, recipe
+from ..models.sa2vp import baselines as vpt
 from ..toy.sa2vp import TOKENS
 from ..training.fit import CPU, Hardware, History, fit, predict
 from . import real

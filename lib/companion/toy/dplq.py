@@ -44,8 +44,8 @@ from ..data import fewshot
 from ..data.domains import clip_transform
 from ..errors import check_choice
 from ..evaluation.ablations import Study
+from ..models.dplq import baselines as coop
 from ..models.dplq.model import DPLQ, TEST_BATCH, NoFeatures, loss
-from ..models.layers import coop
 from ..models.layers.clip_prompting import ImageFeatures, PromptedCLIP
 from ..training.fit import CPU, History, fit, predict
 from ..training.schedules import adamw

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from ..models.layers import dino
+from ..models.hvit import dino
 from ..viz.style import COLOURS, styled
 from . import bat, dmt, dplq, ecamp, hvit, metasegnet, promptpar, sa2vp, scenes, sic_cads, tip
 

@@ -34,8 +34,8 @@ from .. import backbones
 from ..data.classification import resize_transform
 from ..errors import check_choice
 from ..evaluation.ablations import Study
-from ..models.layers import vpt
 from ..models.sa2vp import SA2VP, recipe
+from ..models.sa2vp import baselines as vpt
 from ..models.sa2vp.model import AlignedAttention, neighbourhood
 from ..training.fit import CPU, Hardware, History, fit, predict
 from . import encoders

@@ -36,8 +36,9 @@ from ..evaluation.ablations import Study
 from ..evaluation.metrics.restoration import psnr, ssim
 from ..models.tip import model as tip
 from ..models.tip import recipe
-from ..models.tip.degradations import Degraded, Op, Recipe, Sample, degrade, prompt, texts
+from ..models.tip.degradations import Degraded, Op, Recipe, Sample, degrade, prompt
 from ..models.tip.pipeline import TIPPipeline
+from ..models.tip.recipe import texts
 from ..training.fit import CPU, Batch, History, fit
 from ..training.schedules import adamw
 from .encoders import texture_prior as prior
@@ -242,7 +243,7 @@ METHODS = ("TIP", "plain ControlNet", "restoration only", "semantic only", "blin
 
 
 class Restorer(nn.Module):
-    """A trained pipeline and the kind of prompts, of `degradations.TEXTS`, that it is tested with.
+    """A trained pipeline and the kind of prompts, of `recipe.TEXTS`, that it is tested with.
 
     Without a pipeline, the degraded images are returned as they are.
     """
@@ -259,7 +260,7 @@ class Restorer(nn.Module):
 
 
 def restore(pipe: TIPPipeline, given: Sequence[Sample], kind: str = "own", *, seed: int, **options: Any) -> Tensor:
-    """Restored images (n, 3, 16, 16), their prompts by `degradations.texts`; the noise is the same for all prompts."""
+    """Restored images (n, 3, 16, 16), their prompts by `recipe.texts`; the noise is the same for all prompts."""
     semantic, restoration = texts(given, kind)
     images = torch.stack([sample.degraded for sample in given])
     size = (len(images), prior.CHANNELS, SIZE // prior.PATCH, SIZE // prior.PATCH)

@@ -7,7 +7,7 @@ import torch
 from companion import backbones
 from companion.data import tracking as data
 from companion.errors import CompanionError, CorruptFile, MissingData, MissingWeights
-from companion.models.bat import BAT, OSTrack, recipe
+from companion.models.bat import BAT, OSTrack, official, recipe
 from companion.toy.encoders import tracker as pocket
 from companion.training import recipe as training
 from companion.training.fit import CPU
@@ -113,4 +113,4 @@ def test_sets_without_training_videos_are_tested_after_a_training_on_lasher(data
     recipe.run(given(data_root=str(tmp_path), dataset=dataset), tmp_path)
     read = "rgbt/lasher" if dataset == "rgbt/gtot" else dataset
     assert small == [file] and videos == [(dataset, "test"), (read, "train")]
-    assert recipe.weights(given(data_root=str(tmp_path), weights="mine.pth")) == "mine.pth"
+    assert official.ostrack_file("mine.pth", tmp_path, dry_run=False) == "mine.pth"

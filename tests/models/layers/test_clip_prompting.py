@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from companion.errors import BadCheckpoint, BadParameter
+from companion.models.dplq.baselines import CoCoOp, CoOp, MaPLe, ZeroShot
 from companion.models.layers import clip_prompting as prompting
 from companion.models.layers.clip_prompting import ImageFeatures
-from companion.models.layers.coop import CoCoOp, CoOp, MaPLe, ZeroShot
 from companion.toy import encoders
 from companion.toy.tokens import Tokenizer
 from companion.training.fit import CPU, predict

@@ -12,19 +12,8 @@ pytest.importorskip("diffusers")
 
 from companion.data import restoration
 from companion.models.tip import degradations as d
-from companion.models.tip.degradations import (
-    BLIND,
-    TASKS,
-    TEXTS,
-    Degraded,
-    Op,
-    Recipe,
-    blind,
-    degrade,
-    parse,
-    prompt,
-    texts,
-)
+from companion.models.tip.degradations import BLIND, TASKS, Degraded, Op, Recipe, blind, degrade, parse, prompt
+from companion.models.tip.recipe import TEXTS, texts
 from companion.training import fit
 from tests.data.test_restoration import picture
 from tests.models.common import refuses

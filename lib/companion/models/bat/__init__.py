@@ -1,8 +1,7 @@
 """BAT: Bi-directional Adapter for Multi-modal Tracking."""
 
 from .baselines import FeatureFusion, FullFineTuning, HigherPeak, SingleStream
-from .loss import losses
-from .model import BAT
+from .model import BAT, losses
 from .ostrack import OSTrack, Prediction, foundation
 
 __all__ = [

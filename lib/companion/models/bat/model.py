@@ -17,28 +17,25 @@ Shapes: b pairs of crops, n template tokens and m search tokens of each stream, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor, cat, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from torchvision.ops import box_convert, box_iou, generalized_box_iou
 
 from ...errors import BadParameter
 from ...io.config import configure
 from ..layers import attend, state_dicts
 from ..layers.attend import attention_map
 from ..layers.frozen import frozen_copy
-from .elimination import checked, eliminate, restore
+from .official import ADAPTERS, STAGES
 from .ostrack import OSTrack, Prediction
-
-STAGES = {"attention": "adap_t", "mlp": "adap2_t"}  # of a block: the authors' name of the adapter, A1 or A2
-ADAPTERS = [
-    (rf"^adapters\.(\d+)\.{ours}\.", rf"backbone.blocks.\1.{theirs}.adapter_") for ours, theirs in STAGES.items()
-]
 
 
 def streams(images: Tensor) -> Tensor:
@@ -244,3 +241,99 @@ class BAT(Tracks, state_dicts.OfficialModel):
         state_dicts.check_names(state, [down], "BAT (an OSTrack checkpoint has no adapters: OSTrack.from_official)")
         model = cls(OSTrack.like(state, heads), len(state[down]), **options)
         return model.loaded(state, "BAT")
+
+
+# --- candidate elimination (section 3.5) ------------------------------------------------------------------------------
+
+
+def checked(shares: Mapping[int, float], depth: int) -> dict[int, float]:
+    """Block -> share of the search tokens that remain, without the blocks that remove none.
+
+    Raises `BadParameter`: a block or a share that does not exist.
+    """
+    remaining = {int(i): share for i, share in shares.items()}  # in a JSON file they are text
+    if any(i not in range(depth) or not 0 < share <= 1 for i, share in remaining.items()):
+        raise BadParameter("elimination", dict(shares), f"blocks 0 to {depth - 1}, shares above 0 and up to 1")
+    return {i: share for i, share in remaining.items() if share < 1}
+
+
+def eliminate(x: Tensor, kept: Tensor, attention: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """The tokens without the eliminated ones, and what remains of `kept`, in falling order of attention.
+
+    Args:
+        x: (b, n + m, d), n template tokens first.
+        kept: (b, m), the position of each search token in the crop.
+        attention: (b, m), of the template to the search tokens.
+        share: of the search tokens that remain: k = ceil(share m).
+    """
+    order = attention.topk(math.ceil(share * attention.shape[1]), dim=1).indices  # (b, k)
+    n = x.shape[1] - kept.shape[1]
+    search = x[:, n:].gather(1, order[..., None].expand(-1, -1, x.shape[-1]))  # (b, k, d)
+    return cat([x[:, :n], search], 1), kept.gather(1, order)
+
+
+def restore(x: Tensor, kept: Tensor, m: int) -> Tensor:
+    """The tokens (b, n + m, d) of (b, n + k, d): those that remain at their positions, zeros for the others."""
+    n = x.shape[1] - kept.shape[1]
+    search = x.new_zeros(len(x), m, x.shape[-1])
+    return cat([x[:, :n], search.scatter(1, kept[..., None].expand(-1, -1, x.shape[-1]), x[:, n:])], 1)
+
+
+# --- loss (section 4); boxes (b, 4) are x, y, w, h as fractions of the search crop ------------------------------------
+
+
+def losses(prediction: Prediction, boxes: Tensor) -> dict[str, Tensor]:
+    """The terms "focal", "giou" and "l1", and their sum "loss" = focal + 2 GIoU + 5 L1, for boxes (b, 4)."""
+    predicted, target = corners(prediction.box, boxes)
+    terms = {
+        "focal": focal(prediction.score, centre_map(boxes, prediction.score.shape[-1])),
+        # of all pairs: torchvision's loss of matched pairs takes masks as indices
+        "giou": 1 - generalized_box_iou(predicted, target).diagonal().mean(),
+        "l1": F.l1_loss(predicted, target),
+    }
+    return terms | {"loss": terms["focal"] + 2 * terms["giou"] + 5 * terms["l1"]}
+
+
+def overlaps(prediction: Prediction, boxes: Tensor) -> Tensor:
+    """The IoU (b,) of each predicted box with that of `boxes` (b, 4), without gradient."""
+    return box_iou(*corners(prediction.box.detach(), boxes)).diagonal()
+
+
+def corners(predicted: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """Corners x1, y1, x2, y2 of predicted boxes cx, cy, w, h, and of true ones, which are clipped to the crop."""
+    return box_convert(predicted, "cxcywh", "xyxy"), box_convert(boxes, "xywh", "xyxy").clamp(0, 1)
+
+
+def centre_map(boxes: Tensor, f: int, overlap: float = 0.7) -> Tensor:
+    """The target score map (b, 1, f, f): a Gaussian around the centre's cell, 1 at the centre.
+
+    Its radius is CornerNet's, the largest shift of a box's corners that leaves the IoU above `overlap`, in the variant
+    that divides by 2 throughout.
+    """
+    x, y, w, h = (boxes * f).unbind(1)  # (b,) each
+    cx, cy = (x + w / 2).round(), (y + h / 2).round()
+
+    def root(b: Tensor, c: Tensor, a: float) -> Tensor:
+        return (b + (b**2 - 4 * a * c).sqrt()) / 2
+
+    radius = torch.stack(
+        [
+            root(h + w, w * h * (1 - overlap) / (1 + overlap), 1),
+            root(2 * (h + w), (1 - overlap) * w * h, 4),
+            root(-2 * overlap * (h + w), (overlap - 1) * w * h, 4 * overlap),
+        ]
+    )
+    r = radius.amin(0).clamp_min(0).floor()[:, None, None]  # (b, 1, 1)
+    cells = torch.arange(f, device=boxes.device, dtype=boxes.dtype)
+    dx, dy = cells - cx[:, None, None], cells[:, None] - cy[:, None, None]  # (b, 1, f), (b, f, 1)
+    near = (dx.abs() <= r) & (dy.abs() <= r)  # (b, f, f)
+    return (near * torch.exp(-(dx**2 + dy**2) / (2 * ((2 * r + 1) / 6) ** 2)))[:, None]
+
+
+def focal(score: Tensor, target: Tensor) -> Tensor:
+    """CenterNet's focal loss (alpha 2, beta 4) of a score map and `centre_map`, over the number of centres."""
+    # no masks as indices, which would synchronise with a GPU
+    p, centre = score.clamp_min(1e-12), target == 1
+    positive = (p.log() * (1 - p) ** 2 * centre).sum()
+    negative = ((1 - p).clamp_min(1e-12).log() * p**2 * (1 - target) ** 4).sum()
+    return -(positive + negative) / centre.sum().clamp_min(1)

@@ -11,10 +11,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from ... import backbones
 from ...data import present
 from ...data import tracking as data
-from ...errors import BadParameter, MissingWeights
+from ...errors import BadParameter
 from ...evaluation.metrics.tracking import Scores, evaluate
 from ...evaluation.tables import Cells, Results
 from ...io import papers
@@ -25,8 +24,8 @@ from ...training.recipe import run as train
 from ...training.schedules import MakeOptimizer, adamw, learning_rates
 from . import tracking
 from .baselines import FeatureFusion, FullFineTuning, HigherPeak, SingleStream
-from .loss import losses, overlaps
-from .model import BAT
+from .model import BAT, losses, overlaps
+from .official import ostrack_file, released
 from .ostrack import OSTrack, foundation
 
 RULES = {"rgbt/lasher": "lasher", "rgbt/rgbt234": "rgbt234", "rgbt/gtot": "gtot", "rgbe/visevent": "visevent"}
@@ -99,9 +98,9 @@ def training(p: Parameters, hardware: Hardware) -> Training:
     """The training of `p.method`: as published, of two steps in a dry run, or none with a checkpoint or a baseline."""
     pairs: Any = None
     if p.checkpoint:
-        name, make = p.method, partial(BAT.from_official, official_state(p))
+        name, make = p.method, partial(BAT.from_official, released(p.checkpoint, p.method))
     else:
-        make = partial(build, p.method, tracker := foundation(weights(p)), p.seed)
+        make = partial(build, p.method, tracker := foundation(ostrack_file(p.weights, p.data_root, p.dry_run)), p.seed)
         # RGB-T and RGB-E have different training sets
         name = f"{p.method}, {p.dataset.partition('/')[0]}, seed {p.seed}" if p.method in TRAINED else p.method
         pairs = train_pairs(p, tracker) if p.method in TRAINED else None
@@ -202,39 +201,7 @@ def batch_of(dataset: str) -> int:
     return EVENT_BATCH if dataset.startswith("rgbe/") else BATCH
 
 
-# --- weights ----------------------------------------------------------------------------------------------------------
-
-
-def weights(p: Parameters) -> str | Path:
-    """The weights of `foundation` at the `paper` profile: the parameter, or OSTrack's file in `<data_root>/weights`,
-    without which those of a dry run are random."""
-    usual = Path(p.data_root) / "weights" / "OSTrack_ep0300.pth.tar"
-    if p.dry_run and not (p.weights or usual.is_file()):
-        print(f"no {usual}; random weights in this dry run")
-        return "random"
-    return p.weights or (usual if usual.is_file() else "pretrained")
-
-
-def official_state(p: Parameters) -> dict[str, torch.Tensor]:
-    """The tensors of the file `checkpoint`."""
-    if p.method != "BAT":
-        raise BadParameter("method", p.method, ["BAT with a checkpoint: it holds BAT's weights"])
-    if not Path(p.checkpoint).is_file():
-        ways = [
-            "give the path of BAT_rgbt.pth, which the README of github.com/SparkTempest/BAT links",
-            "leave `checkpoint` empty to train",
-        ]
-        raise MissingWeights("BAT_rgbt", p.checkpoint, ways)
-    return backbones.read_state(p.checkpoint)
-
-
 # --- test -------------------------------------------------------------------------------------------------------------
-
-
-def follow_in_memory(model: nn.Module, videos: Sequence, name: str, hardware: Hardware) -> dict[str, np.ndarray]:
-    """The boxes (n, 4) of short videos by name, all videos as one batch."""
-    tracks = tracking.follow(model, videos, [video.boxes[0] for video in videos], hardware=hardware, name=name)
-    return {video.name: track.boxes for video, track in zip(videos, tracks, strict=True)}
 
 
 def rescored(folder: str | Path) -> Cells:

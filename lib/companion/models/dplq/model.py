@@ -39,13 +39,13 @@ from ..layers.clip_prompting import (
     encode_text,
     similarity,
 )
-from ..layers.coop import DEEP_PROJECTIONS, DEEP_TEXT, META_NET, meta_net
 from ..layers.frozen import frozen_copy
 from ..layers.precision import without_autocast
 from ..layers.predicting import Shapes
-from ..layers.quaternion import QuaternionLinear
 from ..layers.state_dicts import depth as depth_of
 from ..layers.state_dicts import load_official, renamed
+from .baselines import DEEP_PROJECTIONS, DEEP_TEXT, META_NET, meta_net
+from .quaternion import QuaternionLinear
 
 NOISE = ("always", "train", "off")
 PROMPT = "a photo of a {}."

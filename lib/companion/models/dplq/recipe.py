@@ -26,8 +26,8 @@ from ...training.fit import Hardware, History, RunParameters, predict
 from ...training.recipe import Training, dry_items
 from ...training.recipe import run as train
 from ...training.schedules import MakeOptimizer, Schedule, schedule, sgd
-from ..layers import coop
 from ..layers.clip_prompting import PromptedCLIP
+from . import baselines as coop
 from .model import DPLQ, PROMPT, TEST_BATCH, domain_model, loss
 
 CLIP = "ViT-B-16/openai"

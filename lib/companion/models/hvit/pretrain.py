@@ -21,7 +21,7 @@ from ...training.callbacks import ClipNorm
 from ...training.fit import WORKERS, Hardware, History
 from ...training.recipe import Training, run
 from ...training.schedules import adamw
-from ..layers.dino import FreezeLastLayer, SelfDistillation, WeightDecay, cosine
+from .dino import FreezeLastLayer, SelfDistillation, WeightDecay, cosine
 
 
 class Crops(Dataset):

@@ -40,7 +40,7 @@ from ..layers.attend import attention_map
 from ..layers.clip_prompting import Texts, Tokenizer, embed_again, embed_texts, encode_text
 from ..layers.precision import without_autocast
 from ..layers.predicting import Images, Names, Shapes, Transform, named, outputs
-from .released import Released, prompted_text, read_checkpoint
+from .official import Released, prompted_text, read_checkpoint
 from .tower import PUBLISHED, Out, PromptedTower, Settings, region_mask, uniform
 
 __all__ = ["PromptPAR", "Settings", "loss", "prompted_text", "read_checkpoint", "region_mask"]

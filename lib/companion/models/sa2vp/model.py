@@ -31,10 +31,24 @@ from ...io.config import configure
 from ..layers import attend
 from ..layers.attend import Attend
 from ..layers.frozen import frozen_copy
+from ..layers.mae import PLAIN_INPUT, plain_input
 from ..layers.predicting import OnBackbone
 from ..layers.state_dicts import OfficialModel
-from ..layers.vpt import PLAIN_VIT, plain_vit
-from .released import PaddedAttention, ReleasedViT
+from .official import PaddedAttention, ReleasedViT
+
+
+def plain_vit(backbone: nn.Module) -> bool:
+    """Whether `backbone` is a timm ViT of the original's form, which the prompting methods run block by block: of
+    `plain_input`, and its [CLS] token is read after the last norm."""
+    return (
+        plain_input(backbone)
+        and backbone.global_pool == "token"
+        and all(isinstance(part, nn.Identity) for part in (backbone.fc_norm, backbone.patch_drop))
+    )
+
+
+PLAIN_VIT = f"{PLAIN_INPUT}, whose [CLS] token is read"
+
 
 PROMPT_WEIGHT = 0.2  # of the prompt pathway in the loss, as released
 DROPOUT = 0.1

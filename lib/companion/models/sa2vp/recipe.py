@@ -25,7 +25,7 @@ from ...training.fit import WORKERS, Hardware, History, RunParameters, predict
 from ...training.recipe import Training, dry_items
 from ...training.recipe import run as train
 from ...training.schedules import adamw, schedule
-from ..layers import vpt
+from . import baselines as vpt
 from . import model
 from .model import SA2VP, loss
 from .swin import SA2VPSwin

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ...errors import BadParameter, check_choice
 from ...io.config import configure
 from .model import DROPOUT, LEAST, Adapter, Named, Pathways, TwoPathways, halves
-from .released import ReleasedSwin
+from .official import ReleasedSwin
 
 
 class SA2VPSwin(TwoPathways, ReleasedSwin):

@@ -1,8 +1,7 @@
 """TIP: Text-Driven Image Processing with Semantic and Restoration Instructions."""
 
 from .model import TIP, Adaptor, fuse, loss
-from .pipeline import TIPPipeline, build, load_adaptor, save_adaptor
-from .text import clip_tokenizer, tokenize
+from .pipeline import TIPPipeline, build, clip_tokenizer, load_adaptor, save_adaptor, tokenize
 
 __all__ = [
     "TIP",

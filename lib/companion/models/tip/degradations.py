@@ -35,7 +35,7 @@ from torch.utils.data import Dataset
 from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
 from torchvision.transforms.v2.functional import resize
 
-from ...errors import BadParameter, check_choice, check_range
+from ...errors import BadParameter, check_range
 
 BLIND = "Remove all degradation"  # figure: the restoration prompt that names no degradation
 
@@ -370,48 +370,6 @@ class Degraded(Dataset):
             degraded = degrade(clean, ops, numbers, edge=self.edge)
             restoration = BLIND if unnamed < self.blind_prompt else prompt(ops)
         return Sample(clean, degraded, "" if untold < self.no_caption else caption, restoration, ops)
-
-
-TEXTS = (
-    "own",
-    "no text",
-    "semantic only",
-    "restoration only",
-    "blind prompt",
-    "wrong semantic prompt",
-    "wrong restoration prompt",
-    "prompts swapped",
-)
-
-
-def texts(samples: Sequence[Sample], kind: str = "own") -> tuple[list[str], list[str]]:
-    """The two prompts of each sample, for the UNet and for the adaptor, by kind of test.
-
-    "own": c_s and c_r. "no text": "" and `BLIND`. "semantic only", also called "blind prompt": c_s and `BLIND`.
-    "restoration only": "" and c_r. "wrong ...": that of the next sample with a different one. "prompts swapped": c_r to
-    the UNet, c_s to the adaptor.
-
-    Raises `BadParameter`: "wrong ..." of samples whose prompts are all equal.
-    """
-    check_choice("texts", kind, TEXTS)
-    semantic, restoration = [s.semantic for s in samples], [s.restoration for s in samples]
-
-    def other(prompts: list[str]) -> list[str]:
-        if len(set(prompts)) < 2:
-            raise BadParameter("texts", kind, f"others: all prompts are {prompts[:1]}")
-        return [next(t for t in (*prompts[i:], *prompts[:i]) if t != own) for i, own in enumerate(prompts)]
-
-    if kind == "prompts swapped":
-        return restoration, semantic
-    if kind in ("no text", "restoration only"):
-        semantic = [""] * len(samples)
-    if kind in ("no text", "semantic only", "blind prompt"):
-        restoration = [BLIND] * len(samples)
-    if kind == "wrong semantic prompt":
-        semantic = other(semantic)
-    if kind == "wrong restoration prompt":
-        restoration = other(restoration)
-    return semantic, restoration
 
 
 def _square(picture: Tensor, size: int, where: float) -> Tensor:

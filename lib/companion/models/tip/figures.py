@@ -25,7 +25,7 @@ def before_after(
 
     Args:
         restore: (samples, kind of prompts) to images.
-        kinds: label -> kind, of `degradations.TEXTS`.
+        kinds: label -> kind, of `recipe.TEXTS`.
     """
     restored, captions = [restore(samples, kind) for kind in kinds.values()], [s.semantic for s in samples]
     shown = {}

@@ -26,6 +26,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils import logging as diffusers_logging
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import constants
+from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2.functional import to_pil_image
@@ -39,7 +40,8 @@ from ...io.progress import progress
 from ..layers.predicting import Images, Names, coloured
 from .degradations import BLIND
 from .model import TIP, Adaptor, frozen, to_images
-from .text import END, clip_tokenizer, tokenize
+
+START, END = "<|startoftext|>", "<|endoftext|>"
 
 # --- sizes: from configurations, without weights ----------------------------------------------------------------------
 
@@ -431,3 +433,45 @@ def build(
         DDIMScheduler(**_SD_NOISE),
         clip_tokenizer(sizes["pad"]),
     )
+
+
+# --- texts: one frozen encoder reads both prompts (inferred: the figure draws two boxes named CLIP) -------------------
+
+
+def clip_tokenizer(pad: str = END, length: int = 77) -> CLIPTokenizer:
+    """CLIP's tokenizer from the merges that ship with open_clip: offline, with the ids of OpenAI's CLIP.
+
+    Args:
+        pad: the padding token: the end token (Stable Diffusion 1.5) or "!" (2.1).
+        length: tokens of every text, start and end included.
+    """
+    simple = SimpleTokenizer()
+    names = {"<start_of_text>": START, "<end_of_text>": END}
+    vocabulary = {names.get(token, token): i for token, i in simple.encoder.items()}
+    return CLIPTokenizer(
+        vocab=vocabulary,
+        merges=list(simple.bpe_ranks),
+        unk_token=END,
+        bos_token=START,
+        eos_token=END,
+        pad_token=pad,
+        model_max_length=length,
+    )
+
+
+def tokenize(tokenizer, texts: Sequence[str], truncate: bool = False) -> Tensor:
+    """Ids (B, M) of texts, by a tokenizer of transformers, or by an object with a method `ids`.
+
+    Raises `BadParameter` for a text that is too long, unless `truncate`: a truncated caption is still a caption, but
+    the end of a truncated instruction would be ignored without an error.
+    """
+    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+        raise BadParameter("texts", texts, "a list of texts")
+    if hasattr(tokenizer, "ids"):
+        return tokenizer.ids(texts, truncate)
+    length = tokenizer.model_max_length
+    for text, ids in zip(texts, tokenizer(list(texts))["input_ids"], strict=True):
+        if len(ids) > length and not truncate:
+            raise BadParameter("text", text, f"at most {length} tokens, it has {len(ids)}")
+    options = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
+    return tokenizer(list(texts), **options)["input_ids"]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from ...data import DATASETS, few, present, restoration
-from ...errors import BadParameter, MissingWeights, check_range
+from ...errors import BadParameter, MissingWeights, check_choice, check_range
 from ...evaluation.metrics.restoration import perceptual, psnr, ssim
 from ...evaluation.tables import Cells, Results, with_measured
 from ...io import papers
@@ -34,9 +34,8 @@ from ...training.schedules import adamw, schedule
 from ...training.stored import saved
 from . import degradations
 from . import model as tip
-from .degradations import TASKS, Degraded, Sample
-from .pipeline import TIPPipeline, build, load_adaptor, save_adaptor
-from .text import tokenize
+from .degradations import BLIND, TASKS, Degraded, Sample
+from .pipeline import TIPPipeline, build, load_adaptor, save_adaptor, tokenize
 
 # differences to TIP in training: the fusion, the prompts that are read. Prompts that are never read in training are not
 # read in the test either
@@ -331,13 +330,13 @@ def restore(
     hardware: Hardware = CPU,
     **options,
 ) -> Tensor:
-    """Restored images (B, 3, S, S) in [0, 1] of samples, their prompts by `degradations.texts`.
+    """Restored images (B, 3, S, S) in [0, 1] of samples, their prompts by `texts`.
 
     The initial noise of a sample depends only on `seed` and its index, counted from `first`, not on the prompts.
     """
     check_range("batch", batch, 1)
     check_range("data", len(data), 1)
-    semantic, restoration = degradations.texts(data, kind)
+    semantic, restoration = texts(data, kind)
     restored = []
     with evaluating(hardware, pipe.vae, pipe.text_encoder, pipe.unet, pipe.adaptor):
         for start in range(0, len(data), batch):
@@ -347,6 +346,48 @@ def restore(
             images = pipe(degraded, semantic[some], restoration[some], generator=noise, **options).images
             restored.append(images.cpu())
     return torch.cat(restored)
+
+
+TEXTS = (
+    "own",
+    "no text",
+    "semantic only",
+    "restoration only",
+    "blind prompt",
+    "wrong semantic prompt",
+    "wrong restoration prompt",
+    "prompts swapped",
+)
+
+
+def texts(samples: Sequence[Sample], kind: str = "own") -> tuple[list[str], list[str]]:
+    """The two prompts of each sample, for the UNet and for the adaptor, by kind of test.
+
+    "own": c_s and c_r. "no text": "" and `BLIND`. "semantic only", also called "blind prompt": c_s and `BLIND`.
+    "restoration only": "" and c_r. "wrong ...": that of the next sample with a different one. "prompts swapped": c_r to
+    the UNet, c_s to the adaptor.
+
+    Raises `BadParameter`: "wrong ..." of samples whose prompts are all equal.
+    """
+    check_choice("texts", kind, TEXTS)
+    semantic, restoration = [s.semantic for s in samples], [s.restoration for s in samples]
+
+    def other(prompts: list[str]) -> list[str]:
+        if len(set(prompts)) < 2:
+            raise BadParameter("texts", kind, f"others: all prompts are {prompts[:1]}")
+        return [next(t for t in (*prompts[i:], *prompts[:i]) if t != own) for i, own in enumerate(prompts)]
+
+    if kind == "prompts swapped":
+        return restoration, semantic
+    if kind in ("no text", "restoration only"):
+        semantic = [""] * len(samples)
+    if kind in ("no text", "semantic only", "blind prompt"):
+        restoration = [BLIND] * len(samples)
+    if kind == "wrong semantic prompt":
+        semantic = other(semantic)
+    if kind == "wrong restoration prompt":
+        restoration = other(restoration)
+    return semantic, restoration
 
 
 def texts_of(method: str, kind: str = "own") -> str:

@@ -15,8 +15,8 @@ from torch import nn
 
 from ... import backbones
 from ...errors import MissingWeights
-from ...models.layers.vpt import VPT
 from ...models.sa2vp import SA2VP
+from ...models.sa2vp.baselines import VPT
 from ...training.checkpoints import trained_state
 from .. import encoders, scenes
 

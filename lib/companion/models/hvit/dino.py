@@ -30,7 +30,7 @@ from ...errors import BadParameter, check_range
 from ...training.callbacks import EMA, Callback, ema_copy
 from ...training.fit import Loop, average_over_devices
 from ...training.schedules import learning_rates
-from .state_dicts import check_names, load_official
+from ..layers.state_dicts import check_names, load_official
 
 MASKED = 0.3  # share of a large crop's patches that iBOT masks for the student, at random
 

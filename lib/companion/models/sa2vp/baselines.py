@@ -18,22 +18,9 @@ from torch.nn import functional as F
 
 from ...errors import BadParameter
 from ...io.config import configure
-from .frozen import frozen_copy
-from .mae import PLAIN_INPUT, plain_input
-from .predicting import OnBackbone
-
-
-def plain_vit(backbone: nn.Module) -> bool:
-    """Whether `backbone` is a timm ViT of the original's form, which the prompting methods run block by block: of
-    `plain_input`, and its [CLS] token is read after the last norm."""
-    return (
-        plain_input(backbone)
-        and backbone.global_pool == "token"
-        and all(isinstance(part, nn.Identity) for part in (backbone.fc_norm, backbone.patch_drop))
-    )
-
-
-PLAIN_VIT = f"{PLAIN_INPUT}, whose [CLS] token is read"
+from ..layers.frozen import frozen_copy
+from ..layers.predicting import OnBackbone
+from .model import PLAIN_VIT, plain_vit
 
 
 def head(dim: int, classes: int) -> nn.Linear:

@@ -10,9 +10,9 @@ import torch
 from torch.utils.data import TensorDataset
 
 from companion.models.dmt.vit import build
+from companion.models.hvit import dino
 from companion.models.hvit.model import PatchEncoder, RegionEncoder
 from companion.models.hvit.pretrain import pretrain
-from companion.models.layers import dino
 from companion.training.callbacks import Callback
 from companion.training.fit import CPU, Hardware, fit
 from companion.training.schedules import adamw, schedule

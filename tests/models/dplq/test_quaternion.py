@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from companion.models.layers.quaternion import QuaternionLinear
+from companion.models.dplq.quaternion import QuaternionLinear
 
 
 def test_the_start_has_the_released_statistics():

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...io.config import configure
-from .clip_prompting import (
+from ..layers.clip_prompting import (
     LEARNER,
     Classes,
     PromptedCLIP,
@@ -33,7 +33,7 @@ from .clip_prompting import (
     encode_text,
     similarity,
 )
-from .state_dicts import depth as depth_of
+from ..layers.state_dicts import depth as depth_of
 
 DEEP_TEXT, DEEP_PROJECTIONS = LEARNER + "compound_prompts_text", LEARNER + "compound_prompt_projections"
 
