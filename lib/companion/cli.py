@@ -444,7 +444,7 @@ def run(given: argparse.Namespace) -> int:
 
 
 def adopt(given: argparse.Namespace) -> int:
-    """Copy a run's results to `reports/`, see `ops.adopt`."""
+    """Copy a run's results to `reports/`, see `runs.adopt`."""
     from .runs.adopt import adopt as copy
 
     print(copy(given.folder))
