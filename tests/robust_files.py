@@ -24,7 +24,7 @@ from companion.models.dmt import build as dmt_vit
 from companion.models.dmt import cache as dmt_cache
 from companion.models.hvit import features, slides
 from companion.training.checkpoints import Checkpoint
-from companion.training.fit import CPU
+from companion.training.hardware import CPU
 from tests.data.test_attributes import pa100k
 from tests.models.hvit.test_slides import SMALL, drawn, mean_colour, written
 from tests.training.test_fit import noisy_model, run

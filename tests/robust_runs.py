@@ -29,7 +29,8 @@ from companion.models.hvit.features import extract
 from companion.studies import study
 from companion.training import stored
 from companion.training.checkpoints import Checkpoint, trained_state
-from companion.training.fit import CPU, predict
+from companion.training.fit import predict
+from companion.training.hardware import CPU
 from tests.models.bat.test_tracking import clip, pocket_model, sequence
 from tests.models.hvit.test_slides import SMALL, drawn, mean_colour, written
 from tests.training.test_fit import noisy_model, run, squared

@@ -185,7 +185,7 @@ def doctor(given: argparse.Namespace) -> int:
 
     from .io import record
     from .io.files import read_json
-    from .training.fit import device
+    from .training.hardware import device
 
     facts, root = paper(given.paper), Path(given.data_root)
     weights = {w["name"]: (w, lack) for w, lack in _weights(facts, root)}
@@ -341,7 +341,7 @@ def heatmap(given: argparse.Namespace) -> int:
     from .models.hvit import HViT, features, heatmaps
     from .models.hvit.model import predict
     from .models.hvit.slides import PANDA, Slide, read_mask, tile
-    from .training.fit import Hardware, evaluating
+    from .training.hardware import Hardware, evaluating
 
     path, out = Path(given.slide), Path(given.out)
     if out.resolve() == path.resolve().parent:

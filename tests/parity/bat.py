@@ -10,7 +10,7 @@ from companion.data import tracking as data
 from companion.evaluation.metrics import tracking as metrics
 from companion.models.bat import BAT
 from companion.models.bat.tracking import Frames, follow
-from companion.training.fit import CPU
+from companion.training.hardware import CPU
 
 from .runner import Case
 

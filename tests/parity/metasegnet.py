@@ -13,7 +13,8 @@ from companion.models.layers.state_dicts import load_official
 from companion.models.metasegnet import decoder
 from companion.models.metasegnet.official import decoder_names
 from companion.training.callbacks import Callback, Lookahead
-from companion.training.fit import CPU, Loop, fit
+from companion.training.fit import Loop, fit
+from companion.training.hardware import CPU
 from companion.training.schedules import schedule
 
 from .runner import Case

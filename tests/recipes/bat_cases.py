@@ -18,7 +18,8 @@ from companion.evaluation.metrics.tracking import evaluate
 from companion.models.bat import BAT, OSTrack, Prediction, foundation, recipe
 from companion.models.layers.state_dicts import load_official
 from companion.training.callbacks import EarlyStop
-from companion.training.fit import CPU, fit
+from companion.training.fit import fit
+from companion.training.hardware import CPU
 from tests.conftest import parameters as defaults
 from tests.parity import fill
 from tests.recipes.runner import Case, InOrder, Row, equal, lines, near, parameters, same

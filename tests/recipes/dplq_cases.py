@@ -23,7 +23,8 @@ from companion.models.dplq import recipe
 from companion.models.dplq.model import DPLQ, PROMPT, NoFeatures, loss
 from companion.models.layers.clip_prompting import Texts, embed_texts, tower_names
 from companion.models.layers.state_dicts import official_state
-from companion.training.fit import CPU, fit
+from companion.training.fit import fit
+from companion.training.hardware import CPU
 from companion.training.recipe import Training, run
 from tests.conftest import parameters as defaults
 from tests.parity import fill

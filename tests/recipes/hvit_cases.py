@@ -19,7 +19,8 @@ from companion.data import slides as data
 from companion.models.hvit import model as hvit
 from companion.models.hvit import recipe, slides
 from companion.models.layers.state_dicts import load_official
-from companion.training.fit import CPU, History
+from companion.training.fit import History
+from companion.training.hardware import CPU
 from companion.training.recipe import Training, run
 from tests.conftest import parameters
 from tests.parity import fill

@@ -27,7 +27,8 @@ from companion.evaluation.metrics import landcover as metrics
 from companion.models.metasegnet import inference, losses, recipe
 from companion.models.metasegnet.model import SIZES, MetaSegNet, swin
 from companion.training.callbacks import Callback
-from companion.training.fit import CPU, Loop, fit
+from companion.training.fit import Loop, fit
+from companion.training.hardware import CPU
 from companion.training.schedules import sgd
 from tests.parity import fill
 from tests.recipes.runner import Case, InOrder, Row, close, equal, lines, near, same

@@ -26,7 +26,8 @@ from companion.io.papers import paper
 from companion.models.sa2vp import SA2VP, SA2VPSwin, recipe
 from companion.models.sa2vp.model import TwoPathways, two_pathway_loss
 from companion.training.callbacks import Callback
-from companion.training.fit import CPU, fit
+from companion.training.fit import fit
+from companion.training.hardware import CPU
 from companion.training.recipe import Training
 from companion.training.schedules import Schedule, adamw, schedule
 from tests.conftest import parameters as defaults

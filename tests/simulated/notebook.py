@@ -61,6 +61,7 @@ def force(precision: str) -> list[tuple[float, float]]:
     import lightning_fabric
 
     from companion.training import fit as module
+    from companion.training.hardware import Hardware
     from companion.training.schedules import Schedule
 
     launch, train, losses = lightning_fabric.Fabric, module.fit, []
@@ -73,7 +74,7 @@ def force(precision: str) -> list[tuple[float, float]]:
             return lambda lr, steps, each: of(lr, max(1, round(epochs * per_epoch)), each)[:steps]
 
         settings["schedule"] = {k: begun(v) for k, v in whole.items()} if isinstance(whole, dict) else begun(whole)
-        hardware = settings.get("hardware", module.AUTO)
+        hardware = settings.get("hardware", Hardware())
         settings["hardware"] = replace(hardware, precision=precision or hardware.precision)
         half = settings["hardware"].precision != "32-true"
         if half:

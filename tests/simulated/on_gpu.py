@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from companion.errors import BadParameter, CompanionError
 from companion.training.callbacks import EMA, Callback, ClipNorm, Lookahead, ema_copy
 from companion.training.checkpoints import Checkpoint
-from companion.training.fit import Hardware, evaluating, fit, predict
+from companion.training.fit import fit, predict
+from companion.training.hardware import Hardware, evaluating
 from companion.training.schedules import adamw
 from tests.simulated import simdevice
 

@@ -20,7 +20,8 @@ from companion.io.papers import paper, slugs
 from companion.training import checkpoints, recipe
 from companion.training.callbacks import Callback, ClipNorm, ClipValue, EarlyStop, Lookahead
 from companion.training.checkpoints import Checkpoint
-from companion.training.fit import CPU, PRECISIONS, Hardware, device, fit, launcher, predict
+from companion.training.fit import fit, predict
+from companion.training.hardware import CPU, PRECISIONS, Hardware, device, launcher
 from companion.training.schedules import adamw, given, learning_rates, param_groups, schedule, sgd
 from tests.models.common import refuses
 

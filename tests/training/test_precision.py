@@ -16,7 +16,8 @@ from companion.models.layers.clip_prompting import similarity
 from companion.models.sic_cads import predictions
 from companion.models.sic_cads.model import Heads
 from companion.toy import encoders
-from companion.training.fit import Hardware, predict
+from companion.training.fit import predict
+from companion.training.hardware import Hardware
 from companion.training.recipe import run
 from tests.conftest import parameters
 from tests.models.common import draw

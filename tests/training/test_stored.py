@@ -9,7 +9,8 @@ from torch.utils.data import TensorDataset
 
 from companion.errors import CompanionError, CorruptFile
 from companion.training import stored
-from companion.training.fit import CPU, predict
+from companion.training.fit import predict
+from companion.training.hardware import CPU
 from tests.conftest import interrupted
 from tests.models.common import refuses
 

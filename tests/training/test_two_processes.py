@@ -29,7 +29,8 @@ from companion.models.hvit.pretrain import pretrain
 from companion.training import fit as loop
 from companion.training.callbacks import Callback, ClipNorm, EarlyStop, Lookahead
 from companion.training.checkpoints import Checkpoint, trained_state
-from companion.training.fit import CPU, Hardware, predict
+from companion.training.fit import predict
+from companion.training.hardware import CPU, Hardware
 from tests.conftest import ROOT, parameters
 from tests.models.common import draw, refuses
 from tests.small import shrink

@@ -16,7 +16,8 @@ from companion.models.sa2vp import recipe
 from companion.toy import scenes
 from companion.toy.encoders.photo_prompts import CLASSES, METHODS, NAME, build
 from companion.training.checkpoints import trained_state
-from companion.training.fit import CPU, fit
+from companion.training.fit import fit
+from companion.training.hardware import CPU
 
 from . import ship
 

@@ -17,7 +17,8 @@ from companion.models.dmt.model import DMT, loss
 from companion.models.dmt.vit import ViT
 from companion.toy import scenes
 from companion.toy.encoders import photo_student
-from companion.training.fit import CPU, fit
+from companion.training.fit import fit
+from companion.training.hardware import CPU
 from companion.training.schedules import adamw
 
 from . import ship

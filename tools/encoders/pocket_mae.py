@@ -18,7 +18,8 @@ from companion.toy.dplq import unlabelled
 from companion.toy.encoders.domain_mae import NAMES, load
 from companion.toy.encoders.training import fit_steps
 from companion.toy.encoders.vit_and_clip import pixels
-from companion.training.fit import CPU, predict
+from companion.training.fit import predict
+from companion.training.hardware import CPU
 
 from . import ship
 

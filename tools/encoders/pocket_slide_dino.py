@@ -19,7 +19,7 @@ from companion.models.hvit.model import PatchEncoder
 from companion.models.hvit.pretrain import pretrain
 from companion.toy.encoders.slide_dino import NAME, SIDE, build, embed
 from companion.toy.hvit import PATCH, TUMOUR, is_core, unlabelled
-from companion.training.fit import CPU
+from companion.training.hardware import CPU
 
 from . import ship
 

@@ -27,7 +27,8 @@ from companion.toy import dmt
 from companion.toy.encoders import teachers
 from companion.toy.encoders.teachers import grey
 from companion.training.callbacks import EMA, Callback, ClipNorm, ema_copy
-from companion.training.fit import CPU, fit
+from companion.training.fit import fit
+from companion.training.hardware import CPU
 from companion.training.schedules import adamw
 
 from . import ship

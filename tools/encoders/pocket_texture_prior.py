@@ -15,7 +15,8 @@ from torch.utils.data import TensorDataset
 from companion.models.tip import model as tip
 from companion.toy import tip as toy
 from companion.toy.encoders.texture_prior import CHANNELS, NAME, PATCH, PatchPCA, scheduler, text, times, unet
-from companion.training.fit import CPU, fit
+from companion.training.fit import fit
+from companion.training.hardware import CPU
 from companion.training.schedules import adamw
 
 from . import ship

@@ -16,7 +16,7 @@ import yaml
 from .. import data
 from ..errors import CompanionError
 from ..io.papers import MODELS, paper, slugs
-from ..training.fit import Hardware, RunParameters, device
+from ..training.hardware import Hardware, RunParameters, device
 from ..training.recipe import dry_items
 
 # Peak matrix throughput in TFLOP/s, dense, from NVIDIA's data sheets: in half precision, in TF32 (float32 on GPUs

@@ -40,7 +40,7 @@ from ..io import record
 from ..io.files import atomic, check_folder, sha256, write_json
 from ..io.papers import convert, paper, rules, slugs, threads
 from ..io.provenance import code_hash, sources
-from ..training.fit import Hardware, opens
+from ..training.hardware import Hardware, opens
 from ..viz import plots
 from ..viz.tables import show_table
 from . import needs

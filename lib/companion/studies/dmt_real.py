@@ -26,7 +26,8 @@ from ..models.dmt.model import DMT, loss
 from ..models.dmt.vit import build
 from ..toy.encoders import photo_student
 from ..toy.encoders.photo_student import TEACHERS
-from ..training.fit import CPU, History, fit
+from ..training.fit import History, fit
+from ..training.hardware import CPU
 from ..training.schedules import adamw
 from . import real
 

@@ -29,7 +29,8 @@ from ..evaluation.ablations import Study
 from ..models.sa2vp import SA2VP, recipe
 from ..models.sa2vp import baselines as vpt
 from ..toy.sa2vp import TOKENS
-from ..training.fit import CPU, Hardware, History, fit, predict
+from ..training.fit import History, fit, predict
+from ..training.hardware import CPU, Hardware
 from . import real
 
 ENCODER, SIDE = "vit_small_patch14_dinov2", 112

@@ -43,7 +43,8 @@ from ..models.bat import BAT, FeatureFusion, FullFineTuning, HigherPeak, OSTrack
 from ..models.bat.model import Adapter, halves
 from ..models.bat.tracking import Frames
 from ..training.callbacks import ClipNorm
-from ..training.fit import CPU, History, fit
+from ..training.fit import History, fit
+from ..training.hardware import CPU
 from ..training.schedules import adamw
 from .encoders import tracker as small_tracker
 from .scenes import PHOTOGRAPHS, SPLITS, Cut, photograph, quantise, tiles

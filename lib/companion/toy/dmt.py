@@ -34,7 +34,8 @@ from ..evaluation.ablations import Study
 from ..models.dmt.downstream import Features, ridge
 from ..models.dmt.model import DMT, Teachers, loss
 from ..models.dmt.vit import ViT, build
-from ..training.fit import CPU, History, fit, predict
+from ..training.fit import History, fit, predict
+from ..training.hardware import CPU
 from ..training.schedules import adamw
 from . import scenes
 from .encoders import teachers

@@ -47,7 +47,8 @@ from ..evaluation.ablations import Study
 from ..models.dplq import baselines as coop
 from ..models.dplq.model import DPLQ, TEST_BATCH, NoFeatures, loss
 from ..models.layers.clip_prompting import ImageFeatures, PromptedCLIP
-from ..training.fit import CPU, History, fit, predict
+from ..training.fit import History, fit, predict
+from ..training.hardware import CPU
 from ..training.schedules import adamw
 from . import encoders
 from .encoders import domain_mae

@@ -42,7 +42,8 @@ from ..models.ecamp import model as ecamp
 from ..models.ecamp import variants
 from ..models.ecamp.heads import MapDecoder, segmentation_loss
 from ..models.ecamp.text import Pairs, Vocabulary
-from ..training.fit import CPU, History, fit, predict
+from ..training.fit import History, fit, predict
+from ..training.hardware import CPU
 from ..training.schedules import adamw
 from .encoders import weights_file
 from .scenes import SPLITS

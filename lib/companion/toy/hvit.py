@@ -38,7 +38,8 @@ from ..evaluation.ablations import Study
 from ..models.hvit import model as hvit
 from ..models.hvit.recipe import kappa, voted
 from ..models.hvit.slides import Tiling, tensor, write_pyramid
-from ..training.fit import CPU, Batch, History, fit, predict
+from ..training.fit import Batch, History, fit, predict
+from ..training.hardware import CPU
 from ..training.schedules import adamw
 from .encoders import slide_dino
 from .encoders.slide_dino import SIDE

@@ -48,7 +48,8 @@ from ..evaluation.metrics import landcover as metrics
 from ..models.metasegnet.climate import Prompts, headless
 from ..models.metasegnet.model import MetaSegNet
 from ..models.metasegnet.text import BertText, TextEncoder, Words
-from ..training.fit import CPU, Batch, History, fit
+from ..training.fit import Batch, History, fit
+from ..training.hardware import CPU
 from ..training.schedules import adamw
 from .scenes import SPLITS, photograph, quantise, tiles
 

@@ -37,7 +37,8 @@ from ..evaluation.metrics.attributes import evaluate
 from ..io.config import configure
 from ..models.promptpar import PromptPAR, Settings, loss
 from ..training.callbacks import ClipNorm
-from ..training.fit import CPU, Batch, History, fit, predict
+from ..training.fit import Batch, History, fit, predict
+from ..training.hardware import CPU
 from ..training.schedules import adamw
 from . import encoders
 from .encoders.pedestrian_clip import tokenizer

@@ -37,7 +37,8 @@ from ..evaluation.ablations import Study
 from ..models.sa2vp import SA2VP, recipe
 from ..models.sa2vp import baselines as vpt
 from ..models.sa2vp.model import AlignedAttention, neighbourhood
-from ..training.fit import CPU, Hardware, History, fit, predict
+from ..training.fit import History, fit, predict
+from ..training.hardware import CPU, Hardware
 from . import encoders
 from .scenes import PLACES, SIZE, SPLITS, canvas, cut, quantise, scene
 

@@ -43,7 +43,8 @@ from ..models.sic_cads import model as sic_cads
 from ..models.sic_cads.detectors import Output
 from ..models.sic_cads.detectors import rows as coco_rows
 from ..models.sic_cads.predictions import BRANCHES, branch_scores, recognition
-from ..training.fit import CPU, History, fit
+from ..training.fit import History, fit
+from ..training.hardware import CPU
 from ..training.schedules import adamw
 from .encoders import detector as encoders
 from .encoders.detector import SIDE

@@ -39,7 +39,8 @@ from ..models.tip import recipe
 from ..models.tip.degradations import Degraded, Op, Recipe, Sample, degrade, prompt
 from ..models.tip.pipeline import TIPPipeline
 from ..models.tip.recipe import texts
-from ..training.fit import CPU, Batch, History, fit
+from ..training.fit import Batch, History, fit
+from ..training.hardware import CPU
 from ..training.schedules import adamw
 from .encoders import texture_prior as prior
 from .encoders.texture_prior import KINDS

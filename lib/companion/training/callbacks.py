@@ -172,9 +172,14 @@ class EarlyStop(Callback):
         check_range("patience", patience, 0)
         self.score, self.patience, self.first_step = score, patience, first_step
         self.ties, self.patient_ties = ties, patient_ties
-        self.start = [] if start is None else [float(start)]
+        self.start, self.best = start, dict[str, Tensor]()
+        self._reset()
+
+    def _reset(self) -> None:
         self.scores: list[tuple[int, float, float]] = []
-        self.best: dict[str, Tensor] = {}
+        # the best of the scores that select, and of those that stop; epochs since the latter
+        self.highest = self.top = -np.inf if self.start is None else float(self.start)
+        self.waited = 0
 
     def on_epoch_end(self, loop: Loop) -> None:
         """Score, store the best weights, stop if the patience is exhausted."""
@@ -187,15 +192,19 @@ class EarlyStop(Callback):
         loop.model.train()
         both = score if isinstance(score, tuple) else (score, score)
         selects, stops = (-np.inf if np.isnan(value) else float(value) for value in both)
-        highest = max([*self.start, *(row[1] for row in self.scores)], default=-np.inf)
-        self.scores.append((loop.step, selects, stops))
-        if selects > highest or (self.ties and selects == highest) or not (self.best or self.start):
+        first = not (self.best or self.start is not None)
+        if selects > self.highest or (self.ties and selects == self.highest) or first:
             self.best = trained_state(loop.model)
-        values = [*self.start, *(row[2] for row in self.scores)][::-1]  # the last epoch's first
-        best = [epochs for epochs, value in enumerate(values) if value == max(values)]
-        waited = best[0 if self.patient_ties else -1]
-        if self.patience and waited >= self.patience:
+        self._count(loop.step, selects, stops)
+        if self.patience and self.waited >= self.patience:
             loop.stopped = True
+
+    def _count(self, step: int, selects: float, stops: float) -> None:
+        better = stops > self.top or (self.patient_ties and stops == self.top)
+        better = better or (self.start is None and not self.scores)
+        self.waited = 0 if better else self.waited + 1
+        self.highest, self.top = max(self.highest, selects), max(self.top, stops)
+        self.scores.append((step, selects, stops))
 
     def on_fit_end(self, loop: Loop) -> None:
         loop.model.load_state_dict(self.best, strict=False)
@@ -204,7 +213,10 @@ class EarlyStop(Callback):
         return {"scores": self.scores, "best": self.best}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.scores, self.best = [tuple(row) for row in state["scores"]], state["best"]
+        self.best = state["best"]
+        self._reset()
+        for row in state["scores"]:
+            self._count(*row)
 
 
 class Lookahead(Callback):

@@ -16,7 +16,8 @@ from ..io import record
 from ..io.files import write_json
 from .callbacks import Callback, Loop
 from .checkpoints import Checkpoint, save, trained_state
-from .fit import Hardware, History, Loss, RunParameters, device, fit
+from .fit import History, Loss, fit
+from .hardware import Hardware, RunParameters, device
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from companion.errors import CompanionError, CorruptFile, MissingData, MissingWe
 from companion.models.bat import BAT, OSTrack, official, recipe
 from companion.toy.encoders import tracker as pocket
 from companion.training import recipe as training
-from companion.training.fit import CPU
+from companion.training.hardware import CPU
 from tests.conftest import parameters
 from tests.models.common import refuses
 from tests.rehearsal import bat

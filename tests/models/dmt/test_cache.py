@@ -11,8 +11,9 @@ from companion.errors import CompanionError, CorruptFile
 from companion.models.dmt import DMT, Teachers, build
 from companion.models.dmt import cache as dmt_cache
 from companion.models.dmt.cache import Views
-from companion.training import fit, stored
+from companion.training import stored
 from companion.training.checkpoints import checkpoint_key
+from companion.training.hardware import CPU
 from tests.conftest import interrupted
 from tests.models.common import refuses
 
@@ -26,7 +27,7 @@ def teachers(seed=1):
 
 
 def cached(folder, asked=None, views=None, **options):
-    return dmt_cache.build(folder, asked or teachers(), views or Views(IMAGES), hardware=fit.CPU, **options)
+    return dmt_cache.build(folder, asked or teachers(), views or Views(IMAGES), hardware=CPU, **options)
 
 
 def test_a_view_is_always_the_same():

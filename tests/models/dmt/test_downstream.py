@@ -13,9 +13,9 @@ from torchvision.transforms import v2
 
 from companion.models.dmt import downstream as down
 from companion.models.dmt.vit import build
-from companion.training import fit
+from companion.training import fit, hardware
 
-CPU = {"hardware": fit.CPU}
+CPU = {"hardware": hardware.CPU}
 
 
 def vit(**options):

@@ -16,6 +16,7 @@ from companion.models.dmt import recipe as runs
 from companion.models.dmt.model import loss
 from companion.models.dmt.vit import ViT
 from companion.training import checkpoints, fit, stored
+from companion.training.hardware import CPU
 from companion.training.schedules import schedule
 from tests.conftest import interrupted, parameters
 from tests.models.common import refuses
@@ -88,7 +89,7 @@ def test_a_distillation_is_the_one_written_out(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(torch, "rand", lambda *size, **options: next(masks))
         data = InOrder(((image,) for image in images.flatten(0, 1)), 4)
-        history = fit.fit(model, loss, data, **runs.stage(given(dry_run=False), len(data)) | {"hardware": fit.CPU})
+        history = fit.fit(model, loss, data, **runs.stage(given(dry_run=False), len(data)) | {"hardware": CPU})
     np.testing.assert_allclose([row["loss"] for row in history], losses, rtol=1e-3)
     after, expected = model.state_dict(), other.state_dict()
     for name, parameter in model.named_parameters():

@@ -14,7 +14,8 @@ from companion.models.hvit import dino
 from companion.models.hvit.model import PatchEncoder, RegionEncoder
 from companion.models.hvit.pretrain import pretrain
 from companion.training.callbacks import Callback
-from companion.training.fit import CPU, Hardware, fit
+from companion.training.fit import fit
+from companion.training.hardware import CPU, Hardware
 from companion.training.schedules import adamw, schedule
 from tests.conftest import interrupted
 from tests.models.common import refuses

@@ -28,7 +28,8 @@ from companion.toy import encoders
 from companion.toy import hvit as synthetic
 from companion.toy.encoders import slide_dino
 from companion.training.checkpoints import save
-from companion.training.fit import CPU, fit
+from companion.training.fit import fit
+from companion.training.hardware import CPU
 from tests.conftest import parameters
 from tests.data.conftest import expect
 from tests.data.test_slides import panda

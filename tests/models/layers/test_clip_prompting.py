@@ -16,7 +16,8 @@ from companion.models.layers import clip_prompting as prompting
 from companion.models.layers.clip_prompting import ImageFeatures
 from companion.toy import encoders
 from companion.toy.tokens import Tokenizer
-from companion.training.fit import CPU, predict
+from companion.training.fit import predict
+from companion.training.hardware import CPU
 from tests.models.common import assert_recomputed_gradients_are_equal, draw, refuses
 from tests.parity.runner import ROOT as PARITY
 from tests.parity.runner import Case

@@ -23,7 +23,7 @@ from companion.models.metasegnet.model import SIZES, MetaSegNet, swin
 from companion.models.metasegnet.text import Words
 from companion.training import checkpoints
 from companion.training.checkpoints import trained_state
-from companion.training.fit import CPU
+from companion.training.hardware import CPU
 from companion.training.recipe import run as train
 from tests.conftest import parameters
 from tests.data.test_landcover import earth, loveda

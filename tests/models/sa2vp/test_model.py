@@ -11,7 +11,8 @@ from companion.errors import BadCheckpoint
 from companion.models.sa2vp import SA2VP, SA2VPSwin, loss
 from companion.models.sa2vp.baselines import VPT, FineTuning, LinearProbe
 from companion.models.sa2vp.model import neighbourhood
-from companion.training.fit import CPU, fit
+from companion.training.fit import fit
+from companion.training.hardware import CPU
 from companion.training.schedules import adamw
 from companion.viz.attention import Recorder
 from tests.models.common import BLOCKS, assert_recomputed_gradients_are_equal, draw, misfits, refuses

@@ -12,7 +12,7 @@ from companion.io.files import write_json
 from companion.models.sic_cads import detectors, predictions, recipe
 from companion.models.sic_cads import model as sic_cads
 from companion.training.checkpoints import save
-from companion.training.fit import Hardware
+from companion.training.hardware import Hardware
 from tests.conftest import parameters
 from tests.data.test_detection import coco, image, sizes  # noqa: F401
 from tests.models.common import refuses

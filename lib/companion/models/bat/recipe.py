@@ -18,7 +18,8 @@ from ...evaluation.metrics.tracking import Scores, evaluate
 from ...evaluation.tables import Cells, Results
 from ...io import papers
 from ...training.callbacks import ClipNorm
-from ...training.fit import Batch, Hardware, RunParameters
+from ...training.fit import Batch
+from ...training.hardware import Hardware, RunParameters
 from ...training.recipe import Training, dry_items
 from ...training.recipe import run as train
 from ...training.schedules import MakeOptimizer, adamw, learning_rates

@@ -27,7 +27,7 @@ from ...io.config import config_of
 from ...io.files import atomic, read_json, write_json
 from ...io.progress import progress
 from ...training.checkpoints import checkpoint_key
-from ...training.fit import Hardware, evaluating
+from ...training.hardware import Hardware, evaluating
 from .ostrack import decode, hann
 
 TEMPLATE_FACTOR, SEARCH_FACTOR = 2.0, 4.0

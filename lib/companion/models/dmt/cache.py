@@ -30,7 +30,7 @@ from ...io.files import read_json
 from ...io.progress import progress
 from ...training import stored
 from ...training.checkpoints import checkpoint_key
-from ...training.fit import AUTO, Hardware, evaluating
+from ...training.hardware import AUTO, Hardware, evaluating
 from .model import Teachers
 
 SAMPLED, CLOSE = 32, 0.02  # views in a cache's sample, and their largest difference on another machine

@@ -40,7 +40,8 @@ from torchvision.transforms import InterpolationMode, v2
 
 from ...io.config import configure
 from ...io.progress import progress
-from ...training.fit import AUTO, Hardware, History, evaluating, fit, same_shapes
+from ...training.fit import History, fit, same_shapes
+from ...training.hardware import AUTO, Hardware, evaluating
 from ...training.schedules import adamw, learning_rates
 from ...training.stored import saved
 from ..layers import heads

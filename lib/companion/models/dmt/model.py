@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...errors import BadParameter, check_choice
-from ...training.fit import average_over_devices
+from ...training.hardware import average_over_devices
 from ..layers.frozen import frozen_copy
 from ..layers.mae import Decoder, initialise, take, visible
 from .vit import ViT

@@ -29,7 +29,8 @@ from ...evaluation.tables import Cells, Results, published_table, with_measured
 from ...io import papers
 from ...io.progress import progress
 from ...training import checkpoints
-from ...training.fit import Hardware, Loss, RunParameters, apart, device, evaluating, predict
+from ...training.fit import Loss, predict
+from ...training.hardware import Hardware, RunParameters, apart, device, evaluating
 from ...training.recipe import Training, dry_items
 from ...training.recipe import run as train
 from ...training.schedules import adamw, learning_rates, schedule, sgd

@@ -22,7 +22,8 @@ from ...errors import BadParameter, MissingWeights
 from ...evaluation import metrics
 from ...evaluation.tables import Cells, Results, compare_published, published_table
 from ...io import papers
-from ...training.fit import Hardware, History, RunParameters, predict
+from ...training.fit import History, predict
+from ...training.hardware import Hardware, RunParameters
 from ...training.recipe import Training, dry_items
 from ...training.recipe import run as train
 from ...training.schedules import MakeOptimizer, Schedule, schedule, sgd

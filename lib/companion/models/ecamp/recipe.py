@@ -26,7 +26,7 @@ from ...io import papers
 from ...io.files import atomic
 from ...training.callbacks import ClipNorm, EarlyStop
 from ...training.checkpoints import checkpoint_key
-from ...training.fit import Hardware, RunParameters, evaluating
+from ...training.hardware import Hardware, RunParameters, evaluating
 from ...training.recipe import Training, dry_items
 from ...training.recipe import run as train
 from ...training.schedules import adamw, sgd

@@ -28,7 +28,8 @@ from torchvision.transforms import InterpolationMode, v2
 
 from ...errors import BadParameter, check_range
 from ...training.callbacks import EMA, Callback, ema_copy
-from ...training.fit import Loop, average_over_devices
+from ...training.fit import Loop
+from ...training.hardware import average_over_devices
 from ...training.schedules import learning_rates
 from ..layers.state_dicts import check_names, load_official
 

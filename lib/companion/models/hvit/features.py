@@ -28,7 +28,7 @@ from ...errors import BadParameter, CompanionError, CorruptFile, check_range
 from ...io.files import atomic, read_json, write_json
 from ...io.progress import progress
 from ...training.checkpoints import checkpoint_key
-from ...training.fit import Hardware, evaluating
+from ...training.hardware import Hardware, evaluating
 from ..layers.state_dicts import below
 from . import official
 from .model import HViT, PatchEncoder, RegionEncoder, SlideTransformer

@@ -18,7 +18,8 @@ from torch.utils.data import Dataset
 
 from ...errors import BadParameter, check_range
 from ...training.callbacks import ClipNorm
-from ...training.fit import WORKERS, Hardware, History
+from ...training.fit import History
+from ...training.hardware import WORKERS, Hardware
 from ...training.recipe import Training, run
 from ...training.schedules import adamw
 from .dino import FreezeLastLayer, SelfDistillation, WeightDecay, cosine

@@ -28,7 +28,8 @@ from ...evaluation.metrics import check_values
 from ...evaluation.tables import Results
 from ...io import papers
 from ...training.callbacks import Callback, EarlyStop
-from ...training.fit import AUTO, Hardware, History, Loop, RunParameters, evaluating
+from ...training.fit import History, Loop
+from ...training.hardware import AUTO, Hardware, RunParameters, evaluating
 from ...training.recipe import Training, dry_items
 from ...training.recipe import run as train
 from ...training.schedules import MakeOptimizer, param_groups

@@ -21,7 +21,7 @@ from ...data import landcover
 from ...data.rasters import Raster, pixels, quiet
 from ...errors import BadParameter
 from ...io.files import atomic
-from ...training.fit import Hardware, evaluating
+from ...training.hardware import Hardware, evaluating
 from . import networks
 from .climate import PROMPTS, Prompts
 from .inference import Predict, augmented, bands

@@ -33,7 +33,8 @@ from ...io import papers
 from ...io.files import sha256
 from ...training import schedules
 from ...training.callbacks import EarlyStop, Lookahead
-from ...training.fit import AUTO, WORKERS, Hardware, RunParameters, evaluating, same_shapes
+from ...training.fit import same_shapes
+from ...training.hardware import AUTO, WORKERS, Hardware, RunParameters, evaluating
 from ...training.recipe import Training, dry_items
 from ...training.recipe import run as train
 from . import networks

@@ -22,7 +22,8 @@ from ...evaluation.metrics.attributes import THRESHOLD, Scores, evaluate
 from ...evaluation.tables import Results, published_table
 from ...io import papers
 from ...training.callbacks import Callback, ClipNorm, Loop
-from ...training.fit import WORKERS, Batch, Hardware, History, RunParameters, device, predict
+from ...training.fit import Batch, History, predict
+from ...training.hardware import WORKERS, Hardware, RunParameters, device
 from ...training.recipe import Training, dry_items
 from ...training.recipe import run as train
 from ...training.schedules import Schedule, sgd

@@ -21,7 +21,8 @@ from ...evaluation import metrics
 from ...evaluation.tables import Cells, Results, compare_published, published_table
 from ...io import papers
 from ...training.callbacks import EarlyStop
-from ...training.fit import WORKERS, Hardware, History, RunParameters, predict
+from ...training.fit import History, predict
+from ...training.hardware import WORKERS, Hardware, RunParameters
 from ...training.recipe import Training, dry_items
 from ...training.recipe import run as train
 from ...training.schedules import adamw, schedule

@@ -18,7 +18,7 @@ from ...errors import CorruptFile
 from ...evaluation.metrics.detection import evaluate, recognition_ap
 from ...io.files import atomic
 from ...io.progress import progress
-from ...training.fit import CPU, Hardware, evaluating
+from ...training.hardware import CPU, Hardware, evaluating
 from ..layers.precision import without_autocast
 from . import detectors
 from . import model as sic_cads

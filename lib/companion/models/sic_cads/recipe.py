@@ -28,7 +28,7 @@ from ...evaluation.tables import Results
 from ...io import papers
 from ...training import checkpoints
 from ...training.callbacks import Callback, ClipValue
-from ...training.fit import WORKERS, Hardware, RunParameters, device
+from ...training.hardware import WORKERS, Hardware, RunParameters, device
 from ...training.recipe import Training, dry_items
 from ...training.recipe import run as train
 from ...training.schedules import adamw

@@ -27,7 +27,8 @@ from ...evaluation.tables import Cells, Results, with_measured
 from ...io import papers
 from ...training import checkpoints
 from ...training.callbacks import ClipNorm
-from ...training.fit import CPU, Hardware, History, RunParameters, device, evaluating, from_processes
+from ...training.fit import History
+from ...training.hardware import CPU, Hardware, RunParameters, device, evaluating, from_processes
 from ...training.recipe import Training, dry_items
 from ...training.recipe import run as run_training
 from ...training.schedules import adamw, schedule

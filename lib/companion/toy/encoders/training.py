@@ -6,7 +6,8 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from ...training.callbacks import ClipNorm
-from ...training.fit import CPU, History, Loss, fit
+from ...training.fit import History, Loss, fit
+from ...training.hardware import CPU
 from ...training.schedules import Schedule, adamw
 
 
