@@ -25,6 +25,7 @@ from torchvision.transforms import v2
 
 from companion.data import attributes, classification, detection, domains, landcover, restoration, tracking, xrays
 from companion.io.files import read_json, write_json
+from companion.models.bat import crops
 from companion.models.hvit.slides import PANDA, Slide, Tiles, write_pyramid
 
 COUNT = 16
@@ -84,11 +85,11 @@ def land(root: Path) -> landcover.LandCover:
     return landcover.LandCover(own, pictures, dict.fromkeys("abcd", (0, 0, 0)), partial(landcover.plain, 4))
 
 
-def pairs(root: Path) -> tracking.Pairs:
+def pairs(root: Path) -> crops.Pairs:
     frames = sorted((root / "scenes").glob("*/*.jpg"))
     boxes = np.tile([300.0, 220.0, 60.0, 60.0], (COUNT, 1))
     videos = [tracking.Sequence("a", tuple(frames), tuple(frames), boxes, None, np.zeros(COUNT, bool))]
-    return tracking.Pairs(videos, COUNT // 4, min_frames=COUNT)
+    return crops.Pairs(videos, COUNT // 4, min_frames=COUNT)
 
 
 def region(root: Path, number: int) -> np.ndarray:

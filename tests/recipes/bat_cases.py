@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from companion.data import tracking as data
 from companion.evaluation.metrics.tracking import evaluate
-from companion.models.bat import BAT, OSTrack, Prediction, foundation, recipe
+from companion.models.bat import BAT, OSTrack, Prediction, crops, foundation, recipe
 from companion.models.layers.state_dicts import load_official
 from companion.training.callbacks import EarlyStop
 from companion.training.fit import fit
@@ -125,9 +125,9 @@ def _metric(case: Case) -> list[Row]:
 
 def _crop(case: Case) -> list[Row]:
     s, room = case.settings, dict(case.facts["tolerance"])
-    patch, scale = data.crop(case.data["in.image"].numpy(), s["box_xywh"], s["factor"], s["size"])
+    patch, scale = crops.crop(case.data["in.image"].numpy(), s["box_xywh"], s["factor"], s["size"])
     factor = near("resize_factor", case.expected["resize_factor"], scale, relative=room.pop("resize_factor"))
-    return [factor, *picture(case.expected, data.normalise(patch), **room)]
+    return [factor, *picture(case.expected, crops.normalise(patch), **room)]
 
 
 BOX = np.array([90.0, 70.0, 40.0, 30.0])
@@ -161,22 +161,22 @@ class _Flips(np.random.Generator):
 
 
 def _operations(case: Case) -> list[Row]:
-    """The attributes of `data.Pairs`, and what they do to pairs of a still object."""
+    """The attributes of `crops.Pairs`, and what they do to pairs of a still object."""
     s, expected = case.settings, case.expected
     sizes = [(s[name]["factor"], s[name]["size"]) for name in ("template", "search")]
-    pairs = data.Pairs([_video()], 1, *sizes)
-    frames = inspect.signature(data.Pairs).parameters["min_frames"].default
+    pairs = crops.Pairs([_video()], 1, *sizes)
+    frames = inspect.signature(crops.Pairs).parameters["min_frames"].default
     rows = [
         *equal(
             expected,
             {
                 "search_after_template": [1, pairs.max_gap - 1],
-                "window_grows_by": data.WIDENED,
+                "window_grows_by": crops.WIDENED,
                 "least_frames": frames,
-                "more_shown_than": data.SHOWN,
-                "flip_together": data.FLIP,
-                "flip_apart": data.FLIP,
-                "brightness": data.BRIGHTNESS,
+                "more_shown_than": crops.SHOWN,
+                "flip_together": crops.FLIP,
+                "flip_apart": crops.FLIP,
+                "brightness": crops.BRIGHTNESS,
                 "jitter": pairs.jitter,
                 "sides_above": {name: recipe.min_side(name) for name in expected["sides_above"]},
             },
@@ -188,7 +188,7 @@ def _operations(case: Case) -> list[Row]:
     middle = BOX[:2] + BOX[2:] / 2 + centre * np.sqrt(sides.prod()) * (draws.random(2) - 0.5)
     moved = pairs._jittered(np.random.default_rng(1), BOX)
     rows.append(near("jitter of the search", [*(middle - sides / 2), *sides], moved, relative=1e-9))
-    wild = data.Pairs([_video()], 20, *sizes, jitter=(20, scale)).draw(0, 20)
+    wild = crops.Pairs([_video()], 20, *sizes, jitter=(20, scale)).draw(0, 20)
     rows.append(same("redrawn", expected["redrawn"], len(wild) == 20))
 
     for both in (False, True):

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 from torchvision.ops import box_convert
 
-from companion.data.tracking import MEAN, STD, box_in_crop, crop
 from companion.evaluation.metrics.tracking import iou
 from companion.models.bat import OSTrack, losses
+from companion.models.bat.crops import MEAN, STD, box_in_crop, crop
 from companion.toy import bat as toy
 from companion.toy.encoders.tracker import NAME, build
 from companion.toy.encoders.training import fit_steps

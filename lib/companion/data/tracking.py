@@ -21,32 +21,33 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from ..errors import BadParameter, CompanionError, CorruptFile, MissingData, check_choice
 from ..io.files import atomic
 from . import DataSet, at, decoding, entries, facts, find, spaced, tables
-from .tracking_crops import (  # noqa: F401  (names of this module for its users)
-    BRIGHTNESS,
-    FLIP,
-    JITTER,
-    MEAN,
-    SHOWN,
-    STD,
-    WIDENED,
-    Annotated,
-    Pairs,
-    box_from_crop,
-    box_in_crop,
-    clip_box,
-    crop,
-    normalise,
-)
 
 ATTRIBUTES: dict[str, tuple[str, ...]] = facts("tracking")["ATTRIBUTES"]
 """The attribute names of each set, LasHeR's in the order of the flags in its files; none where no file has them."""
+
+
+class Annotated(Protocol):
+    """What training pairs and metrics read of a video, in files or in memory; see `Sequence`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def boxes(self) -> np.ndarray: ...
+    @property
+    def boxes_infrared(self) -> np.ndarray | None: ...
+    @property
+    def absent(self) -> np.ndarray: ...
+    @property
+    def attributes(self) -> frozenset[str]: ...
+    def __len__(self) -> int: ...
+    def frame(self, index: int, /) -> np.ndarray: ...
 
 
 @dataclass(frozen=True, eq=False)

@@ -54,6 +54,9 @@ FUNCTIONS: dict[str, dict[str, Any]] = {
 }
 # where things are that models saved, or cases recorded, by an earlier version name
 MOVED = {
+    "companion.data.tracking:box_in_crop": "companion.models.bat.crops:box_in_crop",
+    "companion.data.tracking:clip_box": "companion.models.bat.crops:clip_box",
+    "companion.data.tracking:crop": "companion.models.bat.crops:crop",
     "companion.models.bat.loss": "companion.models.bat.model",
     "companion.models.layers.coop": "companion.models.dplq.baselines",
     "companion.models.layers.dino": "companion.models.hvit.dino",

@@ -35,13 +35,14 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from ..data.tracking import Pairs, ground_truth
+from ..data.tracking import ground_truth
 from ..evaluation.ablations import Study
 from ..evaluation.metrics.tracking import evaluate, iou
 from ..io.config import configure
 from ..models.bat import BAT, FeatureFusion, FullFineTuning, HigherPeak, OSTrack, recipe
+from ..models.bat.crops import Pairs
 from ..models.bat.model import Adapter, halves
-from ..models.bat.tracking import Frames
+from ..models.bat.tracking import Frames, follow_in_memory
 from ..training.callbacks import ClipNorm
 from ..training.fit import History, fit
 from ..training.hardware import CPU
@@ -599,7 +600,7 @@ def train(method: str, task: str, clips: Sequence[Clip], learning_rate: float, s
 
 def score(model: nn.Module, task: str, clips: Sequence[Clip]) -> dict[str, float]:
     """The `scores` of a model."""
-    return scores(recipe.follow_in_memory(model, clips, "", CPU), clips)
+    return scores(follow_in_memory(model, clips, "", CPU), clips)
 
 
 def scores(results: Mapping[str, np.ndarray], clips: Sequence[Clip]) -> dict[str, float]:

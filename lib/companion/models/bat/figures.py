@@ -20,6 +20,7 @@ from ...data import tracking as data
 from ...evaluation.metrics.tracking import iou
 from ...viz import plots
 from ...viz.style import method_colours, styled
+from .crops import MEAN, STD, box_in_crop, crop, normalise
 from .model import BAT, halves
 from .official import STAGES
 from .ostrack import OSTrack
@@ -51,12 +52,12 @@ def situations(video: data.Annotated) -> Sequence[str]:
 
 def crops(tracker: OSTrack, video: data.Annotated, times: Iterable[int]) -> Crops:
     """The crops of `times`, each 1 or more."""
-    template = data.normalise(data.crop(video.frame(0), video.boxes[0], 2, tracker.template)[0])
+    template = normalise(crop(video.frame(0), video.boxes[0], 2, tracker.template)[0])
     search, boxes, titles = [], [], []
     for t in times:
-        patch, scale = data.crop(video.frame(t), video.boxes[t - 1], 4, tracker.search)
-        search.append(data.normalise(patch))
-        boxes.append(tracker.search * data.box_in_crop(video.boxes[t], video.boxes[t - 1], scale, tracker.search))
+        patch, scale = crop(video.frame(t), video.boxes[t - 1], 4, tracker.search)
+        search.append(normalise(patch))
+        boxes.append(tracker.search * box_in_crop(video.boxes[t], video.boxes[t - 1], scale, tracker.search))
         titles.append(f"frame {t}\n{situations(video)[t]}")
     return Crops(template.expand(len(search), -1, -1, -1), torch.stack(search), np.array(boxes), titles)
 
@@ -176,7 +177,7 @@ def maps(seen: Crops, rows: Mapping[str, tuple[int, Tensor]], label: str) -> Fig
         rows: name -> stream (0 or 1) and maps (n, f, f).
         label: of the colour bar.
     """
-    look: dict[str, Any] = {"mode": "nearest", "mean": data.MEAN, "std": data.STD}
+    look: dict[str, Any] = {"mode": "nearest", "mean": MEAN, "std": STD}
     look["limits"] = 0.0, max(float(heat.max()) for _, heat in rows.values())
     size = (1.1 * len(seen.titles) + 1.3, 1.1 * len(rows) + 0.5)
     figure, axes = plt.subplots(len(rows), len(seen.titles), figsize=size, squeeze=False)

@@ -23,7 +23,7 @@ from ...training.hardware import Hardware, RunParameters
 from ...training.recipe import Training, dry_items
 from ...training.recipe import run as train
 from ...training.schedules import MakeOptimizer, adamw, learning_rates
-from . import tracking
+from . import crops, tracking
 from .baselines import FeatureFusion, FullFineTuning, HigherPeak, SingleStream
 from .model import BAT, losses, overlaps
 from .official import ostrack_file, released
@@ -130,7 +130,7 @@ def test_videos(p: Parameters) -> Sequence:
     return data.short(data.load(p.dataset, p.data_root, "test"), 2, DRY_FRAMES)
 
 
-def train_pairs(p: Parameters, tracker: OSTrack) -> data.Pairs:
+def train_pairs(p: Parameters, tracker: OSTrack) -> crops.Pairs:
     """The training pairs of a benchmark; RGBT234 and GTOT have no training videos: the authors trained on LasHeR."""
     name = p.dataset if p.dataset.startswith("rgbe/") else "rgbt/lasher"
     videos: Sequence
@@ -142,7 +142,7 @@ def train_pairs(p: Parameters, tracker: OSTrack) -> data.Pairs:
         data.short([video for video in videos if isinstance(video, data.Sequence)], DRY_FRAMES, 1)
     pairs = dry_items(p, batch_of(p.dataset)) if p.dry_run else PAIRS
     template, search = (2, tracker.template), (4, tracker.search)
-    return data.Pairs(videos, pairs, min_side=min_side(p.dataset), template=template, search=search)
+    return crops.Pairs(videos, pairs, min_side=min_side(p.dataset), template=template, search=search)
 
 
 def min_side(dataset: str) -> float:
@@ -177,7 +177,7 @@ def loss(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
     """
     template, search, boxes = batch
     if template.dtype == torch.uint8:
-        template, search = data.normalise(template), data.normalise(search)
+        template, search = crops.normalise(template), crops.normalise(search)
     prediction = model(template, search)
     return losses(prediction, boxes) | {"iou": overlaps(prediction, boxes).mean()}
 

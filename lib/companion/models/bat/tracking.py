@@ -21,13 +21,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from ...data.tracking import box_from_crop, clip_box, crop, normalise, read_frame, read_results, write_results
+from ...data.tracking import read_frame, read_results, write_results
 from ...errors import BadParameter, CompanionError, CorruptFile
 from ...io.config import config_of
 from ...io.files import atomic, read_json, write_json
 from ...io.progress import progress
 from ...training.checkpoints import checkpoint_key
 from ...training.hardware import Hardware, evaluating
+from .crops import box_from_crop, clip_box, crop, normalise
 from .ostrack import decode, hann
 
 TEMPLATE_FACTOR, SEARCH_FACTOR = 2.0, 4.0

@@ -12,35 +12,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset, get_worker_info
 
-from ..backbones import per_channel
-from ..errors import BadParameter, CompanionError
+from ...backbones import per_channel
+from ...data.tracking import Annotated
+from ...errors import BadParameter, CompanionError
 
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, for both streams
 STD = (0.229, 0.224, 0.225)
-
-
-class Annotated(Protocol):
-    """What training pairs and metrics read of a video, in files or in memory; see `Sequence`."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def boxes(self) -> np.ndarray: ...
-    @property
-    def boxes_infrared(self) -> np.ndarray | None: ...
-    @property
-    def absent(self) -> np.ndarray: ...
-    @property
-    def attributes(self) -> frozenset[str]: ...
-    def __len__(self) -> int: ...
-    def frame(self, index: int, /) -> np.ndarray: ...
 
 
 def crop(image: np.ndarray, box: Iterable[float], factor: float, size: int) -> tuple[np.ndarray, float]:
