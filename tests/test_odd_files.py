@@ -320,7 +320,7 @@ WRONG = (
 odd(
     "annotations",
     "a.json",
-    lambda folder: detection.read_annotations(folder / "a.json")["annotations"][0]["bbox"],
+    lambda folder: detection.read_annotations(folder / "a.json")["annotations"].boxes[0].tolist(),
     {BOM + WHOLE_FILE: [1, 1, 4, 4], WHOLE_FILE.replace('"id": 3', '"id": 3.5'): "categories[0]"},
     ("", DEEP, '{"a":' * 100_000, "[]"),
     ("annotations[0]", *(WHOLE_FILE.replace(BOX, box) for box in (*WRONG, "[1, 1, 4, 1e308]"))),

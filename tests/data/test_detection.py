@@ -4,6 +4,7 @@ import json
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -64,27 +65,30 @@ def test_ov_coco(coco):
 
 
 @pytest.mark.parametrize("name", [int, "image {}".format])
-def test_annotations_come_back_as_they_are_in_the_file(name, tmp_path, monkeypatch):
-    """Also a file whose numbers pandas wrote, which is read entry by entry."""
-    shape = [[1.5, 2, 4, 2, 4, 5]], {"size": [8, 12], "counts": [5, 3, 88]}
-    boxes = [box(7, name(2), 3, iscrowd=1, segmentation=shape[1]), box(5, name(1), 3, segmentation=shape[0])]
-    boxes.append(box(6, name(1), 4, bbox=[0.25, 0.5, 1.125, 2], area=1.5))
-    images = [image(name(i)) for i in (1, 2, 3)]
-    found = {"images": images, "annotations": boxes, "categories": [{"id": 3, "name": "a"}, {"id": 4, "name": "b"}]}
-    write_json(tmp_path / "usual.json", found | {"info": {}})
-    (tmp_path / "odd.json").write_text(json.dumps(found).replace('"category_id": 3', '"category_id": 3.0'))
-    for picture_of in images:
-        picture(tmp_path / picture_of["file_name"])
-    ordered = [{"iscrowd": 0} | boxes[i] for i in (1, 2, 0)]
-    plain = [{k: v for k, v in row.items() if k != "segmentation"} for row in ordered]
-    assert own_folder(tmp_path / "odd.json", tmp_path).truth["annotations"] == plain
-    monkeypatch.setattr("companion.data.detection._read_odd", None)
-    mine = own_folder(tmp_path / "usual.json", tmp_path)
-    assert mine.truth == {"images": images, "annotations": plain, "categories": found["categories"]}
+@pytest.mark.parametrize("odd", [False, True])  # numbers as pandas writes them, and NaN, which JSON does not have
+def test_annotations_are_arrays_and_come_back_as_rows_of_the_file(name, odd, tmp_path):
+    shapes = {"size": [8, 12], "counts": [5, 3, 88]}, [[1.5, 2, 4, 2, 4, 5]]
+    boxes = [box(7, name(2), 3, iscrowd=1, segmentation=shapes[0]), box(5, name(1), 3, segmentation=shapes[1])]
+    boxes.append(box(6, name(1), 4, bbox=[0.25, 0.5, 1.125, 2], iscrowd=None, area=float("nan") if odd else None))
+    images = [image(name(i), neg_category_ids=[4]) for i in (1, 2, 3)]
+    found = {"images": images, "annotations": boxes, "categories": [{"id": 4, "name": "b"}, {"id": 3, "name": "a"}]}
+    text = json.dumps(found | {"info": {}})
+    file = tmp_path / "a.json"
+    file.write_text(text.replace('"category_id": 3', '"category_id": 3.0') if odd else text)
+    for each in images:
+        picture(tmp_path / each["file_name"])
+    mine = own_folder(file, tmp_path)
+    fields = "id", "image_id", "category_id", "bbox"
+    plain = [{field: boxes[i][field] for field in fields} | {"iscrowd": int(i == 0)} for i in (1, 2, 0)]
+    areas = [{"area": 12}, {}, {"area": 12}]
+    rows = [row | area for row, area in zip(plain, areas, strict=True)]
+    assert mine.truth == {"images": images, "annotations": rows, "categories": found["categories"]}
     assert [mine.target(i).labels.tolist() for i in range(3)] == [[0, 1], [0], []]
-    assert mine.part([2, 1]).truth["annotations"] == plain[2:] and mine.part([1]).target(0).crowd.tolist() == [True]
-    rows = read_annotations(tmp_path / "usual.json", shapes=True)["annotations"]
-    assert [row["segmentation"] for row in rows] == [shape[1], shape[0], None] and rows[1] == boxes[1] | {"iscrowd": 0}
+    part = mine.part([2, 1])
+    assert part.truth["annotations"] == rows[2:] and part.target(1).crowd.tolist() == [True]
+    assert not mine.annotations.text and mine.annotations.boxes.dtype == np.float64
+    shaped = read_annotations(file, shapes=True)["annotations"]
+    assert [shaped.shape(i) for i in range(3)] == [*shapes, None] and shaped.images.tolist() == [1, 0, 0]
 
 
 def lvis_file(**change) -> dict:
@@ -211,6 +215,9 @@ def test_broken_annotations_are_named(coco):
         changed("images", 0, file_name="../../etc/passwd"): "images[0]",
         changed("images", 0, neg_category_ids=[12]): "images[0]",
         changed("annotations", 0, image_id=99): "annotations[0]",
+        changed("annotations", 2, category_id=10**30): "annotations[2]: 'category_id'",
+        changed("annotations", 2, bbox=[1, 2, 4, -3]): "annotations[2]: 'bbox'",
+        changed("annotations", 1, iscrowd="0"): "annotations[1].iscrowd",
         changed("categories", 1, id=1): "categories[1]",
         changed("categories", 0, id=100).replace('"category_id": 1,', '"category_id": 17,'): "person",
         whole[: len(whole) // 2]: "",

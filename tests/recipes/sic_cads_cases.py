@@ -170,7 +170,8 @@ def _lvis_images(case: Case) -> list[Row]:
         {"image_id": i, "category_id": c + 1, "bbox": [0, 0, 1, 1], "iscrowd": crowd}
         for i, c, crowd in s["image_class_crowd"]
     ]
-    truth = detection.ov_lvis({"images": images, "annotations": rows, "categories": categories}, "train")
+    truth = detection.read_annotations({"images": images, "annotations": rows, "categories": categories})
+    truth = detection.ov_lvis(truth, "train")
     boxes = detection.Boxes(DATASETS["detection/ov-lvis"], Path(), Path(), truth, [], [])
     factors = detection.repeat_factors(boxes, s["threshold"])
     return [
@@ -187,10 +188,10 @@ def _boxes(dataset: str, categories: Sequence[Mapping], classes: Sequence[Sequen
         for i, found in enumerate(classes)
         for c in found
     ]
-    truth = {"images": images, "annotations": rows, "categories": categories}
+    truth = detection.read_annotations({"images": images, "annotations": rows, "categories": categories})
     make = detection.ov_coco if dataset.endswith("coco") else detection.ov_lvis
-    seen = {row["category_id"] for row in make(truth, "train")["annotations"]}
-    tested = {row["category_id"] for row in make(truth, "test")["annotations"]}
+    ids = sorted(category["id"] for category in categories)
+    seen, tested = ({ids[i] for i in make(truth, split)["annotations"].labels} for split in ("train", "test"))
     return detection.Boxes(DATASETS[dataset], Path(), Path(), make(truth, split), sorted(seen), sorted(tested - seen))
 
 
@@ -395,7 +396,12 @@ def _metric(case: Case) -> list[Row]:
     ]
     truth = {"images": images, "annotations": annotations, "categories": COCO}
     test = detection.Boxes(
-        DATASETS["detection/ov-coco"], Path(), Path(), truth, [*COCO_BASE.values()], [*COCO_NOVEL.values()]
+        DATASETS["detection/ov-coco"],
+        Path(),
+        Path(),
+        detection.read_annotations(truth),
+        [*COCO_BASE.values()],
+        [*COCO_NOVEL.values()],
     )
     found = recipe.benchmark(_parameters("detection/ov-coco", True), test, results)
     totals = evaluate(truth, results).totals

@@ -331,7 +331,7 @@ class Parts:
 
     each: ClassVar[tuple[str, ...]]
 
-    def part(self, rows: Sequence[int]) -> Self:
+    def part(self, rows: Sequence[int] | np.ndarray) -> Self:
         """The items of these numbers; all else is that of the whole set, such as the classes."""
         found = copy.copy(self)
         for name in self.each:
@@ -340,7 +340,7 @@ class Parts:
                 setattr(found, name, values.part(rows))
             elif values is not None:
                 listed = isinstance(values, list | tuple | range)
-                setattr(found, name, [values[i] for i in rows] if listed else values[list(rows)])
+                setattr(found, name, [values[i] for i in rows] if listed else values[np.asarray(rows, int)])
         return found
 
 
@@ -410,12 +410,12 @@ def fetched(dataset: DataSet, root: Path, progress: bool) -> Iterator[Path]:
 
 # --- for the readers --------------------------------------------------------------------------------------------------
 
-OUTSIDE = re.compile(r"^[/\\]|^[A-Za-z]:|(^|[/\\])\.\.([/\\]|$)|\0")
+_OUTSIDE = re.compile(r"^[/\\]|^[A-Za-z]:|(^|[/\\])\.\.([/\\]|$)|\0")
 
 
 def inside(listing: Path, where: str, path: str) -> str:
     """`path` if it is below the data set's folder: a downloaded list must not make us read other files."""
-    if OUTSIDE.search(path):
+    if _OUTSIDE.search(path):
         raise CorruptFile(listing, f"{where}: the path {path!r} leaves the data set's folder")
     return path
 

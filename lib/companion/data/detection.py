@@ -15,22 +15,23 @@ from __future__ import annotations
 import csv
 import functools
 import itertools
-import json
+import math
+from codecs import BOM_UTF8
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path, PurePath
-from typing import Any, NamedTuple, Self
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath, PureWindowsPath
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 from torchvision.ops import box_convert
 
 from ..errors import BadParameter, CompanionError, CorruptFile, check_choice
 from ..io.files import read_json
-from . import OUTSIDE, DataSet, at, below, decoding, facts, find, own_set, tables
+from . import DataSet, Parts, at, below, decoding, facts, find, own_set, tables
 from .classification import Images
 
 _FACTS = facts("detection")
@@ -63,105 +64,59 @@ class Target(NamedTuple):
     image_id: int | str
 
 
-class Rows(Sequence):
-    """Annotations in COCO's format, kept as arrays; an entry, a dictionary, is made when it is asked for.
+class Row(msgspec.Struct, gc=False):
+    """An entry of "annotations" as far as it is read; msgspec skips the rest of it, such as polygons."""
 
-    Every process that decodes images would copy a list of dictionaries.
-
-    Attributes:
-        columns: "id", "image_id", "category_id", "bbox" (n, 4), "area" and "iscrowd", an entry a row.
-        ends: (n, 2), first and last byte + 1 of each row's segmentation in `shapes`, as JSON; None without them.
-    """
-
-    def __init__(self, columns: Mapping[str, np.ndarray], shapes: bytes = b"", ends: np.ndarray | None = None):
-        self.columns, self.shapes, self.ends = dict(columns), shapes, ends
-
-    @classmethod
-    def of(cls, rows: Sequence[Mapping], shapes: bool = False) -> Self:
-        """The rows of dictionaries, with the segmentations if `shapes`."""
-        if isinstance(rows, cls):
-            return rows
-        plain = [_Row(**{name: row[name] for name in _Row.__struct_fields__ if name in row}) for row in rows]
-        return cls._of(plain, [json.dumps(row.get("segmentation")).encode() for row in rows] if shapes else None)
-
-    @classmethod
-    def _of(cls, rows: Sequence[_Row], shapes: Sequence | None) -> Self:
-        count, columns = len(rows), dict[str, np.ndarray]()
-        ids = ([row.image_id for row in rows], [i if row.id is None else row.id for i, row in enumerate(rows, 1)])
-        for name, values in zip(("image_id", "id"), ids, strict=True):  # numbers, or names
-            columns[name] = np.array(values, np.int64 if all(type(v) is int for v in values) else object)
-        columns["category_id"] = np.fromiter((row.category_id for row in rows), np.int64, count)
-        columns["iscrowd"] = np.fromiter((bool(row.iscrowd) for row in rows), bool, count)
-        boxes = itertools.chain.from_iterable(row.bbox for row in rows)
-        columns["bbox"] = np.fromiter(boxes, np.float64, 4 * count).reshape(-1, 4)
-        areas = (row.bbox[2] * row.bbox[3] if row.area is None else row.area for row in rows)
-        columns["area"] = np.fromiter(areas, np.float64, count)
-        if shapes is None:
-            return cls(columns)
-        last = np.cumsum([len(shape) for shape in shapes], dtype=np.int64)
-        return cls(columns, b"".join(shapes), np.stack([np.concatenate([[0], last[:-1]]), last], 1))
-
-    def __len__(self) -> int:
-        return len(self.columns["image_id"])
-
-    def __getitem__(self, index: int) -> dict[str, Any]:  # type: ignore[override]
-        row = {name: values[index].tolist() for name, values in self.columns.items() if values.dtype != object}
-        row |= {name: values[index] for name, values in self.columns.items() if values.dtype == object}
-        return row | ({} if self.ends is None else {"segmentation": self.shape(index)})
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        lists = [values.tolist() for values in self.columns.values()]
-        for index, values in enumerate(zip(*lists, strict=True)):
-            row = dict(zip(self.columns, values, strict=True))
-            yield row if self.ends is None else row | {"segmentation": self.shape(index)}
-
-    def shape(self, index: int) -> Any:
-        """The segmentation of a row; None where it has none."""
-        first, last = self.ends[index]  # type: ignore[index]
-        return json.loads(self.shapes[first:last])
-
-    def take(self, chosen: np.ndarray) -> Self:
-        """The rows of these numbers, or where a mask is true."""
-        ends = None if self.ends is None else self.ends[chosen]
-        return type(self)({name: values[chosen] for name, values in self.columns.items()}, self.shapes, ends)
-
-
-class _Row(msgspec.Struct, gc=False):
-    """What is read of an annotation of a box."""
-
-    image_id: int | str
-    category_id: int
+    image_id: int | float | str  # pandas writes 1.0
+    category_id: int | float
     bbox: tuple[float, float, float, float]
-    id: int | str | None = None
+    id: int | float | str | None = None
     area: float | None = None
-    iscrowd: int | bool = 0
+    iscrowd: bool | float | None = None
 
 
-class _Shaped(_Row, gc=False):
+class Shaped(Row, gc=False):
+    """The same with its polygons or run lengths, not decoded."""
+
     segmentation: msgspec.Raw = msgspec.Raw(b"null")
 
 
-class _Image(msgspec.Struct, omit_defaults=True):
-    """What is read of an image."""
-
-    id: int | str
-    width: int
-    height: int
-    file_name: str | None = None
-    coco_url: str | None = None
-    pos_category_ids: list[int] | None = None
-    neg_category_ids: list[int] | None = None
-    not_exhaustive_category_ids: list[int] | None = None
+Entry = TypeVar("Entry", bound=Row)
 
 
-class _File(msgspec.Struct):
-    images: list[_Image]
+class Content(msgspec.Struct, Generic[Entry]):
+    """A file in COCO's format."""
+
+    images: list[dict[str, Any]]
     categories: list[dict[str, Any]]
-    annotations: list[_Row] = []
+    annotations: list[Entry] = []
 
 
-class _ShapedFile(_File):
-    annotations: list[_Shaped] = []  # type: ignore[assignment]
+@dataclass
+class Annotations(Parts):
+    """The n annotations of a file as arrays; Python objects of LVIS' take 8 GB, and as much in each loader's process.
+
+    Attributes:
+        images, labels: (n,) the number of the image, and of the class by category id.
+        boxes: (n, 4) x, y, width, height.
+        crowd, areas, ids: (n,); no area is NaN.
+        shapes: (n, 2) begin and end of each segmentation in `text`, which has them only when they were asked for.
+    """
+
+    each: ClassVar[tuple[str, ...]] = ("images", "labels", "boxes", "crowd", "areas", "ids", "shapes")
+    images: np.ndarray
+    labels: np.ndarray
+    boxes: np.ndarray
+    crowd: np.ndarray
+    areas: np.ndarray
+    ids: np.ndarray
+    shapes: np.ndarray
+    text: bytes
+
+    def shape(self, index: int) -> Any:
+        """The segmentation of an annotation, polygons or run lengths; None where the file has none."""
+        start, end = self.shapes[index]
+        return msgspec.json.decode(self.text[start:end])
 
 
 class Boxes(Images):
@@ -170,7 +125,7 @@ class Boxes(Images):
     An image is rotated upright by its EXIF orientation unless only the stored one has the size of its annotation.
 
     Attributes:
-        rows: the annotations, image by image.
+        annotations: those of its file, perhaps also of other images; see `target` for those of one image.
         image_ids: of the N images.
         categories: ids of the C classes; `class_names` are theirs.
         base, novel: category ids with boxes in training, and without but scored. For another vocabulary both are empty.
@@ -179,7 +134,7 @@ class Boxes(Images):
     Raises (on indexing) as `classification.Images`.
     """
 
-    each = ("sources", "labels", "image_ids", "positives", "_places")
+    each = ("sources", "labels", "image_ids", "positives", "_ends")
 
     def __init__(
         self, dataset: DataSet, root: Path, folder: Path, truth: Mapping, base: Sequence[int], novel: Sequence[int]
@@ -189,28 +144,39 @@ class Boxes(Images):
         sources = [str(folder / image["file_name"]) for image in truth["images"]]
         super().__init__(dataset, root, sources, truth["images"], len(names), None, names)
         self.rotated = False  # before an item is compared with its annotation
-        self._categories, self.categories = truth["categories"], tuple(category["id"] for category in ordered)
+        self.categories = tuple(category["id"] for category in ordered)
         self.image_ids = tuple(image["id"] for image in truth["images"])
         self.base, self.novel = tuple(base), tuple(novel)
         self.index = {category: i for i, category in enumerate(self.categories)}
-        rows = Rows.of(truth["annotations"])
-        images, labels = _number(self.image_ids, rows, "image_id"), _number(self.categories, rows, "category_id")
-        order = images.argsort(kind="stable")  # the rows of an image are one after the other
-        counts = np.bincount(images, minlength=len(self))
-        self.rows, self._labels = rows.take(order), torch.from_numpy(labels[order])
-        self._places = np.stack([counts.cumsum() - counts, counts.cumsum()], 1)  # of each image's rows, first and last
+        self.annotations: Annotations = truth["annotations"]
+        self._categories, found = truth["categories"], self.annotations
+        self._order = found.images.argsort(kind="stable").astype(np.int32)  # of the annotations, by image
+        self._ends = np.cumsum(np.bincount(found.images, minlength=len(self)))[:, None] + [0, 0]
+        self._ends[1:, 0], self._ends[:1, 0] = self._ends[:-1, 1], 0
         self.positives = torch.zeros(len(self), len(names), dtype=torch.bool)
-        self.positives[torch.from_numpy(images), torch.from_numpy(labels)] = True
+        self.positives[found.images, found.labels] = True
         for row, image in zip(self.positives, truth["images"], strict=True):
-            if found := image.get("pos_category_ids"):
+            if known := image.get("pos_category_ids"):
                 row[:] = False
-                row[[self.index[category] for category in found]] = True
+                row[[self.index[category] for category in known]] = True
 
     @property
-    def truth(self) -> dict[str, Any]:
-        """The annotations of these images in COCO's format, made anew: {"images", "annotations", "categories"}."""
-        rows = (self.rows[i] for first, last in self._places for i in range(first, last))
-        return {"images": self.labels, "annotations": list(rows), "categories": self._categories}
+    def truth(self) -> dict[str, list]:
+        """{"images", "annotations", "categories"} of this split, in COCO's format, for an evaluation."""
+        found, rows = self.annotations, list[dict]()
+        ids, boxes, labels = found.ids.tolist(), found.boxes.tolist(), found.labels.tolist()
+        areas, crowd = found.areas.tolist(), found.crowd.tolist()
+        for index, image in enumerate(self.image_ids):
+            for i in self._rows(index).tolist():
+                row = {"id": ids[i], "image_id": image, "category_id": self.categories[labels[i]]}
+                row |= {"bbox": boxes[i], "iscrowd": int(crowd[i])}
+                row |= {} if math.isnan(areas[i]) else {"area": areas[i]}
+                rows.append(row | ({"segmentation": found.shape(i)} if found.text else {}))
+        return {"images": list(self.labels), "annotations": rows, "categories": self._categories}
+
+    def _rows(self, index: int) -> np.ndarray:
+        """The numbers of an image's annotations."""
+        return self._order[slice(*self._ends[index])]
 
     def mask(self, categories: Sequence[int]) -> Tensor:
         """(C,) bool: which classes these category ids are, for instance of `boxes.novel`."""
@@ -225,10 +191,9 @@ class Boxes(Images):
 
     def target(self, index: int) -> Target:
         """The annotations of an image, without opening it."""
-        chosen = slice(*self._places[index])
-        boxes, crowd = (torch.from_numpy(self.rows.columns[name][chosen]) for name in ("bbox", "iscrowd"))
-        boxes = box_convert(boxes.float(), "xywh", "xyxy")
-        return Target(boxes, self._labels[chosen].clone(), crowd.clone(), self.image_ids[index])
+        rows, found = self._rows(index), self.annotations
+        boxes, labels, crowd = (torch.from_numpy(values[rows]) for values in (found.boxes, found.labels, found.crowd))
+        return Target(box_convert(boxes.float(), "xywh", "xyxy"), labels.long(), crowd, self.image_ids[index])
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         pixels, info = self.pixels(index)
@@ -277,108 +242,100 @@ def own_folder(annotations: str | Path, images: str | Path, novel: Sequence[str]
     named = {category["id"]: category["name"] for category in truth["categories"]}
     if twice := [name for name, count in Counter(named.values()).items() if count > 1]:
         raise CorruptFile(file, f"two categories are called {twice[0]!r}")
-    rows, sizes = truth["annotations"], np.array([[image["width"], image["height"]] for image in truth["images"]])
-    corners, sides = np.split(rows.columns["bbox"], 2, axis=1)
-    ends = sizes[_number([image["id"] for image in truth["images"]], rows, "image_id")]
-    outside = ((corners >= ends) | ((corners + sides <= 0) & (sides > 0))).any(1)
-    if outside.any():
-        number = int(outside.argmax())
-        what = f"outside its image of {tuple(ends[number].tolist())} pixels"
-        raise CorruptFile(file, f"annotations[{number}]: 'bbox' is {rows[number]['bbox']}, {what}")
+    rows, listed = truth["annotations"], [(image["width"], image["height"]) for image in truth["images"]]
+    sizes = np.array(listed, float)[rows.images]
+    corners, sides = np.split(rows.boxes, 2, axis=1)
+    outside = ((corners >= sizes) | ((corners + sides <= 0) & (sides > 0))).any(1)
+    for number in np.flatnonzero(outside)[:1]:
+        ends = listed[rows.images[number]]
+        what = f"annotations[{number}]: 'bbox' is {rows.boxes[number].tolist()}, outside its image of {ends} pixels"
+        raise CorruptFile(file, what)
     if unknown := set(novel) - {*named.values()}:
         raise BadParameter("novel", sorted(unknown), sorted({*named.values()}))
     held = [i for i, name in named.items() if name in novel]
     return Boxes(own, file.parent, folder, truth, [i for i in named if i not in held], sorted(held))
 
 
-def read_annotations(path: str | Path, shapes: bool = False) -> dict[str, Any]:
-    """An annotation file in COCO's or LVIS' format, checked against `SCHEMA`; "annotations" are `Rows`, with the
-    segmentations if `shapes`. Other fields than those that are used here are not kept.
+def read_annotations(given: str | Path | Mapping, shapes: bool = False) -> dict[str, Any]:
+    """A file in COCO's or LVIS' format, or its content: "images" and "categories" as they are there, checked against
+    `SCHEMA`, and "annotations" as `Annotations`, with segmentations only if `shapes`.
 
     LVIS' images have a `coco_url` instead of a `file_name`; its last two parts are used.
 
     Raises `CorruptFile` with the path, the entry and the field.
     """
-    try:
-        text = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
-        file = msgspec.json.decode(text, type=_ShapedFile if shapes else _File)
-    except (OSError, ValueError, RecursionError):
-        return _read_odd(path, shapes)
-    parts = [row.segmentation for row in file.annotations] if shapes else None  # type: ignore[attr-defined]
-    images = [msgspec.to_builtins(image) for image in file.images]
-    found = {"images": _named(images), "annotations": Rows._of(file.annotations, parts), "categories": file.categories}
-    return found if _fits(found) else _read_odd(path, shapes)
-
-
-def _named(images: Iterable[dict]) -> list[dict]:
-    """Images with a `file_name`, from the `coco_url` of those that have none."""
-    named = []
-    for image in images:
-        url = image.pop("coco_url", None)
-        if "file_name" not in image and isinstance(url, str):
-            image["file_name"] = "/".join(url.split("/")[-2:])
-        named.append(image)
-    return named
-
-
-def _fits(found: Mapping[str, Any]) -> bool:
-    """Whether decoded annotations are as `SCHEMA` and `REFERENCES` say."""
-    images, rows, categories = found["images"], found["annotations"], found["categories"]
-    boxes, ids = rows.columns["bbox"], [image["id"] for image in images]
-    known = {category.get("id") for category in categories}
-    listed = [image.get(f"{kind}_category_ids", ()) for image in images for kind in LISTS]
-    return bool(
-        images
-        and categories
-        and all(fits(row.get(name)) for row in categories for name, fits in SCHEMA["categories"].items())
-        and all(fits(row.get(name)) for row in images for name, fits in SCHEMA["images"].items())
-        and len({*ids}) == len(ids)
-        and len(known) == len(categories)
-        and known.issuperset(itertools.chain.from_iterable(listed))
-        and (np.abs(boxes) <= LARGEST).all()
-        and (boxes[:, 2:] >= 0).all()
-        and (_number(ids, rows, "image_id") >= 0).all()
-        and (_number([*known], rows, "category_id") >= 0).all()
-    )
-
-
-def _number(ids: Sequence, rows: Rows, column: str) -> np.ndarray:
-    """The place among `ids` of each row's entry in a column; -1: not among them."""
-    return pd.Index(ids).get_indexer(rows.columns[column])
-
-
-def _read_odd(path: str | Path, shapes: bool) -> dict[str, Any]:
-    """As `read_annotations`, entry by entry: numbers that pandas wrote, and what is wrong with a file."""
-    found = read_json(path)
+    path = "annotations" if isinstance(given, Mapping) else given
 
     def wrong(detail: str) -> CorruptFile:
         return CorruptFile(path, f"not COCO's format: {detail}")
 
-    if not isinstance(found, dict):
-        raise wrong("an object was expected")
-    found.setdefault("annotations", [])
-    for row in (row for part in ("images", "annotations", "categories") for row in found.get(part) or ()):
-        for name in NUMBERS if isinstance(row, dict) else ():  # pandas writes 1.0
+    def decoded(content: Any) -> Content:
+        try:
+            text = content if isinstance(content, bytes) else msgspec.json.encode(content)
+            return msgspec.json.decode(text, type=Content[Shaped] if shapes else Content[Row])
+        except (msgspec.ValidationError, OverflowError, UnicodeError) as error:
+            raise wrong(str(error)) from error
+
+    try:
+        content = decoded(given if isinstance(given, Mapping) else Path(given).read_bytes().removeprefix(BOM_UTF8))
+    except (msgspec.DecodeError, RecursionError, FileNotFoundError):  # named by line; or NaN, which Python's json reads
+        content = decoded(read_json(path))
+    found, known = {"images": content.images, "categories": content.categories}, dict[str, dict[object, int]]()
+    for row in itertools.chain(content.images, content.categories):
+        for name in NUMBERS:  # pandas writes 1.0
             if isinstance(value := row.get(name), float) and value.is_integer():
                 row[name] = int(value)
-    if isinstance(found.get("images"), list) and all(isinstance(image, dict) for image in found["images"]):
-        found["images"] = _named(found["images"])
-    known: dict[str, dict[object, int]] = {}
+    for image in content.images:
+        if "file_name" not in image and isinstance(image.get("coco_url"), str):
+            image["file_name"] = "/".join(image["coco_url"].split("/")[-2:])
     for part, fields in SCHEMA.items():
-        if not isinstance(found.get(part), list) or not (found[part] or part == "annotations"):
-            raise wrong(f"no list '{part}', or an empty one")
+        if not found[part]:
+            raise wrong(f"an empty list '{part}'")
         check_fields(found[part], part + "[{}]", fields, wrong)
         known[part] = {}
-        for number, entry in enumerate(found[part] if "id" in fields else ()):
+        for number, entry in enumerate(found[part]):
             if known[part].setdefault(entry["id"], number) != number:
                 raise wrong(f"{part}[{number}]: id {entry['id']!r} stands there twice")
-    for part, name, others in REFERENCES:
-        for number, entry in enumerate(found[part]):
-            values = entry.get(name, [])
+    for name in (f"{kind}_category_ids" for kind in ("pos", "neg", "not_exhaustive")):
+        for number, image in enumerate(content.images):
+            values = image.get(name, [])
             values = values if isinstance(values, list) else [values]
-            if lost := [v for v in values if not _is_id(v) or v not in known[others]]:
-                raise wrong(f"{part}[{number}]: '{name}' is {lost[0]!r}, which is none of '{others}'")
-    return found | {"annotations": Rows.of(found["annotations"], shapes)}
+            if lost := [v for v in values if not _is_id(v) or v not in known["categories"]]:
+                raise wrong(f"images[{number}]: '{name}' is {lost[0]!r}, which is none of 'categories'")
+    ranks = {category: i for i, category in enumerate(sorted(known["categories"]))}  # type: ignore[type-var]
+    return {**found, "annotations": _arrays(content.annotations, known["images"], ranks, wrong)}
+
+
+def _arrays(
+    rows: Sequence[Any], images: Mapping, ranks: Mapping, wrong: Callable[[str], CompanionError]
+) -> Annotations:
+    """The checked entries of "annotations" as arrays; `images`, `ranks`: number of an image or class by its id."""
+
+    def array(values: Iterable, dtype: Any) -> np.ndarray:
+        return np.fromiter(values, dtype, len(rows))
+
+    def check(name: str, wrongs: np.ndarray, why: str) -> None:
+        for number in np.flatnonzero(wrongs)[:1]:
+            raise wrong(f"annotations[{number}]: '{name}' is {getattr(rows[number], name)!r}{why}")
+
+    numbers = array((images.get(row.image_id, -1) for row in rows), np.int32)
+    labels = array((ranks.get(row.category_id, -1) for row in rows), np.int32)
+    boxes = array((row.bbox for row in rows), np.dtype((float, 4)))
+    check("image_id", numbers < 0, ", which is none of 'images'")
+    check("category_id", labels < 0, ", which is none of 'categories'")
+    check("bbox", (np.abs(boxes) > LARGEST).any(1) | (boxes[:, 2:] < 0).any(1), "")
+    text = b"".join(row.segmentation for row in rows if isinstance(row, Shaped))
+    lengths = array((len(row.segmentation) if isinstance(row, Shaped) else 0 for row in rows), np.int64)
+    return Annotations(
+        images=numbers,
+        labels=labels,
+        boxes=boxes,
+        crowd=array((bool(row.iscrowd) for row in rows), bool),
+        areas=array((np.nan if row.area is None else row.area for row in rows), float),
+        ids=np.array([row.id for row in rows]),
+        shapes=np.stack([lengths.cumsum() - lengths, lengths.cumsum()], 1),
+        text=text,
+    )
 
 
 def _is_whole(value: object) -> bool:
@@ -400,7 +357,8 @@ def is_box(value: object) -> bool:
 
 def _is_file(value: object) -> bool:
     """Whether `value` is a path below the images' folder: a file must not make us read others."""
-    return isinstance(value, str) and not OUTSIDE.search(value)
+    path = PureWindowsPath(value if isinstance(value, str) else "..")  # its parts end at / too
+    return not path.anchor and ".." not in path.parts
 
 
 Fields = Mapping[str, Callable[[Any], bool]]
@@ -408,15 +366,11 @@ _SIDE: Fields = dict.fromkeys(("width", "height"), lambda value: _is_whole(value
 SCHEMA: dict[str, Fields] = {
     "categories": {"id": _is_whole, "name": lambda value: isinstance(value, str)},
     "images": {"id": _is_id, "file_name": _is_file, **_SIDE},
-    "annotations": {"image_id": _is_id, "category_id": _is_whole, "bbox": is_box},
 }
 """The fields of each part of COCO's format that are read here, and what each must be."""
 CAPTION: Fields = {"image_id": _is_id, "caption": lambda value: isinstance(value, str)}
 """The fields of an annotation in a file of captions."""
-NUMBERS = ("id", "image_id", "category_id", "width", "height", "iscrowd")
-REFERENCES = [("annotations", "image_id", "images"), ("annotations", "category_id", "categories")]
-LISTS = ("pos", "neg", "not_exhaustive")
-REFERENCES += [("images", f"{kind}_category_ids", "categories") for kind in LISTS]
+NUMBERS = ("id", "width", "height")
 SHAPES: dict[str, Fields] = {
     "bbox": {"bbox": is_box},
     "segm": {"segmentation": lambda value: isinstance(value, dict) and {"size", "counts"} <= value.keys()},
@@ -461,16 +415,7 @@ def ov_coco(instances: Mapping, split: str) -> dict:
     """OV-COCO from COCO's instances: boxes of the 48 base classes in "train", of all 65 in "test", and only images
     that still have one. All 80 categories stay."""
     check_choice("split", split, ("train", "test"))
-    kept = set(OV_COCO_BASE) | (set() if split == "train" else set(OV_COCO_NOVEL))
-    return _with_boxes(instances, lambda columns: np.isin(columns["category_id"], list(kept)))
-
-
-def _with_boxes(truth: Mapping, kept: Callable[[Mapping[str, np.ndarray]], np.ndarray]) -> dict:
-    """The annotations that are kept, and the images that have one."""
-    rows = Rows.of(truth["annotations"])
-    rows = rows.take(kept(rows.columns))
-    there = {*rows.columns["image_id"].tolist()}
-    return {**truth, "images": [image for image in truth["images"] if image["id"] in there], "annotations": rows}
+    return _only(instances, set(OV_COCO_BASE) | (set() if split == "train" else set(OV_COCO_NOVEL)))
 
 
 def ov_lvis(annotations: Mapping, split: str) -> dict:
@@ -479,8 +424,17 @@ def ov_lvis(annotations: Mapping, split: str) -> dict:
     check_choice("split", split, ("train", "test"))
     if split == "test":
         return dict(annotations)
-    rare = {category["id"] for category in annotations["categories"] if category["frequency"] == "r"}
-    return _with_boxes(annotations, lambda c: ~np.isin(c["category_id"], list(rare)) & ~c["iscrowd"])
+    often = {category["id"] for category in annotations["categories"] if category["frequency"] != "r"}
+    return _only(annotations, often, crowds=False)
+
+
+def _only(truth: Mapping, categories: Container[int], crowds: bool = True) -> dict:
+    """The annotations of these categories, with those of crowds or without, and the images that still have one."""
+    rows: Annotations = truth["annotations"]
+    kept = np.array([i in categories for i in sorted(category["id"] for category in truth["categories"])])[rows.labels]
+    rows = rows.part(np.flatnonzero(kept & (crowds | ~rows.crowd)))
+    there, rows.images = np.unique(rows.images, return_inverse=True)
+    return {**truth, "images": [truth["images"][i] for i in there], "annotations": rows}
 
 
 @functools.cache
@@ -514,7 +468,7 @@ def caption_labels(captions: Mapping, categories: Sequence[Mapping], file: str |
         categories: with "id", "name", and optionally "synonyms"; COCO's from `with_synonyms`.
 
     Returns:
-        {"images" with `pos_category_ids`, "annotations": [], "categories"}.
+        {"images" with `pos_category_ids`, "annotations" that are none, "categories"}.
 
     Raises `CorruptFile` with the name of their `file`, `BadParameter` without one: not COCO's format; entry and field
     are named.
@@ -536,7 +490,7 @@ def caption_labels(captions: Mapping, categories: Sequence[Mapping], file: str |
         found = [c for c, names in words.items() if any(name != text and f" {name} " in f" {text} " for name in names)]
         if found:
             images.append({**image, "pos_category_ids": found})
-    return {"images": images, "annotations": [], "categories": list(categories)}
+    return {"images": images, "annotations": _arrays([], {}, {}, wrong), "categories": list(categories)}
 
 
 def _in_words(name: str) -> str:

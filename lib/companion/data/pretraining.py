@@ -23,7 +23,7 @@ from torch import Tensor
 from ..errors import BadParameter, CorruptFile, check_choice
 from . import DataSet, at, below, check_listed, decoding, entries, find, own_set, tables
 from .classification import Images, _class_folders, images_of_classes
-from .detection import Boxes, Rows, read_annotations
+from .detection import Boxes, read_annotations
 
 IMAGENET, COCO, ADE20K = "pretraining/imagenet-1k", "pretraining/coco", "pretraining/ade20k"
 SPLITS = {"train": "train", "test": "val"}  # ours -> the sets' own: papers test on their validation splits
@@ -42,15 +42,15 @@ class Instances(Boxes):
     """
 
     def __init__(self, dataset: DataSet, root: Path, file: Path, folder: Path, truth: Mapping):
-        shaped = {**truth, "annotations": Rows.of(truth["annotations"], shapes=True)}
-        super().__init__(dataset, root, folder, shaped, [category["id"] for category in truth["categories"]], ())
+        super().__init__(dataset, root, folder, truth, [category["id"] for category in truth["categories"]], ())
         self.file = file
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict]:
         image, target = super().__getitem__(index)
+        rows = self._rows(index)
         sides = target.boxes[:, 2:] - target.boxes[:, :2]
-        kept = (~target.crowd & (sides > 0).all(1)).nonzero()[:, 0]
-        masks = [self._mask(self.rows[int(self._places[index, 0] + i)], *image.shape[1:]) for i in kept]
+        kept = [i for i in range(len(rows)) if not target.crowd[i] and (sides[i] > 0).all()]
+        masks = [self._mask(i, *image.shape[1:]) for i in rows[kept]]
         empty = torch.zeros((0, *image.shape[1:]), dtype=torch.uint8)
         return image, {
             "boxes": target.boxes[kept],
@@ -59,21 +59,22 @@ class Instances(Boxes):
             "image_id": target.image_id,
         }
 
-    def _mask(self, row: Mapping, height: int, width: int) -> Tensor:
-        """One instance's mask: polygons, or run lengths."""
-        shape: Any = row.get("segmentation")
+    def _mask(self, row: int, height: int, width: int) -> Tensor:
+        """The mask of an annotation: polygons, or run lengths."""
+        number = self.annotations.ids[row]
         try:
+            shape = self.annotations.shape(row)
             if isinstance(shape, list):
                 parts = rle.merge(rle.frPyObjects(shape, height, width))
             else:
                 parts = rle.frPyObjects(shape, height, width) if isinstance(shape["counts"], list) else shape
             found = torch.from_numpy(np.ascontiguousarray(rle.decode(parts)))
         except Exception as error:  # the C extension raises many kinds of errors
-            what = f"annotation {row.get('id')}: 'segmentation' is no polygon and no run lengths ({error})"
+            what = f"annotation {number}: 'segmentation' is no polygon and no run lengths ({error})"
             raise CorruptFile(self.file, what) from error
         if found.shape != (height, width):
             sizes = f"its mask is {tuple(found.shape)}, its image {(height, width)}"
-            raise CorruptFile(self.file, f"annotation {row.get('id')}: {sizes}")
+            raise CorruptFile(self.file, f"annotation {number}: {sizes}")
         return found
 
 

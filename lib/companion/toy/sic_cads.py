@@ -17,7 +17,6 @@ OV-LVIS; the sweep over gamma is measured on test images, and nothing is chosen 
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -251,17 +250,17 @@ def scenes(count: int, split: str, seed: int = 0, novel: bool = True) -> list[Sc
 def annotated(split: str, drawn: Sequence[Scene]) -> dict:
     """COCO's annotations of a split; in training, the boxes of novel classes are left out.
 
-    Two fields of an image are ours: its "place", and the "looks" of its annotated objects.
+    Two fields are ours, of an image: its "place", and the "looks" of its annotations.
     """
     images = []
     boxes: list[dict] = []
     for number, shown in enumerate(drawn, 1):
-        looks: list[str] = []
-        about = {"width": SIDE, "height": SIDE, "place": shown.place, "looks": looks}
-        images.append({"id": number, "file_name": f"{number:06d}.png"} | about)
+        own: dict[str, Any] = {"place": shown.place, "looks": []}
+        images.append({"id": number, "file_name": f"{number:06d}.png", "width": SIDE, "height": SIDE, **own})
         for index, box, look in zip(shown.labels, shown.boxes, shown.looks, strict=True):
             if split == "train" and index in NOVEL:
                 continue
+            own["looks"].append(look)
             x, y, w, h = (round(float(value), 2) for value in box)
             boxes.append(
                 {
@@ -273,7 +272,6 @@ def annotated(split: str, drawn: Sequence[Scene]) -> dict:
                     "iscrowd": 0,
                 }
             )
-            looks.append(look)
     categories = [{"id": i, "name": thing.name, "supercategory": thing.place} for i, thing in enumerate(THINGS, 1)]
     return {"images": images, "annotations": boxes, "categories": categories}
 
@@ -283,7 +281,8 @@ def load(seed: int, split: str) -> data.Boxes:
     """The images of a split, "train", "val" or "test", and their boxes; the same seed gives the same ones."""
     drawn = scenes(COUNTS[split], split, seed)
     base, novel = ([index + 1 for index in group] for group in (BASE, NOVEL))
-    found = data.Boxes(own_set("scenes", "detection", ""), Path(), Path(), annotated(split, drawn), base, novel)
+    truth = data.read_annotations(annotated(split, drawn))
+    found = data.Boxes(own_set("scenes", "detection", ""), Path(), Path(), truth, base, novel)
     found.sources = np.stack([shown.image for shown in drawn])
     return found
 
@@ -532,7 +531,7 @@ def named_right(given: Detected, matrix: Tensor) -> dict[str, float]:
 
     By group and look: "right base plain", "right novel hidden", ... An object without a box of IoU 0.5 counts as wrong.
     """
-    looks = itertools.chain.from_iterable(image["looks"] for image in given.found.labels)
+    looks = iter(look for image in given.found.labels for look in image["looks"])
     hits: dict[str, list[bool]] = {}
     for number in range(len(given.found)):
         target = given.found.target(number)

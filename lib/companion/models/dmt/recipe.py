@@ -22,6 +22,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from ...backbones import read_state
 from ...data import few, find, present, pretraining
+from ...data.detection import read_annotations
 from ...data.pretraining import COCO, IMAGENET
 from ...errors import BadParameter, MissingWeights
 from ...evaluation.metrics import accuracy, detection, landcover
@@ -503,7 +504,8 @@ def _generated(p: Parameters, count: int, seed: int) -> Any:
         "categories": [{"id": i + 1, "name": str(i)} for i in range(CLASSES[p.task])],
         "annotations": [{"id": i, "image_id": i, **box} for i in range(count)],
     }
-    instances = pretraining.Instances(find(COCO, "pretraining"), Path(), Path(), Path(), truth)
+    found = read_annotations(truth, shapes=True)
+    instances = pretraining.Instances(find(COCO, "pretraining"), Path(), Path(), Path(), found)
     instances.sources = pixels
     return instances
 

@@ -479,7 +479,7 @@ def generated(p: Parameters, count: int) -> detection.Boxes:
     shown = [{"category_id": c, "bbox": [90.0 * k, 60, 80, 60]} for k, c in enumerate((*groups[0][:3], *groups[1][:2]))]
     rows = [{"image_id": i, "area": 4800, "iscrowd": 0, **box} for i in range(count) for box in shown]
     rows = [{"id": number, **row} for number, row in enumerate(rows, 1)]
-    truth = {"images": images, "annotations": rows, "categories": categories}
+    truth = detection.read_annotations({"images": images, "annotations": rows, "categories": categories})
     boxes = detection.Boxes(dataset, Path(p.data_root), Path(), truth, *groups)
     boxes.sources = rng.integers(0, 256, (count, height, width, 3), dtype=np.uint8)
     return boxes
