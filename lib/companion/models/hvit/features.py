@@ -1,7 +1,6 @@
 """Patch embeddings of whole slides, stored as HDF5, one file a slide: what the levels above the patch level train on.
 
     extract("slide.tiff", model.embed_patches, "slide.h5", encoder=model.patch)    # resumes after a kill
-    store(p, patch_encoder("vit256_small_dino.pth"))                               # all slides of a data set
 
 `data.slides.Features` reads the files.
 """
@@ -13,10 +12,10 @@ import hashlib
 import json
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,26 +23,13 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
 from ...data import slides as data
-from ...errors import BadParameter, CompanionError, CorruptFile, check_range
+from ...errors import BadParameter, check_range
 from ...io.files import atomic, read_json, write_json
 from ...io.progress import progress
 from ...training.checkpoints import checkpoint_key
-from ...training.hardware import Hardware, evaluating
-from ..layers.state_dicts import below
-from . import official
-from .model import HViT, PatchEncoder, RegionEncoder, SlideTransformer
 from .slides import PANDA, Slide, Tiles, Tiling, read_mask, tensor, tile, tissue_mask, write_preview
 
 READERS = 4  # threads that read regions ahead, each for one step
-
-
-class Parameters(Protocol):
-    dataset: str
-    data_root: str
-    features: str
-    region: int
-    normalise: str
-    accelerator: str
 
 
 @torch.inference_mode()
@@ -176,86 +162,3 @@ def _assemble(out: Path, parts: Path, tiles: Tiles, batch: int, settings: dict) 
                 shape = (len(tiles), *features.shape[1:])
                 file.create_dataset("features", shape=shape, dtype="float32", chunks=(1, *features.shape[1:]))
             file["features"][start : start + len(features)] = features
-
-
-def stored_in(features: str, data_root: str) -> Path:
-    """The folder of the stored patch embeddings: `features`, else the usual one."""
-    return Path(features or Path(data_root) / "features")
-
-
-def patch_encoder(weights: str | Path, heads: int | None = None) -> PatchEncoder:
-    """The frozen patch level of a file of HIPT's or the authors', or of a file of several levels, "patch." first.
-
-    Args:
-        heads: attention heads; by default one for each 64 channels.
-    """
-    state = official.read_checkpoint(weights)
-    return PatchEncoder.from_official(below(state, "patch.", "vit_patch.") or state, heads)
-
-
-def _levels(p: Parameters, patch: PatchEncoder) -> HViT:
-    """The whole model, to which `embed_patches` belongs; the levels above the patch level are not run."""
-    if p.region % patch.image:
-        raise BadParameter("region", p.region, f"a multiple of the {patch.image} pixels of a patch")
-    return HViT(SlideTransformer(192), RegionEncoder(p.region // patch.image, patch.dim), patch)
-
-
-@torch.inference_mode()
-def first_region(p: Parameters, patch: PatchEncoder, path: str | Path) -> Tensor:
-    """Patch embeddings (1, patches, width) of a slide's first region, on the CPU.
-
-    Raises `CorruptFile`: the slide cannot be read, or has no tissue; `BadParameter` as `tile`.
-    """
-    with Slide(path) as slide, evaluating(Hardware(p.accelerator), whole := _levels(p, patch)) as device:
-        tiles = tile(slide, dataclasses.replace(PANDA, region=p.region))
-        if not len(tiles):
-            raise CorruptFile(path, f"no region of {p.region} pixels with tissue was found in it")
-        x, y = tiles.coords[0]
-        pixels = slide.region(x, y, tiles)[None]
-        return whole.embed_patches(tensor(pixels, p.normalise, device)).float().cpu()
-
-
-def store(
-    p: Parameters,
-    patch: PatchEncoder,
-    part: tuple[int, int] = (0, 1),
-    batch: int = 1,
-    tiling: Tiling = PANDA,
-    mpp: float | None = None,
-    spacing: str | Path | None = None,
-    **options: Any,
-) -> Iterator[tuple[str, Path | CompanionError]]:
-    """Patch embeddings of the slides of `dataset`, as the paper profile reads them; a killed run is resumed.
-
-    Args:
-        patch: see `patch_encoder`.
-        part: (i, n): every n-th slide from the i-th on, so that n jobs do them all.
-        batch: regions a step.
-        tiling: how regions are found; its size of a region is `p.region`.
-        mpp: microns per pixel of level 0, where the slides do not state it, or are wrong.
-        spacing: a table with that of single slides, see `data.slides.spacings`; before `mpp`.
-        options: `masks`, `preview` of `extract`.
-
-    Yields:
-        The name of each slide as it is done, and its file, or the error: one slide that cannot be read does not stop
-        the others.
-    """
-    i, n = part
-    if not 0 <= i < n:
-        raise BadParameter("part", f"{i}/{n}", "i/n, i from 0 to n - 1")
-    if p.dataset == "folder":
-        named = list(data.unlabelled(p.data_root).items())
-    else:
-        named = [(item.name, item.path) for item in data.load(p.dataset, p.data_root)]
-    whole = _levels(p, patch)
-    options |= {"tiling": dataclasses.replace(tiling, region=p.region), "normalise": p.normalise}
-    options["encoder"] = identity(patch)  # once: its hash takes a third of a second
-    own = data.spacings(spacing, {name for name, _ in named}) if spacing else {}
-    with evaluating(Hardware(p.accelerator), whole) as device:
-        for name, path in named[i::n]:
-            target = stored_in(p.features, p.data_root) / f"{name}.h5"
-            try:
-                scale = {"mpp": own.get(name, mpp), "device": device, "batch": batch}
-                yield name, extract(path, whole.embed_patches, target, **scale, **options)
-            except CompanionError as error:
-                yield name, error

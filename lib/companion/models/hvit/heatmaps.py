@@ -24,13 +24,10 @@ from matplotlib import colormaps
 from PIL import Image
 from scipy.stats import rankdata
 from torch import Tensor
-from torch.nn import functional as F
 
-from ... import saving
-from ...errors import BadParameter, CorruptFile, check_choice
+from ...errors import BadParameter, CorruptFile
 from ...io.files import atomic
-from .model import HEADS, HViT, PatchEncoder, grids, patches_of
-from .official import read_checkpoint
+from .model import HViT, PatchEncoder, grids, patches_of
 from .slides import LARGEST_THUMBNAIL, Slide, Tiles, tensor, write_pyramid
 
 TRAINED = {"global": (False, False, True), "local": (False, True, True), "whole": (True, True, True)}
@@ -199,38 +196,6 @@ def attention_maps(model: HViT, patch: PatchEncoder, slide: Slide, tiles: Tiles,
     output, out = model.slide.forward_intermediates(torch.cat(embedded)[None])
     alpha = out["pooling"][0].cpu().numpy()
     return AttentionMaps(np.stack(low), np.stack(high), ranks(alpha, axes=1), alpha, output.cpu())
-
-
-def probabilities(head: str, outputs: Tensor) -> Tensor:
-    """The probability of each grade (b, k) by the outputs (b, ...) of a head other than "regression", which has none.
-
-    The outputs of ordinal heads are those of the grade lying above each threshold. They are made to decrease as
-    `model.predict` reads them: by the running minimum, of CORN by the running product.
-    """
-    check_choice("head", head, [name for name in HEADS if name != "regression"])
-    if head == "classification":
-        return outputs.softmax(1)
-    above = outputs.sigmoid().cumprod(1) if head == "corn" else outputs.sigmoid().cummin(1).values
-    return F.pad(above, (1, 0), value=1.0) - F.pad(above, (0, 1))
-
-
-def trained(path: str | Path, head: str | None = None, position: str | None = None) -> HViT:
-    """The trained model of a file of `companion.save`, or of the authors' tensors, as runs write to `<out>/trained`.
-
-    Args:
-        head, position: of the authors' tensors, see `HViT.from_official`.
-
-    Raises:
-        BadParameter: a model of another paper; authors' tensors with several outputs, and no `head`.
-        BadCheckpoint, CorruptFile: tensors that do not match; a file that cannot be read.
-    """
-    state = read_checkpoint(path)
-    if "classifier.weight" in state:
-        return HViT.from_official(state, head, position=position)
-    model = saving.load(path)
-    if not isinstance(model, HViT):
-        raise BadParameter("checkpoint", f"{type(model).__name__} in {path}", "a model of H-ViT")
-    return model
 
 
 def write_heatmap(

@@ -412,6 +412,19 @@ def predict(head: str, outputs: Tensor, classes: int = 6) -> Tensor:
     return (probabilities > 0.5).long().cumprod(1).sum(1)
 
 
+def probabilities(head: str, outputs: Tensor) -> Tensor:
+    """The probability of each grade (b, k) by the outputs (b, ...) of a head other than "regression", which has none.
+
+    The outputs of ordinal heads are those of the grade lying above each threshold. They are made to decrease as
+    `model.predict` reads them: by the running minimum, of CORN by the running product.
+    """
+    check_choice("head", head, [name for name in HEADS if name != "regression"])
+    if head == "classification":
+        return outputs.softmax(1)
+    above = outputs.sigmoid().cumprod(1) if head == "corn" else outputs.sigmoid().cummin(1).values
+    return F.pad(above, (1, 0), value=1.0) - F.pad(above, (0, 1))
+
+
 def vote(grades: Sequence[int], *, isup: bool = True, seed: int = 0) -> int:
     """One grade from those of the folds: the most common one.
 

@@ -8,9 +8,10 @@ stopping are options.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -23,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from ...data import few, present, spaced
 from ...data import slides as data
-from ...errors import BadParameter, MissingData, MissingWeights
+from ...errors import BadParameter, CompanionError, CorruptFile, MissingData, MissingWeights
 from ...evaluation.metrics import check_values
 from ...evaluation.tables import Results
 from ...io import papers
@@ -34,10 +35,11 @@ from ...training.recipe import Training, dry_items
 from ...training.recipe import run as train
 from ...training.schedules import MakeOptimizer, param_groups
 from . import model as hvit
-from .encoders import PatchEncoder
-from .features import first_region, patch_encoder, stored_in
+from .encoders import PatchEncoder, RegionEncoder, patch_encoder
+from .features import extract, identity
+from .model import HViT, SlideTransformer
 from .official import read_checkpoint
-from .slides import PANDA, Tiling, write_pyramid
+from .slides import PANDA, Slide, Tiling, tensor, tile, write_pyramid
 
 WORKERS = 8
 LEARNING_RATE, DECAY, HALVED, EPOCHS, BATCH, LAST = 2e-4, 1e-5, 20, 50, 32, "carry"
@@ -178,6 +180,79 @@ def generated(p: Parameters) -> tuple[str, list[Fold], Dataset, int]:
 
     title = f"generated slides in place of {p.dataset} (dry run)"
     return title, [(slides(dry_items(p, BATCH)), slides(12))], slides(12), data.GRADES
+
+
+def stored_in(features: str, data_root: str) -> Path:
+    """The folder of the stored patch embeddings: `features`, else the usual one."""
+    return Path(features or Path(data_root) / "features")
+
+
+def _levels(p: Parameters, patch: PatchEncoder) -> HViT:
+    """The whole model, to which `embed_patches` belongs; the levels above the patch level are not run."""
+    if p.region % patch.image:
+        raise BadParameter("region", p.region, f"a multiple of the {patch.image} pixels of a patch")
+    return HViT(SlideTransformer(192), RegionEncoder(p.region // patch.image, patch.dim), patch)
+
+
+@torch.inference_mode()
+def first_region(p: Parameters, patch: PatchEncoder, path: str | Path) -> Tensor:
+    """Patch embeddings (1, patches, width) of a slide's first region, on the CPU.
+
+    Raises `CorruptFile`: the slide cannot be read, or has no tissue; `BadParameter` as `tile`.
+    """
+    with Slide(path) as slide, evaluating(Hardware(p.accelerator), whole := _levels(p, patch)) as device:
+        tiles = tile(slide, dataclasses.replace(PANDA, region=p.region))
+        if not len(tiles):
+            raise CorruptFile(path, f"no region of {p.region} pixels with tissue was found in it")
+        x, y = tiles.coords[0]
+        pixels = slide.region(x, y, tiles)[None]
+        return whole.embed_patches(tensor(pixels, p.normalise, device)).float().cpu()
+
+
+def store(
+    p: Parameters,
+    patch: PatchEncoder,
+    part: tuple[int, int] = (0, 1),
+    batch: int = 1,
+    tiling: Tiling = PANDA,
+    mpp: float | None = None,
+    spacing: str | Path | None = None,
+    **options: Any,
+) -> Iterator[tuple[str, Path | CompanionError]]:
+    """Patch embeddings of the slides of `dataset`, as the paper profile reads them; a killed run is resumed.
+
+    Args:
+        patch: see `patch_encoder`.
+        part: (i, n): every n-th slide from the i-th on, so that n jobs do them all.
+        batch: regions a step.
+        tiling: how regions are found; its size of a region is `p.region`.
+        mpp: microns per pixel of level 0, where the slides do not state it, or are wrong.
+        spacing: a table with that of single slides, see `data.slides.spacings`; before `mpp`.
+        options: `masks`, `preview` of `extract`.
+
+    Yields:
+        The name of each slide as it is done, and its file, or the error: one slide that cannot be read does not stop
+        the others.
+    """
+    i, n = part
+    if not 0 <= i < n:
+        raise BadParameter("part", f"{i}/{n}", "i/n, i from 0 to n - 1")
+    if p.dataset == "folder":
+        named = list(data.unlabelled(p.data_root).items())
+    else:
+        named = [(item.name, item.path) for item in data.load(p.dataset, p.data_root)]
+    whole = _levels(p, patch)
+    options |= {"tiling": dataclasses.replace(tiling, region=p.region), "normalise": p.normalise}
+    options["encoder"] = identity(patch)  # once: its hash takes a third of a second
+    own = data.spacings(spacing, {name for name, _ in named}) if spacing else {}
+    with evaluating(Hardware(p.accelerator), whole) as device:
+        for name, path in named[i::n]:
+            target = stored_in(p.features, p.data_root) / f"{name}.h5"
+            try:
+                scale = {"mpp": own.get(name, mpp), "device": device, "batch": batch}
+                yield name, extract(path, whole.embed_patches, target, **scale, **options)
+            except CompanionError as error:
+                yield name, error
 
 
 class ClassBalanced(Dataset):
