@@ -80,6 +80,18 @@ def test_lasher(lasher, tmp_path):
     refused(BadParameter, "'trainval'", load, "rgbt/lasher", tmp_path, "testing")
 
 
+@pytest.mark.parametrize("pattern", ["v{}.PNG", "cam2_{}.png"])  # one number in a name, or two
+def test_frames_are_paths_as_strings_in_the_order_of_their_numbers(lasher, tmp_path, pattern):
+    folder = lasher / "TestingSet/new"
+    (lasher / "TestingSet/bike").rename(tmp_path / "bike")
+    video(folder, dict.fromkeys(STREAMS, pattern), TEST_FILES, (8, 9, 10, 11))
+    (folder / "visible/.hidden.png").touch()
+    folder.rename(lasher / "TestingSet/bike")
+    bike = load("rgbt/lasher", tmp_path)[0]
+    wanted = [f"{lasher}/TestingSet/bike/visible/{pattern.format(i)}" for i in (8, 9, 10, 11)]
+    assert [*bike.visible] == wanted and values(bike) == [(i, 100 + i) for i in range(4)]
+
+
 def test_the_lists_of_lasher_are_the_authors():
     recorded = read_json(PARITY / "splits" / "case.json")
     for split in ("train", "val", "test"):

@@ -12,12 +12,15 @@ pairs, `evaluation.metrics.tracking` scores boxes.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
 import itertools
 import math
+import os
 import re
+import string
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +59,7 @@ class Sequence:
 
     Attributes:
         name: the name of its folder.
-        visible: the RGB frames in order; empty when only the ground truth is available.
+        visible: the paths of the RGB frames in order; empty when only the ground truth is available.
         infrared: the frames of the second stream (thermal or event), in the same number.
         boxes: (n, 4) float64, x, y, w, h in pixels of the visible stream; w = h = 0 where the object is absent.
         boxes_infrared: the second stream's own annotation, (n, 4), where it has one.
@@ -65,8 +68,8 @@ class Sequence:
     """
 
     name: str
-    visible: tuple[Path, ...]
-    infrared: tuple[Path, ...]
+    visible: tuple[str, ...]
+    infrared: tuple[str, ...]
     boxes: np.ndarray
     boxes_infrared: np.ndarray | None
     absent: np.ndarray
@@ -210,14 +213,14 @@ def lasher_list(split: str) -> list[str]:
 
 def _sequence(dataset: DataSet, root: Path, folder: Path, split: str, attributes: frozenset[str]) -> Sequence:
     layout = _LAYOUTS[dataset.name]
-    visible, infrared = (_frames(dataset, root, at(folder, stream)) for stream in layout.streams)
+    (visible, numbers), (infrared, others) = (_frames(dataset, root, at(folder, stream)) for stream in layout.streams)
     lasher_trains = dataset.name == "rgbt/lasher" and split != "test"
     annotation = tables.existing(dataset, root, folder / ("init.txt" if lasher_trains else layout.boxes))
     boxes, other = _boxes(annotation, layout.corners), at(folder, layout.boxes_infrared)
     if layout.both:
         tables.existing(dataset, root, other)
     boxes_infrared = _boxes(other, layout.corners) if other.is_file() else None
-    _check_numbers(visible, infrared, len(boxes))
+    _check_numbers(visible, infrared, numbers, others, len(boxes))
     absent, label = np.any(boxes[:, 2:] <= 0, 1), annotation
     if dataset.name == "rgbe/visevent":  # 1 means PRESENT in the data, ABSENT in the evaluation toolkit's files
         label = tables.existing(dataset, root, folder / "absent_label.txt")
@@ -236,30 +239,37 @@ def _sequence(dataset: DataSet, root: Path, folder: Path, split: str, attributes
     return whole.cut(start, length)
 
 
-def _frames(dataset: DataSet, root: Path, folder: Path) -> list[Path]:
-    """The frames of a stream sorted by the numbers in their names: v999.jpg precedes v1000.jpg."""
-    frames = [path for path in folder.glob("[!.]*") if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".bmp")]
-    if not frames:
+def _frames(dataset: DataSet, root: Path, folder: Path) -> tuple[list[str], np.ndarray]:
+    """The frames of a stream, and the last number in each name (0 without one), sorted by all numbers in their names:
+    v999.jpg precedes v1000.jpg."""
+    found = sorted(os.listdir(folder)) if folder.is_dir() else []  # noqa: PTH208  (a million names)
+    names = [name for name in found if name.lower().endswith((".jpg", ".jpeg", ".png", ".bmp")) and name[0] != "."]
+    if not names:
         raise dataset.missing(root, f"no frames in {folder}")
-    return sorted(frames, key=lambda path: (_digits(path), path.name))
+    between = [name.strip(_LETTERS) for name in names]
+    one = "".join(between).isdecimal() and all(between)  # number in each name, as usual: without a regular expression
+    numbers = [*zip(map(int, between))] if one else [tuple(map(int, re.findall(r"\d+", name))) for name in between]
+    order = sorted(range(len(names)), key=numbers.__getitem__)
+    place = f"{folder}/"
+    return [place + names[i] for i in order], np.array([(numbers[i] or (0,))[-1] for i in order])
 
 
-def _digits(path: Path) -> list[int]:
-    return [int(number) for number in re.findall(r"\d+", path.stem)]
+_LETTERS = string.ascii_letters + "._- "
 
 
-def _check_numbers(visible: list[Path], infrared: list[Path], boxes: int) -> None:
-    """Raise `CorruptFile` of the first frame that shows that an earlier one is missing or there twice."""
-    number = {path: (_digits(path) or [0])[-1] for path in (*visible, *infrared)}
-    alike = len(visible) == len(infrared)
-    offset = number[infrared[0]] - number[visible[0]] if alike else 0
-    for first, second in zip(visible, infrared, strict=False):
-        if number[second] - number[first] != offset:
-            raise CorruptFile(second, f"it would be paired with {first.name}: a frame is missing, or there twice")
-    for before, path in itertools.pairwise(visible if alike and len(visible) != boxes else ()):
-        if number[path] != number[before] + 1:
-            what = f"it follows {before.name}, and there are {len(visible)} frames for {boxes} boxes"
-            raise CorruptFile(path, f"{what}: a frame between is missing, or there twice")
+def _check_numbers(
+    visible: list[str], infrared: list[str], numbers: np.ndarray, others: np.ndarray, boxes: int
+) -> None:
+    """Raise `CorruptFile` of the first frame that shows that an earlier one is missing or there twice, by the numbers
+    in their names."""
+    alike, shorter = len(visible) == len(infrared), min(len(visible), len(infrared))
+    offsets = others[:shorter] - numbers[:shorter]
+    for i in np.flatnonzero(offsets != (offsets[0] if alike else 0))[:1]:
+        first = Path(visible[i]).name
+        raise CorruptFile(infrared[i], f"it would be paired with {first}: a frame is missing, or there twice")
+    for i in np.flatnonzero(np.diff(numbers) != 1)[:1] if alike and len(visible) != boxes else ():
+        what = f"it follows {Path(visible[i]).name}, and there are {len(visible)} frames for {boxes} boxes"
+        raise CorruptFile(visible[i + 1], f"{what}: a frame between is missing, or there twice")
 
 
 def _boxes(path: Path, corners: bool = False) -> np.ndarray:
@@ -273,8 +283,15 @@ def _boxes(path: Path, corners: bool = False) -> np.ndarray:
 def _numbers(path: Path, columns: int) -> np.ndarray:
     """A table of numbers separated by commas, spaces or tabs, (rows, columns) float64; blank lines may end it. Raises
     `CorruptFile`, by line."""
+    if not (text := tables.read_text(path).rstrip()):
+        raise CorruptFile(path, "it is empty")
+    lines = text.splitlines()
+    with contextlib.suppress(ValueError):
+        found = np.loadtxt(text.replace(",", " ").splitlines(), ndmin=2, comments=None)
+        if found.shape == (len(lines), columns) and np.isfinite(found).all():
+            return found
     rows = []
-    for number, line in enumerate(tables.read_text(path).rstrip().splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         try:
             row = [*map(float, line.replace(",", " ").split())]
         except ValueError:
@@ -282,8 +299,6 @@ def _numbers(path: Path, columns: int) -> np.ndarray:
         if not (len(row) == columns and all(map(math.isfinite, row))):
             raise CorruptFile(path, f"line {number}: {line.strip()!r} is not {columns} numbers")
         rows.append(row)
-    if not rows:
-        raise CorruptFile(path, "it is empty")
     return np.array(rows)
 
 
