@@ -98,7 +98,7 @@ def test_real_sets_are_found_where_the_variable_points(tmp_path, root, monkeypat
 def test_what_a_download_left_in_place_of_a_file_is_named(content, words, tmp_path):
     for name, read in {
         "a.json": read_json,
-        "a.csv": lambda path: tables.rows(path, "image"),
+        "a.csv": lambda path: next(tables.rows(path, "image")),
         "a.png": decoding.unit,
     }.items():
         (tmp_path / name).write_bytes(content)

@@ -143,7 +143,7 @@ def test_chestmnist(tmp_path, any_length, monkeypatch):
     unreadable(file, lambda: load("xrays/chestmnist", tmp_path, "train"), {b"PK": ""})
 
 
-def test_reports(tmp_path):
+def test_reports(tmp_path, monkeypatch):
     folder = tmp_path / "xrays" / "mimic-cxr"
     paths = [f"files/p10/p1000/s{study}/{i}.jpg" for study, i in ((77, 0), (77, 1), (88, 2))]
     for path in paths:
@@ -153,6 +153,9 @@ def test_reports(tmp_path):
     found = reports("xrays/mimic-cxr", tmp_path, xrays.pretrain_transform(32))
     assert found.texts == texts and found.windows is None and found.images[2].shape == (3, 32, 32)
     assert found.statements == said
+    with monkeypatch.context() as patch:  # files where the list has them are looked for in no other folder
+        patch.setattr(xrays, "at", lambda *_: pytest.fail("searched"))
+        assert found.images.sources == [f"{folder}/{path}" for path in paths]
     windows = folder / xrays.WINDOWS[0]
     table(windows, ("label_i", "label_j"), (0, 1), (2, 2), (1, 1))
     assert reports("xrays/mimic-cxr", tmp_path).windows.tolist() == [[0, 1], [2, 2], [1, 1]]

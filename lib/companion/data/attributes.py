@@ -410,7 +410,7 @@ def _new_split(dataset: DataSet, root: Path) -> dict[str, np.ndarray]:
 
 def _csv(dataset: DataSet, root: Path) -> Listing:
     path = tables.existing(dataset, root, dataset.folder(root) / "labels.csv")
-    rows = tables.rows(path, "image", "split")
+    rows = [*tables.rows(path, "image", "split")]
     names = [name for name in (rows[0][1] if rows else ()) if name not in ("image", "split")]
     pictures: dict[str, list[int]] = {}
     chosen: dict[str, list[int]] = {"train": [], "val": [], "test": []}

@@ -584,7 +584,7 @@ def _gtsrb(dataset: DataSet, root: Path, split: str) -> Rows:
         return place, place, [path.removeprefix(f"{place}/") for path, _ in found], [label for _, label in found]
     places = [folder, at(folder, "GTSRB"), at(folder, "GTSRB/Final_Test"), at(folder, "Final_Test")]
     listing = tables.existing(dataset, root, *(place / "GT-final_test.csv" for place in places))
-    rows = tables.rows(listing, "Filename", "ClassId", delimiter=";")
+    rows = [*tables.rows(listing, "Filename", "ClassId", delimiter=";")]
     try:
         labels = [int(row["ClassId"]) for _, row in rows]
     except ValueError as error:

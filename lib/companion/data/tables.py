@@ -5,9 +5,12 @@ Each reader raises `CorruptFile`, with the line where there is one: the file is 
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
+import itertools
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ..errors import CorruptFile
@@ -30,18 +33,28 @@ def check_count(dataset: DataSet, root: str | Path, found: int, expected: int | 
         raise dataset.missing(root, f"{found:,} {what}, {expected:,} are expected")
 
 
-def read_text(path: str | Path) -> str:
-    """The whole text; line ends inside the cells of a table stay."""
+@contextlib.contextmanager
+def _opened(path: str | Path) -> Iterator[io.TextIOWrapper]:
+    """The file, to read in the block; line ends inside the cells of a table stay."""
     try:
         with Path(path).open(encoding="utf-8-sig", newline="") as file:
-            text = file.read()
+            yield file
     except FileNotFoundError as error:
         raise CorruptFile(path, "there is no such file") from error
     except (OSError, UnicodeDecodeError) as error:
         raise CorruptFile(path, f"no text in UTF-8 ({error})") from error
+
+
+def read_text(path: str | Path) -> str:
+    """The whole text."""
+    with _opened(path) as file:
+        text = file.read()
     if "\0" in text:
-        raise CorruptFile(path, f"line {text[: text.index(chr(0))].count(chr(10)) + 1}: no text, it has a byte of 0")
+        raise CorruptFile(path, f"line {text[: text.index(chr(0))].count(chr(10)) + 1}: {_NO_TEXT}")
     return text
+
+
+_NO_TEXT = "no text, it has a byte of 0"
 
 
 def lines(path: str | Path) -> list[str]:
@@ -63,23 +76,42 @@ def names(path: str | Path) -> list[str]:
     return found
 
 
-def rows(path: str | Path, *columns: str, delimiter: str = ",") -> list[tuple[int, dict[str, str]]]:
-    """The rows of a CSV with a header: line number, and cell by column. Lines with # above the header are comments.
+def rows(path: str | Path, *columns: str, delimiter: str = ",") -> Iterator[tuple[int, dict[str, str]]]:
+    """The rows of a CSV with a header, read one by one: line number, and cell by column. Lines with # above the header
+    are comments.
 
     Raises also: a column of `columns` is missing, two have one name, or a row has more or fewer cells than the header.
     """
-    text = list(io.StringIO(read_text(path), newline=""))
-    above = next((i for i, line in enumerate(text) if not line.startswith("#")), 0)
-    reader = csv.DictReader(text[above:], delimiter=delimiter)
-    try:
-        if absent := [column for column in columns if column not in (reader.fieldnames or ())]:
-            raise CorruptFile(path, f"has no column {', '.join(absent)}; its columns are {reader.fieldnames}")
-        if twice := [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1 and name]:
-            raise CorruptFile(path, f"two columns are called {twice[0]!r}")
-        found = [(above + reader.line_num, row) for row in reader]
-    except csv.Error as error:
-        raise CorruptFile(path, f"no table ({error})") from error
-    for line, row in found:
-        if None in row or None in row.values():
-            raise CorruptFile(path, f"line {line}: {len(reader.fieldnames or ())} cells are expected")
+    with _opened(path) as file:
+        lines, above = _without_zeros(path, file), 0
+        while (first := next(lines, "")).startswith("#"):
+            above += 1
+        reader = csv.reader(itertools.chain([first], lines), delimiter=delimiter)
+        try:
+            names = next(reader)
+            if absent := [column for column in columns if column not in names]:
+                raise CorruptFile(path, f"has no column {', '.join(absent)}; its columns are {names}")
+            if twice := [name for name, count in Counter(names).items() if count > 1 and name]:
+                raise CorruptFile(path, f"two columns are called {twice[0]!r}")
+            for row in filter(None, reader):
+                if len(row) != len(names):
+                    raise CorruptFile(path, f"line {above + reader.line_num}: {len(names)} cells are expected")
+                yield above + reader.line_num, dict(zip(names, row, strict=True))
+        except csv.Error as error:
+            raise CorruptFile(path, f"no table ({error})") from error
+
+
+def _without_zeros(path: str | Path, file: Iterable[str]) -> Iterator[str]:
+    for number, line in enumerate(file, 1):
+        if "\0" in line:
+            raise CorruptFile(path, f"line {number}: {_NO_TEXT}")
+        yield line
+
+
+def columns(path: str | Path, *names: str) -> list[list[str]]:
+    """The cells of each column of a CSV with a header. Raises as `rows`."""
+    found: list[list[str]] = [[] for _ in names]
+    for _, row in rows(path, *names):
+        for column, name in zip(found, names, strict=True):
+            column.append(row[name])
     return found

@@ -270,6 +270,8 @@ class Pictures(Parts, Dataset):
         return [self._source(path, find_folder) for path in self.paths]
 
     def _source(self, path: str, find_folder: Callable[[str], Path]) -> str:
+        if os.path.isfile(listed := f"{self.folder}/{path}"):  # noqa: PTH113  (400,000 files: as a rule one look each)
+            return listed
         pattern, *places = _PLACES.get(self.name, ("^",))
         for place in (r"\g<0>", *places):
             where, name = os.path.split(re.sub(pattern, place, path, count=1))
@@ -280,7 +282,7 @@ class Pictures(Parts, Dataset):
             files = (self._nested[folder].get(each, "") if star else f"{folder}/{each}" for each in names)
             if found := next(filter(os.path.isfile, files), None):
                 return found
-        return f"{self.folder}/{path}"
+        return listed
 
     def grey(self, i: int, colour: bool = False) -> Tensor:
         """(1, H, W) in 0 to 1, before the transform; with `colour` (3, H, W)."""
@@ -449,7 +451,7 @@ def load(
         paths = [f"train/images/1024/dicom/{image}.png" for image in runs]
         found = make(paths, functools.partial(_run_mask, path, [*runs.items()]))
     else:
-        paths, files = _columns(path, "img_path", "mask_path")
+        paths, files = tables.columns(path, "img_path", "mask_path")
         masks = Pictures(dataset, root, files, listing=path)
         check_listed(dataset, masks.root, masks.sources, masks.listing)
         if name == "fundus/riga":
@@ -458,15 +460,9 @@ def load(
             found = make(paths, functools.partial(_own_mask, masks))
     if not len(found):
         raise CorruptFile(path, "lists no image")
-    listed = len(set(_columns(path, "ImageId")[0])) if name == "xrays/siim" else len(found)
+    listed = len(set(tables.columns(path, "ImageId")[0])) if name == "xrays/siim" else len(found)
     tables.check_count(dataset, root, listed, SIZES.get((name, task), {}).get(key), f"images in {path.name}")
     return found
-
-
-def _columns(path: Path, *columns: str) -> list[list[str]]:
-    """The columns of a CSV, each as a list."""
-    rows = tables.rows(path, *columns)
-    return [[row[column] for _, row in rows] for column in columns]
 
 
 def _labels(path: Path, dataset: DataSet) -> tuple[list[str], Tensor]:
@@ -481,9 +477,10 @@ def _labels(path: Path, dataset: DataSet) -> tuple[list[str], Tensor]:
         if len(entries) != count or not {*entries} <= allowed or name.split()[-1].isdigit():
             raise CorruptFile(path, f"line {number} is not a path and {count} of {sorted(allowed)}: {line[:80]!r}")
         paths.append(name.strip())
-        labels.append([int(value) for value in entries])
-    table = torch.tensor(labels).reshape(-1, count)
-    return paths, table[:, 0] if one else table.float()
+        labels += entries
+    digits = np.frombuffer("".join(labels).encode(), np.uint8) - ord("0")  # of at most ten classes
+    table = torch.from_numpy(digits.reshape(-1, count))
+    return paths, table[:, 0].long() if one else table.float()
 
 
 def _boxes(path: Path) -> tuple[list[str], list[np.ndarray]]:
@@ -519,7 +516,7 @@ def _box_mask(boxes: Sequence[np.ndarray], i: int) -> Tensor:
 def _runs(path: Path, seed: int | None) -> dict[str, list[str]]:
     """SIIM: the run-length lines of each image; with a seed positives, and as many negatives drawn at random."""
     runs: dict[str, list[str]] = {}
-    for name, text in zip(*_columns(path, "ImageId", "EncodedPixels"), strict=True):
+    for name, text in zip(*tables.columns(path, "ImageId", "EncodedPixels"), strict=True):
         runs.setdefault(name, []).append(text.strip())
     negative = sorted(name for name in runs if runs[name] == ["-1"])
     if seed is not None:
@@ -620,21 +617,25 @@ def reports(name: str | DataSet, root: str | Path, transform: Transform | None =
         return _openi(dataset, root, transform)
     if path is None:
         raise dataset.missing(root, f"none of {', '.join(REPORTS)} is there")
-    rows = [row for _, row in tables.rows(path, "img_path", "report")]
-    if not rows:
+    paths, texts, statements = list[str](), list[str](), list[str]()
+    for _, row in tables.rows(path, "img_path", "report"):
+        paths.append(row["img_path"])
+        texts.append(row["report"])
+        if "llm_output" in row:
+            statements.append(row["llm_output"])
+    if not paths:
         raise CorruptFile(path, "lists no image")
-    statements = [row["llm_output"] for row in rows] if "llm_output" in rows[0] else None
     windows, other = None, next((file for file in (at(folder, name) for name in WINDOWS) if file.is_file()), None)
     if other is not None:
         try:
-            windows = torch.tensor([[*map(int, column)] for column in _columns(other, "label_i", "label_j")]).T
+            windows = torch.tensor([[*map(int, column)] for column in tables.columns(other, "label_i", "label_j")]).T
         except ValueError as error:
             raise CorruptFile(other, f"not whole numbers ({error})") from error
-        if len(windows) != len(rows):
-            raise CorruptFile(other, f"{len(windows)} windows for {len(rows)} images of {path.name}")
-    images = Pictures(dataset, root, [row["img_path"] for row in rows], transform, path)
+        if len(windows) != len(paths):
+            raise CorruptFile(other, f"{len(windows)} windows for {len(paths)} images of {path.name}")
+    images = Pictures(dataset, root, paths, transform, path)
     images.shortest = SHORTEST
-    return Reports(images, [row["report"] for row in rows], statements, windows)
+    return Reports(images, texts, statements or None, windows)
 
 
 def _openi(dataset: DataSet, root: str | Path, transform: Transform | None) -> Reports:
