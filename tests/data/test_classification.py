@@ -356,6 +356,21 @@ def test_image_folder_without_splits_is_split_by_class(tmp_path):
     assert image_folder(tmp_path, seed=4)["val"].sources != val.sources
 
 
+@pytest.mark.parametrize("root", [".", "", "link"])
+def test_files_that_are_not_read_are_counted_without_hidden_ones(root, tmp_path, monkeypatch):
+    own(tmp_path / "own", {"cat": 3, "dog": 3})
+    for name in ("notes.txt", "cat/more/a.TXT", "cat/LICENSE", ".git/a.txt", "__MACOSX/a.txt", "dog/._a.txt"):
+        (tmp_path / "own" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "own" / name).touch()
+    (tmp_path / "own/dog/gone.txt").symlink_to("nowhere")
+    (tmp_path / "own/dog/again.png").symlink_to(tmp_path / "own/cat/0.png")
+    (tmp_path / "link").symlink_to("own")
+    monkeypatch.chdir(tmp_path / "own" if root == "." else tmp_path)
+    monkeypatch.delattr(Path, "rglob")  # a million files are not a million objects
+    with pytest.warns(UserWarning, match=r"not read: 2 \.txt file\(s\), 1 LICENSE file\(s\)$"):
+        assert len(image_folder(root or tmp_path / "own")["trainval"]) == 7
+
+
 @pytest.mark.parametrize("name", ["../../outside.txt", "/outside.txt", "dtd/link"])
 def test_an_archive_with_a_member_outside_of_its_folder_is_refused(name, served, tmp_path, monkeypatch):
     folder, server = served

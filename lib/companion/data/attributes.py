@@ -264,11 +264,11 @@ def _pedestrians(dataset: DataSet, root: Path, transform: Transform | None) -> d
     if base is None:
         where = "; ".join(f"{place} ({told(entries(place), 3)})" if place.is_dir() else str(place) for place in places)
         raise dataset.missing(root, f"{listing.file.name} lists {' and '.join(ends)}, not both of which are in {where}")
-    files = np.array(_sources(base, listing.pictures))
+    files = _sources(base, listing.pictures)
     sentences, found = SENTENCES.get(dataset.name, listing.names), {}
     for split in (split for split in SPLITS if split in listing.splits):
         chosen = listing.splits[split]
-        sources, labels = files[chosen].tolist(), listing.labels[chosen]
+        sources, labels = [files[i] for i in chosen], listing.labels[chosen]
         found[split] = Pedestrians(dataset, root, sources, labels, listing.names, sentences, transform)
         found[split].listing = listing.file.name
     return found
@@ -278,20 +278,21 @@ def _sources(base: Path, pictures: Sequence[str]) -> list[str]:
     """The files of listed images; of one that is not there the only other one, not listed, with another ending."""
     listed = [f"{base}/{picture}" for picture in pictures]
     known = {*listed}
+    there = functools.cache(lambda folder: frozenset(entries(Path(folder))))
 
     @functools.cache
-    def names(folder: str) -> dict[str, list[str]]:
+    def by_stem(folder: str) -> dict[str, list[str]]:
         found: dict[str, list[str]] = {}
-        for name in entries(Path(folder)):
-            stem, end = os.path.splitext(name)  # noqa: PTH122  (ten times faster for 100,000 names)
-            if end.lower() in SUFFIXES:
-                found.setdefault(stem, []).append(name)
+        for name in there(folder):
+            stem, dot, end = name.rpartition(".")
+            if (dot + end).lower() in SUFFIXES:
+                found.setdefault(f"{folder}/{stem}", []).append(f"{folder}/{name}")
         return found
 
     files = []
     for path in listed:
-        folder, name = os.path.split(path)
-        alike = [f"{folder}/{other}" for other in names(folder).get(Path(name).stem, ())]
+        folder, _, name = path.rpartition("/")
+        alike = [] if name in there(folder) else by_stem(folder).get(path.rpartition(".")[0], [])
         files.append(alike[0] if len(alike) == 1 and alike[0] not in known else path)
     return files
 

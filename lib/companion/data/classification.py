@@ -12,6 +12,7 @@ opens CIFAR's pickles only when their MD5 is the published one.
 from __future__ import annotations
 
 import functools
+import os
 import re
 import shutil
 import warnings
@@ -366,8 +367,10 @@ def images_of_classes(folder: Path, names: Sequence[str]) -> list[tuple[str, int
     The name "" is `folder` itself.
     """
 
+    start = len(str(folder))
+
     def is_image(path: str) -> bool:
-        return path.lower().endswith(decoding.SUFFIXES) and "/." not in path.removeprefix(str(folder))
+        return path.lower().endswith(decoding.SUFFIXES) and "/." not in path[start:]
 
     number = {name: label for label, name in enumerate(names)}
     return make_dataset(folder, number, is_valid_file=is_image, allow_empty=True)
@@ -375,14 +378,12 @@ def images_of_classes(folder: Path, names: Sequence[str]) -> list[tuple[str, int
 
 def warn_of(root: Path, read: Iterable[str]) -> None:
     """Warn of the files below `root` that were not read, hidden ones left out."""
-    known = set(read)
-    unread = Counter(
-        path.suffix.lower() or path.name
-        for path in root.rglob("*")
-        if str(path) not in known
-        and path.is_file()
-        and not any(part.startswith((".", "__MACOSX")) for part in path.relative_to(root).parts)
-    )
+    known, unread = {path.removeprefix("./") for path in read}, Counter[str]()
+    for place, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(_ADDED)]
+        prefix = str(Path(place, "_"))[:-1]  # also of "."
+        others = (Path(place, n) for n in files if f"{prefix}{n}" not in known and not n.startswith(_ADDED))
+        unread.update(path.suffix.lower() or path.name for path in others if path.is_file())
     if unread:
         told = ", ".join(f"{count} {kind} file(s)" for kind, count in unread.most_common())
         warnings.warn(f"{root}: not read: {told}", stacklevel=3)
@@ -602,8 +603,11 @@ def _numbered(dataset: DataSet, listing: Path, names: Sequence[str]) -> list[int
 
 
 def _class_folders(folder: Path) -> list[str]:
-    found = (entry.name for entry in folder.iterdir() if entry.is_dir())
-    return sorted(name for name in found if not name.startswith((".", "__MACOSX")))
+    with os.scandir(folder) as found:
+        return sorted(entry.name for entry in found if entry.is_dir() and not entry.name.startswith(_ADDED))
+
+
+_ADDED = (".", "__MACOSX")  # begin the names that are not read
 
 
 def _stratified(labels: np.ndarray, fraction: float, seed: int) -> tuple[list[int], list[int]]:

@@ -197,12 +197,13 @@ def _images(dataset: DataSet, root: Path, transform: Transform | None) -> dict[s
         names, parts = _cut(dataset, root, base, holders)
     else:  # a generated set has a fixed split, which a new split would not reproduce
         raise dataset.missing(root, f"{listing} is not there")
+    parts = {part: [(f"{base}/{path}", label) for path, label in samples] for part, samples in parts.items()}
     parts["all"] = sorted((sample for samples in parts.values() for sample in samples), key=lambda s: (s[1], s[0]))
     renamed, found = WHOLE_SET_NAMES.get(dataset.name, {}), {}
     for part, samples in {"all": parts["all"], **parts}.items():  # one image more is told of the whole set
         what = f"images for '{part}' in {folder}"
         tables.check_count(dataset, root, len(samples), dataset.sizes.get(part), what)
-        paths, labels = [f"{base}/{path}" for path, _ in samples], [label for _, label in samples]
+        paths, labels = [path for path, _ in samples], [label for _, label in samples]
         if listing.is_file():  # two files only: opening must stay fast
             check_listed(dataset, root, (paths[0], paths[-1]), listing.name)
         called = [renamed.get(name, name) for name in names] if part == "all" else names
@@ -273,9 +274,9 @@ def _cut(dataset: DataSet, root: Path, base: Path, holders: list[Path]) -> tuple
         if not all(sizes.values()):
             few = f"{len(paths)} images, too few for train, val and test" if paths else "no images"
             raise dataset.missing(root, f"the class folder {own[0]} below {base} has {few}")
-        shuffled = iter(np.random.default_rng(zlib.crc32(key.encode())).permutation(paths).tolist())
+        shuffled = iter(np.random.default_rng(zlib.crc32(key.encode())).permutation(len(paths)))
         for part, size in sizes.items():
-            parts[part] += [(next(shuffled), label) for _ in range(size)]
+            parts[part] += [(paths[next(shuffled)], label) for _ in range(size)]
     if dataset.group == "own":
         warn_of(base, read)
     return names, parts

@@ -137,7 +137,7 @@ def load(
         place = {"train": "training", "test": "validation"}[split]
         images, masks = (at(folder, f"{kind}/{place}") for kind in ("images", "annotations"))
         paths = [path for path, _ in images_of_classes(images, [""])] if images.is_dir() else []
-        marked = [f"{masks}/{Path(path).stem}.png" for path in paths]
+        marked = [f"{masks}/{path.rpartition('/')[2].rpartition('.')[0]}.png" for path in paths]
         check_listed(dataset, root, marked)
         found = Scenes(dataset, root, paths, marked, dataset.classes)
     tables.check_count(dataset, root, len(found), dataset.sizes.get(split), f"images for '{split}' in {folder}")
