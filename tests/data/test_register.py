@@ -2,6 +2,8 @@
 
 import datetime
 import importlib
+import os
+from pathlib import Path
 
 import pytest
 
@@ -98,11 +100,34 @@ def test_real_sets_are_found_where_the_variable_points(tmp_path, root, monkeypat
 def test_what_a_download_left_in_place_of_a_file_is_named(content, words, tmp_path):
     for name, read in {
         "a.json": read_json,
-        "a.csv": lambda path: next(tables.rows(path, "image")),
+        "a.csv": lambda path: tables.rows(path, "image"),
         "a.png": decoding.unit,
     }.items():
         (tmp_path / name).write_bytes(content)
         refused(CorruptFile, words, read, tmp_path / name)
+
+
+def test_a_file_is_parsed_again_only_when_it_has_changed(tmp_path, monkeypatch):
+    parsed = []
+
+    @data.once
+    def read(path: Path, add: str = "") -> str:
+        parsed.append(path)
+        return path.read_text() + add
+
+    (file := tmp_path / "a.txt").write_text("a")
+    monkeypatch.chdir(tmp_path)
+    assert [read(file), read(str(file)), read(file, "b"), read(file, add="b")] == ["a", "a", "ab", "ab"]
+    assert read("a.txt") == "a" and len(parsed) == 4  # of each path and arguments
+    file.write_text("longer")
+    assert read(file) == read(file) == "longer" and len(parsed) == 5
+    (tmp_path / "new.txt").write_text("newest")
+    os.utime(tmp_path / "new.txt", ns=(0, file.stat().st_mtime_ns))
+    (tmp_path / "new.txt").replace(file)  # of the same size and time
+    assert read(file) == "newest"
+    file.unlink()
+    for _ in range(2):  # an error is not kept
+        refused(FileNotFoundError, "a.txt", read, file)
 
 
 def test_a_name_is_found_in_other_letters_and_below_a_folder_of_its_own_name(tmp_path):

@@ -13,9 +13,9 @@ def test_rows_have_the_lines_of_the_file_and_are_read_one_by_one(tmp_path):
     (path := tmp_path / "a.csv").write_text(TABLE)
     first, second = {"name": "a", "text": "two\nlines"}, {"name": "b", "text": "c"}
     assert [*tables.rows(path, "text")] == [(4, first), (6, second)]
-    assert tables.columns(path, "text", "name") == [["two\nlines", "c"], ["a", "b"]]
+    assert tables.columns(path, "text", "name") == (("two\nlines", "c"), ("a", "b"))
     path.write_text(TABLE + "\n\0")
-    found = tables.rows(path)
+    found = tables.stream(path)
     assert next(found) == (4, first) and next(found) == (6, second)
     refused(CorruptFile, "line 7: no text, it has a byte of 0", next, found)
 

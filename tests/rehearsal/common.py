@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import importlib
 import pickle
+import re
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -25,6 +27,18 @@ from companion.io.papers import paper
 from companion.runs import needs
 from tests.conftest import parameters
 from tests.small import shrink
+
+opened = Counter[str]()
+LISTS = (".json", ".csv", ".txt", ".mat")
+AGAIN = r"_32x32\.mat$|/annotations/|/lvis_v1_"  # images in one file; detection's annotations
+
+
+def count(event: str, args: tuple) -> None:
+    if event == "open" and str(args[0]).endswith(LISTS):
+        opened[str(args[0])] += 1
+
+
+sys.addaudithook(count)
 
 
 class Fault(NamedTuple):
@@ -92,7 +106,10 @@ def rehearse(slug: str, run: Mapping[str, object], folder: Path, patch: pytest.M
     for name, module in list(sys.modules.items()):
         if name.startswith("companion.") and hasattr(module, "DataLoader"):
             patch.setattr(module, "DataLoader", Sent)
+    opened.clear()
     recipe.run(parameters(slug, accelerator="cpu", **changes), folder / "out")
+    read = {name: count for name, count in opened.items() if name.startswith(f"{folder}/data/")}
+    assert not {name for name, count in read.items() if count > 1 and not re.search(AGAIN, name)}, read
     return recipe.RESULTS.measured(folder / "out" / "measured.csv")
 
 

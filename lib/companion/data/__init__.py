@@ -6,7 +6,8 @@ has `load`, for free sets `fetch`, and `parts` where a set has more than its spl
 No module here depends on a model or a paper.
 
 A set is found by the names that mark its folder (`DataSet.folder`), and a file in it by `at`, both in upper or lower
-case. `tables` reads lists and CSV files; `inside` and `check_listed` check the files that they name.
+case. `tables` reads lists and CSV files; `inside` and `check_listed` check the files that they name. `once` makes a
+function that parses a file again only when the file has changed.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Concatenate, Literal, ParamSpec, Self, TypeVar
 
 import numpy as np
 import yaml
@@ -409,6 +410,31 @@ def fetched(dataset: DataSet, root: Path, progress: bool) -> Iterator[Path]:
 
 
 # --- for the readers --------------------------------------------------------------------------------------------------
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def once(read: Callable[Concatenate[Path, _P], _T], most: int = 16) -> Callable[Concatenate[str | Path, _P], _T]:
+    """`read`, a function of a path and hashable arguments, which parses a file again only when the file has changed:
+    its size, time or inode. The check before a run, `status` and `doctor` read the lists that the run reads too.
+
+    Results are shared, so `read` must return what no caller can change: strings, tuples, a `MappingProxyType`,
+    read-only arrays. Those of the last `most` files are kept; data sets hold the same strings. Errors are not kept.
+    """
+    kept = functools.lru_cache(most)(lambda _, path, *args, **options: read(Path(path), *args, **options))
+
+    @functools.wraps(read)
+    def reading(path: str | Path, /, *args: _P.args, **options: _P.kwargs) -> _T:
+        try:
+            found = os.stat(path)  # noqa: PTH116  (a string is a path too)
+        except OSError:
+            return read(Path(path), *args, **options)  # says what is missing
+        stamp = found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+        return kept(stamp, str(path), *args, **options)  # type: ignore[arg-type]  # all are hashable
+
+    return reading
+
 
 _OUTSIDE = re.compile(r"^[/\\]|^[A-Za-z]:|(^|[/\\])\.\.([/\\]|$)|\0")
 

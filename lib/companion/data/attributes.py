@@ -20,7 +20,7 @@ import os
 import posixpath
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,7 +33,7 @@ from torchvision.transforms.v2 import functional as F
 from ..errors import CorruptFile, check_choice
 from ..io import unpickle
 from ..io.config import configure
-from . import DataSet, at, entries, facts, find, inside, own_set, tables, told
+from . import DataSet, at, entries, facts, find, inside, once, own_set, tables, told
 from .classification import Images, _normalised, _to_tensor
 from .decoding import SUFFIXES
 
@@ -301,14 +301,7 @@ def _mat(dataset: DataSet, root: Path, own: str) -> Listing:
     """A MATLAB file in the layout of the set `own`."""
     layout = own if own in _LAYOUTS else "par/pa100k"
     path = tables.existing(dataset, root, at(dataset.folder(root), _FACTS["ANNOTATIONS"][layout]))
-    try:
-        content = loadmat(path, simplify_cells=True)
-    except NotImplementedError as error:
-        what = "it is in MATLAB's format 7.3 (HDF5), the released one is not: take that, or save it with -v7"
-        raise CorruptFile(path, what) from error
-    except Exception as error:  # a damaged file can raise anything
-        what = f"truncated, or no MATLAB file: it has {path.stat().st_size:,} bytes ({error!r}); download it again"
-        raise CorruptFile(path, what) from error
+    content = _content(path)
     try:
         found = Listing(path, *_LAYOUTS[layout](content, [*COLUMNS.get(dataset.name, ())]))
     except Exception as error:
@@ -317,7 +310,19 @@ def _mat(dataset: DataSet, root: Path, own: str) -> Listing:
     return found._replace(splits=_new_split(dataset, root)) if dataset.name in ZERO_SHOT else found
 
 
-def _whose(content: dict) -> str:
+@once
+def _content(path: Path) -> Mapping[str, Any]:  # `Listing.checked` copies what it takes
+    try:
+        return MappingProxyType(loadmat(path, simplify_cells=True))
+    except NotImplementedError as error:
+        what = "it is in MATLAB's format 7.3 (HDF5), the released one is not: take that, or save it with -v7"
+        raise CorruptFile(path, what) from error
+    except Exception as error:  # a damaged file can raise anything
+        what = f"truncated, or no MATLAB file: it has {path.stat().st_size:,} bytes ({error!r}); download it again"
+        raise CorruptFile(path, what) from error
+
+
+def _whose(content: Mapping) -> str:
     """The set whose fields those of a MATLAB file are, in words."""
     for name, read in _LAYOUTS.items():
         with contextlib.suppress(Exception):
@@ -337,13 +342,13 @@ def _partition(parts: Any, *splits: str) -> dict[str, np.ndarray]:
     }
 
 
-def _peta(content: dict, columns: list[int]) -> Fields:
+def _peta(content: Mapping, columns: list[int]) -> Fields:
     labels, names, _, parts = [*content["peta"].values()][:4]
     pictures = [f"{number:05}.png" for number in range(1, len(labels) + 1)]
     return pictures, labels[:, 4:][:, columns], names[columns], _partition(parts, "train", "val", "test")
 
 
-def _pa100k(content: dict, _: list[int]) -> Fields:
+def _pa100k(content: Mapping, _: list[int]) -> Fields:
     pictures: list[str] = []
     labels, chosen = [], {}
     for split in ("train", "val", "test"):
@@ -354,12 +359,12 @@ def _pa100k(content: dict, _: list[int]) -> Fields:
     return pictures, np.concatenate(labels), content["attributes"], chosen
 
 
-def _rapv1(content: dict, columns: list[int]) -> Fields:
+def _rapv1(content: Mapping, columns: list[int]) -> Fields:
     parts, labels, _, names, _, pictures = [*content["RAP_annotation"].values()][:6]
     return pictures.tolist(), labels[:, columns], names[columns], _partition(parts, "trainval", "test")
 
 
-def _rapv2(content: dict, columns: list[int]) -> Fields:
+def _rapv2(content: Mapping, columns: list[int]) -> Fields:
     found = content["RAP_annotation"]
     columns = found["selected_attribute"][columns] - 1
     parts = _partition(found["partition_attribute"], "train", "val", "test")
@@ -411,7 +416,7 @@ def _new_split(dataset: DataSet, root: Path) -> dict[str, np.ndarray]:
 
 def _csv(dataset: DataSet, root: Path) -> Listing:
     path = tables.existing(dataset, root, dataset.folder(root) / "labels.csv")
-    rows = [*tables.rows(path, "image", "split")]
+    rows = tables.rows(path, "image", "split")
     names = [name for name in (rows[0][1] if rows else ()) if name not in ("image", "split")]
     pictures: dict[str, list[int]] = {}
     chosen: dict[str, list[int]] = {"train": [], "val": [], "test": []}

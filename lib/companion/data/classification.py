@@ -17,8 +17,9 @@ import re
 import shutil
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -32,7 +33,7 @@ from torchvision.transforms import v2
 from ..errors import BadParameter, CorruptFile, check_choice
 from ..io.config import configure
 from ..io.files import atomic_folder, read_json, write_json
-from . import DataSet, Parts, at, below, check_listed, decoding, facts, fetched, find, inside, own_set, tables
+from . import DataSet, Parts, at, below, check_listed, decoding, facts, fetched, find, inside, once, own_set, tables
 
 SPLITS = ("train", "val", "trainval", "test")
 _LISTS = {"train": "train800.txt", "val": "val200.txt", "trainval": "train800val200.txt", "test": "test.txt"}
@@ -50,7 +51,7 @@ CARS = ("cars_train_annos.mat", "cars_test_annos_withlabels.mat")
 """Those of Stanford Cars as it is in torchvision and at Kaggle, with images in `cars_train` and `cars_test`."""
 NOT_VPT = "lists-not-vpt"  # the folder of `official_lists`, below that of the set
 Listed = tuple[Path, Any, list[int]]  # the list that was read, paths or an array (n, H, W, 3), labels
-Rows = tuple[Path, Path, list[str], list[int]]  # a list, the folder that its paths start from, these, labels from 0
+Rows = tuple[Path, Path, Sequence[str], list[int]]  # a list, the folder that its paths start from, these, labels from 0
 
 
 # --- public functions --------------------------------------------------------------------------------------------
@@ -509,9 +510,10 @@ def _lists(folder: Path) -> str:
     return "" if vpts or not (folder / NOT_VPT).is_dir() else f"{NOT_VPT}/"
 
 
-def _class_ids(listing: Path) -> dict[str, int]:
+@once
+def _class_ids(listing: Path) -> Mapping[str, int]:
     try:  # as text, as CUB's are ("001"): a float or a bool is no class
-        return {path: int(str(class_id)) for path, class_id in read_json(listing).items()}
+        return MappingProxyType({path: int(str(class_id)) for path, class_id in read_json(listing).items()})
     except (ValueError, AttributeError) as error:
         raise CorruptFile(listing, f"expected a dict from paths to class ids ({error})") from error
 
@@ -567,11 +569,16 @@ def _food101(dataset: DataSet, root: Path, split: str) -> Rows:
     """Food-101's list of a split: a dict from a class to paths without their ending."""
     folder = dataset.folder(root)
     listing = tables.existing(dataset, root, at(folder, f"meta/{split}.json"))
+    rows = _by_class(listing)
+    return listing, at(folder, "images"), [path for _, path in rows], _numbered(dataset, listing, [n for n, _ in rows])
+
+
+@once
+def _by_class(listing: Path) -> tuple[tuple[str, str], ...]:
     try:
-        rows = [(name, f"{path}.jpg") for name, paths in read_json(listing).items() for path in paths]
+        return tuple((name, f"{path}.jpg") for name, paths in read_json(listing).items() for path in paths)
     except (TypeError, AttributeError) as error:
         raise CorruptFile(listing, f"expected a dict from classes to lists of paths ({error})") from error
-    return listing, at(folder, "images"), [path for _, path in rows], _numbered(dataset, listing, [n for n, _ in rows])
 
 
 def _gtsrb(dataset: DataSet, root: Path, split: str) -> Rows:
@@ -585,7 +592,7 @@ def _gtsrb(dataset: DataSet, root: Path, split: str) -> Rows:
         return place, place, [path.removeprefix(f"{place}/") for path, _ in found], [label for _, label in found]
     places = [folder, at(folder, "GTSRB"), at(folder, "GTSRB/Final_Test"), at(folder, "Final_Test")]
     listing = tables.existing(dataset, root, *(place / "GT-final_test.csv" for place in places))
-    rows = [*tables.rows(listing, "Filename", "ClassId", delimiter=";")]
+    rows = tables.rows(listing, "Filename", "ClassId", delimiter=";")
     try:
         labels = [int(row["ClassId"]) for _, row in rows]
     except ValueError as error:

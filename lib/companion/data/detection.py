@@ -31,7 +31,7 @@ from torchvision.ops import box_convert
 
 from ..errors import BadParameter, CompanionError, CorruptFile, check_choice
 from ..io.files import read_json
-from . import DataSet, Parts, at, below, decoding, facts, find, own_set, tables
+from . import DataSet, Parts, at, below, decoding, facts, find, once, own_set, tables
 from .classification import Images
 
 _FACTS = facts("detection")
@@ -238,7 +238,7 @@ def own_folder(annotations: str | Path, images: str | Path, novel: Sequence[str]
     """
     file, folder = Path(annotations), Path(images)
     own = own_set(folder, "detection", f"{file.name}    in COCO's format\n{folder}/    the images")
-    truth = read_annotations(tables.existing(own, file.parent, file))
+    truth = _of_file(tables.existing(own, file.parent, file))
     named = {category["id"]: category["name"] for category in truth["categories"]}
     if twice := [name for name, count in Counter(named.values()).items() if count > 1]:
         raise CorruptFile(file, f"two categories are called {twice[0]!r}")
@@ -304,6 +304,15 @@ def read_annotations(given: str | Path | Mapping, shapes: bool = False) -> dict[
                 raise wrong(f"images[{number}]: '{name}' is {lost[0]!r}, which is none of 'categories'")
     ranks = {category: i for i, category in enumerate(sorted(known["categories"]))}  # type: ignore[type-var]
     return {**found, "annotations": _arrays(content.annotations, known["images"], ranks, wrong)}
+
+
+_parsed = once(read_annotations)
+
+
+def _of_file(file: Path, shapes: bool = False) -> dict[str, Any]:
+    """`read_annotations` of a file, which is parsed once while it does not change; the lists are the caller's own."""
+    found = _parsed(file, shapes)
+    return found | {part: [dict(row) for row in found[part]] for part in ("images", "categories")}
 
 
 def _arrays(
@@ -527,7 +536,7 @@ def _read(dataset: DataSet, root: Path, split: str) -> tuple[dict, Sequence[int]
         known = {**COCO_BASE, **COCO_NOVEL, **COCO_OTHER}
         categories = [{"id": i, "name": name} for name, i in sorted(known.items(), key=lambda pair: pair[1])]
         return caption_labels(read_json(file), with_synonyms(categories), file), OV_COCO_BASE, OV_COCO_NOVEL
-    found = read_annotations(file)
+    found = _of_file(file)
     tables.check_count(dataset, root, len(found["images"]), dataset.sizes.get(split), f"images in {file}")
     ids = [category["id"] for category in found["categories"]]
     if dataset.classes and len(ids) != dataset.classes:

@@ -23,8 +23,9 @@ import functools
 import itertools
 import re
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ from torchvision.transforms import v2
 from ..errors import CompanionError, CorruptFile, check_choice
 from ..io.config import configure
 from ..io.files import read_json
-from . import DataSet, at, below, check_listed, facts, fetched, find, inside, own_set, tables
+from . import DataSet, at, below, check_listed, facts, fetched, find, inside, once, own_set, tables
 from .classification import (
     SPELLED,
     Images,
@@ -192,12 +193,12 @@ def _images(dataset: DataSet, root: Path, transform: Transform | None) -> dict[s
     nested = (base.parent, base) if known and base != folder else ()  # a list in there counts too
     listing = next((path for place in (folder, *nested) if (path := at(place, name)).is_file()), folder / name)
     if listing.is_file():
-        names, parts = _listed(dataset, listing)
+        names, listed = _listed(listing, dataset.classes)
     elif dataset.group == "own" or known:
-        names, parts = _cut(dataset, root, base, holders)
+        names, listed = _cut(dataset, root, base, holders)
     else:  # a generated set has a fixed split, which a new split would not reproduce
         raise dataset.missing(root, f"{listing} is not there")
-    parts = {part: [(f"{base}/{path}", label) for path, label in samples] for part, samples in parts.items()}
+    parts = {part: [(f"{base}/{path}", label) for path, label in samples] for part, samples in listed.items()}
     parts["all"] = sorted((sample for samples in parts.values() for sample in samples), key=lambda s: (s[1], s[0]))
     renamed, found = WHOLE_SET_NAMES.get(dataset.name, {}), {}
     for part, samples in {"all": parts["all"], **parts}.items():  # one image more is told of the whole set
@@ -282,7 +283,8 @@ def _cut(dataset: DataSet, root: Path, base: Path, holders: list[Path]) -> tuple
     return names, parts
 
 
-def _listed(dataset: DataSet, listing: Path) -> tuple[list[str], dict[str, Samples]]:
+@once
+def _listed(listing: Path, count: int) -> tuple[Sequence[str], Mapping[str, Sequence[tuple[str, int]]]]:
     """A list of splits with every entry checked: format, path inside the folder, one class per folder, no image
     twice."""
     content = read_json(listing)
@@ -296,18 +298,18 @@ def _listed(dataset: DataSet, listing: Path) -> tuple[list[str], dict[str, Sampl
             where = f"'{part}', entry {number}"
             path, label, name = _entry(listing, where, entry)
             inside(listing, where, path)
-            if dataset.classes and label >= dataset.classes:
-                raise CorruptFile(listing, f"{where}: label {label} is not in 0..{dataset.classes - 1}")
+            if count and label >= count:
+                raise CorruptFile(listing, f"{where}: label {label} is not in 0..{count - 1}")
             once = ("label", label, name), ("folder", path.rpartition("/")[0], label), ("image", path, where)
             for kind, key, value in once:  # of one class name, of one label, in one entry
                 if (before := seen.setdefault((kind, key), value)) != value:
                     raise CorruptFile(listing, f"{where}: {kind} {key} is {value} here, and {before} further up")
             names[label] = name
             parts[part].append((path, label))
-    classes = dataset.classes or max(names) + 1
+    classes = count or max(names) + 1
     if absent := sorted(set(range(classes)) - set(names)):
         raise CorruptFile(listing, f"no image has the label {absent[0]}, and there are {classes} classes")
-    return [names[label] for label in range(classes)], parts
+    return tuple(names[i] for i in range(classes)), MappingProxyType({part: tuple(parts[part]) for part in parts})
 
 
 def _entry(listing: Path, where: str, entry: object) -> tuple[str, int, str]:

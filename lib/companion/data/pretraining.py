@@ -23,7 +23,7 @@ from torch import Tensor
 from ..errors import BadParameter, CorruptFile, check_choice
 from . import DataSet, at, below, check_listed, decoding, entries, find, own_set, tables
 from .classification import Images, _class_folders, images_of_classes
-from .detection import Boxes, read_annotations
+from .detection import Boxes, _of_file
 
 IMAGENET, COCO, ADE20K = "pretraining/imagenet-1k", "pretraining/coco", "pretraining/ade20k"
 SPLITS = {"train": "train", "test": "val"}  # ours -> the sets' own: papers test on their validation splits
@@ -129,7 +129,7 @@ def load(
     elif name == COCO:
         truths = f"annotations/instances_{part}2017.json", f"instances_{part}2017.json"
         file = tables.existing(dataset, root, at(folder, *truths))
-        truth = read_annotations(file, shapes=True)
+        truth = _of_file(file, shapes=True)
         if len(truth["categories"]) != dataset.classes:
             raise CorruptFile(file, f"{len(truth['categories'])} categories, {dataset.classes} are expected")
         found = Instances(dataset, root, file, at(folder, f"{part}2017", f"images/{part}2017"), truth)

@@ -14,8 +14,9 @@ import json
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
@@ -25,7 +26,7 @@ from torchvision.transforms.v2.functional import to_dtype
 
 from ..errors import CorruptFile, check_choice
 from ..io.files import read_json
-from . import DataSet, at, check_listed, decoding, entries, facts, fetched, find, inside, own_set, tables
+from . import DataSet, at, check_listed, decoding, entries, facts, fetched, find, inside, once, own_set, tables
 from .classification import Images, images_of_classes
 
 _FACTS = facts("restoration")
@@ -116,7 +117,8 @@ def own_folder(folder: str | Path) -> Captioned:
     return Pairs(own, folder, sources, captions, low) if kinds else Captioned(own, folder, sources, captions)
 
 
-def read_captions(path: str | Path) -> dict[str, str]:
+@once
+def read_captions(path: str | Path) -> Mapping[str, str]:
     """File name to caption, the first by id that has a word, from a file of COCO's captions, in the order of the
     images' ids.
 
@@ -133,7 +135,7 @@ def read_captions(path: str | Path) -> dict[str, str]:
         raise CorruptFile(path, f"not in COCO's format for captions ({error!r})") from error
     if first or not files:
         raise CorruptFile(path, f"no image has the ids {[*first][:9]}" if first else "no images")
-    return named
+    return MappingProxyType(named)
 
 
 # --- called by `companion.data` ---------------------------------------------------------------------------------------

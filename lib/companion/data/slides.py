@@ -18,7 +18,7 @@ import math
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -463,7 +463,7 @@ def _grade(path: Path, line: int, text: str, classes: int) -> int:
     raise CorruptFile(path, f"line {line}: the grade {text!r} is not one of 0 to {classes - 1}")
 
 
-def _rows(path: Path, *columns: str) -> Iterator[tuple[int, dict[str, str]]]:
+def _rows(path: Path, *columns: str) -> Iterator[tuple[int, Mapping[str, str]]]:
     """The lines of a CSV with their numbers; the first column's names are plain file names, each unique."""
     seen: set[str] = set()
     for line, row in tables.rows(path, *columns):

@@ -12,9 +12,10 @@ import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import MappingProxyType
 
 from ..errors import CorruptFile
-from . import DataSet, at
+from . import DataSet, at, once
 
 
 def existing(dataset: DataSet, root: str | Path, *paths: Path) -> Path:
@@ -57,9 +58,10 @@ def read_text(path: str | Path) -> str:
 _NO_TEXT = "no text, it has a byte of 0"
 
 
-def lines(path: str | Path) -> list[str]:
+@once
+def lines(path: str | Path) -> tuple[str, ...]:
     """The lines that are not blank, without blanks around them."""
-    return [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    return tuple(line.strip() for line in read_text(path).splitlines() if line.strip())
 
 
 def is_name(name: str) -> bool:
@@ -69,19 +71,24 @@ def is_name(name: str) -> bool:
 
 def names(path: str | Path) -> list[str]:
     """The names of files or folders in a list, one a line; none may lead out of the searched folder."""
-    found = lines(path)
+    found = [*lines(path)]
     wrong = [name for name in found if not is_name(name)]
     if wrong or not found:
         raise CorruptFile(path, f"expected names, one a line, and at least one: {wrong[:1]}")
     return found
 
 
-def rows(path: str | Path, *columns: str, delimiter: str = ",") -> Iterator[tuple[int, dict[str, str]]]:
-    """The rows of a CSV with a header, read one by one: line number, and cell by column. Lines with # above the header
-    are comments.
+@once
+def rows(path: str | Path, *columns: str, delimiter: str = ",") -> tuple[tuple[int, MappingProxyType[str, str]], ...]:
+    """The rows of a CSV with a header: line number, and cell by column. Lines with # above the header are comments.
 
     Raises also: a column of `columns` is missing, two have one name, or a row has more or fewer cells than the header.
     """
+    return tuple((line, MappingProxyType(row)) for line, row in stream(path, *columns, delimiter=delimiter))
+
+
+def stream(path: str | Path, *columns: str, delimiter: str = ",") -> Iterator[tuple[int, dict[str, str]]]:
+    """As `rows`, but one by one, for long tables of which few columns are read."""
     with _opened(path) as file:
         lines, above = _without_zeros(path, file), 0
         while (first := next(lines, "")).startswith("#"):
@@ -108,10 +115,11 @@ def _without_zeros(path: str | Path, file: Iterable[str]) -> Iterator[str]:
         yield line
 
 
-def columns(path: str | Path, *names: str) -> list[list[str]]:
+@once
+def columns(path: str | Path, *names: str) -> tuple[tuple[str, ...], ...]:
     """The cells of each column of a CSV with a header. Raises as `rows`."""
     found: list[list[str]] = [[] for _ in names]
-    for _, row in rows(path, *names):
+    for _, row in stream(path, *names):
         for column, name in zip(found, names, strict=True):
             column.append(row[name])
-    return found
+    return tuple(map(tuple, found))

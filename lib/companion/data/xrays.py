@@ -40,7 +40,7 @@ from torchvision.transforms import v2
 from ..errors import BadParameter, CorruptFile, check_choice, check_names
 from ..io.config import configure
 from ..io.files import atomic
-from . import DataSet, Parts, at, check_listed, decoding, downloading, facts, find, inside, own_set, tables
+from . import DataSet, Parts, at, check_listed, decoding, downloading, facts, find, inside, once, own_set, tables
 
 _FACTS = facts("xrays")
 TASKS: tuple[str, ...] = _FACTS["TASKS"]
@@ -335,7 +335,7 @@ class Boxed(Labelled):
     ):
         super().__init__(dataset, root, paths, torch.zeros(len(paths), BOXES, 5), transform, listing)
         for own, corners in zip(self.labels, boxes, strict=True):
-            found = torch.as_tensor(corners, dtype=torch.float32) / BOX_UNIT
+            found = torch.tensor(corners, dtype=torch.float32) / BOX_UNIT
             own[: len(found), 1:] = box_convert(found, "xyxy", "cxcywh")
 
     @property
@@ -440,7 +440,10 @@ def load(
     make = functools.partial(Masked, dataset, root, transform=transform, listing=path)  # type: ignore[arg-type]
     found: Pictures
     if task == "classification":
-        found = Labelled(dataset, root, *_labels(path, dataset), transform, path)
+        one = name in ONE_OF
+        paths, digits = _labels(path, 1 if one else dataset.classes, dataset.classes if one else 2)
+        labels = torch.from_numpy(digits.astype(np.int64 if one else np.float32))
+        found = Labelled(dataset, root, paths, labels[:, 0] if one else labels, transform, path)
     elif task == "detection":
         found = Boxed(dataset, root, *_boxes(path), transform, path)
     elif name == "xrays/rsna":
@@ -460,16 +463,15 @@ def load(
             found = make(paths, functools.partial(_own_mask, masks))
     if not len(found):
         raise CorruptFile(path, "lists no image")
-    listed = len(set(tables.columns(path, "ImageId")[0])) if name == "xrays/siim" else len(found)
+    listed = len(set(tables.columns(path, "ImageId", "EncodedPixels")[0])) if name == "xrays/siim" else len(found)
     tables.check_count(dataset, root, listed, SIZES.get((name, task), {}).get(key), f"images in {path.name}")
     return found
 
 
-def _labels(path: Path, dataset: DataSet) -> tuple[list[str], Tensor]:
-    """The paths of a list, and their labels: a class number each, or 0 and 1 for each class."""
-    one, paths, labels = dataset.name in ONE_OF, [], []
-    count = 1 if one else dataset.classes
-    allowed = {str(i) for i in range(dataset.classes if one else 2)}
+@once
+def _labels(path: Path, count: int, values: int) -> tuple[Sequence[str], np.ndarray]:
+    """The paths of a list, and their labels, uint8 (n, `count`), each below `values`."""
+    paths, labels, allowed = list[str](), list[str](), {str(i) for i in range(values)}
     for number, line in enumerate(tables.read_text(path).splitlines(), 1):
         name, *entries = line.rsplit(maxsplit=count) or [""]  # a name may contain blanks
         if not name:
@@ -479,13 +481,14 @@ def _labels(path: Path, dataset: DataSet) -> tuple[list[str], Tensor]:
         paths.append(name.strip())
         labels += entries
     digits = np.frombuffer("".join(labels).encode(), np.uint8) - ord("0")  # of at most ten classes
-    table = torch.from_numpy(digits.reshape(-1, count))
-    return paths, table[:, 0].long() if one else table.float()
+    digits.flags.writeable = False
+    return tuple(paths), digits.reshape(-1, count)
 
 
-def _boxes(path: Path) -> tuple[list[str], list[np.ndarray]]:
+@once
+def _boxes(path: Path) -> tuple[Sequence[str], Sequence[np.ndarray]]:
     paths, boxes = [], []
-    for line, row in tables.rows(path, "image_path", "bbox"):
+    for line, row in tables.stream(path, "image_path", "bbox"):
         try:
             found = np.array(ast.literal_eval(row["bbox"]), dtype=np.float64)
             found = found.reshape(-1, 4) if found.size in (0, 4) else found
@@ -502,7 +505,8 @@ def _boxes(path: Path) -> tuple[list[str], list[np.ndarray]]:
             raise CorruptFile(path, f"line {line}: the box [x1, y1, x2, y2] = {wrong[0]}: {wanted}")
         paths.append(row["image_path"])
         boxes.append(found.astype(np.float32))
-    return paths, boxes
+        boxes[-1].flags.writeable = False
+    return tuple(paths), tuple(boxes)
 
 
 def _box_mask(boxes: Sequence[np.ndarray], i: int) -> Tensor:
@@ -617,14 +621,7 @@ def reports(name: str | DataSet, root: str | Path, transform: Transform | None =
         return _openi(dataset, root, transform)
     if path is None:
         raise dataset.missing(root, f"none of {', '.join(REPORTS)} is there")
-    paths, texts, statements = list[str](), list[str](), list[str]()
-    for _, row in tables.rows(path, "img_path", "report"):
-        paths.append(row["img_path"])
-        texts.append(row["report"])
-        if "llm_output" in row:
-            statements.append(row["llm_output"])
-    if not paths:
-        raise CorruptFile(path, "lists no image")
+    paths, texts, statements = _written(path)
     windows, other = None, next((file for file in (at(folder, name) for name in WINDOWS) if file.is_file()), None)
     if other is not None:
         try:
@@ -635,7 +632,21 @@ def reports(name: str | DataSet, root: str | Path, transform: Transform | None =
             raise CorruptFile(other, f"{len(windows)} windows for {len(paths)} images of {path.name}")
     images = Pictures(dataset, root, paths, transform, path)
     images.shortest = SHORTEST
-    return Reports(images, texts, statements or None, windows)
+    return Reports(images, [*texts], [*statements] or None, windows)
+
+
+@once
+def _written(path: Path) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """Paths, reports and statements of a CSV; of the last none where it has no such column."""
+    paths, texts, statements = list[str](), list[str](), list[str]()
+    for _, row in tables.stream(path, "img_path", "report"):
+        paths.append(row["img_path"])
+        texts.append(row["report"])
+        if "llm_output" in row:
+            statements.append(row["llm_output"])
+    if not paths:
+        raise CorruptFile(path, "lists no image")
+    return tuple(paths), tuple(texts), tuple(statements)
 
 
 def _openi(dataset: DataSet, root: str | Path, transform: Transform | None) -> Reports:
