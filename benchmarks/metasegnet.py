@@ -21,7 +21,7 @@ import torch
 import transformers
 from bench import Step
 
-from companion.models.metasegnet import BertText, MetaSegNet, Prompts, geotiff, joint_loss
+from companion.models.metasegnet import BertText, MetaSegNet, Prompts, joint_loss, maps
 
 SIDE, CLASSES, PICTURE, LARGE = 512, 8, 2048, 6000
 TILE, OVERLAP = 512, 64
@@ -99,7 +99,7 @@ def labelled(side: int = PICTURE) -> Step:
     folder = tempfile.TemporaryDirectory()
     path, model = image(folder.name, side), pocket()
     palette, tiles = [(i, i, i) for i in range(CLASSES)], {"tile": TILE, "overlap": OVERLAP}
-    return lambda: geotiff.label(model, path, Path(folder.name) / "map.tif", palette, **tiles)
+    return lambda: maps.label(model, path, Path(folder.name) / "map.tif", palette, **tiles)
 
 
 def labelled_once() -> Step:

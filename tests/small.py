@@ -92,22 +92,22 @@ def _hvit(recipe: ModuleType, patch: pytest.MonkeyPatch) -> None:
 
 
 def _metasegnet(recipe: ModuleType, patch: pytest.MonkeyPatch) -> None:
-    from companion.models.metasegnet import networks
     from companion.models.metasegnet.model import SIZES, swin
+    from companion.models.metasegnet.prompts import LEVELS
     from companion.models.metasegnet.text import Words
 
-    text_encoder = networks.text_encoder
+    text_encoder = recipe.text_encoder
 
     def words(method, prompts, *args, **kwargs):  # type: ignore[no-untyped-def]
-        if networks.LEVELS[method] in (None, "code"):
+        if LEVELS[method] in (None, "code"):
             return text_encoder(method, prompts)
         return Words.of(prompts.texts(list(prompts.zones)), length=64)
 
     patch.setitem(SIZES, "paper", SIZES["pocket"])
     published = recipe.published
     patch.setattr(recipe, "published", lambda dataset: dataclasses.replace(published(dataset), crop=64))
-    patch.setattr(networks.backbones, "build", lambda name, weights: swin(**SIZES["pocket"]["swin"]))
-    patch.setattr(networks, "text_encoder", words)
+    patch.setattr(recipe.backbones, "build", lambda name, weights: swin(**SIZES["pocket"]["swin"]))
+    patch.setattr(recipe, "text_encoder", words)
 
 
 def small_backbones(embed: int = 64) -> tuple[CLIP, VisionTransformer]:

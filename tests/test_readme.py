@@ -170,11 +170,10 @@ def shrink(patch: pytest.MonkeyPatch, paper: str) -> None:
         tune = functools.partial(downstream.fine_tune, epochs=2)
         patch.setattr(downstream, "fine_tune", lambda *args, epochs, batch: tune(*args, batch=batch))
     elif paper == "metasegnet":
-        from companion.data import landcover_transforms
-        from companion.models.metasegnet import model
+        from companion.models.metasegnet import augmentation, model
 
-        crops_of = landcover_transforms.train_transform
-        patch.setattr(landcover_transforms, "train_transform", lambda size, ignore: crops_of(size // 4, ignore=ignore))
+        crops_of = augmentation.train_transform
+        patch.setattr(augmentation, "train_transform", lambda size, ignore: crops_of(size // 4, ignore=ignore))
         patch.setitem(model.SIZES, "paper", model.SIZES["pocket"])
     elif paper == "sic_cads":
         from companion.models.sic_cads import recipe

@@ -68,13 +68,13 @@ IN_CODE = {(slug, "dataset"): [*({*sets(task)} - UNUSED), "folder"] for slug, ta
     ("dplq", "targets"): sets("domains"),
     ("dplq", "protocol"): ["base to novel", *of("dplq", "recipe", "TRANSFERS")],
     ("hvit", "position"): [kind for kind in of("hvit", "model", "POSITIONS") if not kind.startswith("2d")],
-    ("metasegnet", "prompt"): of("metasegnet", "climate", "LEVELS"),
-    ("metasegnet", "augmentation"): ["recipe", *of("metasegnet", "inference", "AUGMENTATIONS")],
+    ("metasegnet", "prompt"): of("metasegnet", "prompts", "PLAIN") + of("metasegnet", "prompts", "EXCHANGED"),
+    ("metasegnet", "augmentation"): ["recipe", *of("metasegnet", "maps", "AUGMENTATIONS")],
     ("metasegnet", "held_out"): ["", *Prompts.read().zones],
 }
 NAMED = """bat method recipe METHODS, dmt teachers teachers RELEASED, dmt losses recipe LOSSES, dmt task recipe USUAL,
 hvit head model HEADS,
-metasegnet method networks LEVELS, promptpar method recipe METHODS,
+metasegnet method prompts LEVELS, promptpar method recipe METHODS,
 tip method recipe METHODS"""
 IN_CODE |= {(slug, name): of(slug, *where) for slug, name, *where in map(str.split, NAMED.split(","))}
 

@@ -19,13 +19,14 @@ from torch.utils.data import TensorDataset
 from torchvision import tv_tensors
 
 from companion.data import landcover
-from companion.data import landcover_transforms as transforms
 from companion.data.landcover import CLASSES, LOVEDA, POTSDAM
 from companion.data.rasters import quiet
 from companion.errors import CorruptFile
 from companion.evaluation.metrics import landcover as metrics
-from companion.models.metasegnet import inference, losses, recipe
-from companion.models.metasegnet.model import SIZES, MetaSegNet, swin
+from companion.models.metasegnet import augmentation as transforms
+from companion.models.metasegnet import maps, recipe
+from companion.models.metasegnet.model import SIZES, MetaSegNet, dice_loss, joint_loss, soft_cross_entropy, swin
+from companion.models.metasegnet.model import loss as model_loss
 from companion.training.callbacks import Callback
 from companion.training.fit import Loop, fit
 from companion.training.hardware import CPU
@@ -114,15 +115,15 @@ def loss(case: Case) -> list[Row]:
     """The joint loss, its parts and its gradient."""
     ignore, room = case.settings["ignored"], case.facts["tolerance"]
     logits, truth = case.data["in.logits"].clone().requires_grad_(), case.data["in.labels"]
-    joint = losses.joint_loss(logits, truth, ignore)
+    joint = joint_loss(logits, truth, ignore)
     joint.backward()
-    auxiliary = losses.soft_cross_entropy(case.data["in.auxiliary"], truth, ignore)
+    auxiliary = soft_cross_entropy(case.data["in.auxiliary"], truth, ignore)
     found = {
-        "cross_entropy": losses.soft_cross_entropy(logits, truth, ignore, case.settings["smooth"]),
-        "dice": losses.dice_loss(logits, truth, ignore),
+        "cross_entropy": soft_cross_entropy(logits, truth, ignore, case.settings["smooth"]),
+        "dice": dice_loss(logits, truth, ignore),
         "joint": joint,
         "with_auxiliary_head": joint + case.settings["auxiliary"] * auxiliary,
-        "all_ignored": losses.joint_loss(logits, torch.full_like(truth, ignore), ignore),
+        "all_ignored": joint_loss(logits, torch.full_like(truth, ignore), ignore),
     }
     rows = [near(name, case.expected[name], value.detach(), **room) for name, value in found.items()]
     return [*rows, near("out.gradient", case.data["out.gradient"], logits.grad, **room)]
@@ -250,7 +251,13 @@ def _operations(mosaic: transforms.Mosaic) -> dict[str, Any]:
     scale, crop, flip, upside_down, *light, _ = mosaic.transform.transforms  # type: ignore[union-attr]
     # where the ignored label counts as a class of a crop, none is ignored
     ignored = crop.ignore if crop.counted == crop.ignore else 255
-    found = {"mosaic": mosaic.p, "scales": list(scale.scales), "crop": crop.size, "most": crop.most, "ignored": ignored}
+    found = {
+        "mosaic": mosaic.p,
+        "scales": list(scale.scales),
+        "crop": crop.size,
+        "most": transforms.MOST,
+        "ignored": ignored,
+    }
     found |= {name: one.p for name, one in (("flip", flip), ("upside_down", upside_down)) if one.p}
     for one in light:
         found |= {"brightness": [one.transforms[0].limit] * 2, "light": one.p}
@@ -318,11 +325,12 @@ def _cropped(e: Mapping) -> list[Row]:
     """A crop of a white image: its size, what is padding, and from where to where its corner goes."""
     width, height = e["picture_width_height"]
     size, ignore = e["crop"], 6
-    crop, padded = transforms.SmartCrop(size, ignore, tries=1), list[list[int]]()
+    crop, padded = transforms.SmartCrop(size, ignore), list[list[int]]()
     crop.crop.register_forward_pre_hook(lambda _, pair: padded.append([*pair[0].shape[:-3:-1]]))
     image = tv_tensors.Image(torch.full((3, height, width), 255, dtype=torch.uint8))
     torch.manual_seed(0)
-    found, truth = crop(image, tv_tensors.Mask(torch.zeros(height, width, dtype=torch.int64)))
+    with mock.patch.object(transforms, "TRIES", 1):
+        found, truth = crop(image, tv_tensors.Mask(torch.zeros(height, width, dtype=torch.int64)))
     what = f"crops {width} x {height}"
     ours = {
         "padded_width_height": padded[0],
@@ -359,7 +367,7 @@ def views(case: Case) -> list[Row]:
             places = p[:, 0, None, None] * row + p[:, 1, None, None] * column
             return torch.einsum("cd,bdhw->bchw", w, x) + places
 
-        found = inference.augmented(network, image, case.settings["kinds"][what])
+        found = maps.augmented(network, image, case.settings["kinds"][what])
         rows += [
             same(f"{what} views", e["views"], len(sizes)),
             same(f"{what} sizes", sorted(e["sizes_seen_height_width"]), sorted(sizes)),
@@ -468,7 +476,7 @@ def trajectory(case: Case) -> list[Row]:
     settings |= {"lr": o["lr"], "encoder_lr": o["lr of backbone.*"]}
     settings |= {"restart": lr.get("T_0", 0), "floor": lr.get("eta_min", 0.0)}
     r, steps = replace(recipe.published(LOVEDA), **settings), s["steps_of_each_epoch"]
-    history = fit(model, recipe.loss, InOrder(_items(s), r.batch * steps), **recipe.options(r, CPU))
+    history = fit(model, model_loss, InOrder(_items(s), r.batch * steps), **recipe.options(r, CPU))
     rows = [near("loss_of_each_step", e["loss_of_each_step"], [row["loss"] for row in history], **room["loss"])]
     ours = {"backbone": [row["lr"] for row in history], "decoder": recipe.learning_rates(r, r.lr, steps)}
     for name, want in e["lr_of_each_step"].items():

@@ -7,7 +7,7 @@
 
 Opening a set lists its files; an image is decoded on access, of a large image only the window. Codes on disk
 are mapped to training labels; unknown, border and padding pixels are ignored in training and in scores.
-landcover_sets.yaml describes the sets, `landcover_transforms` has the augmentation.
+landcover_sets.yaml describes the sets.
 """
 
 from __future__ import annotations

@@ -54,6 +54,7 @@ FUNCTIONS: dict[str, dict[str, Any]] = {
 }
 # where things are that models saved, or cases recorded, by an earlier version name
 MOVED = {
+    "companion.data.landcover_transforms": "companion.models.metasegnet.augmentation",
     "companion.data.tracking:box_in_crop": "companion.models.bat.crops:box_in_crop",
     "companion.data.tracking:clip_box": "companion.models.bat.crops:clip_box",
     "companion.data.tracking:crop": "companion.models.bat.crops:crop",
@@ -62,6 +63,8 @@ MOVED = {
     "companion.models.layers.dino": "companion.models.hvit.dino",
     "companion.models.layers.quaternion": "companion.models.dplq.quaternion",
     "companion.models.layers.vpt": "companion.models.sa2vp.baselines",
+    "companion.models.metasegnet.inference": "companion.models.metasegnet.maps",
+    "companion.models.metasegnet.losses": "companion.models.metasegnet.model",
     "companion.models.tip.text": "companion.models.tip.pipeline",
 }
 # the arguments of an encoder that a config may have

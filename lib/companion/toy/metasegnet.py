@@ -45,8 +45,9 @@ from .. import backbones
 from ..errors import check_choice
 from ..evaluation.ablations import Study
 from ..evaluation.metrics import landcover as metrics
-from ..models.metasegnet.climate import Prompts, headless
+from ..models.metasegnet import model as metasegnet
 from ..models.metasegnet.model import MetaSegNet
+from ..models.metasegnet.prompts import Prompts, headless
 from ..models.metasegnet.text import BertText, TextEncoder, Words
 from ..training.fit import Batch, History, fit
 from ..training.hardware import CPU
@@ -386,10 +387,10 @@ def pairs(model: MetaSegNet, method: str, part: Part) -> TensorDataset:
 def loss(model: nn.Module, batch: Batch) -> Tensor:
     """The author's loss with header dropout: of a share of the texts code and name are hidden."""
     images, labels, *ids = batch
-    if not ids:
-        return model.loss(images, None, labels)
-    hidden = torch.rand(len(images), 1, device=images.device) < DROPPED
-    return model.loss(images, torch.where(hidden, ids[1], ids[0]), labels)
+    if ids:
+        hidden = torch.rand(len(images), 1, device=images.device) < DROPPED
+        ids = [torch.where(hidden, ids[1], ids[0])]
+    return metasegnet.loss(model, (images, labels, *ids))
 
 
 @functools.lru_cache(maxsize=6)

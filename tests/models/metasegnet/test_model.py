@@ -10,8 +10,8 @@ from transformers import BertConfig, BertModel, BertTokenizer
 
 from companion.evaluation.tables import published_table
 from companion.models.metasegnet import bands, decoder, figures, segment
-from companion.models.metasegnet.inference import augmented, reader
-from companion.models.metasegnet.model import Fusion, MetaSegNet, swin
+from companion.models.metasegnet.maps import augmented, reader
+from companion.models.metasegnet.model import Fusion, MetaSegNet, loss, swin
 from companion.models.metasegnet.text import BertText, Words
 from companion.viz.attention import Recorder
 from tests.models.common import assert_recomputed_gradients_are_equal, draw, numbers, refuses
@@ -102,7 +102,7 @@ def test_a_callers_encoder_is_not_changed_and_can_be_checkpointed():
     MetaSegNet(encoder, 3, width=16, heads=2, window=2)
     assert encoder(draw(1, 3, 64, 64)).shape == (1, 1000), "its head is still there"
     labels = torch.zeros(2, 32, 32, dtype=torch.long)
-    assert_recomputed_gradients_are_equal(build, lambda model: model.loss(draw(2, 3, 32, 32), None, labels))
+    assert_recomputed_gradients_are_equal(build, lambda model: loss(model, (draw(2, 3, 32, 32), labels)))
 
 
 # --- the fusion with a text -------------------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ def test_words():
 
 def test_gradients_reach_what_is_trained_and_nothing_else():
     model = build(BertText(*bert(), 10)).train()
-    model.loss(draw(2, 3, 64, 64), ["sand", "clay"], torch.randint(0, CLASSES + 1, (2, 64, 64))).backward()
+    loss(model, (draw(2, 3, 64, 64), torch.randint(0, CLASSES + 1, (2, 64, 64)), ["sand", "clay"])).backward()
     trained = model.trained()
     assert all(p.grad is not None and p.grad.any() for p in trained.values())
     assert all(p.grad is None for n, p in model.named_parameters() if n not in trained)

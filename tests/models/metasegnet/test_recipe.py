@@ -18,8 +18,9 @@ from companion.data.landcover import LOVEDA, POTSDAM
 from companion.data.rasters import pixels
 from companion.errors import BadCheckpoint, MissingWeights
 from companion.evaluation.metrics import landcover as metrics
-from companion.models.metasegnet import Prompts, networks, recipe, segment
+from companion.models.metasegnet import Prompts, recipe, segment
 from companion.models.metasegnet.model import SIZES, MetaSegNet, swin
+from companion.models.metasegnet.prompts import Prompted
 from companion.models.metasegnet.text import Words
 from companion.training import checkpoints
 from companion.training.checkpoints import trained_state
@@ -58,7 +59,7 @@ def change(monkeypatch, **settings):
 
 def network(p, classes=3):
     files = {"data_root": p.data_root, "weights": p.weights, "checkpoint": p.checkpoint}
-    return networks.network(p.method, PROMPTS, classes, **files, seed=p.seed, random=p.dry_run)
+    return recipe.network(p.method, PROMPTS, classes, **files, seed=p.seed, random=p.dry_run)
 
 
 def counted(found, model, name="test", kind=""):
@@ -93,13 +94,13 @@ def test_texts_of_each_method():
         ("MetaSegNet", ["Cfa", "Aw"], {"kind": "wrong", "own": ["mine"] * 2}, [PROMPTS.text("Aw"), text]),
         ("one-hot zone", ["Cfa", "Aw"], {"kind": "wrong"}, ["Aw", "Cfa"]),
     ):
-        assert networks.texts(PROMPTS, method, zones, **options) == expected, (method, options)
+        assert PROMPTS.of_method(method, zones, **options) == expected, (method, options)
 
 
 def test_a_share_of_the_full_texts_loses_its_header():
-    texts = networks.texts(PROMPTS, "MetaSegNet", ["Cfa", "Cfb", "Cfa", None])
+    texts = PROMPTS.of_method("MetaSegNet", ["Cfa", "Cfb", "Cfa", None])
     encoder = Words.of(texts, length=64)
-    never, always, half = (recipe.Prompted(part(4), encoder, texts, share) for share in (0.0, 1.0, recipe.DROPPED))
+    never, always, half = (Prompted(part(4), encoder, texts, share) for share in (0.0, 1.0, recipe.DROPPED))
     kept, hidden = never[0][2], always[0][2]
     assert [torch.equal(never[i][2], encoder.ids(texts)[i]) for i in range(4)] == [True] * 4
     assert (kept != hidden).sum() == 3, "code and two words of the name"
@@ -111,19 +112,19 @@ def test_a_share_of_the_full_texts_loses_its_header():
 
 
 def test_text_encoders_and_berts_folder(tmp_path):
-    encoder = networks.text_encoder("one-hot zone", PROMPTS)
-    rows = encoder.ids(networks.texts(PROMPTS, "one-hot zone", [*PROMPTS.zones, None]))
+    encoder = recipe.text_encoder("one-hot zone", PROMPTS)
+    rows = encoder.ids(PROMPTS.of_method("one-hot zone", [*PROMPTS.zones, None]))
     assert rows.shape == (len(PROMPTS.zones) + 1, 1) and len(rows.unique()) == len(rows)
     folder, bert = tmp_path / "weights" / "bert-base-uncased", ("MetaSegNet", PROMPTS, tmp_path)
-    refuses((lambda: networks.text_encoder(*bert), str(folder)), error=MissingWeights)
+    refuses((lambda: recipe.text_encoder(*bert), str(folder)), error=MissingWeights)
     sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     theirs = BertModel(BertConfig(**sizes, vocab_size=8))
     theirs.save_pretrained(folder)
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "climate", "zone", "cfa"]
     BertTokenizer(vocab={w: i for i, w in enumerate(words)}).save_pretrained(folder)
-    encoder = networks.text_encoder(*bert)
+    encoder = recipe.text_encoder(*bert)
     assert torch.equal(encoder.model.embeddings.word_embeddings.weight, theirs.embeddings.word_embeddings.weight)
-    hidden = recipe.Prompted(part(1), encoder, ["climate zone cfa."], 1.0)[0][2]
+    hidden = Prompted(part(1), encoder, ["climate zone cfa."], 1.0)[0][2]
     assert hidden[:5].tolist() == [2, 5, 6, 1, 1], "the zone is BERT's unknown word, as is the point here"
 
 
@@ -140,7 +141,7 @@ def test_the_authors_swin_and_timms_are_loaded(small, tmp_path, monkeypatch):
     torch.save(state, tmp_path / "stseg.pth")
     refuses((lambda: network(p), "norm1.weight"), error=BadCheckpoint)
     timms = swin(**SIZES["pocket"]["swin"])
-    monkeypatch.setattr(networks.backbones, "build", lambda name, weights: timms)
+    monkeypatch.setattr(recipe.backbones, "build", lambda name, weights: timms)
     assert same(network(given(method="unimodal")).encoder, timms)
 
 
@@ -192,7 +193,7 @@ def test_openearthmap_with_a_zone_left_out(quick, tmp_path):
     (file,) = (out / "trained").iterdir()
     assert file.name == "MetaSegNet, landcover-openearthmap, without Aw, seed 0.safetensors"
     rows = recipe.RESULTS.measured(out / "measured.csv")
-    network, seen = networks.network("MetaSegNet", PROMPTS, 8, checkpoint=str(file)), found.tests["seen"]
+    network, seen = recipe.network("MetaSegNet", PROMPTS, 8, checkpoint=str(file)), found.tests["seen"]
     matrix = recipe.confusion(network, seen, found.texts(seen), "lr", CPU)
     assert matrix.sum() == sum((seen.data[i][1] < 8).sum() for i in range(3))
     assert rows.mIoU[0] == pytest.approx(metrics.scores(matrix, undefined=True).miou, nan_ok=True)

@@ -1,9 +1,8 @@
 """MetaSegNet (arXiv 2312.12735), reconstructed: land-cover segmentation with a text on the climate zone."""
 
-from .climate import Prompts
-from .inference import augmented, bands, segment
-from .losses import joint_loss
-from .model import MetaSegNet, swin
+from .maps import augmented, bands, segment
+from .model import MetaSegNet, joint_loss, loss, swin
+from .prompts import Prompts
 from .text import BertText, TextEncoder, Words
 
 __all__ = [
@@ -15,6 +14,7 @@ __all__ = [
     "augmented",
     "bands",
     "joint_loss",
+    "loss",
     "segment",
     "swin",
 ]

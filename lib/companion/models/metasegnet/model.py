@@ -31,6 +31,7 @@ from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...data.rasters import Raster, pixels
 from ...errors import BadParameter, check_choice
 from ...io.config import configure
 from ..layers.attend import Attend
@@ -40,7 +41,7 @@ from ..layers.predicting import Images, Names, Shapes
 from ..layers.state_dicts import OfficialModel, load_official
 from . import official
 from .decoder import Decoder
-from .losses import joint_loss
+from .maps import NODATA, segment
 from .text import TextEncoder
 
 # of the Swin and the rest of the network: the author's largest one, and that of the pocket profile
@@ -228,11 +229,6 @@ class MetaSegNet(OfficialModel):
         logits, out = self.decoder(fused, images.shape[-2:])
         return logits, {"maps": maps, "fused": fused, **out}
 
-    def loss(self, images: Tensor, texts: Sequence[str] | Tensor | None, labels: Tensor) -> Tensor:
-        """`joint_loss` of a batch, labels (B, H, W) int64; the label after the last class is ignored."""
-        logits = self(images, texts)
-        return joint_loss(logits, labels, ignore=logits.shape[1])
-
     def predict(
         self,
         images: Images,
@@ -247,10 +243,6 @@ class MetaSegNet(OfficialModel):
             texts: one for each image, or one for all.
             tile, overlap: see `segment`.
         """
-        from ...data.rasters import Raster, pixels  # imported here: rasterio
-        from .geotiff import NODATA
-        from .inference import segment
-
         given = [texts] if texts is None or isinstance(texts, str) else list(texts)
         if len(given) not in (1, len(images)):
             raise BadParameter("texts", f"{len(given)} of them", f"1, or one for each of {len(images)} images")
@@ -321,3 +313,40 @@ class OneText(nn.Module):
 
     def export_inputs(self, side: int) -> Shapes:
         return self.network.export_inputs(side)
+
+
+# --- losses -----------------------------------------------------------------------------------------------------------
+# those of the author's image-only networks; MetaSegNet's own are not known
+
+
+def soft_cross_entropy(logits: Tensor, labels: Tensor, ignore: int, smoothing: float = 0.05) -> Tensor:
+    """Cross-entropy with label smoothing; ignored pixels count 0, and the mean is over ALL pixels, ignored ones too.
+
+    logits (B, C, H, W), labels (B, H, W) int64."""
+    return F.cross_entropy(logits, labels, ignore_index=ignore, label_smoothing=smoothing, reduction="none").mean()
+
+
+def dice_loss(logits: Tensor, labels: Tensor, ignore: int, smooth: float = 0.05) -> Tensor:
+    """1 - Dice of the softmax, of each class over the whole batch, averaged over all classes.
+
+    A class without a true pixel counts 0 in this mean."""
+    classes, valid = logits.shape[1], (labels != ignore)[:, None]
+    p = logits.softmax(1) * valid  # (B, C, H, W)
+    truth = F.one_hot(labels.where(valid[:, 0], 0), classes).movedim(-1, 1) * valid  # (B, C, H, W)
+    over = (0, 2, 3)
+    score = (2 * (p * truth).sum(over) + smooth) / ((p + truth).sum(over) + smooth).clamp_min(1e-7)  # (C,)
+    return ((1 - score) * (truth.sum(over) > 0)).mean()
+
+
+def joint_loss(logits: Tensor, labels: Tensor, ignore: int) -> Tensor:
+    """Soft cross-entropy + Dice (section 4)."""
+    return soft_cross_entropy(logits, labels, ignore) + dice_loss(logits, labels, ignore)
+
+
+def loss(model: nn.Module, batch: Sequence[Any]) -> Tensor:
+    """`joint_loss` of images (B, 3, H, W), labels (B, H, W) int64 and, if the network reads texts, these or their ids.
+
+    The label after the last class is ignored."""
+    images, labels, *texts = batch
+    logits = model(images, *texts).float()  # (B, C, H, W)
+    return joint_loss(logits, labels, ignore=logits.shape[1])

@@ -1,15 +1,20 @@
-"""Names and sizes of GeoSeg's FT-UNetFormer, the author's image-only network."""
+"""Names and sizes of GeoSeg's FT-UNetFormer, the author's image-only network, and the loading of weights."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from ... import backbones
+from ...errors import MissingWeights
+from ...training.checkpoints import trained_state
 from ..layers.heads import window_side
-from ..layers.state_dicts import check_names, renamed
+from ..layers.state_dicts import check_names, load_official, renamed
 
+SWIN = "swin_base_patch4_window7_224.ms_in22k_ft_in1k"
 WHAT = "GeoSeg's FT-UNetFormer"
 DECODER = (
     (r"^squeeze\.", "pre_conv."),
@@ -67,3 +72,32 @@ def decoder_sizes(state: Mapping[str, Tensor]) -> dict[str, int]:
     check_names(state, [f"decoder.{name}" for name in names], WHAT)
     squeeze, table, head = (state[f"decoder.{name}"] for name in names)
     return {"classes": len(head), "width": len(squeeze), "heads": table.shape[1], "window": window_side(table)}
+
+
+def load_swin(model: Any, weights: str = "") -> None:
+    """Load an image encoder: timm's released Swin-B (empty), a file of it, or the author's, which has the norms too."""
+    state = cleaned(backbones.read_state(weights)) if weights else {}
+    state = {f"backbone.{name.removeprefix('backbone.')}": tensor for name, tensor in state.items()}
+    if any(name.startswith("backbone.norm0.") for name in state):
+        swin = {ours: theirs for ours, theirs in names(model).items() if theirs.startswith("backbone.")}
+        load_official(model, state, swin, "the author's Swin")
+    else:
+        timms = backbones.build(SWIN, weights or "pretrained").state_dict()
+        model.encoder.load_state_dict({name: timms[name] for name in model.encoder.state_dict()})
+
+
+def load(model: Any, path: str | Path) -> None:
+    """Load the weights that a training saved; a frozen text encoder is not among them.
+
+    The unimodal network also loads checkpoints of GeoSeg's FT-UNetFormer.
+
+    Raises `MissingWeights`, `CorruptFile`, `BadCheckpoint`."""
+    if not Path(path).is_file():
+        ways = ["train one (task = 'train', no checkpoint); the paper's was never released"]
+        raise MissingWeights("a trained MetaSegNet", path, ways)
+    state = backbones.read_state(path)
+    if model.text is None and any(name.removeprefix("net.").startswith("backbone.") for name in state):
+        load_official(model, cleaned(state), names(model), f"{WHAT} of these classes")
+    else:
+        ours = {name: name for name in trained_state(model)}
+        load_official(model, state, ours, "a MetaSegNet of these classes and texts")

@@ -12,7 +12,7 @@ A training writes its checkpoint below `<out>/checkpoints`, from which it resume
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from ... import backbones
 from ...data import DATASETS, Parts, few, landcover, present
 from ...data.landcover import CLASSES, LEFT_OUT, LOVEDA, OEM, POTSDAM, POTSDAM_FAULTY, POTSDAM_TILES, TO_LOVEDA
-from ...data.landcover_transforms import SCALES, Mosaic, test_transform, train_transform
-from ...errors import BadParameter
+from ...errors import BadParameter, MissingWeights
 from ...evaluation.metrics import landcover as metrics
 from ...evaluation.tables import Results, published_table
 from ...io import papers
@@ -37,13 +37,12 @@ from ...training.fit import same_shapes
 from ...training.hardware import AUTO, WORKERS, Hardware, RunParameters, evaluating
 from ...training.recipe import Training, dry_items
 from ...training.recipe import run as train
-from . import networks
-from .climate import PROMPTS, Prompts, headless
-from .inference import augmented
-from .losses import joint_loss
-from .model import MetaSegNet
-from .networks import LEVELS
-from .text import TextEncoder
+from . import official
+from .augmentation import SCALES, Mosaic, test_transform, train_transform
+from .maps import augmented, label, preview
+from .model import SIZES, MetaSegNet, loss, swin
+from .prompts import LEVELS, PROMPTS, Prompted, Prompts
+from .text import BertText, TextEncoder, Words
 
 SELECT = {LOVEDA: "best"}
 """Of each data set the epoch that is tested, where it is not the last: the one of the highest validation mIoU.
@@ -90,7 +89,7 @@ class Recipe:
         floor: final learning rate of a cosine.
         crop: side in pixels.
         copies: of an image per epoch: 3 for Potsdam, each tile and its two flips, which the author stores.
-        flip, upside_down, brightness, mosaic, every: see `landcover_transforms`; a mosaic is of one climate zone.
+        flip, upside_down, brightness, mosaic, every: see `augmentation`; a mosaic is of one climate zone.
     """
 
     epochs: int
@@ -148,13 +147,6 @@ def param_groups(model: MetaSegNet, r: Recipe) -> list[dict]:
     return groups
 
 
-def loss(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
-    """The author's loss of images, labels and, if the network reads texts, their ids."""
-    images, labels, *ids = batch
-    logits = model(images, *ids).float()  # (B, C, H, W)
-    return joint_loss(logits, labels, ignore=logits.shape[1])
-
-
 def options(
     r: Recipe, hardware: Hardware, seed: int = 0, score: Callable[[nn.Module], float] | None = None
 ) -> dict[str, Any]:
@@ -210,26 +202,6 @@ class Part(Parts):
         return self.data.sources
 
 
-class Prompted(Dataset):
-    """Items of `data`, (image, labels), with the ids (L,) of their text appended.
-
-    With probability `dropped` the text is without its header. Each text is tokenised once.
-    """
-
-    def __init__(self, data: Dataset, encoder: TextEncoder, texts: Sequence[str], dropped: float = 0.0):
-        self.data, self.dropped = data, dropped
-        unique, self.rows = np.unique(texts, return_inverse=True)
-        self.ids = encoder.ids(unique.tolist())
-        self.hidden = encoder.ids([headless(text, encoder.unknown) for text in unique.tolist()])
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        ids = self.hidden if self.dropped and torch.rand(()) < self.dropped else self.ids
-        return *self.data[index], ids[self.rows[index]]
-
-
 def randomised(data: landcover.LandCover, zones: Sequence[str | None], r: Recipe) -> Mosaic:
     """Items (image (3, crop, crop) normalised, labels) by the recipe's random operations; mosaics are of one zone."""
     flips = {"flip": r.flip, "upside_down": r.upside_down}
@@ -264,7 +236,7 @@ def train_data(p: Parameters) -> landcover.LandCover:
 
 def train_items(p: Parameters, prompts: Prompts, part: Part, texts: Sequence[str] | None) -> Dataset:
     """The training items, with the ids of their texts if the network reads texts."""
-    words = networks.text_encoder(p.method, prompts, p.data_root, random=p.dry_run)
+    words = text_encoder(p.method, prompts, p.data_root, random=p.dry_run)
     if words is None or texts is None:
         return part.data
     return Prompted(part.data, words, texts, DROPPED if LEVELS[p.method] == "full" else 0.0)
@@ -297,6 +269,68 @@ def generated(p: Parameters, r: Recipe, count: int) -> Part:
     images = torch.randn(count, 3, r.crop, r.crop, generator=generator) + labels[:, None] / len(names)
     zones = [("Cfa", "Aw")[i % 2] for i in range(count)]
     return Part(TensorDataset(images, labels), zones, list(names), LEFT_OUT.get(p.dataset, ()))
+
+
+# --- networks ---------------------------------------------------------------------------------------------------------
+
+
+def text_encoder(
+    method: str, prompts: Prompts, data_root: str | Path = "data", *, random: bool = False
+) -> TextEncoder | None:
+    """The text encoder of a method: BERT-base, frozen; for "one-hot zone" a trained vector for each zone; None for the
+    unimodal network.
+
+    Args:
+        random: where BERT is not there it is random, for a dry run, and knows no word.
+
+    Raises `MissingWeights`: BERT's folder is not below `<data_root>/weights`."""
+    level = LEVELS[method]
+    if level is None:
+        return None
+    if level == "code":
+        return Words.of(list(prompts.zones), layers=0, length=1)
+    weights = next(w for w in papers.paper("metasegnet")["weights"] if w["name"] == "bert")
+    folder = (Path(data_root) / "weights" / weights["file"]).parent
+    if folder.joinpath("config.json").is_file():
+        return BertText(*backbones.read_bert(folder))
+    if not random:
+        ways = [f"put the files of the hub's google-bert/bert-base-uncased into {folder}"]
+        raise MissingWeights(weights["what"], folder, ways)
+    import transformers as hf  # imported here because it takes seconds
+
+    print(f"BERT is not in {folder}; a random one in this dry run")
+    vocabulary = {word: i for i, word in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"))}
+    return BertText(hf.BertModel(hf.BertConfig()), hf.BertTokenizer(vocab=vocabulary))
+
+
+def network(
+    method: str,
+    prompts: Prompts,
+    classes: int,
+    *,
+    data_root: str | Path = "data",
+    weights: str = "",
+    checkpoint: str = "",
+    seed: int = 0,
+    random: bool = False,
+) -> MetaSegNet:
+    """The network of a method: on the Swin-B of `weights`, or all of it from `checkpoint`.
+
+    Args:
+        weights: empty for timm's released Swin-B from the cache, or a file of it, or the author's `stseg_*.pth`.
+        checkpoint: weights that a training saved, or of GeoSeg's FT-UNetFormer for the unimodal network.
+        random: weights that are not there are random, for a dry run.
+
+    Raises `MissingWeights`, `CorruptFile`, `BadCheckpoint`: with the change or download needed.
+    """
+    torch.manual_seed(seed)
+    words, encoder = text_encoder(method, prompts, data_root, random=random), swin(**SIZES["paper"]["swin"])
+    model = MetaSegNet(encoder, classes, words, **SIZES["paper"]["model"])
+    if checkpoint:
+        official.load(model, checkpoint)
+    elif weights or not random or backbones.or_random(official.SWIN, "pretrained") == "pretrained":
+        official.load_swin(model, weights)
+    return model.eval()
 
 
 # --- test and selection -----------------------------------------------------------------------------------------------
@@ -355,7 +389,7 @@ class Setting:
         title: of the data.
         training: of the method; it is run once.
         tests: by name.
-        texts: (part, kind) to a text for each of its items, see `networks.texts`.
+        texts: (part, kind) to a text for each of its items, see `Prompts.of_method`.
     """
 
     title: str
@@ -378,13 +412,13 @@ def setting(p: Parameters) -> Setting:
         part = generated(p, r, count)
         tests, title = {"test": part}, f"generated land in place of {p.dataset}"
     else:
-        found: dict[str, Any] = test_parts(p)
-        # of a folder without lists all images are in both
-        learn = "train" if p.dataset != "folder" or (Path(p.data_root) / "train.txt").is_file() else "all"
-        if p.task == "train":
-            found[learn] = train_data(p)
-        found = few(found, count) if p.dry_run else found
-        data, tests, title = found.pop(learn, None), found, p.dataset
+        tests, data, title = test_parts(p), train_data(p) if p.task == "train" else None, p.dataset
+        if p.dry_run:
+            learned = {} if data is None else {"train": data}
+            # of a folder without lists all images are in both
+            shared = p.dataset == "folder" and not (Path(p.data_root) / "train.txt").is_file()
+            data = few(learned if shared else learned | tests, count).get("train")
+            tests = few(tests, count)
         if data is not None:
             title += f", {len(data):,} images" + (f", zone {p.held_out} left out" if p.held_out else "")
             part = Part(randomised(data, data.zones(), r), data.zones(), data.classes, texts=data.texts())
@@ -393,7 +427,7 @@ def setting(p: Parameters) -> Setting:
     hardware, validation = Hardware.of(p, "metasegnet", workers=WORKERS), next(iter(tests.values()))
 
     def prompted(part: Part, kind: str = "") -> list[str] | None:
-        return networks.texts(prompts, p.method, part.zones, kind, part.texts, p.seed)
+        return prompts.of_method(p.method, part.zones, kind, part.texts, p.seed)
 
     def validate(model: MetaSegNet) -> float:
         """The score in percent that selects the best epoch, without augmentation."""
@@ -403,7 +437,7 @@ def setting(p: Parameters) -> Setting:
     def build() -> MetaSegNet:
         files = {"data_root": p.data_root, "weights": p.weights, "checkpoint": p.checkpoint}
         classes = CLASSES[p.dataset] if p.test_on else validation.classes
-        return networks.network(p.method, prompts, len(classes), **files, seed=p.seed, random=p.dry_run)
+        return network(p.method, prompts, len(classes), **files, seed=p.seed, random=p.dry_run)
 
     texts = prompted(part) if part else None
     training = Training(
@@ -536,3 +570,55 @@ def protocol() -> dict[str, str]:
     tiles = [tile for tile in POTSDAM_TILES["train"] if tile != POTSDAM_FAULTY]
     scales = ", ".join(f"{scale:g}" for scale in SCALES)
     return papers.protocol("metasegnet", **sets, tiles=len(tiles), scales=scales, **globals())
+
+
+# --- maps of your own images ------------------------------------------------------------------------------------------
+
+
+def maps(
+    folder: str | Path,
+    out: str | Path = "",
+    *,
+    checkpoint: str,
+    method: str = "MetaSegNet",
+    prompts: str = "",
+    data_root: str = "data",
+    accelerator: str = "auto",
+    augmentation: str = "none",
+    tile: int = 1024,
+    overlap: int = 256,
+) -> Iterator[tuple[Path, str | None]]:
+    """Segment the images of your own folder (see `landcover.own`, with its `classes.txt`), one after the other.
+
+    Args:
+        out: folder of the maps <image>.tif and their previews <image>.png; empty: `<folder>/maps`.
+        checkpoint: weights that a training saved; `method`: that of the training.
+        prompts: file of the texts; empty for the included one.
+        data_root: BERT is in <data_root>/weights.
+        augmentation, tile, overlap: see `augmented` and `bands`.
+
+    Yields:
+        The path of each map and the climate zone of its text.
+
+    Raises `BadParameter`: a map would overwrite an image or its labels.
+    """
+    data, texts = landcover.own(folder, landcover.read_classes(folder)), Prompts.read(prompts or PROMPTS)
+    targets = [Path(out or Path(folder) / "maps") / f"{picture.image.stem}.tif" for picture in data.pictures]
+    inputs = {path.resolve() for picture in data.pictures for path in (picture.image, picture.label) if path}
+    written = [file for target in targets for file in (target, target.with_suffix(".png"))]
+    if taken := [file for file in written if file.resolve() in inputs]:
+        raise BadParameter("out", str(out), f"another folder: a map or its preview would overwrite {taken[0]}")
+    model = network(method, texts, len(data.classes), data_root=data_root, checkpoint=checkpoint)
+    zones = data.zones()
+    prompted = texts.of_method(method, zones, own=data.texts())
+    with evaluating(Hardware(accelerator), model) as device:
+        for i, (picture, target) in enumerate(zip(data.pictures, targets, strict=True)):
+            ids = () if prompted is None else (model.ids([prompted[i]]).to(device),)
+
+            def prompted_model(x: Tensor, ids: tuple[Tensor, ...] = ids) -> Tensor:
+                return augmented(lambda view: model(view, *ids), x.to(device), augmentation)
+
+            tiles = {"tile": tile, "overlap": overlap, "batch": 1}
+            label(prompted_model, picture.image, target, data.palette, data.classes, **tiles)
+            preview(target)
+            yield target, zones[i]

@@ -4,7 +4,7 @@ import yaml
 
 from companion.data.climate import codes
 from companion.errors import CorruptFile
-from companion.models.metasegnet.climate import PROMPTS, Prompts, headless
+from companion.models.metasegnet.prompts import PROMPTS, Prompts, headless
 from companion.models.metasegnet.text import split
 from tests.models.common import refuses
 

@@ -4,10 +4,10 @@ import torch
 from torchvision import tv_tensors
 
 from companion.data import landcover
-from companion.data import landcover_transforms as transforms
 from companion.data.landcover import OEM
 from companion.data.rasters import MEAN, STD
 from companion.errors import BadParameter
+from companion.models.metasegnet import augmentation as transforms
 from tests.data.conftest import refused
 from tests.data.test_landcover import earth
 

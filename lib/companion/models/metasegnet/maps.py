@@ -1,15 +1,28 @@
-"""Prediction: test-time augmentation as in the author's code, and images of any size by overlapping tiles."""
+"""Maps of land cover for a GIS, predicted by windows: an image of any size in bounded memory.
+
+    label(network, "area.tif", "cover.tif", palette)        its map
+    preview("cover.tif")                                    a small PNG, as viewers without palettes show it black
+    segment(network, image)                                 of an image in memory
+
+A map is a GeoTIFF with the georeference of its image and a colour for each class. `augmented` is the test-time
+augmentation of the author's code.
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...data.rasters import Raster, pixels, quiet
 from ...errors import BadParameter, check_choice
+from ...io.files import atomic
 
 SCALES = (0.75, 1.0, 1.25, 1.5)
 AUGMENTATIONS = {  # flips left-right, flips upside down, scales; no rotations, despite the name "d4"
@@ -22,6 +35,9 @@ Predict = Callable[[Tensor], Tensor]
 """A network: images (b, 3, h, w), normalised, to logits (b, C, h, w)."""
 Read = Callable[[int, int, int, int], Tensor]
 """Top, left, height and width to that window of an image, (3, height, width)."""
+NODATA = 255  # of a map, where the image has no data
+BLOCK = 512  # side of a map's tiles
+PREVIEW = 2048  # longest side of a preview in pixels
 
 
 def views(kind: str) -> list[tuple[bool, bool, float]]:
@@ -106,3 +122,57 @@ def segment(predict: Predict, image: Tensor, **options: int) -> Tensor:
     height, width = image.shape[-2:]
     parts = bands(predict, reader(image), (height, width), **options)
     return torch.cat([logits.argmax(0).to(torch.uint8).cpu() for _, logits in parts])
+
+
+def label(
+    network: Predict,
+    path: str | Path,
+    out: str | Path,
+    palette: Sequence[Sequence[int]],
+    names: Sequence[str] = (),
+    **options: int,
+) -> Path:
+    """Predict the class of each pixel of an image of any size, and write the map as a tiled GeoTIFF with colours.
+
+    The image is read and the map is written by windows: memory grows with the image's width only. The map is written
+    under a temporary name and renamed; its no-data value `NODATA` is transparent.
+
+    Args:
+        network: images (b, 3, h, w), normalised, to logits (b, C, h, w).
+        palette: red, green, blue, 0 to 255, of each class.
+        names: of the classes, written as tags CLASS_0, CLASS_1, ...
+        options: tile, overlap and batch of `bands`.
+
+    Raises `CorruptFile`: the image cannot be read.
+    """
+    with Raster(path) as raster, atomic(out) as temporary, quiet() as rasterio:
+        height, width = raster.size
+        profile = {"driver": "GTiff", "count": 1, "dtype": "uint8", "nodata": NODATA, "crs": raster.crs}
+        profile |= {"height": height, "width": width, "compress": "deflate", "BIGTIFF": "IF_SAFER"}
+        profile |= {"tiled": True, "blockxsize": BLOCK, "blockysize": BLOCK}
+        if not raster.transform.is_identity:
+            profile["transform"] = raster.transform
+        with rasterio.open(temporary, "w", **profile) as file:
+            colours = {i: (*colour, 255) for i, colour in enumerate(palette)}
+            file.write_colormap(1, colours | {NODATA: (0, 0, 0, 0)})
+            file.update_tags(**{f"CLASS_{i}": name for i, name in enumerate(names)})
+            for top, logits in bands(network, lambda *at: pixels(raster.read(*at)), raster.size, **options):
+                classes = logits.argmax(0).to(torch.uint8).cpu().numpy()  # (rows, W)
+                classes = np.where(raster.valid(top, 0, *classes.shape), classes, np.uint8(NODATA))
+                file.write(classes, 1, window=rasterio.windows.Window(0, top, width, len(classes)))
+    return Path(out)
+
+
+def preview(path: str | Path) -> Path:
+    """Write the preview <map>.png of a map: its classes in their colours, at most `PREVIEW` pixels a side.
+
+    Pixels are skipped, not averaged; those without data are transparent. Returns its path."""
+    out = Path(path).with_suffix(".png")
+    with quiet() as rasterio, rasterio.open(path) as file, atomic(out) as temporary:
+        step = max(1, max(file.shape) / PREVIEW)
+        shape = tuple(max(1, round(side / step)) for side in file.shape)
+        image = Image.fromarray(file.read(1, out_shape=shape))
+        colours = file.colormap(1)
+        image.putpalette([channel for i in range(256) for channel in colours[i][:3]])
+        image.save(temporary, transparency=NODATA)
+    return out

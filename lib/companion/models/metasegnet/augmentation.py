@@ -19,11 +19,12 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from ..errors import BadParameter
-from .landcover import LandCover, Transform
-from .rasters import MEAN, STD
+from ...data.landcover import LandCover, Transform
+from ...data.rasters import MEAN, STD
+from ...errors import BadParameter
 
 SCALES = (0.75, 1.0, 1.25, 1.5)
+MOST, TRIES = 0.75, 11  # of `SmartCrop`
 
 
 class Scale(v2.Transform):
@@ -45,18 +46,18 @@ class Scale(v2.Transform):
 
 
 class SmartCrop(torch.nn.Module):
-    """A random square, redrawn until it has two classes or more and none has `most` of the labelled pixels.
+    """A random square, redrawn until it has two classes or more and none has `MOST` of the labelled pixels.
 
-    After `tries` the last one is used. An image that is too small is padded on both sides by (size - side) // 2 + 1
+    After `TRIES` the last one is used. An image that is too small is padded on both sides by (size - side) // 2 + 1
     black, ignored pixels, and then cropped at random.
 
     Args:
         every: labels of `ignore` count as a class in this condition, as in GeoSeg's DC-Swin on LoveDA.
     """
 
-    def __init__(self, size: int, ignore: int, most: float = 0.75, tries: int = 11, *, every: bool = False):
+    def __init__(self, size: int, ignore: int, *, every: bool = False):
         super().__init__()
-        self.size, self.ignore, self.most, self.tries = size, ignore, most, tries
+        self.size, self.ignore = size, ignore
         self.counted = ignore + every
         self.crop = v2.RandomCrop(size)
 
@@ -64,10 +65,10 @@ class SmartCrop(torch.nn.Module):
         around = [max(0, self.size - side) and (self.size - side) // 2 + 1 for side in reversed(labels.shape)]
         fill = {tv_tensors.Image: 0, tv_tensors.Mask: self.ignore}
         image, labels = v2.Pad(around, fill)(image, labels)
-        for _ in range(self.tries):
+        for _ in range(TRIES):
             found = self.crop(image, labels)
             counts = torch.bincount(found[1].flatten(), minlength=self.ignore + 1)[: self.counted]
-            if (counts > 0).sum() > 1 and counts.max() < self.most * counts.sum():
+            if (counts > 0).sum() > 1 and counts.max() < MOST * counts.sum():
                 break
         return found
 

@@ -1,4 +1,4 @@
-"""MetaSegNet's prompts: a text for each climate zone.
+"""MetaSegNet's prompts: a text for each climate zone, those of each method, and items with the ids of their text.
 
     prompts = Prompts.read()                        the included texts, or those of your own file
     prompts.texts(["Cfb", "Aw"])                    one text for each image, by its zone
@@ -15,16 +15,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 import yaml
+from torch import Tensor
+from torch.utils.data import Dataset
 
 from ...data.climate import OCEAN
 from ...errors import BadParameter, CorruptFile, check_choice
+from .text import TextEncoder
 
 PROMPTS = Path(__file__).with_name("climate_prompts.yaml")
 PLAIN = ("full", "name", "code", "constant", "empty")
 EXCHANGED = ("wrong", "shuffled")
-LEVELS = PLAIN + EXCHANGED  # what an image gets at test: the text of its zone, or that of an exchanged one
 _HEADER = "climate zone "
+LEVELS = {
+    "MetaSegNet": "full",
+    "unimodal": None,
+    "constant text": "constant",
+    "zone names": "name",
+    "one-hot zone": "code",
+}
+"""Of each method the level of its texts in training; None: no text."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +111,34 @@ class Prompts:
             following = {located[a]: located[b] for a, b in zip(order, np.roll(order, -1), strict=True)}
         return [following[zone] if zone is not None else None for zone in zones]
 
+    def of_method(
+        self,
+        method: str,
+        zones: Sequence[str | None],
+        kind: str = "",
+        own: Sequence[str | None] | None = None,
+        seed: int = 0,
+    ) -> list[str] | None:
+        """A text for each zone, of the method's training or of another `kind`; None for the unimodal network.
+
+        Args:
+            kind: a level of `text`; "wrong" and "shuffled": texts of the method's level for exchanged zones.
+            own: texts that replace the full text of the right zone.
+        """
+        level = LEVELS[method]
+        if level is None:
+            return None
+        if kind in EXCHANGED:
+            zones, own = self.exchanged(zones, kind, seed), None
+        elif kind:
+            level = kind
+        if level == "code":
+            return [zone or "unknown" for zone in zones]
+        right = self.texts(zones, level)
+        if own is None or level != "full":
+            return right
+        return [mine or text for mine, text in zip(own, right, strict=True)]
+
 
 def headless(text: str, unknown: str = "unknown") -> str:
     """A text of `Prompts` with every word of the zone's code and name replaced by `unknown`.
@@ -116,3 +155,23 @@ def headless(text: str, unknown: str = "unknown") -> str:
         return text
     hidden = re.sub(r"[\w-]+", lambda _: unknown, head[len(_HEADER) :])
     return head[: len(_HEADER)] + hidden + point + description
+
+
+class Prompted(Dataset):
+    """Items of `data`, (image, labels), with the ids (L,) of their text appended.
+
+    With probability `dropped` the text is without its header. Each text is tokenised once.
+    """
+
+    def __init__(self, data: Dataset, encoder: TextEncoder, texts: Sequence[str], dropped: float = 0.0):
+        self.data, self.dropped = data, dropped
+        unique, self.rows = np.unique(texts, return_inverse=True)
+        self.ids = encoder.ids(unique.tolist())
+        self.hidden = encoder.ids([headless(text, encoder.unknown) for text in unique.tolist()])
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        ids = self.hidden if self.dropped and torch.rand(()) < self.dropped else self.ids
+        return *self.data[index], ids[self.rows[index]]

@@ -12,8 +12,8 @@ from PIL import Image
 from companion import cli
 from companion.data.rasters import Raster, pixels
 from companion.errors import CorruptFile
-from companion.models.metasegnet import geotiff, segment
-from companion.models.metasegnet.geotiff import NODATA
+from companion.models.metasegnet import maps, segment
+from companion.models.metasegnet.maps import NODATA
 from tests.data.test_rasters import CORNER, UTM, noise, written
 from tests.models.common import refuses
 
@@ -30,7 +30,7 @@ def test_a_map_lies_where_its_image_lies(tmp_path):
     image[:, :20, :30] = 7
     source = written(tmp_path / "a.tif", image, nodata=7)
     tiles = {"tile": 32, "overlap": 8}
-    out = geotiff.label(brightest, source, tmp_path / "out" / "map.tif", PALETTE, ["red", "green", "blue"], **tiles)
+    out = maps.label(brightest, source, tmp_path / "out" / "map.tif", PALETTE, ["red", "green", "blue"], **tiles)
     assert [p.name for p in out.parent.iterdir()] == ["map.tif"]  # nothing temporary, nothing next to it
     with rasterio.open(out) as found, rasterio.open(source) as given:
         assert (found.crs, found.transform, found.shape) == (given.crs, given.transform, given.shape)
@@ -42,7 +42,7 @@ def test_a_map_lies_where_its_image_lies(tmp_path):
     whole = segment(brightest, pixels(image), **tiles).numpy()
     assert np.array_equal(classes[~hidden], whole[~hidden])
     Image.fromarray(image.transpose(1, 2, 0)).save(tmp_path / "a.png")
-    with Raster(geotiff.label(brightest, tmp_path / "a.png", tmp_path / "map.tif", PALETTE, **tiles)) as raster:
+    with Raster(maps.label(brightest, tmp_path / "a.png", tmp_path / "map.tif", PALETTE, **tiles)) as raster:
         assert raster.place is None and raster.size == (70, 90) and raster.colours[0][:3] == PALETTE[0]
 
 
@@ -50,16 +50,16 @@ def test_a_preview_shows_the_classes_in_their_colours_at_a_bounded_size(tmp_path
     image = noise()
     image[:, :20, :30] = 7
     source = written(tmp_path / "a.tif", image, nodata=7)
-    out = geotiff.label(brightest, source, tmp_path / "map.tif", PALETTE, tile=32, overlap=8)
+    out = maps.label(brightest, source, tmp_path / "map.tif", PALETTE, tile=32, overlap=8)
     with rasterio.open(out) as found:
         classes = found.read(1)
-    with Image.open(geotiff.preview(out)) as shown:
+    with Image.open(maps.preview(out)) as shown:
         pixels = np.asarray(shown.convert("RGBA"))
     hidden = classes == NODATA
     assert np.array_equal(pixels[~hidden][:, :3], np.array(PALETTE)[classes[~hidden]])
     assert (pixels[hidden][:, 3] == 0).all() and (pixels[~hidden][:, 3] == 255).all() and hidden.any()
-    monkeypatch.setattr(geotiff, "PREVIEW", 45)
-    with Image.open(geotiff.preview(out)) as shown:
+    monkeypatch.setattr(maps, "PREVIEW", 45)
+    with Image.open(maps.preview(out)) as shown:
         assert shown.size == (45, 35)
 
 
@@ -90,17 +90,17 @@ def test_masks_are_listed_with_values_classes_and_shares(tmp_path, capsys):
 def test_no_half_map_is_left(tmp_path):
     cut = written(tmp_path / "cut.tif", noise(400, 400))
     cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
-    refuses((lambda: geotiff.label(brightest, cut, tmp_path / "map.tif", PALETTE), "cut.tif"), error=CorruptFile)
+    refuses((lambda: maps.label(brightest, cut, tmp_path / "map.tif", PALETTE), "cut.tif"), error=CorruptFile)
     assert not list(tmp_path.glob("*map*"))
 
 
 LARGE = """
 import sys, torch
 from companion.io import record
-from companion.models.metasegnet import MetaSegNet, geotiff
+from companion.models.metasegnet import MetaSegNet, maps
 torch.set_num_threads(1)
 net = MetaSegNet.build(8, size="pocket").eval()
-geotiff.label(net, sys.argv[1], sys.argv[2], [(i, i, i) for i in range(8)], tile=512, overlap=64)
+maps.label(net, sys.argv[1], sys.argv[2], [(i, i, i) for i in range(8)], tile=512, overlap=64)
 print(record.peak_memory_mb())
 """
 
