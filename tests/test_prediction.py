@@ -16,10 +16,9 @@ import companion
 from companion import backbones
 from companion.data import classification, domains, rasters, xrays
 from companion.errors import CorruptFile
-from companion.models import ecamp, hvit, metasegnet
+from companion.models import ecamp, hvit, metasegnet, sic_cads
 from companion.models.dmt import downstream
 from companion.models.ecamp.detection import decode
-from companion.models.sic_cads import detectors
 from tests.models.common import refuses
 from tests.small import small_pipe
 from tests.test_saving import CLASSES, picture, trained
@@ -129,12 +128,12 @@ def test_image_level_scores_and_refined_detections(files: list[Path]) -> None:
     model = trained("MLR")
     pixels = F.pil_to_tensor(Image.open(files[0]).convert("RGB"))
     boxes = torch.tensor([[0.0, 0, 20, 20], [20, 20, 40, 40]])
-    output = detectors.Output(boxes, torch.tensor([[0.9, 0.1, 0.2], [0, 0.3, 0]]), (50, 40))
+    output = sic_cads.Output(boxes, torch.tensor([[0.9, 0.1, 0.2], [0, 0.3, 0]]), (50, 40))
     scores = model.recognise(pixels[None]).p[0]
     (found,) = companion.predict(model, files[0], class_names=CLASSES)
     assert [found[name] for name in CLASSES] == pytest.approx(scores.tolist(), abs=1e-5)
     (best,) = companion.predict(model, files[0], class_names=CLASSES, detector=lambda image: output, gamma=0.3)
-    expected = detectors.refined(output, scores, 0.3)
+    expected = sic_cads.refined(output, scores, 0.3)
     assert [row["class"] for row in best] == [CLASSES[i] for i in expected.classes]
     assert [row["score"] for row in best] == pytest.approx(expected.scores.tolist())
     assert [row["box"] for row in best] == expected.boxes.tolist()

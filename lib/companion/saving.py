@@ -157,7 +157,7 @@ def predict(
         class_names, transform: as in `save`. By default those saved with a loaded model; else class numbers, and the
             paper's transform for the backbone.
         options: for MetaSegNet `texts`, one for each image or one for all, and `tile`, `overlap`; for SIC-CADS
-            `detector`, `gamma` and others of `sic_cads.detectors.refined`; for ECAMP `exclusive`; for BAT `box`, x, y,
+            `detector`, `gamma` and others of `sic_cads.refined`; for ECAMP `exclusive`; for BAT `box`, x, y,
             w, h in the first frame, and others of `bat.tracking.track`, such as `video`, a file to write; for TIP
             `prompt`, `restoration` and others of the pipeline.
 

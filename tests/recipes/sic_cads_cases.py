@@ -21,8 +21,8 @@ from companion.data import DATASETS, detection
 from companion.data.detection import COCO_BASE, COCO_NOVEL, COCO_OTHER
 from companion.evaluation.metrics.detection import evaluate, recognition_ap
 from companion.models.layers.state_dicts import official_state
-from companion.models.sic_cads import detectors, recipe
-from companion.models.sic_cads.model import MLR, rank_loss, windows
+from companion.models.sic_cads import recipe
+from companion.models.sic_cads.model import FLOOR, MLR, rank_loss, windows
 from companion.training.callbacks import Callback, Loop
 from companion.training.recipe import run
 from tests.parity import fill
@@ -485,7 +485,7 @@ def _selection(case: Case) -> list[Row]:
         for what, want in expected[name].items():
             r = _published(want)
             ours = {"gamma": r.gamma, "lambda_base_novel": [r.model.lambda_base, r.model.lambda_novel]}
-            ours |= {"detections_per_image": r.top, "score_threshold": detectors.FLOOR}
+            ours |= {"detections_per_image": r.top, "score_threshold": FLOOR}
             rows.append(same(f"{name} {what}", want["value"], ours[name], reason if name == "score_threshold" else ""))
     return rows
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from companion.io.files import read_json, write_json
-from companion.models.sic_cads import recipe
+from companion.models.sic_cads import official, recipe
 from companion.training.checkpoints import save
 from tests.conftest import parameters
 from tests.data import test_detection as layouts
@@ -53,7 +53,7 @@ def write(name: str, root: Path, patch: pytest.MonkeyPatch) -> None:
     if name not in (COCO, LVIS):
         p = parameters("sic_cads", dataset=LVIS)
         model = recipe.build(p, small_clip(), torch.zeros(3, 24), torch.zeros(3) > 0, "random")
-        save(root, "recogniser ov-lvis seed 0", recipe.trained_weights(model))
+        save(root, "recogniser ov-lvis seed 0", official.trained_weights(model))
         patch.chdir(root)
 
 

@@ -81,7 +81,7 @@ def sic_cads(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
     model = recipe.build(p, *parts, test.unseen, "random")
     outputs = predictions.predict(model, detector, test, hardware=Hardware.of(p, "sic_cads"), title=title)
     assert outputs.boxes[0].dtype == outputs.probabilities[0].dtype == torch.float32
-    return history, outputs.p[p.branch]
+    return history, outputs.scores[p.branch]
 
 
 def metasegnet(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:

@@ -45,7 +45,7 @@ FUNCTIONS: dict[str, dict[str, Any]] = {
     "companion.models.ecamp.heads:classifier_from_official": {},
     "companion.models.layers.clip_prompting:clip_of": {},
     "companion.models.metasegnet.model:swin": {},
-    "companion.models.sic_cads.model:_tower": {},
+    "companion.models.sic_cads.official:tower": {},
     "companion.toy.encoders:build": {"weights": "random"},
     "companion.toy.encoders.detector:clip": {"weights": "random"},
     "companion.toy.promptpar:transform": {},
@@ -65,6 +65,7 @@ MOVED = {
     "companion.models.layers.vpt": "companion.models.sa2vp.baselines",
     "companion.models.metasegnet.inference": "companion.models.metasegnet.maps",
     "companion.models.metasegnet.losses": "companion.models.metasegnet.model",
+    "companion.models.sic_cads.model:_tower": "companion.models.sic_cads.official:tower",
     "companion.models.tip.text": "companion.models.tip.pipeline",
 }
 # the arguments of an encoder that a config may have

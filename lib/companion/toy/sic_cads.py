@@ -39,8 +39,8 @@ from ..evaluation.ablations import Study
 from ..evaluation.metrics.detection import evaluate
 from ..io.files import write_json
 from ..models.sic_cads import model as sic_cads
-from ..models.sic_cads.detectors import Output
 from ..models.sic_cads.detectors import rows as coco_rows
+from ..models.sic_cads.model import Output
 from ..models.sic_cads.predictions import BRANCHES, branch_scores, recognition
 from ..training.fit import History, fit
 from ..training.hardware import CPU

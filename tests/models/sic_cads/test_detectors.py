@@ -9,16 +9,8 @@ from torchvision.ops import box_convert, clip_boxes_to_image
 
 from companion.errors import CorruptFile, MissingWeights
 from companion.models.sic_cads import detectors
-from companion.models.sic_cads.detectors import (
-    GroundingDino,
-    Output,
-    Owl,
-    build,
-    read_results,
-    refine_results,
-    refined,
-    rows,
-)
+from companion.models.sic_cads.detectors import GroundingDino, Owl, build, read_results, refine_results, rows
+from companion.models.sic_cads.model import Output, refined
 from tests.models.common import refuses
 
 NAMES = ["cat", "hot_dog", "moon"]

@@ -9,8 +9,9 @@ import torch
 
 from companion.errors import BadCheckpoint, CorruptFile, MissingData, MissingWeights
 from companion.io.files import write_json
-from companion.models.sic_cads import detectors, predictions, recipe
 from companion.models.sic_cads import model as sic_cads
+from companion.models.sic_cads import official, predictions, recipe
+from companion.training import stored
 from companion.training.checkpoints import save
 from companion.training.hardware import Hardware
 from tests.conftest import parameters
@@ -76,27 +77,30 @@ def test_images_are_resized_as_for_the_detector_but_not_in_training(small, monke
 def test_trained_weights_are_loaded_with_another_vocabulary(small, tmp_path):
     model, other = recogniser(), (small_clip(), torch.randn(7, 24), torch.zeros(7, dtype=torch.bool))
     model.body.bn1.weight.data.mul_(1.5)  # of a frozen norm, which training does not change but the file must hold
-    weights = recipe.trained_weights(model)
+    weights = official.trained_weights(model)
     file = save(tmp_path, "mlr", weights)
     p = given(seed=9, checkpoint=str(file))
-    again = recipe.load(p, *other)
+
+    def load(p: SimpleNamespace) -> recipe.Recogniser:
+        return recipe.recogniser(p, *other, {})[0]()
+
+    again = load(p)
     assert again.text.shape == (7, 24)
-    assert all(torch.equal(t, weights[n]) for n, t in recipe.trained_weights(again).items())
+    assert all(torch.equal(t, weights[n]) for n, t in official.trained_weights(again).items())
     del weights["body.bn1.weight"]
     save(tmp_path, "mlr", weights)
-    refuses((lambda: recipe.load(p, *other), "body.bn1.weight"), error=BadCheckpoint)
-    refuses((lambda: recipe.load(given(checkpoint="nothing.pth"), *other), "nothing.pth"), error=MissingWeights)
+    refuses((lambda: load(p), "body.bn1.weight"), error=BadCheckpoint)
+    refuses((lambda: load(given(checkpoint="nothing.pth")), "nothing.pth"), error=MissingWeights)
     file.write_bytes(file.read_bytes()[:100])
-    refuses((lambda: recipe.load(p, *other), "mlr"), error=CorruptFile)
+    refuses((lambda: load(p), "mlr"), error=CorruptFile)
 
 
 def test_a_file_of_the_authors_is_loaded(monkeypatch):
     body = timm.create_model("resnet50", num_classes=0)
     theirs = sic_cads.MLR(body, torch.randn(5, 24), torch.zeros(5, dtype=torch.bool))
     state = {f"ovmlr_model.{name}": torch.randn_like(t) for name, t in theirs.to_official().items()}
-    monkeypatch.setattr(recipe.backbones, "read_state", lambda path: state)
-    monkeypatch.setattr(recipe, "build", lambda *_: recipe.Recogniser(body, torch.randn(9, 24), torch.ones(9) > 0))
-    found = recipe.load(given(checkpoint=__file__), None, None, None)
+    monkeypatch.setattr(official.backbones, "read_state", lambda path: state)
+    found = official.load(recipe.Recogniser(body, torch.randn(9, 24), torch.ones(9) > 0), __file__)
     assert torch.equal(found.heads.shared.weight, state["ovmlr_model.mlr_lin.weight"]) and len(found.text) == 9
 
 
@@ -131,29 +135,29 @@ def test_tests_are_in_float32_also_after_a_training_in_half_precision(small):
     test = recipe.generated(given(), 2)
     detect = torch.nn.Linear(4, 80)  # a detector that half precision would change
 
-    def found(image: torch.Tensor) -> detectors.Output:
+    def found(image: torch.Tensor) -> sic_cads.Output:
         boxes = torch.arange(8.0).reshape(2, 4)
-        return detectors.Output(boxes, detect(boxes).sigmoid(), image.shape[-2:])
+        return sic_cads.Output(boxes, detect(boxes).sigmoid(), image.shape[-2:])
 
     model, precisions = recogniser(), ("32-true", "bf16-mixed")
     plain, mixed = (
         predictions.predict(model, found, test, Hardware("cpu", precision=name), title="") for name in precisions
     )
-    assert plain.p.keys() == mixed.p.keys() == set(predictions.BRANCHES)
-    assert all(torch.equal(p, mixed.p[name]) for name, p in plain.p.items())
+    assert plain.scores.keys() == mixed.scores.keys() == set(predictions.BRANCHES)
+    assert all(torch.equal(each, mixed.scores[name]) for name, each in plain.scores.items())
     assert all(map(torch.equal, plain.probabilities, mixed.probabilities))
 
 
 def test_a_killed_test_predicts_no_saved_image_again(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(predictions, "EVERY", 2)
+    monkeypatch.setattr(stored, "EVERY", 2)
     test, model, seen = recipe.generated(given(), 5), recogniser(), []
 
-    def detect(image: torch.Tensor) -> detectors.Output:
+    def detect(image: torch.Tensor) -> sic_cads.Output:
         seen.append(image)
         if len(seen) == 4:
             raise KeyboardInterrupt
         scores = torch.rand(6, 80, generator=torch.Generator().manual_seed(int(image.sum())))
-        return detectors.Output(scores[:, :4].cumsum(1), scores, image.shape[-2:])
+        return sic_cads.Output(scores[:, :4].cumsum(1), scores, image.shape[-2:])
 
     def predict(folder: Path | None):
         return predictions.predict(model, detect, test, branches=["visual+"], folder=folder, title="")
@@ -167,7 +171,8 @@ def test_a_killed_test_predicts_no_saved_image_again(small, tmp_path, monkeypatc
     for found in (resumed, finished):
         for branch in ("", "visual+"):
             assert found.detections(branch) == whole.detections(branch) != []
-        assert found.p.keys() == whole.p.keys() == {"visual+"} and torch.equal(found.p["visual+"], whole.p["visual+"])
+        assert found.scores.keys() == whole.scores.keys() == {"visual+"}
+        assert torch.equal(found.scores["visual+"], whole.scores["visual+"])
         assert all(map(torch.equal, found.probabilities, whole.probabilities))
     (tmp_path / "2.pt").write_bytes(b"?")
     refuses((lambda: predict(tmp_path), r"2.pt"), error=CorruptFile)

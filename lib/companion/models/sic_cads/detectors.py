@@ -2,7 +2,7 @@
 
     detector = build("google/owlvit-base-patch32", boxes.class_names)
     output = detector(image)                    # boxes (R, 4), probabilities (R, C), before any threshold
-    best = refined(output, p, gamma=0.5)        # p (C,): the image-level scores of this image
+    best = refined(output, scores, gamma=0.5)   # scores (C,): the image-level ones of this image
 
 Any callable from an image to an `Output` is a detector: to plug one in, return its boxes and the whole matrix of
 probabilities *before* its own threshold, suppression and top-k. The libraries' `post_process` functions keep one class
@@ -19,9 +19,9 @@ them.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from open_clip import SimpleTokenizer
@@ -33,7 +33,7 @@ from ...backbones import quiet, unreachable
 from ...data.detection import check_results
 from ...errors import BadParameter, CorruptFile, MissingWeights
 from ...io.files import read_json
-from .model import Detections, check_pixels, detect, refine
+from .model import Detections, Output, check_pixels
 
 NAMES = (
     *("google/owlvit-base-patch32", "google/owlvit-base-patch16", "google/owlvit-large-patch14"),
@@ -41,47 +41,6 @@ NAMES = (
     *("IDEA-Research/grounding-dino-tiny", "IDEA-Research/grounding-dino-base"),
 )
 """Usual names; others of the three families load too."""
-
-FLOOR = 1e-3  # lower bound of scores: a set predictor has R · C of them
-
-
-class Output(NamedTuple):
-    """A detector's output for one image, before threshold, suppression and top-k."""
-
-    boxes: Tensor  # (R, 4) xyxy, pixels of the image
-    probabilities: Tensor  # (R, C), each in 0 to 1: every class of every box
-    size: tuple[int, int]  # height and width of the image
-
-
-Detector = Callable[[Tensor], Output]
-"""An image (3, H, W), uint8, RGB, to an `Output`."""
-
-
-def refined(
-    output: Output,
-    p: Tensor | None = None,
-    gamma: float = 0.5,
-    *,
-    threshold: float = FLOOR,
-    nms: float | None = 0.5,
-    top: int = 300,
-) -> Detections:
-    """The best boxes of an image: refinement by p (C,), then threshold, suppression within each class, top-k.
-
-    Args:
-        output: of the detector.
-        p: the image-level scores of the same image; None for the detector alone.
-        gamma, threshold, nms, top: see `models.sic_cads.refine` and `detect`. Set predictors (the three families here)
-            need no suppression, and 0.5 changes little.
-
-    Raises `BadParameter`: probabilities outside 0 to 1.
-    """
-    probabilities = output.probabilities
-    if probabilities.numel() and not (probabilities.min() >= 0 and probabilities.max() <= 1):
-        accepted = "probabilities in 0 to 1: take the sigmoid of logits first"
-        raise BadParameter("output", f"{probabilities.min():g} to {probabilities.max():g}", accepted)
-    scores = probabilities if p is None else refine(probabilities, p.to(probabilities), gamma)
-    return detect(output.boxes, scores, threshold, nms, top)
 
 
 def rows(detections: Detections, image_id: int | str, categories: Sequence[int]) -> list[dict]:
@@ -267,26 +226,26 @@ def read_results(path: str | Path) -> list[dict]:
 
 
 def refine_results(
-    results: Sequence[Mapping], p: Mapping[object, Tensor], categories: Sequence[int], gamma: float = 0.5
+    results: Sequence[Mapping], scores: Mapping[object, Tensor], categories: Sequence[int], gamma: float = 0.5
 ) -> list[dict]:
     """Finished results rescaled: the score s of class c becomes p_c ** gamma * s ** (1 - gamma).
 
     Args:
         results: rows as of `read_results`.
-        p: the image-level scores (C,) of each image, by image_id.
+        scores: the image-level ones (C,) of each image, by image_id.
         categories: the id of each class.
 
     Raises `BadParameter`: a row of an image without scores, or of a class that is not among `categories`.
     """
     factors = {
         (image, category): score**gamma
-        for image, scores in p.items()
-        for category, score in zip(categories, scores.tolist(), strict=True)
+        for image, row in scores.items()
+        for category, score in zip(categories, row.tolist(), strict=True)
     }
     refined_rows = []
     for row in results:
         place = row["image_id"], row["category_id"]
         if place not in factors:
-            raise BadParameter("results", place, "(image_id, category_id) with scores in `p` and `categories`")
+            raise BadParameter("results", place, "(image_id, category_id) with scores in `scores` and `categories`")
         refined_rows.append({**row, "score": factors[place] * row["score"] ** (1 - gamma)})
     return refined_rows

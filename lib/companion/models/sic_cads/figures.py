@@ -63,7 +63,7 @@ def scores(methods: Mapping[str, tuple[Predictions, str]]) -> pd.DataFrame:
     """
     rows = []
     for name, (outputs, branch) in methods.items():
-        alone = recognition(outputs.test, outputs.p[branch]) if branch else {}
+        alone = recognition(outputs.test, outputs.scores[branch]) if branch else {}
         row: dict[str, Any] = {"method": name}
         row |= {f"mAP {group}": alone.get(group, float("nan")) for group in ("novel", "base")}
         rows.append(row | {f"AP50 {group}": value for group, value in outputs.ap50(branch).items()})
@@ -84,12 +84,12 @@ def most_refined(outputs: Predictions, count: int) -> list[int]:
 
 def image_scores(outputs: Predictions, index: int, branches: Sequence[str], most: int = 16) -> Figure:
     """The image-level probabilities of one image by branch, the classes in order of the branch that refines."""
-    order = outputs.p[outputs.branch][index].argsort(descending=True)[:most].tolist()
+    order = outputs.scores[outputs.branch][index].argsort(descending=True)[:most].tolist()
     present = set(outputs.test.target(index).labels.tolist())
     marks = [
         ("• " if i in present else "") + outputs.names[i] + (" (novel)" if outputs.novel[i] else "") for i in order
     ]
-    table = pd.DataFrame([100 * outputs.p[name][index][order].numpy() for name in branches], [*branches], marks)
+    table = pd.DataFrame([100 * outputs.scores[name][index][order].numpy() for name in branches], [*branches], marks)
     return plots.heat_table(table, "image-level probability (%)", (0, 100), title=f"{outputs.title}; •: present")
 
 

@@ -26,7 +26,6 @@ from typing import Any, NamedTuple
 import torch
 from einops import rearrange
 from open_clip.model import CLIP
-from open_clip.transformer import QuickGELU, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import FeaturePyramidNetwork, batched_nms
@@ -39,7 +38,8 @@ from ...io.config import configure
 from ..layers.clip_prompting import Tokenizer, tokenise
 from ..layers.precision import without_autocast
 from ..layers.predicting import Images, Names, named, picture
-from ..layers.state_dicts import OfficialModel, check_names, depth, load_official, renamed
+from ..layers.state_dicts import OfficialModel, below, check_names, load_official, renamed
+from . import official
 
 PROMPT = "There is a {}"  # as released: no article choice, no stop, the class name exactly as in the annotation file
 IMAGENET = Input(416, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # 416: the shorter side at test
@@ -93,16 +93,16 @@ def fuse(p_text: Tensor, p_image: Tensor, share: Tensor | float) -> Tensor:
     return p_text**share * p_image ** (1 - share)
 
 
-def refine(probabilities: Tensor, p: Tensor, gamma: float = 0.5) -> Tensor:
+def refine(probabilities: Tensor, scores: Tensor, gamma: float = 0.5) -> Tensor:
     """Eq. 7: the detector's probabilities (R, C) refined by the image-level ones (C,).
 
     `gamma` 0 gives the detector's, 1 the image's for every box. Call it on the full matrix, background column dropped,
     before threshold, non-maximum suppression and top-k: within one image and one class it changes no order.
     """
     check_range("gamma", gamma, 0, 1)
-    if probabilities.ndim != 2 or p.shape != probabilities.shape[1:]:
-        raise BadParameter("p", tuple(p.shape), f"one score for each class of {tuple(probabilities.shape)}")
-    return probabilities.pow(1 - gamma).mul(p.to(probabilities.dtype).pow(gamma))
+    if probabilities.ndim != 2 or scores.shape != probabilities.shape[1:]:
+        raise BadParameter("scores", tuple(scores.shape), f"one score for each class of {tuple(probabilities.shape)}")
+    return probabilities.pow(1 - gamma).mul(scores.to(probabilities.dtype).pow(gamma))
 
 
 # --- losses -----------------------------------------------------------------------------------------------------------
@@ -355,9 +355,7 @@ class MLR(OfficialModel):
         return self.recognised(e_text, e_image if student else self.teacher_embeddings(images), share)
 
     def predict(self, images: Images, names: Names, detector: Callable | None = None, **options: Any) -> list[Any]:
-        """The score of each class; with a `detector` refined detections, options as of `detectors.refined`."""
-        from .detectors import refined  # imported here: it imports this module
-
+        """The score of each class; with a `detector` refined detections, options as of `refined`."""
         device, found = next(self.parameters()).device, list[Any]()
         known = names or [str(i) for i in range(self.classes)]
         for image in images:
@@ -408,33 +406,37 @@ class MLR(OfficialModel):
 
         Raises `BadCheckpoint`: names that are missing, unknown or of another shape, all of them listed.
         """
-        merged = {n.removeprefix("ovmlr_model."): t for n, t in state.items() if n.startswith("ovmlr_model.")}
-        state, what = merged or state, "SIC-CADS' image-level model (ResNet-50)"
-        check_names(state, {"text_embedding.weight", "mlr_lin.weight"}, what)
-        tower = {n.removeprefix("clip_model."): t for n, t in state.items() if n.startswith("clip_model.")}
-        teacher = _tower(tower) if tower else None
-        text = state["text_embedding.weight"]
-        model = cls(build("resnet50", "random"), text, novel, settings, teacher=teacher).eval()
-        load_official(model, state, model.official_names(), what, ignored=("backbone.bottom_up.base.fc.",))
+        state = official.cleaned(state)
+        check_names(state, {"text_embedding.weight", "mlr_lin.weight"}, official.WHAT)
+        tower = below(state, "clip_model.")
+        teacher = official.tower(tower) if tower else None
+        model = cls(
+            build("resnet50", "random"), state["text_embedding.weight"], novel, settings, teacher=teacher
+        ).eval()
+        load_official(model, state, model.official_names(), official.WHAT, ignored=(official.CLASSIFIER,))
         return model
 
     def official_names(self) -> dict[str, str]:
         """Our names to the authors', without the classifier `fc` of their files, which is never used."""
-        return renamed((name for name in self.state_dict() if not name.endswith("num_batches_tracked")), NAMES)
+        return renamed((name for name in self.state_dict() if not name.endswith("num_batches_tracked")), official.NAMES)
 
 
-# our names to the authors'
-NAMES = (
-    (r"^body\.", "backbone.bottom_up.base."),
-    (r"^pyramid\.extra_blocks\.", "backbone.top_block."),
-    (r"^pyramid\.inner_blocks\.(\d)\.0", lambda level: f"backbone.fpn_lateral{int(level[1]) + 3}"),
-    (r"^pyramid\.layer_blocks\.(\d)\.0", lambda level: f"backbone.fpn_output{int(level[1]) + 3}"),
-    (r"^heads\.shared", "mlr_lin"),
-    (r"^heads\.to_text", "mlr_lin2"),
-    (r"^heads\.to_image", "image_embedding"),
-    (r"^teacher\.", "clip_model."),
-    (r"^text$", "text_embedding.weight"),
-)
+class BatchLoss(nn.Module):
+    """The loss of a batch as one forward pass, which training on several devices requires.
+
+    A batch is of images, as `Crops` gives them, or of groups of images, as `Turns` does. Images with boxes rank the
+    base classes, those with labels alone all classes.
+    """
+
+    def __init__(self, model: MLR):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, positives: Tensor, boxes: Tensor) -> dict[str, Tensor]:
+        """The loss and its two terms, "rank" and "distill", as weighted in it."""
+        images, positives = images.flatten(0, -4), positives.flatten(0, -2)
+        rank, distill = self.model.loss(images, positives, boxes=boxes.flatten())
+        return {"loss": rank + distill, "rank": rank, "distill": distill}
 
 
 def check_pixels(images: Tensor) -> None:
@@ -448,23 +450,6 @@ def _standardised(pixels: Tensor, target: Input) -> Tensor:
     return (pixels / 255 - mean) / std
 
 
-def _tower(state: Mapping[str, Tensor]) -> VisionTransformer:
-    """CLIP's image tower (QuickGELU) of the size that a state dict has."""
-    width, _, patch, _ = state["conv1.weight"].shape
-    side = round((len(state["positional_embedding"]) - 1) ** 0.5)
-    tower = VisionTransformer(
-        image_size=side * patch,
-        patch_size=patch,
-        width=width,
-        layers=depth(state, "transformer.resblocks."),
-        heads=width // 64,
-        mlp_ratio=len(state["transformer.resblocks.0.mlp.c_fc.weight"]) / width,
-        output_dim=state["proj"].shape[1],
-        act_layer=QuickGELU,
-    )
-    return configure(tower.eval(), {"state": state}, _tower)
-
-
 @torch.no_grad()
 def vocabulary(clip: CLIP, tokenizer: Tokenizer, names: Names, batch: int = 64) -> Tensor:
     """Class names embedded by CLIP's text tower (C, D), of length 1.
@@ -476,6 +461,21 @@ def vocabulary(clip: CLIP, tokenizer: Tokenizer, names: Names, batch: int = 64) 
 
 
 # --- the detector -----------------------------------------------------------------------------------------------------
+
+
+FLOOR = 1e-3  # lower bound of scores: a set predictor has R · C of them
+
+
+class Output(NamedTuple):
+    """A detector's output for one image, before threshold, suppression and top-k."""
+
+    boxes: Tensor  # (R, 4) xyxy, pixels of the image
+    probabilities: Tensor  # (R, C), each in 0 to 1: every class of every box
+    size: tuple[int, int]  # height and width of the image
+
+
+Detector = Callable[[Tensor], Output]
+"""An image (3, H, W), uint8, RGB, to an `Output`."""
 
 
 class Detections(NamedTuple):
@@ -512,3 +512,31 @@ def detect(
     else:
         best = batched_nms(boxes[rows], scores, classes, nms)[:top]
     return Detections(boxes[rows[best]], scores[best], classes[best], rows[best])
+
+
+def refined(
+    output: Output,
+    scores: Tensor | None = None,
+    gamma: float = 0.5,
+    *,
+    threshold: float = FLOOR,
+    nms: float | None = 0.5,
+    top: int = 300,
+) -> Detections:
+    """The best boxes of an image: refinement by the image-level scores (C,), then threshold, suppression within each class, top-k.
+
+    Args:
+        output: of the detector.
+        scores: those of the same image; None for the detector alone.
+        gamma, threshold, nms, top: see `refine` and `detect`. Set predictors (the three families of `detectors`)
+            need no suppression, and 0.5 changes little.
+
+    Raises `BadParameter`: probabilities outside 0 to 1.
+    """
+    probabilities = output.probabilities
+    if probabilities.numel() and not (probabilities.min() >= 0 and probabilities.max() <= 1):
+        accepted = "probabilities in 0 to 1: take the sigmoid of logits first"
+        raise BadParameter("output", f"{probabilities.min():g} to {probabilities.max():g}", accepted)
+    if scores is not None:
+        probabilities = refine(probabilities, scores.to(probabilities), gamma)
+    return detect(output.boxes, probabilities, threshold, nms, top)

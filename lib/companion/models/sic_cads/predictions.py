@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from ...data import detection
-from ...errors import CorruptFile
 from ...evaluation.metrics.detection import evaluate, recognition_ap
-from ...io.files import atomic
 from ...io.progress import progress
 from ...training.hardware import CPU, Hardware, evaluating
+from ...training.stored import saved
 from ..layers.precision import without_autocast
 from . import detectors
 from . import model as sic_cads
@@ -26,7 +25,6 @@ from . import model as sic_cads
 BRANCHES = ("text", "visual", "visual+", "fused", "SIC-CADS")
 """Image-level scores: the text branch, the student, CLIP's own crops, and the two fusions."""
 KEPT = 2**28  # bytes of probabilities that predictions hold
-EVERY = 100  # images whose outputs are saved in one file
 
 
 @torch.no_grad()
@@ -56,7 +54,7 @@ class Predictions:
         branch, gamma: the image-level scores that refine, and their weight.
         threshold, nms, top: of the detections, after the refinement.
         boxes: of each image, (R, 4).
-        p: by branch, (n, C).
+        scores: the image-level ones by branch, (n, C).
         best: by branch, the detections of each image refined by `gamma`, after threshold, suppression and top-k: scores
             (k,), classes (k,) and rows (k,) of its boxes. Those of the detector alone are "".
         probabilities: (R, C) of the first images, as many as `KEPT` bytes hold.
@@ -66,11 +64,11 @@ class Predictions:
     test: detection.Boxes
     branch: str = "SIC-CADS"
     gamma: float = 0.5
-    threshold: float = detectors.FLOOR
+    threshold: float = sic_cads.FLOOR
     nms: float | None = None
     top: int = 100
     boxes: list[Tensor] = field(default_factory=list)
-    p: dict[str, Tensor] = field(default_factory=dict)
+    scores: dict[str, Tensor] = field(default_factory=dict)
     best: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = field(default_factory=dict)
     probabilities: list[Tensor] = field(default_factory=list)
 
@@ -86,8 +84,8 @@ class Predictions:
 
     def refined(self, index: int, gamma: float | None = None) -> Tensor:
         """The probabilities (R, C) of one of the first images after Eq. 7; `gamma` is the usual unless given."""
-        p = self.p[self.branch][index]
-        return sic_cads.refine(self.probabilities[index], p, self.gamma if gamma is None else gamma)
+        scores = self.scores[self.branch][index]
+        return sic_cads.refine(self.probabilities[index], scores, self.gamma if gamma is None else gamma)
 
     def detections(self, branch: str) -> list[dict]:
         """Detections of all predicted images, rows in COCO's result format; `branch` "": of the detector alone."""
@@ -110,7 +108,7 @@ class Predictions:
 
 def predict(
     model: sic_cads.MLR,
-    detect: detectors.Detector,
+    detect: sic_cads.Detector,
     test: detection.Boxes,
     hardware: Hardware = CPU,
     *,
@@ -123,59 +121,41 @@ def predict(
     Args:
         hardware: device, and number of processes that decode the images.
         branches: those that the outputs have, of `BRANCHES`; the detector alone is always there.
-        folder: where they are saved every `EVERY` images. Those that are there are not computed again: its name must
+        folder: where they are saved as they come. Those that are there are not computed again: its name must
             identify models, images and settings.
         combined: see `Predictions`.
 
     Raises `CorruptFile`: a file in `folder` that cannot be read.
     """
-    outputs = Predictions(test=test, **combined)
-    rows = _saved(folder, len(test)) if folder else []
-    images = DataLoader(Subset(test, range(len(rows), len(test))), None, num_workers=hardware.workers)
-    # the authors' recogniser is tested in float32; half precision would move boxes by pixels
-    with evaluating(hardware, model) as where, without_autocast(where):
-        held = sum(row["probabilities"].nbytes for row in rows if "probabilities" in row)
-        for index, (image, _) in enumerate(progress(images, "test images", len(images)), len(rows)):
-            boxes, probabilities = (x.cpu() for x in detect(image)[:2])
-            scores = {name: p[0].cpu() for name, p in branch_scores(model, image[None].to(where)).items()}
-            scores = {name: p for name, p in scores.items() if name in branches}
-            row: dict[str, Any] = {"boxes": boxes, "p": scores, "best": {}}
-            for branch, p in {"": None, **scores}.items():
-                matrix = probabilities if p is None else sic_cads.refine(probabilities, p, outputs.gamma)
-                best = _best(outputs, index, boxes, matrix)
-                row["best"][branch] = best.scores.clone(), best.classes.int(), best.rows.int()
-            held += probabilities.nbytes
-            if held <= KEPT:
-                row["probabilities"] = probabilities
-            rows.append(row)
-            if folder and (len(rows) % EVERY == 0 or len(rows) == len(test)):
-                with atomic(_file(folder, index)) as temporary:
-                    torch.save(rows[index // EVERY * EVERY :], temporary)
-    outputs.boxes.extend(row["boxes"] for row in rows)
-    outputs.p.update({name: torch.stack([row["p"][name] for row in rows]) for name in rows[0]["p"]})
-    outputs.best.update({branch: [row["best"][branch] for row in rows] for branch in rows[0]["best"]})
-    outputs.probabilities.extend(row["probabilities"] for row in rows if "probabilities" in row)
-    return outputs
+    outputs, rows, held = Predictions(test=test, **combined), list[dict[str, Any]](), 0
 
+    def computed(done: int) -> Iterator[dict[str, Any]]:
+        images = DataLoader(Subset(test, range(done, len(test))), None, num_workers=hardware.workers)
+        # the authors' recogniser is tested in float32; half precision would move boxes by pixels
+        with evaluating(hardware, model) as where, without_autocast(where):
+            for index, (image, _) in enumerate(progress(images, "test images", len(images)), done):
+                boxes, probabilities = (x.cpu() for x in detect(image)[:2])
+                scores = {name: each[0].cpu() for name, each in branch_scores(model, image[None].to(where)).items()}
+                scores = {name: scores[name] for name in scores if name in branches}
+                row: dict[str, Any] = {"boxes": boxes, "scores": scores, "best": {}}
+                for branch, each in {"": None, **scores}.items():
+                    matrix = probabilities if each is None else sic_cads.refine(probabilities, each, outputs.gamma)
+                    best = _best(outputs, index, boxes, matrix)
+                    row["best"][branch] = best.scores.clone(), best.classes.int(), best.rows.int()
+                if held + probabilities.nbytes <= KEPT:
+                    row["probabilities"] = probabilities
+                yield row
 
-def _file(folder: Path, index: int) -> Path:
-    """The file with the outputs for an image, and for those counted in the same hundred."""
-    return folder / f"{index // EVERY * EVERY}.pt"
-
-
-def _saved(folder: Path, count: int) -> list[dict[str, Any]]:
-    """The outputs that a stopped test of `count` images saved, up to the first file that is not there."""
-    rows: list[dict[str, Any]] = []
-    while len(rows) < count and (path := _file(folder, len(rows))).is_file():
-        try:
-            found = torch.load(path, map_location="cpu", weights_only=True)
-            complete = len(found) == min(EVERY, count - len(rows))
-        except Exception as error:  # a damaged file can raise anything
-            raise CorruptFile(path, f"no predictions ({type(error).__name__}); delete it to make them again") from error
-        if not complete:
-            raise CorruptFile(path, f"predictions for {len(found)} images; delete it to make them again")
-        rows += found
-    return rows
+    for row in saved(folder, len(test), computed):
+        rows.append(row)
+        held += row["probabilities"].nbytes if "probabilities" in row else KEPT
+    return replace(
+        outputs,
+        boxes=[row["boxes"] for row in rows],
+        scores={name: torch.stack([row["scores"][name] for row in rows]) for name in rows[0]["scores"]},
+        best={branch: [row["best"][branch] for row in rows] for branch in rows[0]["best"]},
+        probabilities=[row["probabilities"] for row in rows if "probabilities" in row],
+    )
 
 
 def _best(outputs: Predictions, index: int, boxes: Tensor, matrix: Tensor) -> sic_cads.Detections:
@@ -188,8 +168,8 @@ def _best(outputs: Predictions, index: int, boxes: Tensor, matrix: Tensor) -> si
     return sic_cads.Detections(*(values[counted] for values in best))
 
 
-def recognition(test: detection.Boxes, p: Tensor) -> dict[str, float]:
+def recognition(test: detection.Boxes, scores: Tensor) -> dict[str, float]:
     """mAP of image-level scores (n, C) of the images, over the base and the novel classes, in percent."""
-    each = recognition_ap(test.positives.numpy(), p.numpy())
+    each = recognition_ap(test.positives.numpy(), scores.numpy())
     groups = {"base": test.base, "novel": test.novel}
     return {name: float(np.nanmean(each[test.mask(group).numpy()])) for name, group in groups.items()}

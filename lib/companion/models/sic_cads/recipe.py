@@ -32,8 +32,7 @@ from ...training.hardware import WORKERS, Hardware, RunParameters, device
 from ...training.recipe import Training, dry_items
 from ...training.recipe import run as train
 from ...training.schedules import adamw
-from ..layers.state_dicts import load_official
-from . import detectors
+from . import detectors, official
 from . import model as sic_cads
 from .predictions import Predictions, predict
 
@@ -72,7 +71,7 @@ def run(p: Parameters, out: Path) -> Tested:
 
     The detectors here return all their boxes: the threshold is a lower bound, not the 0.15 or 0.2 that the released
     configurations set for theirs, and set predictors need no suppression. A training resumes from its checkpoint in
-    `out`/checkpoints, and a test from its outputs in `out`/predictions; the weights are saved in `out`/trained, for the
+    `out`/checkpoints, and a test from its outputs in `out`/outputs; the weights are saved in `out`/trained, for the
     parameter `checkpoint`. A dry run takes two steps on a few images of the dataset, or on generated ones where it is
     not below `data_root`.
 
@@ -83,7 +82,7 @@ def run(p: Parameters, out: Path) -> Tested:
     detector, clip, text = frozen(p, test)
     module, _ = train(training(p, *recogniser(p, clip, text, test.unseen, images)), out)
 
-    def detect(image: Tensor) -> detectors.Output:
+    def detect(image: Tensor) -> sic_cads.Output:
         return detector.to(where)(image)  # moved at the first image, not before processes for training are forked
 
     combined: dict[str, Any] = {"title": title, "branch": p.branch, "gamma": p.gamma or r.gamma, "top": r.top}
@@ -91,7 +90,7 @@ def run(p: Parameters, out: Path) -> Tested:
     facts = {key: getattr(p, key) for key in ("dataset", "clip", "detector")} | combined
     facts |= {"sources": test.sources, "images": test.labels, "positives": test.positives, "classes": test.class_names}
     key = checkpoints.checkpoint_key(**facts, precision=hardware.precision, models=nn.ModuleList([module, detector]))
-    folder = checkpoints.file(out / "predictions", f"{name}, {key}", "")
+    folder = checkpoints.file(out / "outputs", f"{name}, {key}", "")
     outputs = predict(module.model, detect, test, hardware, branches=[p.branch], folder=folder, **combined)
     record(out / "measured.csv", p, outputs)
     return Tested(module.model, outputs)
@@ -237,13 +236,14 @@ def recogniser(
     p: Parameters, clip: nn.Module, text: Tensor, novel: Tensor, images: Mapping[str, detection.Boxes]
 ) -> tuple[Callable[[], sic_cads.MLR], Dataset | None]:
     """What makes the recogniser of the parameters, and its training data: None where it is not trained."""
+    weights: str | Path = "random"
+    if "train" in images:
+        weights = p.weights or "pretrained"
+        weights = backbones.or_random(BODY, weights) if p.dry_run else weights
+    made = functools.partial(build, p, clip, text, novel, weights)
     if p.checkpoint:
-        return functools.partial(load, p, clip, text, novel), None
-    if "train" not in images:
-        return functools.partial(build, p, clip, text, novel, "random"), None
-    weights: str | Path = p.weights or "pretrained"
-    weights = backbones.or_random(BODY, weights) if p.dry_run else weights
-    return functools.partial(build, p, clip, text, novel, weights), training_data(p, images)
+        return lambda: official.load(made(), p.checkpoint), None
+    return made, training_data(p, images) if "train" in images else None
 
 
 # --- training data ----------------------------------------------------------------------------------------------------
@@ -346,24 +346,6 @@ def training_data(p: Parameters, images: Mapping[str, detection.Boxes]) -> Datas
     return Turns([crops, Crops(images["captions"], r.size, r.crop, boxes=False)], r.group)
 
 
-class BatchLoss(nn.Module):
-    """The loss of a batch as one forward pass, which training on several devices requires.
-
-    A batch is of images, as `Crops` gives them, or of groups of images, as `Turns` does. Images with boxes rank the
-    base classes, those with labels alone all classes.
-    """
-
-    def __init__(self, model: sic_cads.MLR):
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor, positives: Tensor, boxes: Tensor) -> dict[str, Tensor]:
-        """The loss and its two terms, "rank" and "distill", as weighted in it."""
-        images, positives = images.flatten(0, -4), positives.flatten(0, -2)
-        rank, distill = self.model.loss(images, positives, boxes=boxes.flatten())
-        return {"loss": rank + distill, "rank": rank, "distill": distill}
-
-
 # --- the recogniser ---------------------------------------------------------------------------------------------------
 
 
@@ -397,32 +379,6 @@ def build(p: Parameters, clip: nn.Module, text: Tensor, novel: Tensor, weights: 
     return Recogniser(backbones.build(BODY, weights), text, novel, settings, teacher=clip.visual)
 
 
-def load(p: Parameters, clip: nn.Module, text: Tensor, novel: Tensor) -> Recogniser:
-    """The trained recogniser of the file `checkpoint`, ours (`training`) or the authors', with this vocabulary.
-
-    Raises:
-        MissingWeights: no such file.
-        CorruptFile, BadCheckpoint: it cannot be read, or holds another model.
-    """
-    if not Path(p.checkpoint).is_file():
-        ways = [
-            "the authors never released theirs; train one (leave `checkpoint` empty): its weights are in `trained`",
-            "set branch = 'visual+', which needs no training",
-        ]
-        raise MissingWeights("SIC-CADS' recogniser", p.checkpoint, ways)
-    state, model = backbones.read_state(p.checkpoint), build(p, clip, text, novel, "random")
-    classes = [len(t) for name, t in state.items() if name.endswith("text_embedding.weight")]
-    if classes:  # the authors' names
-        state = trained_weights(sic_cads.MLR.from_official(state, torch.zeros(classes[0], dtype=torch.bool)))
-    load_official(model, state, {name: name for name in trained_weights(model)}, "SIC-CADS' recogniser on a ResNet-50")
-    return model.eval()
-
-
-def trained_weights(model: sic_cads.MLR) -> dict[str, Tensor]:
-    """The tensors of a recogniser without vocabulary and teacher: ResNet with its frozen norms, pyramid, heads."""
-    return {n: t for n, t in model.state_dict().items() if n != "text" and not n.startswith("teacher.")}
-
-
 # --- the training -----------------------------------------------------------------------------------------------------
 
 
@@ -450,7 +406,7 @@ def training(
     return Training(
         name=f"recogniser {p.dataset.rpartition('/')[2]} seed {p.seed}"
         + ", no captions" * ("coco" in p.dataset and not p.captions),
-        build=lambda: BatchLoss(build()),
+        build=lambda: sic_cads.BatchLoss(build()),
         loss=lambda module, items: module(*items),
         data=None if data is None else lambda: data,
         fit={
@@ -464,7 +420,7 @@ def training(
             "hardware": on,
         },
         facts=facts,
-        weights=lambda module: trained_weights(module.model),
+        weights=lambda module: official.trained_weights(module.model),
         every=1000,
         dry_run=p.dry_run,
     )
