@@ -523,7 +523,7 @@ def refined(
     nms: float | None = 0.5,
     top: int = 300,
 ) -> Detections:
-    """The best boxes of an image: refinement by the image-level scores (C,), then threshold, suppression within each class, top-k.
+    """The best boxes of an image: refinement by image-level scores (C,), then threshold, suppression, top-k.
 
     Args:
         output: of the detector.
