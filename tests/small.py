@@ -56,7 +56,7 @@ def _dmt(recipe: ModuleType, patch: pytest.MonkeyPatch) -> None:
     few = {"rpn_post_nms_top_n_train": 64, "rpn_post_nms_top_n_test": 16, "box_batch_size_per_image": 32}
     patch.setattr(recipe.down, "MaskRCNN", functools.partial(recipe.down.MaskRCNN, **few, box_detections_per_img=4))
     patch.setattr(recipe.vit, "build", build)
-    patch.setattr(recipe.dmt_teachers, "build", build)
+    patch.setattr(recipe.official, "build", build)
 
 
 def _dplq(recipe: ModuleType, patch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,7 @@ import companion
 from companion import backbones
 from companion.data import classification, domains, rasters, xrays
 from companion.errors import CorruptFile
-from companion.models import ecamp, hvit, metasegnet, sic_cads
-from companion.models.dmt import downstream
+from companion.models import dmt, ecamp, hvit, metasegnet, sic_cads
 from companion.models.ecamp.detection import decode
 from tests.models.common import refuses
 from tests.small import small_pipe
@@ -54,8 +53,8 @@ OUTPUTS: dict[str, tuple[Callable, Callable, bool]] = {
     "VPT": (lambda m: classification.resize_transform(input_of(m)), lambda m, x: m(x).softmax(1), False),
     "DPLQ": (lambda m: domains.clip_transform(input_of(m)), lambda m, x: m(x).softmax(1), False),
     "PromptPAR": (lambda m: narrow, lambda m, x: m(x).logits.sigmoid(), False),
-    "DMT's classifier": (lambda m: downstream.test_transform(32), lambda m, x: m(x).softmax(1), False),
-    "DMT's student": (lambda m: downstream.test_transform(32), lambda m, x: m.features(x), False),
+    "DMT's classifier": (lambda m: dmt.vit.test_transform(32), lambda m, x: m(x).softmax(1), False),
+    "DMT's student": (lambda m: dmt.vit.test_transform(32), lambda m, x: m.features(x), False),
     "ECAMP": (lambda m: xrays.test_transform(32), lambda m, x: m.encoder.forward_features(x)[:, 1:].mean(1), True),
     "ECAMP's classifier": (lambda m: xrays.test_transform(32), lambda m, x: m(x).sigmoid(), True),
     "ECAMP's segmenter": (lambda m: xrays.squeeze_transform(32), lambda m, x: m(x).sigmoid(), True),

@@ -199,7 +199,7 @@ TRANSFORMS = {  # the saved one, and the test form that is expected
     "crop": tuple(classification.crop_transform(INPUT, train=train) for train in (True, False)),
     "CLIP": tuple(domains.clip_transform(INPUT, train=train) for train in (True, False)),
     "square": tuple(attributes.square_transform(32, train=train) for train in (True, False)),
-    "DMT": (downstream.test_transform(32),) * 2,
+    "DMT": (dmt.vit.test_transform(32),) * 2,
     "X-ray": (xrays.test_transform(32),) * 2,
     "squeezed X-ray": (xrays.squeeze_transform(32),) * 2,
 }

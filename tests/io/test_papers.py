@@ -72,7 +72,7 @@ IN_CODE = {(slug, "dataset"): [*({*sets(task)} - UNUSED), "folder"] for slug, ta
     ("metasegnet", "augmentation"): ["recipe", *of("metasegnet", "maps", "AUGMENTATIONS")],
     ("metasegnet", "held_out"): ["", *Prompts.read().zones],
 }
-NAMED = """bat method recipe METHODS, dmt teachers teachers RELEASED, dmt losses recipe LOSSES, dmt task recipe USUAL,
+NAMED = """bat method recipe METHODS, dmt teachers official RELEASED, dmt losses recipe LOSSES, dmt task recipe USUAL,
 hvit head model HEADS,
 metasegnet method prompts LEVELS, promptpar method recipe METHODS,
 tip method recipe METHODS"""

@@ -49,6 +49,10 @@ from companion.io.files import read_json
 from . import fill
 
 ROOT = Path(__file__).parent
+TOOLS = {
+    f"models.dmt.teachers:{name}": f"tools.encoders.pocket_teachers:{name}" for name in ("mlp", "contrastive_loss")
+}
+"""MoCo v3's heads and loss, which train a toy encoder alone, by their names in recorded cases."""
 TOLERANCE = 1e-4  # of the largest magnitude of an output
 TOLERANCE_GRADIENT = 1e-3  # of a gradient's norm
 
@@ -174,8 +178,8 @@ def _called(target: str, look: Any) -> Any:
     """The function, class or method that a step calls."""
     if target.startswith("$"):
         return look(target)
-    theirs = target.startswith(("torch", "timm"))
-    module, _, name = (target if theirs else today(f"companion.{target}")).partition(":")
+    path = target if target.startswith(("torch", "timm")) else TOOLS.get(target) or today(f"companion.{target}")
+    module, _, name = path.partition(":")
     return functools.reduce(getattr, name.split("."), importlib.import_module(module))
 
 

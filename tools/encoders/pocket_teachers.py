@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from companion.models.dmt.teachers import contrastive_loss, mlp
 from companion.models.dmt.vit import ViT
 from companion.models.hvit.dino import SelfDistillation, half_cosine
 from companion.models.layers.mae import MAE
@@ -42,6 +41,22 @@ RECIPE: dict[str, Any] = {
     "images": 6000,
     "seed": 0,
 }
+
+
+def mlp(inputs: int, hidden: int, outputs: int, layers: int) -> nn.Sequential:
+    """MoCo v3's heads: linear layers without bias, batch norm and ReLU between, a last batch norm without affine."""
+    steps: list[nn.Module] = []
+    for i in range(layers):
+        last = i == layers - 1
+        steps.append(nn.Linear(inputs if i == 0 else hidden, outputs if last else hidden, bias=False))
+        steps += [nn.BatchNorm1d(outputs, affine=False)] if last else [nn.BatchNorm1d(hidden), nn.ReLU()]
+    return nn.Sequential(*steps)
+
+
+def contrastive_loss(queries: Tensor, keys: Tensor, temperature: float = 0.2) -> Tensor:
+    """Cross-entropy of each query (B, E) with its key among all of the batch, times 2 T."""
+    q, k = F.normalize(queries.float(), dim=1), F.normalize(keys.float(), dim=1).detach()
+    return F.cross_entropy(q @ k.T / temperature, torch.arange(len(q), device=q.device)) * (2 * temperature)
 
 
 def crops(images: Tensor, share: tuple[float, float]) -> Tensor:

@@ -12,7 +12,8 @@ from torch.utils.data import TensorDataset
 from torchvision.transforms import v2
 
 from companion.models.dmt import downstream as down
-from companion.models.dmt.vit import build
+from companion.models.dmt import vit as vits
+from companion.models.dmt.vit import MEAN, STD, build
 from companion.training import fit, hardware
 
 CPU = {"hardware": hardware.CPU}
@@ -79,8 +80,8 @@ def test_ridge_is_scikit_learns():
 def test_transforms():
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 70, 3), np.uint8))
     cut = picture.resize((51, 37), Image.Resampling.BICUBIC).crop((10, 2, 42, 34))  # 37 = 32 x 256 / 224
-    expected = (np.asarray(cut) / 255 - down.MEAN) / down.STD
-    np.testing.assert_allclose(down.test_transform(32)(picture), expected.transpose(2, 0, 1), atol=1e-5)
+    expected = (np.asarray(cut) / 255 - MEAN) / STD
+    np.testing.assert_allclose(vits.test_transform(32)(picture), expected.transpose(2, 0, 1), atol=1e-5)
 
 
 def squares(count=8, side=64):

@@ -10,7 +10,7 @@ Several frozen self-supervised ViTs distilled into one student:
 
 from ..layers.mae import MAE
 from .model import DMT, Teachers, loss
-from .teachers import released
+from .official import released
 from .vit import ViT, build
 
 __all__ = ["DMT", "MAE", "Teachers", "ViT", "build", "loss", "released"]

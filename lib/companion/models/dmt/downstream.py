@@ -36,7 +36,7 @@ from torchvision import tv_tensors
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign, box_convert
-from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms import v2
 
 from ...io.config import configure
 from ...io.progress import progress
@@ -45,21 +45,12 @@ from ...training.hardware import AUTO, Hardware, evaluating
 from ...training.schedules import adamw, learning_rates
 from ...training.stored import saved
 from ..layers import heads
-from .vit import ViT
+from .vit import MEAN, NORMALISE, STD, ViT
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of all released teachers
-NORMALISE = v2.Normalize(list(MEAN), list(STD))
 IGNORED = 255
 # of fine-tuning [anc: MAE]
 RAND_AUGMENT, ERASING = "rand-m9-mstd0.5-inc1", 0.25
 MIXUP, CUTMIX, SMOOTHING = 0.8, 1.0, 0.1
-
-
-def like(vit: ViT, drop_path: float = 0.0) -> ViT:
-    """A copy with stochastic depth, all of it trained, the position embedding too; see `heads.like`."""
-    model = heads.like(vit, drop_path)
-    model.masked_embed = None  # in no forward pass here
-    return model
 
 
 def layer_decayed(
@@ -125,14 +116,6 @@ def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
     return posterize(image, bits, **options) if bits else Image.new(image.mode, image.size)
 
 
-def test_transform(size: int = 224) -> v2.Transform:
-    """The centre of an image whose short side is size x 256 / 224, bicubic."""
-    cubic = InterpolationMode.BICUBIC
-    steps = [v2.Resize(round(size * 256 / 224), cubic, antialias=True), v2.CenterCrop(size), v2.PILToTensor()]
-    steps += [v2.ToDtype(torch.float32, scale=True), NORMALISE]
-    return configure(v2.Compose(steps), {"size": size}, test_transform)
-
-
 def mixed_loss(classes: int) -> Callable:
     """For `fit`: cross-entropy of smoothed labels, images mixed in pairs by mixup or cutmix, as MAE's."""
     mixes = [v2.MixUp(alpha=MIXUP, num_classes=classes), v2.CutMix(alpha=CUTMIX, num_classes=classes)]
@@ -146,24 +129,17 @@ def mixed_loss(classes: int) -> Callable:
 
 
 def fine_tune(
-    vit: ViT,
-    classes: int,
-    data: Dataset,
-    *,
-    epochs: float = 100,
-    batch: int = 1024,
-    lr: float | None = None,
-    **options: Any,
+    vit: ViT, classes: int, data: Dataset, *, epochs: float = 100, batch: int = 1024, **options: Any
 ) -> tuple[ViT, History]:
-    """A trained classifier and its history, by MAE's settings for ViT-B: warm-up in 5 % of the steps, then cosine.
+    """A trained classifier and its history, by MAE's settings for ViT-B: warm-up in 5 % of the steps, then cosine;
+    the learning rate is 5e-4 for each 256 images of a batch.
 
     Args:
         data: of (image, label).
-        lr: by default 5e-4 for each 256 images of a batch.
         options: of `fit`.
     """
     model, steps = classifier(vit, classes), max(1, round(epochs * (len(data) // batch)))
-    rates = learning_rates("cosine", 5e-4 * batch / 256 if lr is None else lr, steps, round(0.05 * steps), 1e-6)
+    rates = learning_rates("cosine", 5e-4 * batch / 256, steps, round(0.05 * steps), 1e-6)
     options |= layer_decayed(rates)
     return model, fit(model, mixed_loss(classes), data, epochs=epochs, batch=batch, **options)
 
@@ -224,7 +200,8 @@ class Scales(nn.Module):
 
     def __init__(self, vit: ViT, layers: Sequence[int], drop_path: float):
         super().__init__()
-        self.vit, self.layers = like(vit, drop_path), layers
+        self.vit, self.layers = heads.like(vit, drop_path), layers
+        self.vit.masked_embed = None  # in no forward pass here
         self.vit.norm.requires_grad_(False)  # the maps are taken before it
         width, half, quarter = vit.width, vit.width // 2, vit.width // 4
         larger = (nn.ConvTranspose2d(width, half, 2, 2), LayerNorm2d(half), nn.GELU())

@@ -38,10 +38,9 @@ from ...training.schedules import adamw, learning_rates, schedule, sgd
 from ...training.stored import saved
 from . import cache as dmt_cache
 from . import downstream as down
-from . import teachers as dmt_teachers
-from . import vit
+from . import official, vit
 from .model import DMT, Teachers, loss
-from .vit import ViT
+from .vit import NORMALISE, ViT, test_transform
 
 WORKERS = 16
 MICRO_BATCH = 256  # micro-batch of a device; the gradients of a step are accumulated
@@ -162,12 +161,12 @@ def released(p: Parameters, name: str) -> ViT:
         raise BadParameter("teacher_files", sorted(unused), f"name=file, the name one of {p.teachers} (`teachers`)")
     torch.manual_seed(p.seed + zlib.crc32(name.encode()))  # random teachers differ from each other
     try:
-        return dmt_teachers.released(name, files.get(name, "pretrained"))
+        return official.released(name, files.get(name, "pretrained"))
     except MissingWeights:
         if not p.dry_run:
             raise
         print(f"{name}: its weights are not here; random ones in this dry run")
-        return dmt_teachers.released(name, "random")
+        return official.released(name, "random")
 
 
 def teachers(p: Parameters) -> Teachers:
@@ -267,7 +266,7 @@ def augment(size: int = 224) -> v2.Transform:
     crop = v2.RandomResizedCrop(size, CROP, interpolation=InterpolationMode.BICUBIC, antialias=True)
     # bicubic overshoots a little
     inside = v2.Lambda(functools.partial(torch.clamp, min=0, max=1))
-    return v2.Compose([crop, inside, v2.RandomHorizontalFlip(), down.NORMALISE])
+    return v2.Compose([crop, inside, v2.RandomHorizontalFlip(), NORMALISE])
 
 
 class Augmented(Dataset):
@@ -342,7 +341,7 @@ def splits(p: Parameters, count: int, real: bool) -> list[Any]:
     if not real:
         return [_generated(p, count, p.seed + i) for i in range(2)]
     dataset, augments = USUAL[p.task], p.task == "fine-tune"
-    test = down.test_transform() if dataset == IMAGENET else None
+    test = test_transform() if dataset == IMAGENET else None
     found = {
         "train": pretraining.load(dataset, p.data_root, "train", down.train_transform() if augments else test),
         "test": pretraining.load(dataset, p.data_root, "test", test),

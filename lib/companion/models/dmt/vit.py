@@ -15,6 +15,7 @@ from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torchvision.transforms import InterpolationMode, v2
 
 from ...errors import check_choice
 from ...io.config import configure
@@ -25,6 +26,8 @@ from ..layers.pos_embed import sincos_table
 from ..layers.predicting import Images, Names, Transform, named, outputs
 from ..layers.state_dicts import OfficialModel, below
 
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of all released teachers
+NORMALISE = v2.Normalize(list(MEAN), list(STD))
 # students [paper: tiny, small, base]; with the usual widths. Pocket: ours, for a CPU (section 14)
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"width": 192, "depth": 12, "heads": 3},
@@ -106,8 +109,6 @@ class ViT(VisionTransformer, OfficialModel):
 
     def predict(self, images: Images, names: Names, transform: Transform = None) -> list[Any]:
         """Features (2 D,) of each image; of a classifier the probability of each class."""
-        from .downstream import test_transform  # imported here: it imports this module
-
         transform = transform or test_transform(self.patch_embed.img_size[0])
         if not self.num_classes:
             return list(outputs(self, images, transform, run=self.features))
@@ -164,3 +165,11 @@ def build(size: str = "small", **options: Any) -> ViT:
     """A random ViT (torch's current seed) of one of `SIZES`; `options` as in `ViT`."""
     check_choice("size", size, SIZES)
     return ViT(**{**SIZES[size], **options})
+
+
+def test_transform(size: int = 224) -> v2.Transform:
+    """The centre of an image whose short side is size x 256 / 224, bicubic."""
+    cubic = InterpolationMode.BICUBIC
+    steps = [v2.Resize(round(size * 256 / 224), cubic, antialias=True), v2.CenterCrop(size), v2.PILToTensor()]
+    steps += [v2.ToDtype(torch.float32, scale=True), NORMALISE]
+    return configure(v2.Compose(steps), {"size": size}, test_transform)

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from companion.backbones import read_state
 from companion.errors import BadCheckpoint, CorruptFile, MissingWeights
-from companion.models.dmt import teachers as dmt_teachers
+from companion.models.dmt import official
 from companion.models.dmt.vit import ViT, build
 from companion.models.layers.mae import MAE
 from tests.models.common import refuses
@@ -57,7 +57,7 @@ def test_released_files(tmp_path, images):
         torch.save(content, tmp_path / name)
         assert torch.equal(ViT.from_official(read_state(tmp_path / name), 4)(images), model(images)), name
     save_file(plain, tmp_path / "plain.safetensors")
-    loaded = dmt_teachers.released("iBOT", tmp_path / "plain.safetensors")  # heads are read from the width, 48: one
+    loaded = official.released("iBOT", tmp_path / "plain.safetensors")  # heads are read from the width, 48: one
     assert (loaded.blocks[0].attn.num_heads, loaded.positions) == (1, "learned")
 
 
@@ -65,7 +65,7 @@ def test_other_files_are_refused(tmp_path, monkeypatch):
     torch.save({"epoch": 3}, tmp_path / "other.pth")
     (tmp_path / "cut.safetensors").write_bytes(b"no")
     save_file({"a": torch.ones(1)}, tmp_path / "else.safetensors")
-    released, read = dmt_teachers.released, read_state
+    released, read = official.released, read_state
     refuses(
         (lambda: read(tmp_path / "other.pth"), r"other\.pth"),
         (lambda: read(tmp_path / "cut.safetensors"), r"cut\.safetensors"),
