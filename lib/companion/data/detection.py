@@ -306,12 +306,22 @@ def read_annotations(given: str | Path | Mapping, shapes: bool = False) -> dict[
     return {**found, "annotations": _arrays(content.annotations, known["images"], ranks, wrong)}
 
 
-_parsed = once(read_annotations)
+@once
+def _parsed(file: Path, shapes: bool) -> dict[str, Any]:
+    return read_annotations(file, shapes)
 
 
-def _of_file(file: Path, shapes: bool = False) -> dict[str, Any]:
-    """`read_annotations` of a file, which is parsed once while it does not change; the lists are the caller's own."""
-    found = _parsed(file, shapes)
+@once
+def _captioned(file: Path) -> dict[str, Any]:
+    known = {**COCO_BASE, **COCO_NOVEL, **COCO_OTHER}
+    categories = [{"id": i, "name": name} for name, i in sorted(known.items(), key=lambda pair: pair[1])]
+    return caption_labels(read_json(file), with_synonyms(categories), file)
+
+
+def _of_file(file: Path, shapes: bool = False, captions: bool = False) -> dict[str, Any]:
+    """`read_annotations`, or `caption_labels`, of a file, which is parsed once while it does not change; the lists are
+    the caller's own."""
+    found = _captioned(file) if captions else _parsed(file, shapes)
     return found | {part: [dict(row) for row in found[part]] for part in ("images", "categories")}
 
 
@@ -533,9 +543,7 @@ def _read(dataset: DataSet, root: Path, split: str) -> tuple[dict, Sequence[int]
     folder = dataset.folder(root)
     file = tables.existing(dataset, root, *(folder / name for name in FILES[dataset.name][split]))
     if split == "captions":
-        known = {**COCO_BASE, **COCO_NOVEL, **COCO_OTHER}
-        categories = [{"id": i, "name": name} for name, i in sorted(known.items(), key=lambda pair: pair[1])]
-        return caption_labels(read_json(file), with_synonyms(categories), file), OV_COCO_BASE, OV_COCO_NOVEL
+        return _of_file(file, captions=True), OV_COCO_BASE, OV_COCO_NOVEL
     found = _of_file(file)
     tables.check_count(dataset, root, len(found["images"]), dataset.sizes.get(split), f"images in {file}")
     ids = [category["id"] for category in found["categories"]]

@@ -50,6 +50,7 @@ def build(**changes) -> MLR:
 
 
 def test_only_what_the_paper_trains_gets_a_gradient_and_the_callers_modules_stay():
+    torch.manual_seed(0)  # with some weights no pair of classes is ranked wrongly
     own, teacher = body(), Teacher()
     model = build(body=own, teacher=teacher).train()
     model.set_grad_checkpointing()
