@@ -30,6 +30,20 @@ def broken_rule(importer: tuple[str, ...], imported: tuple[str, ...]) -> str:
     return ""
 
 
+def test_each_paper_has_one_shape_and_what_several_share_is_shared() -> None:
+    """`official` is missing where there is no code of the authors."""
+    for slug in PAPERS:
+        found = {path.stem for path in (PACKAGE / "models" / slug).glob("*.py")}
+        assert found >= {"model", "recipe", "figures"} and (slug == "tip" or "official" in found), slug
+    layers = {path.stem: set[str]() for path in (PACKAGE / "models/layers").glob("[!_]*.py")}
+    for path in PACKAGE.glob("models/*/*.py"):
+        for file in direct_imports(path, path.read_text(encoding="utf-8")):
+            if file.parent.name == "layers" and file.stem in layers:
+                layers[file.stem].add(path.parent.name)
+    alone = {module: by for module, by in layers.items() if len(by - {"layers"}) < 2}
+    assert not alone
+
+
 def test_imports_follow_the_rules() -> None:
     broken, imports = [], {}
     for path in sorted(PACKAGE.rglob("*.py")):

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from companion.errors import BadCheckpoint, CorruptFile, MissingWeights
 from companion.models.dplq import DPLQ, DomainModel, MAEFeatures, domain_model
-from companion.models.dplq.model import NoFeatures, sam_state
+from companion.models.dplq.model import NoFeatures
+from companion.models.dplq.official import sam_state
 from companion.models.layers import mae
 from companion.toy import encoders
 from companion.toy.tokens import Tokenizer

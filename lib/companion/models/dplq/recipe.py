@@ -29,7 +29,8 @@ from ...training.recipe import run as train
 from ...training.schedules import MakeOptimizer, Schedule, schedule, sgd
 from ..layers.clip_prompting import PromptedCLIP
 from . import baselines as coop
-from .model import DPLQ, PROMPT, TEST_BATCH, domain_model, loss
+from .model import DPLQ, PROMPT, TEST_BATCH, loss
+from .official import domain_model
 
 CLIP = "ViT-B-16/openai"
 DOMAINS = {"remote": "remote-sensing", "medical": "medical"}
