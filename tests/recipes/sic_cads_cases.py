@@ -441,6 +441,14 @@ class _Watch(Callback):
         loop.stopped = loop.step == self.until
 
 
+def _history(p: Any, model: nn.Module, data: Any, r: recipe.Recipe, watch: _Watch) -> list[dict[str, Any]]:
+    """The history of a training by another recipe."""
+    with mock.patch.object(recipe, "published", lambda *_: r):
+        training = recipe.training(p, lambda: model, data)
+    fit = training.fit | {"callbacks": [*training.fit["callbacks"], watch]}
+    return run(dataclasses.replace(training, fit=fit, dry_run=False))[1]
+
+
 class _Colours(nn.Module):
     """Replaces CLIP's image tower: the mean colour of each crop times a fixed matrix."""
 
@@ -469,8 +477,7 @@ def _selection(case: Case) -> list[Row]:
     model.register_forward_hook(lambda module, *_: modes.append(module.training))
     short = dataclasses.replace(coco, iterations=steps, warmup=1, batch=1)
     p, data = _parameters("detection/ov-coco", True), InOrder(items, steps)
-    training = recipe.training(p, lambda: model, data, r=short, callbacks=[watch])
-    _, history = run(dataclasses.replace(training, dry_run=False))
+    history = _history(p, model, data, short, watch)
     last = torch.equal(model.heads.shared.weight, watch.seen[-1]) and not torch.equal(watch.seen[-1], watch.seen[-2])
     kept = "the weights after the last step, bit by bit"
     expected = case.expected
@@ -529,8 +536,7 @@ def _trajectory(case: Case) -> list[Row]:
     )
     watch = _Watch(settings["steps_done"])
     p = _parameters(dataset, captions, seed)
-    training = recipe.training(p, lambda: model, InOrder(items, r.iterations), r=r, callbacks=[watch])
-    _, history = run(dataclasses.replace(training, dry_run=False))
+    history = _history(p, model, InOrder(items, r.iterations), r, watch)
     losses = [[row[name] for name in ("loss", "rank", "distill")] for row in history]
     rows = [
         near("losses_of_each_step", expected["losses_of_each_step"], losses, relative=tolerance["loss"]),

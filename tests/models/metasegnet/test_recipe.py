@@ -181,7 +181,8 @@ def test_images_of_several_sizes_are_tested_in_batches_by_the_workers_of_the_har
         recipe.confusion(Echo(), recipe.Part(data, [], [*"abc"]), None, hardware=replace(CPU, workers=workers))
     assert asked == [0, 1]
     for batch in (1, 2, 5):
-        assert torch.equal(recipe.confusion(Echo(), recipe.Part(data, [], [*"abc"]), None, batch=batch), expected)
+        monkeypatch.setattr(recipe, "TEST_BATCH", batch)
+        assert torch.equal(recipe.confusion(Echo(), recipe.Part(data, [], [*"abc"]), None), expected)
 
 
 def test_openearthmap_with_a_zone_left_out(quick, tmp_path):

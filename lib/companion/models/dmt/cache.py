@@ -177,6 +177,6 @@ def build(
     return Cache(views, folder, len(teachers.models))
 
 
-def size(rows: int, tokens: int, widths: Sequence[int], dtype: str = "float16") -> int:
-    """The size of a cache in bytes."""
-    return rows * tokens * sum(widths) * np.dtype(dtype).itemsize
+def size(rows: int, tokens: int, widths: Sequence[int]) -> int:
+    """The size of a cache in float16, in bytes."""
+    return 2 * rows * tokens * sum(widths)

@@ -470,8 +470,9 @@ class WholeScenes(Dataset):
 
 
 @torch.no_grad()
-def slide(model: nn.Module, image: Tensor, size: int = 512, stride: int = 341) -> Tensor:
-    """Logits (C, H, W) of one normalised image (3, H, W), sides at least `size`: means over overlapping windows."""
+def slide(model: nn.Module, image: Tensor, size: int) -> Tensor:
+    """Logits (C, H, W) of one normalised image (3, H, W), sides at least `size`: means over windows that overlap."""
+    stride = 2 * size // 3
     starts = [sorted({min(i, n - size) for i in range(0, n - size + stride, stride)}) for n in image.shape[1:]]
     corners = list(itertools.product(*starts))
     windows = model(torch.stack([image[:, y : y + size, x : x + size] for y, x in corners])).float()  # (n, C, S, S)

@@ -127,18 +127,19 @@ def attention(model: MetaSegNet, images: Tensor, texts: Sequence[str] | Tensor) 
 
 
 @styled
-def word_maps(model: MetaSegNet, image: Tensor, text: str, count: int = 6, title: str = "image") -> Figure:
-    """Attention of an image's positions to words of its text: a row for each stage, a column for each word.
+def word_maps(model: MetaSegNet, image: Tensor, text: str, title: str = "image") -> Figure:
+    """Attention of an image's positions to six words of its text, those whose maps vary most over the image.
+
+    A row for each stage, a column for each word, one colour scale.
 
     Args:
         image: (3, H, W), normalised.
-        count: of words, those whose maps vary most over the image, on one colour scale.
         title: above the image.
     """
     words = model.text.words(text) if model.text is not None else []
     maps = {k: a[0, ..., : len(words)].cpu() for k, a in attention(model, image[None], [text]).items()}
     varying = torch.stack([a.flatten(0, 1).std(0) for a in maps.values()]).sum(0)
-    shown = varying.argsort(descending=True)[:count].sort().values.tolist()
+    shown = varying.argsort(descending=True)[:6].sort().values.tolist()
     size = (8.4, 1.02 * len(maps) + 0.3)
     figure, axes = plt.subplots(len(maps), 1 + len(shown), figsize=size, squeeze=False, layout="compressed")
     scale = Normalize(0, max(float(a[..., shown].max()) for a in maps.values()))

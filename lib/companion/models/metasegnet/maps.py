@@ -40,17 +40,12 @@ BLOCK = 512  # side of a map's tiles
 PREVIEW = 2048  # longest side of a preview in pixels
 
 
-def views(kind: str) -> list[tuple[bool, bool, float]]:
-    """The views of a test-time augmentation, 1, 4, 16 or 8: (flipped left-right, flipped upside down, scale)."""
-    check_choice("kind", kind, AUGMENTATIONS)
-    return list(itertools.product(*AUGMENTATIONS[kind]))
-
-
 def augmented(predict: Predict, images: Tensor, kind: str = "lr") -> Tensor:
-    """The mean of the logits (B, C, H, W) over the `views` of images (B, 3, H, W).
+    """The mean of the logits (B, C, H, W) over the 1, 4, 16 or 8 views of images (B, 3, H, W) of `AUGMENTATIONS`.
 
     Images and logits are scaled bicubically."""
-    size, total, every = images.shape[-2:], 0, views(kind)
+    check_choice("kind", kind, AUGMENTATIONS)
+    size, total, every = images.shape[-2:], 0, list(itertools.product(*AUGMENTATIONS[kind]))
     for left_right, upside_down, scale in every:
         dims = [dim for dim, flipped in ((-1, left_right), (-2, upside_down)) if flipped]
         x = images.flip(dims)

@@ -338,12 +338,7 @@ def network(
 
 @torch.no_grad()  # not inference mode: a frozen text encoder caches states that are used in later training
 def confusion(
-    model: MetaSegNet,
-    test: Part,
-    texts: Sequence[str] | None,
-    augmentation: str = "none",
-    hardware: Hardware = AUTO,
-    batch: int = TEST_BATCH,
+    model: MetaSegNet, test: Part, texts: Sequence[str] | None, augmentation: str = "none", hardware: Hardware = AUTO
 ) -> Tensor:
     """The confusion matrix (C, C) of a network on a test, with a text for each item; a batch has images of one size."""
     total = torch.zeros(len(test.classes), len(test.classes), dtype=torch.int64)
@@ -351,9 +346,9 @@ def confusion(
     data = test.data if texts is None or model.text is None else Prompted(test.data, model.text, texts)
     with evaluating(hardware, model) as where:
         for items in DataLoader(
-            data, batch, num_workers=hardware.workers, pin_memory=where.type == "cuda", collate_fn=list
+            data, TEST_BATCH, num_workers=hardware.workers, pin_memory=where.type == "cuda", collate_fn=list
         ):
-            for some in same_shapes([image for image, *_ in items], batch):
+            for some in same_shapes([image for image, *_ in items], TEST_BATCH):
                 images, labels, *ids = (torch.stack(column) for column in zip(*[items[i] for i in some], strict=True))
                 predict = functools.partial(network, texts=ids[0].to(where) if ids else None)
                 logits = augmented(predict, images.to(where, non_blocking=True), augmentation)  # (b, C, h, w)

@@ -82,9 +82,9 @@ def most_refined(outputs: Predictions, count: int) -> list[int]:
     return (best_first * count)[:count]
 
 
-def image_scores(outputs: Predictions, index: int, branches: Sequence[str], most: int = 16) -> Figure:
-    """The image-level probabilities of one image by branch, the classes in order of the branch that refines."""
-    order = outputs.scores[outputs.branch][index].argsort(descending=True)[:most].tolist()
+def image_scores(outputs: Predictions, index: int, branches: Sequence[str]) -> Figure:
+    """The image-level probabilities of one image by branch, the 16 highest classes by the branch that refines."""
+    order = outputs.scores[outputs.branch][index].argsort(descending=True)[:16].tolist()
     present = set(outputs.test.target(index).labels.tolist())
     marks = [
         ("• " if i in present else "") + outputs.names[i] + (" (novel)" if outputs.novel[i] else "") for i in order
@@ -93,7 +93,7 @@ def image_scores(outputs: Predictions, index: int, branches: Sequence[str], most
     return plots.heat_table(table, "image-level probability (%)", (0, 100), title=f"{outputs.title}; •: present")
 
 
-def patch_cosines(outputs: Predictions, index: int, cosines: Tensor, levels: int = 2) -> Figure:
+def patch_cosines(outputs: Predictions, index: int, cosines: Tensor) -> Figure:
     """CLIP's crops of an image, and above each its cosines (P, C) with the classes that are present.
 
     A star marks the largest of a class at level 1.
@@ -102,7 +102,7 @@ def patch_cosines(outputs: Predictions, index: int, cosines: Tensor, levels: int
     labels = sorted(set(target.labels.tolist()))[:6]
     best, crops, titles = cosines[1:].argmax(0) + 1, [], []
     height, width = image.shape[1:]
-    for number, (left, top, right, bottom) in enumerate(windows(height, width, levels)):
+    for number, (left, top, right, bottom) in enumerate(windows(height, width)):
         values = (f"{outputs.names[i]} {cosines[number, i]:.2f}" + "*" * int(best[i] == number) for i in labels)
         titles.append(("whole image: " if number == 0 else f"crop {number}: ") + ", ".join(values))
         crops.append(image[:, top:bottom, left:right] / 255)

@@ -451,13 +451,13 @@ def _standardised(pixels: Tensor, target: Input) -> Tensor:
 
 
 @torch.no_grad()
-def vocabulary(clip: CLIP, tokenizer: Tokenizer, names: Names, batch: int = 64) -> Tensor:
+def vocabulary(clip: CLIP, tokenizer: Tokenizer, names: Names) -> Tensor:
     """Class names embedded by CLIP's text tower (C, D), of length 1.
 
     The detector's own classifier has another table, of another prompt ("a {}" in Detic), in the same order of classes.
     """
     ids = tokenise(tokenizer, clip, [PROMPT.format(name) for name in names])
-    return F.normalize(torch.cat([clip.encode_text(part) for part in ids.split(batch)]), dim=-1)
+    return F.normalize(torch.cat([clip.encode_text(part) for part in ids.split(64)]), dim=-1)
 
 
 # --- the detector -----------------------------------------------------------------------------------------------------

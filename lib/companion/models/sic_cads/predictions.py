@@ -28,10 +28,10 @@ KEPT = 2**28  # bytes of probabilities that predictions hold
 
 
 @torch.no_grad()
-def branch_scores(model: sic_cads.MLR, images: Tensor, batch: int = 100) -> dict[str, Tensor]:
+def branch_scores(model: sic_cads.MLR, images: Tensor) -> dict[str, Tensor]:
     """The image-level probabilities (n, C) of images (n, 3, H, W), uint8, by branch; without a teacher only the learned
     branches of `BRANCHES`."""
-    parts = images.split(batch)
+    parts = images.split(100)
     learned = [model(model.prepared(part)) for part in parts]
     e_text, e_image = (torch.cat(column) for column in zip(*learned, strict=True))
     student = model.recognised(e_text, e_image)

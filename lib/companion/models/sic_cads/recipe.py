@@ -27,7 +27,7 @@ from ...evaluation.metrics.detection import evaluate
 from ...evaluation.tables import Results
 from ...io import papers
 from ...training import checkpoints
-from ...training.callbacks import Callback, ClipValue
+from ...training.callbacks import ClipValue
 from ...training.hardware import WORKERS, Hardware, RunParameters, device
 from ...training.recipe import Training, dry_items
 from ...training.recipe import run as train
@@ -382,25 +382,16 @@ def build(p: Parameters, clip: nn.Module, text: Tensor, novel: Tensor, weights: 
 # --- the training -----------------------------------------------------------------------------------------------------
 
 
-def training(
-    p: Parameters,
-    build: Callable[[], sic_cads.MLR],
-    data: Dataset | None,
-    *,
-    r: Recipe | None = None,
-    epochs: float | None = None,
-    batch: int | None = None,
-    callbacks: Sequence[Callback] = (),
-) -> Training:
-    """The training of a recogniser by the released recipe `r`; none without data.
+def training(p: Parameters, build: Callable[[], sic_cads.MLR], data: Dataset | None) -> Training:
+    """The training of a recogniser by the released recipe; none without data.
 
     AdamW of all that is trained, in one parameter group; gradients are clipped entry by entry on OV-LVIS, and not on
-    OV-COCO. The last step is tested. `batch` is of images; of groups (`Turns`) as many as hold them make a step.
+    OV-COCO. The last step is tested. Of groups (`Turns`) as many as hold a batch of images make a step.
     """
-    r = r or published(p.dataset, p.captions)
-    batch = max((batch or r.batch) // getattr(data, "group", 1), 1)
+    r = published(p.dataset, p.captions)
+    batch = max(r.batch // getattr(data, "group", 1), 1)
     items, on = 0 if data is None else len(data), Hardware.of(p, "sic_cads", workers=WORKERS)
-    epochs = epochs or r.iterations / max(items // batch, 1)
+    epochs = r.iterations / max(items // batch, 1)
     facts = {key: getattr(p, key) for key in ("dataset", "captions", "seed", "devices")}
     facts |= {"precision": on.precision, "data_root": Path(p.data_root), "epochs": epochs, "batch": batch}
     return Training(
@@ -415,7 +406,7 @@ def training(
             "batch": batch,
             "optimizer": adamw(r.lr, WEIGHT_DECAY, decay="all"),
             "schedule": lambda lr, steps, per_epoch: learning_rates(r, steps),
-            "callbacks": [*([ClipValue(r.clip)] if r.clip else []), *callbacks],
+            "callbacks": [ClipValue(r.clip)] if r.clip else [],
             "seed": p.seed,
             "hardware": on,
         },
