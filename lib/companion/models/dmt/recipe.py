@@ -261,9 +261,9 @@ def student_file(training: Training, out: Path) -> Path:
     return checkpoints.file(out / "trained", training.name, ".safetensors")
 
 
-def augment(size: int = 224) -> v2.Transform:
+def augment() -> v2.Transform:
     """G2SD's, of tensors in [0, 1]: a crop of 20 to 100 %, bicubic, a flip, ImageNet's mean and std."""
-    crop = v2.RandomResizedCrop(size, CROP, interpolation=InterpolationMode.BICUBIC, antialias=True)
+    crop = v2.RandomResizedCrop(224, CROP, interpolation=InterpolationMode.BICUBIC, antialias=True)
     # bicubic overshoots a little
     inside = v2.Lambda(functools.partial(torch.clamp, min=0, max=1))
     return v2.Compose([crop, inside, v2.RandomHorizontalFlip(), NORMALISE])

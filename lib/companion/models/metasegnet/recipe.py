@@ -40,7 +40,7 @@ from ...training.recipe import run as train
 from . import official
 from .augmentation import SCALES, Mosaic, test_transform, train_transform
 from .maps import augmented, label, preview
-from .model import SIZES, MetaSegNet, loss, swin
+from .model import MetaSegNet, loss
 from .prompts import LEVELS, PROMPTS, Prompted, Prompts
 from .text import BertText, TextEncoder, Words
 
@@ -324,8 +324,7 @@ def network(
     Raises `MissingWeights`, `CorruptFile`, `BadCheckpoint`: with the change or download needed.
     """
     torch.manual_seed(seed)
-    words, encoder = text_encoder(method, prompts, data_root, random=random), swin(**SIZES["paper"]["swin"])
-    model = MetaSegNet(encoder, classes, words, **SIZES["paper"]["model"])
+    model = MetaSegNet.build(classes, text_encoder(method, prompts, data_root, random=random))
     if checkpoint:
         official.load(model, checkpoint)
     elif weights or not random or backbones.or_random(official.SWIN, "pretrained") == "pretrained":
