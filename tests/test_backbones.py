@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from companion import backbones
 from companion.errors import BadCheckpoint, BadParameter, CorruptFile, MissingWeights
 from companion.toy import encoders
+from tests.io.test_unpickle import Evil
 from tests.models.common import misfits, refuses
-from tests.ops.test_unpickle import Evil
 from tests.training.test_fit import same
 from tools.encoders import pocket_clip, pocket_vit
 

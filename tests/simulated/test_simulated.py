@@ -150,7 +150,7 @@ def test_parity(slug):
 
 
 FILES = ["training/test_precision.py", "models/hvit/test_slides.py", "models/bat/test_tracking.py"]
-FILES += ["models/sic_cads/test_detectors.py", "models/layers/test_dino.py", "models/dmt/test_cache.py"]
+FILES += ["models/sic_cads/test_detectors.py", "models/hvit/test_dino.py", "models/dmt/test_cache.py"]
 
 
 @pytest.mark.slow
