@@ -102,3 +102,8 @@ def test_an_unknown_name_that_papermill_injected_is_refused(tmp_path, monkeypatc
             start("sa2vp", given)
     with pytest.raises(BadParameter, match="'datset'"):
         start("sa2vp", given)
+
+
+@pytest.mark.parametrize("slug", slugs())
+def test_a_protocol_names_what_the_recipe_has(slug):
+    assert all(import_module(f"companion.models.{slug}.recipe").protocol().values())
