@@ -25,6 +25,7 @@ from companion.io.files import write_json
 from companion.io.papers import paper
 from companion.io.provenance import code_hash, sources
 from companion.models.dmt import recipe as dmt
+from companion.models.ecamp import transforms
 from companion.models.metasegnet import recipe as metasegnet
 from companion.models.sic_cads import recipe as sic_cads
 from companion.models.tip import recipe as tip
@@ -60,7 +61,9 @@ def reports(root: Path, height: int, width: int) -> Sequence:
     for i in range(COUNT):
         Image.fromarray(readers.noise(i, height, width)).convert("L").save(folder / f"{i}.jpg", quality=90)
     xrays.write_reports(folder / "pretrain.csv", [f"{i}.jpg" for i in range(COUNT)], ["a"] * COUNT, ["b"] * COUNT)
-    return xrays.reports(xrays.own(folder), folder, xrays.pretrain_transform()).images
+    images = xrays.reports(xrays.own(folder), folder, transforms.pretrain_transform()).images
+    images.shortest = transforms.SHORTEST
+    return images
 
 
 class Regions:
@@ -112,7 +115,7 @@ FEEDS = [
     Feed("hvit", "features", "slides of 18 regions of 2,048 x 2,048", Regions, 18),
     Feed("hvit", "local", "stored features of 18 regions", embedded),
     Feed("metasegnet", "potsdam", "PNG 1,024 x 1,024 and labels", land),
-    Feed("ecamp", "chexpert", "JPEG 384 x 320", lambda root: chests(root, 320, 384, xrays.train_transform())),
+    Feed("ecamp", "chexpert", "JPEG 384 x 320", lambda root: chests(root, 320, 384, transforms.train_transform())),
     Feed("ecamp", "pre-training", "JPEG 2,560 x 3,072 of 1.5 MB", partial(reports, height=3072, width=2560)),
     Feed("ecamp", "pre-training", "copies of 1,216 x 1,472", partial(reports, height=1472, width=1216)),
 ]  # fmt: skip

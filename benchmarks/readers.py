@@ -26,6 +26,7 @@ from torchvision.transforms import v2
 from companion.data import attributes, classification, detection, domains, landcover, restoration, tracking, xrays
 from companion.io.files import read_json, write_json
 from companion.models.bat import crops
+from companion.models.ecamp import transforms
 from companion.models.hvit.slides import PANDA, Slide, Tiles, write_pyramid
 
 COUNT = 16
@@ -140,7 +141,7 @@ def captioned(root: Path) -> restoration.Captioned:
 
 def chests(root: Path) -> xrays.Pictures:
     own = xrays.own(root / "radiographs", ["a"])
-    return xrays.load(own, root / "radiographs", "train", transform=xrays.test_transform())
+    return xrays.load(own, root / "radiographs", "train", transform=transforms.test_transform())
 
 
 SCALED = v2.ToDtype(torch.float32, scale=True)
@@ -167,7 +168,7 @@ def main() -> None:
         resize = v2.Resize(640)
         cut = v2.Compose([v2.Resize((256, 256)), v2.PILToTensor()])
         clip, square = domains.clip_transform(SEEN), attributes.square_transform()
-        radiograph = partial(tensor, partial(scaled, xrays.test_transform()), True)
+        radiograph = partial(tensor, partial(scaled, transforms.test_transform()), True)
         readers = {
             "classification": (
                 partial(reading, folder, root),

@@ -18,6 +18,7 @@ from companion.data import classification, domains, rasters, xrays
 from companion.errors import CorruptFile
 from companion.models import dmt, ecamp, hvit, metasegnet, sic_cads
 from companion.models.ecamp.detection import decode
+from companion.models.ecamp.transforms import squeeze_transform, test_transform
 from tests.models.common import refuses
 from tests.small import small_pipe
 from tests.test_saving import CLASSES, picture, trained
@@ -55,9 +56,9 @@ OUTPUTS: dict[str, tuple[Callable, Callable, bool]] = {
     "PromptPAR": (lambda m: narrow, lambda m, x: m(x).logits.sigmoid(), False),
     "DMT's classifier": (lambda m: dmt.vit.test_transform(32), lambda m, x: m(x).softmax(1), False),
     "DMT's student": (lambda m: dmt.vit.test_transform(32), lambda m, x: m.features(x), False),
-    "ECAMP": (lambda m: xrays.test_transform(32), lambda m, x: m.encoder.forward_features(x)[:, 1:].mean(1), True),
-    "ECAMP's classifier": (lambda m: xrays.test_transform(32), lambda m, x: m(x).sigmoid(), True),
-    "ECAMP's segmenter": (lambda m: xrays.squeeze_transform(32), lambda m, x: m(x).sigmoid(), True),
+    "ECAMP": (lambda m: test_transform(32), lambda m, x: m.encoder.forward_features(x)[:, 1:].mean(1), True),
+    "ECAMP's classifier": (lambda m: test_transform(32), lambda m, x: m(x).sigmoid(), True),
+    "ECAMP's segmenter": (lambda m: squeeze_transform(32), lambda m, x: m(x).sigmoid(), True),
 }
 
 
@@ -98,11 +99,11 @@ def test_names_are_those_of_the_prompts_or_numbers(files: list[Path]) -> None:
 def test_boxes_of_x_rays_and_masks_of_photographs_in_colour(files: list[Path]) -> None:
     detector, seen = trained("ECAMP's detector"), []
     with torch.no_grad():
-        boxes = decode(detector(stacked(files, xrays.squeeze_transform(32), True)), 32, confidence=0.4)
+        boxes = decode(detector(stacked(files, squeeze_transform(32), True)), 32, confidence=0.4)
     assert max(map(len, boxes)) > 0
     torch.testing.assert_close(companion.predict(detector, files, confidence=0.4), boxes)
     fundus = ecamp.Segmenter(trained("ECAMP").encoder, outputs=2).eval()  # disc and cup
-    companion.predict(fundus, files, transform=lambda image: seen.append(image) or xrays.squeeze_transform(32)(image))
+    companion.predict(fundus, files, transform=lambda image: seen.append(image) or squeeze_transform(32)(image))
     assert any((image[0] != image[1]).any() for image in seen)
 
 

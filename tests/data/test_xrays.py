@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from companion.data import DATASETS, landcover, xrays
-from companion.data.xrays import MaskTransform, load, reports, rle_mask
+from companion.data.xrays import load, reports, rle_mask
 from companion.errors import BadParameter, CorruptFile, MissingData
 from tests.data.conftest import picture, refused, unreadable
 
@@ -62,9 +62,9 @@ def test_boxes_and_their_masks(tmp_path, any_length):
     (folder / "b.dcm").write_bytes((folder / "a.png").read_bytes())
     boxes = "[[256.0, 512.0, 512.0, 1024.0], [0.0, 0.0, 128.0, 128.0]]"
     table(folder / "test_list.csv", ("image_path", "bbox"), ("a.png", boxes), ("b.png", "[[0.0, 0.0, 0.0, 0.0]]"))
-    images = load("xrays/rsna", tmp_path, "test", task="detection", transform=xrays.squeeze_transform(64))
+    images = load("xrays/rsna", tmp_path, "test", task="detection")
     image, boxes = images[0]
-    assert image.shape == (3, 64, 64) and boxes.shape == (10, 5) and not boxes[2:].any()
+    assert image.shape == (1, 1024, 1024) and boxes.shape == (10, 5) and not boxes[2:].any()
     assert boxes[:2].tolist() == [[0, 0.375, 0.75, 0.25, 0.5], [0, 0.0625, 0.0625, 0.125, 0.125]]
     boxes *= 0
     assert images[0][1].any()  # asked for again it is the same
@@ -106,29 +106,6 @@ def test_disc_and_cup(tmp_path, any_length):
     assert xrays._disc_and_cup(shares).tolist() == [[[0, 1, 1, 1]], [[0, 0, 0, 1]]]
 
 
-def test_image_and_mask_are_warped_together_or_the_image_alone():
-    torch.manual_seed(0)
-    image = torch.zeros(1, 64, 64)
-    image[:, 4:14, 36:60] = 1
-    for together in (True, False):
-        moved = [MaskTransform(64, train=True, warp_mask=together)(image, image) for _ in range(20)]
-        found = [(x[:1] * xrays.STD + xrays.MEAN, mask) for x, mask in moved]
-        assert 2 < sum((x - image).abs().max() > 0.5 for x, _ in found) < 18  # half of them
-        assert all((x - mask).abs().mean() < 0.02 for x, mask in found) is together
-        assert all(torch.equal(mask, image) for _, mask in found) is not together
-
-
-@pytest.mark.parametrize("kind", xrays.MASKS)
-def test_masks_of_another_size_than_their_image(kind):
-    torch.manual_seed(0)
-    transform, mask = MaskTransform(32, train=True, mask=kind), (torch.rand(1, 5, 5) > 0.5).float()
-    found = torch.stack([transform(torch.zeros(1, 48, 48), mask)[1] for _ in range(9)])
-    assert (len(found.unique()) == 2) is (kind == "nearest")
-    for side in range(33, 66):  # images of many sizes do not fill the memory
-        MaskTransform(32)(torch.zeros(1, 8, 8), torch.zeros(1, side, side))
-    assert xrays._shares.cache_info().currsize < 20
-
-
 def test_chestmnist(tmp_path, any_length, monkeypatch):
     monkeypatch.setitem(xrays.SIZES, ("xrays/chestmnist", "classification"), {"100": 200})
     file = tmp_path / "xrays" / "chestmnist" / "chestmnist_224.npz"
@@ -150,8 +127,8 @@ def test_reports(tmp_path, monkeypatch):
         picture(folder / path)
     texts, said = ["Edema.", 'A "mass",\nnone.', "X"], ["There is edema.", "There is edema.", "There is no mass."]
     xrays.write_reports(folder / xrays.REPORTS[1], paths, texts, said)
-    found = reports("xrays/mimic-cxr", tmp_path, xrays.pretrain_transform(32))
-    assert found.texts == texts and found.windows is None and found.images[2].shape == (3, 32, 32)
+    found = reports("xrays/mimic-cxr", tmp_path)
+    assert found.texts == texts and found.windows is None and found.images[2].shape == (1, 16, 20)
     assert found.statements == said
     with monkeypatch.context() as patch:  # files where the list has them are looked for in no other folder
         patch.setattr(xrays, "at", lambda *_: pytest.fail("searched"))
@@ -175,9 +152,9 @@ def openi(folder: Path) -> None:
 
 def test_openi(tmp_path):
     openi(tmp_path / "xrays" / "openi")
-    found = reports("xrays/openi", tmp_path, xrays.pretrain_transform(16))
+    found = reports("xrays/openi", tmp_path)
     assert found.texts == ["The heart is large. Cardiomegaly.", "No mass."] and found.statements is None
-    assert found.images[1].shape == (3, 16, 16)
+    assert found.images[1].shape == (1, 16, 20)
 
 
 def test_own_folder(tmp_path):

@@ -23,7 +23,7 @@ from companion.data import xrays
 from companion.data.xrays import CLASSES, ONE_OF, SIZES
 from companion.evaluation.metrics import radiology
 from companion.evaluation.tables import published_table
-from companion.models.ecamp import detection, heads, recipe, text
+from companion.models.ecamp import detection, heads, recipe, text, transforms
 from companion.models.ecamp import model as ecamp
 from companion.models.ecamp.model import ECAMP, Batch, Bert, Blocks, Losses
 from companion.training.fit import fit
@@ -314,7 +314,7 @@ def _items(
 
 
 def _preprocess_classification(case: Case) -> list[Row]:
-    transform = xrays.test_transform(case.settings["img_size"])
+    transform = transforms.test_transform(case.settings["img_size"])
     options = {"labels": torch.zeros(1, 1), "transform": transform}
     ((image, _),) = _items(case.data["in.image"].numpy(), xrays.Labelled, **options)
     return _image(case, "", case.expected, image)
@@ -322,7 +322,7 @@ def _preprocess_classification(case: Case) -> list[Row]:
 
 def _preprocess_detection(case: Case) -> list[Row]:
     image, wanted, whole = case.data["in.image"].numpy(), case.expected, np.array(case.settings["boxes"])
-    transform = xrays.squeeze_transform(case.settings["img_size"])
+    transform = transforms.squeeze_transform(case.settings["img_size"])
     height, width = image.shape[:2]
     unit = xrays.BOX_UNIT / np.array([width, height, width, height])  # boxes are given in pixels of a square
     (grey, boxes), (_, again) = _items(image, xrays.Boxed, [whole * unit], transform, reads=2)
@@ -352,7 +352,7 @@ def _preprocess_segmentation(case: Case) -> list[Row]:
     masks = {"xrays/rsna": lambda i: xrays._box_mask([boxes], i), "xrays/siim": lambda i: runs}
     items = []
     for name, mask in masks.items():
-        transform = recipe.mask_transform(name, False, size)
+        transform = transforms.mask_transform(name, False, size)
         items += _items(case.data["in.image"].numpy(), xrays.Masked, mask=mask, transform=transform)
     (image, (rsna,)), (_, (siim,)) = items
     soft, room = int(((siim > 0) & (siim < 1)).sum()), _room(case, "mask_siim")["absolute"]
@@ -371,7 +371,7 @@ def _preprocess_segmentation(case: Case) -> list[Row]:
 
 def _warp(recorded: Mapping[str, Any], name: str) -> Row:
     """How often training warps, and by how much; on SIIM the mask stays."""
-    transform = recipe.mask_transform(name, True)
+    transform = transforms.mask_transform(name, True)
     warp: Any = transform.warp.transforms[0]
     ours = [*warp.scale, *warp.degrees, transform.warp.p, warp.translate, warp.shear, transform.warp_mask]
     stays = [None, None, name == "xrays/rsna"]
@@ -380,8 +380,8 @@ def _warp(recorded: Mapping[str, Any], name: str) -> Row:
 
 def _preprocess_pretraining(case: Case) -> list[Row]:
     wanted, rows = case.expected, []
-    steps: dict[str, Any] = {type(step).__name__: step for step in xrays.pretrain_transform().transforms}
-    shown = xrays.pretrain_transform()(torch.rand(1, 500, 460))
+    steps: dict[str, Any] = {type(step).__name__: step for step in transforms.pretrain_transform().transforms}
+    shown = transforms.pretrain_transform()(torch.rand(1, 500, 460))
     for name, options in wanted["operations"]:
         step: Any = steps.get(name)
         read: dict[str, Any] = {key: getattr(step, key, None) for key in options}

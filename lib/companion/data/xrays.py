@@ -1,7 +1,6 @@
 """Radiographs and fundus images: classes, masks, boxes, reports; PNG, JPEG, TIFF and DICOM.
 
-    test = load("xrays/chestx-ray14", "data", "test", transform=test_transform())
-    image, labels = test[0]                      # float32 (3, 224, 224), float32 (14,)
+    image, labels = load("xrays/chestx-ray14", "data", "test")[0]            # float32 (1, 1024, 1024), float32 (14,)
     load("xrays/rsna", "data", "train", task="detection", share="10")[0]     # image, boxes (10, 5)
     reports("xrays/mimic-cxr", "data").texts[0]
 
@@ -30,15 +29,11 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import Dataset
-from torchvision import tv_tensors
 from torchvision.datasets.utils import download_url
 from torchvision.ops import box_convert
-from torchvision.transforms import v2
 
 from ..errors import BadParameter, CorruptFile, check_choice, check_names
-from ..io.config import configure
 from ..io.files import atomic
 from . import DataSet, Parts, at, check_listed, decoding, downloading, facts, find, inside, once, own_set, tables
 
@@ -62,8 +57,6 @@ _PLACES: dict[str, tuple[str, ...]] = _FACTS["PLACES"]
 _SPLITS = {"1": "train_list_1", "10": "train_list_10", "100": "train_list", "val": "val_list", "test": "test_list"}
 SPLITS = ("train", "val", "test")
 SHARES = ("1", "10", "100")
-MEAN, STD = 0.4722, 0.3028  # of grey values downstream, as released
-PRETRAIN_MEAN, PRETRAIN_STD = 0.4721, 0.3037
 BOXES = 10  # rows of an image's boxes
 BOX_UNIT, RUN_SIDE = 1024, 1024  # pixels of the square in which RSNA's boxes and SIIM's runs are given
 _CHESTMNIST = (
@@ -73,6 +66,7 @@ _CHESTMNIST = (
 )
 
 Transform = Callable[[Tensor], Tensor]
+PairTransform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # of an image (1 or 3, H, W) and its mask (k, H', W')
 
 
 def lists(task: str) -> dict[str, str]:
@@ -115,113 +109,6 @@ def rle_mask(runs: str, side: int = RUN_SIDE) -> np.ndarray:
         for end, length in zip(ends, lengths, strict=True):
             flat[end - length : end] = True
     return flat.reshape(side, side).T
-
-
-# --- transforms (section 5), from a grey tensor (1, H, W) in 0 to 1 to (3, S, S) --------------------------------------
-
-
-def _clipped(image: Tensor) -> Tensor:
-    """Clipped to 0..1: bicubic interpolation overshoots at sharp edges; the authors' 8-bit images are clipped too."""
-    return image.clamp(0, 1)
-
-
-def _coloured(mean: float, std: float) -> list:
-    return [v2.Normalize([mean], [std]), v2.Lambda(_three)]
-
-
-def _three(image: Tensor) -> Tensor:
-    return image.expand(3, -1, -1)
-
-
-PRETRAIN_CROP = 0.2, 1.0  # of the image
-SHORTEST = round(448 / (PRETRAIN_CROP[0] * 3 / 4) ** 0.5)  # of an image, so that its smallest crop is not enlarged
-
-
-def pretrain_transform(size: int = 448) -> v2.Transform:
-    """A crop of 20 to 100 %, bicubic, flipped with probability 0.5; as released, "left" and "right" in the reports are
-    not changed."""
-    cut = v2.RandomResizedCrop(size, scale=PRETRAIN_CROP, interpolation=v2.InterpolationMode.BICUBIC)
-    return v2.Compose([cut, _clipped, v2.RandomHorizontalFlip(), *_coloured(PRETRAIN_MEAN, PRETRAIN_STD)])
-
-
-def train_transform(size: int = 224) -> v2.Transform:
-    """Classification: a crop of 8 to 100 %, bilinear, flipped with probability 0.5."""
-    return v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), *_coloured(MEAN, STD)])
-
-
-def test_transform(size: int = 224) -> v2.Transform:
-    """Classification: the short side resized to `size`, then a centre crop."""
-    steps = [v2.Resize(size), v2.CenterCrop(size), *_coloured(MEAN, STD)]
-    return configure(v2.Compose(steps), {"size": size}, test_transform)
-
-
-def squeeze_transform(size: int = 224, antialias: bool = False) -> v2.Transform:
-    """Detection: resized to a square, ignoring the aspect ratio; deterministic.
-
-    Args:
-        antialias: as released, False: OpenCV's bilinear interpolation uses four pixels at any reduction.
-    """
-    steps = [v2.Resize((size, size), antialias=antialias), *_coloured(MEAN, STD)]
-    return configure(v2.Compose(steps), {"size": size, "antialias": antialias}, squeeze_transform)
-
-
-MASKS = ("nearest", "area")
-
-
-class MaskTransform:
-    """Segmentation: image and mask to a square; in training scaled by up to 10 % and rotated by up to 10 degrees, with
-    probability 0.5.
-
-    Args:
-        size: of the square.
-        train: warp at random.
-        warp_mask: False warps the image but not the mask, as released for SIIM.
-        mask: how masks are resized: "nearest", as released for RSNA; "area", as released for SIIM and RIGA: the mean
-            over the covered pixels, which gives soft borders.
-        antialias: of the image; as released, False.
-
-    Raises `BadParameter`: another `mask`.
-    """
-
-    def __init__(
-        self, size: int = 224, train: bool = False, warp_mask: bool = True, mask: str = "area", antialias: bool = False
-    ):
-        check_choice("mask", mask, MASKS)
-        self.train, self.warp_mask = train, warp_mask
-        self.warp = v2.RandomApply([v2.RandomAffine(10, scale=(0.9, 1.1), interpolation=v2.InterpolationMode.BILINEAR)])
-        self.colour = v2.Compose([v2.Resize((size, size), antialias=antialias), *_coloured(MEAN, STD)])
-        self.size, self.reduce = size, _nearest if mask == "nearest" else _area
-        self.enlarge = v2.InterpolationMode.NEAREST if mask == "nearest" else v2.InterpolationMode.BILINEAR
-
-    def __call__(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """From (1 or 3, H, W) and (k, H', W') to (3, S, S) and (k, S, S)."""
-        if self.train and self.warp_mask:
-            if image.shape[-2:] != mask.shape[-2:]:
-                mask = v2.functional.resize(mask, image.shape[-2:], self.enlarge)
-            image, warped = self.warp(tv_tensors.Image(image), tv_tensors.Mask(mask))
-            image, mask = image.as_subclass(Tensor), warped.as_subclass(Tensor)
-        elif self.train:
-            image = self.warp(image)
-        return self.colour(image), self.reduce(mask, self.size)
-
-
-def _nearest(mask: Tensor, size: int) -> Tensor:
-    return F.interpolate(mask[None], (size, size), mode="nearest")[0]
-
-
-def _area(mask: Tensor, size: int) -> Tensor:
-    """Each pixel's mean over the covered part of the mask, as OpenCV's INTER_AREA."""
-    rows, columns = (_shares(n, size) for n in mask.shape[-2:])
-    return rows @ mask @ columns.T
-
-
-@functools.lru_cache(8)  # a set's images have few sizes, and an entry has a megabyte
-def _shares(given: int, size: int) -> Tensor:
-    """(size, given): the weight of each of `given` pixels in the mean of each of `size` equal intervals."""
-    edges = torch.arange(size + 1, dtype=torch.float64)[:, None] * given / size
-    pixel = torch.arange(given)
-    inside = torch.minimum(edges[1:], pixel + 1) - torch.maximum(edges[:-1], pixel)
-    return (inside.clamp_min(0) * size / given).float()
 
 
 # --- data sets --------------------------------------------------------------------------------------------------------
@@ -345,7 +232,7 @@ class Boxed(Labelled):
 
 
 class Masked(Pictures):
-    """Item i: (image, mask (k, S, S) in 0 to 1). `mask(rows[i])` reads it, at any size; see `MaskTransform`.
+    """Item i: (image, mask (k, H', W') in 0 to 1), after the transform of both. `mask(rows[i])` reads it, at any size.
 
     `finish` makes the final mask from the transformed one. With `colour` images keep their three channels.
     """
@@ -358,7 +245,7 @@ class Masked(Pictures):
         root: str | Path,
         paths: Sequence[str],
         mask: Callable[[int], Tensor],
-        transform: MaskTransform | None = None,
+        transform: PairTransform | None = None,
         finish: Transform | None = None,
         colour: bool = False,
         listing: Path | None = None,
@@ -399,7 +286,7 @@ def load(
     *,
     task: str | None = None,
     share: str = "100",
-    transform: Transform | MaskTransform | None = None,
+    transform: Transform | PairTransform | None = None,
     seed: int = 0,
 ) -> Pictures:
     """One split of a set.
@@ -411,7 +298,7 @@ def load(
             validation list for it.
         task: "classification", "segmentation" or "detection", where the set has several; the first of them if None.
         share: of "train": "1", "10" or "100" % of the labels.
-        transform: see `train_transform`, `test_transform`, `squeeze_transform`, `MaskTransform`.
+        transform: of an image; for segmentation of an image and its mask.
         seed: of SIIM's training list, of which as many negatives are drawn as there are positives, as released.
 
     Returns:
@@ -630,9 +517,7 @@ def reports(name: str | DataSet, root: str | Path, transform: Transform | None =
             raise CorruptFile(other, f"not whole numbers ({error})") from error
         if len(windows) != len(paths):
             raise CorruptFile(other, f"{len(windows)} windows for {len(paths)} images of {path.name}")
-    images = Pictures(dataset, root, paths, transform, path)
-    images.shortest = SHORTEST
-    return Reports(images, [*texts], [*statements] or None, windows)
+    return Reports(Pictures(dataset, root, paths, transform, path), [*texts], [*statements] or None, windows)
 
 
 @once

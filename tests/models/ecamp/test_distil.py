@@ -4,8 +4,10 @@ import contextlib
 import sqlite3
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
+from companion.data.openi import Report
 from companion.errors import CorruptFile, MissingWeights
 from companion.models.ecamp import distil as ecamp_distil
 from companion.models.ecamp.distil import Generator, Malformed, Rules, check, distil, entities_in
@@ -192,3 +194,31 @@ def test_a_model_of_transformers(template, tiny, tmp_path, monkeypatch):
 def test_a_model_that_is_not_cached_is_not_downloaded(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     refuses((lambda: Generator("nobody/nothing"), "nobody/nothing"), error=MissingWeights)
+
+
+# --- agreement with coded headings, by counting on reports that are made up -------------------------------------------
+
+REPORTS = [
+    Report("1", "There is a small effusion. No edema.", frozenset({"Pleural Effusion"})),
+    Report("2", "No effusion. There may be edema.", frozenset({"Pleural Effusion", "Pulmonary Edema"})),
+    Report("3", "Effusions on both sides.", frozenset({"normal"})),
+    Report("4", "Fluid in the pleura.", frozenset({"Hydropneumothorax"})),
+]
+
+
+def test_statements_precision_and_recall():
+    assert set(ecamp_distil.HEADINGS) <= set(ecamp_distil.ENTITIES)
+    rows = ecamp_distil.statements(REPORTS)
+    stated = rows.set_index(["report", "entity"]).stated
+    assert list(stated[:, "effusion"]) == ["is", "is no", "is", ""]
+    assert list(stated[:, "edema"]) == ["is no", "may be", "", ""]
+    table = ecamp_distil.agreement(rows).set_index("entity")
+    expected = {
+        "effusion": [3, 2, 1, 50, 100 / 3],
+        "edema": [1, 1, 1, 100, 100],
+        "hernia": [0, 0, 0, np.nan, np.nan],
+        "all": [5, 3, 2, 200 / 3, 40],  # hydropneumothorax counts twice
+    }
+    for entity, values in expected.items():
+        np.testing.assert_allclose(table.loc[entity].astype(float), values)
+    assert (table.index[0], table.index[-1]) == ("effusion", "all")

@@ -15,7 +15,7 @@ from companion.data import decoding, xrays
 from companion.errors import BadCheckpoint, MissingWeights
 from companion.evaluation.claims import judge_measured
 from companion.io.papers import paper
-from companion.models.ecamp import recipe
+from companion.models.ecamp import recipe, transforms
 from companion.training import fit as loop
 from companion.training.recipe import run
 from tests.conftest import parameters
@@ -71,6 +71,7 @@ def test_pairs_of_mimic_and_of_ones_own_folder(tmp_path, reports, small):
 
     item = pairs()[0]
     assert item.images.shape == (3, 448, 448) and item.window.tolist() == [1, 1]
+    assert pairs().images.shortest == transforms.SHORTEST
     assert (item.weights != 1).any() and (pairs("ECAMP, no re-balancing")[0].weights == 1).all()
     (reports / "mimic-cxr-2.0.0-entity-llm.csv").rename(reports / "pretrain.csv")
     own = {"dataset": "folder", "data_root": str(reports)}

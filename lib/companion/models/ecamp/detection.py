@@ -19,7 +19,6 @@ from torch.nn import functional as F
 from torchvision.models.resnet import Bottleneck
 from torchvision.ops import Conv2dNormActivation, batched_nms, box_convert, box_iou
 
-from ...data.xrays import squeeze_transform
 from ...errors import BadParameter
 from ...io.config import configure
 from ..layers.heads import vit_sizes
@@ -27,6 +26,7 @@ from ..layers.predicting import Images, Names, Shapes, Transform, batches, grey
 from ..layers.state_dicts import OfficialModel, below, check_names
 from . import official
 from .heads import PatchMap
+from .transforms import squeeze_transform
 
 # pixels at 416, three for each level, coarse to fine (YOLOv3's)
 ANCHORS = (((116, 90), (156, 198), (373, 326)), ((30, 61), (62, 45), (59, 119)), ((10, 13), (16, 30), (33, 23)))

@@ -26,7 +26,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import pandas as pd
+
+from ...data.openi import Report
 from ...errors import BadParameter, CannotWrite, CompanionError, CorruptFile, MissingWeights
+from ...io.papers import paper
 from ...io.progress import progress
 from .text import ENTITIES
 
@@ -44,6 +48,7 @@ Report: {report}
 """
 FORM = re.compile(r"There (is no|may be|is) ([^.]+?)\s*\.\s*", re.IGNORECASE)
 TRIES = 3
+HEADINGS: dict[str, list[str]] = paper("ecamp")["headings"]
 COMMIT = 1.0  # seconds between two writes of answers: each waits for the disk, a hundred times longer than the rules
 
 # phrases that negate or question a finding, before or after its name in the sentence
@@ -295,3 +300,40 @@ def _ask(back_end: BackEnd, report: str, entities: Sequence[str]) -> tuple[str, 
         except Malformed as error:
             why = str(error)
     return "", why
+
+
+# --- real reports: statements and the headings assigned by coders -----------------------------------------------------
+
+
+def statements(reports: Sequence[Report]) -> pd.DataFrame:
+    """The rules' statement on each entity of `HEADINGS` in each report, one row per pair.
+
+    Columns: report, entity, `stated` ("is", "may be", "is no", or "" if the report does not name it), `coded` (whether
+    it has a heading).
+    """
+    rules, rows = Rules(), []
+    for report in reports:
+        named = entities_in(report.text, [*HEADINGS])
+        stated = {entity: FORM.findall(rules(report.text, [entity]))[0][0] for entity in named}
+        rows += [(report.name, e, stated.get(e, ""), bool(report.headings & {*HEADINGS[e]})) for e in HEADINGS]
+    return pd.DataFrame(rows, columns=["report", "entity", "stated", "coded"])
+
+
+def agreement(rows: pd.DataFrame) -> pd.DataFrame:
+    """Precision and recall of the statements by entity, the most often coded first, and all entities together in the
+    last row.
+
+    A report is positive for an entity when its statement is "There is X." or "There may be X.". The headings are a
+    reference, not ground truth: coders omit old or unimportant findings, and may use another heading.
+
+    Args:
+        rows: of `statements`.
+
+    Columns: entity; coded, positive, negated (reports); precision and recall in percent (NaN if there are none).
+    """
+    positive, negated = rows.stated.isin(["is", "may be"]), rows.stated == "is no"
+    counts = pd.DataFrame({"coded": rows.coded, "positive": positive, "negated": negated, "hit": positive & rows.coded})
+    counts = counts.groupby(rows.entity).sum().sort_values("coded", ascending=False, kind="stable")
+    counts.loc["all"] = counts.sum()
+    hit = 100 * counts.pop("hit")
+    return counts.assign(precision=hit / counts.positive, recall=hit / counts.coded).reset_index()

@@ -24,7 +24,6 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...data.xrays import squeeze_transform, test_transform
 from ...errors import check_choice
 from ...io.config import configure
 from ..layers import heads as shared
@@ -32,6 +31,7 @@ from ..layers.heads import like, vit_sizes
 from ..layers.predicting import Images, Names, Shapes, Transform, coloured, grey, named, outputs
 from ..layers.state_dicts import OfficialModel, below, check_names, load_official
 from . import official
+from .transforms import squeeze_transform, test_transform
 
 RIGA = ("decoder_disc", "decoder_cup")
 

@@ -34,7 +34,6 @@ from torch.nn import functional as F
 from transformers import BertConfig
 from transformers.models.bert import modeling_bert as bert
 
-from ...data.xrays import test_transform
 from ...errors import check_choice
 from ...io.config import configure
 from ..layers.attend import attention_map
@@ -44,6 +43,7 @@ from ..layers.pos_embed import sincos_table
 from ..layers.predicting import Images, Names, Transform, grey, outputs
 from ..layers.state_dicts import OfficialModel, depth, renamed
 from . import official
+from .transforms import test_transform
 
 MASKED = 0.75  # fraction of hidden patches
 

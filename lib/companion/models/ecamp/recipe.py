@@ -31,7 +31,7 @@ from ...training.recipe import Training, dry_items
 from ...training.recipe import run as train
 from ...training.schedules import adamw, sgd
 from ..layers.precision import without_autocast
-from . import detection, heads, official, text
+from . import detection, heads, official, text, transforms
 from . import model as ecamp
 from .model import ECAMP
 from .text import Pairs, Vocabulary
@@ -178,7 +178,8 @@ def _pairs(p: Parameters, out: Path) -> tuple[Pairs, dict[str, Any]]:
     A learned vocabulary is saved in `out`: relearned from the same reports it would have other ids.
     """
     dataset = xrays.own(p.data_root) if p.dataset == "folder" else DATASETS[p.dataset]
-    reports = xrays.reports(dataset, p.data_root, xrays.pretrain_transform())
+    reports = xrays.reports(dataset, p.data_root, transforms.pretrain_transform())
+    reports.images.shortest = transforms.SHORTEST
     facts: dict[str, Any] = {"texts": reports.texts, "statements": reports.statements, "windows": reports.windows}
     file = dataset.folder(p.data_root) / "mimic_wordpiece.json"
     if not file.is_file():
@@ -308,11 +309,11 @@ def downstream_recipe(task: str, dataset: str, labels: str) -> dict[str, float]:
 
 def splits(p: Parameters) -> dict[str, Dataset]:
     """The authors' lists of a data set. As released, detection is tested on the validation list."""
-    kind, train, test = KINDS[p.task], xrays.train_transform(), xrays.test_transform()
+    kind, train, test = KINDS[p.task], transforms.train_transform(), transforms.test_transform()
     if kind == "segmentation":
-        train, test = mask_transform(p.dataset, True), mask_transform(p.dataset, False)
+        train, test = transforms.mask_transform(p.dataset, True), transforms.mask_transform(p.dataset, False)
     elif kind == "detection":
-        train = test = xrays.squeeze_transform()
+        train = test = transforms.squeeze_transform()
     load = partial(xrays.load, p.dataset, p.data_root, task=kind, share=p.labels, seed=p.seed)
     tested = "val" if kind == "detection" and p.protocol == "released" else "test"
     return {
@@ -320,13 +321,6 @@ def splits(p: Parameters) -> dict[str, Dataset]:
         "val": load("val", transform=test),
         "test": load(tested, transform=test),
     }
-
-
-def mask_transform(dataset: str, train: bool, size: int = SIDE) -> xrays.MaskTransform:
-    """The transform of a set for segmentation, as released: on SIIM the mask is not warped with its image, RSNA's masks
-    are resized by nearest neighbour, others by area."""
-    reduce = "nearest" if dataset == "xrays/rsna" else "area"
-    return xrays.MaskTransform(size, train, warp_mask=dataset != "xrays/siim", mask=reduce)
 
 
 def generated(p: Parameters, count: int) -> dict[str, Dataset]:
@@ -523,13 +517,12 @@ def score(kind: str, batches: Iterable[tuple[Any, Tensor]], protocol: str = "rel
 
 def protocol() -> dict[str, str]:
     """The settings of the `paper` profile, one per row."""
-    warp = xrays.MaskTransform(train=True).warp
+    warp = transforms.MaskTransform(train=True).warp
     riga = [patience("segment", "fundus/riga", start) for start in ("ECAMP", "MRM")]
     return papers.protocol(
         "ecamp",
         r=published(),
-        pretraining_crop=xrays.pretrain_transform().transforms[0].scale,
-        crop=xrays.train_transform().transforms[0].scale,
+        crop=transforms.train_transform().transforms[0].scale,
         warp=warp.transforms[0],
         warped=warp.p,
         first=[*FIRST.values()],
