@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from companion import backbones
-from companion.data import DATASETS, attributes, detection, xrays
+from companion.data import DATASETS, attributes, decoding, detection
 from companion.data import slides as slide_lists
 from companion.evaluation import ablations
 from companion.io import unpickle
@@ -71,7 +71,7 @@ SINGLE: dict[str, tuple[str, Do, Do]] = {
     "COCO annotations": ("instances.json", lambda p: write_json(p, COCO), detection.read_annotations),
     "slide": ("slide.tiff", lambda p: written(p, drawn()), read_slide),
     "features of a slide": ("a.h5", extract, slide_lists.read_features),
-    "X-ray": ("a.png", lambda p: Image.fromarray(NOISE).save(p), xrays.read_image),
+    "X-ray": ("a.png", lambda p: Image.fromarray(NOISE).save(p), decoding.unit),
     "checkpoint of a training": ("c.pt", train, train),
     "safetensors": ("w.safetensors", lambda p: save_file(noisy_model().state_dict(), p), backbones.read_state),
     "pickle": ("a.pkl", lambda p: p.write_bytes(pickle.dumps(PICKLED)), unpickle.load),

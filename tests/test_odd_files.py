@@ -24,7 +24,7 @@ from rasterio.transform import Affine
 from safetensors.torch import save_file
 
 from companion import backbones
-from companion.data import classification, detection, domains, landcover, pretraining, slides, tracking, xrays
+from companion.data import classification, decoding, detection, domains, landcover, pretraining, slides, tracking, xrays
 from companion.errors import CompanionError
 from companion.io.files import read_json
 from companion.models.sic_cads import detectors
@@ -106,8 +106,8 @@ READERS = {
     "own image": lambda path: (
         np.asarray(classification.image_folder(path.parents[1])["train"].picture(0))[..., 1] / 255
     ),
-    "radiograph": xrays.read_image,
-    "fundus image": lambda path: xrays.read_image(path, True)[..., 1],
+    "radiograph": decoding.unit,
+    "fundus image": lambda path: decoding.unit(path, True)[..., 1],
     "frame": lambda path: tracking.read_frame(path, path)[..., 4] / 255,
 }
 
@@ -136,7 +136,7 @@ def dicom(values: np.ndarray, folder: Path, kind: str = "MONOCHROME2", bits: int
     for name, value in more.items():
         setattr(file, name, value)
     file.save_as(folder / "a.dcm", enforce_file_format=True)
-    return xrays.read_image(folder / "a.dcm")
+    return decoding.unit(folder / "a.dcm")
 
 
 def windowed(values: np.ndarray, centre: float, width: float) -> np.ndarray:

@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import functional as F
 
 import companion
 from companion import backbones
-from companion.data import classification, domains, rasters, xrays
+from companion.data import classification, decoding, domains, rasters
 from companion.errors import CorruptFile
 from companion.models import dmt, ecamp, hvit, metasegnet, sic_cads
 from companion.models.ecamp.detection import decode
@@ -35,7 +35,7 @@ def files(tmp_path: Path) -> list[Path]:
 
 def stacked(files: list[Path], transform: Callable, grey: bool = False) -> torch.Tensor:
     def read(path: Path) -> Any:
-        return torch.from_numpy(xrays.read_image(path))[None] if grey else Image.open(path).convert("RGB")
+        return torch.from_numpy(decoding.unit(path))[None] if grey else Image.open(path).convert("RGB")
 
     return torch.stack([transform(read(path)) for path in files])
 

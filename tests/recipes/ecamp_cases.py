@@ -108,11 +108,11 @@ def _groups_downstream(case: Case) -> list[Row]:
             "names_sha256": _sha(_in_their_order(trained)),
             "frozen": frozen,
             "clip_grad_norm": recipe.CLIP,
-            "expected_patience": recipe.patience(task, _given(task).dataset, "ECAMP"),
+            "expected_patience": recipe.TASKS[task].patience,
             "expansion": {n: level.bn3.num_features // level.bn1.num_features for n, level in levels.items()},
             "decays": shares == [recipe.DECAY] * len(trained),
         } | {key: group[key] for key in ("momentum", "nesterov", "weight_decay", "betas") if key in group}
-        if recipe.KINDS[task] == "classification":
+        if recipe.TASKS[task].lists == "classification":
             ours |= _classifier(task)
         for key, value in expected.items():
             if key == "frozen" and isinstance(value, Mapping):  # the names within a part, but for one
@@ -270,11 +270,11 @@ def _metrics(case: Case) -> list[Row]:
     size = 32 * outputs[0].shape[-1]
     boxes = detection.decode(outputs, size, rule["confidence"], rule["nms"])
     ours = {
-        "mean_auroc": recipe.score("classification", [(data["in.logits"], labels)]) / 100,
+        "mean_auroc": recipe.labels_score([(data["in.logits"], labels)], "released") / 100,
         "mean_loss_of_batches_multilabel": mean_of_batches("classification", loss, data["in.logits"], labels),
-        "accuracy": recipe.score("classification", [(data["in.logits_one_of"], one_of)]) / 100,
+        "accuracy": recipe.labels_score([(data["in.logits_one_of"], one_of)], "released") / 100,
         "mean_loss_of_batches_one_of": mean_of_batches("classification", loss, data["in.logits_one_of"], one_of),
-        "dice": recipe.score("segmentation", [(mask_logits, masks)]) / 100,
+        "dice": recipe.masks_score([(mask_logits, masks)], "released") / 100,
         "dice_sorted": radiology.dice(mask_logits.sigmoid(), masks).sort().values,
         "mean_loss_of_batches_segmentation": mean_of_batches(
             "segmentation", heads.segmentation_loss, mask_logits, masks
@@ -352,7 +352,7 @@ def _preprocess_segmentation(case: Case) -> list[Row]:
     masks = {"xrays/rsna": lambda i: xrays._box_mask([boxes], i), "xrays/siim": lambda i: runs}
     items = []
     for name, mask in masks.items():
-        transform = transforms.mask_transform(name, False, size)
+        transform = transforms.MaskTransform(name, False, size)
         items += _items(case.data["in.image"].numpy(), xrays.Masked, mask=mask, transform=transform)
     (image, (rsna,)), (_, (siim,)) = items
     soft, room = int(((siim > 0) & (siim < 1)).sum()), _room(case, "mask_siim")["absolute"]
@@ -371,7 +371,7 @@ def _preprocess_segmentation(case: Case) -> list[Row]:
 
 def _warp(recorded: Mapping[str, Any], name: str) -> Row:
     """How often training warps, and by how much; on SIIM the mask stays."""
-    transform = transforms.mask_transform(name, True)
+    transform = transforms.MaskTransform(name, True)
     warp: Any = transform.warp.transforms[0]
     ours = [*warp.scale, *warp.degrees, transform.warp.p, warp.translate, warp.shear, transform.warp_mask]
     stays = [None, None, name == "xrays/rsna"]
@@ -617,7 +617,7 @@ def _trajectory_downstream(task: str, case: Case) -> list[Row]:
         best = recipe.selection(p, lambda _: float(next(rising)))  # the last weights are the best
         data = InOrder(items, len(items) // epochs)
         options = recipe.downstream_fit(p, len(data), best, numbers | {"batch": len(batches[0])})
-        history = fit(model, functools.partial(recipe.downstream_loss, task), data, **options)
+        history = fit(model, recipe.TASKS[task].loss, data, **options)
         return [row["loss"] for row in history], [row["lr"] for row in history], _state(model)
 
     return _trajectory(case, what, case.expected[what], train)

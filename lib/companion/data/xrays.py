@@ -79,19 +79,6 @@ def tasks(name: str) -> tuple[str, ...]:
     return tuple(task for task in TASKS if (name, task) in SIZES) or ("pre-training",)
 
 
-# --- one image --------------------------------------------------------------------------------------------------------
-
-
-def read_image(path: str | Path, colour: bool = False, shortest: int = 0) -> np.ndarray:
-    """An image as float32 (H, W) in 0 to 1; with `colour` (H, W, 3); for `shortest` see `decoding.unit`.
-
-    Raises:
-        FileNotFoundError: the file does not exist.
-        CorruptFile: it is truncated, no image, or has no full scale; the path is in the message. See `decoding`.
-    """
-    return decoding.unit(path, colour, shortest)
-
-
 def rle_mask(runs: str, side: int = RUN_SIDE) -> np.ndarray:
     """SIIM's mask (side, side) from one run-length encoded line: start, length, start, ... A start is relative to the
     end of the last run; the mask is filled column by column. "-1" is an empty mask.
@@ -176,7 +163,7 @@ class Pictures(Parts, Dataset):
         path = self._source(self.paths[i], functools.partial(at, self.folder))
         by = f"listed in {self.listing or self.name}"
         try:
-            values = torch.from_numpy(np.ascontiguousarray(read_image(path, colour, self.shortest)))
+            values = torch.from_numpy(np.ascontiguousarray(decoding.unit(path, colour, self.shortest)))
         except FileNotFoundError:
             raise self.dataset.missing(self.root, f"{path} is {by}, but not there") from None
         except CorruptFile as error:
@@ -224,11 +211,6 @@ class Boxed(Labelled):
         for own, corners in zip(self.labels, boxes, strict=True):
             found = torch.tensor(corners, dtype=torch.float32) / BOX_UNIT
             own[: len(found), 1:] = box_convert(found, "xyxy", "cxcywh")
-
-    @property
-    def boxes(self) -> Tensor:
-        """(images, 10, 5)."""
-        return self.labels
 
 
 class Masked(Pictures):

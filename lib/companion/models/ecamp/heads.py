@@ -166,10 +166,10 @@ class Segmenter(OfficialModel):
         return model.loaded(state, "ECAMP's segmenter")
 
 
-def focal_loss(logits: Tensor, target: Tensor, gamma: float = 2.0) -> Tensor:
-    """Mean of (1 - p_t)^gamma BCE with p_t = sigmoid(x (2 t - 1)); the target may be soft."""
+def focal_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Mean of (1 - p_t)^2 BCE with p_t = sigmoid(x (2 t - 1)); the target may be soft."""
     easy = F.logsigmoid(-logits * (2 * target - 1))
-    return ((gamma * easy).exp() * F.binary_cross_entropy_with_logits(logits, target, reduction="none")).mean()
+    return ((2 * easy).exp() * F.binary_cross_entropy_with_logits(logits, target, reduction="none")).mean()
 
 
 def soft_dice(logits: Tensor, target: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +30,7 @@ from ...training.checkpoints import checkpoint_key
 from ...training.hardware import Hardware, RunParameters, evaluating
 from ...training.recipe import Training, dry_items
 from ...training.recipe import run as train
-from ...training.schedules import adamw, sgd
+from ...training.schedules import MakeOptimizer, adamw, sgd
 from ..layers.precision import without_autocast
 from . import detection, heads, official, text, transforms
 from . import model as ecamp
@@ -43,29 +44,10 @@ TEST_BATCH = 64
 # pairs that a device processes at once: the 16,384 positions of 64 have 2 GB of logits over 30,000 words
 MICRO_BATCH = 64
 
-KINDS = {
-    "fine-tune": "classification",
-    "linear probe": "classification",
-    "segment": "segmentation",
-    "detect": "detection",
-}
-# the tasks of a dry run without data, and the sets that their generated images stand for
-DRY_TASKS = {
-    "pre-train": "xrays/mimic-cxr",
-    "fine-tune": "xrays/chestx-ray14",
-    "linear probe": "xrays/covidx",
-    "segment": "xrays/siim",
-    "detect": "xrays/rsna",
-}
-TABLES = {
-    "fine-tune": "recipe-finetune",
-    "linear probe": "recipe-linear",
-    "segment": "recipe-segmentation",
-    "detect": "recipe-detection",
-}
 FIRST = {"1": 60, "10": 100, "100": 50}  # step after which detection is validated, by percent of the labels
 EXPANSION = {"1": 8, "10": 8, "100": 4}  # of the detector's bottlenecks
 BOUND = 50  # limit of a downstream training in multiples of the published steps; the authors' code has none
+RIGA_PATIENCE = 20  # of RIGA from other encoders than ECAMP's, see `Task.patience`
 CLIP, MOMENTUM, DECAY = 1.0, 0.9, 0.05  # the norm of a gradient; SGD's; AdamW's weight decay
 
 RESULTS = Results.of("ecamp")
@@ -108,7 +90,8 @@ def run(p: Parameters, out: Path) -> Result:
     """
     rows, model, batch = [], None, None
     real = not p.dry_run or present(p.dataset, p.data_root, *_wanted(p))
-    for task, dataset in (({} if real else DRY_TASKS) | {p.task: p.dataset}).items():
+    dry = {"pre-train": "xrays/mimic-cxr"} | {name: task.dry_set for name, task in TASKS.items()}
+    for task, dataset in (({} if real else dry) | {p.task: p.dataset}).items():
         devices = 1 if p.task == "pre-train" != task else p.devices  # only pre-training runs on several
         chosen: Any = SimpleNamespace(**vars(p) | {"task": task, "dataset": dataset, "devices": devices})
         if task == "pre-train":
@@ -120,7 +103,10 @@ def run(p: Parameters, out: Path) -> Result:
         else:
             (training, data), title = downstream(chosen, real), f"{task} on {dataset}, {p.labels} % of the labels"
             trained, history = train(training, out)
-            name, score = metric(chosen), evaluate(in_test(chosen), trained, data["test"])
+            # the authors validate at the precision of the training, and test in float32
+            precision = {"precision": "32-true" if p.precision == "paper" else p.precision}
+            score = evaluate(SimpleNamespace(**vars(chosen) | precision), trained, data["test"])
+            name = "accuracy" if dataset in ONE_OF else TASKS[task].metric.format(p.protocol)
             facts = {key: getattr(chosen, key) for key in RESULTS.keys} | {"labels": int(p.labels), "score": score}
             RESULTS.measured(out / "measured.csv", facts, dry_run=p.dry_run)
         title += "" if real else ", generated images in its place"
@@ -130,10 +116,10 @@ def run(p: Parameters, out: Path) -> Result:
 
 def _wanted(p: Parameters) -> list[str]:
     """The parts of a set that a run reads, without lists that nobody has; none for pre-training, which reads all."""
-    kind = KINDS.get(p.task, "")
-    read = [xrays.part_name(kind, split, p.labels) for split in xrays.SPLITS]
-    known = xrays.parts(DATASETS[p.dataset]) if p.dataset in DATASETS else ()
-    return [part for part in read if part in known]
+    if p.task not in TASKS or p.dataset not in DATASETS:
+        return []
+    read = [xrays.part_name(TASKS[p.task].lists, split, p.labels) for split in xrays.SPLITS]
+    return [part for part in read if part in xrays.parts(DATASETS[p.dataset])]
 
 
 # --- pre-training -----------------------------------------------------------------------------------------------------
@@ -263,6 +249,146 @@ def pretraining_fit(p: Parameters, pairs: int, r: Mapping[str, float]) -> dict[s
     }
 
 
+# --- downstream: tasks ------------------------------------------------------------------------------------------------
+
+Scored = Iterable[tuple[Any, Tensor]]
+"""Outputs and truth, batch by batch."""
+
+
+def labels_score(batches: Scored, _: str) -> float:
+    """Accuracy for class indices (n,), the mean AUROC of the classes for labels (n, classes), in percent."""
+    logits, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    return accuracy(labels, logits) if labels.ndim == 1 else radiology.mean_auroc(labels, logits)
+
+
+def masks_score(batches: Scored, protocol: str) -> float:
+    """Dice in percent, averaged over images, then over the structures to segment."""
+    dice = []  # (images, structures) of each batch
+    for logits, masks in batches:
+        each = radiology.dice(logits.sigmoid().flatten(0, 1), masks.flatten(0, 1), protocol)
+        dice.append(each.view(masks.shape[:2]))
+    return 100 * float(torch.cat(dice).nanmean(0).mean())
+
+
+def boxes_score(batches: Scored, protocol: str) -> float:
+    """mAP in percent on images of side `SIDE`; nan if the protocol excludes all images."""
+    kept, boxes = [], []
+    for levels, truth in batches:
+        kept += detection.decode(levels, SIDE)
+        boxes += truth
+    scored = (truth.any() and (protocol == "plain" or len(k)) for k, truth in zip(kept, boxes, strict=True))
+    return radiology.mean_precision(kept, torch.stack(boxes), SIDE, protocol) if any(scored) else math.nan
+
+
+def generated_labels(count: int, dataset: str, _: torch.Generator) -> Tensor:
+    """Positive and negative labels of each class, as an area under the curve needs."""
+    numbers, classes = torch.arange(count), len(CLASSES[dataset])
+    return numbers % classes if dataset in ONE_OF else ((numbers[:, None] + torch.arange(classes)) % 2).float()
+
+
+def generated_masks(count: int, dataset: str, generator: torch.Generator) -> Tensor:
+    """Random pixels, of which 30 % belong to a structure."""
+    return (torch.rand(count, len(CLASSES[dataset]), SIDE, SIDE, generator=generator) > 0.7).float()
+
+
+def generated_boxes(count: int, *_: Any) -> Tensor:
+    """The same box in each image, and padding."""
+    truth = torch.zeros(count, xrays.BOXES, 5)
+    truth[:, 0] = torch.tensor([0, 0.4, 0.5, 0.3, 0.3])
+    return truth
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a downstream task has of its own; `p` are the parameters of a run.
+
+    Attributes:
+        lists: the kind of the data set's lists, see `xrays.load`.
+        dry_set: the set whose images a dry run without data generates.
+        numbers: the table of learning rates, steps and batches.
+        metric: the name of the score; {} is the protocol.
+        score: in percent, of outputs and truth, and the protocol.
+        transform: of the images of a set (its name), in training or not.
+        truth: of so many generated images of a set, by a random generator.
+        model: on an encoder, with a number of classes, for the parameters of a run.
+        loss: of the model and a batch (images, labels, masks or boxes).
+        optimizer: of a learning rate.
+        patience: epochs without a new best after which a training ends.
+        released_test: the list that the authors' code tests on.
+        first: step after which the model is validated, by percent of the labels; without an entry the first one.
+    """
+
+    lists: str
+    dry_set: str
+    numbers: str
+    metric: str
+    score: Callable[[Scored, str], float]
+    transform: Callable[[str, bool], Callable]
+    truth: Callable[[int, str, torch.Generator], Tensor]
+    model: Callable[..., nn.Module]
+    loss: Callable[[nn.Module, tuple[Tensor, ...]], Tensor]
+    optimizer: Callable[[float], MakeOptimizer]
+    patience: int = 20
+    released_test: str = "test"
+    first: Mapping[str, int] = field(default_factory=dict)
+
+
+decayed = partial(adamw, weight_decay=DECAY, decay="all")
+fine_tune = Task(
+    lists="classification",
+    dry_set="xrays/chestx-ray14",
+    numbers="recipe-finetune",
+    metric="AUROC",
+    score=labels_score,
+    transform=lambda dataset, train: transforms.train_transform() if train else transforms.test_transform(),
+    truth=generated_labels,
+    model=lambda vit, classes, p: heads.classifier(vit, classes),
+    loss=lambda model, batch: heads.classification_loss(model(batch[0]), batch[1]),
+    optimizer=partial(sgd, momentum=MOMENTUM, decay="all"),
+)
+TASKS = {
+    "fine-tune": fine_tune,
+    "linear probe": replace(
+        fine_tune,
+        dry_set="xrays/covidx",
+        numbers="recipe-linear",
+        model=lambda vit, classes, p: heads.classifier(vit, classes, probe=True),
+    ),
+    "segment": Task(
+        lists="segmentation",
+        dry_set="xrays/siim",
+        numbers="recipe-segmentation",
+        metric="Dice ({})",
+        score=masks_score,
+        transform=transforms.MaskTransform,
+        truth=generated_masks,
+        # the authors freeze the encoder; on RIGA, which they also run from random weights, not a random one
+        model=lambda vit, classes, p: heads.Segmenter(
+            vit, classes, frozen=(p.dataset, p.encoder) != ("fundus/riga", "random")
+        ),
+        loss=lambda model, batch: heads.segmentation_loss(model(batch[0]).float(), batch[1]),
+        optimizer=decayed,
+        patience=40,
+    ),
+    "detect": Task(
+        lists="detection",
+        dry_set="xrays/rsna",
+        numbers="recipe-detection",
+        metric="mAP ({})",
+        score=boxes_score,
+        transform=lambda dataset, train: transforms.squeeze_transform(),
+        truth=generated_boxes,
+        model=lambda vit, classes, p: detection.Detector(vit, expansion=EXPANSION[p.labels]),
+        loss=lambda model, batch: detection.detection_loss(
+            [level.float() for level in model(batch[0])], batch[1], batch[0].shape[-1]
+        ),
+        optimizer=decayed,
+        released_test="val",
+        first=FIRST,
+    ),
+}
+
+
 # --- downstream: training ---------------------------------------------------------------------------------------------
 
 
@@ -284,7 +410,7 @@ def downstream(p: Parameters, real: bool = True) -> tuple[Training, dict[str, Da
     training = Training(
         name=f"{p.task}, {p.dataset}, {p.labels} %, {p.encoder}, {p.protocol} protocol, seed {p.seed}",
         build=lambda: head(p),
-        loss=lambda model, batch: downstream_loss(p.task, model, batch),
+        loss=TASKS[p.task].loss,
         data=lambda: data["train"],
         fit=downstream_fit(p, len(data["train"]), best, numbers),
         facts={"data_root": Path(p.data_root), **facts},
@@ -300,7 +426,7 @@ def downstream_recipe(task: str, dataset: str, labels: str) -> dict[str, float]:
     Raises `BadParameter`: there is no script for this task, set and share of labels, for instance classification on the
     fundus sets.
     """
-    rows = published_table("ecamp", TABLES[task]).set_index("method").to_dict("index")
+    rows = published_table("ecamp", TASKS[task].numbers).set_index("method").to_dict("index")
     name = f"{TITLES.get(dataset, dataset)}, {labels}%"
     if name not in rows:
         raise BadParameter("dataset", f"{dataset} with {labels} %", f"for {task}: {list(rows)}")
@@ -309,33 +435,21 @@ def downstream_recipe(task: str, dataset: str, labels: str) -> dict[str, float]:
 
 def splits(p: Parameters) -> dict[str, Dataset]:
     """The authors' lists of a data set. As released, detection is tested on the validation list."""
-    kind, train, test = KINDS[p.task], transforms.train_transform(), transforms.test_transform()
-    if kind == "segmentation":
-        train, test = transforms.mask_transform(p.dataset, True), transforms.mask_transform(p.dataset, False)
-    elif kind == "detection":
-        train = test = transforms.squeeze_transform()
-    load = partial(xrays.load, p.dataset, p.data_root, task=kind, share=p.labels, seed=p.seed)
-    tested = "val" if kind == "detection" and p.protocol == "released" else "test"
+    task = TASKS[p.task]
+    load = partial(xrays.load, p.dataset, p.data_root, task=task.lists, share=p.labels, seed=p.seed)
+    test = task.transform(p.dataset, False)
     return {
-        "train": load("train", transform=train),
+        "train": load("train", transform=task.transform(p.dataset, True)),
         "val": load("val", transform=test),
-        "test": load(tested, transform=test),
+        "test": load(task.released_test if p.protocol == "released" else "test", transform=test),
     }
 
 
 def generated(p: Parameters, count: int) -> dict[str, Dataset]:
-    """So many random images; each class has positive and negative labels, as an area under the curve needs."""
-    generator, classes = torch.Generator().manual_seed(p.seed), len(CLASSES[p.dataset])
-    images, numbers = torch.randn(count, 3, SIDE, SIDE, generator=generator), torch.arange(count)
-    if KINDS[p.task] == "segmentation":
-        truth = (torch.rand(count, classes, SIDE, SIDE, generator=generator) > 0.7).float()
-    elif KINDS[p.task] == "detection":
-        truth = torch.zeros(count, xrays.BOXES, 5)
-        truth[:, 0] = torch.tensor([0, 0.4, 0.5, 0.3, 0.3])
-    elif p.dataset in ONE_OF:
-        truth = numbers % classes
-    else:
-        truth = ((numbers[:, None] + torch.arange(classes)) % 2).float()
+    """So many random images and their truth."""
+    generator = torch.Generator().manual_seed(p.seed)
+    images = torch.randn(count, 3, SIDE, SIDE, generator=generator)
+    truth = TASKS[p.task].truth(count, p.dataset, generator)
     return dict.fromkeys(xrays.SPLITS, TensorDataset(images, truth))
 
 
@@ -351,10 +465,8 @@ def encoder(p: Parameters) -> VisionTransformer:
 
 def _file(p: Parameters, name: str) -> Path | None:
     """A file of the paper's weights: the parameter `weights`, or the default path, where a dry run needs none."""
-    entry, folder = (
-        next(w for w in papers.paper("ecamp")["weights"] if w["name"] == name),
-        Path(p.data_root) / "weights",
-    )
+    entry = next(w for w in papers.paper("ecamp")["weights"] if w["name"] == name)
+    folder = Path(p.data_root) / "weights"
     path = Path(p.weights) if p.weights else folder / entry["file"]
     if p.dry_run and not p.weights and not path.is_file():
         print(f"{path} is not here; random weights in this dry run")
@@ -367,24 +479,8 @@ def _file(p: Parameters, name: str) -> Path | None:
 
 
 def head(p: Parameters) -> nn.Module:
-    """The model of a task on its encoder. The authors freeze it; on RIGA, which they also run from random weights, not
-    a random one."""
-    classes = len(CLASSES[p.dataset])
-    if KINDS[p.task] == "classification":
-        return heads.classifier(encoder(p), classes, probe=p.task == "linear probe")
-    if KINDS[p.task] == "segmentation":
-        return heads.Segmenter(encoder(p), classes, frozen=(p.dataset, p.encoder) != ("fundus/riga", "random"))
-    return detection.Detector(encoder(p), expansion=EXPANSION[p.labels])
-
-
-def downstream_loss(task: str, model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
-    """The loss of a batch (images, labels, masks or boxes)."""
-    images, truth = batch
-    if KINDS[task] == "classification":
-        return heads.classification_loss(model(images), truth)
-    if KINDS[task] == "segmentation":
-        return heads.segmentation_loss(model(images).float(), truth)
-    return detection.detection_loss([head.float() for head in model(images)], truth, images.shape[-1])
+    """The model of a task on its encoder."""
+    return TASKS[p.task].model(encoder(p), len(CLASSES[p.dataset]), p)
 
 
 def downstream_learning_rates(numbers: Mapping[str, float], count: int) -> np.ndarray:
@@ -402,25 +498,18 @@ def downstream_learning_rates(numbers: Mapping[str, float], count: int) -> np.nd
     return numbers["lr"] * np.where(step < warm, step / max(1, warm), 0.5 * (1 + np.cos(np.pi * done)))
 
 
-def patience(task: str, dataset: str, encoder: str) -> int:
-    """Epochs without a new best after which a training ends: more for segmentation, but on RIGA for ECAMP's encoder."""
-    return 40 if task == "segment" and (dataset != "fundus/riga" or encoder == "ECAMP") else 20
-
-
 def selection(p: Parameters, score: Callable[[nn.Module], float]) -> EarlyStop:
     """The choice of the epoch by the score on validation, as released: from 0 on, an AUROC, Dice or mAP as high as the
-    best one is a new best, an accuracy is not. Detection is first validated after step `FIRST`.
+    best one is a new best, an accuracy is not.
     """
-    ties = not (KINDS[p.task] == "classification" and p.dataset in ONE_OF)
-    first = 1 + (FIRST[p.labels] if p.task == "detect" and not p.dry_run else 0)
-    epochs = patience(p.task, p.dataset, p.encoder)
+    task, ties = TASKS[p.task], p.dataset not in ONE_OF
+    first = 1 + (0 if p.dry_run else task.first.get(p.labels, 0))
+    epochs = RIGA_PATIENCE if p.dataset == "fundus/riga" and p.encoder != "ECAMP" else task.patience
     return EarlyStop(score, epochs, first_step=first, ties=ties, patient_ties=ties, start=0.0)
 
 
 def downstream_fit(p: Parameters, images: int, best: EarlyStop, numbers: Mapping[str, float]) -> dict[str, Any]:
     """The arguments of `fit` for a downstream training on a number of images, which ends with the weights of `best`.
-
-    SGD without weight decay for classification, else AdamW, which decays every trained tensor.
 
     An epoch's last images, too few for a batch, are a separate step. As in the authors' code a training ends when the
     patience is exhausted, or when an epoch ends on a multiple of the published steps; beyond these the cosine rises
@@ -434,14 +523,11 @@ def downstream_fit(p: Parameters, images: int, best: EarlyStop, numbers: Mapping
     per_epoch = -(-images // batch)
     # the patience stops a training long before; without a limit the schedule may have 10^8 entries
     longest = min(math.lcm(per_epoch, steps), BOUND * steps)
-    optimizer = adamw(numbers["lr"], DECAY, decay="all")
-    if KINDS[p.task] == "classification":
-        optimizer = sgd(numbers["lr"], momentum=MOMENTUM, decay="all")
     return {
         "epochs": longest / per_epoch,
         "batch": batch,
         "last": "train",
-        "optimizer": optimizer,
+        "optimizer": TASKS[p.task].optimizer(numbers["lr"]),
         "schedule": lambda base, steps, per_epoch: downstream_learning_rates(numbers, steps),
         "callbacks": [ClipNorm(CLIP), best],
         "seed": p.seed,
@@ -452,22 +538,10 @@ def downstream_fit(p: Parameters, images: int, best: EarlyStop, numbers: Mapping
 # --- downstream: test -------------------------------------------------------------------------------------------------
 
 
-def in_test(p: Parameters) -> Parameters:
-    """`p`, but for the precision "paper": the authors validate at that of the training, and test in float32."""
-    return SimpleNamespace(**vars(p) | ({"precision": "32-true"} if p.precision == "paper" else {}))
-
-
-def metric(p: Parameters) -> str:
-    """The name of the score of a task."""
-    if KINDS[p.task] == "classification":
-        return "accuracy" if p.dataset in ONE_OF else "AUROC"
-    return f"{'Dice' if p.task == 'segment' else 'mAP'} ({p.protocol})"
-
-
 def evaluate(p: Parameters, model: nn.Module, part: Dataset) -> float:
     """The score of a model on a split, in percent; nan where the few images of a dry run have none."""
     try:
-        return score(KINDS[p.task], outputs(p, model, part), p.protocol)
+        return TASKS[p.task].score(outputs(p, model, part), p.protocol)
     except BadParameter:  # a class without positives
         if p.dry_run:
             return math.nan
@@ -486,39 +560,12 @@ def outputs(p: Parameters, model: nn.Module, part: Dataset) -> Iterator[tuple[An
                 yield [x.float().cpu() for x in out] if isinstance(out, list) else out.float().cpu(), truth
 
 
-def score(kind: str, batches: Iterable[tuple[Any, Tensor]], protocol: str = "released") -> float:
-    """The score in percent of batches of outputs and truth.
-
-    Classification: accuracy for class indices (n,), the mean AUROC of the classes for labels (n, classes).
-    Segmentation: Dice averaged over images, then over the structures to segment. Detection, on images of side `SIDE`:
-    mAP; nan if the protocol excludes all images.
-    """
-    if kind == "segmentation":
-        dice = []  # (images, structures) of each batch
-        for logits, masks in batches:
-            each = radiology.dice(logits.sigmoid().flatten(0, 1), masks.flatten(0, 1), protocol)
-            dice.append(each.view(masks.shape[:2]))
-        return 100 * float(torch.cat(dice).nanmean(0).mean())
-    if kind == "detection":
-        kept, boxes = [], []
-        for levels, truth in batches:
-            kept += detection.decode(levels, SIDE)
-            boxes += truth
-        scored = (truth.any() and (protocol == "plain" or len(k)) for k, truth in zip(kept, boxes, strict=True))
-        return radiology.mean_precision(kept, torch.stack(boxes), SIDE, protocol) if any(scored) else math.nan
-    logits, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    if labels.ndim == 1:
-        return accuracy(labels, logits)
-    return radiology.mean_auroc(labels, logits)
-
-
 # --- protocol ---------------------------------------------------------------------------------------------------------
 
 
 def protocol() -> dict[str, str]:
     """The settings of the `paper` profile, one per row."""
-    warp = transforms.MaskTransform(train=True).warp
-    riga = [patience("segment", "fundus/riga", start) for start in ("ECAMP", "MRM")]
+    warp = transforms.MaskTransform("xrays/rsna", True).warp
     return papers.protocol(
         "ecamp",
         r=published(),
@@ -529,5 +576,5 @@ def protocol() -> dict[str, str]:
         expansion=[*EXPANSION.values()],
         one_of=" and ".join(TITLES[name] for name in ONE_OF),
         ious=(radiology.IOUS[0], radiology.IOUS[-1]),
-        **globals() | {"text": text, "patience": [patience("fine-tune", "xrays/rsna", "ECAMP"), *riga]},
+        **globals() | {"text": text},
     )

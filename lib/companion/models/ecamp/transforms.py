@@ -66,16 +66,18 @@ class MaskTransform:
     """Segmentation: image and mask to a square; in training scaled by up to 10 % and rotated by up to 10 degrees, with
     probability 0.5.
 
+    As released, on SIIM the mask is not warped with its image, and RSNA's masks are resized by nearest neighbour; all
+    others by the mean over the covered pixels, which gives soft borders.
+
     Args:
-        size: of the square.
+        dataset: the name of the set.
         train: warp at random.
-        warp_mask: False warps the image but not the mask, as released for SIIM.
-        nearest: resize masks by nearest neighbour, as released for RSNA; otherwise, as released for SIIM and RIGA, by
-            the mean over the covered pixels, which gives soft borders.
+        size: of the square.
     """
 
-    def __init__(self, size: int = 224, train: bool = False, warp_mask: bool = True, nearest: bool = False):
-        self.size, self.train, self.warp_mask = size, train, warp_mask
+    def __init__(self, dataset: str, train: bool, size: int = 224):
+        nearest = dataset == "xrays/rsna"
+        self.size, self.train, self.warp_mask = size, train, dataset != "xrays/siim"
         self.warp = v2.RandomApply([v2.RandomAffine(10, scale=(0.9, 1.1), interpolation=v2.InterpolationMode.BILINEAR)])
         self.resize_image = squeeze_transform(size)
         self.reduce = _nearest if nearest else _area
@@ -91,12 +93,6 @@ class MaskTransform:
         elif self.train:
             image = self.warp(image)
         return self.resize_image(image), self.reduce(mask, self.size)
-
-
-def mask_transform(dataset: str, train: bool, size: int = 224) -> MaskTransform:
-    """The transform of a set for segmentation, as released: on SIIM the mask is not warped with its image, RSNA's masks
-    are resized by nearest neighbour, others by area."""
-    return MaskTransform(size, train, warp_mask=dataset != "xrays/siim", nearest=dataset == "xrays/rsna")
 
 
 def _nearest(mask: Tensor, size: int) -> Tensor:
