@@ -18,7 +18,8 @@ from companion.data import classification, decoding, domains, rasters
 from companion.errors import CorruptFile
 from companion.models import dmt, ecamp, hvit, metasegnet, sic_cads
 from companion.models.ecamp.detection import decode
-from companion.models.ecamp.transforms import squeeze_transform, test_transform
+from companion.models.ecamp.transforms import squeeze_transform
+from companion.models.ecamp.transforms import test_transform as xray_transform
 from tests.models.common import refuses
 from tests.small import small_pipe
 from tests.test_saving import CLASSES, picture, trained
@@ -56,8 +57,8 @@ OUTPUTS: dict[str, tuple[Callable, Callable, bool]] = {
     "PromptPAR": (lambda m: narrow, lambda m, x: m(x).logits.sigmoid(), False),
     "DMT's classifier": (lambda m: dmt.vit.test_transform(32), lambda m, x: m(x).softmax(1), False),
     "DMT's student": (lambda m: dmt.vit.test_transform(32), lambda m, x: m.features(x), False),
-    "ECAMP": (lambda m: test_transform(32), lambda m, x: m.encoder.forward_features(x)[:, 1:].mean(1), True),
-    "ECAMP's classifier": (lambda m: test_transform(32), lambda m, x: m(x).sigmoid(), True),
+    "ECAMP": (lambda m: xray_transform(32), lambda m, x: m.encoder.forward_features(x)[:, 1:].mean(1), True),
+    "ECAMP's classifier": (lambda m: xray_transform(32), lambda m, x: m(x).sigmoid(), True),
     "ECAMP's segmenter": (lambda m: squeeze_transform(32), lambda m, x: m(x).sigmoid(), True),
 }
 

@@ -563,7 +563,7 @@ def parts(dataset: DataSet) -> dict[str, Callable[[Path], Any]]:
     return found or {"pairs": lambda root: reports(dataset.name, root).images}
 
 
-def part_name(task: str, split: str, share: str = "100") -> str:
+def part_name(task: str, split: str, share: str) -> str:
     """The name of a part for `companion.data.status`: "classification test", "segmentation train 10 %"."""
     return f"{task} {split}" + f" {share} %" * (split == "train")
 

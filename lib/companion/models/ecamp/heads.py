@@ -43,9 +43,9 @@ def classifier(
     encoder: VisionTransformer, classes: int, *, probe: bool = False, drop_path: float = 0.1
 ) -> VisionTransformer:
     """The classifier: MAE's, see `layers.heads.classifier`."""
-    model = shared.classifier(encoder, classes, probe=probe, drop_path=drop_path)
+    given = dict(locals())
+    model = shared.classifier(**given)
     vars(model)["predict"] = partial(findings, model)
-    given = {"encoder": encoder, "classes": classes, "probe": probe, "drop_path": drop_path}
     return configure(model, given, classifier)
 
 

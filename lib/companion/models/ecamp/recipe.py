@@ -90,8 +90,8 @@ def run(p: Parameters, out: Path) -> Result:
     """
     rows, model, batch = [], None, None
     real = not p.dry_run or present(p.dataset, p.data_root, *_wanted(p))
-    dry = {"pre-train": "xrays/mimic-cxr"} | {name: task.dry_set for name, task in TASKS.items()}
-    for task, dataset in (({} if real else dry) | {p.task: p.dataset}).items():
+    runs = {} if real else {"pre-train": "xrays/mimic-cxr"} | {name: task.dry_set for name, task in TASKS.items()}
+    for task, dataset in (runs | {p.task: p.dataset}).items():
         devices = 1 if p.task == "pre-train" != task else p.devices  # only pre-training runs on several
         chosen: Any = SimpleNamespace(**vars(p) | {"task": task, "dataset": dataset, "devices": devices})
         if task == "pre-train":
@@ -118,8 +118,9 @@ def _wanted(p: Parameters) -> list[str]:
     """The parts of a set that a run reads, without lists that nobody has; none for pre-training, which reads all."""
     if p.task not in TASKS or p.dataset not in DATASETS:
         return []
-    read = [xrays.part_name(TASKS[p.task].lists, split, p.labels) for split in xrays.SPLITS]
-    return [part for part in read if part in xrays.parts(DATASETS[p.dataset])]
+    known = xrays.parts(DATASETS[p.dataset])
+    read = (xrays.part_name(TASKS[p.task].lists, split, p.labels) for split in xrays.SPLITS)
+    return [part for part in read if part in known]
 
 
 # --- pre-training -----------------------------------------------------------------------------------------------------
@@ -271,7 +272,10 @@ def masks_score(batches: Scored, protocol: str) -> float:
 
 
 def boxes_score(batches: Scored, protocol: str) -> float:
-    """mAP in percent on images of side `SIDE`; nan if the protocol excludes all images."""
+    """mAP in percent on images of side `SIDE`; nan if the protocol excludes all images.
+
+    As released, images where nothing is found are left out.
+    """
     kept, boxes = [], []
     for levels, truth in batches:
         kept += detection.decode(levels, SIDE)
@@ -300,7 +304,7 @@ def generated_boxes(count: int, *_: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class Task:
-    """What a downstream task has of its own; `p` are the parameters of a run.
+    """What a downstream task has of its own.
 
     Attributes:
         lists: the kind of the data set's lists, see `xrays.load`.
@@ -565,16 +569,13 @@ def outputs(p: Parameters, model: nn.Module, part: Dataset) -> Iterator[tuple[An
 
 def protocol() -> dict[str, str]:
     """The settings of the `paper` profile, one per row."""
-    warp = transforms.MaskTransform("xrays/rsna", True).warp
     return papers.protocol(
         "ecamp",
         r=published(),
         crop=transforms.train_transform().transforms[0].scale,
-        warp=warp.transforms[0],
-        warped=warp.p,
+        warp=transforms.MaskTransform("xrays/rsna", True).warp,
         first=[*FIRST.values()],
         expansion=[*EXPANSION.values()],
         one_of=" and ".join(TITLES[name] for name in ONE_OF),
-        ious=(radiology.IOUS[0], radiology.IOUS[-1]),
         **globals() | {"text": text},
     )
