@@ -617,7 +617,7 @@ def _trajectory_downstream(task: str, case: Case) -> list[Row]:
         best = recipe.selection(p, lambda _: float(next(rising)))  # the last weights are the best
         data = InOrder(items, len(items) // epochs)
         options = recipe.downstream_fit(p, len(data), best, numbers | {"batch": len(batches[0])})
-        history = fit(model, recipe.TASKS[task].loss, data, **options)
+        history = fit(model, lambda model, batch: recipe.TASKS[task].loss(model(batch[0]), batch[1]), data, **options)
         return [row["loss"] for row in history], [row["lr"] for row in history], _state(model)
 
     return _trajectory(case, what, case.expected[what], train)

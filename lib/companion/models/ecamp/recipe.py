@@ -48,6 +48,7 @@ FIRST = {"1": 60, "10": 100, "100": 50}  # step after which detection is validat
 EXPANSION = {"1": 8, "10": 8, "100": 4}  # of the detector's bottlenecks
 BOUND = 50  # limit of a downstream training in multiples of the published steps; the authors' code has none
 RIGA_PATIENCE = 20  # of RIGA from other encoders than ECAMP's, see `Task.patience`
+BOX = [0, 0.4, 0.5, 0.3, 0.3]  # of a generated image, see `xrays.Boxed`
 CLIP, MOMENTUM, DECAY = 1.0, 0.9, 0.05  # the norm of a gradient; SGD's; AdamW's weight decay
 
 RESULTS = Results.of("ecamp")
@@ -119,8 +120,8 @@ def _wanted(p: Parameters) -> list[str]:
     if p.task not in TASKS or p.dataset not in DATASETS:
         return []
     known = xrays.parts(DATASETS[p.dataset])
-    read = (xrays.part_name(TASKS[p.task].lists, split, p.labels) for split in xrays.SPLITS)
-    return [part for part in read if part in known]
+    lists = TASKS[p.task].lists
+    return [part for split in xrays.SPLITS if (part := xrays.part_name(lists, split, p.labels)) in known]
 
 
 # --- pre-training -----------------------------------------------------------------------------------------------------
@@ -264,10 +265,10 @@ def labels_score(batches: Scored, _: str) -> float:
 
 def masks_score(batches: Scored, protocol: str) -> float:
     """Dice in percent, averaged over images, then over the structures to segment."""
-    dice = []  # (images, structures) of each batch
-    for logits, masks in batches:
-        each = radiology.dice(logits.sigmoid().flatten(0, 1), masks.flatten(0, 1), protocol)
-        dice.append(each.view(masks.shape[:2]))
+    dice = [  # (images, structures) of each batch
+        radiology.dice(logits.sigmoid().flatten(0, 1), masks.flatten(0, 1), protocol).view(masks.shape[:2])
+        for logits, masks in batches
+    ]
     return 100 * float(torch.cat(dice).nanmean(0).mean())
 
 
@@ -290,18 +291,6 @@ def generated_labels(count: int, dataset: str, _: torch.Generator) -> Tensor:
     return numbers % classes if dataset in ONE_OF else ((numbers[:, None] + torch.arange(classes)) % 2).float()
 
 
-def generated_masks(count: int, dataset: str, generator: torch.Generator) -> Tensor:
-    """Random pixels, of which 30 % belong to a structure."""
-    return (torch.rand(count, len(CLASSES[dataset]), SIDE, SIDE, generator=generator) > 0.7).float()
-
-
-def generated_boxes(count: int, *_: Any) -> Tensor:
-    """The same box in each image, and padding."""
-    truth = torch.zeros(count, xrays.BOXES, 5)
-    truth[:, 0] = torch.tensor([0, 0.4, 0.5, 0.3, 0.3])
-    return truth
-
-
 @dataclass(frozen=True)
 class Task:
     """What a downstream task has of its own.
@@ -313,9 +302,9 @@ class Task:
         metric: the name of the score; {} is the protocol.
         score: in percent, of outputs and truth, and the protocol.
         transform: of the images of a set (its name), in training or not.
-        truth: of so many generated images of a set, by a random generator.
+        truth: of so many generated images of a set (its name), by a random generator.
         model: on an encoder, with a number of classes, for the parameters of a run.
-        loss: of the model and a batch (images, labels, masks or boxes).
+        loss: of outputs and truth (labels, masks or boxes), for images of side `SIDE`.
         optimizer: of a learning rate.
         patience: epochs without a new best after which a training ends.
         released_test: the list that the authors' code tests on.
@@ -328,9 +317,9 @@ class Task:
     metric: str
     score: Callable[[Scored, str], float]
     transform: Callable[[str, bool], Callable]
-    truth: Callable[[int, str, torch.Generator], Tensor]
+    truth: Callable[..., Tensor]
     model: Callable[..., nn.Module]
-    loss: Callable[[nn.Module, tuple[Tensor, ...]], Tensor]
+    loss: Callable[[Any, Tensor], Tensor]
     optimizer: Callable[[float], MakeOptimizer]
     patience: int = 20
     released_test: str = "test"
@@ -347,7 +336,7 @@ fine_tune = Task(
     transform=lambda dataset, train: transforms.train_transform() if train else transforms.test_transform(),
     truth=generated_labels,
     model=lambda vit, classes, p: heads.classifier(vit, classes),
-    loss=lambda model, batch: heads.classification_loss(model(batch[0]), batch[1]),
+    loss=heads.classification_loss,
     optimizer=partial(sgd, momentum=MOMENTUM, decay="all"),
 )
 TASKS = {
@@ -365,12 +354,14 @@ TASKS = {
         metric="Dice ({})",
         score=masks_score,
         transform=transforms.MaskTransform,
-        truth=generated_masks,
+        truth=lambda count, dataset, generator: (
+            torch.rand(count, len(CLASSES[dataset]), SIDE, SIDE, generator=generator) > 0.7
+        ).float(),
         # the authors freeze the encoder; on RIGA, which they also run from random weights, not a random one
         model=lambda vit, classes, p: heads.Segmenter(
             vit, classes, frozen=(p.dataset, p.encoder) != ("fundus/riga", "random")
         ),
-        loss=lambda model, batch: heads.segmentation_loss(model(batch[0]).float(), batch[1]),
+        loss=lambda logits, masks: heads.segmentation_loss(logits.float(), masks),
         optimizer=decayed,
         patience=40,
     ),
@@ -381,11 +372,9 @@ TASKS = {
         metric="mAP ({})",
         score=boxes_score,
         transform=lambda dataset, train: transforms.squeeze_transform(),
-        truth=generated_boxes,
+        truth=lambda count, *_: torch.tensor([BOX] + [[0] * 5] * (xrays.BOXES - 1)).repeat(count, 1, 1),
         model=lambda vit, classes, p: detection.Detector(vit, expansion=EXPANSION[p.labels]),
-        loss=lambda model, batch: detection.detection_loss(
-            [level.float() for level in model(batch[0])], batch[1], batch[0].shape[-1]
-        ),
+        loss=lambda levels, boxes: detection.detection_loss([level.float() for level in levels], boxes, SIDE),
         optimizer=decayed,
         released_test="val",
         first=FIRST,
@@ -414,7 +403,7 @@ def downstream(p: Parameters, real: bool = True) -> tuple[Training, dict[str, Da
     training = Training(
         name=f"{p.task}, {p.dataset}, {p.labels} %, {p.encoder}, {p.protocol} protocol, seed {p.seed}",
         build=lambda: head(p),
-        loss=TASKS[p.task].loss,
+        loss=lambda model, batch: TASKS[p.task].loss(model(batch[0]), batch[1]),
         data=lambda: data["train"],
         fit=downstream_fit(p, len(data["train"]), best, numbers),
         facts={"data_root": Path(p.data_root), **facts},
@@ -453,8 +442,7 @@ def generated(p: Parameters, count: int) -> dict[str, Dataset]:
     """So many random images and their truth."""
     generator = torch.Generator().manual_seed(p.seed)
     images = torch.randn(count, 3, SIDE, SIDE, generator=generator)
-    truth = TASKS[p.task].truth(count, p.dataset, generator)
-    return dict.fromkeys(xrays.SPLITS, TensorDataset(images, truth))
+    return dict.fromkeys(xrays.SPLITS, TensorDataset(images, TASKS[p.task].truth(count, p.dataset, generator)))
 
 
 def encoder(p: Parameters) -> VisionTransformer:
