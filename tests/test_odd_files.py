@@ -229,7 +229,7 @@ odd(
 
 def boxed(folder: Path) -> list:
     found = xrays.load(xrays.own(folder), folder, "train", task="detection")
-    return found.boxes[0][found.boxes[0].any(1)].tolist()
+    return found.labels[0][found.labels[0].any(1)].tolist()
 
 
 def boxes(*cells: str) -> list[str]:
