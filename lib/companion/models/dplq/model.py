@@ -6,7 +6,7 @@ the text, and to the deep prompts of the image tower. Only the prompts, the net 
 
 The paper's full text was not available: every formula here was read from the authors' code (github caoql98/DPLQ, commit
 3d78bb5, no licence stated) and written from scratch; outputs are checked against ones recorded from it. The quaternion
-layers are ours (`models.layers.quaternion`), since the package bundled there is GPL.
+layers are ours (`.quaternion`), since the package bundled there is GPL.
 
 Shapes: b images, C classes, n context tokens, J prompted layers, F the width of the domain feature, Wt and Wv the
 widths of the text and the image tower.
