@@ -353,8 +353,8 @@ def test_a_killed_training_resumes_to_the_same_bits(make, changes, tmp_path):
         (1, 0.5, 7, [7, 14, 21, 28, 35, 40]),  # each is quick: by steps alone
         (1, 3.1, 7, [7, 40]),  # a minute follows one of three seconds
         (10, 3.1, 7, [7, 14, 21, 28, 35, 40]),
-        (250, 3.1, 200, [3, 6, 9, 12, 15, 18, 21, 24, 27, 30, 33, 36, 39, 40]),  # ten minutes
-        (250, 40.0, 1, [1, *range(4, 40, 3), 40]),  # twenty times 40 seconds are more than ten minutes
+        (200, 3.1, 200, [3, 6, 9, 12, 15, 18, 21, 24, 27, 30, 33, 36, 39, 40]),  # eight minutes
+        (200, 40.0, 1, [1, *range(4, 40, 3), 40]),  # twenty times 40 seconds are more than eight minutes
     ],
 )
 def test_checkpoints_are_written_by_steps_and_by_time(step, write, every, written, tmp_path, monkeypatch):
