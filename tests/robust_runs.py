@@ -71,7 +71,6 @@ def training(folder: Path) -> str:
 def studies(folder: Path) -> str:
     """A study of two methods, whose rows are saved one by one."""
     module = types.ModuleType("companion.toy.made_up")
-    module.__file__ = errors.__file__  # small: its hash takes no time
 
     def train(method: str, task: str, data: int, rate: float, seed: int) -> tuple[nn.Module, list[dict[str, float]]]:
         pause(0.15)
@@ -90,6 +89,7 @@ def studies(folder: Path) -> str:
         seeds=range(8),
     )
     sys.modules[module.__name__] = module
+    study.sources = lambda path: [Path(errors.__file__)]  # it has no file
     study.ProcessPoolExecutor = lambda workers, context, start: ThreadPoolExecutor(1)  # the run is a process already
     rows = study.run("made_up", folder / "study", workers=1).drop(columns="seconds")
     return digest([rows.to_csv(index=False).encode()])
