@@ -192,7 +192,8 @@ def build(note: Any) -> Any:
         return PreTrainedTokenizerFast(tokenizer_object=tokens, **_only(note["options"], TOKENS))
     if "of" in note:
         return build(note["of"]).visual
-    by, given, fixed = note["by"], note["args"], FUNCTIONS.get(note["by"], {})
+    by, given = today(note["by"]), note["args"]  # before it is looked up: an old name has the rules of the present one
+    fixed = FUNCTIONS.get(by, {})
     if by in PASSED_ON:
         towers = {name: value["mapping"] for name, value in given.items() if name in ("vision_cfg", "text_cfg")}
         _only(given, SIZES | fixed.keys() | towers.keys())
@@ -215,7 +216,7 @@ def today(path: str) -> str:
 
 def _resolve(path: str) -> Callable[..., Any]:
     """The class or function of a config. Raises `BadParameter` where it may not be called."""
-    module, _, name = (path := today(path)).partition(":")
+    module, _, name = path.partition(":")
     found = None
     if module.startswith("companion.") or path == VIT:
         try:
