@@ -91,7 +91,7 @@ def epoch(cached: bool) -> Step:
     data = TensorDataset(views.images)
     if cached:
         folder = tempfile.TemporaryDirectory()
-        data = dmt_cache.build(Path(folder.name), found, views, batch=IMAGES)
+        data = dmt_cache.fill(Path(folder.name), found, views, batch=IMAGES)
         data.temporary = folder  # deleted with the data
 
     def run() -> None:

@@ -52,7 +52,7 @@ def teachers() -> Teachers:
 
 
 def cache(folder: Path) -> None:
-    dmt_cache.build(folder / "tokens", teachers(), dmt_cache.Views(torch.rand(4, 3, 32, 32)), hardware=CPU)
+    dmt_cache.fill(folder / "tokens", teachers(), dmt_cache.Views(torch.rand(4, 3, 32, 32)), hardware=CPU)
 
 
 def write_rows(path: Path) -> None:

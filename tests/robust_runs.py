@@ -29,7 +29,7 @@ from companion.models.hvit.features import extract
 from companion.studies import study
 from companion.training import stored
 from companion.training.checkpoints import Checkpoint, trained_state
-from companion.training.fit import predict
+from companion.training.fit import outputs_of
 from companion.training.hardware import CPU
 from tests.models.bat.test_tracking import clip, pocket_model, sequence
 from tests.models.hvit.test_slides import SMALL, drawn, mean_colour, written
@@ -146,7 +146,7 @@ def cached_teachers(folder: Path) -> str:
     stored.FLUSHED = 0.1
     teachers = Teachers({"MAE": build("pocket teacher"), "iBOT": build("pocket teacher", width=64)})
     views = dmt_cache.Views(torch.rand(96, 3, 32, 32, generator=torch.Generator().manual_seed(0)), slowly)
-    cache = dmt_cache.build(folder / "tokens", teachers, views, batch=2, hardware=CPU)
+    cache = dmt_cache.fill(folder / "tokens", teachers, views, batch=2, hardware=CPU)
     return digest(tokens.contiguous().numpy().tobytes() for tokens in cache.tensors())
 
 
@@ -157,7 +157,7 @@ def predictions(folder: Path) -> str:
     model.load_state_dict({"weight": torch.ones(2, 3), "bias": torch.zeros(2)})
     model.register_forward_hook(lambda *_: pause(0.02))
     images = TensorDataset(torch.rand(40, 3, generator=torch.Generator().manual_seed(0)))
-    features = predict(model, images, batch=2, hardware=CPU, folder=folder / "features")
+    features = outputs_of(model, images, batch=2, hardware=CPU, folder=folder / "features")
 
     def boxes(done: int) -> Iterator[list[float]]:
         for i in range(done, 40):

@@ -144,7 +144,7 @@ def test_grades_of_slides() -> None:
     model = trained("H-ViT")
     slides = [torch.randn(m, 16, 48, generator=torch.Generator().manual_seed(m)) for m in (1, 3)]
     with torch.no_grad():
-        expected = [int(hvit.predict("regression", model(x[None]), 3)) for x in slides]
+        expected = [int(hvit.graded("regression", model(x[None]), 3)) for x in slides]
     assert companion.predict(model, slides) == expected
     assert companion.predict(model, slides, class_names=CLASSES) == [CLASSES[i] for i in expected]
 

@@ -339,7 +339,7 @@ def slides(given: argparse.Namespace) -> int:
 def heatmap(given: argparse.Namespace) -> int:
     """Print a slide's predicted class, and write its attention over the tissue."""
     from .models.hvit import HViT, encoders, heatmaps
-    from .models.hvit.model import predict, probabilities
+    from .models.hvit.model import graded, probabilities
     from .models.hvit.official import read_checkpoint
     from .models.hvit.slides import PANDA, Slide, read_mask, tile
     from .saving import load
@@ -367,7 +367,7 @@ def heatmap(given: argparse.Namespace) -> int:
         scores = maps.factorised(given.gamma, model.variant)
         files = heatmaps.write_heatmap(slide, tiles, scores, out / path.stem)
     top, names = model.slide, getattr(model, "class_names", ())
-    grade = int(predict(top.head, maps.output, top.classes))
+    grade = int(graded(top.head, maps.output, top.classes))
     names = names or [f"class {i}" for i in range(top.classes)]
     if top.head == "regression":
         sure = f"output {float(maps.output):.2f}; a regression gives no probabilities"

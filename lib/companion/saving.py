@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from . import __version__
 from .backbones import compare, input_of
 from .errors import BadParameter, CompanionError, CorruptFile, check_choice, check_names
-from .io.config import as_json, build, config_of
+from .io.config import as_json, config_of, rebuild
 from .io.files import atomic, atomic_folder
 from .training import checkpoints
 
@@ -79,11 +79,11 @@ def save(model: Any, path: str | Path, *, class_names: Sequence[str] = (), trans
     check_names(class_names, outputs if isinstance(outputs, int) and outputs > 1 else None)
     state, settings = _tensors(model), _settings(model)
     with torch.random.fork_rng(devices=[]):
-        again = build(config)
+        again = rebuild(config)
         exchanged = _different(settings, _settings(again)) & config["args"].keys() & settings.keys()
         if exchanged:  # after the model was made
             config = config | {"args": config["args"] | {name: settings[name] for name in exchanged}}
-            again = build(config)
+            again = rebuild(config)
     ours, theirs = ({name: x.shape for name, x in tensors.items()} for tensors in (state, _tensors(again)))
     other = _different(ours, theirs) | _different(theirs, ours) | _different(settings, _settings(again))
     if other or repr(again) != repr(model):
@@ -108,8 +108,8 @@ def load(path: str | Path) -> Any:
     about = _header(path)
     try:
         with torch.random.fork_rng(devices=[]):
-            model = build(about["made"])
-        transform, names = build(about["preprocessing"]), tuple(map(str, about["class_names"]))
+            model = rebuild(about["made"])
+        transform, names = rebuild(about["preprocessing"]), tuple(map(str, about["class_names"]))
     except CompanionError:
         raise
     except Exception as error:  # a constructor with arguments of a wrong type may raise any error

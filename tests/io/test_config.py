@@ -104,7 +104,7 @@ def test_no_argument_of_a_forged_config_is_read_or_looked_up_or_run(made: set[st
         flagged = [{}, flags, flags | {"pretrained": str(trap.file)}] if by in config.PASSED_ON else [{}]
         for args in [{name: value} | more for name in accepted(by) for value in values for more in flagged]:
             try:
-                config.build({"by": by, "args": example | args})
+                config.rebuild({"by": by, "args": example | args})
             except Exception as error:
                 assert not isinstance(error, OSError), (by, args)
             assert not trap.found and not trap.touched.exists(), (by, args, trap.found)
@@ -116,7 +116,7 @@ def test_a_model_saved_under_an_old_name_is_built() -> None:
         assert not name or hasattr(importlib.import_module(module), name), new
     made = MODELS["VPT"]()
     old = config.config_of(made) | {"by": "companion.models.layers.vpt:VPT"}
-    assert type(config.build(old)) is type(made)
+    assert type(config.rebuild(old)) is type(made)
 
 
 def test_an_old_name_is_no_way_round(trap: Trap) -> None:
@@ -125,8 +125,8 @@ def test_an_old_name_is_no_way_round(trap: Trap) -> None:
     found = [f"{old[module]}:{name}" for module, name in (by.split(":") for by in config.PASSED_ON) if module in old]
     assert found
     for by in found:
-        refuses((lambda by=by: config.build({"by": by, "args": {"pretrained_cfg": {"file": str(trap.file)}}}), "cfg"))
-        refuses((lambda by=by: config.build({"by": by, "args": {"pretrained": str(trap.file)}}), "pretrained"))
+        refuses((lambda by=by: config.rebuild({"by": by, "args": {"pretrained_cfg": {"file": str(trap.file)}}}), "cfg"))
+        refuses((lambda by=by: config.rebuild({"by": by, "args": {"pretrained": str(trap.file)}}), "pretrained"))
     assert not trap.found
 
 
@@ -141,5 +141,5 @@ def test_the_trap_closes(trap: Trap) -> None:
 
 @pytest.mark.parametrize("name", ["openclip:roberta-ViT-B-32/", "openclip:hf-hub:evil/model", "local-dir:/tmp"])
 def test_an_encoder_of_another_source_is_refused(name: str, trap: Trap) -> None:
-    refuses((lambda: config.build({"by": "companion.backbones:build", "args": {"name": name}}), "name"))
+    refuses((lambda: config.rebuild({"by": "companion.backbones:build", "args": {"name": name}}), "name"))
     assert not trap.found

@@ -33,8 +33,8 @@ def _labels(case: Case) -> list[Row]:
     rows = [same("ordinal_vector_of_grade", expected["ordinal_vector_of_grade"], vectors)]
     for name, heads in (("ordinal_or_coral", ("ordinal", "coral")), ("corn", ("corn",))):
         for head in heads:
-            rows.append(same(f"grade_{name} {head}", expected[f"grade_{name}"], hvit.predict(head, logits, classes)))
-    regression = hvit.predict("regression", case.data["in.regression"], classes)
+            rows.append(same(f"grade_{name} {head}", expected[f"grade_{name}"], hvit.graded(head, logits, classes)))
+    regression = hvit.graded("regression", case.data["in.regression"], classes)
     return [*rows, same("grade_regression", expected["grade_regression"], regression)]
 
 

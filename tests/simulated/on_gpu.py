@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from companion.errors import BadParameter, CompanionError
 from companion.training.callbacks import EMA, Callback, ClipNorm, Lookahead, ema_copy
 from companion.training.checkpoints import Checkpoint
-from companion.training.fit import fit, predict
+from companion.training.fit import fit, outputs_of
 from companion.training.hardware import Hardware, evaluating
 from companion.training.schedules import adamw
 from tests.simulated import simdevice
@@ -156,7 +156,7 @@ def test_training_is_that_of_the_cpu_and_gives_the_model_back():
 def test_a_model_on_the_gpu_stays_there():
     model = linear().cuda()
     run(model)
-    assert predict(model, pairs(), hardware=GPU).device.type == "cpu"
+    assert outputs_of(model, pairs(), hardware=GPU).device.type == "cpu"
     with evaluating(Hardware("cpu"), linear().cuda()) as device:
         assert device.type == "cpu"
     assert model.weight.is_cuda
@@ -164,9 +164,9 @@ def test_a_model_on_the_gpu_stays_there():
 
 def test_a_model_comes_back_from_predict_and_can_be_trained():
     model, data = linear(), pairs()
-    found = predict(model, data, hardware=GPU)
+    found = outputs_of(model, data, hardware=GPU)
     assert found.dtype == torch.float32 and not found.is_inference() and not model.weight.is_inference()
-    torch.testing.assert_close(found, predict(model, Items(data), hardware=Hardware("cuda", workers=1)))
+    torch.testing.assert_close(found, outputs_of(model, Items(data), hardware=Hardware("cuda", workers=1)))
     assert not model.weight.is_cuda
     model(data.tensors[0]).sum().backward()
     assert model.weight.grad is not None
@@ -194,7 +194,7 @@ def test_half_precision_is_in_the_model_alone():
 
     model = Looks(5, 2)
     run(model, hardware=Hardware("cuda", precision="bf16-mixed"))
-    predict(model, pairs(), hardware=Hardware("cuda", precision="bf16-mixed"))
+    outputs_of(model, pairs(), hardware=Hardware("cuda", precision="bf16-mixed"))
     assert set(seen[::2]) == {torch.float32} and set(seen[1::2]) == {torch.bfloat16}
 
 

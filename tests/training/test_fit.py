@@ -20,7 +20,7 @@ from companion.io.papers import paper, slugs
 from companion.training import checkpoints, recipe
 from companion.training.callbacks import Callback, ClipNorm, ClipValue, EarlyStop, Lookahead
 from companion.training.checkpoints import Checkpoint
-from companion.training.fit import fit, predict
+from companion.training.fit import fit, outputs_of
 from companion.training.hardware import CPU, PRECISIONS, Hardware, device, launcher
 from companion.training.schedules import adamw, given, learning_rates, param_groups, schedule, sgd
 from tests.models.common import refuses
@@ -474,7 +474,7 @@ def test_predict_takes_the_first_output_in_order_without_dropout():
             return self.noise(x * 2), x * 3
 
     data, model = pairs(), Two().train()
-    assert torch.equal(predict(model, data, batch=7, hardware=CPU), data.tensors[0] * 2)
+    assert torch.equal(outputs_of(model, data, batch=7, hardware=CPU), data.tensors[0] * 2)
     assert not model.training
 
     class Pooled(nn.Module):  # a row for a batch, which would be broadcast to its images
@@ -482,7 +482,7 @@ def test_predict_takes_the_first_output_in_order_without_dropout():
             return x.mean(0, keepdim=True)
 
     with pytest.raises(RuntimeError, match="shape"):
-        predict(Pooled(), data, batch=7, hardware=CPU)
+        outputs_of(Pooled(), data, batch=7, hardware=CPU)
 
 
 class Ragged(Dataset):
@@ -510,7 +510,7 @@ def test_a_data_set_makes_its_own_batches(workers):
     hardware = Hardware("cpu", workers=workers)
     run(nn.Linear(5, 2), loss, Ragged(), batch=3, epochs=2, hardware=hardware)
     assert len({found for found, _ in shapes}) > 1 and all(found == longest for found, longest in shapes)
-    sums = predict(nn.Flatten(2), Ragged(), batch=4, hardware=hardware)
+    sums = outputs_of(nn.Flatten(2), Ragged(), batch=4, hardware=hardware)
     assert sums.shape == (24, 4, 5)
 
 
@@ -610,7 +610,7 @@ def test_a_file_that_cannot_be_read_is_named_from_a_loaders_process_too(workers)
     hardware, model = Hardware("cpu", workers=workers), nn.Linear(2, 1)
     options = {"epochs": 1, "batch": 4, "optimizer": adamw(0.1), "hardware": hardware}
     for run in (
-        lambda: predict(model, Damaged(), hardware=hardware),
+        lambda: outputs_of(model, Damaged(), hardware=hardware),
         lambda: fit(model, lambda model, batch: model(batch[0]).mean(), Damaged(), **options),
     ):
         with pytest.raises(CompanionError) as error:

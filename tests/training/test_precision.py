@@ -16,7 +16,7 @@ from companion.models.layers.clip_prompting import similarity
 from companion.models.sic_cads import predictions
 from companion.models.sic_cads.model import Heads
 from companion.toy import encoders
-from companion.training.fit import predict
+from companion.training.fit import outputs_of
 from companion.training.hardware import Hardware
 from companion.training.recipe import run
 from tests.conftest import parameters
@@ -30,7 +30,7 @@ Found = tuple[list[dict], Tensor | None]
 def sa2vp(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
     found = recipe.run(p, out)
     untrained = recipe.training(p, found.data).build()
-    return found.history, predict(untrained, found.data.splits["test"], hardware=recipe.hardware(p))
+    return found.history, outputs_of(untrained, found.data.splits["test"], hardware=recipe.hardware(p))
 
 
 def bat(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
@@ -45,7 +45,7 @@ def dplq(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
     test = found.tests["source"]
     untrained = recipe.build(p, p.method, test.class_names, clip, recipe._domain(p, clip))
     torch.manual_seed(0)  # the noise of the prompts
-    return found.history, predict(untrained, test, hardware=recipe.hardware(p))
+    return found.history, outputs_of(untrained, test, hardware=recipe.hardware(p))
 
 
 def promptpar(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
@@ -79,7 +79,7 @@ def sic_cads(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
     history = run(recipe.training(p, *recipe.recogniser(p, *parts, test.unseen, images)))[1]
     torch.manual_seed(0)
     model = recipe.build(p, *parts, test.unseen, "random")
-    outputs = predictions.predict(model, detector, test, hardware=Hardware.of(p, "sic_cads"), title=title)
+    outputs = predictions.collect(model, detector, test, hardware=Hardware.of(p, "sic_cads"), title=title)
     assert outputs.boxes[0].dtype == outputs.probabilities[0].dtype == torch.float32
     return history, outputs.scores[p.branch]
 

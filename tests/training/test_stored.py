@@ -9,7 +9,7 @@ from torch.utils.data import TensorDataset
 
 from companion.errors import CompanionError, CorruptFile
 from companion.training import stored
-from companion.training.fit import predict
+from companion.training.fit import outputs_of
 from companion.training.hardware import CPU
 from tests.conftest import interrupted
 from tests.models.common import refuses
@@ -32,17 +32,17 @@ class Counting(nn.Linear):
 @pytest.mark.parametrize("seconds", [0, 1e9])
 def test_a_killed_prediction_computes_what_was_not_recorded(seconds, tmp_path, monkeypatch):
     model = Counting()
-    expected = predict(model, IMAGES, batch=3, hardware=CPU)
+    expected = outputs_of(model, IMAGES, batch=3, hardware=CPU)
     model.batches.clear()
     monkeypatch.setattr(stored, "FLUSHED", seconds)
     with interrupted(monkeypatch, nn.Linear, "forward", 2):
-        predict(model, IMAGES, batch=3, hardware=CPU, folder=tmp_path / "f")
+        outputs_of(model, IMAGES, batch=3, hardware=CPU, folder=tmp_path / "f")
     model.batches.clear()
-    found = predict(model, IMAGES, batch=3, hardware=CPU, folder=tmp_path / "f")
+    found = outputs_of(model, IMAGES, batch=3, hardware=CPU, folder=tmp_path / "f")
     assert model.batches == ([3, 1] if seconds == 0 else [3, 3, 3, 1])
     assert torch.equal(found, expected)
     model.batches.clear()
-    assert torch.equal(predict(model, IMAGES, batch=3, hardware=CPU, folder=tmp_path / "f"), expected)
+    assert torch.equal(outputs_of(model, IMAGES, batch=3, hardware=CPU, folder=tmp_path / "f"), expected)
     assert not model.batches
     nn.Linear(2, 1)(found).sum().backward()  # may be trained on
 

@@ -29,7 +29,7 @@ from companion.models.hvit.pretrain import pretrain
 from companion.training import fit as loop
 from companion.training.callbacks import Callback, ClipNorm, EarlyStop, Lookahead
 from companion.training.checkpoints import Checkpoint, trained_state
-from companion.training.fit import predict
+from companion.training.fit import outputs_of
 from companion.training.hardware import CPU, Hardware
 from tests.conftest import ROOT, parameters
 from tests.models.common import draw, refuses
@@ -131,7 +131,7 @@ def a_killed_training_resumes_to_the_same_bits() -> None:
                 raise ValueError("killed")
 
     def trained(file: str, last: Callback) -> tuple[list, list, nn.Module]:
-        model, best = noisy_model(), EarlyStop(lambda model: float(predict(model, pairs(), hardware=CPU).std()))
+        model, best = noisy_model(), EarlyStop(lambda model: float(outputs_of(model, pairs(), hardware=CPU).std()))
         callbacks = [ClipNorm(1.0), Lookahead(2), best, last]
         return run(model, callbacks=callbacks, checkpoint=Checkpoint(file, every), hardware=TWO), best.scores, model
 

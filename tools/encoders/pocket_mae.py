@@ -18,7 +18,7 @@ from companion.toy.dplq import unlabelled
 from companion.toy.encoders.domain_mae import NAMES, load
 from companion.toy.encoders.training import fit_steps
 from companion.toy.encoders.vit_and_clip import pixels
-from companion.training.fit import predict
+from companion.training.fit import outputs_of
 from companion.training.hardware import CPU
 
 from . import ship
@@ -42,7 +42,7 @@ def train(domain: str, images: int, steps: int, batch: int, learning_rate: float
 def measure(domain: str, model: MAEFeatures) -> dict[str, float]:
     """The fraction of the features' variance that the means of the two sensors explain, on 1,000 test images."""
     images, sensors = unlabelled(domain, 1000, "test", 1)
-    features = predict(model, TensorDataset(pixels(images)), hardware=CPU)
+    features = outputs_of(model, TensorDataset(pixels(images)), hardware=CPU)
     means = torch.stack([features[torch.from_numpy(sensors == sensor)].mean(0) for sensor in (0, 1)])
     centred = features - features.mean(0)
     return {"share": float((means[sensors] - features.mean(0)).square().sum() / centred.square().sum())}

@@ -65,6 +65,7 @@ MOVED = {
     "companion.models.dmt.teachers": "companion.models.dmt.official",
     "companion.models.layers.coop": "companion.models.dplq.baselines",
     "companion.models.layers.dino": "companion.models.hvit.dino",
+    "companion.models.hvit.model:predict": "companion.models.hvit.model:graded",
     "companion.models.layers.quaternion": "companion.models.dplq.quaternion",
     "companion.models.layers.vpt": "companion.models.sa2vp.baselines",
     "companion.models.metasegnet.inference": "companion.models.metasegnet.maps",
@@ -156,23 +157,23 @@ def as_json(value: Any) -> Any:
     return {"unknown": kind.replace(":", ".")}
 
 
-def build(note: Any) -> Any:
+def rebuild(note: Any) -> Any:
     """The value of `as_json`, without its weights.
 
     Raises:
         BadParameter: a part that has no config, or a config that names nothing that may be built.
     """
     if isinstance(note, list):
-        return [build(entry) for entry in note]
+        return [rebuild(entry) for entry in note]
     if not isinstance(note, dict):
         return note
     if "unknown" in note:
         accepted = "models whose parts come from this package, backbones.build or are timm's plain ViT"
         raise BadParameter("model", f"one with a {note['unknown']}", accepted)
     if "tuple" in note:
-        return tuple(build(note["tuple"]))
+        return tuple(rebuild(note["tuple"]))
     if "mapping" in note:
-        return {build(key): build(entry) for key, entry in note["mapping"]}
+        return {rebuild(key): rebuild(entry) for key, entry in note["mapping"]}
     if "tensor" in note:
         dtype = getattr(torch, note["dtype"])
         return torch.zeros(note["tensor"]) if note["values"] is None else torch.tensor(note["values"], dtype=dtype)
@@ -191,14 +192,14 @@ def build(note: Any) -> Any:
         tokens = tokenizers.Tokenizer.from_str(note["fast_tokenizer"])
         return PreTrainedTokenizerFast(tokenizer_object=tokens, **_only(note["options"], TOKENS))
     if "of" in note:
-        return build(note["of"]).visual
+        return rebuild(note["of"]).visual
     by, given = today(note["by"]), note["args"]  # before it is looked up: an old name has the rules of the present one
     fixed = FUNCTIONS.get(by, {})
     if by in PASSED_ON:
         towers = {name: value["mapping"] for name, value in given.items() if name in ("vision_cfg", "text_cfg")}
         _only(given, SIZES | fixed.keys() | towers.keys())
         _only(dict(itertools.chain(*towers.values())), TOWER)
-    return _resolve(by)(**{name: build(value) for name, value in given.items()} | fixed)
+    return _resolve(by)(**{name: rebuild(value) for name, value in given.items()} | fixed)
 
 
 def _only(given: dict[str, Any], known: set[str]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from ..evaluation.ablations import Study
 from ..models.sa2vp import SA2VP, recipe
 from ..models.sa2vp import baselines as vpt
 from ..toy.sa2vp import TOKENS
-from ..training.fit import History, fit, predict
+from ..training.fit import History, fit, outputs_of
 from ..training.hardware import CPU, Hardware
 from . import real
 
@@ -68,7 +68,7 @@ def features(part: Part) -> TensorDataset:
     """The features (n, 384) of a split that a probe reads, and labels; computed once, because the encoder is frozen."""
     images, labels = part.read().tensors
     encoder = backbones.build(ENCODER, img_size=SIDE)
-    return TensorDataset(predict(encoder, TensorDataset(images), hardware=CPU), labels)
+    return TensorDataset(outputs_of(encoder, TensorDataset(images), hardware=CPU), labels)
 
 
 def train(method: str, task: str, learn: Part, learning_rate: float, seed: int) -> tuple[nn.Module, History]:

@@ -34,7 +34,7 @@ from ..evaluation.ablations import Study
 from ..models.dmt.downstream import Features, ridge
 from ..models.dmt.model import DMT, Teachers, loss
 from ..models.dmt.vit import ViT, build
-from ..training.fit import History, fit, predict
+from ..training.fit import History, fit, outputs_of
 from ..training.hardware import CPU
 from ..training.schedules import adamw
 from . import scenes
@@ -216,7 +216,7 @@ def score(model: DMT, task: str, parts: tuple[Part, Part]) -> dict[str, float]:
 
 def probes(encoder: ViT, known: Part, tested: Part) -> dict[str, float]:
     """`probe` of an encoder's features with 10 labels per class, and as "<factor> all" with all labels."""
-    x, others = (predict(Features(encoder), TensorDataset(each.images), hardware=CPU) for each in (known, tested))
+    x, others = (outputs_of(Features(encoder), TensorDataset(each.images), hardware=CPU) for each in (known, tested))
     few, every = (probe(x, known.factors, others, tested.factors, shots) for shots in (SHOTS, None))
     return few | {f"{name} all": value for name, value in every.items()}
 

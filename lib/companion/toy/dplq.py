@@ -47,7 +47,7 @@ from ..evaluation.ablations import Study
 from ..models.dplq import baselines as coop
 from ..models.dplq.model import DPLQ, TEST_BATCH, NoFeatures, loss
 from ..models.layers.clip_prompting import ImageFeatures, PromptedCLIP
-from ..training.fit import History, fit, predict
+from ..training.fit import History, fit, outputs_of
 from ..training.hardware import CPU
 from ..training.schedules import adamw
 from . import encoders
@@ -265,8 +265,8 @@ def inputs(model: PromptedCLIP, images: Tensor) -> list[Tensor]:
     no prompt enters the image tower."""
     each = TensorDataset(images)
     if isinstance(model, DPLQ):
-        return [images, predict(model.domain, each, hardware=CPU)]
-    return [images if isinstance(model, coop.MaPLe) else predict(ImageFeatures(model.clip), each, hardware=CPU)]
+        return [images, outputs_of(model.domain, each, hardware=CPU)]
+    return [images if isinstance(model, coop.MaPLe) else outputs_of(ImageFeatures(model.clip), each, hardware=CPU)]
 
 
 def train(

@@ -42,7 +42,7 @@ from ..models.ecamp import model as ecamp
 from ..models.ecamp import variants
 from ..models.ecamp.heads import MapDecoder, segmentation_loss
 from ..models.ecamp.text import Pairs, Vocabulary
-from ..training.fit import History, fit, predict
+from ..training.fit import History, fit, outputs_of
 from ..training.hardware import CPU
 from ..training.schedules import adamw
 from .encoders import weights_file
@@ -329,7 +329,7 @@ class _Tokens(nn.Module):
 
 def tokens(model: ecamp.ECAMP, images: Tensor) -> Tensor:
     """The patch tokens (n, N, D) of grey images (n, 1, 2 S, 2 S), none masked, after the encoder's norm."""
-    return predict(_Tokens(model), TensorDataset(colours(images)), hardware=CPU)
+    return outputs_of(_Tokens(model), TensorDataset(colours(images)), hardware=CPU)
 
 
 def score(model: ecamp.ECAMP, task: str, on: Probed) -> dict[str, float]:
@@ -389,7 +389,7 @@ def dice(known: Tensor, masks: Tensor, tested: Tensor, truth: Tensor, seed: int)
         hardware=CPU,
         name="segmenting",
     )
-    logits = predict(decoder, TensorDataset(tested), hardware=CPU)
+    logits = outputs_of(decoder, TensorDataset(tested), hardware=CPU)
     return 100 * float(radiology.dice(logits.sigmoid(), truth).mean())
 
 

@@ -38,7 +38,7 @@ from ..evaluation.ablations import Study
 from ..models.hvit import model as hvit
 from ..models.hvit.recipe import kappa, voted
 from ..models.hvit.slides import Tiling, tensor, write_pyramid
-from ..training.fit import Batch, History, fit, predict
+from ..training.fit import Batch, History, fit, outputs_of
 from ..training.hardware import CPU
 from ..training.schedules import adamw
 from .encoders import slide_dino
@@ -372,8 +372,8 @@ def without_fold(data: TensorDataset, fold: int, seed: int) -> TensorDataset:
 
 def grades(model: nn.Module, features: Tensor) -> Tensor:
     """The predicted grades (n,) of patch embeddings (n, 5, 16, 48)."""
-    outputs = predict(model, TensorDataset(inputs(model, features)), hardware=CPU)
-    return hvit.predict(head_of(model), outputs, GRADES)
+    outputs = outputs_of(model, TensorDataset(inputs(model, features)), hardware=CPU)
+    return hvit.graded(head_of(model), outputs, GRADES)
 
 
 def score(model: nn.Module, task: str, data: TensorDataset) -> dict[str, float]:

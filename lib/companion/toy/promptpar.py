@@ -37,7 +37,7 @@ from ..evaluation.metrics.attributes import evaluate
 from ..io.config import configure
 from ..models.promptpar import PromptPAR, Settings, loss
 from ..training.callbacks import ClipNorm
-from ..training.fit import Batch, History, fit, predict
+from ..training.fit import Batch, History, fit, outputs_of
 from ..training.hardware import CPU
 from ..training.schedules import adamw
 from . import encoders
@@ -370,7 +370,7 @@ def cached(model: PromptPAR, images: Tensor) -> tuple[nn.Module, Tensor]:
     """A model to train or test and its inputs: `Head` and tokens when nothing in the tower is trained, else images."""
     if len(model.prompts) or len(model.region_tokens) or model.clip.visual.proj.requires_grad:
         return model, images
-    return Head(model), predict(Tower(model), TensorDataset(images), hardware=CPU)
+    return Head(model), outputs_of(Tower(model), TensorDataset(images), hardware=CPU)
 
 
 def train(
@@ -405,7 +405,7 @@ def train(
 def score(model: PromptPAR, task: str, data: TensorDataset) -> dict[str, float]:
     """The `scores` of a model."""
     tested, inputs = cached(model, data.tensors[0])
-    return scores(predict(tested, TensorDataset(inputs), hardware=CPU).sigmoid(), data.tensors[1])
+    return scores(outputs_of(tested, TensorDataset(inputs), hardware=CPU).sigmoid(), data.tensors[1])
 
 
 def scores(probabilities: Tensor, labels: Tensor) -> dict[str, float]:

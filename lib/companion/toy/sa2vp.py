@@ -37,7 +37,7 @@ from ..evaluation.ablations import Study
 from ..models.sa2vp import SA2VP, recipe
 from ..models.sa2vp import baselines as vpt
 from ..models.sa2vp.model import AlignedAttention, neighbourhood
-from ..training.fit import History, fit, predict
+from ..training.fit import History, fit, outputs_of
 from ..training.hardware import CPU, Hardware
 from . import encoders
 from .scenes import PLACES, SIZE, SPLITS, canvas, cut, quantise, scene
@@ -191,7 +191,7 @@ def fitted(model: nn.Module, learn: TensorDataset, learning_rate: float, **optio
     features computed once, since its encoder is frozen."""
     options = recipe.fit_options(learning_rate, options["hardware"]) | options
     if isinstance(model, vpt.LinearProbe):
-        features = predict(model.backbone, learn, hardware=Hardware(options["hardware"].accelerator))
+        features = outputs_of(model.backbone, learn, hardware=Hardware(options["hardware"].accelerator))
         history = fit(model.head, recipe.loss, TensorDataset(features, learn.tensors[1]), **options)
         model.eval()
         return history

@@ -45,7 +45,7 @@ Loss = Callable[[nn.Module, Batch], "Tensor | Mapping[str, Tensor]"]
 History = list[dict[str, float]]
 
 
-def predict(
+def outputs_of(
     model: nn.Module, data: Dataset, *, batch: int = 256, hardware: Hardware = Hardware(), folder: Path | None = None
 ) -> Tensor:
     """The outputs of `model`, in eval mode, for the first entry of every item, stacked, on the CPU as float32.

@@ -62,4 +62,4 @@ def test_an_output_that_is_not_finite_has_no_grade(head):
     outputs = torch.zeros(2, 6)
     outputs[0] = NAN
     with pytest.raises(BadParameter):
-        hvit.predict(head, outputs)
+        hvit.graded(head, outputs)

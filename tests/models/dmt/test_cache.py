@@ -27,7 +27,7 @@ def teachers(seed=1):
 
 
 def cached(folder, asked=None, views=None, **options):
-    return dmt_cache.build(folder, asked or teachers(), views or Views(IMAGES), hardware=CPU, **options)
+    return dmt_cache.fill(folder, asked or teachers(), views or Views(IMAGES), hardware=CPU, **options)
 
 
 def test_a_view_is_always_the_same():
@@ -91,7 +91,7 @@ def test_a_cache_of_something_else_is_refused_and_left_alone(tmp_path):
         (lambda: cached(tmp_path, dtype="float32"), "float32"),
         (lambda: cached(tmp_path / "new", dtype="int8"), "int8"),
         (lambda: cached(tmp_path / "new", batch=0), "batch"),
-        (lambda: dmt_cache.build(tmp_path / "new", teachers(), Views(IMAGES[:0])), "views"),
+        (lambda: dmt_cache.fill(tmp_path / "new", teachers(), Views(IMAGES[:0])), "views"),
     )
     assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
 

@@ -211,5 +211,5 @@ def test_sliding_covers_everything_once_over(shape):
 
 def test_features_are_those_of_an_encoder_that_stays_as_it_was(images):
     encoder = vit().train()
-    features = fit.predict(down.Features(encoder), TensorDataset(images), **CPU)
+    features = fit.outputs_of(down.Features(encoder), TensorDataset(images), **CPU)
     torch.testing.assert_close(features, encoder.eval().features(images), atol=1e-5, rtol=1e-4)

@@ -38,7 +38,7 @@ def test_factorised_maps_weigh_the_levels():
 def test_probabilities_sum_to_one_and_belong_to_the_prediction():
     outputs = 3 * torch.randn(200, 4, generator=torch.Generator().manual_seed(0))
     for head in ("classification", "ordinal", "coral", "corn"):
-        found, grades = probabilities(head, outputs), hvit.predict(head, outputs, 5)
+        found, grades = probabilities(head, outputs), hvit.graded(head, outputs, 5)
         torch.testing.assert_close(found.sum(1), torch.ones(200))
         assert found.min() >= 0 and found.shape == (200, 4 if head == "classification" else 5)
         # an ordinal head's prediction is the median, a classifier's the mode

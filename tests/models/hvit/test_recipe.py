@@ -129,7 +129,7 @@ def test_folds_are_trained_on_stored_features_and_vote(tmp_path, stored):
     padded = [model(test[i][0][None], present=test[i][1][None]) for i in range(len(test))]
     truth, outputs = recipe.outputs(model, test)
     torch.testing.assert_close(outputs, torch.cat(padded).float())
-    each = [hvit.predict(stored.head, recipe.outputs(model, test)[1]) for model in found.models]
+    each = [hvit.graded(stored.head, recipe.outputs(model, test)[1]) for model in found.models]
     # votes are drawn by the row of the table sorted by name
     vote = recipe.voted(each, [item.name for item in test.items])
     kappas = {"kappa": recipe.kappa(truth, vote), "fold": np.mean([recipe.kappa(truth, one) for one in each])}
@@ -330,7 +330,7 @@ def test_heatmap_of_an_own_slide(tmp_path, capsys, monkeypatch):
         tiles = tile(slide, replace(settings, region=128))
         maps = heatmaps.attention_maps(model, patch_encoder(patch, 3), slide, tiles, "half")
         expected = heatmaps.write_heatmap(slide, tiles, maps.factorised(0.5, "local"), tmp_path / "expected")
-    grade = int(hvit.predict("ordinal", maps.output, 3))
+    grade = int(hvit.graded("ordinal", maps.output, 3))
     each = probabilities("ordinal", maps.output)[0].tolist()
     code, out, error = command("saved.safetensors")
     assert code == 0, error

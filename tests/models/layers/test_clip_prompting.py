@@ -16,7 +16,7 @@ from companion.models.layers import clip_prompting as prompting
 from companion.models.layers.clip_prompting import ImageFeatures
 from companion.toy import encoders
 from companion.toy.tokens import Tokenizer
-from companion.training.fit import predict
+from companion.training.fit import outputs_of
 from companion.training.hardware import CPU
 from tests.models.common import assert_recomputed_gradients_are_equal, draw, refuses
 from tests.parity.runner import ROOT as PARITY
@@ -96,7 +96,7 @@ def test_images_and_classes_are_judged_apart_and_features_may_stand_for_images(k
     logits = model(x)
     torch.testing.assert_close(model(x.flip(0)).flip(0), logits, **CLOSE)
     if kind is not MaPLe:  # whose image tower has prompts
-        features = predict(ImageFeatures(clip), TensorDataset(x), hardware=CPU)
+        features = outputs_of(ImageFeatures(clip), TensorDataset(x), hardware=CPU)
         torch.testing.assert_close(model(features), logits, **CLOSE)
     model.set_classes([CLASSES[2], CLASSES[0]])
     torch.testing.assert_close(model(x), logits[:, [2, 0]], **CLOSE)

@@ -141,7 +141,7 @@ def test_tests_are_in_float32_also_after_a_training_in_half_precision(small):
 
     model, precisions = recogniser(), ("32-true", "bf16-mixed")
     plain, mixed = (
-        predictions.predict(model, found, test, Hardware("cpu", precision=name), title="") for name in precisions
+        predictions.collect(model, found, test, Hardware("cpu", precision=name), title="") for name in precisions
     )
     assert plain.scores.keys() == mixed.scores.keys() == set(predictions.BRANCHES)
     assert all(torch.equal(each, mixed.scores[name]) for name, each in plain.scores.items())
@@ -160,7 +160,7 @@ def test_a_killed_test_predicts_no_saved_image_again(small, tmp_path, monkeypatc
         return sic_cads.Output(scores[:, :4].cumsum(1), scores, image.shape[-2:])
 
     def predict(folder: Path | None):
-        return predictions.predict(model, detect, test, branches=["visual+"], folder=folder, title="")
+        return predictions.collect(model, detect, test, branches=["visual+"], folder=folder, title="")
 
     with pytest.raises(KeyboardInterrupt):
         predict(tmp_path)

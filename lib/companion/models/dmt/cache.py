@@ -110,7 +110,7 @@ class Cache(Dataset):
         return [torch.from_numpy(tokens) for tokens in self.maps]
 
 
-def build(
+def fill(
     folder: str | Path,
     teachers: Teachers,
     views: Views,

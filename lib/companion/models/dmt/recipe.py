@@ -30,7 +30,7 @@ from ...evaluation.tables import Cells, Results, published_table, with_measured
 from ...io import papers
 from ...io.progress import progress
 from ...training import checkpoints
-from ...training.fit import Loss, predict
+from ...training.fit import Loss, outputs_of
 from ...training.hardware import Hardware, RunParameters, apart, device, evaluating
 from ...training.recipe import Training, dry_items
 from ...training.recipe import run as train
@@ -218,7 +218,7 @@ def distillation(p: Parameters, out: Path, real: bool = True) -> tuple[str, Trai
         if not p.cached:
             return Augmented(images, augment())
         views = dmt_cache.Views(images, augment(), seed=p.seed)
-        make = functools.partial(dmt_cache.build, out / "teachers", taught_by, views, hardware=_hardware(p))
+        make = functools.partial(dmt_cache.fill, out / "teachers", taught_by, views, hardware=_hardware(p))
         if p.devices > 1:
             apart(make)  # the code below only opens it
         return make()
@@ -368,7 +368,7 @@ def _probing(p: Parameters, out: Path, r: Mapping[str, float], data: Any, test: 
 
     def cached() -> Dataset:
         folder = _predictions(p, out, features, data)
-        found = predict(features, data, batch=MICRO_BATCH, hardware=_hardware(p), folder=folder)
+        found = outputs_of(features, data, batch=MICRO_BATCH, hardware=_hardware(p), folder=folder)
         return TensorDataset(found, _labels(data))
 
     options = {
@@ -481,7 +481,7 @@ def _labels(data: Any) -> Tensor:
 
 
 def _top1(p: Parameters, model: nn.Module, data: Dataset) -> dict[str, float]:
-    return {"top-1": accuracy(_labels(data), predict(model, data, batch=MICRO_BATCH, hardware=_hardware(p)))}
+    return {"top-1": accuracy(_labels(data), outputs_of(model, data, batch=MICRO_BATCH, hardware=_hardware(p)))}
 
 
 def _generated(p: Parameters, count: int, seed: int) -> Any:

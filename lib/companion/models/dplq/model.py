@@ -134,7 +134,7 @@ class DPLQ(PromptLearner):
     def domain_features(self, images: Tensor) -> Tensor:
         """The domain feature f (b, F) of images (b, 3, H, W), without autograd.
 
-        It does not change in training: `fit.predict(model.domain, data)` computes it once.
+        It does not change in training: `fit.outputs_of(model.domain, data)` computes it once.
         """
         if self.domain is None:
             raise BadParameter("domain", None, "features (b, F) in the call: the model was made without a domain model")

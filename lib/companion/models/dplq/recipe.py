@@ -22,7 +22,7 @@ from ...errors import BadParameter, MissingWeights
 from ...evaluation import metrics
 from ...evaluation.tables import Cells, Results, compare_published, published_table
 from ...io import papers
-from ...training.fit import History, predict
+from ...training.fit import History, outputs_of
 from ...training.hardware import Hardware, RunParameters
 from ...training.recipe import Training, dry_items
 from ...training.recipe import run as train
@@ -294,7 +294,7 @@ def accuracy(model: PromptedCLIP, data: Any, classes: tuple[str, ...], seed: int
     model.set_classes(classes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        logits = predict(model, data, batch=TEST_BATCH, hardware=hardware)
+        logits = outputs_of(model, data, batch=TEST_BATCH, hardware=hardware)
     return metrics.accuracy(torch.tensor(data.labels), logits)
 
 

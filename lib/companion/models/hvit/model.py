@@ -117,7 +117,7 @@ class SlideTransformer(nn.Module):
         inputs: width of the region embeddings.
         dim: width; `inputs` by default.
         classes: grades k.
-        head: what the outputs mean, one of `HEADS`; see `loss` and `predict`.
+        head: what the outputs mean, one of `HEADS`; see `loss` and `graded`.
         position, longest: see `SlidePosition`.
     """
 
@@ -251,7 +251,7 @@ class HViT(OfficialModel):
         device, found = next(self.parameters()).device, list[Any]()
         for slide in slides:
             x = slide if isinstance(slide, Tensor) else read_features(slide)["features"]
-            grade = int(predict(self.slide.head, self(x[None].to(device)).float().cpu(), self.classes))
+            grade = int(graded(self.slide.head, self(x[None].to(device)).float().cpu(), self.classes))
             found.append(names[grade] if names else grade)
         return found
 
@@ -392,11 +392,11 @@ def loss(head: str, outputs: Tensor, grades: Tensor, classes: int = 6, *, per_sl
     return each[counted].sum() / counted.sum()
 
 
-def predict(head: str, outputs: Tensor, classes: int = 6) -> Tensor:
+def graded(head: str, outputs: Tensor, classes: int = 6) -> Tensor:
     """The predicted grades (b,) of outputs (b, ...).
 
     Ordinal heads count the leading probabilities above one half; CORN multiplies them up first. (The released code
-    leaves that product out in training and tuning: `predict("ordinal", ...)` gives what it computes there.)
+    leaves that product out in training and tuning: `graded("ordinal", ...)` gives what it computes there.)
 
     Raises `BadParameter`: another head, or outputs that are not finite.
     """
@@ -416,7 +416,7 @@ def probabilities(head: str, outputs: Tensor) -> Tensor:
     """The probability of each grade (b, k) by the outputs (b, ...) of a head other than "regression", which has none.
 
     The outputs of ordinal heads are those of the grade lying above each threshold. They are made to decrease as
-    `model.predict` reads them: by the running minimum, of CORN by the running product.
+    `graded` reads them: by the running minimum, of CORN by the running product.
     """
     check_choice("head", head, [name for name in HEADS if name != "regression"])
     if head == "classification":

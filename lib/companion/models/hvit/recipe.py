@@ -103,7 +103,7 @@ def run(p: Parameters, out: Path) -> Tested:
     trainings = [of_fold(p, p.method, number, fold, classes) for number, fold in enumerate(folds)]
     trained = [train(training, out) for training in trainings]
     models = [model for model, _ in trained]
-    each = [hvit.predict(p.head, outputs(model, test, hardware(p))[1], classes) for model in models]
+    each = [hvit.graded(p.head, outputs(model, test, hardware(p))[1], classes) for model in models]
     names = [item.name for item in test.items] if isinstance(test, data.Features) else None
     truth, grades = grades_of(test), voted(each, names)
     scores = {"kappa": kappa(truth, grades), "fold": float(np.mean([kappa(truth, one) for one in each]))}

@@ -100,7 +100,7 @@ def similarity(clip: CLIP, image: Tensor, text: Tensor) -> Tensor:
 
 
 class ImageFeatures(nn.Module):
-    """CLIP's plain image features (b, E), for `fit.predict(ImageFeatures(clip), data)`, once per image."""
+    """CLIP's plain image features (b, E), for `fit.outputs_of(ImageFeatures(clip), data)`, once per image."""
 
     def __init__(self, clip: CLIP):
         configure(self, locals())

@@ -22,7 +22,7 @@ from ...evaluation.metrics.attributes import THRESHOLD, Scores, evaluate
 from ...evaluation.tables import Results, published_table
 from ...io import papers
 from ...training.callbacks import Callback, ClipNorm, Loop
-from ...training.fit import Batch, History, predict
+from ...training.fit import Batch, History, outputs_of
 from ...training.hardware import WORKERS, Hardware, RunParameters, device
 from ...training.recipe import Training, dry_items
 from ...training.recipe import run as train
@@ -154,7 +154,7 @@ def pedestrians(p: Parameters, batch: int) -> tuple[str, attributes.Pedestrians,
 
 def probabilities(p: Parameters, model: nn.Module, data: Dataset) -> Tensor:
     """The probability of each attribute, (n, A), of images."""
-    return predict(model, data, batch=TEST_BATCH, hardware=hardware(p)).sigmoid()
+    return outputs_of(model, data, batch=TEST_BATCH, hardware=hardware(p)).sigmoid()
 
 
 def read_by_clip(p: Parameters, sentences: tuple[str, ...]) -> tuple[str, ...]:

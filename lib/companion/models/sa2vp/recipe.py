@@ -21,7 +21,7 @@ from ...evaluation import metrics
 from ...evaluation.tables import Cells, Results, compare_published, published_table
 from ...io import papers
 from ...training.callbacks import EarlyStop
-from ...training.fit import History, predict
+from ...training.fit import History, outputs_of
 from ...training.hardware import WORKERS, Hardware, RunParameters
 from ...training.recipe import Training, dry_items
 from ...training.recipe import run as train
@@ -257,7 +257,7 @@ def fit_options(learning_rate: float, hardware: Hardware, val: Dataset | None = 
 def accuracy(model: nn.Module, data: Dataset, hardware: Hardware, batch: int = 64) -> float:
     """Top-1 accuracy in percent, of the image pathway if there are two."""
     labels = data.tensors[1] if isinstance(data, TensorDataset) else torch.tensor(data.labels)
-    return metrics.accuracy(labels, predict(model, data, batch=batch, hardware=hardware))
+    return metrics.accuracy(labels, outputs_of(model, data, batch=batch, hardware=hardware))
 
 
 # --- results ----------------------------------------------------------------------------------------------------------

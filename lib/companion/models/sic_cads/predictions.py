@@ -106,7 +106,7 @@ class Predictions:
         return {name: scored.mean(group) for name, group in groups.items()}
 
 
-def predict(
+def collect(
     model: sic_cads.MLR,
     detect: sic_cads.Detector,
     test: detection.Boxes,

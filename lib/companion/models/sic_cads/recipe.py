@@ -34,7 +34,7 @@ from ...training.recipe import run as train
 from ...training.schedules import adamw
 from . import detectors, official
 from . import model as sic_cads
-from .predictions import Predictions, predict
+from .predictions import Predictions, collect
 
 RESULTS = Results.of("sic_cads")
 tables = RESULTS.tables  # published and measured, by title
@@ -91,7 +91,7 @@ def run(p: Parameters, out: Path) -> Tested:
     facts |= {"sources": test.sources, "images": test.labels, "positives": test.positives, "classes": test.class_names}
     key = checkpoints.checkpoint_key(**facts, precision=hardware.precision, models=nn.ModuleList([module, detector]))
     folder = checkpoints.file(out / "outputs", f"{name}, {key}", "")
-    outputs = predict(module.model, detect, test, hardware, branches=[p.branch], folder=folder, **combined)
+    outputs = collect(module.model, detect, test, hardware, branches=[p.branch], folder=folder, **combined)
     record(out / "measured.csv", p, outputs)
     return Tested(module.model, outputs)
 
