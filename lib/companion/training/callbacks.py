@@ -63,8 +63,18 @@ class Callback:
 
     Hooks: `on_gradients` after the backward pass, gradients unscaled, before the optimiser's step; `on_step_end`;
     `on_epoch_end`, also when a training ends within an epoch; `on_fit_end`. Setting `loop.stopped` in any
-    of them ends the training.
+    of them ends the training. `before_save` before a checkpoint is written.
+
+    Attributes:
+        saved_as: names the state in a checkpoint, the class that defines `state_dict`: a training resumes with the same
+            ones. Callbacks without a state replace each other.
     """
+
+    saved_as = "Callback"
+
+    def __init_subclass__(cls) -> None:
+        if "state_dict" in vars(cls):
+            cls.saved_as = cls.__name__
 
     def on_gradients(self, loop: Loop) -> None:
         """Before the optimiser's step."""
@@ -74,6 +84,9 @@ class Callback:
 
     def on_epoch_end(self, loop: Loop) -> None:
         """After the last step of an epoch."""
+
+    def before_save(self) -> None:
+        """Raise where the training is not worth saving."""
 
     def on_fit_end(self, loop: Loop) -> None:
         """After the last step."""
@@ -100,6 +113,8 @@ class ClipNorm(Callback):
         per_tensor: clip each tensor separately, as in DINO's code.
     """
 
+    saved_as = "ClipNorm"  # it has no state, but a training with clipped gradients is another
+
     def __init__(self, max_norm: float, *, per_tensor: bool = False):
         self.max_norm, self.per_tensor = _limit("max_norm", max_norm), per_tensor
         # the sum of all norms so far; it is checked rarely, because each check synchronises with a GPU
@@ -118,15 +133,13 @@ class ClipNorm(Callback):
                 if loop.precision != "16-mixed":
                     self._norm = self._norm.to(norm.device, non_blocking=True) + norm
 
-    def on_epoch_end(self, loop: Loop) -> None:
+    def before_save(self) -> None:
         """Raise `CompanionError` when a gradient so far was not finite."""
-        self.state_dict()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Empty; raises after a gradient that was not finite, so that no checkpoint is written."""
         if not self._norm.isfinite():
             raise CompanionError("the training diverged: a gradient is not finite; a lower learning rate may help")
-        return {}
+
+    def on_epoch_end(self, loop: Loop) -> None:
+        self.before_save()
 
 
 class ClipValue(Callback):

@@ -148,8 +148,7 @@ def fit(
     rates = _learning_rates(optim, schedule or scheduled(), steps, per_epoch)
     settings: dict[str, Any] = {"steps": steps, "batch": batch, "images": len(data), "seed": seed}
     settings |= {"accumulate": hardware.accumulate, "precision": hardware.precision} | _settings(optim, rates)
-    # by the class that defines their state: those without a state replace each other
-    settings["callbacks"] = [type(callback).state_dict.__qualname__.split(".")[-2] for callback in callbacks]
+    settings["callbacks"] = [callback.saved_as for callback in callbacks]
     if last != "drop":
         settings["last"] = last
     saved = checkpoint.read(model, settings) if checkpoint else None
@@ -193,6 +192,8 @@ def fit(
                 for callback in callbacks:
                     callback.on_epoch_end(loop)
             if checkpoint and rank == 0 and (loop.ended or (agreed and checkpoint.due(loop.step))):
+                for callback in callbacks:
+                    callback.before_save()
                 checkpoint.append(loop.history)
                 checkpoint.write(_state(loop, callbacks, settings))
             if loop.ended:
