@@ -14,7 +14,7 @@ PYTEST := COMPANION_PROGRESS=off PYTHONPATH='$(CURDIR)/tests/offline' $(BIN) -m 
 # files that tests/conftest.py distributes
 THREADS ?= 1
 SIDE_BY_SIDE := --numprocesses logical --maxprocesses 4
-LONGEST_FIRST := --dist loadscope --no-loadscope-reorder
+LONGEST_FIRST := --dist loadgroup --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help reports study lint test coverage nbval test-slow lab gpu bench notebooks lock clean

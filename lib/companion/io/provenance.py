@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 PACKAGE = Path(__file__).resolve().parents[1]
-IMPORT = re.compile(r"^[ \t]*(?:from[ \t]+([\w.]+)[ \t]+)?import[ \t]+(\([^)]*\)|[\w., \t]+)", re.MULTILINE)
-NO_IMPORT = re.compile(r'"""[\s\S]*?"""|^if TYPE_CHECKING:\n(?:[ \t]+.*\n)*|#.*$', re.MULTILINE)
 
 
 def sources(path: str | Path, package: Path = PACKAGE) -> list[Path]:
@@ -30,8 +28,8 @@ def sources(path: str | Path, package: Path = PACKAGE) -> list[Path]:
     `findings.yaml` and `threads.yaml` of `models/<slug>`, its name. A file below `package` is included itself; a
     notebook is not.
 
-    Imports are lines of the source (including functions). Names composed at run time are not found. `companion.save`
-    and the other functions of the package itself count where they are named.
+    Imports within functions count; names composed at run time are not found. `companion.save` and the other functions
+    of the package itself count where they are named.
     """
     path, package = Path(path).resolve(), Path(package).resolve()
     queue, found, texts = [path], {path}, []
@@ -77,31 +75,37 @@ def _code(path: Path) -> str:
 def direct_imports(path: Path, text: str, package: Path = PACKAGE) -> Iterator[Path]:
     """The files of `package` that importing or running `path` executes directly, and those of the functions of the
     package itself that it names, which are imported on first access."""
-    text, here = NO_IMPORT.sub("", text), ""
-    lazy = _lazy(package)
-    names = [lazy[name] for name in re.findall(rf"\b{package.name}\.\w+", text) if name in lazy]
-    if path.is_relative_to(package):
-        names.append(here := ".".join((package.name, *path.parent.relative_to(package).parts)))
-    for base, imported in IMPORT.findall(text):
-        base = f"{resolve_name(base, here)}." if base else ""
-        names += [base + name for name in re.findall(r"([\w.]+)(?:[ \t]+as[ \t]+\w+)?", imported)]  # modules, or in one
-    for name in names:
-        first, *parts = lazy.get(name, name).split(".")
-        for depth in range(len(parts) + 1) if first == package.name else ():
+    here = ".".join((package.name, *path.parent.relative_to(package).parts)) if path.is_relative_to(package) else ""
+    # as `__init__.py` states them for type checkers
+    first = ast.walk(ast.parse((package / "__init__.py").read_text(encoding="utf-8")))
+    lazy = {x.name: f"{node.module}." for node in first if isinstance(node, ast.ImportFrom) for x in node.names}
+    for name in (here, *_named(text, here, package.name)):
+        top, *parts = name.split(".")
+        parts = [*lazy.get(parts[0], "").split(".")[:-1], *parts] if parts else parts
+        for depth in range(len(parts) + 1) if top == package.name else ():
             place = package.joinpath(*parts[:depth])
             yield from filter(Path.is_file, (place / "__init__.py", place.with_suffix(".py")))
 
 
+@functools.cache  # the notebooks share most of their files
+def _named(text: str, here: str, package: str) -> list[str]:
+    """What Python text in the package `here` imports, except for type checkers: modules, and names in them; and the
+    attributes of the package itself that it names."""
+    found, queue = list[str](), list[ast.AST]([ast.parse(text)])
+    while queue:
+        node: Any = queue.pop()
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            base = "." * getattr(node, "level", 0) + (getattr(node, "module", "") or "")
+            base = resolve_name(base, here) if base else ""
+            found += [f"{base}.{alias.name}".lstrip(".") for alias in node.names]
+        elif isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == package:
+            found.append(f"{package}.{node.attr}")
+        if not (isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"):
+            queue += ast.iter_child_nodes(node)
+    return found
+
+
 @functools.cache
-def _lazy(package: Path) -> dict[str, str]:
-    """The functions that the package imports on first access, as `__init__.py` states them for type checkers: full
-    name -> name of its module."""
-    text = (package / "__init__.py").read_text(encoding="utf-8")
-    lines = re.findall(r"    from \.(\w+) import (.*)", text)
-    return {f"{package.name}.{name}": f"{package.name}.{home}" for home, names in lines for name in names.split(", ")}
-
-
-@functools.cache  # the notebooks and studies share most of their files
 def _meaning(text: str, name: str) -> bytes:
     """The syntax tree of Python text as bytes, without docstrings; the same in every version of Python."""
 
