@@ -181,68 +181,19 @@ def _weights(facts: dict, root: str | Path) -> list[tuple[dict, str]]:
 def doctor(given: argparse.Namespace) -> int:
     """Print, for each group of tables, the requirements of its run and which are missing; then the notebook's
     parameters."""
-    import torch
-
-    from .io import record
-    from .io.files import read_json
-    from .training.hardware import device
-
     facts, root = paper(given.paper), Path(given.data_root)
     weights = {w["name"]: (w, lack) for w, lack in _weights(facts, root)}
-    kind = device("auto")
-    memory, where = (needs.free(kind), torch.cuda.get_device_name() if kind == "cuda" else "no GPU here")
-    # the folder may not exist yet
-    disk = shutil.disk_usage(next(f for f in (root, *root.absolute().parents) if f.exists())).free / 1e9
-    here = [name for name in needs.GPUS if re.search(rf"\b{name}\b", where)]  # "NVIDIA A100-SXM4-80GB", "Tesla T4"
-    gpu = given.gpu or (here or ["A100"])[0]
-    precision = facts["precision"] if given.precision == "paper" else given.precision
-    peak = needs.peak(gpu, facts.get("products", precision) if given.precision == "paper" else precision)
-    dry_runs = [*record.root().glob(f"r*/paper/{given.paper}/**/dry_run/step.json")]  # runs/ and reports/
-    step = read_json(max(dry_runs, key=lambda file: file.stat().st_mtime)) if dry_runs else None
     lacking, look = False, functools.cache(functools.partial(data.status, root=root, decode=True))  # once for all runs
     print(f"{facts['title']}  (arXiv {facts['arxiv']})\ndata root: {root.resolve()}\n")
     for run in facts["runs"]:
         print(f"{run['title']}\n  tables   {', '.join(run['tables'])}")
-        looked = {name: look(name) for name in needs.sets(run["data"])}
-        absent = [(data.DATASETS[name], state) for name, state in looked.items() if state.state != "present"]
-        print(f"  data     {len(looked) - len(absent)} of {len(looked)} sets are present")
-        for name, state in looked.items():
-            if state.ready:
-                print(f"    {name}, in {state.folder}")
-                print(*(f"      {split}: ready: {line}" for split, line in state.ready.items()), sep="\n")
-        # sets with the same layout and source are printed together
-        for (layout, source), members in itertools.groupby(absent, lambda pair: (pair[0].layout, pair[0].where)):
-            folders, archives = [], dict[str, None]()
-            for dataset, state in members:
-                folders.append(dataset.folder(root))
-                archives |= {f"wanted: {dataset.archive}": None} if dataset.archive else {}
-                print(f"    {dataset.name}: {state.state}; licence: {dataset.licence}")
-                for split, line in state.lacking.items():
-                    print(textwrap.fill(f"{split}: {line}", 110, initial_indent=" " * 6, subsequent_indent=" " * 8))
-            print(textwrap.indent(f"searched in {folders[0]}:\n{textwrap.indent(layout, '  ')}", " " * 6))
-            for line in (*archives, f"get it: {source}"):
-                print(textwrap.fill(line, 110, initial_indent=" " * 6, subsequent_indent=" " * 8))
+        lacking |= _show_sets({name: look(name) for name in needs.sets(run["data"])}, root)
         for name in run["weights"]:
             entry, lack = weights[name]
             size = f"{entry['size_mb']} MB, " if "size_mb" in entry else ""
             print(f"  weights  {entry.get('id') or entry['file']} ({size}{entry['licence']}): {lack or 'here'}")
             lacking |= bool(lack)
-        wanted, how = needs.memory(given.paper, run, precision, kind)
-        print(f"  memory   {wanted:.3g} GB needed{how}; {memory:.0f} GB free ({where})")
-        written = needs.disk(given.paper, run)
-        print(f"  disk     {run['disk_gb']} GB of data, {written:.3g} GB in `out`; {disk:.0f} GB free")
-        if "batch" in run:
-            text = needs.batch(run["batch"], given.devices, given.accumulate)
-            print(textwrap.fill(text, 110, initial_indent="  batch    ", subsequent_indent=" " * 11))
-        hours, flop = needs.hours(run, peak)
-        print(
-            f"  time     about {hours:.1f} h on one {gpu} (not measured): {flop:.1e} operations of forward and\n"
-            f"           backward passes, {needs.SHARE:.0%} of its peak of {peak} TFLOP/s at {precision}\n"
-        )
-        if step and run["epochs"]:
-            took = f"{step['seconds']:.2f} s for a step of {step['images']} images on {step['device']}"
-            print(f"           {needs.measured(run, step):.1f} h of training by the last dry run:\n           {took}\n")
-        lacking |= bool(absent) or memory < wanted or disk < run["disk_gb"] + written
+        lacking |= _show_costs(given, facts, run)
     print(f"Parameters of notebooks/{given.paper}.ipynb and their accepted values")
     wrap = textwrap.TextWrapper(110, subsequent_indent=" " * 18, break_long_words=False, break_on_hyphens=False)
     for name, rule in rules(given.paper).items():
@@ -253,6 +204,71 @@ def doctor(given: argparse.Namespace) -> int:
             print(f"{entry['name']}: never released")
     print("Free parts: " + f"companion fetch {given.paper} --data-root {given.data_root}\n{data.LINKS}")
     return int(lacking)
+
+
+def _show_sets(looked: dict[str, data.Status], root: Path) -> bool:
+    """Print what of a run's data sets is here; whether some of it is missing."""
+
+    def show(text: str) -> None:
+        print(textwrap.fill(text, 110, initial_indent=" " * 6, subsequent_indent=" " * 8))
+
+    absent = [(data.DATASETS[name], state) for name, state in looked.items() if state.state != "present"]
+    print(f"  data     {len(looked) - len(absent)} of {len(looked)} sets are present")
+    for name, state in looked.items():
+        if state.ready:
+            print(f"    {name}, in {state.folder}")
+            print(*(f"      {split}: ready: {line}" for split, line in state.ready.items()), sep="\n")
+    # sets with the same layout and source are printed together
+    for (layout, source), members in itertools.groupby(absent, lambda pair: (pair[0].layout, pair[0].where)):
+        sets = [*members]
+        for dataset, state in sets:
+            print(f"    {dataset.name}: {state.state}; licence: {dataset.licence}")
+            for split, line in state.lacking.items():
+                show(f"{split}: {line}")
+        print(textwrap.indent(f"searched in {sets[0][0].folder(root)}:\n{textwrap.indent(layout, '  ')}", " " * 6))
+        for archive in dict.fromkeys(dataset.archive for dataset, _ in sets if dataset.archive):
+            show(f"wanted: {archive}")
+        show(f"get it: {source}")
+    return bool(absent)
+
+
+def _show_costs(given: argparse.Namespace, facts: dict, run: dict) -> bool:
+    """Print what memory, disk and time a run needs; whether there is too little of the first two."""
+    import torch
+
+    from .io import record
+    from .io.files import read_json
+    from .training.hardware import device
+
+    kind, root = device("auto"), Path(given.data_root).absolute()
+    memory, where = (needs.free(kind), torch.cuda.get_device_name() if kind == "cuda" else "no GPU here")
+    disk = shutil.disk_usage(next(f for f in (root, *root.parents) if f.exists())).free / 1e9  # it may not exist yet
+    here = [name for name in needs.GPUS if re.search(rf"\b{name}\b", where)]  # "NVIDIA A100-SXM4-80GB", "Tesla T4"
+    gpu = given.gpu or (here or ["A100"])[0]
+    precision = facts["precision"] if given.precision == "paper" else given.precision
+    peak = needs.peak(gpu, facts.get("products", precision) if given.precision == "paper" else precision)
+    wanted, how = needs.memory(given.paper, run, precision, kind)
+    print(f"  memory   {wanted:.3g} GB needed{how}; {memory:.0f} GB free ({where})")
+    written = needs.disk(given.paper, run)
+    print(f"  disk     {run['disk_gb']} GB of data, {written:.3g} GB in `out`; {disk:.0f} GB free")
+    if "batch" in run:
+        text = needs.batch(run["batch"], given.devices, given.accumulate)
+        print(textwrap.fill(text, 110, initial_indent="  batch    ", subsequent_indent=" " * 11))
+    hours, flop = needs.hours(run, peak)
+    print(
+        f"  time     about {hours:.1f} h on one {gpu} (not measured): {flop:.1e} operations of forward and\n"
+        f"           backward passes, {needs.SHARE:.0%} of its peak of {peak} TFLOP/s at {precision}\n"
+    )
+    dry_runs = [
+        file
+        for folder in ("runs", "reports")
+        for file in (record.root() / folder / "paper" / given.paper).glob("**/dry_run/step.json")
+    ]
+    if dry_runs and run["epochs"]:
+        step = read_json(max(dry_runs, key=lambda file: file.stat().st_mtime))
+        took = f"{step['seconds']:.2f} s for a step of {step['images']} images on {step['device']}"
+        print(f"           {needs.measured(run, step):.1f} h of training by the last dry run:\n           {took}\n")
+    return memory < wanted or disk < run["disk_gb"] + written
 
 
 def fetch(given: argparse.Namespace) -> int:
