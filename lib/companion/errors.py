@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import numbers
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -135,8 +136,8 @@ def check_choice(name: str, value: object, choices: Iterable) -> None:
 
 
 def check_range(name: str, value: float, low: float, high: float = math.inf) -> None:
-    """Raise `BadParameter` unless `low` <= `value` <= `high`."""
-    if not low <= value <= high:  # NaN too
+    """Raise `BadParameter` unless `value` is a finite number, and `low` <= `value` <= `high`."""
+    if not isinstance(value, numbers.Real) or not low <= value <= high or math.isinf(value):  # NaN too
         raise BadParameter(name, value, f"{low:g} or more" if high == math.inf else f"{low:g} to {high:g}")
 
 

@@ -22,7 +22,7 @@ def test_what_cannot_be_scored_is_refused():
     y = np.zeros((1, 2))
     refuses(
         (lambda: evaluate(np.zeros((2, 3)), np.zeros((3, 2))), r"\(2, 3\)"),
-        (lambda: evaluate(y, np.array([[3.0, -1.0]])), "-1 to 3"),
+        (lambda: evaluate(y, np.array([[3.0, -1.0]])), "3 at"),
         (lambda: evaluate(y, np.array([[0.5, np.nan]])), "nan"),
         (lambda: evaluate(y, y).per_attribute(["hat"]), "2"),
         (lambda: decode(y, ["hat"]), "1"),

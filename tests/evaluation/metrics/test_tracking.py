@@ -151,7 +151,7 @@ def test_results_that_do_not_fit_the_ground_truth_are_refused():
         (scored(a=good), "no result for .* b"),
         (scored(a=good, b=good, c=good), "no ground truth for .* c"),
         (scored(a=good, b=good[:2]), r"'b'.*\(2, 4\)"),
-        (scored(a=good, b=nan), "'b'.* 1 "),
+        (scored(a=good, b=nan), r"'b'.*nan at \(1, 0\)"),
         (scored("rgbt234", a=good, b=good), "rgbt234"),  # without a second stream
         (lambda: evaluate({"a": good}, [sequence("a", good)] * 2, "lasher"), "twice: a"),
         error=CompanionError,

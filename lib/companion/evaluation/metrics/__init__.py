@@ -6,13 +6,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ...errors import BadParameter
 
 
-def check_values(
+def checked(
     name: str,
     values: Any,
     shape: Sequence[int] | None = None,
@@ -21,26 +22,45 @@ def check_values(
     low: float = -math.inf,
     high: float = math.inf,
     whole: bool = False,
-) -> None:
-    """Raise `BadParameter` unless `values`, an array or tensor, are finite numbers of `shape` from `low` to `high`.
+) -> Tensor:
+    """`values`, an array, tensor or list, as a tensor without its graph: integers of any width and booleans as int64,
+    half precision as float32.
 
     Args:
+        name: of the argument, for the error.
         shape: None: any.
         axes: their number, for values that must not be empty; None: any.
         whole: no fractions, as in labels.
+
+    Raises `BadParameter` unless they are finite numbers of `shape` from `low` to `high`.
     """
-    found = torch.as_tensor(values)
+    try:
+        if isinstance(values, np.ndarray) and not values.flags.writeable:
+            values = values.copy()  # torch warns
+        found = torch.as_tensor(values).detach()
+    except (TypeError, ValueError, RuntimeError):
+        raise BadParameter(name, type(values).__name__, "numbers: an array, a tensor or a list of them") from None
+    if found.is_complex():
+        raise BadParameter(name, str(found.dtype), "real numbers")
+    if not found.is_floating_point():
+        found = found.long()
+    elif found.element_size() < 4:
+        found = found.float()
     if shape is not None and found.shape != tuple(shape):
         raise BadParameter(name, f"shape {tuple(found.shape)}", f"{tuple(shape)}, one value for each that is scored")
     if axes is not None and (found.ndim != axes or not found.numel()):
         raise BadParameter(name, f"shape {tuple(found.shape)}", f"{axes} axes, and at least one value")
     if not found.numel():
-        return
-    ends = float(found.min()), float(found.max())
-    if not (all(map(math.isfinite, ends)) and low <= ends[0] and ends[1] <= high):
-        raise BadParameter(name, f"{ends[0]:g} to {ends[1]:g}", f"finite numbers from {low:g} to {high:g}")
-    if whole and found.is_floating_point() and not found.equal(found.floor()):
-        raise BadParameter(name, "fractions", "whole numbers")
+        return found
+    good = found.isfinite() & (found >= low) & (found <= high)
+    if not good.all():
+        place = tuple((~good).nonzero()[0].tolist())
+        raise BadParameter(name, f"{found[place]:g} at {place}", f"finite numbers from {low:g} to {high:g}")
+    if whole and found.is_floating_point():
+        if not found.equal(found.floor()):
+            raise BadParameter(name, "fractions", "whole numbers")
+        found = found.long()
+    return found
 
 
 def accuracy(labels: Tensor, outputs: Tensor) -> float:
@@ -48,6 +68,6 @@ def accuracy(labels: Tensor, outputs: Tensor) -> float:
 
     Raises `BadParameter`: outputs that are not finite, labels that are no class, or not one for each output.
     """
-    check_values("outputs", outputs, axes=2)
-    check_values("labels", labels, outputs.shape[:1], low=0, high=outputs.shape[1] - 1, whole=True)
+    outputs = checked("outputs", outputs, axes=2)
+    labels = checked("labels", labels, outputs.shape[:1], low=0, high=outputs.shape[1] - 1, whole=True)
     return 100 * float((outputs.argmax(1) == labels).double().mean())

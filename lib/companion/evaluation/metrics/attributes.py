@@ -26,8 +26,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from ...errors import BadParameter
-from . import check_values
+from ...errors import BadParameter, check_range
+from . import checked
 
 THRESHOLD = 0.45  # probability above which an attribute is predicted, in the authors' evaluation
 _TINY = 1e-20  # the authors': so that 0 / 0 is 0
@@ -64,13 +64,12 @@ def evaluate(labels: np.ndarray, probabilities: np.ndarray, threshold: float = T
 
     Any other label, such as -1 for unclear, counts in neither sum of mA and is not a positive of its image.
 
-    Raises `BadParameter`: shapes that differ, no images, probabilities outside 0 to 1, or a threshold outside.
+    Raises `BadParameter`: shapes that differ, no images, labels that are no whole numbers, probabilities outside 0 to
+    1, or a threshold outside.
     """
-    y, p = np.asarray(labels), np.asarray(probabilities, dtype=np.float64)
-    check_values("labels", y, axes=2)
-    check_values("probabilities (after the sigmoid)", p, y.shape, low=0, high=1)
-    if not 0 < threshold < 1:
-        raise BadParameter("threshold", threshold, "between 0 and 1")
+    y = checked("labels", labels, axes=2, whole=True).numpy(force=True)
+    p = checked("probabilities (after the sigmoid)", probabilities, y.shape, low=0, high=1).double().numpy(force=True)
+    check_range("threshold", threshold, 0, 1)
     there, absent, said = y == 1, y == 0, p > threshold
 
     def share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
@@ -103,9 +102,10 @@ def evaluate(labels: np.ndarray, probabilities: np.ndarray, threshold: float = T
 def decode(probabilities: np.ndarray, names: Sequence[str], threshold: float = THRESHOLD) -> list[dict[str, float]]:
     """The attributes predicted for each row of probabilities (n, A), by name, the most probable first.
 
-    Raises `BadParameter`: not one name for each column.
+    Raises `BadParameter`: not one name for each column, or probabilities or a threshold outside 0 to 1.
     """
-    rows = np.asarray(probabilities)
+    rows = checked("probabilities", probabilities, low=0, high=1).numpy(force=True)
+    check_range("threshold", threshold, 0, 1)
     if rows.ndim != 2 or rows.shape[1] != len(names):
         raise BadParameter("names", len(names), f"one for each attribute of probabilities {rows.shape}")
     return [{names[i]: float(row[i]) for i in np.argsort(-row, kind="stable") if row[i] > threshold} for row in rows]

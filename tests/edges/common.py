@@ -1,0 +1,107 @@
+"""What is tried at the edge of an argument, by its kind, and what may come of it: a right result, or an error of ours
+that names the argument."""
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from companion.errors import CompanionError
+
+WIDTHS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool)
+WIDTHS += (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass
+class Edge:
+    """A function, arguments that it accepts, and by argument the kinds of edges that it accepts too."""
+
+    call: Callable
+    given: Mapping[str, Any]
+    accepts: Mapping[str, str] = field(default_factory=dict)
+    of: Callable | None = None  # the function whose arguments all must be here; None: `call`
+
+    def unknown(self) -> set[str]:
+        """Arguments of the function that nobody has tried."""
+        found = inspect.signature(self.of or self.call).parameters.values()
+        return {p.name for p in found if p.default is p.empty or self.of} - self.given.keys()
+
+    def tried(self) -> Iterator[tuple[str, str, Any]]:
+        """Argument, kind of edge and value."""
+        for name, value in self.given.items():
+            for kind, other in edges(value):
+                yield name, kind, other
+
+
+def edges(value: Any) -> Iterator[tuple[str, Any]]:
+    """The edges of a number, or of an array or tensor of numbers."""
+    if isinstance(value, int | float):
+        yield from {repr(x): x for x in (0, -1, 1, 2.5, math.nan, math.inf, "x", None)}.items()
+        return
+    array, tensor = isinstance(value, np.ndarray), torch.as_tensor(value)
+
+    def back(changed: Tensor) -> Any:
+        return changed.numpy() if array else changed
+
+    for number in (math.nan, math.inf, -math.inf, -1, 0.5, 255, 1e9):
+        changed = tensor.double().clone()
+        changed.view(-1)[0] = number
+        yield f"{number:g}", back(changed)
+    yield "row more", back(torch.cat([tensor, tensor[-1:]]))
+    yield "row less", back(tensor[:-1])
+    yield "empty", back(tensor[:0])
+    yield "axis less", back(tensor[0])
+    yield "axis more", back(tensor[None])
+    if tensor.ndim > 1:
+        yield "column more", back(torch.cat([tensor, tensor[..., -1:]], -1))
+        yield "column less", back(tensor[..., :-1])
+        yield "turned", back(tensor.transpose(0, -1).contiguous())
+    yield "nothing", None
+    yield "text", "x"
+
+
+def same(value: Any) -> Iterator[Any]:
+    """The same numbers, otherwise written: as other types of tensors, arrays and lists."""
+    tensor = torch.as_tensor(value)
+    for dtype in WIDTHS:
+        changed = tensor.to(dtype)
+        if changed.to(tensor.dtype).equal(tensor):
+            yield changed if isinstance(value, Tensor) else changed.double().numpy()
+    yield tensor.numpy()
+    yield tensor
+    yield tensor.tolist()
+
+
+def check(edge: Edge, *, numbers: Callable[[Any], Tensor]) -> int:
+    """Try all edges; how many were tried.
+
+    Args:
+        numbers: of a result, which are not to be NaN unless the plain arguments give NaN there.
+    """
+    assert not edge.unknown(), f"no edge of {edge.unknown()} was tried"
+    plain, count = numbers(edge.call(**edge.given)), 0
+    for name, kind, value in edge.tried():
+        count += 1
+        accepted = kind in edge.accepts.get(name, "").split(", ")
+        try:
+            found = edge.call(**{**edge.given, name: value})
+        except CompanionError as error:
+            assert not accepted, f"{name}: {kind} is refused: {error}"
+            continue
+        except Exception as error:
+            raise AssertionError(f"{name}: {kind} ends with {error!r}") from error
+        assert accepted, f"{name}: {kind} gives {found}"
+        assert not numbers(found).isnan().any(), f"{name}: {kind} gives {found}"
+    for name, value in edge.given.items():
+        for other in same(value) if not isinstance(value, int | float) else ():
+            count += 1
+            found = numbers(edge.call(**{**edge.given, name: other}))
+            assert found.allclose(plain, rtol=1e-5), (
+                f"{name} as {getattr(other, 'dtype', list)} of {type(other)} gives {found}"
+            )
+    return count
