@@ -41,7 +41,7 @@ def chests(root: Path, height: int, width: int, transform: Callable) -> Sequence
     for i in range(COUNT):
         Image.fromarray(readers.noise(i, height, width)).convert("L").save(folder / f"{i}.jpg", quality=90)
     (folder / "train_list.txt").write_text("".join(f"{i}.jpg 1\n" for i in range(COUNT)))
-    return xrays.load(xrays.own(folder, ["a"]), folder, "train", transform=transform)
+    return xrays.own(folder, ["a"], transform)["train"]
 
 
 def embedded(root: Path) -> Sequence:
@@ -62,7 +62,7 @@ def reports(root: Path, height: int, width: int) -> Sequence:
     for i in range(COUNT):
         Image.fromarray(readers.noise(i, height, width)).convert("L").save(folder / f"{i}.jpg", quality=90)
     xrays.write_reports(folder / "pretrain.csv", [f"{i}.jpg" for i in range(COUNT)], ["a"] * COUNT, ["b"] * COUNT)
-    images = xrays.reports(xrays.own(folder), folder, transforms.pretrain_transform()).images
+    images = xrays.own(folder, transform=transforms.pretrain_transform(), task="pre-training")["train"].images
     images.shortest = transforms.SHORTEST
     return images
 
@@ -82,7 +82,7 @@ class Regions:
 
 def photographs(root: Path) -> Sequence:
     varied = classification.crop_transform(readers.SEEN, train=True)
-    return classification.image_folder(root / "photographs", transform=varied)["trainval"]
+    return classification.own(root / "photographs", varied)["trainval"]
 
 
 def land(root: Path) -> Sequence:
@@ -101,18 +101,18 @@ class Feed(NamedTuple):
 
 FEEDS = [
     Feed("sa2vp", "hta", "JPEG 500 x 375", photographs),
-    Feed("dplq", "transfer-remote", "JPEG 256 x 256", lambda root: domains.own_folder(
+    Feed("dplq", "transfer-remote", "JPEG 256 x 256", lambda root: domains.own(
         root / "satellite", transform=domains.clip_transform(readers.SEEN, train=True))["all"]),
     Feed("sic_cads", "ov-lvis", "JPEG 640 x 480", lambda root: sic_cads.Crops(
-        detection.own_folder(root / "scenes.json", root / "scenes"),
+        detection.own(root / "scenes")["train"],
         *(getattr(sic_cads.published("detection/ov-lvis"), name) for name in ("size", "crop")))),
     Feed("bat", "lasher", "two pairs of JPEG 640 x 480", readers.pairs),
-    Feed("promptpar", "pa100k", "PNG 64 x 160", lambda root: attributes.own_folder(
+    Feed("promptpar", "pa100k", "PNG 64 x 160", lambda root: attributes.own(
         root / "pedestrians", attributes.square_transform(train=True))["trainval"]),
     Feed("tip", "coco", "JPEG 640 x 480, degraded", lambda root: tip.samples(
         readers.captioned(root), 512, "TIP", 0)),
     Feed("dmt", "distil", "JPEG 500 x 375", lambda root: dmt.Augmented(
-        pretraining.pictures(root / "photographs"), dmt.augment())),
+        pretraining.own(root / "photographs")["train"], dmt.augment())),
     Feed("hvit", "features", "slides of 18 regions of 2,048 x 2,048", Regions, 18),
     Feed("hvit", "local", "stored features of 18 regions", embedded),
     Feed("metasegnet", "potsdam", "PNG 1,024 x 1,024 and labels", land),

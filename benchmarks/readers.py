@@ -24,6 +24,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from companion.data import attributes, classification, detection, domains, landcover, restoration, tracking, xrays
+from companion.data.images import Images
 from companion.io.files import read_json, write_json
 from companion.models.bat import crops
 from companion.models.ecamp import transforms
@@ -67,7 +68,7 @@ def write(root: Path) -> None:
         rows = [(f"{name}.png", ("train", "test")[i == 0], i % 2) for i, name in enumerate(photographs)]
         csv.writer(file).writerows([("image", "split", "hat"), *rows])
     (root / "radiographs" / "train_list.txt").write_text("".join(f"{name}.png 1\n" for name in photographs))
-    (root / "scenes.json").write_text(json.dumps({
+    (root / "scenes" / "annotations.json").write_text(json.dumps({
         "images": [{"id": i, "width": 640, "height": 480, "file_name": f"{n}.jpg"} for i, n in enumerate(photographs)],
         "categories": [{"id": 1, "name": "a"}],
         "annotations": [{"id": i + 1, "image_id": i, "category_id": 1, "bbox": [9, 9, 50, 50]} for i in range(COUNT)],
@@ -79,7 +80,7 @@ def write(root: Path) -> None:
 
 def land(root: Path) -> landcover.LandCover:
     pictures = [
-        landcover.Picture(root / "tiles" / "ab"[i % 2] / f"{i}.png", root / "masks" / "ab"[i % 2] / f"{i}.png", "a")
+        landcover.AerialImage(root / "tiles" / "ab"[i % 2] / f"{i}.png", root / "masks" / "ab"[i % 2] / f"{i}.png", "a")
         for i in range(COUNT)
     ]
     own = landcover.own_set(root, "landcover", "")
@@ -89,7 +90,7 @@ def land(root: Path) -> landcover.LandCover:
 def pairs(root: Path) -> crops.Pairs:
     frames = sorted((root / "scenes").glob("*/*.jpg"))
     boxes = np.tile([300.0, 220.0, 60.0, 60.0], (COUNT, 1))
-    videos = [tracking.Sequence("a", tuple(frames), tuple(frames), boxes, None, np.zeros(COUNT, bool))]
+    videos = [tracking.Video("a", tuple(frames), tuple(frames), boxes, None, np.zeros(COUNT, bool))]
     return crops.Pairs(videos, COUNT // 4, min_frames=COUNT)
 
 
@@ -116,22 +117,20 @@ def slides(root: Path) -> Step:
     return lambda: [region(root, i) for i in range(2)] and None
 
 
-def folder(root: Path) -> classification.Images:
-    return classification.image_folder(root / "photographs", transform=classification.resize_transform(SEEN))[
-        "trainval"
-    ]
+def folder(root: Path) -> Images:
+    return classification.own(root / "photographs", classification.resize_transform(SEEN))["trainval"]
 
 
-def domain(root: Path) -> classification.Images:
-    return domains.own_folder(root / "satellite", transform=domains.clip_transform(SEEN))["all"]
+def domain(root: Path) -> Images:
+    return domains.own(root / "satellite", domains.clip_transform(SEEN))["all"]
 
 
 def boxes(root: Path) -> detection.Boxes:
-    return detection.own_folder(root / "scenes.json", root / "scenes")
+    return detection.own(root / "scenes")["train"]
 
 
 def people(root: Path) -> attributes.Pedestrians:
-    return attributes.own_folder(root / "pedestrians", attributes.square_transform())["trainval"]
+    return attributes.own(root / "pedestrians", attributes.square_transform())["trainval"]
 
 
 def captioned(root: Path) -> restoration.Captioned:
@@ -139,9 +138,8 @@ def captioned(root: Path) -> restoration.Captioned:
     return restoration.Captioned(restoration.own_set(root, "restoration", ""), root, sources, [""] * len(sources))
 
 
-def chests(root: Path) -> xrays.Pictures:
-    own = xrays.own(root / "radiographs", ["a"])
-    return xrays.load(own, root / "radiographs", "train", transform=transforms.test_transform())
+def chests(root: Path) -> xrays.Radiographs:
+    return xrays.own(root / "radiographs", ["a"], transforms.test_transform())["train"]
 
 
 SCALED = v2.ToDtype(torch.float32, scale=True)

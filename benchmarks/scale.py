@@ -252,7 +252,7 @@ class Kind(NamedTuple):
 
 
 def own(root: Path) -> Any:
-    return classification.image_folder(root / "imagenet/train")["trainval"]
+    return classification.own(root / "imagenet/train")["trainval"]
 
 
 BY_COCO, INSTANCES = "CocoDetection", "coco/annotations/instances_train2017.json"

@@ -103,9 +103,7 @@ REFUSED = {f"12 bits in 16.{end}": (TWELVE, "4095") for end in ("png", "tif")} |
 }
 IMAGES |= {name: (saved(values), value) for name, (values, value) in REFUSED.items()}
 READERS = {
-    "own image": lambda path: (
-        np.asarray(classification.image_folder(path.parents[1])["train"].picture(0))[..., 1] / 255
-    ),
+    "own image": lambda path: np.asarray(classification.own(path.parents[1])["train"].picture(0))[..., 1] / 255,
     "radiograph": decoding.unit,
     "fundus image": lambda path: decoding.unit(path, True)[..., 1],
     "frame": lambda path: tracking.read_frame(path, path)[..., 4] / 255,
@@ -199,9 +197,9 @@ FOLDERS: dict[str, object] = {
 }
 DOMAINS = {name: THREE if found == PLAIN else found for name, found in FOLDERS.items() if found in (PLAIN, WHOLE)}
 DOMAINS |= {"train/a/ val/a/ valid/a/": "valid", "train/a/ train/b/ test/": "test"}
-for read, names in ((classification.image_folder, FOLDERS), (domains.own_folder, DOMAINS)):
-    ODD |= {f"{read.__name__}: {name}": (partial(laid_out, read, name), found) for name, found in names.items()}
-ODD["images: none"] = pretraining.pictures, ""
+for module, names in ((classification, FOLDERS), (domains, DOMAINS)):
+    ODD |= {f"{module.__name__}: {name}": (partial(laid_out, module.own, name), found) for name, found in names.items()}
+ODD["images: none"] = pretraining.own, ""
 
 # --- tables of slides and radiographs ---------------------------------------------------------------------------------
 
@@ -209,7 +207,7 @@ ODD["images: none"] = pretraining.pictures, ""
 def graded(folder: Path) -> list[int]:
     for i in range(2):
         (folder / f"s{i}.svs").touch()
-    return [item.grade for item in slides.folder(folder)]
+    return [item.grade for item in slides.own(folder)["train"]]
 
 
 def grades(*labels: str, head: str = "slide_id") -> str:
@@ -228,7 +226,7 @@ odd(
 
 
 def boxed(folder: Path) -> list:
-    found = xrays.load(xrays.own(folder), folder, "train", task="detection")
+    found = xrays.own(folder, task="detection")["train"]
     return found.labels[0][found.labels[0].any(1)].tolist()
 
 
@@ -250,7 +248,7 @@ odd(
 
 
 def listed(folder: Path) -> list:
-    found = xrays.load(xrays.own(folder, ["x", "y"]), folder, "train")
+    found = xrays.own(folder, ["x", "y"])["train"]
     return [found.paths, found.labels.tolist()]
 
 
@@ -267,7 +265,7 @@ PAINTED = np.array([*CLASSES.values(), (0, 0, 0)], np.uint8)[IDS].transpose(2, 0
 def land(folder: Path, truth: np.ndarray = IDS, label: str = "x.tif", bands: int = 3) -> landcover.LandCover:
     written(folder / "images" / "x.tif", np.stack([EIGHT[:8, :8]] * bands), crs=None, transform=Affine.identity())
     written(folder / "labels" / label, truth.reshape(-1, 8, 8), crs=None, transform=Affine.identity())
-    return landcover.own(folder, CLASSES)
+    return landcover.own(folder, CLASSES)["train"]
 
 
 LAND = {
@@ -330,8 +328,8 @@ odd(
 OUTSIDE = "[8, 1, 4, 4]", "[1, 8, 4, 4]", "[-4, 1, 4, 4]", "[1, -5, 4, 4]"
 odd(
     "own annotations",
-    "a.json",
-    lambda folder: detection.own_folder(folder / "a.json", folder).base,
+    "annotations.json",
+    lambda folder: detection.own(folder)["train"].base,
     {WHOLE_FILE: (3, 4), WHOLE_FILE.replace(BOX, "[-3, -3, 4, 4]"): (3, 4)},
     ("'cat'", WHOLE_FILE.replace("]}", ', {"id": 5, "name": "cat"}]}')),
     ("annotations[0]", *(WHOLE_FILE.replace(BOX, box) for box in OUTSIDE)),

@@ -414,7 +414,7 @@ def check_masks(folder: str) -> int:
     """Print the values of all masks of a folder, the classes they mean and their shares; 1 if no pixel has a class."""
     from .data import landcover as sets
 
-    masks = sets.own(folder, sets.read_classes(folder))
+    masks = sets.own(folder, sets.read_classes(folder))["all"]
     values, names = sets.label_values(masks), [*masks.classes, "ignored"]
     total, labelled = sum(values.values()), sum(picture.label is not None for picture in masks.pictures)
     print(f"{labelled} of {len(masks)} images have a mask in {Path(folder) / 'labels'}")

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from companion import data
 from companion.data import attributes
-from companion.data.attributes import load, own_folder, splits, square_transform
+from companion.data.attributes import load, own, splits, square_transform
 from companion.errors import BadParameter, CorruptFile, MissingData
 from tests.data.conftest import expect, picture, refused, unreadable, values
 
@@ -204,12 +204,12 @@ def test_own_folder(tmp_path):
     listing, header = tmp_path / "labels.csv", "\ufeffimage,split,A hat,A bag\n"
     rows = "anna/0.jpg,train,1,0\nanna/1.jpg,train,0,0\nanna/4.jpg,test,1,1\n"
     listing.write_text(f"{header}{rows}anna/3.jpg,val,0,1\n", encoding="utf-8")
-    found = own_folder(tmp_path)
+    found = own(tmp_path)
     assert images_of(found) == {"train": [0, 1], "val": [3], "trainval": [0, 1, 3], "test": [4]}
     assert found["train"].sentences == ("A hat", "A bag") and found["test"].labels.tolist() == [[1, 1]]
     assert found["train"].ratio.tolist() == [0.5, 0]
     listing.write_text(header + rows, encoding="utf-8")
-    assert images_of(own_folder(tmp_path)) == {"trainval": [0, 1], "test": [4]}
+    assert images_of(own(tmp_path)) == {"trainval": [0, 1], "test": [4]}
     ends = "anna/2.jpg,val,2,0", "anna/2.jpg,val,nan,0", "anna/2.jpg,val,1", "anna/2.jpg,holdout,1,0"
     contents = {f"{header}{rows}{end}": "line 5" for end in (*ends, "anna/0.jpg,test,1,1", "./anna/0.jpg,test,1,1")}
     contents |= {
@@ -219,9 +219,9 @@ def test_own_folder(tmp_path):
         "file,part\nx,y": "no column image",
         "image,split,A hat,A hat\nanna/0.jpg,train,1,0\nanna/4.jpg,test,1,1\n": "'A hat'",
     }
-    unreadable(listing, lambda: own_folder(tmp_path), contents)
+    unreadable(listing, lambda: own(tmp_path), contents)
     listing.write_text(f"{header}{rows}anna/9.jpg,test,1,1", encoding="utf-8")
-    refused(MissingData, r"anna/9\.jpg", own_folder, tmp_path)
+    refused(MissingData, r"anna/9\.jpg", own, tmp_path)
 
 
 def test_missing_images(tmp_path):

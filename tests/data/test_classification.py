@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from companion import data
 from companion.data import classification
-from companion.data.classification import SPLITS, crop_transform, image_folder, load, resize_transform
+from companion.data.classification import SPLITS, crop_transform, load, own, resize_transform
 from companion.errors import CompanionError, CorruptFile, MissingData
 from tests.data.conftest import expect, items, picture, refused, unreadable, values
 
@@ -338,27 +338,27 @@ def test_the_shuffle_of_food101_and_gtsrb_is_pinned(length, digest):
     assert hashlib.sha256(order.encode()).hexdigest()[:16] == digest
 
 
-def own(root: Path, counts: dict[str, int]) -> None:
+def classes_of(root: Path, counts: dict[str, int]) -> None:
     for name, count in counts.items():
         for index in range(count):
             picture(root / name / f"{index:02d}.jpg", index)
 
 
 def test_image_folder_without_splits_is_split_by_class(tmp_path):
-    own(tmp_path, {"cat": 10, "dog": 20, "single": 1})
-    sets = image_folder(tmp_path, val_fraction=0.2, seed=3)
+    classes_of(tmp_path, {"cat": 10, "dog": 20, "single": 1})
+    sets = own(tmp_path, val_fraction=0.2, seed=3)
     train, val = sets["train"], sets["val"]
     assert train.class_names == ("cat", "dog", "single") and set(sets) == {"train", "val", "trainval"}
     assert items(val) == [(6, 0), (9, 0), (3, 1), (4, 1), (5, 1), (7, 1)]
     everything = [(i, label) for label, count in enumerate((10, 20, 1)) for i in range(count)]
     assert items(train) == [item for item in everything if item not in items(val)]
     assert items(sets["trainval"]) == items(train) + items(val)
-    assert image_folder(tmp_path, seed=4)["val"].sources != val.sources
+    assert own(tmp_path, seed=4)["val"].sources != val.sources
 
 
 @pytest.mark.parametrize("root", [".", "", "link"])
 def test_files_that_are_not_read_are_counted_without_hidden_ones(root, tmp_path, monkeypatch):
-    own(tmp_path / "own", {"cat": 3, "dog": 3})
+    classes_of(tmp_path / "own", {"cat": 3, "dog": 3})
     for name in ("notes.txt", "cat/more/a.TXT", "cat/LICENSE", ".git/a.txt", "__MACOSX/a.txt", "dog/._a.txt"):
         (tmp_path / "own" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "own" / name).touch()
@@ -368,7 +368,7 @@ def test_files_that_are_not_read_are_counted_without_hidden_ones(root, tmp_path,
     monkeypatch.chdir(tmp_path / "own" if root == "." else tmp_path)
     monkeypatch.delattr(Path, "rglob")  # a million files are not a million objects
     with pytest.warns(UserWarning, match=r"not read: 2 \.txt file\(s\), 1 LICENSE file\(s\)$"):
-        assert len(image_folder(root or tmp_path / "own")["trainval"]) == 7
+        assert len(own(root or tmp_path / "own")["trainval"]) == 7
 
 
 @pytest.mark.parametrize("name", ["../../outside.txt", "/outside.txt", "dtd/link"])

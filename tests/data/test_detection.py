@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from companion import data
-from companion.data.detection import caption_labels, load, own_folder, read_annotations
+from companion.data.detection import caption_labels, load, own, read_annotations
 from companion.errors import BadParameter, CorruptFile, MissingData
 from companion.io.files import read_json, write_json
 from tests.data.conftest import expect, picture, refused, unreadable
@@ -73,11 +73,11 @@ def test_annotations_are_arrays_and_come_back_as_rows_of_the_file(name, odd, tmp
     images = [image(name(i), neg_category_ids=[4]) for i in (1, 2, 3)]
     found = {"images": images, "annotations": boxes, "categories": [{"id": 4, "name": "b"}, {"id": 3, "name": "a"}]}
     text = json.dumps(found | {"info": {}})
-    file = tmp_path / "a.json"
+    file = tmp_path / "annotations.json"
     file.write_text(text.replace('"category_id": 3', '"category_id": 3.0') if odd else text)
     for each in images:
         picture(tmp_path / each["file_name"])
-    mine = own_folder(file, tmp_path)
+    mine = own(tmp_path)["train"]
     fields = "id", "image_id", "category_id", "bbox"
     plain = [{field: boxes[i][field] for field in fields} | {"iscrowd": int(i == 0)} for i in (1, 2, 0)]
     areas = [{"area": 12}, {}, {"area": 12}]
@@ -128,12 +128,12 @@ def test_the_names_of_objects365_are_mended_by_a_table(tmp_path, sizes):
 
 def test_own_folder_with_labels_without_boxes(tmp_path):
     found = {"images": [image(1, pos_category_ids=[5])], "categories": [{"id": 5, "name": "a"}, {"id": 8, "name": "b"}]}
-    write_json(tmp_path / "labels.json", found)
+    write_json(tmp_path / "annotations.json", found)
     picture(tmp_path / "1.jpg")
-    mine = own_folder(tmp_path / "labels.json", tmp_path, novel=["b"])
+    mine = own(tmp_path, ["b"])["train"]
     assert mine.positives.tolist() == [[True, False]] and mine.novel == (8,) and mine.base == (5,)
     assert mine[0][1].boxes.shape == (0, 4)
-    refused(BadParameter, "'c'", own_folder, tmp_path / "labels.json", tmp_path, novel=["c"])
+    refused(BadParameter, "'c'", own, tmp_path, ["c"])
 
 
 def test_images_that_are_broken_or_missing(coco, sizes):
@@ -151,7 +151,7 @@ def test_images_that_are_broken_or_missing(coco, sizes):
     refused(MissingData, "4 images .*5,000", load, name, coco, "test")
 
 
-@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("mine", [False, True])
 @pytest.mark.parametrize(
     ("orientation", "size", "red"),  # red is above in the file; the rows or columns of the result that are red
     [
@@ -161,7 +161,7 @@ def test_images_that_are_broken_or_missing(coco, sizes):
         (1, SIZE[::-1], (0, slice(None))),
     ],
 )
-def test_a_rotated_photograph_is_read_as_its_annotation_describes_it(coco, own, orientation, size, red):
+def test_a_rotated_photograph_is_read_as_its_annotation_describes_it(coco, mine, orientation, size, red):
     """Some tools annotate a camera's image as it is stored, others upright; upright where both have one size."""
     file = coco / "coco" / "annotations" / "instances_val2017.json"
     found = read_json(file)
@@ -173,7 +173,8 @@ def test_a_rotated_photograph_is_read_as_its_annotation_describes_it(coco, own, 
     exif = stored.getexif()
     exif[274] = orientation
     stored.save(folder / "1.jpg", exif=exif, quality=95)
-    pixels, _ = (own_folder(file, folder) if own else load("detection/ov-coco", coco, "test"))[0]
+    write_json(folder / "annotations.json", found)
+    pixels, _ = (own(folder)["train"] if mine else load("detection/ov-coco", coco, "test"))[0]
     assert pixels.shape == (3, *size[::-1])
     opposite = tuple(-1 - one if isinstance(one, int) else one for one in red)
     assert pixels[0][red].min() > 200 and pixels[0][opposite].max() < 50

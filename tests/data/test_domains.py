@@ -12,7 +12,7 @@ import pytest
 
 from companion import data
 from companion.data import DATASETS, domains
-from companion.data.domains import load, own_folder, splits
+from companion.data.domains import load, own, splits
 from companion.data.fewshot import base_to_novel
 from companion.errors import CompanionError, CorruptFile, MissingData
 from tests.data.conftest import expect, items, picture, refused, unreadable
@@ -155,15 +155,15 @@ def test_class_folders_that_are_short_or_strange_are_named(btmri, tmp_path):
 
 def test_own_folder(tmp_path):
     tree(tmp_path / "images", ("Bear", "cat", "owl"), 10)
-    sets = own_folder(tmp_path)
+    sets = own(tmp_path)
     assert sets["test"].class_names == ("Bear", "cat", "owl") and sets["test"].name == tmp_path.name
     assert {part: len(images) for part, images in sets.items()} == {"train": 15, "val": 6, "test": 9, "all": 30}
     assert base_to_novel(sets, shots=5).tests["novel"].class_names == ("owl",)
     listed(tmp_path / "split.json", {name: f"a {name}" for name in ("cat", "Bear")})
-    assert own_folder(tmp_path)["val"].class_names == ("a cat", "a Bear")
+    assert own(tmp_path)["val"].class_names == ("a cat", "a Bear")
     for part, each in (("train", 5), ("val", 2), ("test", 3)):
         tree(tmp_path / "split" / part, ("Bear", "cat", "owl"), each)
-    sets = own_folder(tmp_path / "split")
+    sets = own(tmp_path / "split")
     assert items(sets["val"]) == [(0, 0), (1, 0), (10, 1), (11, 1), (20, 2), (21, 2)]
     assert items(sets["all"]) == items(sets["train"]) + items(sets["val"]) + items(sets["test"])
 

@@ -194,15 +194,15 @@ def test_own_images(tmp_path):
     written(tmp_path / "labels" / "a b.tif", labels(3))
     png(tmp_path / "images" / "c.png", noise(seed=2))
     (tmp_path / "places.csv").write_text('image,latitude,longitude,text\nc,-3.1,-60.0,"a clearing, red earth"\n')
-    found = landcover.own(tmp_path, {"field": (1, 2, 3), "wood": (4, 5, 6)}, size=50)
+    found = landcover.own(tmp_path, {"field": (1, 2, 3), "wood": (4, 5, 6)}, size=50)["train"]
     assert found.zones() == ["Cfb"] * 4 + ["Af"] * 4 and found.palette == [(1, 2, 3), (4, 5, 6)]
     assert found.texts()[3:5] == [None, "a clearing, red earth"]
     assert [tuple(found[i][1].shape) for i in range(4)] == [(50, 50), (50, 40), (20, 50), (20, 40)]  # not padded
     ids = np.minimum(labels(3)[0], 2)  # 2 and 3 are no class: ignored, as are pixels without data
     ids[:, :30] = 2
-    assert np.array_equal(landcover.own(tmp_path, ["field", "wood"])[0][1].numpy(), ids)
+    assert np.array_equal(landcover.own(tmp_path, ["field", "wood"])["all"][0][1].numpy(), ids)
     (tmp_path / "val.txt").write_text("c.png\n")
-    assert [p.region for p in landcover.own(tmp_path, ["field"], "val").pictures] == ["c"]
+    assert [p.region for p in landcover.own(tmp_path, ["field"])["val"].pictures] == ["c"]
     png(tmp_path / "images" / "a b.png", noise())  # a preview of the same image: one map would replace the other
     refused(CorruptFile, "a b", landcover.own, tmp_path, ["field"])
 

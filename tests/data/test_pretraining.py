@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from companion.data import status
-from companion.data.pretraining import ADE20K, COCO, IMAGENET, load, pictures
+from companion.data.pretraining import ADE20K, COCO, IMAGENET, load, own
 from companion.errors import CorruptFile, MissingData
 from companion.io.files import read_json, write_json
 from tests.data.conftest import expect, picture, refused
@@ -141,6 +141,6 @@ def test_ade20k(tmp_path):
 def test_own_images_of_all_formats_that_are_decoded(tmp_path):
     for name in ("a.jpg", "b.gif", "c.avif", "._a.jpg"):
         picture(tmp_path / name)
-    found = pictures(tmp_path)
+    found = own(tmp_path)["train"]
     assert [path.rpartition("/")[2] for path in found.sources] == ["a.jpg", "b.gif", "c.avif"]
     assert found[1][0].shape == (3, 8, 12)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from companion import data
 from companion.data import restoration
-from companion.data.restoration import load, own_folder, read_captions
+from companion.data.restoration import load, own, read_captions
 from companion.errors import CorruptFile, MissingData
 from companion.io.files import write_json
 from tests.data.conftest import expect, refused, unreadable
@@ -46,20 +46,20 @@ def test_coco_gives_the_first_caption_by_id(tmp_path: Path, monkeypatch) -> None
     unreadable(file, lambda: read_captions(file), contents)
 
 
-def test_own_folder(tmp_path: Path) -> None:
+def test_own(tmp_path: Path) -> None:
     for i, name in enumerate(("a.png", "b.jpg")):
         picture(tmp_path / "images" / name, seed=i)
-    assert own_folder(tmp_path).captions == own_folder(tmp_path / "images").captions == ("", "")
+    assert own(tmp_path)["train"].captions == own(tmp_path / "images")["train"].captions == ("", "")
     listing = tmp_path / "captions.jsonl"
     lines = '\ufeff{"file": "b.jpg", "caption": "a zebra  on grass"}\n\n{"file": "a.png", "caption": ""}\n'
     listing.write_text(lines, encoding="utf-8")
-    found = own_folder(tmp_path)
+    found = own(tmp_path)["train"]
     assert found.captions == ("a zebra on grass", "") and Path(found.sources[0]).name == "b.jpg"
     bad = "{", "[]", '{"file": "a.png"}', '{"file": 3, "caption": ""}', '{"file": "../a", "caption": ""}', "[" * 10**5
-    unreadable(listing, lambda: own_folder(tmp_path), dict.fromkeys(bad, "line 1") | {"": ""})
+    unreadable(listing, lambda: own(tmp_path), dict.fromkeys(bad, "line 1") | {"": ""})
     twice = "".join(f'{{"file": "{name}", "caption": "x"}}\n' for name in ("a.png", "./a.png"))
-    unreadable(listing, lambda: own_folder(tmp_path), {twice: "a.png"})
-    refused(MissingData, "nowhere", own_folder, tmp_path / "nowhere")
+    unreadable(listing, lambda: own(tmp_path), {twice: "a.png"})
+    refused(MissingData, "nowhere", own, tmp_path / "nowhere")
 
 
 def test_fetch_of_div2k(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,17 +84,17 @@ def test_pairs_of_low_and_high_quality_are_matched_by_their_names(tmp_path: Path
         picture(tmp_path / "high" / name, (20, 30), i)
         picture(tmp_path / "low" / name, (10, 15), i + 2)
     (tmp_path / "captions.jsonl").write_text('{"file": "b.png", "caption": "a zebra"}\n')
-    high, caption, low = own_folder(tmp_path)[0]
+    high, caption, low = own(tmp_path)["train"][0]
     assert (high.shape, caption, low.shape) == ((3, 30, 20), "a zebra", (3, 15, 10))
     (tmp_path / "captions.jsonl").unlink()
-    pairs = own_folder(tmp_path)
+    pairs = own(tmp_path)["train"]
     assert [Path(file).name for file in pairs.part([1]).low.sources] == ["b.png"] and len(pairs) == 2
     (tmp_path / "low" / "a.png").rename(tmp_path / "low" / "ax4.png")  # as DIV2K's
-    assert [Path(file).name for file in own_folder(tmp_path).low.sources] == ["ax4.png", "b.png"]
+    assert [Path(file).name for file in own(tmp_path)["train"].low.sources] == ["ax4.png", "b.png"]
     picture(tmp_path / "low" / "ax2.png")
-    refused(CorruptFile, "ax2.png and ax4.png are both of a.png", own_folder, tmp_path)
+    refused(CorruptFile, "ax2.png and ax4.png are both of a.png", own, tmp_path)
     for scale in (2, 4):
         (tmp_path / "low" / f"ax{scale}.png").unlink()
-    refused(MissingData, r"low/a\.png", own_folder, tmp_path)
+    refused(MissingData, r"low/a\.png", own, tmp_path)
     shutil.rmtree(tmp_path / "low")
-    refused(MissingData, "pairs need", own_folder, tmp_path)
+    refused(MissingData, "pairs need", own, tmp_path)

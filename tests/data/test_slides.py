@@ -86,7 +86,7 @@ def test_own_folder(tmp_path):
         (tmp_path / name).touch()
 
     def found() -> list[tuple[str, int]]:
-        return [(item.name, item.grade) for item in slides.folder(tmp_path)]
+        return [(item.name, item.grade) for item in slides.own(tmp_path)["train"]]
 
     assert found() == [("one", 0), ("three", 0), ("two", 1)]
     labels = tmp_path / "labels.csv"
@@ -96,8 +96,8 @@ def test_own_folder(tmp_path):
     refused(MissingData, "four", found)
     (tmp_path / "b" / "one.svs").touch()
     refused(CorruptFile, "one.svs", found)
-    refused(MissingData, "nowhere", slides.folder, tmp_path / "nowhere")
-    refused(CorruptFile, "0001ab_mask.tiff", slides.folder, panda(tmp_path / "copy"))  # its masks are no class
+    refused(MissingData, "nowhere", slides.own, tmp_path / "nowhere")
+    refused(CorruptFile, "0001ab_mask.tiff", slides.own, panda(tmp_path / "copy"))  # its masks are no class
 
 
 def test_all_slides_of_a_patient_are_in_one_part(tmp_path):
@@ -105,7 +105,7 @@ def test_all_slides_of_a_patient_are_in_one_part(tmp_path):
         for line in lines:
             (tmp_path / f"{line.split(',')[0]}.svs").touch()
         (tmp_path / "labels.csv").write_text("\n".join(["slide_id,label,patient", *lines]))
-        return slides.folder(tmp_path)
+        return slides.own(tmp_path)["train"]
 
     mine = items(*(f"s{i:02d},{i // 2 % 3},p{i // 3}" for i in range(48)))  # three slides each, of one grade or two
     found, tuned = slides.split_folds(mine, 3, test=0.25, seed=1), []

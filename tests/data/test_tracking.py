@@ -8,7 +8,7 @@ import pytest
 
 from companion import data
 from companion.data import DATASETS, tracking
-from companion.data.tracking import ATTRIBUTES, Sequence, ground_truth, load, read_frame, read_results
+from companion.data.tracking import ATTRIBUTES, Video, ground_truth, load, read_frame, read_results
 from companion.errors import BadParameter, CompanionError, CorruptFile, MissingData
 from companion.io.files import read_json
 from tests.data.conftest import expect, picture, refused, unreadable
@@ -36,7 +36,7 @@ def video(folder: Path, names: dict[str, str], boxes: dict[str, list], numbers=r
         rows(folder / name, values)
 
 
-def values(sequence: Sequence) -> list[tuple[int, int]]:
+def values(sequence: Video) -> list[tuple[int, int]]:
     """The brightness of both streams in each frame: which files it came from."""
     return [tuple(int(v) for v in sequence.frame(i)[0, 0, [0, 3]]) for i in range(len(sequence))]
 

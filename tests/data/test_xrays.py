@@ -166,19 +166,20 @@ def test_own_folder(tmp_path):
     masks = ((f"bücher {i}.png", f"masks/{i}.png") for i in range(2))
     table(tmp_path / "val_list.csv", ("img_path", "mask_path"), *masks)
     (tmp_path / "pretrain.csv").write_text("\ufeffimg_path,report\nbücher 0.png,No mass.\n", encoding="utf-8")
-    mine = xrays.own(tmp_path, ["mass", "edema"])
-    train = load(mine, tmp_path, "train")
+    train = xrays.own(tmp_path, ["mass", "edema"])["train"]
     assert train.labels.tolist() == [[0, 1], [1, 0]] and train[0][0].shape == (1, 16, 20)
-    masked = load(mine, tmp_path, "val", task="segmentation")
+    table(tmp_path / "train_list.csv", ("img_path", "mask_path"), ("bücher 0.png", "masks/0.png"))
+    masked = xrays.own(tmp_path, task="segmentation")["val"]
     assert [mask.mean().item() for _, mask in masked] == [0, 1] and masked.part([1])[0][1].all()
     picture(tmp_path / "masks" / "1.png", 1)
     assert masked[1][1].unique().tolist() == [1]
     picture(tmp_path / "masks" / "1.png", 2)
     refused(CorruptFile, r"masks/1\.png", lambda: masked[1])
-    found = reports(mine, tmp_path)
+    found = xrays.own(tmp_path, task="pre-training")["train"]
     assert found.texts == ["No mass."] and found.statements is None
-    refused(MissingData, r"test_list\.txt", load, mine, tmp_path, "test")
-    refused(BadParameter, "classes", load, xrays.own(tmp_path), tmp_path, "train")
+    refused(BadParameter, "classes", xrays.own, tmp_path)
+    (tmp_path / "train_list.txt").unlink()
+    refused(MissingData, r"train_list\.txt", xrays.own, tmp_path, ["mass", "edema"])
     for classes in ("mass", ["mass", "mass"]):
         refused(BadParameter, "mass", xrays.own, tmp_path, classes)
         refused(BadParameter, "mass", landcover.own, tmp_path, classes)

@@ -111,7 +111,7 @@ def _metric(case: Case) -> list[Row]:
     truth = []
     for name in names:
         visible, infrared = (boxes[f"in.{name}.{stream}"].double().numpy() for stream in ("visible", "infrared"))
-        truth.append(data.Sequence(name, (), (), visible, infrared, np.any(visible[:, 2:] <= 0, 1)))
+        truth.append(data.Video(name, (), (), visible, infrared, np.any(visible[:, 2:] <= 0, 1)))
     results = {name: boxes[f"in.{name}.result"].double().numpy() for name in names}
     scores = evaluate(results, truth, case.settings["benchmark"])
     rows = []
@@ -133,7 +133,7 @@ def _crop(case: Case) -> list[Row]:
 BOX = np.array([90.0, 70.0, 40.0, 30.0])
 
 
-class _Video(data.Sequence):
+class _Video(data.Video):
     """A video of dark frames with a still object that is brighter in its left half."""
 
     def frame(self, index: int) -> np.ndarray:
@@ -144,7 +144,7 @@ class _Video(data.Sequence):
         return image
 
 
-def _video(count: int = 30) -> data.Sequence:
+def _video(count: int = 30) -> data.Video:
     frames = (Path("frame"),) * count
     return _Video(f"{count} frames", frames, frames, np.tile(BOX, (count, 1)), None, np.zeros(count, bool))
 

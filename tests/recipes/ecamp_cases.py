@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from torchvision.transforms import v2
 
-from companion.data import xrays
+from companion.data import own_set, xrays
 from companion.data.xrays import CLASSES, ONE_OF, SIZES
 from companion.evaluation.metrics import radiology
 from companion.evaluation.tables import published_table
@@ -309,7 +309,7 @@ def _items(
     """Item 0 of a set of one PNG, by our reader, read so many times."""
     with tempfile.TemporaryDirectory() as folder:
         Image.fromarray(image).save(Path(folder) / "a.png")
-        data = make(xrays.own(folder), folder, ["a.png"], *args, **options)
+        data = make(own_set(folder, "xrays", ""), folder, ["a.png"], *args, **options)
         return [data[0] for _ in range(reads)]
 
 

@@ -53,7 +53,7 @@ def test_methods_differ_in_what_their_name_says():
 
 
 def test_a_saved_domain_is_a_folder_of_ones_own(few, tmp_path):
-    sets = domains.own_folder(toy.save(tmp_path / "own", "medical", SEED))
+    sets = domains.own(toy.save(tmp_path / "own", "medical", SEED))
     assert len(sets["all"]) == 256 and sorted(sets["all"].class_names) == sorted(toy.DOMAINS["medical"].classes)
 
 

@@ -66,10 +66,9 @@ def test_cells_are_the_patches_share_in_a_box():
 def test_saved_chests_are_read_again(tmp_path):
     part = toy.load(5, "train")
     files = toy.save(part, tmp_path, 3)
-    own = xrays.own(tmp_path, toy.FINDINGS)
-    image, labels = xrays.load(own, tmp_path, "train")[2]
+    image, labels = xrays.own(tmp_path, toy.FINDINGS)["train"][2]
     torch.testing.assert_close((image - toy.MEAN) / toy.STD, part.images[2])
-    read = xrays.reports(own, tmp_path)
+    read = xrays.own(tmp_path, task="pre-training")["train"]
     assert labels.tolist() == part.labels[2].tolist() and len(files) == len(read.texts) == 3
     assert (read.texts[1], read.statements[1]) == (part.reports[1], part.distilled[1])
 

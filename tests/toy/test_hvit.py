@@ -27,7 +27,7 @@ def test_slides_follow_the_seed_to_the_bit(task, expected):
 
 def test_the_regions_of_a_written_slide_are_those_that_were_drawn(tmp_path):
     drawn = toy.slides(3, "place", "test", 1)
-    for item, slide in zip(data.folder(toy.save(tmp_path, drawn)), drawn, strict=True):
+    for item, slide in zip(data.own(toy.save(tmp_path, drawn))["train"], drawn, strict=True):
         with Slide(item.path) as file:
             tiles = tile(file, toy.TILING)
             pixels = np.stack([file.region(x, y, tiles) for x, y in tiles.coords])

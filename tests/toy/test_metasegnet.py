@@ -83,7 +83,7 @@ def test_scores_are_of_the_pixels(few):
 
 
 def test_saved_images_lie_in_their_zones(tmp_path):
-    own = data.own(toy.save(tmp_path, ("Aw", "BWh"), 3, count=2), [*toy.CLASSES])
+    own = data.own(toy.save(tmp_path, ("Aw", "BWh"), 3, count=2), [*toy.CLASSES])["train"]
     assert own.zones() == ["Aw", "Aw", "BWh", "BWh"]
     image, labels = toy.drawn("Aw", 1, "train", 1003)[0]
     assert np.array_equal(own[0][0].permute(1, 2, 0), image) and np.array_equal(own[0][1], labels)

@@ -5,6 +5,10 @@ machine, `fetch` downloads it if it is free and has a checksum, `table` lists al
 has `load`, for free sets `fetch`, and `parts` where a set has more than its splits; `<task>_sets.yaml` holds the facts.
 No module here depends on a model or a paper.
 
+Own data: `own(root, ...)` of a task's module gives the set of each split by name, "train", and "val" and "test" where
+the folder has them. Its arguments are the folder, what the folder does not say (such as class names), and the
+transform; `own_set` makes the `DataSet` of such a folder.
+
 A set is found by the names that mark its folder (`DataSet.folder`), and a file in it by `at`, both in upper or lower
 case. `tables` reads lists and CSV files; `inside` and `check_listed` check the files that they name. `once` makes a
 function that parses a file again only when the file has changed.

@@ -34,11 +34,10 @@ from ..errors import CorruptFile, check_choice
 from ..io import unpickle
 from ..io.config import configure
 from . import DataSet, at, entries, facts, find, inside, once, own_set, tables, told
-from .classification import Images, _normalised, _to_tensor
 from .decoding import SUFFIXES
+from .images import Images, Transform, normalised, to_tensor
 
 SPLITS = ("train", "val", "trainval", "test")
-Transform = Callable[[Image.Image], torch.Tensor]
 _FACTS = facts("attributes")
 SENTENCES: dict[str, tuple[str, ...]] = _FACTS["SENTENCES"]
 """The sentence of each attribute, in label order, as the authors' preparation has them, slips included."""
@@ -97,7 +96,7 @@ class Pedestrians(Images):
         ratio: (A,) the mean label of each attribute, for the loss: the share of images with the attribute.
         listing: the name of the annotation; empty without one.
 
-    Raises (on indexing) as `classification.Images`.
+    Raises (on indexing) as `images.Files`.
     """
 
     listing = ""
@@ -118,7 +117,7 @@ class Pedestrians(Images):
         self.names, self.sentences = tuple(names), tuple(sentences)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return (self.transform or _to_tensor)(self.picture(index)), self.labels[index]
+        return (self.transform or to_tensor)(self.picture(index)), self.labels[index]
 
 
 # --- public functions --------------------------------------------------------------------------------------------
@@ -153,7 +152,7 @@ def load(name: str, root: str | Path, split: str, transform: Transform | None = 
     return found[split]
 
 
-def own_folder(root: str | Path, transform: Transform | None = None) -> dict[str, Pedestrians]:
+def own(root: str | Path, transform: Transform | None = None) -> dict[str, Pedestrians]:
     """Your own images, as `splits` gives them: `root`/labels.csv lists the split and the attributes of each image.
 
         image,split,A pedestrian wearing a hat,A pedestrian with a backpack
@@ -163,14 +162,11 @@ def own_folder(root: str | Path, transform: Transform | None = None) -> dict[str
 
     Raises as `splits`.
     """
-    root = Path(root)
-    own = own_set(
-        root,
-        "attributes",
+    layout = (
         'labels.csv    "image,split,<a sentence for each attribute>", then a line for each image: its path\n'
-        "              below this folder; train, val or test; 0 or 1 for each attribute",
+        "              below this folder; train, val or test; 0 or 1 for each attribute"
     )
-    return _pedestrians(own, root, transform)
+    return _pedestrians(own_set(root, "attributes", layout), Path(root), transform)
 
 
 class PadToSquare:
@@ -223,7 +219,7 @@ def square_transform(
     """
     cut = [v2.Pad(10), v2.RandomCrop(size), v2.RandomHorizontalFlip(0.5)] if train else []
     halves = SimpleNamespace(mean=(0.5,) * 3, std=(0.5,) * 3)
-    steps = [PadToSquare(size, antialias, padding), v2.Resize((size, size)), *cut, *_normalised(halves)]
+    steps = [PadToSquare(size, antialias, padding), v2.Resize((size, size)), *cut, *normalised(halves)]
     arguments = {"size": size, "train": train, "antialias": antialias, "padding": padding}
     return configure(v2.Compose(steps), arguments, square_transform)
 

@@ -12,28 +12,23 @@ opens CIFAR's pickles only when their MD5 is the published one.
 from __future__ import annotations
 
 import functools
-import os
 import re
 import shutil
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
-import torch
-from PIL import ExifTags, Image
-from torch.utils.data import Dataset
 from torchvision import datasets as tv
-from torchvision.datasets.folder import make_dataset
 from torchvision.transforms import v2
 
 from ..errors import BadParameter, CorruptFile, check_choice
 from ..io.config import configure
 from ..io.files import atomic_folder, read_json, write_json
-from . import DataSet, Parts, at, below, check_listed, decoding, facts, fetched, find, inside, once, own_set, tables
+from . import DataSet, at, below, check_listed, entries, facts, fetched, find, inside, once, own_set, tables
+from .images import Images, Transform, class_folders, images_of_classes, normalised, warn_of
 
 SPLITS = ("train", "val", "trainval", "test")
 _LISTS = {"train": "train800.txt", "val": "val200.txt", "trainval": "train800val200.txt", "test": "test.txt"}
@@ -57,85 +52,7 @@ Rows = tuple[Path, Path, Sequence[str], list[int]]  # a list, the folder that it
 # --- public functions --------------------------------------------------------------------------------------------
 
 
-class Images(Parts, Dataset):
-    """Labelled images that are decoded on access: `images[i]` is (float32 tensor (3, H, W), int).
-
-    Args:
-        dataset: the set they belong to; gives the name and the error message for a missing file.
-        root: the data folder.
-        sources: paths, or a uint8 array (n, H, W, 3).
-        labels: one of 0..classes - 1 for each.
-        classes: number of classes.
-        transform: from a PIL image (RGB) to a tensor; None scales to 0..1 and keeps the size.
-        class_names: names by label, where the layout has them.
-
-    Attributes:
-        listing: the name of the list that has the images, for messages; "" where they are all in a folder.
-
-    Raises (on indexing):
-        MissingData: the file is listed but missing.
-        CorruptFile: the file is truncated, no image, or has no full scale (see `decoding`); its path is in the message.
-    """
-
-    each: ClassVar[tuple[str, ...]] = ("sources", "labels")
-    listing = ""
-
-    def __init__(
-        self,
-        dataset: DataSet,
-        root: Path,
-        sources: Sequence[str] | np.ndarray,
-        labels: Sequence[Any] | np.ndarray,
-        classes: int,
-        transform: Callable[[Image.Image], torch.Tensor] | None = None,
-        class_names: Sequence[str] = (),
-    ):
-        self.dataset, self.root, self.name = dataset, root, dataset.name
-        self.sources, self.labels = sources, labels
-        self.classes, self.class_names = classes, tuple(class_names)
-        self.transform = transform
-        self.rotated = dataset.group == "own"  # by EXIF
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def picture(self, index: int) -> Image.Image:
-        """The image as stored, in RGB, before the transform.
-
-        A user's own image is rotated by its EXIF orientation; those of the public sets are not, as in the papers' code.
-        """
-        return self._read(index, decoding.picture)
-
-    def pixels(self, index: int) -> tuple[np.ndarray, dict]:
-        """The pixels of `picture`, uint8 (H, W, 3), and its file's `info` by PIL, such as EXIF."""
-        return self._read(index, lambda image: (decoding.pixels(image), image.info))
-
-    def _read(self, index: int, decode: Callable[[Image.Image], Any]) -> Any:
-        source = self.sources[index]
-        if isinstance(source, np.ndarray):
-            return decode(Image.fromarray(source))
-        try:
-            with decoding.opened(source) as image:
-                if self.rotated and image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-                    found = decoding.pixels(image)  # PIL rotates a TIFF when it decodes it, and drops the orientation
-                    return decode(Image.fromarray(decoding.upright(found, {"exif": image.getexif().tobytes()})))
-                return decode(image)
-        except FileNotFoundError:
-            by = f" in {self.listing}" if self.listing else ""
-            raise self.dataset.missing(self.root, f"{source} is listed{by} but not there") from None
-        except CorruptFile as error:
-            if not self.listing:
-                raise
-            raise CorruptFile(error.path, f"{error.reason}; it is listed in {self.listing}") from error
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, Any]:
-        picture = self.picture(index)
-        return (self.transform or _to_tensor)(picture), int(self.labels[index])
-
-
-def load(
-    name: str, root: str | Path, split: str, transform: Callable[[Image.Image], torch.Tensor] | None = None
-) -> Images:
+def load(name: str, root: str | Path, split: str, transform: Transform | None = None) -> Images:
     """One split of a data set.
 
     Args:
@@ -250,7 +167,7 @@ def resize_transform(input) -> v2.Transform:
     Returns:
         From a PIL image to a float32 tensor (3, size, size).
     """
-    steps = [v2.Resize((input.size, input.size)), *_normalised(input)]
+    steps = [v2.Resize((input.size, input.size)), *normalised(input)]
     return configure(v2.Compose(steps), {"input": input}, resize_transform)
 
 
@@ -266,36 +183,28 @@ def crop_transform(input, train: bool) -> v2.Transform:
         From a PIL image to a float32 tensor (3, size, size).
     """
     cut = [v2.RandomCrop(input.size), v2.RandomHorizontalFlip(0.5)] if train else [v2.CenterCrop(input.size)]
-    steps = [v2.Resize(round(input.size * 256 / 224)), *cut, *_normalised(input)]
+    steps = [v2.Resize(round(input.size * 256 / 224)), *cut, *normalised(input)]
     return configure(v2.Compose(steps), {"input": input, "train": train}, crop_transform)
 
 
 _OWN_LAYOUT = """{train,val,test}/<class>/<image>.jpg    val split from train where there is none
 or
 <class>/<image>.jpg                     split into train and val"""
-SPELLED = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev"), "test": ("test", "testing")}
-"""How the folder of a split may be called, in upper or lower case."""
 
 
-def image_folder(
-    root: str | Path,
-    val_fraction: float = 0.2,
-    seed: int = 0,
-    transform: Callable[[Image.Image], torch.Tensor] | None = None,
+def own(
+    root: str | Path, transform: Transform | None = None, *, val_fraction: float = 0.2, seed: int = 0
 ) -> dict[str, Images]:
-    """Your own images, one folder per class.
+    """Your own images, one folder per class, by split, see `companion.data`: also "trainval".
 
     Args:
-        root: holds {train,val,test}/<class>/*.jpg, or <class>/*.jpg directly, see `class_folders`. Images are files
-            that end in one of `decoding.SUFFIXES`; hidden folders and files are ignored.
+        root: holds {train,val,test}/<class>/*.jpg, or <class>/*.jpg directly, see `images.class_folders`. Images are
+            files that end in one of `decoding.SUFFIXES`; hidden folders and files are ignored.
         val_fraction: the share of each class that goes to val, where there is no val folder. A class with a single
             image stays in train.
         seed: of that split; the same seed and the same files give the same split.
-        transform: as in `load`; to set another one for a split: `sets["train"].transform = ...`.
 
-    Returns:
-        {"train", "val", "trainval"} and "test" where there is a test folder. `.class_names` are the folders, sorted.
-        A warning counts the files and folders that are not read.
+    `.class_names` are the folders, sorted. A warning counts the files and folders that are not read.
 
     Raises:
         BadParameter: val_fraction outside 0..1.
@@ -305,21 +214,21 @@ def image_folder(
     if not 0 < val_fraction < 1:
         raise BadParameter("val_fraction", val_fraction, "a number between 0 and 1, both left out")
     root = Path(root)
-    own = own_set(root, "classification", _OWN_LAYOUT)
-    place, folders = class_folders(own, root)
+    dataset = own_set(root, "classification", _OWN_LAYOUT)
+    place, folders = class_folders(dataset, root)
     folders = folders or {"train": place}
     first = folders.get("train", place / "train")
-    names = _class_folders(first) if first.is_dir() else []
+    names = entries(first, folders=True)
     if len(names) < 2:
-        raise own.missing(root, f"{first} has {len(names)} class folders")
+        raise dataset.missing(root, f"{first} has {len(names)} class folders")
     samples: dict[str, list[tuple[str, int]]] = {}
     for split, folder in folders.items():
-        if unknown := sorted(set(_class_folders(folder)) - set(names)):
+        if unknown := sorted(set(entries(folder, folders=True)) - set(names)):
             raise CorruptFile(folder, f"it has classes that {first} lacks: {', '.join(unknown)}")
         samples[split] = images_of_classes(folder, names)
         absent = sorted(set(range(len(names))) - {label for _, label in samples[split]})
         if absent and (split == "train" or len(absent) == len(names)):
-            raise own.missing(root, f"there are no images in {folder / names[absent[0]]}")
+            raise dataset.missing(root, f"there are no images in {folder / names[absent[0]]}")
     warn_of(root, [path for pairs in samples.values() for path, _ in pairs])
     if "val" not in samples:
         labels = np.array([label for _, label in samples["train"]])
@@ -328,66 +237,9 @@ def image_folder(
         )
     samples["trainval"] = samples["train"] + samples["val"]
     return {
-        split: Images(own, root, [p for p, _ in pairs], [y for _, y in pairs], len(names), transform, names)
+        split: Images(dataset, root, [p for p, _ in pairs], [y for _, y in pairs], len(names), transform, names)
         for split, pairs in ((split, samples[split]) for split in SPLITS if split in samples)
     }
-
-
-def class_folders(own: DataSet, root: Path) -> tuple[Path, dict[str, Path]]:
-    """The folder of the class folders, and by split the folder that holds its class folders; {} without splits.
-
-    A folder whose only content is one folder with subfolders is entered. The folder of a split has a name of `SPELLED`
-    and contains class folders; otherwise it is a class.
-
-    Raises:
-        MissingData: there is no such folder, or its splits have no class folders.
-        CorruptFile: two folders for one split.
-    """
-    if not root.is_dir():
-        raise own.missing(root, f"there is no folder {root}")
-    place = root
-    while True:
-        there, folders = _class_folders(place), dict[str, Path]()
-        split_of = {n: s for n in there for s, spelled in SPELLED.items() if n.lower() in spelled}
-        for name, split in split_of.items():
-            if not _class_folders(place / name):
-                continue
-            if split in folders:
-                raise CorruptFile(place, f"{folders[split].name} and {name} are both '{split}': keep one of them")
-            folders[split] = place / name
-        if there and not folders and len(split_of) == len(there):
-            raise own.missing(root, f"{' and '.join(str(place / name) for name in there)}: no class folders in it")
-        if folders or len(there) != 1 or not _class_folders(place / there[0]):
-            return place, {split: folders[split] for split in SPELLED if split in folders}
-        place = place / there[0]
-
-
-def images_of_classes(folder: Path, names: Sequence[str]) -> list[tuple[str, int]]:
-    """Paths and labels of the images in the class folders `names`, at any depth; hidden files and folders are not read.
-
-    The name "" is `folder` itself.
-    """
-
-    start = len(str(folder))
-
-    def is_image(path: str) -> bool:
-        return path.lower().endswith(decoding.SUFFIXES) and "/." not in path[start:]
-
-    number = {name: label for label, name in enumerate(names)}
-    return make_dataset(folder, number, is_valid_file=is_image, allow_empty=True)
-
-
-def warn_of(root: Path, read: Iterable[str]) -> None:
-    """Warn of the files below `root` that were not read, hidden ones left out."""
-    known, unread = {path.removeprefix("./") for path in read}, Counter[str]()
-    for place, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(_ADDED)]
-        prefix = str(Path(place, "_"))[:-1]  # also of "."
-        others = (Path(place, n) for n in files if f"{prefix}{n}" not in known and not n.startswith(_ADDED))
-        unread.update(path.suffix.lower() or path.name for path in others if path.is_file())
-    if unread:
-        told = ", ".join(f"{count} {kind} file(s)" for kind, count in unread.most_common())
-        warnings.warn(f"{root}: not read: {told}", stacklevel=3)
 
 
 # --- called by `companion.data` ----------------------------------------------------------------------------------
@@ -430,14 +282,6 @@ _TORCHVISION: dict[str, tuple[type, str]] = {
     "hta/svhn": (tv.SVHN, ""),
 }
 """The class of torchvision that downloads a set, and where it puts the set's folder."""
-
-
-def _to_tensor(picture: Image.Image) -> torch.Tensor:
-    return v2.functional.to_dtype(v2.functional.pil_to_tensor(picture), torch.float32, scale=True)
-
-
-def _normalised(input) -> list[v2.Transform]:
-    return [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(input.mean), list(input.std))]
 
 
 def _read(dataset: DataSet, root: Path, split: str) -> Listed:
@@ -586,7 +430,7 @@ def _gtsrb(dataset: DataSet, root: Path, split: str) -> Rows:
     folder = dataset.folder(root)
     if split == "train":
         place = at(folder, "GTSRB/Training", "Training", "GTSRB/Final_Training/Images", "Final_Training/Images")
-        names = _class_folders(place) if place.is_dir() else []
+        names = entries(place, folders=True)
         tables.check_count(dataset, root, len(names), dataset.classes, f"class folders in {place}")
         found = images_of_classes(place, names)
         return place, place, [path.removeprefix(f"{place}/") for path, _ in found], [label for _, label in found]
@@ -607,14 +451,6 @@ def _numbered(dataset: DataSet, listing: Path, names: Sequence[str]) -> list[int
     if len(number) != dataset.classes:
         raise CorruptFile(listing, f"it has {len(number)} classes, {dataset.classes} are expected")
     return [number[name] for name in names]
-
-
-def _class_folders(folder: Path) -> list[str]:
-    with os.scandir(folder) as found:
-        return sorted(entry.name for entry in found if entry.is_dir() and not entry.name.startswith(_ADDED))
-
-
-_ADDED = (".", "__MACOSX")  # begin the names that are not read
 
 
 def _stratified(labels: np.ndarray, fraction: float, seed: int) -> tuple[list[int], list[int]]:

@@ -32,7 +32,7 @@ from torchvision.ops import box_convert
 from ..errors import BadParameter, CompanionError, CorruptFile, check_choice
 from ..io.files import read_json
 from . import DataSet, Parts, at, below, decoding, facts, find, once, own_set, tables
-from .classification import Images
+from .images import Files
 
 _FACTS = facts("detection")
 COCO_BASE: dict[str, int] = _FACTS["COCO_BASE"]
@@ -119,22 +119,22 @@ class Annotations(Parts):
         return msgspec.json.decode(self.text[start:end])
 
 
-class Boxes(Images):
+class Boxes(Files):
     """Images with boxes, decoded on access: `boxes[i]` is (uint8 (3, H, W), `Target`).
 
     An image is rotated upright by its EXIF orientation unless only the stored one has the size of its annotation.
 
     Attributes:
         annotations: those of its file, perhaps also of other images; see `target` for those of one image.
-        image_ids: of the N images.
+        images, image_ids: the entries of the N images in the annotations, and their ids.
         categories: ids of the C classes; `class_names` are theirs.
         base, novel: category ids with boxes in training, and without but scored. For another vocabulary both are empty.
         positives: (N, C) bool, from the boxes, or from `pos_category_ids` where images have labels only.
 
-    Raises (on indexing) as `classification.Images`.
+    Raises (on indexing) as `images.Files`.
     """
 
-    each = ("sources", "labels", "image_ids", "positives", "_ends")
+    each = ("sources", "images", "image_ids", "positives", "_ends")
 
     def __init__(
         self, dataset: DataSet, root: Path, folder: Path, truth: Mapping, base: Sequence[int], novel: Sequence[int]
@@ -142,7 +142,8 @@ class Boxes(Images):
         ordered = sorted(truth["categories"], key=lambda category: category["id"])
         names = [category["name"] for category in ordered]
         sources = [str(folder / image["file_name"]) for image in truth["images"]]
-        super().__init__(dataset, root, sources, truth["images"], len(names), None, names)
+        super().__init__(dataset, root, sources)
+        self.images, self.classes, self.class_names = truth["images"], len(names), tuple(names)
         self.rotated = False  # before an item is compared with its annotation
         self.categories = tuple(category["id"] for category in ordered)
         self.image_ids = tuple(image["id"] for image in truth["images"])
@@ -172,7 +173,7 @@ class Boxes(Images):
                 row |= {"bbox": boxes[i], "iscrowd": int(crowd[i])}
                 row |= {} if math.isnan(areas[i]) else {"area": areas[i]}
                 rows.append(row | ({"segmentation": found.shape(i)} if found.text else {}))
-        return {"images": list(self.labels), "annotations": rows, "categories": self._categories}
+        return {"images": list(self.images), "annotations": rows, "categories": self._categories}
 
     def _rows(self, index: int) -> np.ndarray:
         """The numbers of an image's annotations."""
@@ -197,7 +198,7 @@ class Boxes(Images):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         pixels, info = self.pixels(index)
-        image = self.labels[index]
+        image = self.images[index]
         known = (image["height"], image["width"])
         for found in (decoding.upright(pixels, info), pixels):  # some tools draw boxes on the stored image
             if known == found.shape[:2]:
@@ -227,8 +228,9 @@ def load(name: str, root: str | Path, split: str) -> Boxes:
     return Boxes(dataset, root, folder, truth, base, novel)
 
 
-def own_folder(annotations: str | Path, images: str | Path, novel: Sequence[str] = ()) -> Boxes:
-    """Your own images: an annotation file in COCO's format, and the folder that its file names start from.
+def own(root: str | Path, novel: Sequence[str] = ()) -> dict[str, Boxes]:
+    """Your own images, see `companion.data`: "train", of `root`/annotations.json, a file in COCO's format; the images
+    are in `root`/images, or in `root` where that is missing.
 
     Args:
         novel: names of classes that count as novel; all others are base.
@@ -236,9 +238,10 @@ def own_folder(annotations: str | Path, images: str | Path, novel: Sequence[str]
     Raises as `load`; also `CorruptFile`: two categories of one name, or a box outside its image; and `BadParameter`
     for a name that the file does not have.
     """
-    file, folder = Path(annotations), Path(images)
-    own = own_set(folder, "detection", f"{file.name}    in COCO's format\n{folder}/    the images")
-    truth = _of_file(tables.existing(own, file.parent, file))
+    root = Path(root)
+    dataset = own_set(root, "detection", "annotations.json    in COCO's format\nimages/             or the images here")
+    file = tables.existing(dataset, root, root / "annotations.json")
+    truth, images = _of_file(file), root / "images"
     named = {category["id"]: category["name"] for category in truth["categories"]}
     if twice := [name for name, count in Counter(named.values()).items() if count > 1]:
         raise CorruptFile(file, f"two categories are called {twice[0]!r}")
@@ -253,7 +256,8 @@ def own_folder(annotations: str | Path, images: str | Path, novel: Sequence[str]
     if unknown := set(novel) - {*named.values()}:
         raise BadParameter("novel", sorted(unknown), sorted({*named.values()}))
     held = [i for i, name in named.items() if name in novel]
-    return Boxes(own, file.parent, folder, truth, [i for i in named if i not in held], sorted(held))
+    folder, base = images if images.is_dir() else root, [i for i in named if i not in held]
+    return {"train": Boxes(dataset, root, folder, truth, base, sorted(held))}
 
 
 def read_annotations(given: str | Path | Mapping, shapes: bool = False) -> dict[str, Any]:

@@ -29,30 +29,32 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-import torch
-from PIL import Image
 from torchvision.transforms import v2
 
 from ..errors import CompanionError, CorruptFile, check_choice
 from ..io.config import configure
 from ..io.files import read_json
-from . import DataSet, at, below, check_listed, facts, fetched, find, inside, once, own_set, tables
-from .classification import (
-    SPELLED,
-    Images,
-    _class_folders,
-    _normalised,
-    class_folders,
-    image_folder,
-    images_of_classes,
-    warn_of,
+from . import (
+    DataSet,
+    at,
+    below,
+    check_listed,
+    classification,
+    entries,
+    facts,
+    fetched,
+    find,
+    inside,
+    once,
+    own_set,
+    tables,
 )
+from .images import SPELLED, Images, Transform, class_folders, images_of_classes, normalised, warn_of
 
 SPLITS = ("train", "val", "test", "all")
 _PARTS = SPLITS[:3]
 CROP = (0.08, 1.0)  # range of the cropped area of a training image
 Samples = list[tuple[str, int]]  # path below the parent of the class folders, label
-Transform = Callable[[Image.Image], torch.Tensor]
 _FACTS = facts("domains")
 CLASSES: dict[str, Mapping[str, str]] = _FACTS["CLASSES"]
 """For each set: folder -> name in the prompt, as in the authors' loaders (caoql98/DPLQ, datasets/<set>.py)."""
@@ -96,34 +98,32 @@ def load(name: str, root: str | Path, split: str, transform: Transform | None = 
     return splits(name, root, transform)[split]
 
 
-def own_folder(root: str | Path, transform: Transform | None = None) -> dict[str, Images]:
+def own(root: str | Path, transform: Transform | None = None) -> dict[str, Images]:
     """Your own images, as `splits` gives them: <class>/*.jpg below `root` or `root`/images.
 
     `root`/split.json is read if it exists, otherwise each class is split. Images in train/<class>/ and test/<class>/
-    keep their split; without val/<class>/ a part of train is used. Folders are found as by
-    `classification.class_folders`.
+    keep their split; without val/<class>/ a part of train is used. Folders are found as by `images.class_folders`.
 
     Raises as `splits`.
     """
     root = Path(root)
-    own = own_set(
-        root,
-        "domains",
+    layout = (
         '<class>/*.jpg    or images/<class>/*.jpg\nsplit.json       optional: {"train": [[path, label, class '
         'name], ...], "val": ..., "test": ...}\nor\n{train,val,test}/<class>/*.jpg    val split from train where there '
-        "is none",
+        "is none"
     )
+    dataset = own_set(root, "domains", layout)
     if (root / "split.json").is_file():
-        return _images(own, root, transform)
-    place, folders = class_folders(own, root)
+        return _images(dataset, root, transform)
+    place, folders = class_folders(dataset, root)
     if not folders:
-        return _images(own, place, transform)
-    sets = image_folder(root, transform=transform)
+        return _images(dataset, place, transform)
+    sets = classification.own(root, transform)
     if "test" not in sets:
-        raise own.missing(root, f"there is no folder {root / 'test'}")
+        raise dataset.missing(root, f"there is no folder {root / 'test'}")
     known, test = sets.pop("trainval"), sets["test"]
     sources, labels = [*known.sources, *test.sources], [*known.labels, *test.labels]
-    return sets | {"all": Images(own, root, sources, labels, test.classes, transform, test.class_names)}
+    return sets | {"all": Images(dataset, root, sources, labels, test.classes, transform, test.class_names)}
 
 
 def clip_transform(input, train: bool = False) -> v2.Transform:
@@ -143,7 +143,7 @@ def clip_transform(input, train: bool = False) -> v2.Transform:
         if train
         else [v2.Resize(input.size, interpolation=bicubic), v2.CenterCrop(input.size)]
     )
-    return configure(v2.Compose([*cut, *_normalised(input)]), {"input": input, "train": train}, clip_transform)
+    return configure(v2.Compose([*cut, *normalised(input)]), {"input": input, "train": train}, clip_transform)
 
 
 # --- called by `companion.data` ----------------------------------------------------------------------------------
@@ -225,7 +225,7 @@ def _place(dataset: DataSet, root: Path) -> tuple[Path, list[Path]]:
         for place in (*places, ""):
             holders = [at(nested, part) for part in place.split("+")]
             classes = [
-                holder.is_dir() and any(not known or _class(dataset, name) for name in _class_folders(holder))
+                holder.is_dir() and any(not known or _class(dataset, name) for name in entries(holder, folders=True))
                 for holder in holders
             ]
             if known and classes[0] and holders[0].name.lower() in itertools.chain(*SPELLED.values()) and not place:
@@ -253,7 +253,7 @@ def _plain(name: str) -> str:
 
 def _cut(dataset: DataSet, root: Path, base: Path, holders: list[Path]) -> tuple[list[str], dict[str, Samples]]:
     """Split each class by its own fixed shuffle, so that adding or removing a class does not change the others."""
-    folders = sorted({name for holder in holders for name in _class_folders(holder)} - {"split_fewshot"})
+    folders = sorted({name for holder in holders for name in entries(holder, folders=True)} - {"split_fewshot"})
     class_of = {folder: _class(dataset, folder) for folder in folders}
     known = CLASSES.get(dataset.name, {folder: folder for folder in folders})
     if unknown := [folder for folder in folders if class_of[folder] is None]:

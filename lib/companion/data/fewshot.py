@@ -1,13 +1,13 @@
 """Protocols of prompt learning: few-shot training, then tests on new classes, other sets or other domains.
 
-    sets = domains.splits("remote/aid", "data", transform)          # or classification.image_folder(...)
+    sets = domains.splits("remote/aid", "data", transform)          # or classification.own(...)
     protocol = base_to_novel(sets, shots=16, seed=1)
     protocol.train                                                  # 16 images of each base class
     protocol.tests["novel"].class_names                             # the names of the novel classes
     harmonic_mean(base_accuracy, novel_accuracy)
 
 A data set returns (image, label) and has the labels as `.labels` and the class names by label as `.class_names`: those
-of `domains` and of `classification.image_folder`. No image is opened here.
+of `domains` and of `classification.own`. No image is opened here.
 
 The protocols are those of CoOp and CoCoOp (Zhou et al., IJCV and CVPR 2022) as in the code of DPLQ (Cao et al., CVPR
 2024): a class with fewer images than shots contributes all of them.

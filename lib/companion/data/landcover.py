@@ -3,7 +3,7 @@
     train = load("landcover/openearthmap", "data", "train")
     image, labels = train[0]          uint8 (3, H, W); int64 (H, W), 0 ... C - 1, and C where unknown
     train.zones()[0]                  "Cfb"; None for an unknown location
-    own("my_area", ["field", "wood"]) your own GeoTIFFs
+    own("my_area", ["field", "wood"])["train"]    your own GeoTIFFs
 
 Opening a set lists its files; an image is decoded on access, of a large image only the window. Codes on disk
 are mapped to training labels; unknown, border and padding pixels are ignored in training and in scores.
@@ -67,7 +67,7 @@ Transform = Callable[[tv_tensors.Image, tv_tensors.Mask], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class Picture:
+class AerialImage:
     """An image file, its labels (None where they are withheld) and its region."""
 
     image: Path
@@ -110,7 +110,7 @@ class LandCover(Parts, Dataset):
     def __init__(
         self,
         dataset: DataSet,
-        pictures: Sequence[Picture],
+        pictures: Sequence[AerialImage],
         palette: Mapping[str, tuple[int, int, int]],
         decode: Callable[..., np.ndarray],
         places: Mapping[str, Place] | None = None,
@@ -178,7 +178,7 @@ class LandCover(Parts, Dataset):
         labels = np.pad(np.flip(labels, FLIPS[flip]), around, constant_values=self.padding)
         return torch.from_numpy(image), torch.from_numpy(labels)
 
-    def picture(self, index: int) -> Picture:
+    def picture(self, index: int) -> AerialImage:
         """The file of an item."""
         return self.pictures[self.windows[index][0]]
 
@@ -206,10 +206,10 @@ class LandCover(Parts, Dataset):
         """The user's text for each item, from the column `text` of the table of locations; None without one."""
         return [self._place(self.picture(i)).text for i in range(len(self))]
 
-    def _place(self, picture: Picture) -> Place:
+    def _place(self, picture: AerialImage) -> Place:
         return self.places.get(picture.image.stem) or self.places.get(picture.region) or Place()
 
-    def _zone(self, picture: Picture) -> str | None:
+    def _zone(self, picture: AerialImage) -> str | None:
         said = self._place(picture)
         if said.zone is not None:
             return said.zone
@@ -278,24 +278,24 @@ def load(
 def own(
     root: str | Path,
     classes: Sequence[str] | Mapping[str, tuple[int, int, int]],
-    split: str | None = None,
+    transform: Transform | None = None,
     *,
     size: int | None = None,
     stride: int | None = None,
-    transform: Transform | None = None,
-) -> LandCover:
-    """Your own images: images/*.tif (or .png, .jpg with a world file), uint8, and labels/ with the same names.
+) -> dict[str, LandCover]:
+    """Your own images, see `companion.data`: "all", and those listed in `<split>.txt`, one file name per line; without
+    train.txt "train" is all too.
 
-    A label file has one band, in which 0 is the first of `classes` and codes beyond the last are ignored, or three
-    bands with the colours of `classes`, in which black is ignored. Its name is the image's, with or without one of
-    `ENDINGS`. An image may have no label file; no-data pixels of the image are ignored. The location is the image's
-    georeference, or else given by `places.csv` next to the folders, with the column `image` (a name with or without its
-    ending) and any of latitude, longitude, zone, text.
+    images/*.tif (or .png, .jpg with a world file), uint8, and labels/ with the same names. A label file has one band,
+    in which 0 is the first of `classes` and codes beyond the last are ignored, or three bands with the colours of
+    `classes`, in which black is ignored. Its name is the image's, with or without one of `ENDINGS`. An image may have
+    no label file; no-data pixels of the image are ignored. The location is the image's georeference, or else given by
+    `places.csv` next to the folders, with the column `image` (a name with or without its ending) and any of latitude,
+    longitude, zone, text.
 
     Args:
         classes: names, or name -> colour (red, green, blue), such as `read_classes` gives.
         size, stride: see `LandCover`; windows at the edges are smaller.
-        split: "train", ...: those listed in `<split>.txt`, one file name per line. None: all.
 
     Raises as `load`.
     """
@@ -317,12 +317,7 @@ def own(
     if bare and (stray := sorted({*labels.values()} - {*label_of.values()}, key=str)):
         ways = f"its name, or that and {', '.join(ENDINGS[1:])}, is expected"
         raise CorruptFile(stray[0], f"it labels no image of images/, and {bare[0]} has no label: {ways}")
-    pictures = {path.name: Picture(path, label_of[path.stem], path.stem) for path in files}
-    if split is not None:
-        names = tables.names(tables.existing(dataset, root, root / f"{split}.txt"))
-        if lost := [name for name in names if name not in pictures]:
-            raise dataset.missing(root, f"images/{lost[0]} is not there")
-        pictures = {name: pictures[name] for name in names}
+    pictures = {path.name: AerialImage(path, label_of[path.stem], path.stem) for path in files}
     palette = classes if isinstance(classes, Mapping) else {name: _colour(i) for i, name in enumerate(classes)}
     table = root / "places.csv"
     places = read_places(table) if table.is_file() else {}
@@ -330,7 +325,13 @@ def own(
         raise CorruptFile(table, f"no image of images/ is called {next(iter(places))!r}, nor as any other of its names")
     decode = functools.partial(plain_or_coloured, tuple(palette.values()))
     options: dict[str, Any] = {"size": size, "stride": stride, "pad": False, "transform": transform}
-    return LandCover(dataset, [*pictures.values()], palette, decode, places, **options)
+    listed = {split: tables.names(file) for split in SPLITS if (file := root / f"{split}.txt").is_file()}
+    found = {}
+    for split, names in ({"all": [*pictures]} | listed).items():
+        if lost := [name for name in names if name not in pictures]:
+            raise dataset.missing(root, f"images/{lost[0]} is not there")
+        found[split] = LandCover(dataset, [pictures[n] for n in names], palette, decode, places, **options)
+    return {"train": found["all"]} | found
 
 
 def read_places(path: str | Path = PLACES) -> dict[str, Place]:
@@ -519,7 +520,7 @@ def _files(folder: Path) -> list[Path]:
 
 def _pictures(
     dataset: DataSet, root: Path, split: str, labels: str | None = None, without_xbd: bool = False
-) -> tuple[list[Picture], list[str]]:
+) -> tuple[list[AerialImage], list[str]]:
     """The images of a split, and the regions left out."""
     folder, absent = dataset.folder(root), list[str]()
     if dataset.name == OEM:
@@ -533,7 +534,7 @@ def _pictures(
     elif dataset.name == LOVEDA:
         scenes = [at(folder, f"{split.capitalize()}/{scene}") for scene in ("Rural", "Urban")]
         pictures = [
-            Picture(image, at(scene, "masks_png") / image.name, scene.name.lower())
+            AerialImage(image, at(scene, "masks_png") / image.name, scene.name.lower())
             for scene in scenes
             for image in _files(at(scene, "images_png"))
         ]
@@ -541,33 +542,33 @@ def _pictures(
         top = at(folder, f"uavid_{split}")
         sequences = [top / name for name in sorted(entries(top, folders=True), key=lambda name: (len(name), name))]
         pictures = [
-            Picture(image, at(sequence, "Labels") / image.name, sequence.name)
+            AerialImage(image, at(sequence, "Labels") / image.name, sequence.name)
             for sequence in sequences
             for image in _files(at(sequence, "Images"))
         ]
     tables.check_count(dataset, root, len(pictures), dataset.sizes.get(split), f"images of '{split}'")
     if split == "test" and dataset.name != POTSDAM:  # the labels are withheld
-        pictures = [p if p.label and p.label.is_file() else Picture(p.image, None, p.region) for p in pictures]
+        pictures = [p if p.label and p.label.is_file() else AerialImage(p.image, None, p.region) for p in pictures]
     if lost := [path for p in pictures for path in (p.image, p.label) if path and not path.is_file()]:
         raise dataset.missing(root, f"{len(lost)} files of '{split}', the first: {lost[0]}")
     return pictures, sorted({*absent})
 
 
-def _earth(folder: Path, listing: Path) -> tuple[list[Picture], list[str]]:
+def _earth(folder: Path, listing: Path) -> tuple[list[AerialImage], list[str]]:
     """The listed images, and for each listed one that is not there its region."""
-    found: list[Picture] = []
+    found: list[AerialImage] = []
     absent: list[str] = []
     for name in tables.names(listing):
         region = name.rpartition("_")[0]
         image, label = (at(folder, f"{region}/{kind}/{name}") for kind in ("images", "labels"))
         if image.is_file():
-            found.append(Picture(image, label, region))
+            found.append(AerialImage(image, label, region))
         else:
             absent.append(region)
     return found, absent
 
 
-def _potsdam(folder: Path, split: str, kind: str) -> list[Picture]:
+def _potsdam(folder: Path, split: str, kind: str) -> list[AerialImage]:
     """The tiles as released, or in GeoSeg's folders; the first of these that exists."""
     check_choice("labels", kind, LABELS)
     images = at(folder, "2_Ortho_RGB", "4_Ortho_RGBIR", f"{split}_images")
@@ -577,7 +578,7 @@ def _potsdam(folder: Path, split: str, kind: str) -> list[Picture]:
     for tile in POTSDAM_TILES[split]:
         name = f"top_potsdam_{tile}_label{LABELS[kind]}.tif"
         label = at(folder, *(f"{mask}/{name}" for mask in masks))
-        found.append(Picture(at(images, f"top_potsdam_{tile}_{bands}.tif"), label, "potsdam"))
+        found.append(AerialImage(at(images, f"top_potsdam_{tile}_{bands}.tif"), label, "potsdam"))
     return found
 
 

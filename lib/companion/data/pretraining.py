@@ -5,25 +5,24 @@
     load("pretraining/ade20k", "data", "test")[0]           # uint8 (3, H, W), int64 (H, W), 255: ignored
 
 Opening a set lists its files or reads its annotations; an image is decoded on access. `root` is the data folder;
-`pretraining_sets.yaml` describes the sets. `pictures` reads a folder of your own, without labels.
+`pretraining_sets.yaml` describes the sets. `own` reads a folder of your own, without labels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from faster_coco_eval.core import mask as rle
-from PIL import Image
 from torch import Tensor
 
 from ..errors import BadParameter, CorruptFile, check_choice
 from . import DataSet, at, below, check_listed, decoding, entries, find, own_set, tables
-from .classification import Images, _class_folders, images_of_classes
 from .detection import Boxes, _of_file
+from .images import Files, Images, Transform, images_below, images_of_classes
 
 IMAGENET, COCO, ADE20K = "pretraining/imagenet-1k", "pretraining/coco", "pretraining/ade20k"
 SPLITS = {"train": "train", "test": "val"}  # ours -> the sets' own: papers test on their validation splits
@@ -78,17 +77,17 @@ class Instances(Boxes):
         return found
 
 
-class Scenes(Images):
+class Scenes(Files):
     """Images with a class for each pixel: `scenes[i]` is (uint8 (3, H, W), int64 (H, W)), 255 where ignored.
 
     The files of the labels, `marked`, count from 1, with 0 for pixels without a class (`reduce_zero_label` of mmseg).
     """
 
-    each = ("sources", "labels", "marked")
+    each = ("sources", "marked")
 
     def __init__(self, dataset: DataSet, root: Path, sources: list[str], marked: list[str], classes: int):
-        super().__init__(dataset, root, sources, range(len(sources)), classes)
-        self.marked = marked
+        super().__init__(dataset, root, sources)
+        self.marked, self.classes = marked, classes
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         image, path = torch.from_numpy(self.pixels(index)[0]).permute(2, 0, 1), self.marked[index]
@@ -103,9 +102,7 @@ class Scenes(Images):
 # --- public functions -------------------------------------------------------------------------------------------------
 
 
-def load(
-    name: str, root: str | Path, split: str, transform: Callable[[Image.Image], Tensor] | None = None
-) -> Images | Instances | Scenes:
+def load(name: str, root: str | Path, split: str, transform: Transform | None = None) -> Images | Instances | Scenes:
     """One split, "train" or "test" (the sets' val), of one of the three sets.
 
     Args:
@@ -136,7 +133,7 @@ def load(
     else:
         place = {"train": "training", "test": "validation"}[split]
         images, masks = (at(folder, f"{kind}/{place}") for kind in ("images", "annotations"))
-        paths = [path for path, _ in images_of_classes(images, [""])] if images.is_dir() else []
+        paths = images_below(images) if images.is_dir() else []
         marked = [f"{masks}/{path.rpartition('/')[2].rpartition('.')[0]}.png" for path in paths]
         check_listed(dataset, root, marked)
         found = Scenes(dataset, root, paths, marked, dataset.classes)
@@ -144,20 +141,18 @@ def load(
     return found
 
 
-def pictures(root: str | Path) -> Images:
-    """Your own images without labels: all below `root`, at any depth, or below `root`/train where there is one.
+def own(root: str | Path, transform: Transform | None = None) -> dict[str, Files]:
+    """Your own images without labels, see `companion.data`: "train", all below `root`, at any depth, or below
+    `root`/train where there is one.
 
-    An item is (float32 (3, H, W) in [0, 1], 0). Hidden files and folders are ignored. Raises as `load`.
+    An item is (float32 (3, H, W) in [0, 1],). Hidden files and folders are ignored. Raises as `load`.
     """
     root = Path(root)
-    own = own_set(
-        root, "pretraining", "*.jpg    or any other image, in folders of any depth; train/ alone where there is one"
-    )
-    folder = root / "train" if (root / "train").is_dir() else root
-    found = [path for path, _ in images_of_classes(folder, [""])]
-    if not found:
-        raise own.missing(root, f"there are no images in {folder}")
-    return Images(own, root, found, [0] * len(found), 1)
+    layout = "*.jpg    or any other image, in folders of any depth; train/ alone where there is one"
+    dataset, folder = own_set(root, "pretraining", layout), root / "train" if (root / "train").is_dir() else root
+    if not (found := images_below(folder)):
+        raise dataset.missing(root, f"there are no images in {folder}")
+    return {"train": Files(dataset, root, found, transform)}
 
 
 # --- ImageNet ---------------------------------------------------------------------------------------------------------
@@ -167,7 +162,7 @@ def _imagenet(dataset: DataSet, root: Path, part: str) -> tuple[str, list[tuple[
     """The name of a list, "" without one; paths and labels; the class folders, sorted, by which labels are numbered."""
     folder = dataset.folder(root)
     places = {name: at(folder, name, f"ILSVRC/Data/CLS-LOC/{name}", f"Data/CLS-LOC/{name}") for name in ("train", part)}
-    known = {name: _class_folders(place) if place.is_dir() else [] for name, place in places.items()}
+    known = {name: entries(place, folders=True) for name, place in places.items()}
     place, names, listing, labels = places[part], known[part], Path(), dict[str, int]()
     learned = known["train"] if len(known["train"]) == dataset.classes else []
     flat = [] if names else [name for name in entries(place) if name.lower().endswith(decoding.SUFFIXES)]

@@ -1,8 +1,8 @@
 """Images with captions, the data of image restoration.
 
-    images = load("restoration/coco", "data", "train")        or own_folder("mine")
+    images = load("restoration/coco", "data", "train")        or own("mine")["train"]
     image, caption = images[0]                                float32 (3, H, W) in [0, 1], str
-    high, caption, low = own_folder("pairs")[0]               your own images of low and high quality
+    high, caption, low = own("pairs")["train"][0]               your own images of low and high quality
 
 Opening a set reads its lists only; an image is decoded on access. `root` is the data folder; `restoration_sets.yaml`
 describes the sets. TIP degrades them, see `models.tip.degradations`.
@@ -27,7 +27,7 @@ from torchvision.transforms.v2.functional import to_dtype
 from ..errors import CorruptFile, check_choice
 from ..io.files import read_json
 from . import DataSet, at, check_listed, decoding, entries, facts, fetched, find, inside, once, own_set, tables
-from .classification import Images, images_of_classes
+from .images import Files, images_below
 
 _FACTS = facts("restoration")
 FOLDERS: dict[str, dict[str, str]] = _FACTS["FOLDERS"]
@@ -38,7 +38,7 @@ DIV2K: dict[str, tuple[range, str]] = {
 """Numbers of the images, and the MD5 of the archive."""
 
 
-class Captioned(Images):
+class Captioned(Files):
     """Images with captions: `images[i]` is (float32 (3, H, W) in [0, 1], the caption, "" where there is none).
 
     Attributes:
@@ -46,13 +46,13 @@ class Captioned(Images):
 
     Photographs are rotated upright by their EXIF orientation.
 
-    Raises (on indexing) as `classification.Images`.
+    Raises (on indexing) as `images.Files`.
     """
 
-    each: ClassVar[tuple[str, ...]] = ("sources", "labels", "captions")
+    each: ClassVar[tuple[str, ...]] = ("sources", "captions")
 
     def __init__(self, dataset: DataSet, root: Path, sources: Sequence[str], captions: Sequence[str]):
-        super().__init__(dataset, root, sources, range(len(sources)), 0)
+        super().__init__(dataset, root, sources)
         self.captions = tuple(captions)
 
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
@@ -60,7 +60,7 @@ class Captioned(Images):
         return to_dtype(image, torch.float32, scale=True), self.captions[index]
 
 
-class Pairs(Captioned):
+class QualityPairs(Captioned):
     """Pairs of one scene: `pairs[i]` is (high quality (3, H, W), caption, low quality (3, h, w)), both in [0, 1]."""
 
     each = (*Captioned.each, "low")
@@ -95,26 +95,28 @@ def load(name: str, root: str | Path, split: str) -> Captioned:
     return found
 
 
-def own_folder(folder: str | Path) -> Captioned:
-    """Your own images: `images/` and `captions.jsonl` next to it, or a folder of images alone, without captions.
+def own(root: str | Path) -> dict[str, Captioned]:
+    """Your own images, see `companion.data`: "train", of `images/` and `captions.jsonl` next to it, or of a folder of
+    images alone, without captions.
 
-    With `high/` and `low/` instead of `images/`, whose files have the same names, they are `Pairs`; a name in
+    With `high/` and `low/` instead of `images/`, whose files have the same names, they are `QualityPairs`; a name in
     `low/` may end in the scale: 0001x4.png.
 
     Raises:
         MissingData: no such folder, no images, an image with a caption is missing, or one of a pair.
         CorruptFile: a malformed line of `captions.jsonl`, or an image that is in it, or in `low/`, twice.
     """
-    folder = Path(folder)
+    root = Path(root)
     layout = f"{_FACTS['OWN']}\nor images alone, without captions; or high/ and low/ with the same file names"
-    own = own_set(folder, "restoration", layout)
-    kinds = [kind for kind in ("high", "low") if (folder / kind).is_dir()]
+    dataset = own_set(root, "restoration", layout)
+    kinds = [kind for kind in ("high", "low") if (root / kind).is_dir()]
     if len(kinds) == 1:
-        raise own.missing(folder, f"{folder} has {kinds[0]}/ alone: pairs need high/ and low/")
-    sources, captions = _own(own, folder, kinds[0] if kinds else "images")
-    low = _low(folder / "low", sources) if kinds else []
-    check_listed(own, folder, [*sources, *low])
-    return Pairs(own, folder, sources, captions, low) if kinds else Captioned(own, folder, sources, captions)
+        raise dataset.missing(root, f"{root} has {kinds[0]}/ alone: pairs need high/ and low/")
+    sources, captions = _own(dataset, root, kinds[0] if kinds else "images")
+    low = _low(root / "low", sources) if kinds else []
+    check_listed(dataset, root, [*sources, *low])
+    args = dataset, root, sources, captions
+    return {"train": QualityPairs(*args, low) if kinds else Captioned(*args)}
 
 
 @once
@@ -192,7 +194,7 @@ def _own(own: DataSet, folder: Path, images: str) -> tuple[list[str], list[str]]
     listing = folder / "captions.jsonl"
     if not listing.is_file():
         place = folder / images if (folder / images).is_dir() else folder
-        found = [path for path, _ in images_of_classes(place, [""]) if Path(path).parent == place]
+        found = [path for path in images_below(place) if Path(path).parent == place]
         if not found:
             raise own.missing(folder, f"no images in {place}")
         return found, [""] * len(found)

@@ -118,11 +118,12 @@ def load(
     return items
 
 
-def folder(path: str | Path) -> list[Item]:
-    """Your own slides, sorted by name: in one folder per class, or in one folder with a table.
+def own(root: str | Path) -> dict[str, list[Item]]:
+    """Your own slides, see `companion.data`: "train", all of them by name, in one folder per class, or in one folder
+    with a table; `split_folds` splits them.
 
     Args:
-        path: the folder; any format that openslide reads. Its table `labels.csv` has `slide_id` (the file's name, with
+        root: the folder; any format that openslide reads. Its table `labels.csv` has `slide_id` (the file's name, with
             or without its ending) and `label`. Classes are grades from 0 to 5, all counted even if some have no slide;
             or 0, 1, 2, ... without a gap; or names, numbered in sorted order. A column `patient` keeps a patient's
             slides in one part of a split, see `split_folds`.
@@ -132,7 +133,7 @@ def folder(path: str | Path) -> list[Item]:
         CorruptFile: a table without its columns, with a duplicate name, with an invalid class, or with a patient for
             some slides only; the mask of a slide, `<name>_mask`, in another class.
     """
-    path = Path(path)
+    path = Path(root)
     files, source = unlabelled(path), path / "labels.csv"
     if source.is_file():
         found = []
@@ -157,10 +158,9 @@ def folder(path: str | Path) -> list[Item]:
         what = f"a mask of {masks[0]}, not a slide of the class {label_of[f'{masks[0]}_mask']!r}: move it out of {path}"
         raise CorruptFile(files[f"{masks[0]}_mask"], what)
     numbers = _numbered(source, sorted({*label_of.values()}))
-    return sorted(
-        (Item(name, files[name], numbers[label], patient=patient, label=label) for name, label, patient in found),
-        key=lambda item: item.name,
-    )
+    found.sort()
+    items = (Item(name, files[name], numbers[label], patient=patient, label=label) for name, label, patient in found)
+    return {"train": [*items]}
 
 
 def _stem(name: str, files: Collection[str]) -> str:
@@ -190,7 +190,7 @@ def unlabelled(path: str | Path) -> dict[str, Path]:
 
 
 def spacings(path: str | Path, slides: Collection[str]) -> dict[str, float]:
-    """Microns per pixel of level 0 by slide, of a CSV with `slide_id`, as in `folder`, and `mpp`.
+    """Microns per pixel of level 0 by slide, of a CSV with `slide_id`, as in `own`, and `mpp`.
 
     Raises `CorruptFile`: a table without its columns, a slide that is none of `slides` or there twice, no number above
     0; file and line are named.

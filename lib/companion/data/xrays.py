@@ -101,7 +101,7 @@ def rle_mask(runs: str, side: int = RUN_SIDE) -> np.ndarray:
 # --- data sets --------------------------------------------------------------------------------------------------------
 
 
-class Pictures(Parts, Dataset):
+class Radiographs(Parts, Dataset):
     """Images that are decoded on access: item i is the transformed image i, without a label.
 
     Args:
@@ -175,7 +175,7 @@ class Pictures(Parts, Dataset):
         return self.transform(image) if self.transform else image
 
 
-class Labelled(Pictures):
+class Labelled(Radiographs):
     """Item i: (image, labels): float32 (classes,) of 0 and 1, or a class number for sets with one class per image."""
 
     each: ClassVar[tuple[str, ...]] = ("paths", "labels")
@@ -213,7 +213,7 @@ class Boxed(Labelled):
             own[: len(found), 1:] = box_convert(found, "xyxy", "cxcywh")
 
 
-class Masked(Pictures):
+class Masked(Radiographs):
     """Item i: (image, mask (k, H', W') in 0 to 1), after the transform of both. `mask(rows[i])` reads it, at any size.
 
     `finish` makes the final mask from the transformed one. With `colour` images keep their three channels.
@@ -242,25 +242,6 @@ class Masked(Pictures):
         return image, self.finish(mask) if self.finish else mask
 
 
-def own(root: str | Path, classes: Sequence[str] = ()) -> DataSet:
-    """Your own folder, for `load` and `reports` instead of a name; their `root` is then the folder itself.
-
-    The lists have the authors' forms: train_list.txt (a path, then 0 or 1 for each class), train_list.csv with
-    img_path,mask_path or image_path,bbox (of an image of 1024 pixels), val_list and test_list alike; and pretrain.csv
-    with img_path,report and optionally llm_output. A mask has values of 0 and 255, or of 0 and 1.
-
-    Raises `BadParameter`: `classes` are no different names.
-    """
-    check_names(classes)
-    return own_set(
-        root,
-        "xrays",
-        "{train,val,test}_list.txt    a line: path, then 0 or 1 for each class\n{train,val,test}_list.csv    "
-        "img_path,mask_path or image_path,bbox\npretrain.csv                 img_path,report,llm_output",
-        len(classes),
-    )
-
-
 def load(
     name: str | DataSet,
     root: str | Path,
@@ -270,11 +251,11 @@ def load(
     share: str = "100",
     transform: Transform | PairTransform | None = None,
     seed: int = 0,
-) -> Pictures:
+) -> Radiographs:
     """One split of a set.
 
     Args:
-        name: a name of `DATASETS` whose task is "xrays", or the result of `own`.
+        name: a name of `DATASETS` whose task is "xrays", or a `DataSet` of this task.
         root: the data folder.
         split: "train", "val" or "test". For detection on RSNA "test" is the test list; the authors' code reads the
             validation list for it.
@@ -307,7 +288,7 @@ def load(
     path = tables.existing(dataset, root, dataset.folder(root) / lists(task)[key])
     make: Callable[..., Masked]
     make = functools.partial(Masked, dataset, root, transform=transform, listing=path)  # type: ignore[arg-type]
-    found: Pictures
+    found: Radiographs
     if task == "classification":
         one = name in ONE_OF
         paths, digits = _labels(path, 1 if one else dataset.classes, dataset.classes if one else 2)
@@ -324,7 +305,7 @@ def load(
         found = make(paths, functools.partial(_run_mask, path, [*runs.items()]))
     else:
         paths, files = tables.columns(path, "img_path", "mask_path")
-        masks = Pictures(dataset, root, files, listing=path)
+        masks = Radiographs(dataset, root, files, listing=path)
         check_listed(dataset, masks.root, masks.sources, masks.listing)
         if name == "fundus/riga":
             found = make(paths, masks.grey, finish=_disc_and_cup, colour=True)
@@ -335,6 +316,30 @@ def load(
     listed = len(set(tables.columns(path, "ImageId", "EncodedPixels")[0])) if name == "xrays/siim" else len(found)
     tables.check_count(dataset, root, listed, SIZES.get((name, task), {}).get(key), f"images in {path.name}")
     return found
+
+
+def own(
+    root: str | Path, classes: Sequence[str] = (), transform: Callable | None = None, *, task: str = "classification"
+) -> dict[str, Any]:
+    """Your own images, see `companion.data`, of a task as for `load`; of "pre-training" the `Reports`.
+
+    The lists have the authors' forms: train_list.txt (a path, then 0 or 1 for each class), train_list.csv with
+    img_path,mask_path or image_path,bbox (of an image of 1024 pixels), val_list and test_list alike; and pretrain.csv
+    with img_path,report and optionally llm_output. A mask has values of 0 and 255, or of 0 and 1.
+
+    Raises as `load`; also `BadParameter`: `classes` are no different names.
+    """
+    check_names(classes)
+    layout = (
+        "{train,val,test}_list.txt    a line: path, then 0 or 1 for each class\n{train,val,test}_list.csv    "
+        "img_path,mask_path or image_path,bbox\npretrain.csv                 img_path,report,llm_output"
+    )
+    dataset = own_set(root, "xrays", layout, len(classes))
+    if task == "pre-training":
+        return {"train": reports(dataset, root, transform)}
+    files = lists(task)
+    known = [split for split in SPLITS if split == "train" or (Path(root) / files[split]).is_file()]
+    return {split: load(dataset, root, split, task=task, transform=transform) for split in known}
 
 
 @once
@@ -408,7 +413,7 @@ def _run_mask(path: Path, runs: Sequence[tuple[str, list[str]]], i: int) -> Tens
     return torch.from_numpy(found)[None].float()
 
 
-def _own_mask(masks: Pictures, i: int) -> Tensor:
+def _own_mask(masks: Radiographs, i: int) -> Tensor:
     """A mask of 0 and 255, or of 0 and 1, in 0 to 1. Raises `CorruptFile`: other values."""
     mask = masks.grey(i)
     if 0 < (top := float(mask.max())) < 0.5:
@@ -468,7 +473,7 @@ class Reports:
         windows: (n, 2) row and column of super-resolution's window; None without the file (it was never released).
     """
 
-    images: Pictures
+    images: Radiographs
     texts: list[str]
     statements: list[str] | None
     windows: Tensor | None
@@ -499,7 +504,7 @@ def reports(name: str | DataSet, root: str | Path, transform: Transform | None =
             raise CorruptFile(other, f"not whole numbers ({error})") from error
         if len(windows) != len(paths):
             raise CorruptFile(other, f"{len(windows)} windows for {len(paths)} images of {path.name}")
-    return Reports(Pictures(dataset, root, paths, transform, path), [*texts], [*statements] or None, windows)
+    return Reports(Radiographs(dataset, root, paths, transform, path), [*texts], [*statements] or None, windows)
 
 
 @once
@@ -527,7 +532,7 @@ def _openi(dataset: DataSet, root: str | Path, transform: Transform | None) -> R
     frontal = [row for _, row in tables.rows(taken, "uid", "filename", "projection") if row["projection"] == "Frontal"]
     kept = [(row["filename"], texts[row["uid"]]) for row in frontal if texts.get(row["uid"])]
     paths = [f"images/images_normalized/{file}" for file, _ in kept]
-    return Reports(Pictures(dataset, root, paths, transform, taken), [text for _, text in kept], None, None)
+    return Reports(Radiographs(dataset, root, paths, transform, taken), [text for _, text in kept], None, None)
 
 
 def write_reports(path: str | Path, paths: Sequence[str], texts: Sequence[str], statements: Sequence[str]) -> Path:

@@ -39,5 +39,5 @@ def images(task: str, seed: int, split: str, seen: backbones.Input) -> TensorDat
     Raises `MissingData`, `CorruptFile`: the folder is missing, or has other images than a set of classes.
     """
     transform = classification.resize_transform(seen)
-    found = classification.image_folder(folder(task), 1 / 6, seed, transform)[split]
+    found = classification.own(folder(task), transform, val_fraction=1 / 6, seed=seed)[split]
     return TensorDataset(torch.stack([image for image, _ in found]), torch.tensor(found.labels))

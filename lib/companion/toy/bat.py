@@ -35,7 +35,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from ..data.tracking import ground_truth
+from ..data.tracking import ground_truth, write_results
 from ..evaluation.ablations import Study
 from ..evaluation.metrics.tracking import evaluate, iou
 from ..io.config import configure
@@ -523,11 +523,13 @@ def by_situation(clips: Sequence[Clip], step: int = 3) -> dict[str, list[tuple[C
 
 
 def save(clip: Clip, folder: Path) -> tuple[Path, Path]:
-    """Write a video as two folders of PNG files, `folder`/visible and `folder`/infrared, and return them."""
+    """Write a video as two folders of PNG files, `folder`/visible and `folder`/infrared, and return them; its boxes as
+    `folder`/boxes.txt."""
     for stream, channels in (("visible", slice(3)), ("infrared", slice(3, 6))):
         (folder / stream).mkdir(parents=True, exist_ok=True)
         for t in range(len(clip)):
             Image.fromarray(clip.frame(t)[..., channels]).save(folder / stream / f"{t:06d}.png")
+    write_results(folder / "boxes.txt", clip.boxes)
     return folder / "visible", folder / "infrared"
 
 

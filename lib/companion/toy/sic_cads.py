@@ -293,13 +293,13 @@ def images_of(found: data.Boxes) -> Tensor:
 
 
 def save(folder: Path, count: int = 96) -> Path:
-    """Write images and `annotations.json`, the boxes of base classes in COCO's format; return that file."""
+    """Write images and `annotations.json`, the boxes of base classes in COCO's format; return the folder."""
     drawn = scenes(count, "train", seed=7)
     found = annotated("train", drawn)
     write_json(folder / "annotations.json", found)
     for entry, shown in zip(found["images"], drawn, strict=True):
         Image.fromarray(shown.image).save(folder / entry["file_name"])
-    return folder / "annotations.json"
+    return folder
 
 
 # --- detector and CLIP ---
@@ -531,7 +531,7 @@ def named_right(given: Detected, matrix: Tensor) -> dict[str, float]:
 
     By group and look: "right base plain", "right novel hidden", ... An object without a box of IoU 0.5 counts as wrong.
     """
-    looks = iter(look for image in given.found.labels for look in image["looks"])
+    looks = iter(look for image in given.found.images for look in image["looks"])
     hits: dict[str, list[bool]] = {}
     for number in range(len(given.found)):
         target = given.found.target(number)

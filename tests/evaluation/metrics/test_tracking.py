@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from companion.data.tracking import Sequence, ground_truth, read_results, write_results
+from companion.data.tracking import Video, ground_truth, read_results, write_results
 from companion.errors import CompanionError
 from companion.evaluation.metrics.tracking import evaluate
 from companion.io.files import read_json
@@ -14,10 +14,10 @@ from tests.models.common import refuses
 FIXTURE = read_json(Path(__file__).parents[2] / "parity" / "bat" / "metrics" / "case.json")
 
 
-def sequence(name: str, boxes, infrared=None, absent=None, attributes=()) -> Sequence:
+def sequence(name: str, boxes, infrared=None, absent=None, attributes=()) -> Video:
     boxes, absent = np.array(boxes, np.float64), np.array(absent or [0] * len(boxes), bool)
     infrared = None if infrared is None else np.array(infrared, np.float64)
-    return Sequence(name, (), (), boxes, infrared, absent, frozenset(attributes))
+    return Video(name, (), (), boxes, infrared, absent, frozenset(attributes))
 
 
 def score(rules: str, *videos: tuple, **options):
@@ -44,7 +44,7 @@ def test_recorded_scores(rules, prefix):
         np.testing.assert_allclose(scores.per_sequence[key] / 100, value["per_sequence"], atol=1e-6)
 
 
-def perturbed(truth: list[Sequence], seed: int) -> dict[str, np.ndarray]:
+def perturbed(truth: list[Video], seed: int) -> dict[str, np.ndarray]:
     """The true boxes with noise, a few of them without area, and one row too many."""
     rng = np.random.default_rng(seed)
     results = {}

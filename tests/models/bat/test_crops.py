@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from companion.data.tracking import Sequence
+from companion.data.tracking import Video
 from companion.errors import BadParameter, CompanionError
 from companion.io.files import read_json
 from companion.models.bat import crops
@@ -55,7 +55,7 @@ def test_boxes_of_crops_and_images(frame):
         refused(BadParameter, "box", crop, frame, box, 2, 32)
 
 
-class Painted(Sequence):
+class Painted(Video):
     """A video without files: noise, with a white object in its box."""
 
     def frame(self, index: int) -> np.ndarray:

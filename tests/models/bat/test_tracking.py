@@ -80,14 +80,14 @@ def as_files(folder: Path, frames: list[np.ndarray]) -> list[Path]:
     return paths
 
 
-def sequence(folder: Path, name: str, frames: list[np.ndarray], boxes: np.ndarray) -> data.Sequence:
+def sequence(folder: Path, name: str, frames: list[np.ndarray], boxes: np.ndarray) -> data.Video:
     """A video of a benchmark, with its files."""
     paths = (tuple(sorted(path.iterdir())) for path in on_disk(folder / name, frames))
-    return data.Sequence(name, *paths, boxes, None, np.zeros(len(boxes), bool))
+    return data.Video(name, *paths, boxes, None, np.zeros(len(boxes), bool))
 
 
 @pytest.fixture
-def sequences(tmp_path, clips) -> list[data.Sequence]:
+def sequences(tmp_path, clips) -> list[data.Video]:
     return [sequence(tmp_path / "data", f"video{i}", *one) for i, one in enumerate(clips)]
 
 

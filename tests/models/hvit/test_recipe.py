@@ -239,7 +239,7 @@ def test_slides_of_ones_own_are_stored_in_parts_and_trained_on(own, tmp_path, ca
     done = [dict(recipe.store(p, patch, (i, 3), tiling=tiling)) for i in range(3)]
     assert [len(part) for part in done] == [4, 3, 3]
     found = {name: path for part in done for name, path in part.items()}
-    assert sorted(found) == sorted(item.name for item in data.folder(own))
+    assert sorted(found) == sorted(item.name for item in data.own(own)["train"])
     assert read_features(found["benign_0"])["features"].shape == (4, 4, 384)  # 2 x 2 regions of 2 x 2 patches
     with monkeypatch.context() as mended:  # all finished: one hash for all slides, and no slide is tiled
         mended.setattr(features, "tile", None)

@@ -131,7 +131,7 @@ def pictures(tmp_path: Path) -> restoration.Captioned:
     for i in range(12):
         picture(tmp_path / "images" / f"{i}.png", (40, 30) if i % 2 else (24, 50), i)
     (tmp_path / "captions.jsonl").write_text("".join(rows))
-    return restoration.own_folder(tmp_path)
+    return restoration.own(tmp_path)["train"]
 
 
 def test_test_samples_have_what_their_prompts_describe(pictures: restoration.Captioned) -> None:

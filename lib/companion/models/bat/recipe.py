@@ -139,7 +139,7 @@ def train_pairs(p: Parameters, tracker: OSTrack) -> crops.Pairs:
     else:
         videos = data.load(name, p.data_root, "train")
     if p.dry_run:
-        data.short([video for video in videos if isinstance(video, data.Sequence)], DRY_FRAMES, 1)
+        data.short([video for video in videos if isinstance(video, data.Video)], DRY_FRAMES, 1)
     pairs = dry_items(p, batch_of(p.dataset)) if p.dry_run else PAIRS
     template, search = (2, tracker.template), (4, tracker.search)
     return crops.Pairs(videos, pairs, min_side=min_side(p.dataset), template=template, search=search)

@@ -204,7 +204,7 @@ def distillation(p: Parameters, out: Path, real: bool = True) -> tuple[str, Trai
     if not real:
         images: Any = _generated(p, count, p.seed)
     elif dataset == "folder":  # at any depth, no label is needed; its images may change between runs
-        images = pretraining.pictures(p.data_root)
+        images = pretraining.own(p.data_root)["train"]
         facts["images"] = [os.path.relpath(path, p.data_root) for path in images.sources]
     else:
         images = pretraining.load(dataset, p.data_root, "train")

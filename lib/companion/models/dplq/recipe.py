@@ -16,8 +16,8 @@ from torch.utils.data import default_collate
 
 from ... import backbones
 from ...data import domains, few, fewshot, find, present
-from ...data.classification import Images
 from ...data.domains import CLASSES
+from ...data.images import Images
 from ...errors import BadParameter, MissingWeights
 from ...evaluation import metrics
 from ...evaluation.tables import Cells, Results, compare_published, published_table
@@ -147,7 +147,7 @@ def targets(p: Parameters) -> list[str]:
 def splits(p: Parameters, name: str, transform: Callable) -> dict[str, Any]:
     """The splits of a dataset below `data_root`; "folder" is that folder itself."""
     if name == "folder":
-        return domains.own_folder(p.data_root, transform)
+        return domains.own(p.data_root, transform)
     return domains.splits(name, p.data_root, transform)
 
 

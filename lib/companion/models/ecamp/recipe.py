@@ -165,11 +165,14 @@ def _pairs(p: Parameters, out: Path) -> tuple[Pairs, dict[str, Any]]:
 
     A learned vocabulary is saved in `out`: relearned from the same reports it would have other ids.
     """
-    dataset = xrays.own(p.data_root) if p.dataset == "folder" else DATASETS[p.dataset]
-    reports = xrays.reports(dataset, p.data_root, transforms.pretrain_transform())
+    transform = transforms.pretrain_transform()
+    if p.dataset == "folder":
+        reports = xrays.own(p.data_root, transform=transform, task="pre-training")["train"]
+    else:
+        reports = xrays.reports(p.dataset, p.data_root, transform)
     reports.images.shortest = transforms.SHORTEST
     facts: dict[str, Any] = {"texts": reports.texts, "statements": reports.statements, "windows": reports.windows}
-    file = dataset.folder(p.data_root) / "mimic_wordpiece.json"
+    file = reports.images.folder / "mimic_wordpiece.json"
     if not file.is_file():
         file = out / f"vocabulary {checkpoint_key(texts=reports.texts)}.json"
     if not file.is_file():

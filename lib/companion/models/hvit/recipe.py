@@ -128,7 +128,7 @@ def stored(p: Parameters) -> tuple[str, list[Fold], Dataset, int]:
     """
     classes, folds = data.GRADES, list[Fold]()
     if p.dataset == "folder":
-        items = data.folder(p.data_root)
+        items = data.own(p.data_root)["train"]
         named = sorted({(item.grade, item.label) for item in items})
         print(f"classes of {p.data_root}: " + ", ".join(f"{grade} {label}" for grade, label in named))
         lists = [[fold[s] for s in data.SPLITS] for fold in data.split_folds(items, **SPLIT)[: p.folds]]

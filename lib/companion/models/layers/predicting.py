@@ -18,6 +18,7 @@ from torchvision.transforms.v2 import functional as F
 
 from ...backbones import input_of
 from ...data import classification, decoding, own_set
+from ...data.images import Files
 from ...errors import CorruptFile, check_names
 
 BATCH = 16
@@ -34,7 +35,7 @@ def picture(image: Picture) -> Image.Image:
     if isinstance(image, Image.Image):
         return decoding.in_memory(image)
     own = own_set(_file(image).parent, "classification", "")
-    return classification.Images(own, Path(), [str(image)], [0], 1).picture(0)
+    return Files(own, Path(), [str(image)]).picture(0)
 
 
 def grey(image: Picture) -> Tensor:

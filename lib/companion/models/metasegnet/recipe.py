@@ -212,9 +212,8 @@ def randomised(data: landcover.LandCover, zones: Sequence[str | None], r: Recipe
 def read(p: Parameters, split: str, dataset: str, **options) -> landcover.LandCover:
     """A split of a data set, or of your own folder."""
     if dataset == "folder":
-        # lists of train and val are optional; without them all images are in both
-        listed = split if (Path(p.data_root) / f"{split}.txt").is_file() else None
-        data = landcover.own(p.data_root, landcover.read_classes(p.data_root), listed, **({"size": 1024} | options))
+        found = landcover.own(p.data_root, landcover.read_classes(p.data_root), **({"size": 1024} | options))
+        data = found.get(split, found["all"])  # lists are optional; without them all images are in each split
         if not any(picture.label for picture in data.pictures):
             raise data.dataset.missing(p.data_root, f"no image of '{split}' has a label in labels/")
         return data
@@ -596,7 +595,7 @@ def maps(
 
     Raises `BadParameter`: a map would overwrite an image or its labels.
     """
-    data, texts = landcover.own(folder, landcover.read_classes(folder)), Prompts.read(prompts or PROMPTS)
+    data, texts = landcover.own(folder, landcover.read_classes(folder))["all"], Prompts.read(prompts or PROMPTS)
     targets = [Path(out or Path(folder) / "maps") / f"{picture.image.stem}.tif" for picture in data.pictures]
     inputs = {path.resolve() for picture in data.pictures for path in (picture.image, picture.label) if path}
     written = [file for target in targets for file in (target, target.with_suffix(".png"))]

@@ -146,7 +146,7 @@ def pedestrians(p: Parameters, batch: int) -> tuple[str, attributes.Pedestrians,
         )
         return f"generated images in place of {p.dataset} (dry run)", learn, test
     own = p.dataset == "folder"
-    splits = attributes.own_folder(p.data_root) if own else attributes.splits(p.dataset, p.data_root)
+    splits = attributes.own(p.data_root) if own else attributes.splits(p.dataset, p.data_root)
     chosen = {"train": splits["trainval"], "test": splits["test"]}
     chosen = few(chosen, count) if p.dry_run else chosen
     return RESULTS.names["dataset"].get(p.dataset, chosen["train"].name), chosen["train"], chosen["test"]

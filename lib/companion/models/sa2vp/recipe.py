@@ -17,6 +17,7 @@ from torchvision.transforms import v2
 
 from ... import backbones
 from ...data import DATASETS, classification, few, present
+from ...data.images import Images
 from ...evaluation import metrics
 from ...evaluation.tables import Cells, Results, compare_published, published_table
 from ...io import papers
@@ -101,7 +102,7 @@ def training(p: Parameters, found: Data) -> Training:
     batch = batch_of(p)
     facts = {"data_root": Path(p.data_root), "attention": p.attention, "precision": hardware(p).precision}
     facts |= {"scale": p.scale, "transform": p.transform}
-    if p.dataset == "folder" and isinstance(learn, classification.Images):  # they may change between runs
+    if p.dataset == "folder" and isinstance(learn, Images):  # they may change between runs
         batch = min(batch, max(len(learn) // p.devices, 1) * p.devices)
         paths = [os.path.relpath(path, p.data_root) for path in learn.sources]
         facts |= {"images": paths, "labels": learn.labels, "classes": found.classes}
@@ -169,7 +170,7 @@ def transforms(dataset: str, seen: backbones.Input, kind: str = "recipe") -> tup
     return classification.crop_transform(seen, train=True), classification.crop_transform(seen, train=False)
 
 
-def images(p: Parameters, seen: backbones.Input) -> dict[str, classification.Images]:
+def images(p: Parameters, seen: backbones.Input) -> dict[str, Images]:
     """The "train" and "test" images of a dataset, and "val" if it selects the epoch.
 
     VTAB-1k trains on all 1,000 images and tests the last epoch. FGVC trains on its training list alone and tests the
@@ -180,7 +181,7 @@ def images(p: Parameters, seen: backbones.Input) -> dict[str, classification.Ima
     """
     varied, fixed = transforms(p.dataset, seen, p.transform)
     if p.dataset == "folder":
-        own = classification.image_folder(p.data_root, seed=p.seed)
+        own = classification.own(p.data_root, seed=p.seed)
         parts = dict(zip(("train", "test"), ("trainval", "test") if "test" in own else ("train", "val"), strict=True))
         for part, name in parts.items():
             own[name].transform = varied if part == "train" else fixed

@@ -161,7 +161,7 @@ def collect(
 def _best(outputs: Predictions, index: int, boxes: Tensor, matrix: Tensor) -> sic_cads.Detections:
     """The detections of an image; of LVIS those that count, of classes annotated in it or known to be absent."""
     best = sic_cads.detect(boxes, matrix, outputs.threshold, outputs.nms, outputs.top)
-    absent = outputs.test.labels[index].get("neg_category_ids")
+    absent = outputs.test.images[index].get("neg_category_ids")
     if absent is None:
         return best
     counted = (outputs.test.positives[index] | outputs.test.mask(absent))[best.classes]

@@ -88,7 +88,7 @@ def run(p: Parameters, out: Path) -> Tested:
     combined: dict[str, Any] = {"title": title, "branch": p.branch, "gamma": p.gamma or r.gamma, "top": r.top}
     hardware, name = Hardware.of(p, "sic_cads", workers=WORKERS), f"{p.detector.rpartition('/')[2]} {p.branch}"
     facts = {key: getattr(p, key) for key in ("dataset", "clip", "detector")} | combined
-    facts |= {"sources": test.sources, "images": test.labels, "positives": test.positives, "classes": test.class_names}
+    facts |= {"sources": test.sources, "images": test.images, "positives": test.positives, "classes": test.class_names}
     key = checkpoints.checkpoint_key(**facts, precision=hardware.precision, models=nn.ModuleList([module, detector]))
     folder = checkpoints.file(out / "outputs", f"{name}, {key}", "")
     outputs = collect(module.model, detect, test, hardware, branches=[p.branch], folder=folder, **combined)

@@ -319,8 +319,8 @@ class Degraded(Dataset):
     `seed` and its index.
 
     Attributes:
-        pictures: images with captions, such as `data.restoration.Captioned`. Of `data.restoration.Pairs` the image of
-            low quality is the degraded copy, at the size of the other one, and c_r is `BLIND`.
+        pictures: images with captions, such as `data.restoration.Captioned`. Of `data.restoration.QualityPairs` the
+            image of low quality is the degraded copy, at the size of the other one, and c_r is `BLIND`.
         size: S. An image's shorter side is resized to S, then a square is cropped. So the caption still describes most
             of the crop.
         recipe: of the parameterised pipeline.

@@ -130,7 +130,7 @@ def listing(images: Dataset) -> dict[str, list[str]] | None:
     if not isinstance(images, restoration.Captioned):
         return None
     listed = {"images": [*map(str, images.sources)], "captions": [*images.captions]}
-    return listed | ({"low": [*map(str, images.low.sources)]} if isinstance(images, restoration.Pairs) else {})
+    return listed | ({"low": [*map(str, images.low.sources)]} if isinstance(images, restoration.QualityPairs) else {})
 
 
 def protocol() -> dict[str, str]:
@@ -179,7 +179,7 @@ def datasets(p: Parameters) -> tuple[str, Dataset | None, Dataset]:
         return title, Generated(4, DRY_SIZE, p.seed), Generated(2, DRY_SIZE, p.seed + 1)
     train: restoration.Captioned | None = None
     if p.dataset == "folder":
-        title, test = f"images of {p.data_root}", restoration.own_folder(p.data_root)
+        title, test = f"images of {p.data_root}", restoration.own(p.data_root)["train"]
         if not p.checkpoint:  # every tenth image is tested
             if len(test) < 2:
                 accepted = "two or more to train and to test on, or a `checkpoint`"
@@ -197,7 +197,7 @@ def datasets(p: Parameters) -> tuple[str, Dataset | None, Dataset]:
     batches = test_batches(len(test))
     same = {"wrong semantic prompt": any(len({test.captions[i] for i in batch}) < 2 for batch in batches)}
     same["wrong restoration prompt"] = (
-        len(test) < 2 or p.degradation == "real-esrgan" or isinstance(test, restoration.Pairs)
+        len(test) < 2 or p.degradation == "real-esrgan" or isinstance(test, restoration.QualityPairs)
     )
     if same.get(p.texts):
         accepted = f"others: {TEST_BATCH} test images in a row have the same prompt, or there is only one"

@@ -1,0 +1,190 @@
+"""Image files of a data set, decoded on access: without labels, and with a class for each; folders of classes."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image
+from torch.utils.data import Dataset
+from torchvision.datasets.folder import make_dataset
+from torchvision.transforms import v2
+
+from ..errors import CorruptFile
+from . import DataSet, Parts, decoding, entries
+
+Transform = Callable[[Image.Image], torch.Tensor]
+
+
+def to_tensor(picture: Image.Image) -> torch.Tensor:
+    """An image as float32 (3, H, W) in 0 to 1."""
+    return v2.functional.to_dtype(v2.functional.pil_to_tensor(picture), torch.float32, scale=True)
+
+
+def normalised(input) -> list[v2.Transform]:
+    """The steps from a PIL image to a tensor, normalised by `input.mean` and `input.std`."""
+    return [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(input.mean), list(input.std))]
+
+
+class Files(Parts, Dataset):
+    """Images that are decoded on access: `files[i]` begins with a float32 tensor (3, H, W).
+
+    Args:
+        dataset: the set they belong to; gives the name and the error message for a missing file.
+        root: the data folder.
+        sources: paths, or a uint8 array (n, H, W, 3).
+        transform: from a PIL image (RGB) to a tensor; None scales to 0..1 and keeps the size.
+
+    Attributes:
+        listing: the name of the list that has the images, for messages; "" where they are all in a folder.
+
+    Raises (on indexing):
+        MissingData: the file is listed but missing.
+        CorruptFile: the file is truncated, no image, or has no full scale (see `decoding`); its path is in the message.
+    """
+
+    each: ClassVar[tuple[str, ...]] = ("sources",)
+    listing = ""
+
+    def __init__(
+        self, dataset: DataSet, root: Path, sources: Sequence[str] | np.ndarray, transform: Transform | None = None
+    ):
+        self.dataset, self.root, self.name = dataset, root, dataset.name
+        self.sources, self.transform = sources, transform
+        self.rotated = dataset.group == "own"  # by EXIF
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def picture(self, index: int) -> Image.Image:
+        """The image as stored, in RGB, before the transform.
+
+        A user's own image is rotated by its EXIF orientation; those of the public sets are not, as in the papers' code.
+        """
+        return self._read(index, decoding.picture)
+
+    def pixels(self, index: int) -> tuple[np.ndarray, dict]:
+        """The pixels of `picture`, uint8 (H, W, 3), and its file's `info` by PIL, such as EXIF."""
+        return self._read(index, lambda image: (decoding.pixels(image), image.info))
+
+    def _read(self, index: int, decode: Callable[[Image.Image], Any]) -> Any:
+        source = self.sources[index]
+        if isinstance(source, np.ndarray):
+            return decode(Image.fromarray(source))
+        try:
+            with decoding.opened(source) as image:
+                if self.rotated and image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+                    found = decoding.pixels(image)  # PIL rotates a TIFF when it decodes it, and drops the orientation
+                    return decode(Image.fromarray(decoding.upright(found, {"exif": image.getexif().tobytes()})))
+                return decode(image)
+        except FileNotFoundError:
+            by = f" in {self.listing}" if self.listing else ""
+            raise self.dataset.missing(self.root, f"{source} is listed{by} but not there") from None
+        except CorruptFile as error:
+            if not self.listing:
+                raise
+            raise CorruptFile(error.path, f"{error.reason}; it is listed in {self.listing}") from error
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        return ((self.transform or to_tensor)(self.picture(index)),)
+
+
+class Images(Files):
+    """Labelled images: `images[i]` is (float32 tensor (3, H, W), int).
+
+    Args:
+        labels: one of 0..classes - 1 for each.
+        classes: number of classes.
+        class_names: names by label, where the layout has them.
+        dataset, root, sources, transform: see `Files`.
+    """
+
+    each = ("sources", "labels")
+
+    def __init__(
+        self,
+        dataset: DataSet,
+        root: Path,
+        sources: Sequence[str] | np.ndarray,
+        labels: Sequence[Any] | np.ndarray,
+        classes: int,
+        transform: Transform | None = None,
+        class_names: Sequence[str] = (),
+    ):
+        super().__init__(dataset, root, sources, transform)
+        self.labels, self.classes, self.class_names = labels, classes, tuple(class_names)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, Any]:
+        return *super().__getitem__(index), int(self.labels[index])
+
+
+SPELLED = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev"), "test": ("test", "testing")}
+"""How the folder of a split may be called, in upper or lower case."""
+
+
+def class_folders(own: DataSet, root: Path) -> tuple[Path, dict[str, Path]]:
+    """The folder of the class folders, and by split the folder that holds its class folders; {} without splits.
+
+    A folder whose only content is one folder with subfolders is entered. The folder of a split has a name of `SPELLED`
+    and contains class folders; otherwise it is a class.
+
+    Raises:
+        MissingData: there is no such folder, or its splits have no class folders.
+        CorruptFile: two folders for one split.
+    """
+    if not root.is_dir():
+        raise own.missing(root, f"there is no folder {root}")
+    place = root
+    while True:
+        there, folders = entries(place, folders=True), dict[str, Path]()
+        split_of = {n: s for n in there for s, spelled in SPELLED.items() if n.lower() in spelled}
+        for name, split in split_of.items():
+            if not entries(place / name, folders=True):
+                continue
+            if split in folders:
+                raise CorruptFile(place, f"{folders[split].name} and {name} are both '{split}': keep one of them")
+            folders[split] = place / name
+        if there and not folders and len(split_of) == len(there):
+            raise own.missing(root, f"{' and '.join(str(place / name) for name in there)}: no class folders in it")
+        if folders or len(there) != 1 or not entries(place / there[0], folders=True):
+            return place, {split: folders[split] for split in SPELLED if split in folders}
+        place = place / there[0]
+
+
+def images_of_classes(folder: Path, names: Sequence[str]) -> list[tuple[str, int]]:
+    """Paths and labels of the images in the class folders `names`, at any depth; hidden files and folders are not read.
+
+    The name "" is `folder` itself.
+    """
+    start = len(str(folder))
+
+    def is_image(path: str) -> bool:
+        return path.lower().endswith(decoding.SUFFIXES) and "/." not in path[start:]
+
+    number = {name: label for label, name in enumerate(names)}
+    return make_dataset(folder, number, is_valid_file=is_image, allow_empty=True)
+
+
+def images_below(folder: Path) -> list[str]:
+    """The paths of all images in a folder, at any depth, sorted; hidden files and folders are not read."""
+    return [path for path, _ in images_of_classes(folder, [""])]
+
+
+def warn_of(root: Path, read: Iterable[str]) -> None:
+    """Warn of the files below `root` that were not read, hidden ones left out."""
+    skipped = (".", "__MACOSX")
+    known, unread = {path.removeprefix("./") for path in read}, Counter[str]()
+    for place, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(skipped)]
+        prefix = str(Path(place, "_"))[:-1]  # also of "."
+        others = (Path(place, n) for n in files if f"{prefix}{n}" not in known and not n.startswith(skipped))
+        unread.update(path.suffix.lower() or path.name for path in others if path.is_file())
+    if unread:
+        told = ", ".join(f"{count} {kind} file(s)" for kind, count in unread.most_common())
+        warnings.warn(f"{root}: not read: {told}", stacklevel=3)
