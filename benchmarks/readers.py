@@ -25,10 +25,11 @@ from torchvision.transforms import v2
 
 from companion.data import attributes, classification, detection, domains, landcover, restoration, tracking, xrays
 from companion.data.images import Images
+from companion.data.pyramids import Slide, write_pyramid
 from companion.io.files import read_json, write_json
 from companion.models.bat import crops
 from companion.models.ecamp import transforms
-from companion.models.hvit.slides import PANDA, Slide, Tiles, write_pyramid
+from companion.models.hvit.slides import PANDA, Tiles
 
 COUNT = 16
 SEEN = SimpleNamespace(size=224, mean=(0.5,) * 3, std=(0.5,) * 3)
@@ -98,7 +99,7 @@ def region(root: Path, number: int) -> np.ndarray:
     """One of the two regions of a slide."""
     tiles = Tiles(np.array([[0, 0], [2048, 0]]), np.ones(2), np.zeros(2), 2048, 0, 2048, PANDA.region)
     with Slide(root / "slide.tiff") as slide:
-        return slide.region(*tiles.coords[number], tiles)
+        return tiles.read(slide, *tiles.coords[number])
 
 
 def plain(root: Path, *kinds: str, transform: Callable) -> Step:

@@ -16,24 +16,26 @@ from safetensors.torch import save_file
 from companion import backbones
 from companion.data import DATASETS, attributes, decoding, detection
 from companion.data import slides as slide_lists
+from companion.data.pyramids import Slide
 from companion.evaluation import ablations
 from companion.io import unpickle
 from companion.io.files import write_json
 from companion.models.dmt import Teachers
 from companion.models.dmt import build as dmt_vit
 from companion.models.dmt import cache as dmt_cache
-from companion.models.hvit import features, slides
+from companion.models.hvit import features
 from companion.training.checkpoints import Checkpoint
 from companion.training.hardware import CPU
 from tests.data.test_attributes import pa100k
-from tests.models.hvit.test_slides import SMALL, drawn, mean_colour, written
+from tests.data.test_pyramids import drawn, written
+from tests.models.hvit.test_slides import SMALL, mean_colour
 from tests.training.test_fit import noisy_model, run
 
 Do = Callable[[Path], object]
 
 
 def read_slide(path: Path) -> None:
-    with slides.Slide(path) as opened:
+    with Slide(path) as opened:
         opened.thumbnail(4)
         opened.read(0, 0, 0, *opened.size)
 

@@ -354,10 +354,11 @@ def slides(given: argparse.Namespace) -> int:
 
 def heatmap(given: argparse.Namespace) -> int:
     """Print a slide's predicted class, and write its attention over the tissue."""
+    from .data.pyramids import Slide
     from .models.hvit import HViT, encoders, heatmaps
     from .models.hvit.model import graded, probabilities
     from .models.hvit.official import read_checkpoint
-    from .models.hvit.slides import PANDA, Slide, read_mask, tile
+    from .models.hvit.slides import PANDA, read_mask, tile
     from .saving import load
     from .training.hardware import Hardware, evaluating
 

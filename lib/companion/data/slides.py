@@ -3,10 +3,10 @@
     items = load("slides/panda", "data")                          # every slide of train.csv, no image is opened
     write_folds("slides/panda", "data", test=0.2)                 # once: five folds, stratified by grade
     train = load("slides/panda", "data", "train", fold=0)
-    data = Features(train, "features")                            # written by `models.hvit.features.extract`
+    data = Features(train, "features")                            # by `companion slides`
 
-slides_sets.yaml describes the sets. `models.hvit.slides` reads the pixels; here only `Features`, which reads HDF5,
-needs the extra `slides`.
+slides_sets.yaml describes the sets. `pyramids` reads the pixels; here only `Features`, which reads HDF5, needs the
+extra `slides`.
 """
 
 from __future__ import annotations
@@ -340,7 +340,7 @@ class Features(Parts, Dataset):
 
     Args:
         items: the slides.
-        path: folder of `<name>.h5` (what `models.hvit.features.extract` writes) or of the authors' `<name>.pt`.
+        path: folder of `<name>.h5` (what `companion slides` writes) or of the authors' `<name>.pt`.
         longest: number of regions to pad or truncate to; by default that of the longest slide.
         drop: leave out slides without features or without a region, and list them in `dropped`. Otherwise they raise an
             error.
@@ -411,8 +411,8 @@ class Features(Parts, Dataset):
 
     @property
     def made_by(self) -> str:
-        """The settings with which the first slide's features were extracted, as `models.hvit.features.extract` wrote
-        them; of the authors' files, which have none, the first one's name and hash."""
+        """The settings with which the first slide's features were extracted, as `companion slides` wrote them; of the
+        authors' files, which have none, the first one's name and hash."""
         file = self.files[0]
         if file.suffix != ".h5":
             return f"{file.name}, sha256 {sha256(file)}"

@@ -33,11 +33,12 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from ..data.pyramids import write_pyramid
 from ..errors import check_choice
 from ..evaluation.ablations import Study
 from ..models.hvit import model as hvit
 from ..models.hvit.recipe import kappa, voted
-from ..models.hvit.slides import Tiling, tensor, write_pyramid
+from ..models.hvit.slides import Tiling, tensor
 from ..training.fit import Batch, History, fit, outputs_of
 from ..training.hardware import CPU
 from ..training.schedules import adamw

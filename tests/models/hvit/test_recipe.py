@@ -17,6 +17,7 @@ from torch.utils.data import TensorDataset
 import companion
 from companion import cli
 from companion.data import slides as data
+from companion.data.pyramids import Slide, write_pyramid
 from companion.data.slides import read_features
 from companion.errors import BadParameter, MissingData, MissingWeights
 from companion.models import hvit
@@ -24,7 +25,7 @@ from companion.models.hvit import features, heatmaps, recipe, slides
 from companion.models.hvit.encoders import patch_encoder
 from companion.models.hvit.model import grids, probabilities
 from companion.models.hvit.official import read_checkpoint
-from companion.models.hvit.slides import PANDA, Slide, tensor, tile, write_pyramid
+from companion.models.hvit.slides import PANDA, tensor, tile
 from companion.toy import encoders
 from companion.toy import hvit as synthetic
 from companion.toy.encoders import slide_dino
@@ -371,7 +372,7 @@ def test_attention_of_all_levels_is_read_region_by_region(tmp_path):
     with Slide(path) as slide:
         tiles = tile(slide, synthetic.TILING)
         found = heatmaps.attention_maps(model, patch, slide, tiles, "half")
-        pixels = tensor(np.stack([slide.region(x, y, tiles) for x, y in tiles.coords]), "half")
+        pixels = tensor(np.stack([tiles.read(slide, x, y) for x, y in tiles.coords]), "half")
     whole = hvit.HViT(model.slide, model.region, patch, "local").eval()
     with torch.no_grad():
         torch.testing.assert_close(found.output, whole(pixels[None]), atol=1e-5, rtol=1e-4)

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,32 +13,20 @@ import tifffile
 import torch
 from PIL import Image
 
+from companion.data import pyramids
+from companion.data.pyramids import Slide
 from companion.data.slides import read_features
 from companion.errors import CorruptFile, MissingData
 from companion.models import hvit
 from companion.models.hvit import features, heatmaps, slides
-from companion.models.hvit.slides import PANDA, Slide, Tiling
+from companion.models.hvit.slides import PANDA, Tiling
 from companion.training.checkpoints import checkpoint_key
 from tests.conftest import interrupted
+from tests.data.test_pyramids import drawn, written
 from tests.models.common import refuses
 
 SMALL = Tiling(region=128, mpp=0.5, downsample=16, otsu=False, median=3, close=2, area=0.01, least=0.1)
 MEAN = {"tiling": SMALL, "encoder": "mean"}
-
-
-def drawn(width: int = 1024, height: int = 768, seed: int = 0) -> np.ndarray:
-    """Two pieces of pink tissue with noise on white."""
-    rng = np.random.default_rng(seed)
-    image = np.full((height, width, 3), 255, np.uint8)
-    y, x = np.mgrid[:height, :width]
-    for cx, cy, rx, ry in ((0.3, 0.4, 0.2, 0.3), (0.75, 0.6, 0.12, 0.25)):
-        inside = ((x / width - cx) / rx) ** 2 + ((y / height - cy) / ry) ** 2 < 1
-        image[inside] = np.clip(rng.normal((200, 120, 170), 20, (inside.sum(), 3)), 0, 255)
-    return image
-
-
-def written(path: Path, image: np.ndarray, mpp: float | None = 0.5, **options) -> Path:
-    return slides.write_pyramid(path, image, mpp, **options)
 
 
 def mean_colour(regions: torch.Tensor) -> torch.Tensor:
@@ -54,71 +41,6 @@ def image() -> np.ndarray:
 @pytest.fixture(scope="module")
 def path(tmp_path_factory, image) -> Path:
     return written(tmp_path_factory.mktemp("slides") / "slide.tiff", image)
-
-
-# --- reading ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("backend", slides.BACKENDS)
-def test_both_readers_give_the_pixels_and_refuse_a_truncated_file(path, image, backend, tmp_path):
-    with Slide(path, backend=backend) as slide:
-        assert slide.backend == backend and slide.size == (1024, 768)
-        assert slide.levels == [(1024, 768), (256, 192), (64, 48)] and slide.downsamples == [1, 4, 16]
-        assert slide.mpp == pytest.approx(0.5, rel=1e-3)
-        np.testing.assert_array_equal(slide.read(64, 32, 1, 50, 40), slides.reduce(image, 4)[8:48, 16:66])
-        around = np.pad(image, ((200, 5000), (200, 5000), (0, 0)), constant_values=255)  # outside there is white
-        for x, y in ((100, 60), (-40, -30), (900, 700), (5000, 5000)):
-            np.testing.assert_array_equal(slide.read(x, y, 0, 200, 200), around[y + 200 :, x + 200 :][:200, :200])
-    (tmp_path / "cut.tiff").write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(CorruptFile, match=r"cut\.tiff"), Slide(tmp_path / "cut.tiff", backend=backend) as slide:
-        for level, size in enumerate(slide.levels):
-            slide.read(0, 0, level, *size)
-
-
-def test_a_missing_reader_and_an_untiled_file_are_read_by_the_other(path, tmp_path, image, monkeypatch):
-    tifffile.imwrite(tmp_path / "untiled.tiff", image, photometric="rgb")
-    with Slide(tmp_path / "untiled.tiff", mpp=0.5) as slide:
-        assert slide.backend == "tiffslide"
-        np.testing.assert_array_equal(slide.read(10, 20, 0, 30, 40), image[20:60, 10:40])
-    monkeypatch.setitem(sys.modules, "openslide", None)
-    with Slide(path) as slide:
-        assert slide.backend == "tiffslide"
-
-
-def test_another_image_of_the_file_is_not_a_level(path, tmp_path, image):
-    """A label that is tiled, and flagged as reduced, as the levels are."""
-    other = tmp_path / "label.tiff"
-    other.write_bytes(path.read_bytes())
-    small = dict(append=True, tile=(256, 256), photometric="rgb", subfiletype=1, metadata=None)
-    tifffile.imwrite(other, image[:40, :20], **small)
-    with Slide(path) as slide, Slide(other, backend="openslide") as labelled:
-        assert len(labelled.levels) == 4
-        for downsample in (1, 4, 16, 36, 64):
-            assert labelled.level(downsample) == slide.level(downsample)
-
-
-def test_what_was_not_scanned_is_white(path, monkeypatch):
-    colour, alpha = np.mgrid[:256:5, :256:5].astype(np.uint8)
-    drawn = np.stack([colour, colour // 2, 255 - colour, alpha], 2)
-    with Slide(path) as slide:
-        part = Image.fromarray(drawn)
-        monkeypatch.setattr(slide, "_slide", SimpleNamespace(read_region=lambda *place: part, close=lambda: None))
-        found = slide.read(0, 0, 0, *alpha.shape)
-    share = drawn[..., 3:] / 255
-    np.testing.assert_array_equal(found, np.floor(drawn[..., :3] * share + 255 * (1 - share) + 0.5))
-
-
-def test_a_file_without_a_small_level_is_reduced_band_by_band(tmp_path, image, monkeypatch):
-    monkeypatch.setattr(slides, "LARGEST_THUMBNAIL", 100_000)
-    with Slide(written(tmp_path / "one.tiff", image, downsamples=(1,))) as slide:
-        rgb, downsample = slide.thumbnail(16)
-        found = []  # no more reduced than the limit asks for, also where a larger image is asked for
-        count = image.size // 3
-        for largest in (count, count - 1, count // 9 + 1, count // 10):
-            monkeypatch.setattr(slides, "LARGEST_THUMBNAIL", largest)
-            found.append(slide.thumbnail(1)[1])
-    assert downsample == 16 and found == [1, 2, 3, 4]
-    np.testing.assert_array_equal(rgb, slides.reduce(image, 16))
 
 
 # --- tiles: the tiling itself is HS2P's in tests/recipes/hvit/preprocess_tiling ---------------------------------------
@@ -142,7 +64,7 @@ def test_the_spacing_decides_the_level(path, tmp_path, image):
         assert [f"{x}_{y}" for x, y in tiles.coords] == sorted(f"{x}_{y}" for x, y in tiles.coords)
         resampled = slides.tile(slide, dataclasses.replace(SMALL, mpp=0.9, region=66, resample=True))
         assert (resampled.level, resampled.pixels) == (0, 119)  # 118.8
-        assert slide.region(*resampled.coords[0], resampled).shape == (66, 66, 3)
+        assert resampled.read(slide, *resampled.coords[0]).shape == (66, 66, 3)
         # the least area is in patches of the level that is read: the smaller piece has 1.1 of level 0, 0.07 of level 1
         for mpp, region, pieces, read in ((0.5, 128, {0, 1}, (0, 128, 128)), (2.0, 32, {0}, (1, 32, 128))):
             found = slides.tile(slide, dataclasses.replace(SMALL, mpp=mpp, region=region, area=0.1))
@@ -216,7 +138,7 @@ def test_regions_are_compressed_as_hs2p_stores_them(path, image, tmp_path):
     with Slide(path) as slide:
         found, raw = (slides.tile(slide, dataclasses.replace(SMALL, jpeg=jpeg)) for jpeg in (True, False))
         x, y = found.coords[0]
-        found, raw = slide.region(x, y, found), slide.region(x, y, raw)
+        found, raw = found.read(slide, x, y), raw.read(slide, x, y)
     np.testing.assert_array_equal(raw, image[y : y + 128, x : x + 128])
     Image.fromarray(raw).save(tmp_path / "region.jpg")
     np.testing.assert_array_equal(found, np.asarray(Image.open(tmp_path / "region.jpg")))
@@ -228,7 +150,7 @@ def test_tissue_is_detected_in_the_level_nearest_to_a_64th_as_in_the_authors_con
     image[300:700, 400:1500] = (200, 60, 120)
     for levels, side in (((1, 4, 16), 16), ((1, 4, 16, 64), 64)):  # PANDA's, and one more
         found = []
-        with Slide(slides.write_pyramid(tmp_path / f"{side}.tiff", image, 0.5, levels)) as slide:
+        with Slide(pyramids.write_pyramid(tmp_path / f"{side}.tiff", image, 0.5, levels)) as slide:
             for mask in (None, slides.tissue_mask(slide.thumbnail(side)[0], PANDA)):
                 found.append(slides.tile(slide, dataclasses.replace(PANDA, region=128, area=0.1), mask))
         np.testing.assert_array_equal(found[0].coords, found[1].coords)
@@ -368,9 +290,9 @@ def test_heatmaps_lie_on_the_slide(path, tmp_path, image, monkeypatch):
     with Slide(small["tiff"]) as map_:
         assert map_.size == (128, 96) and map_.mpp == pytest.approx(4.0, rel=1e-3)
     picture = np.asarray(Image.open(files["png"]))
-    with Slide(files["tiff"], backend="openslide") as map_:
+    with Slide(files["tiff"]) as map_:
         assert map_.size == (256, 192) and map_.mpp == pytest.approx(2.0, rel=1e-3) and len(map_.levels) == 3
         np.testing.assert_array_equal(map_.read(0, 0, 0, 256, 192), picture)
     hot, cold = (picture[y : y + 32, x : x + 32].mean((0, 1)) for x, y in tiles.coords[[0, -1]] // 4)
     assert hot[0] > hot[2] and cold[2] > cold[0]  # red where it is high, blue where it is low
-    assert (picture[-1] == slides.reduce(image, 4)[-1]).all()  # elsewhere the tissue
+    assert (picture[-1] == pyramids.reduce(image, 4)[-1]).all()  # elsewhere the tissue

@@ -23,11 +23,12 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
 from ...data import slides as data
+from ...data.pyramids import Slide
 from ...errors import BadParameter, check_range
 from ...io.files import atomic, read_json, write_json
 from ...io.progress import progress
 from ...training.checkpoints import checkpoint_key
-from .slides import PANDA, Slide, Tiles, Tiling, read_mask, tensor, tile, tissue_mask, write_preview
+from .slides import PANDA, Tiles, Tiling, read_mask, tensor, tile, tissue_mask, write_preview
 
 READERS = 4  # threads that read regions ahead, each for one step
 
@@ -110,7 +111,7 @@ def extract(
         starts = [i for i in range(0, len(tiles), batch) if not (parts / f"{i:06d}.safetensors").is_file()]
 
         def pixels(start: int) -> np.ndarray:
-            return np.stack([slide.region(x, y, tiles) for x, y in tiles.coords[start : start + batch]])
+            return np.stack([tiles.read(slide, x, y) for x, y in tiles.coords[start : start + batch]])
 
         threads = READERS if slide.backend == "openslide" else 1  # declared safe for several threads
         with ThreadPoolExecutor(threads) as reader:

@@ -29,11 +29,12 @@ from sklearn.metrics import roc_auc_score
 
 from ...data import real
 from ...data.photographs import PHOTOGRAPHS
+from ...data.pyramids import Slide, write_pyramid
 from ...viz.attention import token_pca
 from ...viz.style import COLOURS, HEAT, styled
 from .heatmaps import AttentionMaps, attention_maps, stitched
 from .model import HViT, PatchEncoder, RegionEncoder, SlideTransformer
-from .slides import Slide, Tiles, Tiling, tile, write_pyramid
+from .slides import Tiles, Tiling, tile
 
 Cores = Mapping[tuple[int, int], bool | None]
 """Corner of a region -> whether its tumour lies in the core (True), on the rim (False), or is absent (None)."""

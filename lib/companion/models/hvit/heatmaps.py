@@ -25,10 +25,11 @@ from PIL import Image
 from scipy.stats import rankdata
 from torch import Tensor
 
+from ...data.pyramids import LARGEST_THUMBNAIL, Slide, write_pyramid
 from ...errors import BadParameter, CorruptFile
 from ...io.files import atomic
 from .model import HViT, PatchEncoder, grids, patches_of
-from .slides import LARGEST_THUMBNAIL, Slide, Tiles, tensor, write_pyramid
+from .slides import Tiles, tensor
 
 TRAINED = {"global": (False, False, True), "local": (False, True, True), "whole": (True, True, True)}
 """Which of the levels patch, region, slide each variant trains."""
@@ -185,7 +186,7 @@ def attention_maps(model: HViT, patch: PatchEncoder, slide: Slide, tiles: Tiles,
         given = f"regions of {tiles.region} px, patches of {patch.image} px and width {patch.dim}"
         raise BadParameter("patch", given, f"regions of whole patches, and the model's width of them, {region.inputs}")
     for x, y in tiles.coords:
-        pixels = tensor(slide.region(x, y, tiles)[None], normalise, device)
+        pixels = tensor(tiles.read(slide, x, y)[None], normalise, device)
         each = [patch.forward_intermediates(part) for part in patches_of(pixels, patch.image).split(128)]
         e = torch.cat([cls for cls, _ in each])  # (p, d)
         r, out = region.forward_intermediates(grids(e[None]))

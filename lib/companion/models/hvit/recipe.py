@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from ...data import few, present, spaced
 from ...data import slides as data
+from ...data.pyramids import Slide, write_pyramid
 from ...errors import BadParameter, CompanionError, CorruptFile, MissingData, MissingWeights
 from ...evaluation.metrics import checked
 from ...evaluation.tables import Results
@@ -39,7 +40,7 @@ from .encoders import PatchEncoder, RegionEncoder, patch_encoder
 from .features import extract, identity
 from .model import HViT, SlideTransformer
 from .official import read_checkpoint
-from .slides import PANDA, Slide, Tiling, tensor, tile, write_pyramid
+from .slides import PANDA, Tiling, tensor, tile
 
 WORKERS = 8
 LEARNING_RATE, DECAY, HALVED, EPOCHS, BATCH, LAST = 2e-4, 1e-5, 20, 50, 32, "carry"
@@ -206,7 +207,7 @@ def first_region(p: Parameters, patch: PatchEncoder, path: str | Path) -> Tensor
         if not len(tiles):
             raise CorruptFile(path, f"no region of {p.region} pixels with tissue was found in it")
         x, y = tiles.coords[0]
-        pixels = slide.region(x, y, tiles)[None]
+        pixels = tiles.read(slide, x, y)[None]
         return whole.embed_patches(tensor(pixels, p.normalise, device)).float().cpu()
 
 

@@ -2,23 +2,19 @@
 
     with Slide("slide.tiff") as slide:
         tiles = tile(slide, PANDA)                       # regions with tissue, in the order of their file names
-        region = slide.region(*tiles.coords[0], tiles)   # uint8 (2048, 2048, 3)
+        region = tiles.read(slide, *tiles.coords[0])      # uint8 (2048, 2048, 3)
 
-Slides are read by openslide, or by tiffslide where openslide is not installed or refuses a file. Both and OpenCV come
-with the extra `slides`. Tiling follows HS2P at f51b276, which H-ViT's authors use: the same tissue, the same regions.
-Memory holds a thumbnail and one region, for slides of any size.
+`data.pyramids` reads slides; OpenCV comes with the extra `slides`. Tiling follows HS2P at f51b276, which H-ViT's
+authors use: the same tissue, the same regions. Memory holds a thumbnail and one region, for slides of any size.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import io
 import itertools
 import math
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,138 +22,17 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from torch import Tensor
 
 from ...data import decoding
-from ...errors import BadParameter, CompanionError, CorruptFile, MissingData, check_choice
+from ...data.pyramids import EXTRA, Slide
+from ...errors import BadParameter, CompanionError, MissingData, check_choice
 from ...io.files import atomic
 
-BACKENDS = {"openslide": "OpenSlide", "tiffslide": "TiffSlide"}  # the class of each library that opens a slide
 NORMALISATIONS = {
     "unit": (0.0, 1.0),  # only scaled to [0, 1], as in the authors' extraction of PANDA
     "half": (0.5, 0.5),  # HIPT's
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 MASKS = (".png", ".tif", ".tiff")  # endings of tissue masks
-EXTRA = "pip install -e '.[slides]'"
 PREVIEW = 1600  # longest side of a preview, in pixels
-LARGEST_THUMBNAIL = 64_000_000  # pixels; a level with more is reduced band by band
-LARGEST_MPP = 50  # microns per pixel of level 0
-
-
-# --- reading ----------------------------------------------------------------------------------------------------------
-
-
-class Slide:
-    """A slide's pyramid, read in rectangles. Pixels outside the slide, or not scanned, are white.
-
-    Args:
-        path: a file of any format that openslide or tiffslide reads.
-        mpp: microns per pixel of level 0; overrides the file's value or supplies a missing one.
-        backend: one of `BACKENDS`; "auto" uses the first that is installed and opens the file.
-
-    Raises `CorruptFile`: missing, truncated, of an unsupported format, or neither library is installed.
-    """
-
-    def __init__(self, path: str | Path, mpp: float | None = None, backend: str = "auto"):
-        check_choice("backend", backend, ("auto", *BACKENDS))
-        if mpp is not None and not 0 < mpp < math.inf:  # NaN too
-            raise BadParameter("mpp", mpp, "microns per pixel, more than 0")
-        self.path, self._mpp, reasons = Path(path), mpp, []
-        for self.backend in BACKENDS if backend == "auto" else (backend,):
-            try:
-                self._slide = getattr(importlib.import_module(self.backend), BACKENDS[self.backend])(self.path)
-                break
-            except ModuleNotFoundError:
-                reasons.append(f"{self.backend} is not installed ({EXTRA})")
-            except Exception as error:  # each library has its own errors, and damaged files raise others
-                reasons.append(f"{self.backend}: {error}")
-        else:
-            raise CorruptFile(self.path, "; ".join(reasons))
-        self.size: tuple[int, int] = tuple(self._slide.dimensions)
-        self.levels: list[tuple[int, int]] = [tuple(size) for size in self._slide.level_dimensions]
-        ratio = self.size[0] / self.size[1]
-        # infinite for another image of the file, such as its label: never the nearest
-        self.downsamples: list[float] = [
-            float(d) if abs(wide / high / ratio - 1) < 0.05 + 1 / min(wide, high) else math.inf
-            for d, (wide, high) in zip(self._slide.level_downsamples, self.levels, strict=True)
-        ]
-
-    def __enter__(self) -> Slide:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._slide.close()
-
-    @property
-    def mpp(self) -> float:
-        """Microns per pixel of level 0, the mean of both axes.
-
-        Raises `BadParameter`: it is unknown, or that of a screen (72 dots an inch are 353 microns).
-        """
-        stated = [float(self._slide.properties.get(f"{self.backend}.mpp-{axis}") or 0) for axis in "xy"]
-        values = [value for value in stated if value > 0] if self._mpp is None else [self._mpp]
-        if not values or not sum(values) / len(values) < LARGEST_MPP:
-            how = "the option --mpp, or a row in the table of `companion slides --spacing`"
-            known = "contains no scanner's" if values else "does not contain"
-            accepted = f"the microns per pixel of level 0, which {self.path} {known}, below {LARGEST_MPP}: {how}"
-            raise BadParameter("mpp", values[0] if values else None, accepted)
-        return sum(values) / len(values)
-
-    def level(self, downsample: float) -> int:
-        """The level whose downsample is nearest to `downsample`."""
-        return int(np.abs(np.array(self.downsamples) - downsample).argmin())
-
-    def read(self, x: int, y: int, level: int, width: int, height: int) -> np.ndarray:
-        """A rectangle of a level, its corner (x, y) in pixels of level 0: uint8 (height, width, 3).
-
-        Raises `CorruptFile` when the file is damaged there.
-        """
-        canvas = Image.new("RGB", (width, height), "white")
-        scale, (wide, high) = self.downsamples[level], self.levels[level]
-        left, top = int(x / scale), int(y / scale)
-        x0, y0, x1, y1 = max(left, 0), max(top, 0), min(left + width, wide), min(top + height, high)
-        if x0 < x1 and y0 < y1:
-            corner = (x if left >= 0 else 0, y if top >= 0 else 0)
-            try:
-                part = self._slide.read_region(corner, level, (x1 - x0, y1 - y0))
-                opaque = "A" not in part.getbands() or part.getchannel("A").getextrema()[0] == 255
-            except Exception as error:  # as above
-                raise CorruptFile(self.path, f"level {level} at ({x}, {y}): {error}") from error
-            # what was not scanned is transparent
-            canvas.paste(part.convert("RGB") if opaque else part, (x0 - left, y0 - top), None if opaque else part)
-        return np.array(canvas)
-
-    def region(self, x: int, y: int, tiles: Tiles) -> np.ndarray:
-        """The region of `tiles` with its corner at (x, y): uint8 (region, region, 3)."""
-        pixels = self.read(int(x), int(y), tiles.level, tiles.pixels, tiles.pixels)
-        if tiles.pixels != tiles.region:
-            size = (tiles.region, tiles.region)
-            pixels = np.array(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR))
-        if not tiles.jpeg:
-            return pixels
-        compressed = io.BytesIO()
-        Image.fromarray(pixels).save(compressed, "JPEG")  # at PIL's default quality
-        return np.array(Image.open(compressed))  # a copy: torch warns of arrays that cannot be written
-
-    def thumbnail(self, downsample: float) -> tuple[np.ndarray, float]:
-        """The level nearest to `downsample`, whole, and its downsample.
-
-        A level of more than `LARGEST_THUMBNAIL` pixels, in a file without smaller ones, is reduced by an integer
-        factor, band by band.
-        """
-        level = self.level(downsample)
-        (wide, high), scale = self.levels[level], self.downsamples[level]
-        if wide * high <= LARGEST_THUMBNAIL:
-            return self.read(0, 0, level, wide, high), scale
-        factor = max(int(downsample / scale), int(np.ceil((wide * high / LARGEST_THUMBNAIL) ** 0.5)), 2)
-        bands = []
-        for top in range(0, high, factor * 16):
-            height = min(factor * 16, high - top)
-            bands.append(reduce(self.read(0, int(top * scale), level, wide, height), factor))
-        return np.concatenate(bands), scale * factor
-
-
-def reduce(pixels: np.ndarray, factor: int) -> np.ndarray:
-    """The mean of each square of factor x factor pixels of (h, w, 3), uint8; at an edge, of the existing pixels."""
-    return np.asarray(Image.fromarray(pixels).reduce(factor))
 
 
 # --- tissue and tiles -------------------------------------------------------------------------------------------------
@@ -236,6 +111,18 @@ class Tiles:
 
     def __len__(self) -> int:
         return len(self.coords)
+
+    def read(self, slide: Slide, x: int, y: int) -> np.ndarray:
+        """The region with its corner at (x, y): uint8 (region, region, 3)."""
+        pixels = slide.read(int(x), int(y), self.level, self.pixels, self.pixels)
+        if self.pixels != self.region:
+            size = (self.region, self.region)
+            pixels = np.array(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR))
+        if not self.jpeg:
+            return pixels
+        compressed = io.BytesIO()
+        Image.fromarray(pixels).save(compressed, "JPEG")  # at PIL's default quality
+        return np.array(Image.open(compressed))  # a copy: torch warns of arrays that cannot be written
 
 
 def tissue_mask(rgb: np.ndarray, tiling: Tiling) -> np.ndarray:
@@ -404,33 +291,3 @@ def write_preview(path: str | Path, slide: Slide, tiles: Tiles, mask: np.ndarray
         ImageDraw.Draw(image).rectangle(frame, outline=(0, 60, 255), width=2)
     with atomic(path) as temporary:
         image.save(temporary)
-
-
-def write_pyramid(
-    path: str | Path, image: np.ndarray, mpp: float | None, downsamples: Sequence[int] = (1, 4, 16), tile: int = 256
-) -> Path:
-    """Write an image uint8 (h, w, 3) as a tiled pyramidal TIFF that openslide and tiffslide open.
-
-    Args:
-        mpp: microns per pixel of the image, which is level 0; None writes none.
-        downsamples: of the levels, 1 first, each a multiple of the previous one.
-        tile: side of the file's tiles.
-    """
-    import tifffile
-
-    with atomic(path) as temporary, tifffile.TiffWriter(temporary, bigtiff=image.nbytes > 2**31) as writer:
-        for above, downsample in itertools.pairwise((1, *downsamples)):
-            image = reduce(image, downsample // above)
-            resolution: dict[str, Any] = (
-                {"resolution": (1e4 / mpp / downsample,) * 2, "resolutionunit": "CENTIMETER"} if mpp else {}
-            )
-            writer.write(
-                image,
-                tile=(tile, tile),
-                photometric="rgb",
-                compression="deflate",
-                metadata=None,
-                subfiletype=int(downsample > 1),  # without it openslide finds one level only
-                **resolution,
-            )
-    return Path(path)
