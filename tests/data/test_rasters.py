@@ -50,11 +50,9 @@ def test_a_png_with_a_world_file(tmp_path):
     with Raster(tmp_path / "a.png") as raster:
         assert np.array_equal(raster.read(), image) and raster.transform == CORNER
         assert raster.crs is None and raster.place is None  # a world file has no coordinate system
-    with Raster(tmp_path / "a.png", UTM) as raster:
-        given = raster.place
     (tmp_path / "a.prj").write_text(rasterio.crs.CRS.from_string(UTM).to_wkt())
     with Raster(tmp_path / "a.png") as raster:
-        assert raster.place == given and given[0] == pytest.approx(52.4, abs=0.1)
+        assert raster.place[0] == pytest.approx(52.4, abs=0.1)
     (tmp_path / "a.prj").write_text("nowhere")
     refuses((lambda: Raster(tmp_path / "a.png"), r"a\.prj"), error=CorruptFile)
 

@@ -30,14 +30,15 @@ def table(path, columns, *rows):
         csv.writer(file).writerows([columns, *rows])
 
 
-def test_runs_as_siim_has_them():
+def test_runs_as_siim_has_them(monkeypatch):
+    assert not rle_mask("-1").any() and rle_mask("-1").shape == (1024, 1024)
+    monkeypatch.setattr(xrays, "RUN_SIDE", 5)
     expected = np.zeros(25, bool)
     expected[[2, 3, 4, 9]] = True  # the second run begins 4 after the end of the first
-    assert (rle_mask("2 3 4 1", 5) == expected.reshape(5, 5).T).all()
-    assert not rle_mask("-1").any() and rle_mask("-1").shape == (1024, 1024)
+    assert (rle_mask("2 3 4 1") == expected.reshape(5, 5).T).all()
     for text in ("1", "a b", "24 5", "-3 2", f"{2**63 - 1} {2**63 - 1} 2 2"):
         with pytest.raises(ValueError):
-            rle_mask(text, 5)
+            rle_mask(text)
 
 
 @pytest.mark.parametrize("name", ["xrays/chestx-ray14", "xrays/chexpert", "xrays/rsna", "fundus/odir", "fundus/mured"])

@@ -325,7 +325,7 @@ def _preprocess_detection(case: Case) -> list[Row]:
     transform = transforms.squeeze_transform(case.settings["img_size"])
     height, width = image.shape[:2]
     unit = xrays.BOX_UNIT / np.array([width, height, width, height])  # boxes are given in pixels of a square
-    (grey, boxes), (_, again) = _items(image, xrays.Boxed, [whole * unit], transform, reads=2)
+    (grey, boxes), (_, again) = _items(image, xrays.Labelled, xrays.box_labels([whole * unit]), transform, reads=2)
     odd = np.issubdtype(whole.dtype, np.integer) and ((whole[:, :2] + whole[:, 2:]) % 2).any()
     halved = "centres of whole numbers lose half a pixel there; RSNA's list has decimals" if odd else ""
     # a grey image for each colour, blue first as OpenCV has them

@@ -265,10 +265,9 @@ def parts(dataset: DataSet) -> dict[str, Callable[[Path], Any]]:
 def _line(dataset: DataSet, split: str, items: Any, decode: bool) -> str:
     """A split in words: number of items, range of labels, one item, and what is special about this copy."""
     line, usual = f"{len(items):,}", dataset.usual.get(split)
-    labels, classes = getattr(items, "labels", ()), getattr(items, "classes", 0)
-    known = np.asarray(() if isinstance(labels, range) else labels)
-    if classes and known.size and known.dtype.kind in "iuf":
-        line += f", labels {known.min():g} to {known.max():g}"
+    labels, classes = np.asarray(getattr(items, "labels", ())), getattr(items, "classes", 0)
+    if classes and labels.size:
+        line += f", labels {labels.min():g} to {labels.max():g}"
     elif classes:  # with boxes, or a label a pixel
         line += f", {classes if isinstance(classes, int) else len(classes)} classes"
     item: Any = items[len(items) // 2] if len(items) and (decode or isinstance(items, list)) else None
@@ -375,18 +374,28 @@ def fetch(name: str, root: str | Path, progress: bool = True) -> Path:
 
 
 @contextlib.contextmanager
-def downloading(dataset: DataSet, folder: Path, progress: bool) -> Iterator[None]:
-    """Context of a download to `folder`: no progress bars unless `progress`; a failure raises `CompanionError` with
-    advice, as does an archive with a member outside of its folder.
+def fetched(dataset: DataSet, root: Path, progress: bool) -> Iterator[Path]:
+    """Context of a download: a hidden folder, whose content is moved to the set's folder at the end.
 
-    A host that does not answer within `SECONDS` counts as a failure; the system's own timeout is minutes.
+    Archives in it are removed. In an incomplete copy files are replaced; none of the user's others is removed. No
+    progress bars unless `progress`; a failure raises `CompanionError` with advice, as does an archive with a member
+    outside of its folder. A host that does not answer within `SECONDS` counts as a failure; the system's own timeout is
+    minutes.
     """
-    waited = socket.getdefaulttimeout()
+    folder, waited = dataset.folder(root), socket.getdefaulttimeout()
+    root.mkdir(parents=True, exist_ok=True)
     socket.setdefaulttimeout(SECONDS)
     tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)  # the default from Python 3.14 on
     try:
-        with contextlib.nullcontext() if progress else contextlib.redirect_stderr(io.StringIO()):
-            yield
+        with (
+            contextlib.nullcontext() if progress else contextlib.redirect_stderr(io.StringIO()),
+            tempfile.TemporaryDirectory(prefix=".fetch-", dir=root) as name,
+        ):
+            (new := Path(name) / folder.name).mkdir()
+            yield new
+            for archive in (path for path in new.iterdir() if path.suffix in (".gz", ".tgz", ".zip")):
+                archive.unlink()
+            shutil.copytree(new, folder, dirs_exist_ok=True, copy_function=shutil.move)
     except (OSError, http.client.HTTPException, RuntimeError, tarfile.TarError, zipfile.BadZipFile) as error:
         raise CompanionError(
             f"{dataset.title} could not be downloaded ({getattr(error, 'reason', error)}). No partial file was "
@@ -395,22 +404,6 @@ def downloading(dataset: DataSet, folder: Path, progress: bool) -> Iterator[None
     finally:
         socket.setdefaulttimeout(waited)
         tarfile.TarFile.extraction_filter = None
-
-
-@contextlib.contextmanager
-def fetched(dataset: DataSet, root: Path, progress: bool) -> Iterator[Path]:
-    """Context of a download, see `downloading`: a hidden folder, whose content is moved to the set's folder at the end.
-
-    Archives in it are removed. In an incomplete copy files are replaced; none of the user's others is removed.
-    """
-    folder = dataset.folder(root)
-    root.mkdir(parents=True, exist_ok=True)
-    with downloading(dataset, folder, progress), tempfile.TemporaryDirectory(prefix=".fetch-", dir=root) as name:
-        (new := Path(name) / folder.name).mkdir()
-        yield new
-        for archive in (path for path in new.iterdir() if path.suffix in (".gz", ".tgz", ".zip")):
-            archive.unlink()
-        shutil.copytree(new, folder, dirs_exist_ok=True, copy_function=shutil.move)
 
 
 # --- for the readers --------------------------------------------------------------------------------------------------

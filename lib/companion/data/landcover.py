@@ -15,7 +15,6 @@ from __future__ import annotations
 import colorsys
 import functools
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from torchvision.datasets.utils import download_and_extract_archive
 
 from ..errors import BadParameter, CorruptFile, check_choice, check_names
 from ..io.files import atomic
-from . import DataSet, Parts, at, climate, downloading, entries, facts, find, own_set, tables
+from . import DataSet, Parts, at, climate, entries, facts, fetched, find, own_set, tables
 from .rasters import SUFFIXES, Raster, quiet
 
 OEM, LOVEDA, POTSDAM = "landcover/openearthmap", "landcover/loveda", "landcover/potsdam"
@@ -498,17 +497,12 @@ def plain_or_coloured(palette: Sequence[tuple[int, int, int]], truth: Raster, *w
 
 
 def fetch(dataset: DataSet, root: Path, progress: bool) -> None:
-    """See `companion.data.fetch`. Each zip is unpacked into a hidden folder, which is moved when complete."""
-    folder = dataset.folder(root)
-    folder.mkdir(parents=True, exist_ok=True)
-    with downloading(dataset, folder, progress):
-        for part, md5 in LOVEDA_FILES.items():
-            if (folder / part).is_dir():
-                continue
-            with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as new:
+    """See `companion.data.fetch`: each zip that is not there, verified."""
+    for part, md5 in LOVEDA_FILES.items():
+        if not (dataset.folder(root) / part).is_dir():
+            with fetched(dataset, root, progress) as new:
                 url = f"https://zenodo.org/records/5706578/files/{part}.zip"
-                download_and_extract_archive(url, new, filename=f"{part}.zip", md5=md5, remove_finished=True)
-                (Path(new) / part).rename(folder / part)
+                download_and_extract_archive(url, str(new), filename=f"{part}.zip", md5=md5)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

@@ -50,15 +50,12 @@ class Raster:
         crs: its coordinate system (`rasterio.crs.CRS`), None when it is unknown.
         transform: from (column, row) to coordinates (`affine.Affine`); the identity without a georeference.
 
-    Args:
-        crs: for a file without one, such as a PNG with a world file: any value accepted by rasterio ("EPSG:32633").
-
     Raises:
         CorruptFile: it is missing, or not an image that GDAL reads.
         CompanionError: rasterio is not installed.
     """
 
-    def __init__(self, path: str | Path, crs: object = None):
+    def __init__(self, path: str | Path):
         self.path = Path(path)
         with quiet() as rasterio:
             try:
@@ -72,8 +69,6 @@ class Raster:
                     self.crs = rasterio.crs.CRS.from_wkt(beside.read_text(encoding="utf-8-sig"))
             except (rasterio.errors.CRSError, UnicodeDecodeError) as error:
                 raise CorruptFile(beside, f"no coordinate system ({error})") from error
-            if self.crs is None and crs is not None:
-                self.crs = rasterio.crs.CRS.from_user_input(crs)
         self._whole: np.ndarray | None = None  # a decoded PNG or JPEG, (H, W) or (H, W, bands)
 
     def __enter__(self) -> Raster:

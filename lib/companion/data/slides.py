@@ -45,9 +45,7 @@ class Item:
         name: its id, the name of its file without the ending.
         path: the pyramid.
         grade: the class, from 0.
-        mask: the label mask, if there is one.
         provider: the scanning institution; empty if unknown.
-        gleason: the Gleason score as written; empty if there is none.
         patient: whose slide it is; empty if unknown.
         label: the class as written in your own folder; empty in the public sets.
     """
@@ -55,32 +53,9 @@ class Item:
     name: str
     path: Path
     grade: int
-    mask: Path | None = None
     provider: str = ""
-    gleason: str = ""
     patient: str = ""
     label: str = ""
-
-
-_ISUP = {
-    "negative": 0,
-    "0+0": 0,
-    "3+3": 1,
-    "3+4": 2,
-    "4+3": 3,
-    "4+4": 4,
-    "3+5": 4,
-    "5+3": 4,
-    "4+5": 5,
-    "5+4": 5,
-    "5+5": 5,
-}
-
-
-def isup(gleason: str) -> int:
-    """The ISUP grade, 0 to 5, of a Gleason score such as "4+3"; "negative" and "0+0" are 0."""
-    check_choice("gleason", gleason, _ISUP)
-    return _ISUP[gleason]
 
 
 def load(
@@ -268,16 +243,13 @@ def split_folds(items: Sequence[Item], folds: int = 5, test: float = 0.0, seed: 
     return [{"train": train, "tune": tune, "test": held} for train, tune in dealt(rest, folds)]
 
 
-def write_folds(
-    name: str, root: str | Path, folds: int = 5, test: float = 0.0, seed: int = 0, exclude: Collection[str] = ()
-) -> Path:
+def write_folds(name: str, root: str | Path, folds: int = 5, test: float = 0.0, seed: int = 0) -> Path:
     """Write `split_folds` of a set to `folds/fold-<k>/{train,tune,test}.csv` and return the folder.
 
-    Slides whose names are in `exclude`, such as a list of noisy labels, are in none of the lists.
     Existing lists in that folder are deleted: mixing two partitions would train on test slides.
     """
     out = find(name, "slides").folder(root) / "folds"
-    items = [item for item in load(name, root) if item.name not in exclude]
+    items = load(name, root)
     with atomic_folder(out) as new:
         for k, fold in enumerate(split_folds(items, folds, test, seed)):
             for split, own in fold.items():
@@ -341,7 +313,8 @@ class Features(Parts, Dataset):
     Args:
         items: the slides.
         path: folder of `<name>.h5` (what `companion slides` writes) or of the authors' `<name>.pt`.
-        longest: number of regions to pad or truncate to; by default that of the longest slide.
+        longest: number of regions to pad or truncate to, as in H-ViT's released settings; by default that of the longest
+            slide.
         drop: leave out slides without features or without a region, and list them in `dropped`. Otherwise they raise an
             error.
 
@@ -366,12 +339,9 @@ class Features(Parts, Dataset):
             if file is None or not count:
                 if not drop:
                     what = "no features" if file is None else "no region with tissue"
-                    layout, source = (
-                        "<slide_id>.h5    or <slide_id>.pt",
-                        "`companion slides`, one slide after the other",
-                    )
-                    licence = "that of the slides"
-                    raise MissingData("features of slides", self.path, layout, source, licence, f"{what}: {item.name}")
+                    how = "<slide_id>.h5    or <slide_id>.pt", "`companion slides`, one slide after the other"
+                    detail = f"{what}: {item.name}"
+                    raise MissingData("features of slides", self.path, *how, "that of the slides", detail)
                 self.dropped.append(item.name)
                 continue
             if self.items and tuple(shape) != self.shape:
@@ -441,18 +411,15 @@ def _table(dataset: DataSet, root: Path) -> list[Item]:
     """The slides of train.csv, each with an existing file."""
     top = dataset.folder(root)
     path = tables.existing(dataset, root, top / "train.csv")
-    images, masks = at(top, "train_images"), at(top, "train_label_masks")
-    there = {*entries(images), *entries(masks)}
-    items, lost = [], []
+    images = at(top, "train_images")
+    there, items = {*entries(images)}, list[Item]()
     for line, row in _rows(path, *_COLUMNS):
         name, grade = row["image_id"], _grade(path, line, row["isup_grade"], dataset.classes)
-        image, mask = images / f"{name}.tiff", masks / f"{name}_mask.tiff"
-        lost += [] if image.name in there else [name]
-        found = mask if mask.name in there else None
-        items.append(Item(name, image, grade, found, row["data_provider"], row["gleason_score"]))
+        items.append(Item(name, images / f"{name}.tiff", grade, row["data_provider"]))
+    lost = [item.path for item in items if item.path.name not in there]
     if lost:
-        first = f"{images}/{lost[0]}.tiff"
-        raise dataset.missing(root, f"{len(lost)} of {len(items)} slides of {path.name} are not there, such as {first}")
+        what = f"{len(lost)} of {len(items)} slides of {path.name} are not there, such as {lost[0]}"
+        raise dataset.missing(root, what)
     tables.check_count(dataset, root, len(items), dataset.sizes.get("train"), f"slides in {path}")
     return items
 

@@ -20,7 +20,6 @@ import csv
 import functools
 import os
 import re
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +34,7 @@ from torchvision.ops import box_convert
 
 from ..errors import BadParameter, CorruptFile, check_choice, check_names
 from ..io.files import atomic
-from . import DataSet, Parts, at, check_listed, decoding, downloading, facts, find, inside, once, own_set, tables
+from . import DataSet, Parts, at, check_listed, decoding, facts, fetched, find, inside, once, own_set, tables
 
 _FACTS = facts("xrays")
 TASKS: tuple[str, ...] = _FACTS["TASKS"]
@@ -79,13 +78,13 @@ def tasks(name: str) -> tuple[str, ...]:
     return tuple(task for task in TASKS if (name, task) in SIZES) or ("pre-training",)
 
 
-def rle_mask(runs: str, side: int = RUN_SIDE) -> np.ndarray:
-    """SIIM's mask (side, side) from one run-length encoded line: start, length, start, ... A start is relative to the
+def rle_mask(runs: str) -> np.ndarray:
+    """SIIM's mask (1024, 1024) from one run-length encoded line: start, length, start, ... A start is relative to the
     end of the last run; the mask is filled column by column. "-1" is an empty mask.
 
     Raises `ValueError`: not pairs of whole numbers, or a run beyond the image.
     """
-    flat, numbers = np.zeros(side * side, bool), np.array([int(n) for n in runs.split()])
+    flat, numbers = np.zeros(RUN_SIDE**2, bool), np.array([int(n) for n in runs.split()])
     if numbers.tolist() != [-1]:
         if len(numbers) % 2:
             raise ValueError("an odd number of starts and lengths")
@@ -95,7 +94,7 @@ def rle_mask(runs: str, side: int = RUN_SIDE) -> np.ndarray:
             raise ValueError(f"its runs, which end at {ends[-1]}, are not inside {flat.size} pixels")
         for end, length in zip(ends, lengths, strict=True):
             flat[end - length : end] = True
-    return flat.reshape(side, side).T
+    return flat.reshape(RUN_SIDE, RUN_SIDE).T
 
 
 # --- data sets --------------------------------------------------------------------------------------------------------
@@ -191,28 +190,6 @@ class Labelled(Radiographs):
         return super().__getitem__(i), self.labels[i].clone()
 
 
-class Boxed(Labelled):
-    """Item i: (image, boxes (10, 5)): class 0, centre and size as fractions of the image; padded with zeros.
-
-    Args:
-        boxes: of each image, (n, 4) x1, y1, x2, y2 in pixels of a square of `BOX_UNIT`.
-    """
-
-    def __init__(
-        self,
-        dataset: DataSet,
-        root: str | Path,
-        paths: Sequence[str],
-        boxes: Sequence[np.ndarray],
-        transform=None,
-        listing=None,
-    ):
-        super().__init__(dataset, root, paths, torch.zeros(len(paths), BOXES, 5), transform, listing)
-        for own, corners in zip(self.labels, boxes, strict=True):
-            found = torch.tensor(corners, dtype=torch.float32) / BOX_UNIT
-            own[: len(found), 1:] = box_convert(found, "xyxy", "cxcywh")
-
-
 class Masked(Radiographs):
     """Item i: (image, mask (k, H', W') in 0 to 1), after the transform of both. `mask(rows[i])` reads it, at any size.
 
@@ -265,7 +242,7 @@ def load(
         seed: of SIIM's training list, of which as many negatives are drawn as there are positives, as released.
 
     Returns:
-        `Labelled`, `Masked` or `Boxed`.
+        `Labelled`, of detection with `box_labels`, or `Masked`.
 
     Raises:
         BadParameter: an unknown name, split, task or share.
@@ -295,7 +272,8 @@ def load(
         labels = torch.from_numpy(digits.astype(np.int64 if one else np.float32))
         found = Labelled(dataset, root, paths, labels[:, 0] if one else labels, transform, path)
     elif task == "detection":
-        found = Boxed(dataset, root, *_boxes(path), transform, path)
+        paths, boxes = _boxes(path)
+        found = Labelled(dataset, root, paths, box_labels(boxes), transform, path)
     elif name == "xrays/rsna":
         paths, boxes = _boxes(path)
         found = make(paths, functools.partial(_box_mask, boxes))
@@ -381,6 +359,19 @@ def _boxes(path: Path) -> tuple[Sequence[str], Sequence[np.ndarray]]:
         boxes.append(found.astype(np.float32))
         boxes[-1].flags.writeable = False
     return tuple(paths), tuple(boxes)
+
+
+def box_labels(boxes: Sequence[np.ndarray]) -> Tensor:
+    """The boxes of images (n, 10, 5): class 0, centre and size as fractions of the image; padded with zeros.
+
+    Args:
+        boxes: of each image, (n, 4) x1, y1, x2, y2 in pixels of a square of `BOX_UNIT`.
+    """
+    labels = torch.zeros(len(boxes), BOXES, 5)
+    for own, corners in zip(labels, boxes, strict=True):
+        found = torch.tensor(corners, dtype=torch.float32) / BOX_UNIT
+        own[: len(found), 1:] = box_convert(found, "xyxy", "cxcywh")
+    return labels
 
 
 def _box_mask(boxes: Sequence[np.ndarray], i: int) -> Tensor:
@@ -576,8 +567,5 @@ def part_name(task: str, split: str, share: str) -> str:
 def fetch(dataset: DataSet, root: Path, progress: bool = True) -> None:
     """Download ChestMNIST, the one set here that is free and has a checksum; in a hidden folder first."""
     name, url, md5 = _CHESTMNIST
-    folder = root / dataset.folders[0]
-    folder.mkdir(parents=True, exist_ok=True)
-    with downloading(dataset, folder, progress), tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as new:
+    with fetched(dataset, root, progress) as new:
         download_url(url, new, name, md5)
-        Path(new, name).replace(folder / name)

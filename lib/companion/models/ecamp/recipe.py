@@ -48,7 +48,7 @@ FIRST = {"1": 60, "10": 100, "100": 50}  # step after which detection is validat
 EXPANSION = {"1": 8, "10": 8, "100": 4}  # of the detector's bottlenecks
 BOUND = 50  # limit of a downstream training in multiples of the published steps; the authors' code has none
 RIGA_PATIENCE = 20  # of RIGA from other encoders than ECAMP's, see `Task.patience`
-BOX = [0, 0.4, 0.5, 0.3, 0.3]  # of a generated image, see `xrays.Boxed`
+BOX = [0, 0.4, 0.5, 0.3, 0.3]  # of a generated image, see `xrays.box_labels`
 CLIP, MOMENTUM, DECAY = 1.0, 0.9, 0.05  # the norm of a gradient; SGD's; AdamW's weight decay
 
 RESULTS = Results.of("ecamp")
