@@ -45,5 +45,5 @@ def test_upright_is_as_pil_rotates():
         exif[0x0112] = orientation
         COLOUR.save(file, "PNG", exif=exif)
         with Image.open(file) as image:
-            np.testing.assert_array_equal(upright(np.asarray(image), image.info), expected)
-    np.testing.assert_array_equal(upright(SMOOTH, {}), SMOOTH)
+            np.testing.assert_array_equal(upright(np.asarray(image), image), expected)
+    np.testing.assert_array_equal(upright(SMOOTH, COLOUR), SMOOTH)

@@ -2,8 +2,8 @@
 
 `DATASETS` holds a `DataSet` for each name ("fgvc/cub200", "vtab/cifar100", ...); `status` checks whether it is on this
 machine, `fetch` downloads it if it is free and has a checksum, `table` lists all of them in rows. The module of a task
-has `load`, for free sets `fetch`, and `parts` where a set has more than its splits; `<task>_sets.yaml` holds the facts.
-No module here depends on a model or a paper.
+has `load`, for free sets `fetch`, `splits` where all splits are read at once, and `parts` where a set has more than its
+splits; `<task>_sets.yaml` holds the facts. No module here depends on a model or a paper.
 
 Own data: `own(root, ...)` of a task's module gives the set of each split by name, "train", and "val" and "test" where
 the folder has them. Its arguments are the folder, what the folder does not say (such as class names), and the
@@ -54,6 +54,7 @@ class DataSet:
         task: the module of this package that reads it.
         classes: number of classes; 0 where the lists name them, or where there are none.
         sizes: images (for tracking: sequences) in each split, as published; a different number raises an error.
+        splits: their names, where `sizes` names others.
         usual: of splits without a published number that of the copies that are known; a different one is told.
         folders: the folders searched below the data root; the first is the usual spelling.
         marks: files or folders, or patterns of them, of which the set's folder holds at least one.
@@ -81,6 +82,7 @@ class DataSet:
     checked: datetime.date | None = None
     marks: tuple[str, ...] = ()
     archive: str = ""
+    splits: tuple[str, ...] = ()
     usual: Mapping[str, int] = field(default_factory=dict)
 
     def folder(self, root: str | Path) -> Path:
@@ -255,11 +257,17 @@ def status(name: str, root: str | Path, *splits: str, decode: bool = False) -> S
 
 def parts(dataset: DataSet) -> dict[str, Callable[[Path], Any]]:
     """What a set has, by name: its splits, and of some sets more; a function from the data root gives the items."""
-    reader = _reader(dataset)
+    reader, names = _reader(dataset), dataset.splits or tuple(dataset.sizes) or ("train", "val", "test")
     if hasattr(reader, "parts"):
         return reader.parts(dataset)
-    splits = [split for split in ("train", "val", "test") if split in dataset.sizes] or ["train", "val", "test"]
-    return {split: functools.partial(reader.load, dataset.name, split=split) for split in splits}
+    if hasattr(reader, "splits"):
+        every = functools.cache(functools.partial(reader.splits, dataset.name))
+
+        def one(root: Path, split: str) -> Any:
+            return every(root)[split]
+
+        return {split: functools.partial(one, split=split) for split in names}
+    return {split: functools.partial(reader.load, dataset.name, split=split) for split in names}
 
 
 def _line(dataset: DataSet, split: str, items: Any, decode: bool) -> str:

@@ -9,7 +9,7 @@ Opening a set reads its annotation; an image is decoded on access. `root` is the
 `attributes_sets.yaml` describes the sets. Labels are 1 where the annotation is 1, and 0 elsewhere: in WIDER -1 is
 "absent" and 0 "unclear". In the RAP sets "unclear" is 2 and remains 2, as in the code of PromptPAR.
 
-A new set needs a `DataSet` with task "attributes" in `DATASETS`, and files like PA100K's or `labels.csv`.
+A new set needs a `DataSet` with task "attributes" in `DATASETS` with its `splits`, and files like PA100K's or `labels.csv`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import contextlib
 import functools
 import os
 import posixpath
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple
@@ -222,20 +222,6 @@ def square_transform(
     steps = [PadToSquare(size, antialias, padding), v2.Resize((size, size)), *cut, *normalised(halves)]
     arguments = {"size": size, "train": train, "antialias": antialias, "padding": padding}
     return configure(v2.Compose(steps), arguments, square_transform)
-
-
-# --- called by `companion.data` ----------------------------------------------------------------------------------
-
-
-def parts(dataset: DataSet) -> dict[str, Callable[[Path], Any]]:
-    """See `companion.data.parts`: the splits, all of which are read at once."""
-    read = functools.cache(functools.partial(splits, dataset.name))
-    own = [split for split in SPLITS if split in dataset.sizes] or ["trainval", "test"]
-    return {split: functools.partial(_split, read, split) for split in own}
-
-
-def _split(read: Callable[[Path], dict[str, Pedestrians]], split: str, root: Path) -> Pedestrians:
-    return read(root)[split]
 
 
 # --- implementation ----------------------------------------------------------------------------------------------

@@ -11,11 +11,10 @@ opens CIFAR's pickles only when their MD5 is the published one.
 
 from __future__ import annotations
 
-import functools
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -263,12 +262,6 @@ def fetch(dataset: DataSet, root: Path, progress: bool) -> None:
             path.rename(new / path.name)
         if place:
             shutil.rmtree(new / Path(place).parts[0])
-
-
-def parts(dataset: DataSet) -> dict[str, Callable[[Path], Images]]:
-    """See `companion.data.parts`: the splits that have lists; of VTAB-1k "trainval" too, which has its own."""
-    splits = SPLITS if dataset.name.startswith("vtab/") else ("train", "val", "test")
-    return {split: functools.partial(load, dataset.name, split=split) for split in splits}
 
 
 # --- implementation ----------------------------------------------------------------------------------------------

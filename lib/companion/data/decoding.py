@@ -26,7 +26,6 @@ from torchvision.io import ImageReadMode, decode_image, read_file
 from ..errors import BadParameter, CorruptFile
 
 SUFFIXES = (*IMG_EXTENSIONS, ".gif", ".avif")  # endings of image files; of a GIF the first frame is read
-SMALL = 2**15  # number of pixels of a PNG up to which PIL is as fast
 DAMAGED = (OSError, SyntaxError, ValueError, EOFError, StructError, Image.DecompressionBombError)
 _GREY = np.array([0.299, 0.587, 0.114], np.float32)
 _BITS, _WHITE, _FORMAT = 258, 262, 339  # TIFF's tags BitsPerSample, PhotometricInterpretation, SampleFormat
@@ -94,23 +93,19 @@ def pixels(image: Image.Image, mode: str = "RGB") -> np.ndarray:
     return np.array(image.convert(mode))
 
 
-def picture(image: Image.Image) -> Image.Image:
-    """An image that was opened from a path as RGB, by the decoder that is faster for its format and size."""
-    if deep(image) or (image.format == "PNG" and image.width * image.height > SMALL):
-        return Image.fromarray(pixels(image))
-    return image.convert("RGB")
+def picture(image: Image.Image, rotated: bool = False) -> Image.Image:
+    """An image that was opened from a path as RGB; with `rotated` upright, see `upright`."""
+    found = pixels(image)
+    return Image.fromarray(upright(found, image) if rotated else found)
 
 
 def in_memory(image: Image.Image) -> Image.Image:
-    """An image that need not have a file as RGB, upright: what `picture` and `upright` give for its file.
+    """An image that need not have a file as RGB, upright: what `picture` gives for its file.
 
     Raises `BadParameter`: no full scale.
     """
     found = Image.fromarray(_scaled(image, _eight)) if image.mode[0] in "IF" else image
-    found = found.convert("RGB")
-    if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:  # read after decoding: PIL rotates a TIFF itself
-        return found
-    return Image.fromarray(upright(np.asarray(found), {"exif": image.getexif().tobytes()}))
+    return Image.fromarray(upright(np.asarray(found.convert("RGB")), image))
 
 
 def unit_in_memory(image: Image.Image) -> np.ndarray:
@@ -121,13 +116,14 @@ def unit_in_memory(image: Image.Image) -> np.ndarray:
     return _scaled(image, _unit) if image.mode[0] in "IF" else np.asarray(image.convert("L"), np.float32) / 255
 
 
-def upright(pixels: np.ndarray, info: dict[Any, Any]) -> np.ndarray:
-    """Pixels (H, W, 3) rotated by the EXIF orientation in a PIL image's `info`."""
-    if not any(kind in str(key).lower() for key in info for kind in ("exif", "xmp")):
+def upright(pixels: np.ndarray, image: Image.Image) -> np.ndarray:
+    """The pixels (H, W, 3) of an image that is decoded, rotated by its EXIF orientation, which PIL drops where it has
+    rotated a TIFF itself."""
+    if (orientation := image.getexif().get(ExifTags.Base.Orientation, 1)) == 1:
         return pixels
-    image = Image.fromarray(pixels)
-    image.info = info
-    return np.array(ImageOps.exif_transpose(image))
+    stored = Image.fromarray(pixels)
+    stored.getexif()[ExifTags.Base.Orientation] = orientation
+    return np.array(ImageOps.exif_transpose(stored))
 
 
 def unit(path: str | Path, colour: bool = False, shortest: int = 0) -> np.ndarray:

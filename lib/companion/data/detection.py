@@ -31,7 +31,7 @@ from torchvision.ops import box_convert
 
 from ..errors import BadParameter, CompanionError, CorruptFile, check_choice
 from ..io.files import read_json
-from . import DataSet, Parts, at, below, decoding, facts, find, once, own_set, tables
+from . import DataSet, Parts, at, below, facts, find, once, own_set, tables
 from .images import Files
 
 _FACTS = facts("detection")
@@ -144,7 +144,6 @@ class Boxes(Files):
         sources = [str(folder / image["file_name"]) for image in truth["images"]]
         super().__init__(dataset, root, sources)
         self.images, self.classes, self.class_names = truth["images"], len(names), tuple(names)
-        self.rotated = False  # before an item is compared with its annotation
         self.categories = tuple(category["id"] for category in ordered)
         self.image_ids = tuple(image["id"] for image in truth["images"])
         self.base, self.novel = tuple(base), tuple(novel)
@@ -197,13 +196,13 @@ class Boxes(Files):
         return Target(box_convert(boxes.float(), "xywh", "xyxy"), labels.long(), crowd, self.image_ids[index])
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
-        pixels, info = self.pixels(index)
+        stored, upright = self.pixels(index)
         image = self.images[index]
         known = (image["height"], image["width"])
-        for found in (decoding.upright(pixels, info), pixels):  # some tools draw boxes on the stored image
+        for found in (upright, stored):  # some tools draw boxes on the stored image
             if known == found.shape[:2]:
                 return torch.from_numpy(found).permute(2, 0, 1), self.target(index)
-        raise CorruptFile(self.sources[index], f"is {pixels.shape[1::-1]} pixels, its annotation has {known[::-1]}")
+        raise CorruptFile(self.sources[index], f"is {stored.shape[1::-1]} pixels, its annotation has {known[::-1]}")
 
 
 # --- public functions -------------------------------------------------------------------------------------------------
@@ -529,14 +528,6 @@ def repeat_factors(boxes: Boxes, threshold: float = 0.001) -> np.ndarray:
     share = boxes.positives.float().mean(0)
     each = (threshold / share.clamp_min(1e-12)).sqrt().clamp_min(1)
     return torch.where(boxes.positives, each, 1.0).amax(1).numpy()
-
-
-# --- called by `companion.data` ---------------------------------------------------------------------------------------
-
-
-def parts(dataset: DataSet) -> dict[str, Callable[[Path], Any]]:
-    """See `companion.data.parts`: the splits that have annotations."""
-    return {split: functools.partial(load, dataset.name, split=split) for split in FILES[dataset.name]}
 
 
 # --- implementation ---------------------------------------------------------------------------------------------------

@@ -19,14 +19,12 @@ directly).
 
 from __future__ import annotations
 
-import functools
 import itertools
 import re
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 from torchvision.transforms import v2
@@ -147,16 +145,6 @@ def clip_transform(input, train: bool = False) -> v2.Transform:
 
 
 # --- called by `companion.data` ----------------------------------------------------------------------------------
-
-
-def parts(dataset: DataSet) -> dict[str, Callable[[Path], Any]]:
-    """See `companion.data.parts`: the splits, all of which are read at once, and all images."""
-    read = functools.cache(functools.partial(splits, dataset.name))
-
-    def part(root: Path, split: str) -> Images:
-        return read(root)[split]
-
-    return {split: functools.partial(part, split=split) for split in SPLITS}
 
 
 def fetch(dataset: DataSet, root: Path, progress: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from collections import Counter
@@ -11,7 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import make_dataset
 from torchvision.transforms import v2
@@ -57,21 +58,20 @@ class Files(Parts, Dataset):
     ):
         self.dataset, self.root, self.name = dataset, root, dataset.name
         self.sources, self.transform = sources, transform
-        self.rotated = dataset.group == "own"  # by EXIF
 
     def __len__(self) -> int:
         return len(self.sources)
 
     def picture(self, index: int) -> Image.Image:
-        """The image as stored, in RGB, before the transform.
+        """The image in RGB, before the transform.
 
         A user's own image is rotated by its EXIF orientation; those of the public sets are not, as in the papers' code.
         """
-        return self._read(index, decoding.picture)
+        return self._read(index, functools.partial(decoding.picture, rotated=self.dataset.group == "own"))
 
-    def pixels(self, index: int) -> tuple[np.ndarray, dict]:
-        """The pixels of `picture`, uint8 (H, W, 3), and its file's `info` by PIL, such as EXIF."""
-        return self._read(index, lambda image: (decoding.pixels(image), image.info))
+    def pixels(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """The pixels as stored and upright, by EXIF, each uint8 (H, W, 3)."""
+        return self._read(index, lambda image: (stored := decoding.pixels(image), decoding.upright(stored, image)))
 
     def _read(self, index: int, decode: Callable[[Image.Image], Any]) -> Any:
         source = self.sources[index]
@@ -79,9 +79,6 @@ class Files(Parts, Dataset):
             return decode(Image.fromarray(source))
         try:
             with decoding.opened(source) as image:
-                if self.rotated and image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-                    found = decoding.pixels(image)  # PIL rotates a TIFF when it decodes it, and drops the orientation
-                    return decode(Image.fromarray(decoding.upright(found, {"exif": image.getexif().tobytes()})))
                 return decode(image)
         except FileNotFoundError:
             by = f" in {self.listing}" if self.listing else ""

@@ -26,7 +26,7 @@ from torchvision.transforms.v2.functional import to_dtype
 
 from ..errors import CorruptFile, check_choice
 from ..io.files import read_json
-from . import DataSet, at, check_listed, decoding, entries, facts, fetched, find, inside, once, own_set, tables
+from . import DataSet, at, check_listed, entries, facts, fetched, find, inside, once, own_set, tables
 from .images import Files, images_below
 
 _FACTS = facts("restoration")
@@ -56,7 +56,7 @@ class Captioned(Files):
         self.captions = tuple(captions)
 
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
-        image = torch.from_numpy(decoding.upright(*self.pixels(index))).permute(2, 0, 1)
+        image = torch.from_numpy(self.pixels(index)[1]).permute(2, 0, 1)
         return to_dtype(image, torch.float32, scale=True), self.captions[index]
 
 

@@ -313,8 +313,7 @@ class Features(Parts, Dataset):
     Args:
         items: the slides.
         path: folder of `<name>.h5` (what `companion slides` writes) or of the authors' `<name>.pt`.
-        longest: number of regions to pad or truncate to, as in H-ViT's released settings; by default that of the longest
-            slide.
+        longest: number of regions to pad or truncate to; by default that of the longest slide.
         drop: leave out slides without features or without a region, and list them in `dropped`. Otherwise they raise an
             error.
 

@@ -21,7 +21,7 @@ import math
 import os
 import re
 import string
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -439,12 +439,3 @@ def read_results(
             first, last = np.rint(rows[:, :2]), np.rint(rows[:, 4:6])
             results[name] = np.concatenate([first, last - first], axis=1)
     return results
-
-
-# --- called by `companion.data` ----------------------------------------------------------------------------------
-
-
-def parts(dataset: DataSet) -> dict[str, Callable[[Path], list[Video]]]:
-    """See `companion.data.parts`: every sequence's annotation is read and its frames are counted, none is opened."""
-    splits = (split for split in SPLITS[dataset.name] if split != "trainval")
-    return {split: functools.partial(load, dataset.name, split=split) for split in splits}
