@@ -85,7 +85,9 @@ def land(root: Path) -> landcover.LandCover:
         for i in range(COUNT)
     ]
     own = landcover.own_set(root, "landcover", "")
-    return landcover.LandCover(own, pictures, dict.fromkeys("abcd", (0, 0, 0)), partial(landcover.plain, 4))
+    return landcover.LandCover(
+        own, pictures, dict.fromkeys("abcd", (0, 0, 0)), partial(landcover.plain_or_coloured, [(0, 0, 0)] * 4)
+    )
 
 
 def pairs(root: Path) -> crops.Pairs:

@@ -12,6 +12,7 @@ from companion import data
 from companion.data import climate, landcover
 from companion.data.landcover import CLASSES, LOVEDA, OEM, POTSDAM, POTSDAM_TILES, TO_LOVEDA, UAVID, XBD
 from companion.data.rasters import Raster
+from companion.data.xbd import compile_xbd
 from companion.errors import BadParameter, CorruptFile, MissingData
 from tests.data.conftest import expect, refused
 from tests.data.test_rasters import CORNER, UTM, noise, written
@@ -99,7 +100,7 @@ def test_zones_of_a_table_count_before_the_georeference_and_that_before_the_regi
 
 
 def test_the_table_of_97_regions():
-    places = landcover.read_places()
+    places = climate.read_places()
     assert len(places) == 97 and set(XBD) <= set(places)
     zones = {name: climate.zone(p.latitude, p.longitude, landcover.COAST) for name, p in places.items()}
     assert {name for name, zone in zones.items() if zone is None} == {"lohur", "rosario", "santiago", "western"}
@@ -177,9 +178,9 @@ def test_missing_xbd_is_named_and_compiled(tmp_path):
     (top / "xbd_files.csv").write_text("".join(f"{name}_pre_disaster.png,{name}.tif\n" for name in names))
     for i, name in enumerate(names):
         if i == 2:
-            refused(MissingData, "1 of 3 .*el_rodeo_3", landcover.compile_xbd, tmp_path, tmp_path / "xbd")
+            refused(MissingData, "1 of 3 .*el_rodeo_3", compile_xbd, tmp_path, tmp_path / "xbd")
         png(tmp_path / "xbd" / "tier1" / f"{name}_pre_disaster.png", noise(seed=i))
-    assert landcover.compile_xbd(tmp_path, tmp_path / "xbd") == 1  # those that were there went in before
+    assert compile_xbd(tmp_path, tmp_path / "xbd") == 1  # those that were there went in before
     train = landcover.load(OEM, tmp_path, "train")
     assert len(train) == 2 and torch.equal(train[1][0], torch.from_numpy(noise(seed=0)))
     with Raster(train.pictures[1].image) as raster:

@@ -9,7 +9,8 @@ Opening a set reads its annotation; an image is decoded on access. `root` is the
 `attributes_sets.yaml` describes the sets. Labels are 1 where the annotation is 1, and 0 elsewhere: in WIDER -1 is
 "absent" and 0 "unclear". In the RAP sets "unclear" is 2 and remains 2, as in the code of PromptPAR.
 
-A new set needs a `DataSet` with task "attributes" in `DATASETS` with its `splits`, and files like PA100K's or `labels.csv`.
+A new set needs a `DataSet` with its `splits` and task "attributes" in `DATASETS`, and files like PA100K's or
+`labels.csv`.
 """
 
 from __future__ import annotations

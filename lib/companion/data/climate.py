@@ -1,4 +1,4 @@
-"""The climate zone of a location.
+"""The climate zone of a location, and tables of locations.
 
     zone(52.39, 13.06)                              "Cfb"
 
@@ -10,13 +10,20 @@ from __future__ import annotations
 
 import functools
 import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from ..errors import BadParameter, CompanionError
+from ..errors import BadParameter, CompanionError, CorruptFile, check_choice
+from . import tables
+from .rasters import SUFFIXES
 
 OCEAN = "Ocean"
+TABLE = Path(__file__).with_name("openearthmap_places.csv")
+"""The locations of OpenEarthMap's regions."""
 
 # locations of the data sets: city, latitude, longitude in degrees (city centres)
 PLACES = {
@@ -81,3 +88,37 @@ def zone(latitude: float | None, longitude: float | None, reach: int = 0) -> str
     distance = np.where((around == ocean) | (distance > reach), np.inf, distance)
     nearest = np.unravel_index(distance.argmin(), distance.shape)
     return names[int(around[nearest])] if np.isfinite(distance[nearest]) else OCEAN
+
+
+@dataclass(frozen=True)
+class Place:
+    """A table's entry for a region or an image; missing values are None."""
+
+    latitude: float | None = None
+    longitude: float | None = None
+    zone: str | None = None
+    text: str | None = None
+
+
+def read_places(path: str | Path = TABLE) -> dict[str, Place]:
+    """A table of locations: region (or image), and any of latitude, longitude, zone, text; lines with # are comments.
+
+    Raises `CorruptFile` with the faulty line or the missing column."""
+    places: dict[str, Place] = {}
+    suffix = re.compile(rf"(?i)({'|'.join(map(re.escape, SUFFIXES))})$")
+    for line, row in tables.rows(path):
+        key = "image" if "image" in row else "region"
+        if key not in row or not row.keys() & {"latitude", "longitude", "zone", "text"}:
+            wanted = "region or image, and latitude and longitude, zone or text are expected"
+            raise CorruptFile(path, f"its columns are {', '.join(row)}: {wanted}")
+        try:
+            latitude, longitude = (float(row[name]) if row.get(name) else None for name in ("latitude", "longitude"))
+            if (latitude, longitude) != (None, None) and zone(latitude, longitude) is None:
+                raise ValueError(f"latitude {latitude}, longitude {longitude} is not a location")
+            if row.get("zone"):
+                check_choice("zone", row["zone"], codes())
+        except ValueError as error:  # not a number, or coordinates out of range
+            raise CorruptFile(path, f"line {line}: {row[key]}: {error}") from error
+        name = row[key] if key == "region" else suffix.sub("", row[key])
+        places[name] = Place(latitude, longitude, row.get("zone") or None, row.get("text") or None)
+    return places

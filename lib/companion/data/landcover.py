@@ -29,9 +29,9 @@ from torchvision import tv_tensors
 from torchvision.datasets.utils import download_and_extract_archive
 
 from ..errors import BadParameter, CorruptFile, check_choice, check_names
-from ..io.files import atomic
 from . import DataSet, Parts, at, climate, entries, facts, fetched, find, own_set, tables
-from .rasters import SUFFIXES, Raster, quiet
+from .climate import TABLE, Place, read_places
+from .rasters import SUFFIXES, Raster
 
 OEM, LOVEDA, POTSDAM = "landcover/openearthmap", "landcover/loveda", "landcover/potsdam"
 UAVID = "landcover/uavid"
@@ -60,7 +60,6 @@ PADDINGS = ("ignored", "impervious")
 TILE = 1024  # side in pixels of the windows of Potsdam's tiles and UAVid's frames
 FLIPS: dict[str, tuple[int, ...]] = {"": (), "left-right": (-1,), "upside down": (-2,)}
 ENDINGS = ("", "_mask", "_label", "_labels", "_gt")  # endings of the names of users' label files
-PLACES = Path(__file__).with_name("openearthmap_places.csv")
 COAST = 3  # cells of the map, about 3 km each: maximum distance of a location on water from the nearest land
 Transform = Callable[[tv_tensors.Image, tv_tensors.Mask], tuple[Tensor, Tensor]]
 
@@ -74,16 +73,6 @@ class AerialImage:
     region: str
 
 
-@dataclass(frozen=True)
-class Place:
-    """A table's entry for a region or an image; missing values are None."""
-
-    latitude: float | None = None
-    longitude: float | None = None
-    zone: str | None = None
-    text: str | None = None
-
-
 class LandCover(Parts, Dataset):
     """Map-style: images and labels, whole or by windows.
 
@@ -95,7 +84,7 @@ class LandCover(Parts, Dataset):
         windows: (image, top, left, flip) of each item; mirrored by `flip` (see `FLIPS`).
 
     Args:
-        decode: reads a window of a label file as training labels (see `earth`, `loveda`, `colours`, `plain`).
+        decode: reads a window of a label file as training labels (`earth`, `loveda`, `colours`, `plain_or_coloured`).
         size: side of the windows in pixels, at a distance of `stride` (None: `size`). None: whole images.
         pad: pad windows at the edges with black, ignored pixels; otherwise they are smaller.
         before: pad at the top and the left, as in GeoSeg's tool, instead of at the bottom and the right.
@@ -260,9 +249,9 @@ def load(
     decode: Callable[..., np.ndarray] = earth
     places: dict[str, Place] = {}
     if name == LOVEDA:
-        decode, places = loveda, {scene: _city("LoveDA") for scene in ("urban", "rural")}
+        decode, places = loveda, dict.fromkeys(("urban", "rural"), Place(*climate.PLACES["LoveDA"][0][1:]))
     elif name == POTSDAM:
-        decode, places = colours, {"potsdam": _city("Potsdam")}
+        decode, places = colours, {"potsdam": Place(*climate.PLACES["Potsdam"][0][1:])}
         options |= {"size": size or TILE, "before": True, "mirrored": mirrored}
         options["padding"] = None if padding == "ignored" else 0
     elif name == UAVID:
@@ -270,7 +259,7 @@ def load(
         options["size"] = size or TILE
     else:
         table = dataset.folder(root) / "places.csv"
-        places = read_places(table if table.is_file() else PLACES)
+        places = read_places(table if table.is_file() else TABLE)
     return LandCover(dataset, pictures, CLASSES[name], decode, places, **options)
 
 
@@ -333,30 +322,6 @@ def own(
     return {"train": found["all"]} | found
 
 
-def read_places(path: str | Path = PLACES) -> dict[str, Place]:
-    """A table of locations: region (or image), and any of latitude, longitude, zone, text; lines with # are comments.
-
-    Raises `CorruptFile` with the faulty line or the missing column."""
-    places: dict[str, Place] = {}
-    suffix = re.compile(rf"(?i)({'|'.join(map(re.escape, SUFFIXES))})$")
-    for line, row in tables.rows(path):
-        key = "image" if "image" in row else "region"
-        if key not in row or not row.keys() & {"latitude", "longitude", "zone", "text"}:
-            wanted = "region or image, and latitude and longitude, zone or text are expected"
-            raise CorruptFile(path, f"its columns are {', '.join(row)}: {wanted}")
-        try:
-            latitude, longitude = (float(row[name]) if row.get(name) else None for name in ("latitude", "longitude"))
-            if (latitude, longitude) != (None, None) and climate.zone(latitude, longitude) is None:
-                raise ValueError(f"latitude {latitude}, longitude {longitude} is not a location")
-            if row.get("zone"):
-                check_choice("zone", row["zone"], climate.codes())
-        except ValueError as error:  # not a number, or coordinates out of range
-            raise CorruptFile(path, f"line {line}: {row[key]}: {error}") from error
-        name = row[key] if key == "region" else suffix.sub("", row[key])
-        places[name] = Place(latitude, longitude, row.get("zone") or None, row.get("text") or None)
-    return places
-
-
 def read_classes(root: str | Path) -> dict[str, tuple[int, int, int]]:
     """The classes of your own images from `classes.txt`: one name per line, optionally with its colour, "field 75 181
     73".
@@ -397,54 +362,6 @@ def label_values(data: LandCover) -> dict[tuple[tuple[int, ...], int], int]:
     return dict(sorted(found.items()))
 
 
-def compile_xbd(root: str | Path, xbd: str | Path) -> int:
-    """Put xBD's images into OpenEarthMap, as GeoTIFF with the georeference of their labels; returns how many were new.
-
-    `xbd_files.csv` pairs the names; region names may contain underscores, so they end at the last one. (OpenEarthMap's
-    script, in the version that we read, takes the part before the FIRST one as the folder, does not find it, and skips
-    el_rodeo, mexico_city and similar names without a warning.) Existing files are not overwritten. Each file is written
-    under a temporary name, so a killed run can be resumed.
-
-    Args:
-        root: the data folder. xbd: a folder below which xBD's `*_pre_disaster.png` are, at any depth.
-
-    Raises:
-        MissingData: some of xBD's images are missing; the existing ones have been compiled.
-        CorruptFile: the list or an image cannot be read, or an image's size differs from its label's.
-    """
-    import rasterio  # an extra
-
-    dataset, done, lost = find(OEM), 0, []
-    listing = tables.existing(dataset, root, dataset.folder(root) / "xbd_files.csv")
-    there = {path.name: path for path in Path(xbd).rglob("*_pre_disaster.png")}
-    pairs = [line.split(",") for line in tables.lines(listing)]
-    if wrong := [pair for pair in pairs if len(pair) != 2]:
-        raise CorruptFile(listing, f"{wrong[0]} is not a pair of names")
-    for theirs, name in pairs:
-        region = listing.with_name(name.rpartition("_")[0])
-        label, out = region / "labels" / name, region / "images" / name
-        if out.is_file():
-            continue
-        if theirs not in there:
-            lost.append(theirs)
-            continue
-        with Raster(there[theirs]) as source:
-            image, (height, width) = source.read(), source.size
-        profile = {"driver": "GTiff", "count": 3, "dtype": "uint8", "height": height, "width": width}
-        profile |= {"compress": "deflate", "photometric": "RGB"}
-        if label.is_file():  # those of the test split are withheld
-            with Raster(label) as truth:
-                if truth.size != source.size:
-                    raise CorruptFile(there[theirs], f"it is {source.size}, its label {truth.size}")
-                profile |= {"crs": truth.crs, "transform": truth.transform}
-        with atomic(out) as temporary, quiet(), rasterio.open(temporary, "w", **profile) as file:
-            file.write(image)
-        done += 1
-    if lost:
-        raise dataset.missing(root, f"{len(lost)} of {len(pairs)} images of xBD are not below {xbd}, such as {lost[0]}")
-    return done
-
-
 # --- labels on disk to training labels --------------------------------------------------------------------------------
 
 
@@ -473,15 +390,11 @@ def colours(truth: Raster, *window: int) -> np.ndarray:
     return labels
 
 
-def plain(classes: int, truth: Raster, *window: int) -> np.ndarray:
-    """The label is the class; codes beyond the last class are ignored."""
-    return np.minimum(truth.raw((1,), *window)[0], classes).astype(np.int64)
-
-
 def plain_or_coloured(palette: Sequence[tuple[int, int, int]], truth: Raster, *window: int) -> np.ndarray:
-    """Your own labels: as `plain`, or three bands with the colours of the classes, in which black is ignored."""
+    """Your own labels: class numbers, of which those beyond the last are ignored, or three bands with the classes'
+    colours, in which black is ignored."""
     if truth.bands < 3:
-        return plain(len(palette), truth, *window)
+        return np.minimum(truth.raw((1,), *window)[0], len(palette)).astype(np.int64)
     raw = truth.read(*window)
     labels = np.where(raw.any(0), -1, len(palette))
     for i, colour in enumerate(palette):
@@ -513,53 +426,43 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _pictures(
-    dataset: DataSet, root: Path, split: str, labels: str | None = None, without_xbd: bool = False
+    dataset: DataSet, root: Path, split: str, labels: str | None, without_xbd: bool
 ) -> tuple[list[AerialImage], list[str]]:
     """The images of a split, and the regions left out."""
-    folder, absent = dataset.folder(root), list[str]()
+    folder, absent = dataset.folder(root), set[str]()
     if dataset.name == OEM:
-        pictures, absent = _earth(folder, tables.existing(dataset, root, folder / f"{split}.txt"))
-        if needed := [region for region in absent if not (without_xbd and region in XBD)]:
-            how = " (compile xBD's in with landcover.compile_xbd, or without_xbd=True)" if {*needed} & {*XBD} else ""
+        names = tables.names(tables.existing(dataset, root, folder / f"{split}.txt"))
+        listed = [
+            AerialImage(at(folder, f"{region}/images/{name}"), at(folder, f"{region}/labels/{name}"), region)
+            for name, region in ((name, name.rpartition("_")[0]) for name in names)
+        ]
+        pictures = [picture for picture in listed if picture.image.is_file()]
+        lost = [picture.region for picture in listed if not picture.image.is_file()]
+        absent = {*lost}
+        if needed := [region for region in lost if not (without_xbd and region in XBD)]:
+            how = " (compile xBD's in with data.xbd.compile_xbd, or without_xbd=True)" if {*needed} & {*XBD} else ""
             detail = f"{len(needed)} images of {split}.txt in {', '.join(sorted({*needed}))}{how}"
             raise dataset.missing(root, detail)
     elif dataset.name == POTSDAM:
         pictures = _potsdam(folder, split, labels or {"train": "full", "test": "eroded"}[split])
-    elif dataset.name == LOVEDA:
-        scenes = [at(folder, f"{split.capitalize()}/{scene}") for scene in ("Rural", "Urban")]
-        pictures = [
-            AerialImage(image, at(scene, "masks_png") / image.name, scene.name.lower())
-            for scene in scenes
-            for image in _files(at(scene, "images_png"))
-        ]
     else:
-        top = at(folder, f"uavid_{split}")
-        sequences = [top / name for name in sorted(entries(top, folders=True), key=lambda name: (len(name), name))]
+        if dataset.name == LOVEDA:
+            kinds = "images_png", "masks_png"
+            scenes = [at(folder, f"{split.capitalize()}/{scene}") for scene in ("Rural", "Urban")]
+        else:
+            kinds, top = ("Images", "Labels"), at(folder, f"uavid_{split}")
+            scenes = [top / name for name in sorted(entries(top, folders=True), key=lambda name: (len(name), name))]
         pictures = [
-            AerialImage(image, at(sequence, "Labels") / image.name, sequence.name)
-            for sequence in sequences
-            for image in _files(at(sequence, "Images"))
+            AerialImage(image, at(scene, kinds[1]) / image.name, scene.name.lower())
+            for scene in scenes
+            for image in _files(at(scene, kinds[0]))
         ]
     tables.check_count(dataset, root, len(pictures), dataset.sizes.get(split), f"images of '{split}'")
     if split == "test" and dataset.name != POTSDAM:  # the labels are withheld
         pictures = [p if p.label and p.label.is_file() else AerialImage(p.image, None, p.region) for p in pictures]
-    if lost := [path for p in pictures for path in (p.image, p.label) if path and not path.is_file()]:
-        raise dataset.missing(root, f"{len(lost)} files of '{split}', the first: {lost[0]}")
-    return pictures, sorted({*absent})
-
-
-def _earth(folder: Path, listing: Path) -> tuple[list[AerialImage], list[str]]:
-    """The listed images, and for each listed one that is not there its region."""
-    found: list[AerialImage] = []
-    absent: list[str] = []
-    for name in tables.names(listing):
-        region = name.rpartition("_")[0]
-        image, label = (at(folder, f"{region}/{kind}/{name}") for kind in ("images", "labels"))
-        if image.is_file():
-            found.append(AerialImage(image, label, region))
-        else:
-            absent.append(region)
-    return found, absent
+    if gone := [path for p in pictures for path in (p.image, p.label) if path and not path.is_file()]:
+        raise dataset.missing(root, f"{len(gone)} files of '{split}', the first: {gone[0]}")
+    return pictures, sorted(absent)
 
 
 def _potsdam(folder: Path, split: str, kind: str) -> list[AerialImage]:
@@ -574,12 +477,6 @@ def _potsdam(folder: Path, split: str, kind: str) -> list[AerialImage]:
         label = at(folder, *(f"{mask}/{name}" for mask in masks))
         found.append(AerialImage(at(images, f"top_potsdam_{tile}_{bands}.tif"), label, "potsdam"))
     return found
-
-
-def _city(name: str) -> Place:
-    """The first city of a set: all its cities are in one climate zone."""
-    _, latitude, longitude = climate.PLACES[name][0]
-    return Place(latitude, longitude)
 
 
 def _colour(index: int) -> tuple[int, int, int]:
