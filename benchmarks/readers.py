@@ -26,6 +26,7 @@ from torchvision.transforms import v2
 from companion.data import attributes, classification, detection, domains, landcover, restoration, tracking, xrays
 from companion.data.images import Images
 from companion.data.pyramids import Slide, write_pyramid
+from companion.data.radiographs import Radiographs
 from companion.io.files import read_json, write_json
 from companion.models.bat import crops
 from companion.models.ecamp import transforms
@@ -141,7 +142,7 @@ def captioned(root: Path) -> restoration.Captioned:
     return restoration.Captioned(restoration.own_set(root, "restoration", ""), root, sources, [""] * len(sources))
 
 
-def chests(root: Path) -> xrays.Radiographs:
+def chests(root: Path) -> Radiographs:
     return xrays.own(root / "radiographs", ["a"], transforms.test_transform())["train"]
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from companion import backbones
-from companion.data import DATASETS, attributes, decoding, detection
+from companion.data import DATASETS, attributes, coco, decoding
 from companion.data import slides as slide_lists
 from companion.data.pyramids import Slide
 from companion.evaluation import ablations
@@ -70,7 +70,7 @@ COCO = {
 }
 PICKLED = {"a": list(range(1000)), "b": "text" * 100}
 SINGLE: dict[str, tuple[str, Do, Do]] = {
-    "COCO annotations": ("instances.json", lambda p: write_json(p, COCO), detection.read_annotations),
+    "COCO annotations": ("instances.json", lambda p: write_json(p, COCO), coco.read_annotations),
     "slide": ("slide.tiff", lambda p: written(p, drawn()), read_slide),
     "features of a slide": ("a.h5", extract, slide_lists.read_features),
     "X-ray": ("a.png", lambda p: Image.fromarray(NOISE).save(p), decoding.unit),

@@ -24,7 +24,18 @@ from rasterio.transform import Affine
 from safetensors.torch import save_file
 
 from companion import backbones
-from companion.data import classification, decoding, detection, domains, landcover, pretraining, slides, tracking, xrays
+from companion.data import (
+    classification,
+    coco,
+    decoding,
+    detection,
+    domains,
+    landcover,
+    pretraining,
+    slides,
+    tracking,
+    xrays,
+)
 from companion.errors import CompanionError
 from companion.io.files import read_json
 from companion.models.sic_cads import detectors
@@ -318,7 +329,7 @@ WRONG = (
 odd(
     "annotations",
     "a.json",
-    lambda folder: detection.read_annotations(folder / "a.json")["annotations"].boxes[0].tolist(),
+    lambda folder: coco.read_annotations(folder / "a.json")["annotations"].boxes[0].tolist(),
     {BOM + WHOLE_FILE: [1, 1, 4, 4], WHOLE_FILE.replace('"id": 3', '"id": 3.5'): "categories[0]"},
     ("", DEEP, '{"a":' * 100_000, "[]"),
     ("annotations[0]", *(WHOLE_FILE.replace(BOX, box) for box in (*WRONG, "[1, 1, 4, 1e308]"))),

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from companion import data
-from companion.data.detection import caption_labels, load, own, read_annotations
+from companion.data.coco import read_annotations
+from companion.data.detection import caption_labels, load, own
 from companion.errors import BadParameter, CorruptFile, MissingData
 from companion.io.files import read_json, write_json
 from tests.data.conftest import expect, picture, refused, unreadable

@@ -20,6 +20,7 @@ from torch.utils.data import TensorDataset
 from torchvision.transforms import v2
 
 from companion.data import own_set, xrays
+from companion.data.radiographs import Labelled, Masked
 from companion.data.xrays import CLASSES, ONE_OF, SIZES
 from companion.evaluation.metrics import radiology
 from companion.evaluation.tables import published_table
@@ -316,7 +317,7 @@ def _items(
 def _preprocess_classification(case: Case) -> list[Row]:
     transform = transforms.test_transform(case.settings["img_size"])
     options = {"labels": torch.zeros(1, 1), "transform": transform}
-    ((image, _),) = _items(case.data["in.image"].numpy(), xrays.Labelled, **options)
+    ((image, _),) = _items(case.data["in.image"].numpy(), Labelled, **options)
     return _image(case, "", case.expected, image)
 
 
@@ -325,7 +326,7 @@ def _preprocess_detection(case: Case) -> list[Row]:
     transform = transforms.squeeze_transform(case.settings["img_size"])
     height, width = image.shape[:2]
     unit = xrays.BOX_UNIT / np.array([width, height, width, height])  # boxes are given in pixels of a square
-    (grey, boxes), (_, again) = _items(image, xrays.Labelled, xrays.box_labels([whole * unit]), transform, reads=2)
+    (grey, boxes), (_, again) = _items(image, Labelled, xrays.box_labels([whole * unit]), transform, reads=2)
     odd = np.issubdtype(whole.dtype, np.integer) and ((whole[:, :2] + whole[:, 2:]) % 2).any()
     halved = "centres of whole numbers lose half a pixel there; RSNA's list has decimals" if odd else ""
     # a grey image for each colour, blue first as OpenCV has them
@@ -353,7 +354,7 @@ def _preprocess_segmentation(case: Case) -> list[Row]:
     items = []
     for name, mask in masks.items():
         transform = transforms.MaskTransform(name, False, size)
-        items += _items(case.data["in.image"].numpy(), xrays.Masked, mask=mask, transform=transform)
+        items += _items(case.data["in.image"].numpy(), Masked, mask=mask, transform=transform)
     (image, (rsna,)), (_, (siim,)) = items
     soft, room = int(((siim > 0) & (siim < 1)).sum()), _room(case, "mask_siim")["absolute"]
     hard, smooth = wanted["mask_rsna"], wanted["mask_siim"]

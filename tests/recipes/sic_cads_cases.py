@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from companion import backbones
 from companion.data import DATASETS, detection
+from companion.data.coco import read_annotations
 from companion.data.detection import COCO_BASE, COCO_NOVEL, COCO_OTHER
 from companion.evaluation.metrics.detection import evaluate, recognition_ap
 from companion.models.layers.state_dicts import official_state
@@ -170,7 +171,7 @@ def _lvis_images(case: Case) -> list[Row]:
         {"image_id": i, "category_id": c + 1, "bbox": [0, 0, 1, 1], "iscrowd": crowd}
         for i, c, crowd in s["image_class_crowd"]
     ]
-    truth = detection.read_annotations({"images": images, "annotations": rows, "categories": categories})
+    truth = read_annotations({"images": images, "annotations": rows, "categories": categories})
     truth = detection.ov_lvis(truth, "train")
     boxes = detection.Boxes(DATASETS["detection/ov-lvis"], Path(), Path(), truth, [], [])
     factors = detection.repeat_factors(boxes, s["threshold"])
@@ -188,7 +189,7 @@ def _boxes(dataset: str, categories: Sequence[Mapping], classes: Sequence[Sequen
         for i, found in enumerate(classes)
         for c in found
     ]
-    truth = detection.read_annotations({"images": images, "annotations": rows, "categories": categories})
+    truth = read_annotations({"images": images, "annotations": rows, "categories": categories})
     make = detection.ov_coco if dataset.endswith("coco") else detection.ov_lvis
     ids = sorted(category["id"] for category in categories)
     seen, tested = ({ids[i] for i in make(truth, split)["annotations"].labels} for split in ("train", "test"))
@@ -399,7 +400,7 @@ def _metric(case: Case) -> list[Row]:
         DATASETS["detection/ov-coco"],
         Path(),
         Path(),
-        detection.read_annotations(truth),
+        read_annotations(truth),
         [*COCO_BASE.values()],
         [*COCO_NOVEL.values()],
     )

@@ -34,6 +34,7 @@ from torchvision.ops import box_convert, box_iou
 from ..backbones import Input
 from ..data import detection as data
 from ..data import own_set
+from ..data.coco import read_annotations
 from ..errors import check_choice
 from ..evaluation.ablations import Study
 from ..evaluation.metrics.detection import evaluate
@@ -281,7 +282,7 @@ def load(seed: int, split: str) -> data.Boxes:
     """The images of a split, "train", "val" or "test", and their boxes; the same seed gives the same ones."""
     drawn = scenes(COUNTS[split], split, seed)
     base, novel = ([index + 1 for index in group] for group in (BASE, NOVEL))
-    truth = data.read_annotations(annotated(split, drawn))
+    truth = read_annotations(annotated(split, drawn))
     found = data.Boxes(own_set("scenes", "detection", ""), Path(), Path(), truth, base, novel)
     found.sources = np.stack([shown.image for shown in drawn])
     return found

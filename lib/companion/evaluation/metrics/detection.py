@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
 
-from ...data.detection import check_results, is_box
+from ...data.coco import check_results, is_box
 from ...errors import BadParameter, CorruptFile, check_choice
 from ...io.files import read_json
 from . import checked

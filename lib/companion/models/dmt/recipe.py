@@ -22,7 +22,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from ...backbones import read_state
 from ...data import few, find, present, pretraining
-from ...data.detection import read_annotations
+from ...data.coco import read_annotations
 from ...data.pretraining import COCO, IMAGENET
 from ...errors import BadParameter, MissingWeights
 from ...evaluation.metrics import accuracy, detection, landcover

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from torchvision.ops import box_convert, clip_boxes_to_image
 
 from ...backbones import quiet, unreachable
-from ...data.detection import check_results
+from ...data.coco import check_results
 from ...errors import BadParameter, CorruptFile, MissingWeights
 from ...io.files import read_json
 from .model import Detections, Output, check_pixels

@@ -22,6 +22,7 @@ from torchvision.transforms.v2.functional import resize
 
 from ... import backbones
 from ...data import DATASETS, detection, few, present
+from ...data.coco import read_annotations
 from ...errors import BadParameter, MissingWeights
 from ...evaluation.metrics.detection import evaluate
 from ...evaluation.tables import Results
@@ -426,7 +427,7 @@ def generated(p: Parameters, count: int) -> detection.Boxes:
     shown = [{"category_id": c, "bbox": [90.0 * k, 60, 80, 60]} for k, c in enumerate((*groups[0][:3], *groups[1][:2]))]
     rows = [{"image_id": i, "area": 4800, "iscrowd": 0, **box} for i in range(count) for box in shown]
     rows = [{"id": number, **row} for number, row in enumerate(rows, 1)]
-    truth = detection.read_annotations({"images": images, "annotations": rows, "categories": categories})
+    truth = read_annotations({"images": images, "annotations": rows, "categories": categories})
     boxes = detection.Boxes(dataset, Path(p.data_root), Path(), truth, *groups)
     boxes.sources = rng.integers(0, 256, (count, height, width, 3), dtype=np.uint8)
     return boxes
