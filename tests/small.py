@@ -81,7 +81,7 @@ def _ecamp(recipe: ModuleType, patch: pytest.MonkeyPatch) -> None:
     text = Bert(width=48, depth=1, heads=2, length=16)
     narrow = {"encoder": Blocks(48, 1, 2), "decoder": Blocks(32, 1, 2), "text": text}
     patch.setattr(recipe, "encoder", encoder)
-    patch.setattr(recipe, "Pairs", functools.partial(recipe.Pairs, length=16))
+    patch.setattr(recipe, "ReportPairs", functools.partial(recipe.ReportPairs, length=16))
     patch.setattr(recipe.heads, "Segmenter", functools.partial(recipe.heads.Segmenter, channels=(32, 16, 8, 8)))
     patch.setattr(recipe.detection, "Detector", functools.partial(recipe.detection.Detector, channels=(64, 32, 16)))
     patch.setitem(recipe.ecamp.SIZES, "paper", narrow)

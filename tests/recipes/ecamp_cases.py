@@ -218,7 +218,7 @@ def _labels_stops(case: Case) -> list[Row]:
         ids = words.encode(text.splice(report, said["statement"], draws.__next__), said["length"])
         rows.append(same(f"texts {report}, {after}", one["tokens"], words.words(ids)))
         if after is None:  # and where no statements are
-            ids = text.Pairs(torch.zeros(1, 3, 8, 8), [report], words)[0].labels
+            ids = text.ReportPairs(torch.zeros(1, 3, 8, 8), [report], words)[0].labels
             rows.append(same(f"texts {report}, no statements", one["tokens"], words.words(ids)))
     return rows
 
@@ -399,7 +399,7 @@ def _preprocess_pretraining(case: Case) -> list[Row]:
     out = ecamp.build("pocket").eval().forward_intermediates(pair)[1]
     small = v2.functional.resize(pair.images, [32, 32], v2.InterpolationMode.BICUBIC, antialias=False)
     halved = torch.allclose(out["low"], small, atol=1e-5) and out["super_resolved"].shape == pair.images.shape
-    pairs = text.Pairs(torch.zeros(1, 3, 8, 8), ["a"], text.Vocabulary.from_words(["a"]))
+    pairs = text.ReportPairs(torch.zeros(1, 3, 8, 8), ["a"], text.Vocabulary.from_words(["a"]))
     draws = np.linspace(0, 1, 50, endpoint=False)
     places = {text.splice("a. b. c", " X.", iter([0.0, draw]).__next__).index("X") for draw in draws}
     return [

@@ -16,22 +16,14 @@ function that parses a file again only when the file has changed.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import datetime
 import functools
-import http.client
 import importlib
-import io
 import itertools
 import os
 import re
-import shutil
-import socket
-import tarfile
-import tempfile
-import zipfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -204,7 +196,6 @@ class Status:
 
 
 DATASETS: dict[str, DataSet] = {}
-SECONDS = 20  # timeout of a host's answer
 ADDED = ("__MACOSX", "Thumbs.db", "desktop.ini")  # to copies, by operating systems
 MANY = 64  # folders in one
 _HERE = Path(__file__).parent
@@ -381,39 +372,6 @@ def fetch(name: str, root: str | Path, progress: bool = True) -> Path:
     return dataset.folder(root)
 
 
-@contextlib.contextmanager
-def fetched(dataset: DataSet, root: Path, progress: bool) -> Iterator[Path]:
-    """Context of a download: a hidden folder, whose content is moved to the set's folder at the end.
-
-    Archives in it are removed. In an incomplete copy files are replaced; none of the user's others is removed. No
-    progress bars unless `progress`; a failure raises `CompanionError` with advice, as does an archive with a member
-    outside of its folder. A host that does not answer within `SECONDS` counts as a failure; the system's own timeout is
-    minutes.
-    """
-    folder, waited = dataset.folder(root), socket.getdefaulttimeout()
-    root.mkdir(parents=True, exist_ok=True)
-    socket.setdefaulttimeout(SECONDS)
-    tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)  # the default from Python 3.14 on
-    try:
-        with (
-            contextlib.nullcontext() if progress else contextlib.redirect_stderr(io.StringIO()),
-            tempfile.TemporaryDirectory(prefix=".fetch-", dir=root) as name,
-        ):
-            (new := Path(name) / folder.name).mkdir()
-            yield new
-            for archive in (path for path in new.iterdir() if path.suffix in (".gz", ".tgz", ".zip")):
-                archive.unlink()
-            shutil.copytree(new, folder, dirs_exist_ok=True, copy_function=shutil.move)
-    except (OSError, http.client.HTTPException, RuntimeError, tarfile.TarError, zipfile.BadZipFile) as error:
-        raise CompanionError(
-            f"{dataset.title} could not be downloaded ({getattr(error, 'reason', error)}). No partial file was "
-            f"saved. On a machine with a network run `companion fetch` again, or copy a finished {folder} here."
-        ) from None
-    finally:
-        socket.setdefaulttimeout(waited)
-        tarfile.TarFile.extraction_filter = None
-
-
 # --- for the readers --------------------------------------------------------------------------------------------------
 
 _P = ParamSpec("_P")
@@ -450,6 +408,11 @@ def inside(listing: Path, where: str, path: str) -> str:
     if odd and _OUTSIDE.search(path):  # which is ten times slower
         raise CorruptFile(listing, f"{where}: the path {path!r} leaves the data set's folder")
     return path
+
+
+def doubled(names: Iterable[_T]) -> list[_T]:
+    """Those of the names that are there more than once."""
+    return [name for name, count in Counter(names).items() if count > 1]
 
 
 def check_listed(dataset: DataSet, root: Path, paths: Iterable[str], listing: str = "") -> None:

@@ -26,7 +26,8 @@ from torchvision.transforms import v2
 from ..errors import BadParameter, CorruptFile, check_choice
 from ..io.config import configure
 from ..io.files import atomic_folder, read_json, write_json
-from . import DataSet, at, below, check_listed, entries, facts, fetched, find, inside, once, own_set, tables
+from . import DataSet, at, below, check_listed, entries, facts, find, inside, once, own_set, tables
+from .downloads import fetched
 from .images import Images, Transform, class_folders, images_of_classes, normalised, warn_of
 
 SPLITS = ("train", "val", "trainval", "test")
@@ -324,9 +325,11 @@ def _vtab(listing: Path) -> Rows:
 
 
 def _fgvc(dataset: DataSet, root: Path, split: str) -> Rows:
-    """FGVC's lists: a dict "path" -> class id, from 1; NABirds has raw ids, numbered in their order in training."""
+    """FGVC's lists, VPT's or else those of `official_lists`: a dict "path" -> class id, from 1; NABirds has raw ids,
+    numbered in their order in training."""
     folder, key = dataset.folder(root), dataset.name.partition("/")[2]
-    lists = folder / _lists(folder)
+    vpts = any((folder / f"{split}.json").is_file() for split in ("train", "val", "test"))
+    lists = folder if vpts or not (folder / NOT_VPT).is_dir() else folder / NOT_VPT
     if not any(at(lists, f"{name}.json").is_file() for name in SPLITS):
         others = f"companion.data.classification.official_lists({dataset.name!r}, {str(root)!r})"
         raise dataset.missing(root, f"{split}.json and all other lists: get VPT's, or make others by {others}")
@@ -339,12 +342,6 @@ def _fgvc(dataset: DataSet, root: Path, split: str) -> Rows:
     number, ids = {class_id: label for label, class_id in enumerate(known)}, _class_ids(listing)
     base = at(folder, IMAGES[key]) if IMAGES[key] else folder
     return listing, base, list(ids), [number.get(class_id, -1) for class_id in ids.values()]
-
-
-def _lists(folder: Path) -> str:
-    """Where the lists of an FGVC set are: VPT's, or those of `official_lists` where none of VPT's is there."""
-    vpts = any((folder / f"{split}.json").is_file() for split in ("train", "val", "test"))
-    return "" if vpts or not (folder / NOT_VPT).is_dir() else f"{NOT_VPT}/"
 
 
 @once

@@ -16,7 +16,6 @@ import csv
 import functools
 import itertools
 import math
-from collections import Counter
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
@@ -28,7 +27,7 @@ from torchvision.ops import box_convert
 
 from ..errors import BadParameter, CorruptFile, check_choice
 from ..io.files import read_json
-from . import DataSet, at, below, facts, find, once, own_set, tables
+from . import DataSet, at, below, doubled, facts, find, once, own_set, tables
 from .coco import CAPTION, SCHEMA, Annotations, Fields, arrays, check_fields, failure, is_id, read_annotations
 from .images import Files
 
@@ -184,7 +183,7 @@ def own(root: str | Path, novel: Sequence[str] = ()) -> dict[str, Boxes]:
     file = tables.existing(dataset, root, root / "annotations.json")
     truth, images = _of_file(file), root / "images"
     named = {category["id"]: category["name"] for category in truth["categories"]}
-    if twice := [name for name, count in Counter(named.values()).items() if count > 1]:
+    if twice := doubled(named.values()):
         raise CorruptFile(file, f"two categories are called {twice[0]!r}")
     rows, listed = truth["annotations"], [(image["width"], image["height"]) for image in truth["images"]]
     sizes = np.array(listed, float)[rows.images]

@@ -32,21 +32,8 @@ from torchvision.transforms import v2
 from ..errors import CompanionError, CorruptFile, check_choice
 from ..io.config import configure
 from ..io.files import read_json
-from . import (
-    DataSet,
-    at,
-    below,
-    check_listed,
-    classification,
-    entries,
-    facts,
-    fetched,
-    find,
-    inside,
-    once,
-    own_set,
-    tables,
-)
+from . import DataSet, at, below, check_listed, classification, entries, facts, find, inside, once, own_set, tables
+from .downloads import fetched
 from .images import SPELLED, Images, Transform, class_folders, images_of_classes, normalised, warn_of
 
 SPLITS = ("train", "val", "test", "all")
@@ -282,9 +269,14 @@ def _listed(listing: Path, count: int) -> tuple[Sequence[str], Mapping[str, Sequ
     names: dict[int, str] = {}
     parts: dict[str, Samples] = {part: [] for part in _PARTS}
     for part in _PARTS:
-        for number, entry in enumerate(content[part], 1):
-            where = f"'{part}', entry {number}"
-            path, label, name = _entry(listing, where, entry)
+        for place, entry in enumerate(content[part], 1):
+            where = f"'{part}', entry {place}"
+            match entry:  # as in the authors' reader, a label may be a string
+                case [str(path), int() | str() as number, str(name)] if re.fullmatch(r"[0-9]{1,9}", str(number)):
+                    label = int(number)
+                case _:
+                    wanted = f"expected [path, label, class name], found {str(entry)[:80]}"
+                    raise CorruptFile(listing, f"{where}: {wanted}")
             inside(listing, where, path)
             if count and label >= count:
                 raise CorruptFile(listing, f"{where}: label {label} is not in 0..{count - 1}")
@@ -298,11 +290,3 @@ def _listed(listing: Path, count: int) -> tuple[Sequence[str], Mapping[str, Sequ
     if absent := sorted(set(range(classes)) - set(names)):
         raise CorruptFile(listing, f"no image has the label {absent[0]}, and there are {classes} classes")
     return tuple(names[i] for i in range(classes)), MappingProxyType({part: tuple(parts[part]) for part in parts})
-
-
-def _entry(listing: Path, where: str, entry: object) -> tuple[str, int, str]:
-    """[path, label, class name]; as in the authors' reader, a label may be a string."""
-    match entry:
-        case [str(path), int(label) | str(label), str(name)] if re.fullmatch(r"[0-9]{1,9}", str(label)):
-            return path, int(label), name
-    raise CorruptFile(listing, f"{where}: expected [path, label, class name], found {str(entry)[:80]}")

@@ -29,8 +29,9 @@ from torchvision import tv_tensors
 from torchvision.datasets.utils import download_and_extract_archive
 
 from ..errors import BadParameter, CorruptFile, check_choice, check_names
-from . import DataSet, Parts, at, climate, entries, facts, fetched, find, own_set, tables
+from . import DataSet, Parts, at, climate, entries, facts, find, own_set, tables
 from .climate import TABLE, Place, read_places
+from .downloads import fetched
 from .rasters import SUFFIXES, Raster
 
 OEM, LOVEDA, POTSDAM = "landcover/openearthmap", "landcover/loveda", "landcover/potsdam"

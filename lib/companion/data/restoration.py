@@ -26,7 +26,8 @@ from torchvision.transforms.v2.functional import to_dtype
 
 from ..errors import CorruptFile, check_choice
 from ..io.files import read_json
-from . import DataSet, at, check_listed, entries, facts, fetched, find, inside, once, own_set, tables
+from . import DataSet, at, check_listed, entries, facts, find, inside, once, own_set, tables
+from .downloads import fetched
 from .images import Files, images_below
 
 _FACTS = facts("restoration")

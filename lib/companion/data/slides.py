@@ -29,7 +29,7 @@ from torch.utils.data import Dataset, default_collate
 
 from ..errors import BadParameter, CorruptFile, MissingData, check_choice
 from ..io.files import atomic, atomic_folder, sha256
-from . import DataSet, Parts, at, entries, find, tables
+from . import DataSet, Parts, at, doubled, entries, find, tables
 
 SPLITS = ("train", "tune", "test")
 GRADES = 6
@@ -126,7 +126,7 @@ def own(root: str | Path) -> dict[str, list[Item]]:
         found = [(name, file.parent.name, "") for name, file in files.items() if file.parent.parent == path]
     if not found:
         raise _missing(path, "no labels.csv and no folder for each class: no file gives the class of a slide")
-    if twice := [name for name, count in Counter(name for name, *_ in found).items() if count > 1]:
+    if twice := doubled(name for name, *_ in found):
         raise CorruptFile(source, f"the slide {twice[0]!r} is there twice")
     label_of = {name: label for name, label, _ in found}
     if masks := [name for name in label_of if label_of.get(f"{name}_mask", label_of[name]) != label_of[name]]:

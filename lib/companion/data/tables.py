@@ -9,13 +9,12 @@ import contextlib
 import csv
 import io
 import itertools
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import MappingProxyType
 
 from ..errors import CorruptFile
-from . import DataSet, at, once
+from . import DataSet, at, doubled, once
 
 
 def existing(dataset: DataSet, root: str | Path, *paths: Path) -> Path:
@@ -98,7 +97,7 @@ def stream(path: str | Path, *columns: str, delimiter: str = ",") -> Iterator[tu
             names = next(reader)
             if absent := [column for column in columns if column not in names]:
                 raise CorruptFile(path, f"has no column {', '.join(absent)}; its columns are {names}")
-            if twice := [name for name, count in Counter(names).items() if count > 1 and name]:
+            if twice := doubled(filter(None, names)):
                 raise CorruptFile(path, f"two columns are called {twice[0]!r}")
             for row in filter(None, reader):
                 if len(row) != len(names):

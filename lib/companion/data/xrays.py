@@ -31,7 +31,8 @@ from torchvision.ops import box_convert
 
 from ..errors import BadParameter, CorruptFile, check_choice, check_names
 from ..io.files import atomic
-from . import DataSet, at, check_listed, facts, fetched, find, once, own_set, tables
+from . import DataSet, at, check_listed, facts, find, once, own_set, tables
+from .downloads import fetched
 from .radiographs import Labelled, Masked, PairTransform, Radiographs, Stacked, Transform
 
 _FACTS = facts("xrays")

@@ -41,7 +41,7 @@ from ..evaluation.metrics import radiology
 from ..models.ecamp import model as ecamp
 from ..models.ecamp import variants
 from ..models.ecamp.heads import MapDecoder, segmentation_loss
-from ..models.ecamp.text import Pairs, Vocabulary
+from ..models.ecamp.text import ReportPairs, Vocabulary
 from ..training.fit import History, fit, outputs_of
 from ..training.hardware import CPU
 from ..training.schedules import adamw
@@ -219,10 +219,10 @@ def colours(images: Tensor) -> Tensor:
     return images.expand(-1, 3, -1, -1)
 
 
-def pairs(part: Part, **options: Any) -> Pairs:
-    """Image-report pairs for pre-training; `options` are those of `Pairs` that a method changes."""
+def pairs(part: Part, **options: Any) -> ReportPairs:
+    """Image-report pairs for pre-training; `options` are those of `ReportPairs` that a method changes."""
     sizes: dict[str, Any] = {"patches": 64, "length": LENGTH, "window": 6, "statements": part.distilled}
-    return Pairs(colours(part.images), part.reports, VOCABULARY, **(sizes | options))
+    return ReportPairs(colours(part.images), part.reports, VOCABULARY, **(sizes | options))
 
 
 def save(part: Part, folder: Path, count: int) -> list[Path]:
@@ -261,7 +261,7 @@ class MaskedImages(ecamp.ECAMP):
 
 
 VARIANTS = ("ECAMP", "ECAMP, no super-resolution", "ECAMP, no re-balancing", "ECAMP, no distillation")
-# how a method's model is built, and its options of `Pairs`
+# how a method's model is built, and its options of `ReportPairs`
 METHODS: dict[str, tuple[Callable[..., ecamp.ECAMP], dict[str, Any]]] = {
     "random init": (ecamp.build, {}),
     "MIM only": (MaskedImages.build, {}),

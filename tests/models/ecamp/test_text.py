@@ -6,7 +6,7 @@ import torch
 
 from companion.errors import CorruptFile
 from companion.models.ecamp import text
-from companion.models.ecamp.text import Pairs, Vocabulary
+from companion.models.ecamp.text import ReportPairs, Vocabulary
 from tests.models.common import refuses
 
 REPORTS = [
@@ -46,7 +46,7 @@ def test_a_tokenizer_is_learned_stored_and_read(vocabulary, tmp_path):
 
 def pairs(vocabulary, **options):
     images = torch.randn(3, 3, 64, 64)
-    return Pairs(images, REPORTS, vocabulary, patches=64, length=32, window=6, **options)
+    return ReportPairs(images, REPORTS, vocabulary, patches=64, length=32, window=6, **options)
 
 
 def test_pairs_draw_anew_and_from_torch_alone(vocabulary):
@@ -66,7 +66,7 @@ def test_pairs_draw_anew_and_from_torch_alone(vocabulary):
 
 def test_a_large_set_of_reports_does_not_fill_the_memory(vocabulary):
     reports = [f"There is edema {i}." for i in range(2000)]
-    data = Pairs(
+    data = ReportPairs(
         torch.zeros(1, 3, 64, 64).expand(2000, -1, -1, -1), reports, vocabulary, patches=64, length=8, window=6
     )
     for item in data:

@@ -3,7 +3,7 @@
 from .detection import Detector, detection_loss
 from .heads import Segmenter, classification_loss, classifier, classifier_from_official, segmentation_loss
 from .model import ECAMP, Batch, Bert, Blocks, Losses, build, pretraining_loss
-from .text import Pairs, Vocabulary
+from .text import ReportPairs, Vocabulary
 
 __all__ = [
     "ECAMP",
@@ -12,7 +12,7 @@ __all__ = [
     "Blocks",
     "Detector",
     "Losses",
-    "Pairs",
+    "ReportPairs",
     "Segmenter",
     "Vocabulary",
     "build",

@@ -8,8 +8,8 @@ Downstream tasks use the ViT alone.
     z --image decoder--> all patches, L_mim   --super-resolution--> 448, inside an attention window, L_sr
     z, words --context fusion, BERT layers--> the hidden words, weighted, L_mlm        loss = L_mim + L_sr + L_mlm
 
-Masking and weights of the words are drawn by the data set, `text.Pairs`. Classifier, segmenter and detector on the
-pre-trained ViT: `heads`, `detection`. The variants of the ablations: `variants`.
+Masking and weights of the words are drawn by the data set, `text.ReportPairs`. Classifier, segmenter and detector on
+the pre-trained ViT: `heads`, `detection`. The variants of the ablations: `variants`.
 
 The paper's text was not available: everything is from the authors' code (github ToniChopp/ECAMP at d02d16d, MIT), read
 and reimplemented; outputs agree with ones recorded from it. Section numbers are those of our notes on it; numbers of
@@ -94,7 +94,7 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 class Batch(NamedTuple):
-    """B image-report pairs with all random draws; `text.Pairs` returns them one by one."""
+    """B image-report pairs with all random draws; `text.ReportPairs` returns them one by one."""
 
     images: Tensor  # (B, 3, 2 S, 2 S), normalised; the encoder receives them at S
     ids: Tensor  # (B, L) words, some of them [MASK]

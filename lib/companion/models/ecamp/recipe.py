@@ -35,7 +35,7 @@ from ..layers.precision import without_autocast
 from . import detection, heads, official, text, transforms
 from . import model as ecamp
 from .model import ECAMP
-from .text import Pairs, Vocabulary
+from .text import ReportPairs, Vocabulary
 from .variants import METHODS
 
 SIDE = 224  # of an image downstream
@@ -160,7 +160,7 @@ def pretraining(p: Parameters, out: Path, real: bool = True) -> Training:
     )
 
 
-def _pairs(p: Parameters, out: Path) -> tuple[Pairs, dict[str, Any]]:
+def _pairs(p: Parameters, out: Path) -> tuple[ReportPairs, dict[str, Any]]:
     """The training pairs of a method, and their identity; "folder": `data_root` itself.
 
     A learned vocabulary is saved in `out`: relearned from the same reports it would have other ids.
@@ -181,10 +181,10 @@ def _pairs(p: Parameters, out: Path) -> tuple[Pairs, dict[str, Any]]:
     words = Vocabulary.read(file)
     options: dict[str, Any] = {"statements": reports.statements, "windows": reports.windows} | METHODS[p.method][1]
     facts |= {"data_root": Path(p.data_root), "images": reports.images.paths, "vocabulary": words.pieces}
-    return Pairs(reports.images, reports.texts, words, **options), facts
+    return ReportPairs(reports.images, reports.texts, words, **options), facts
 
 
-def _generated_pairs(p: Parameters) -> tuple[Pairs, dict[str, Any]]:
+def _generated_pairs(p: Parameters) -> tuple[ReportPairs, dict[str, Any]]:
     """As `_pairs`, of the real shape, with as many words as MIMIC's vocabulary: the model has the published size."""
     count = dry_items(p, MICRO_BATCH * p.devices)
     images = torch.randn(count, 3, 448, 448, generator=torch.Generator().manual_seed(p.seed))
@@ -192,7 +192,7 @@ def _generated_pairs(p: Parameters) -> tuple[Pairs, dict[str, Any]]:
     words = Vocabulary.train(reports, 200)
     words.pieces += ["[UNK]"] * (30_000 - len(words))
     options: dict[str, Any] = {"statements": ["There is effusion."] * count} | METHODS[p.method][1]
-    return Pairs(images, reports, words, **options), {}
+    return ReportPairs(images, reports, words, **options), {}
 
 
 def published(**changes: float) -> dict[str, float]:

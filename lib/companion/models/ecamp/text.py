@@ -6,8 +6,8 @@ An *entity* is a word that names a finding or a location; its *descriptors* are 
 size, "no"). Most of a report is boiler-plate ("there is no evidence of ..."): its loss has a weight of 0.05, and the
 removed weight is added to the descriptors.
 
-All randomness comes from `draw`, a function without arguments that returns a uniform number: `Pairs` draws from torch's
-generator, which `fit` seeds by item, and tests replay recorded numbers.
+All randomness comes from `draw`, a function without arguments that returns a uniform number: `ReportPairs` draws from
+torch's generator, which `fit` seeds by item, and tests replay recorded numbers.
 """
 
 from __future__ import annotations
@@ -224,7 +224,7 @@ def _read(text: str, length: int, vocabulary: Vocabulary) -> tuple[np.ndarray, n
     return ids, weights(ids, vocabulary)
 
 
-class Pairs(Parts, Dataset):
+class ReportPairs(Parts, Dataset):
     """Image-report pairs for pre-training, with all random numbers: items are `model.Batch` without the B.
 
     Args:

@@ -60,4 +60,4 @@ METHODS: dict[str, tuple[Callable[..., ECAMP], dict[str, Any]]] = {
     "ECAMP, mean token": (MeanToken.build, {}),
     "ECAMP, patch attention": (PatchAttention.build, {}),
 }
-"""By name: a function like `ECAMP.build`, and the arguments of `text.Pairs`."""
+"""By name: a function like `ECAMP.build`, and the arguments of `text.ReportPairs`."""
