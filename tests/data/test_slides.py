@@ -151,7 +151,7 @@ def test_stored_features(tmp_path):
     assert features.shape == (5, 4, 3) and features[:2].eq(1).all() and not features[2:].any()
     assert present.tolist() == [True, True, False, False, False] and grade == 3
     assert slides.Features(items[:2], tmp_path, longest=3)[1][0].shape == (3, 4, 3)
-    assert slides.trimmed([found[0]])[0].shape == (1, 2, 4, 3)
+    assert found.collate([found[0]])[0].shape == (1, 2, 4, 3)
     part = found.of(items[::-1][1:])
     assert part.items == items[1::-1] and part.dropped == ["c"] and part[1][0].shape[0] == 5 and found.dropped
     torch.save(torch.ones(3, 4, 3), tmp_path / "c.pt", _use_new_zipfile_serialization=False)  # of old PyTorch

@@ -149,14 +149,6 @@ class Raster:
                 return np.ones((rows, columns), bool)
             return self._file.dataset_mask(window=((top, top + rows), (left, left + columns))) > 0
 
-    @property
-    def colours(self) -> dict[int, tuple[int, ...]]:
-        """The colour table of a map, or an empty one."""
-        try:
-            return self._file.colormap(1)
-        except ValueError:
-            return {}
-
 
 def pixels(raw: np.ndarray) -> Tensor:
     """Network input, float32, normalised with `MEAN` and `STD`, of pixels uint8 (..., 3, H, W)."""

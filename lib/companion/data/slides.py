@@ -299,12 +299,6 @@ def read_settings(path: str | Path) -> str:
         return file.attrs["settings"]
 
 
-def trimmed(items: Sequence[tuple[Tensor, Tensor, int]]) -> list[Tensor]:
-    """Items of `Features` as one batch, padded to its longest slide."""
-    longest = max(int(present.sum()) for _, present, _ in items)
-    return default_collate([(features[:longest], present[:longest], grade) for features, present, grade in items])
-
-
 class Features(Parts, Dataset):
     """Stored features of slides, padded to one length: (features (M, ...), present (M,) bool, grade).
 
@@ -323,7 +317,12 @@ class Features(Parts, Dataset):
     """
 
     each = ("items", "files")
-    collate = staticmethod(trimmed)
+
+    @staticmethod
+    def collate(items: Sequence[tuple[Tensor, Tensor, int]]) -> list[Tensor]:
+        """Items as one batch, padded to its longest slide."""
+        longest = max(int(present.sum()) for _, present, _ in items)
+        return default_collate([(features[:longest], present[:longest], grade) for features, present, grade in items])
 
     def __init__(self, items: Sequence[Item], path: str | Path, longest: int | None = None, drop: bool = False):
         self.path = Path(path)

@@ -43,7 +43,7 @@ def test_a_map_lies_where_its_image_lies(tmp_path):
     assert np.array_equal(classes[~hidden], whole[~hidden])
     Image.fromarray(image.transpose(1, 2, 0)).save(tmp_path / "a.png")
     with Raster(maps.label(brightest, tmp_path / "a.png", tmp_path / "map.tif", PALETTE, **tiles)) as raster:
-        assert raster.place is None and raster.size == (70, 90) and raster.colours[0][:3] == PALETTE[0]
+        assert raster.place is None and raster.size == (70, 90) and raster._file.colormap(1)[0][:3] == PALETTE[0]
 
 
 def test_a_preview_shows_the_classes_in_their_colours_at_a_bounded_size(tmp_path, monkeypatch):
