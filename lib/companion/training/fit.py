@@ -23,13 +23,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from ..errors import BadParameter, check_choice
 from ..io.progress import progress
 from .callbacks import Callback, Loop
 from .checkpoints import Checkpoint, as_json, plain, trained_state
-from .hardware import PRECISIONS, Hardware, average_over_devices, evaluating, from_processes, launcher, on_device
+from .hardware import (
+    PRECISIONS,
+    Hardware,
+    average_over_devices,
+    evaluating,
+    from_processes,
+    launcher,
+    loader,
+    on_device,
+)
 from .schedules import MakeOptimizer, Schedule
 from .schedules import schedule as scheduled
 from .stored import fill, opened
@@ -62,10 +71,8 @@ def outputs_of(
             if isinstance(data, TensorDataset):
                 stream = iter(data.tensors[0][done:].split(batch))
             else:
-                options = {"num_workers": hardware.workers, "pin_memory": device.type == "cuda"}
-                rest = Subset(data, range(done, len(data))) if done else data
-                loader = DataLoader(rest, batch, collate_fn=getattr(data, "collate", None), **options)
-                stream = (items[0] for items in loader)
+                collate = getattr(data, "collate", None)
+                stream = (items[0] for items in loader(data, batch, hardware, device, done, collate))
             for images in stream:
                 # inference mode here: a model moved within it, or its outputs, could not be trained any more
                 with torch.inference_mode():

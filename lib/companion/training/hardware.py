@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing import ProcessRaisedException, start_processes
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..errors import BadParameter, CompanionError
 from ..io.papers import paper
@@ -218,3 +219,11 @@ def evaluating(hardware: Hardware, *models: nn.Module) -> Iterator[torch.device]
             model.eval().to(fabric.device)
         with fabric.autocast():
             yield fabric.device
+
+
+def loader(
+    data: Dataset, batch: int | None, hardware: Hardware, device: torch.device, done: int = 0, collate: Any = None
+) -> DataLoader:
+    """A loader of the items after the first `done` for a model on `device`; batch None: one by one, not stacked."""
+    options = {"num_workers": hardware.workers, "pin_memory": device.type == "cuda"}
+    return DataLoader(Subset(data, range(done, len(data))), batch, collate_fn=collate, **options)

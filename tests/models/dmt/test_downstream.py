@@ -35,7 +35,9 @@ def images():
 )
 def test_learning_rates_fall_downwards(where, make):
     model, rates = make(), np.linspace(1, 0.5, 10)
-    options = down.layer_decayed(rates, where, 0.65, 0.3)
+    r = {"batch": 4, "layer_decay": 0.65, "weight_decay": 0.3}
+    options = down.layer_decayed(r, rates, where, range(8), hardware.CPU)
+    assert options["epochs"] == 5
     group_of = {id(p): group for group in options["optimizer"](model).param_groups for p in group["params"]}
     layers = dict.fromkeys(("cls_token", "pos_embed", "patch_embed.proj.weight"), 0)
     layers |= {"blocks.0.mlp.fc1.weight": 1, "blocks.1.norm1.bias": 2}
@@ -57,14 +59,6 @@ def test_a_classifier_sees_what_the_encoder_saw(images):
     torch.testing.assert_close(pooled, expected, atol=1e-5, rtol=1e-4)
     assert model(images).shape == (4, 5) and all(p.requires_grad for p in model.parameters())
     assert model.masked_embed is None and model.head.weight.abs().max() < 1e-3
-
-
-def test_fine_tuning_has_maes_learning_rates_and_drop_path():
-    data = TensorDataset(torch.rand(8, 3, 32, 32), torch.arange(8) % 2)
-    model, rows = down.fine_tune(vit(), 2, data, epochs=20, batch=4, **CPU)
-    assert len(rows) == 40 and model.blocks[-1].drop_path1.drop_prob == pytest.approx(0.1)
-    assert max(row["lr"] for row in rows) == pytest.approx(5e-4 * 4 / 256 * 0.65**3)  # of the lowest layer
-    assert [row["lr"] for row in rows].index(max(row["lr"] for row in rows)) == 1  # 5 % of the steps
 
 
 def test_ridge_is_scikit_learns():

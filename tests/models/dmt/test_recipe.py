@@ -145,7 +145,7 @@ def folder(tmp_path, monkeypatch):
         (root / name).mkdir(parents=True, exist_ok=True)
         pixels = np.random.default_rng(len(name)).integers(0, 255, (40, 60, 3), np.uint8)
         Image.fromarray(pixels).save(root / name / "image.PNG")
-    monkeypatch.setattr(runs, "released", lambda p, name: torch.manual_seed(0) and ViT(224, 16, 48, 1, 4))
+    monkeypatch.setattr(runs, "teacher", lambda p, name: torch.manual_seed(0) and ViT(224, 16, 48, 1, 4))
     return partial(given, dataset="folder", data_root=str(root), dry_run=False)
 
 
@@ -287,7 +287,7 @@ def test_what_is_missing_or_of_another_model_is_refused(tmp_path, monkeypatch):
     real = given(task="fine-tune", dry_run=False)
     refuses((lambda: runs.downstream(given(task="fine-tune", dataset="vtab/dtd"), tmp_path), "vtab/dtd"))
     monkeypatch.setattr("companion.backbones.try_to_load_from_cache", lambda *a: None)
-    refuses((lambda: runs.encoder(real), "distil"), (lambda: runs.released(real, "MAE"), "mae"), error=MissingWeights)
+    refuses((lambda: runs.encoder(real), "distil"), (lambda: runs.teacher(real, "MAE"), "mae"), error=MissingWeights)
     torch.save({"a": torch.ones(1)}, tmp_path / "x.pth")
     other = given(dry_run=False, weights=str(tmp_path / "x.pth"))
     refuses((lambda: runs.encoder(other), "pos_embed"), error=BadCheckpoint)

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset
 
 from ...data import spaced
 from ...errors import BadParameter, CompanionError, check_choice, check_range
@@ -30,7 +30,7 @@ from ...io.files import read_json
 from ...io.progress import progress
 from ...training import stored
 from ...training.checkpoints import checkpoint_key
-from ...training.hardware import AUTO, Hardware, evaluating
+from ...training.hardware import AUTO, Hardware, evaluating, loader
 from .model import Teachers
 
 SAMPLED, CLOSE = 32, 0.02  # views in a cache's sample, and their largest difference on another machine
@@ -164,8 +164,7 @@ def fill(
 
     def tokens(done: int) -> Iterator[list[Tensor]]:
         with evaluating(hardware, teachers) as device:
-            options = {"num_workers": hardware.workers, "pin_memory": device.type == "cuda"}
-            stream = DataLoader(Subset(views, range(done, len(views))), batch, **options)
+            stream = loader(views, batch, hardware, device, done)
             for images in progress(stream, "teachers", len(stream) + done // batch, done // batch):
                 found = [output.to(getattr(torch, dtype)).cpu() for output in teachers(images.to(device))]
                 for name, values in zip(teachers.models, found, strict=True):

@@ -1,6 +1,6 @@
 """Downstream tasks of a pre-trained ViT: fine-tuning, a linear probe, Mask R-CNN on a simple pyramid, UPerNet.
 
-    classifier, fine_tune     mean of the patch tokens -> new norm -> linear, all trained, with layer decay (MAE)
+    classifier, mixed_loss    mean of the patch tokens -> new norm -> linear, all trained, with layer decay (MAE)
     linear, ridge             frozen features -> linear; by SGD (MAE) or in closed form (pocket)
     detector, Crops           blocks -> pyramid of four scales -> torchvision's Mask R-CNN (ViTDet)
     Segmenter, SceneCrops     blocks 3, 5, 7, 11 -> four scales -> transformers' UPerNet head (MAE, BEiT)
@@ -31,7 +31,7 @@ from timm.layers import LayerNorm2d
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -40,9 +40,9 @@ from torchvision.transforms import v2
 
 from ...io.config import configure
 from ...io.progress import progress
-from ...training.fit import History, fit, same_shapes
-from ...training.hardware import AUTO, Hardware, evaluating
-from ...training.schedules import adamw, learning_rates
+from ...training.fit import same_shapes
+from ...training.hardware import AUTO, Hardware, evaluating, loader
+from ...training.schedules import adamw
 from ...training.stored import saved
 from ..layers import heads
 from .vit import MEAN, NORMALISE, STD, ViT
@@ -54,30 +54,35 @@ MIXUP, CUTMIX, SMOOTHING = 0.8, 1.0, 0.1
 
 
 def layer_decayed(
-    rates: np.ndarray, encoder: str = "", layer_decay: float = 0.65, weight_decay: float = 0.05
+    r: Mapping[str, float], rates: np.ndarray, encoder: str, data: Dataset, hardware: Hardware
 ) -> dict[str, Any]:
-    """AdamW and learning rates by layer, `optimizer` and `schedule` of `fit`: `layer_decay` a block downwards.
+    """The arguments of `fit` for AdamW with learning rates by layer: `layer_decay` a block downwards.
 
     As in MAE, BEiT and ViTDet: patches, [CLS] token and positions are layer 0, block i is layer i + 1, everything after
-    has the full learning rate; [CLS] token, positions, vectors and biases have no weight decay.
+    has the full learning rate; [CLS] token, positions, vectors and biases have no weight decay. The last images of a
+    pass, too few for a batch, are left out.
 
     Args:
+        r: "batch", "layer_decay" and "weight_decay".
         rates: the full learning rate at each step, (steps,); a dry run has the first ones.
         encoder: where the ViT is in the model, such as "backbone.vit."; "" for the model itself.
     """
     stem, blocks = rf"^{encoder}(?:cls_token|pos_embed|patch_embed)", [(rf"^{encoder}blocks\.(\d+)", None)]
-    plain, peak = {f"{encoder}cls_token", f"{encoder}pos_embed"}, max(rates)
+    plain, peak, batch = {f"{encoder}cls_token", f"{encoder}pos_embed"}, max(rates), int(r["batch"])
 
     def groups(model: nn.Module) -> list[dict[str, Any]]:
         read = SimpleNamespace(  # what timm reads of a model
             named_parameters=model.named_parameters, group_matcher=lambda coarse: {"stem": stem, "blocks": blocks}
         )
-        decayed = param_groups_layer_decay(read, weight_decay, plain, layer_decay=layer_decay)
+        decayed = param_groups_layer_decay(read, r["weight_decay"], plain, layer_decay=r["layer_decay"])
         return [group | {"lr": peak * group["lr_scale"]} for group in decayed]
 
     return {
-        "optimizer": adamw(peak, weight_decay, groups=groups),
+        "optimizer": adamw(peak, r["weight_decay"], groups=groups),
         "schedule": lambda base, steps, per_epoch: rates[:steps] * (base / peak),
+        "epochs": len(rates) / max(len(data) // batch, 1),
+        "batch": batch,
+        "hardware": hardware,
     }
 
 
@@ -126,22 +131,6 @@ def mixed_loss(classes: int) -> Callable:
         return F.cross_entropy(model(images).float(), soft, label_smoothing=SMOOTHING)
 
     return loss
-
-
-def fine_tune(
-    vit: ViT, classes: int, data: Dataset, *, epochs: float = 100, batch: int = 1024, **options: Any
-) -> tuple[ViT, History]:
-    """A trained classifier and its history, by MAE's settings for ViT-B: warm-up in 5 % of the steps, then cosine;
-    the learning rate is 5e-4 for each 256 images of a batch.
-
-    Args:
-        data: of (image, label).
-        options: of `fit`.
-    """
-    model, steps = classifier(vit, classes), max(1, round(epochs * (len(data) // batch)))
-    rates = learning_rates("cosine", 5e-4 * batch / 256, steps, round(0.05 * steps), 1e-6)
-    options |= layer_decayed(rates)
-    return model, fit(model, mixed_loss(classes), data, epochs=epochs, batch=batch, **options)
 
 
 class Features(nn.Module):
@@ -356,8 +345,7 @@ def detections(
     def found(done: int) -> Iterator[list[dict]]:
         """The rows of each image after the first ones."""
         with evaluating(hardware, model) as device:
-            options = {"num_workers": hardware.workers, "pin_memory": device.type == "cuda"}
-            stream = DataLoader(Subset(data, range(done, len(data))), 4 * batch, collate_fn=_without_masks, **options)
+            stream = loader(data, 4 * batch, hardware, device, done, _without_masks)
             for items in progress(stream, "detection", -(-len(data) // (4 * batch)), done // (4 * batch)):
                 rows: dict[int, list[dict]] = {}
                 for some in same_shapes([image for image, _ in items], batch):

@@ -179,9 +179,15 @@ class DMT(nn.Module):
             tokens: of the teachers, each (B, 1 + L, D_k), from a cache; None: computed.
             noise: (B, L) the patches with the least of it are visible; None: drawn.
         """
-        keep = self.keep(images, noise)  # (B, V)
+        if noise is None:
+            noise = torch.rand(len(images), self.student.patches, device=images.device)
+        keep = noise.argsort(1)[:, : self.visible]  # (B, V), in random order
         tokens = self.teachers(images) if tokens is None else tokens  # y_k: (B, 1 + L, D_k)
-        targets = self.targets(tokens)  # t_k: (B, 1 + L, D_k) (2)
+        count = 1 + self.student.patches
+        if any(y.shape[1] != count for y in tokens):  # the token loss would compare other positions
+            raise BadParameter("tokens", [tuple(y.shape) for y in tokens], f"{count} of each image, as the student has")
+        # t_k: (B, 1 + L, D_k), float32 (2)
+        targets = [norm(y) for norm, y in zip(self.target_norms, tokens, strict=True)]
         z = self.student(images, keep)  # (B, 1 + V, D) (1)
         token = mapped = z.new_zeros(len(targets), dtype=torch.float32)
         if self.adapters:
@@ -191,19 +197,6 @@ class DMT(nn.Module):
             decoded = self.decoder(z, keep)  # (B, 1 + L, E)
             mapped = self.compare([head(decoded) for head in self.map_heads], targets)  # (4)
         return Losses((self.token_weight * token + self.map_weight * mapped).mean(), token, mapped)  # (5)
-
-    def keep(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """The student's visible patches (B, V), in random order."""
-        if noise is None:
-            noise = torch.rand(len(images), self.student.patches, device=images.device)
-        return noise.argsort(1)[:, : self.visible]
-
-    def targets(self, tokens: Sequence[Tensor]) -> list[Tensor]:
-        """t_k, each (B, 1 + L, D_k), float32: the teachers' tokens, normalised (2)."""
-        count = 1 + self.student.patches
-        if any(y.shape[1] != count for y in tokens):  # the token loss would compare other positions
-            raise BadParameter("tokens", [tuple(y.shape) for y in tokens], f"{count} of each image, as the student has")
-        return [norm(y) for norm, y in zip(self.target_norms, tokens, strict=True)]
 
     def compare(self, predicted: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
         """Smooth L1 [anc: G2SD] of each teacher, (K,)."""

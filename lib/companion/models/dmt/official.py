@@ -22,16 +22,15 @@ RELEASED = {
 }
 
 
-def released(name: str, weights: str | Path = "pretrained", *, download: bool = False) -> ViT:
+def released(name: str, weights: str | Path = "pretrained") -> ViT:
     """A teacher at paper size, ViT-Base/16, by its name in `RELEASED`, in eval mode.
 
     Args:
         weights: "pretrained": timm's release of MAE and DINO; of MoCo v3 an unofficial mirror on the hub; iBOT has
             neither. "random" (torch's current seed), or an official file.
-        download: download weights that are not in the cache.
 
     Raises:
-        MissingWeights: they are not cached, and downloading is off or fails.
+        MissingWeights: they are not cached.
         CorruptFile, BadCheckpoint: the file is missing, cannot be read, or is of another model.
     """
     positions, pretrained, source = RELEASED[name]
@@ -42,7 +41,7 @@ def released(name: str, weights: str | Path = "pretrained", *, download: bool = 
     elif not pretrained:
         raise MissingWeights(f"{name}, ViT-Base/16", Path(), [f"the file of {source}: give its path as weights"])
     elif pretrained.startswith("vit_"):
-        path = find_weights(pretrained, download=download)
+        path = find_weights(pretrained)
     else:
-        path = hub_file(name, pretrained, ["model.safetensors"], download)
+        path = hub_file(name, pretrained, ["model.safetensors"], download=False)
     return ViT.from_official(read_state(path), what=f"{name}, ViT-Base/16")

@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 from torchvision.transforms import InterpolationMode, v2
 
 from ...backbones import read_state
@@ -31,7 +31,7 @@ from ...io import papers
 from ...io.progress import progress
 from ...training import checkpoints
 from ...training.fit import Loss, outputs_of
-from ...training.hardware import Hardware, RunParameters, apart, device, evaluating
+from ...training.hardware import Hardware, RunParameters, apart, device, evaluating, loader
 from ...training.recipe import Training, dry_items
 from ...training.recipe import run as train
 from ...training.schedules import adamw, learning_rates, schedule, sgd
@@ -153,7 +153,7 @@ def _facts(p: Parameters) -> dict[str, Any]:
 # --- distillation by the ancestors' settings --------------------------------------------------------------------------
 
 
-def released(p: Parameters, name: str) -> ViT:
+def teacher(p: Parameters, name: str) -> ViT:
     """A teacher of the parameters: from its file or the cache, without which a dry run's is random."""
     entries = [entry.partition("=") for entry in p.teacher_files.split(",") if entry.strip()]
     files = {key.strip(): path.strip() for key, _, path in entries}
@@ -171,7 +171,7 @@ def released(p: Parameters, name: str) -> ViT:
 
 def teachers(p: Parameters) -> Teachers:
     """The teachers of the parameters `teachers` and `teacher_files`."""
-    return Teachers({name: released(p, name) for name in p.teachers.split(", ")})
+    return Teachers({name: teacher(p, name) for name in p.teachers.split(", ")})
 
 
 def build(p: Parameters, taught_by: Teachers) -> DMT:
@@ -298,7 +298,7 @@ def encoder(p: Parameters) -> ViT:
         CorruptFile, BadCheckpoint: the file cannot be read, or is of another model.
     """
     if p.encoder == "teacher":
-        return released(p, p.teachers.split(", ")[0])
+        return teacher(p, p.teachers.split(", ")[0])
     if p.encoder == "random" or (p.dry_run and not p.weights):
         torch.manual_seed(p.seed)
         return vit.build(p.student)
@@ -332,30 +332,24 @@ def downstream(p: Parameters, out: Path, real: bool = True) -> tuple[str, Traini
     if p.dataset not in ("", dataset):
         raise BadParameter("dataset", p.dataset, [dataset, "empty"])
     r, title = published(p.task), f"{p.task} on {dataset}, {p.encoder} encoder"
-    title += "" if real else ", generated images in its place"
-    return title, *TASKS[p.task](p, out, r, *splits(p, dry_items(p, int(r["batch"])), real))
-
-
-def splits(p: Parameters, count: int, real: bool) -> list[Any]:
-    """The splits "train" and "test" of a task; in a dry run `count` images of each, generated ones unless `real`."""
-    if not real:
-        return [_generated(p, count, p.seed + i) for i in range(2)]
-    dataset, augments = USUAL[p.task], p.task == "fine-tune"
-    test = test_transform() if dataset == IMAGENET else None
-    found = {
-        "train": pretraining.load(dataset, p.data_root, "train", down.train_transform() if augments else test),
-        "test": pretraining.load(dataset, p.data_root, "test", test),
-    }
-    return list((few(found, count) if p.dry_run else found).values())
+    count = dry_items(p, int(r["batch"]))
+    if real:
+        test = test_transform() if dataset == IMAGENET else None
+        learned = down.train_transform() if p.task == "fine-tune" else test
+        data = {"train": pretraining.load(dataset, p.data_root, "train", learned)}
+        data["test"] = pretraining.load(dataset, p.data_root, "test", test)
+        data = few(data, count) if p.dry_run else data
+    else:
+        title += ", generated images in its place"
+        data = {split: _generated(p, count, p.seed + i) for i, split in enumerate(("train", "test"))}
+    return title, *TASKS[p.task](p, out, r, *data.values())
 
 
 def _fine_tuning(p: Parameters, out: Path, r: Mapping[str, float], data: Any, test: Any) -> tuple[Training, Score]:
     start, per_epoch = encoder(p), max(len(data) // int(r["batch"]), 1)
-    rates = learning_rates(
-        "cosine", r["lr"], int(r["epochs"]) * per_epoch, int(r["warmup_epochs"]) * per_epoch, r["final_lr"]
-    )
-
-    options, classes = _layer_decayed(p, r, data, rates, "", MICRO_BATCH), CLASSES["fine-tune"]
+    steps, warmup = (int(r[name]) * per_epoch for name in ("epochs", "warmup_epochs"))
+    rates, classes = learning_rates("cosine", r["lr"], steps, warmup, r["final_lr"]), CLASSES["fine-tune"]
+    options = down.layer_decayed(r, rates, "", data, _hardware(p, int(r["batch"])))
     build = functools.partial(down.classifier, start, classes, drop_path=r["drop_path"])
     return _training(p, build, down.mixed_loss(classes), lambda: data, options), lambda model: _top1(p, model, test)
 
@@ -398,7 +392,7 @@ def _detection(p: Parameters, out: Path, r: Mapping[str, float], data: Any, test
         totals = {kind: detection.evaluate(test.truth, rows, kind=kind).totals for kind in detection.KINDS}
         return {"box AP": totals["bbox"]["AP"], "mask AP": totals["segm"]["AP"]}
 
-    options = _layer_decayed(p, r, data, rates, "backbone.vit.", 8)
+    options = down.layer_decayed(r, rates, "backbone.vit.", data, _hardware(p, int(r["batch"]), 8))
     return _training(p, build, down.detection_loss, lambda: down.Crops(data, size), options), score
 
 
@@ -418,8 +412,7 @@ def _segmentation(p: Parameters, out: Path, r: Mapping[str, float], data: Any, t
 
         def matrices(done: int) -> Iterator[Tensor]:
             with evaluating(hardware, model) as device:
-                rest = Subset(scenes, range(done, len(test)))
-                stream = DataLoader(rest, None, num_workers=hardware.workers, pin_memory=device.type == "cuda")
+                stream = loader(scenes, None, hardware, device, done)
                 for image, truth in progress(stream, "segmentation", len(test), done):
                     logits = down.slide(model, image.to(device), size)[None]
                     # back to the image's original size
@@ -429,29 +422,11 @@ def _segmentation(p: Parameters, out: Path, r: Mapping[str, float], data: Any, t
         each = saved(_predictions(p, out, model, test), len(test), matrices)
         return {"mIoU": landcover.scores(sum(matrix.to_dense() for matrix in each)).miou}
 
-    options = _layer_decayed(p, r, data, rates, "vit.", 16)
+    options = down.layer_decayed(r, rates, "vit.", data, _hardware(p, int(r["batch"]), 16))
     return _training(p, model, down.segmentation_loss, lambda: down.SceneCrops(data, size), options), score
 
 
 TASKS = {"fine-tune": _fine_tuning, "linear probe": _probing, "detect": _detection, "segment": _segmentation}
-
-
-def _layer_decayed(
-    p: Parameters, r: Mapping[str, float], data: Dataset, rates: np.ndarray, encoder: str, micro_batch: int
-) -> dict[str, Any]:
-    """The arguments of `fit` for AdamW with layer decay; the last images of a pass, too few for a batch, are left out.
-
-    Args:
-        rates: the learning rate of each step.
-        encoder: where it is in the model, see `downstream.layer_decayed`.
-    """
-    batch = int(r["batch"])
-    steps = {
-        "epochs": len(rates) / max(len(data) // batch, 1),
-        "batch": batch,
-        "hardware": _hardware(p, batch, micro_batch),
-    }
-    return down.layer_decayed(rates, encoder, r["layer_decay"], r["weight_decay"]) | steps
 
 
 def _training(
