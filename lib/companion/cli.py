@@ -402,11 +402,11 @@ def landcover(given: argparse.Namespace) -> int:
         raise BadParameter("folder", given.folder, "a folder with images/ and classes.txt: there is no such folder")
     if given.check:
         return check_masks(given.folder)
-    from .models.metasegnet import recipe
+    from .models.metasegnet.own import maps
 
     check_folder("--out", given.out or Path(given.folder) / "maps")
     options = {name: value for name, value in vars(given).items() if name not in ("run", "check")}
-    for path, zone in recipe.maps(**options):
+    for path, zone in maps(**options):
         print(f"{path}  ({zone or 'location unknown'})", flush=True)
     return 0
 

@@ -2,6 +2,7 @@
 
 import torch
 from torchvision import tv_tensors
+from torchvision.transforms import v2
 
 from companion.data import landcover
 from companion.data.landcover import OEM
@@ -17,9 +18,10 @@ def pair(labels: torch.Tensor) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
     return tv_tensors.Image((20 * labels).to(torch.uint8).expand(3, -1, -1).clone()), tv_tensors.Mask(labels)
 
 
-def test_image_and_labels_stay_together():
+def test_image_and_labels_stay_together(monkeypatch):
     torch.manual_seed(1)
-    transform = transforms.train_transform(32, ignore=9, scales=[1.0], brightness=0.0)
+    monkeypatch.setattr(transforms, "Scale", v2.Identity)
+    transform = transforms.train_transform(32, ignore=9)
     for _ in range(10):
         image, labels = transform(*pair(torch.arange(60).remainder(8).expand(48, -1).clone()))
         back = image.as_subclass(torch.Tensor)[0] * STD[0] + MEAN[0]

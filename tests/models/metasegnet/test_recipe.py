@@ -20,9 +20,9 @@ from companion.errors import BadCheckpoint, MissingWeights
 from companion.evaluation.metrics import landcover as metrics
 from companion.models.metasegnet import Prompts, recipe, segment
 from companion.models.metasegnet.model import SIZES, MetaSegNet, swin
-from companion.models.metasegnet.prompts import Prompted
+from companion.models.metasegnet.prompts import Prompted, text_encoder
 from companion.models.metasegnet.text import Words
-from companion.training import checkpoints
+from companion.training import checkpoints, hardware
 from companion.training.checkpoints import trained_state
 from companion.training.hardware import CPU
 from companion.training.recipe import run as train
@@ -112,17 +112,17 @@ def test_a_share_of_the_full_texts_loses_its_header():
 
 
 def test_text_encoders_and_berts_folder(tmp_path):
-    encoder = recipe.text_encoder("one-hot zone", PROMPTS)
+    encoder = text_encoder("one-hot zone", PROMPTS)
     rows = encoder.ids(PROMPTS.of_method("one-hot zone", [*PROMPTS.zones, None]))
     assert rows.shape == (len(PROMPTS.zones) + 1, 1) and len(rows.unique()) == len(rows)
     folder, bert = tmp_path / "weights" / "bert-base-uncased", ("MetaSegNet", PROMPTS, tmp_path)
-    refuses((lambda: recipe.text_encoder(*bert), str(folder)), error=MissingWeights)
+    refuses((lambda: text_encoder(*bert), str(folder)), error=MissingWeights)
     sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     theirs = BertModel(BertConfig(**sizes, vocab_size=8))
     theirs.save_pretrained(folder)
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "climate", "zone", "cfa"]
     BertTokenizer(vocab={w: i for i, w in enumerate(words)}).save_pretrained(folder)
-    encoder = recipe.text_encoder(*bert)
+    encoder = text_encoder(*bert)
     assert torch.equal(encoder.model.embeddings.word_embeddings.weight, theirs.embeddings.word_embeddings.weight)
     hidden = Prompted(part(1), encoder, ["climate zone cfa."], 1.0)[0][2]
     assert hidden[:5].tolist() == [2, 5, 6, 1, 1], "the zone is BERT's unknown word, as is the point here"
@@ -175,8 +175,8 @@ def test_images_of_several_sizes_are_tested_in_batches_by_the_workers_of_the_har
     torch.manual_seed(0)
     data = [(torch.randn(3, n, 64), torch.randint(3, (n, 64))) for n in (64, 32, 64, 64, 32)]
     expected = sum(metrics.confusion(labels, image.argmax(0), 3) for image, labels in data)
-    asked, loader = [], recipe.DataLoader
-    monkeypatch.setattr(recipe, "DataLoader", lambda *a, **o: asked.append(o["num_workers"]) or loader(*a, **o))
+    asked, loader = [], hardware.DataLoader
+    monkeypatch.setattr(hardware, "DataLoader", lambda *a, **o: asked.append(o["num_workers"]) or loader(*a, **o))
     for workers in (0, 1):
         recipe.confusion(Echo(), recipe.Part(data, [], [*"abc"]), None, hardware=replace(CPU, workers=workers))
     assert asked == [0, 1]

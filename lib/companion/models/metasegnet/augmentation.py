@@ -22,8 +22,8 @@ from torchvision.transforms.v2 import functional as F
 from ...data.landcover import LandCover, Transform
 from ...data.rasters import MEAN, STD
 from ...errors import BadParameter
+from .maps import SCALES
 
-SCALES = (0.75, 1.0, 1.25, 1.5)
 MOST, TRIES = 0.75, 11  # of `SmartCrop`
 
 
@@ -102,14 +102,7 @@ def test_transform() -> Transform:
 
 
 def train_transform(
-    size: int,
-    ignore: int,
-    *,
-    scales: Sequence[float] = SCALES,
-    flip: float = 0.5,
-    upside_down: float = 0.5,
-    brightness: float = 0.0,
-    every: bool = False,
+    size: int, ignore: int, *, flip: float = 0.5, upside_down: float = 0.5, brightness: float = 0.0, every: bool = False
 ) -> Transform:
     """A pair (Image uint8, Mask int64) to (float32 (3, size, size), int64 (size, size)).
 
@@ -119,7 +112,7 @@ def train_transform(
         every: see `SmartCrop`.
     """
     crop = SmartCrop(size, ignore, every=every)
-    steps = [Scale(scales), crop, v2.RandomHorizontalFlip(flip), v2.RandomVerticalFlip(upside_down)]
+    steps = [Scale(), crop, v2.RandomHorizontalFlip(flip), v2.RandomVerticalFlip(upside_down)]
     if brightness:
         steps.append(v2.RandomApply([BrightnessContrast(brightness)], 0.25))
     return v2.Compose([*steps, test_transform()])

@@ -20,9 +20,11 @@ import yaml
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ...backbones import read_bert
 from ...data.climate import OCEAN
-from ...errors import BadParameter, CorruptFile, check_choice
-from .text import TextEncoder
+from ...errors import BadParameter, CorruptFile, MissingWeights, check_choice
+from ...io.papers import paper
+from .text import BertText, TextEncoder, Words
 
 PROMPTS = Path(__file__).with_name("climate_prompts.yaml")
 PLAIN = ("full", "name", "code", "constant", "empty")
@@ -66,19 +68,21 @@ class Prompts:
         return cls(zones, raw["constant"], raw["unknown"])
 
     def text(self, zone: str | None, level: str = "full") -> str:
-        """The text of one zone; of None, an unknown location, `unknown`.
+        """The text of one zone; of None, an unknown location, `unknown` (of the level "code" the word "unknown").
 
         Levels: "full" code, name and description; "name" code and name; "code" the code; "constant" the same text for
-        every zone; "empty" no word. Raises `BadParameter` for a zone without a text.
+        every zone; "empty" no word. Raises `BadParameter` for a zone without a text that is read.
         """
         check_choice("level", level, PLAIN)
+        if level == "code":
+            return zone or "unknown"
         if level in ("constant", "empty"):
             return self.constant if level == "constant" else ""
         if zone is None:
             return self.unknown
         check_choice("zone", zone, self.zones)
         name, description = self.zones[zone]
-        head = zone if level == "code" else f"{_HEADER}{zone}, {name}"
+        head = f"{_HEADER}{zone}, {name}"
         return f"{head}. {description}" if level == "full" else head
 
     def texts(self, zones: Sequence[str | None], level: str = "full") -> list[str]:
@@ -132,8 +136,6 @@ class Prompts:
             zones, own = self.exchanged(zones, kind, seed), None
         elif kind:
             level = kind
-        if level == "code":
-            return [zone or "unknown" for zone in zones]
         right = self.texts(zones, level)
         if own is None or level != "full":
             return right
@@ -155,6 +157,35 @@ def headless(text: str, unknown: str = "unknown") -> str:
         return text
     hidden = re.sub(r"[\w-]+", lambda _: unknown, head[len(_HEADER) :])
     return head[: len(_HEADER)] + hidden + point + description
+
+
+def text_encoder(
+    method: str, prompts: Prompts, data_root: str | Path = "data", *, random: bool = False
+) -> TextEncoder | None:
+    """The text encoder of a method: BERT-base, frozen; for "one-hot zone" a trained vector for each zone; None for the
+    unimodal network.
+
+    Args:
+        random: where BERT is not there it is random, for a dry run, and knows no word.
+
+    Raises `MissingWeights`: BERT's folder is not below `<data_root>/weights`."""
+    level = LEVELS[method]
+    if level is None:
+        return None
+    if level == "code":
+        return Words.of(list(prompts.zones), layers=0, length=1)
+    weights = next(w for w in paper("metasegnet")["weights"] if w["name"] == "bert")
+    folder = (Path(data_root) / "weights" / weights["file"]).parent
+    if folder.joinpath("config.json").is_file():
+        return BertText(*read_bert(folder))
+    if not random:
+        ways = [f"put the files of the hub's google-bert/bert-base-uncased into {folder}"]
+        raise MissingWeights(weights["what"], folder, ways)
+    import transformers as hf  # imported here because it takes seconds
+
+    print(f"BERT is not in {folder}; a random one in this dry run")
+    vocabulary = {word: i for i, word in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"))}
+    return BertText(hf.BertModel(hf.BertConfig()), hf.BertTokenizer(vocab=vocabulary))
 
 
 class Prompted(Dataset):

@@ -12,7 +12,7 @@ A training writes its checkpoint below `<out>/checkpoints`, from which it resume
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -21,12 +21,12 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 from ... import backbones
 from ...data import DATASETS, Parts, few, landcover, present
 from ...data.landcover import CLASSES, LEFT_OUT, LOVEDA, OEM, POTSDAM, POTSDAM_FAULTY, POTSDAM_TILES, TO_LOVEDA
-from ...errors import BadParameter, MissingWeights
+from ...errors import BadParameter
 from ...evaluation.metrics import landcover as metrics
 from ...evaluation.tables import Results, published_table
 from ...io import papers
@@ -34,15 +34,14 @@ from ...io.files import sha256
 from ...training import schedules
 from ...training.callbacks import EarlyStop, Lookahead
 from ...training.fit import same_shapes
-from ...training.hardware import AUTO, WORKERS, Hardware, RunParameters, evaluating
+from ...training.hardware import AUTO, WORKERS, Hardware, RunParameters, evaluating, loader
 from ...training.recipe import Training, dry_items
 from ...training.recipe import run as train
 from . import official
-from .augmentation import SCALES, Mosaic, test_transform, train_transform
-from .maps import augmented, label, preview
+from .augmentation import Mosaic, test_transform, train_transform
+from .maps import SCALES, augmented
 from .model import MetaSegNet, loss
-from .prompts import LEVELS, PROMPTS, Prompted, Prompts
-from .text import BertText, TextEncoder, Words
+from .prompts import LEVELS, PROMPTS, Prompted, Prompts, text_encoder
 
 SELECT = {LOVEDA: "best"}
 """Of each data set the epoch that is tested, where it is not the last: the one of the highest validation mIoU.
@@ -204,9 +203,8 @@ class Part(Parts):
 
 def randomised(data: landcover.LandCover, zones: Sequence[str | None], r: Recipe) -> Mosaic:
     """Items (image (3, crop, crop) normalised, labels) by the recipe's random operations; mosaics are of one zone."""
-    flips = {"flip": r.flip, "upside_down": r.upside_down}
-    transform = train_transform(r.crop, data.ignore, scales=SCALES, brightness=r.brightness, every=r.every, **flips)
-    return Mosaic(data, r.mosaic, zones, transform)
+    drawn = {name: getattr(r, name) for name in ("flip", "upside_down", "brightness", "every")}
+    return Mosaic(data, r.mosaic, zones, train_transform(r.crop, data.ignore, **drawn))
 
 
 def read(p: Parameters, split: str, dataset: str, **options) -> landcover.LandCover:
@@ -273,35 +271,6 @@ def generated(p: Parameters, r: Recipe, count: int) -> Part:
 # --- networks ---------------------------------------------------------------------------------------------------------
 
 
-def text_encoder(
-    method: str, prompts: Prompts, data_root: str | Path = "data", *, random: bool = False
-) -> TextEncoder | None:
-    """The text encoder of a method: BERT-base, frozen; for "one-hot zone" a trained vector for each zone; None for the
-    unimodal network.
-
-    Args:
-        random: where BERT is not there it is random, for a dry run, and knows no word.
-
-    Raises `MissingWeights`: BERT's folder is not below `<data_root>/weights`."""
-    level = LEVELS[method]
-    if level is None:
-        return None
-    if level == "code":
-        return Words.of(list(prompts.zones), layers=0, length=1)
-    weights = next(w for w in papers.paper("metasegnet")["weights"] if w["name"] == "bert")
-    folder = (Path(data_root) / "weights" / weights["file"]).parent
-    if folder.joinpath("config.json").is_file():
-        return BertText(*backbones.read_bert(folder))
-    if not random:
-        ways = [f"put the files of the hub's google-bert/bert-base-uncased into {folder}"]
-        raise MissingWeights(weights["what"], folder, ways)
-    import transformers as hf  # imported here because it takes seconds
-
-    print(f"BERT is not in {folder}; a random one in this dry run")
-    vocabulary = {word: i for i, word in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"))}
-    return BertText(hf.BertModel(hf.BertConfig()), hf.BertTokenizer(vocab=vocabulary))
-
-
 def network(
     method: str,
     prompts: Prompts,
@@ -340,18 +309,16 @@ def confusion(
 ) -> Tensor:
     """The confusion matrix (C, C) of a network on a test, with a text for each item; a batch has images of one size."""
     total = torch.zeros(len(test.classes), len(test.classes), dtype=torch.int64)
-    network: Callable[..., Tensor] = model
     data = test.data if texts is None or model.text is None else Prompted(test.data, model.text, texts)
     with evaluating(hardware, model) as where:
-        for items in DataLoader(
-            data, TEST_BATCH, num_workers=hardware.workers, pin_memory=where.type == "cuda", collate_fn=list
-        ):
+        for items in loader(data, TEST_BATCH, hardware, where, collate=list):
             for some in same_shapes([image for image, *_ in items], TEST_BATCH):
                 images, labels, *ids = (torch.stack(column) for column in zip(*[items[i] for i in some], strict=True))
-                predict = functools.partial(network, texts=ids[0].to(where) if ids else None)
+                predict = functools.partial(model.forward, texts=ids[0].to(where) if ids else None)
                 logits = augmented(predict, images.to(where, non_blocking=True), augmentation)  # (b, C, h, w)
                 predicted = logits.argmax(1).cpu()
-                predicted = predicted if test.into is None else test.into[predicted]
+                if test.into is not None:
+                    predicted = test.into[predicted]
                 total += metrics.confusion(labels, predicted, len(test.classes))
     return total
 
@@ -374,8 +341,7 @@ def views(p: Parameters) -> str:
 # --- the setting ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Setting:
+class Setting(NamedTuple):
     """A training and its tests.
 
     Attributes:
@@ -401,22 +367,25 @@ def setting(p: Parameters) -> Setting:
     prompts, r = Prompts.read(p.prompts or PROMPTS), published(p.dataset)
     facts: dict[str, Any] = {key: getattr(p, key) for key in ("dataset", "without_xbd", "held_out", "padding")}
     part, count = None, dry_items(p, r.batch * p.devices)
-    if p.dry_run and not there(p):
+    if p.without_xbd:  # which `present` asks for
+        there = DATASETS[OEM].folder(p.data_root).is_dir()
+    else:
+        there = not p.dry_run or all(present(name, p.data_root) for name in (p.dataset, p.test_on) if name)
+    if p.dry_run and not there:
         part = generated(p, r, count)
         tests, title = {"test": part}, f"generated land in place of {p.dataset}"
     else:
-        tests, data, title = test_parts(p), train_data(p) if p.task == "train" else None, p.dataset
+        tests, learned, title = test_parts(p), {"train": train_data(p)} if p.task == "train" else {}, p.dataset
         if p.dry_run:
-            learned = {} if data is None else {"train": data}
             # of a folder without lists all images are in both
-            shared = p.dataset == "folder" and not (Path(p.data_root) / "train.txt").is_file()
-            data = few(learned if shared else learned | tests, count).get("train")
-            tests = few(tests, count)
-        if data is not None:
-            title += f", {len(data):,} images" + (f", zone {p.held_out} left out" if p.held_out else "")
-            part = Part(randomised(data, data.zones(), r), data.zones(), data.classes, texts=data.texts())
+            apart = p.dataset != "folder" or (Path(p.data_root) / "train.txt").is_file()
+            found = few(learned | tests, count) if apart else few(learned, count) | few(tests, count)
+            learned, tests = ({name: found[name] for name in each} for each in (learned, tests))
+        for land in learned.values():
+            title += f", {len(land):,} images" + (f", zone {p.held_out} left out" if p.held_out else "")
+            part = Part(randomised(land, land.zones(), r), land.zones(), land.classes, texts=land.texts())
             if p.dataset == "folder":
-                facts["labels"] = [(one.image.name, one.label and sha256(one.label)) for one in data.pictures]
+                facts["labels"] = [(one.image.name, one.label and sha256(one.label)) for one in land.pictures]
     hardware, validation = Hardware.of(p, "metasegnet", workers=WORKERS), next(iter(tests.values()))
 
     def prompted(part: Part, kind: str = "") -> list[str] | None:
@@ -443,13 +412,6 @@ def setting(p: Parameters) -> Setting:
         dry_run=p.dry_run,
     )
     return Setting(title, training, tests, prompted)
-
-
-def there(p: Parameters) -> bool:
-    """Whether a dry run reads the data; raises `MissingData` where they are not complete."""
-    if p.without_xbd:  # which `present` asks for
-        return DATASETS[OEM].folder(p.data_root).is_dir()
-    return all(present(name, p.data_root) for name in (p.dataset, p.test_on) if name)
 
 
 def _name(p: Parameters) -> str:
@@ -532,11 +494,8 @@ def closest(rows: pd.DataFrame) -> pd.DataFrame:
     Preferred are the best epoch on the test split over the last one, padding as impervious over ignored, and the
     augmentation "lr", that of the README's only example; which one gave the published numbers is not known."""
     ours = rows[(rows.method == "unimodal") & (rows.dataset == POTSDAM) & (rows.held_out == "no zone")]
-    rank = [
-        (epoch == "best", padding == "impervious", augmentation == VIEWS[POTSDAM])
-        for epoch, padding, augmentation in zip(ours.epoch, ours.padding, ours.augmentation, strict=True)
-    ]
-    return ours[np.array([one == max(rank) for one in rank], bool)]
+    rank = 4 * (ours.epoch == "best") + 2 * (ours.padding == "impervious") + (ours.augmentation == VIEWS[POTSDAM])
+    return ours[rank == rank.max()]
 
 
 def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -563,55 +522,3 @@ def protocol() -> dict[str, str]:
     tiles = [tile for tile in POTSDAM_TILES["train"] if tile != POTSDAM_FAULTY]
     scales = ", ".join(f"{scale:g}" for scale in SCALES)
     return papers.protocol("metasegnet", **sets, tiles=len(tiles), scales=scales, **globals())
-
-
-# --- maps of your own images ------------------------------------------------------------------------------------------
-
-
-def maps(
-    folder: str | Path,
-    out: str | Path = "",
-    *,
-    checkpoint: str,
-    method: str = "MetaSegNet",
-    prompts: str = "",
-    data_root: str = "data",
-    accelerator: str = "auto",
-    augmentation: str = "none",
-    tile: int = 1024,
-    overlap: int = 256,
-) -> Iterator[tuple[Path, str | None]]:
-    """Segment the images of your own folder (see `landcover.own`, with its `classes.txt`), one after the other.
-
-    Args:
-        out: folder of the maps <image>.tif and their previews <image>.png; empty: `<folder>/maps`.
-        checkpoint: weights that a training saved; `method`: that of the training.
-        prompts: file of the texts; empty for the included one.
-        data_root: BERT is in <data_root>/weights.
-        augmentation, tile, overlap: see `augmented` and `bands`.
-
-    Yields:
-        The path of each map and the climate zone of its text.
-
-    Raises `BadParameter`: a map would overwrite an image or its labels.
-    """
-    data, texts = landcover.own(folder, landcover.read_classes(folder))["all"], Prompts.read(prompts or PROMPTS)
-    targets = [Path(out or Path(folder) / "maps") / f"{picture.image.stem}.tif" for picture in data.pictures]
-    inputs = {path.resolve() for picture in data.pictures for path in (picture.image, picture.label) if path}
-    written = [file for target in targets for file in (target, target.with_suffix(".png"))]
-    if taken := [file for file in written if file.resolve() in inputs]:
-        raise BadParameter("out", str(out), f"another folder: a map or its preview would overwrite {taken[0]}")
-    model = network(method, texts, len(data.classes), data_root=data_root, checkpoint=checkpoint)
-    zones = data.zones()
-    prompted = texts.of_method(method, zones, own=data.texts())
-    with evaluating(Hardware(accelerator), model) as device:
-        for i, (picture, target) in enumerate(zip(data.pictures, targets, strict=True)):
-            ids = () if prompted is None else (model.ids([prompted[i]]).to(device),)
-
-            def prompted_model(x: Tensor, ids: tuple[Tensor, ...] = ids) -> Tensor:
-                return augmented(lambda view: model(view, *ids), x.to(device), augmentation)
-
-            tiles = {"tile": tile, "overlap": overlap, "batch": 1}
-            label(prompted_model, picture.image, target, data.palette, data.classes, **tiles)
-            preview(target)
-            yield target, zones[i]
