@@ -72,6 +72,7 @@ def _dplq(recipe: ModuleType, patch: pytest.MonkeyPatch) -> None:
 
 
 def _ecamp(recipe: ModuleType, patch: pytest.MonkeyPatch) -> None:
+    from companion.models.ecamp import detection, heads
     from companion.models.ecamp.model import Bert, Blocks
 
     def encoder(p: object) -> VisionTransformer:
@@ -82,8 +83,8 @@ def _ecamp(recipe: ModuleType, patch: pytest.MonkeyPatch) -> None:
     narrow = {"encoder": Blocks(48, 1, 2), "decoder": Blocks(32, 1, 2), "text": text}
     patch.setattr(recipe, "encoder", encoder)
     patch.setattr(recipe, "ReportPairs", functools.partial(recipe.ReportPairs, length=16))
-    patch.setattr(recipe.heads, "Segmenter", functools.partial(recipe.heads.Segmenter, channels=(32, 16, 8, 8)))
-    patch.setattr(recipe.detection, "Detector", functools.partial(recipe.detection.Detector, channels=(64, 32, 16)))
+    patch.setattr(heads, "Segmenter", functools.partial(heads.Segmenter, channels=(32, 16, 8, 8)))
+    patch.setattr(detection, "Detector", functools.partial(detection.Detector, channels=(64, 32, 16)))
     patch.setitem(recipe.ecamp.SIZES, "paper", narrow)
 
 

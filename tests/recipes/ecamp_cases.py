@@ -24,7 +24,7 @@ from companion.data.radiographs import Labelled, Masked
 from companion.data.xrays import CLASSES, ONE_OF, SIZES
 from companion.evaluation.metrics import radiology
 from companion.evaluation.tables import published_table
-from companion.models.ecamp import detection, heads, recipe, text, transforms
+from companion.models.ecamp import detection, heads, recipe, tasks, text, transforms
 from companion.models.ecamp import model as ecamp
 from companion.models.ecamp.model import ECAMP, Batch, Bert, Blocks, Losses
 from companion.training.fit import fit
@@ -111,7 +111,7 @@ def _groups_downstream(case: Case) -> list[Row]:
             "clip_grad_norm": recipe.CLIP,
             "expected_patience": recipe.TASKS[task].patience,
             "expansion": {n: level.bn3.num_features // level.bn1.num_features for n, level in levels.items()},
-            "decays": shares == [recipe.DECAY] * len(trained),
+            "decays": shares == [tasks.DECAY] * len(trained),
         } | {key: group[key] for key in ("momentum", "nesterov", "weight_decay", "betas") if key in group}
         if recipe.TASKS[task].lists == "classification":
             ours |= _classifier(task)
@@ -271,11 +271,11 @@ def _metrics(case: Case) -> list[Row]:
     size = 32 * outputs[0].shape[-1]
     boxes = detection.decode(outputs, size, rule["confidence"], rule["nms"])
     ours = {
-        "mean_auroc": recipe.labels_score([(data["in.logits"], labels)], "released") / 100,
+        "mean_auroc": tasks.labels_score([(data["in.logits"], labels)], "released") / 100,
         "mean_loss_of_batches_multilabel": mean_of_batches("classification", loss, data["in.logits"], labels),
-        "accuracy": recipe.labels_score([(data["in.logits_one_of"], one_of)], "released") / 100,
+        "accuracy": tasks.labels_score([(data["in.logits_one_of"], one_of)], "released") / 100,
         "mean_loss_of_batches_one_of": mean_of_batches("classification", loss, data["in.logits_one_of"], one_of),
-        "dice": recipe.masks_score([(mask_logits, masks)], "released") / 100,
+        "dice": tasks.masks_score([(mask_logits, masks)], "released") / 100,
         "dice_sorted": radiology.dice(mask_logits.sigmoid(), masks).sort().values,
         "mean_loss_of_batches_segmentation": mean_of_batches(
             "segmentation", heads.segmentation_loss, mask_logits, masks

@@ -9,6 +9,7 @@ import torch
 from companion import backbones
 from companion.errors import BadCheckpoint
 from companion.models.ecamp import model as ecamp
+from companion.models.ecamp import official
 from companion.models.ecamp.model import Batch
 from companion.models.ecamp.variants import METHODS
 from tests.models.common import numbers, refuses
@@ -76,15 +77,15 @@ def test_starts_from_mae(model):
     mae = {n: t + 1 for n, t in model.to_official().items() if not n.startswith(("bert", "super"))}
     fresh = copy.deepcopy(model)
     refuses((lambda: ecamp.build("huge"), "size"))
-    fresh.load_mae(mae | {"decoder_blocks.7.norm1.weight": torch.ones(48)})
+    official.load_mae(fresh, mae | {"decoder_blocks.7.norm1.weight": torch.ones(48)})
     for name, tensor in fresh.state_dict().items():
         added = 1 if name.startswith(("encoder", "decoder")) else 0
         assert torch.equal(tensor, model.state_dict()[name] + added), name
     encoder_only = {n: t for n, t in mae.items() if not n.startswith(("decoder", "mask"))}
-    copy.deepcopy(model).load_mae(encoder_only)
+    official.load_mae(copy.deepcopy(model), encoder_only)
     del encoder_only["norm.bias"]
     with pytest.raises(BadCheckpoint, match=r"norm\.bias"):
-        model.load_mae(encoder_only)
+        official.load_mae(model, encoder_only)
 
 
 def test_the_paper_size_has_the_released_parameters_and_takes_timms_mae():

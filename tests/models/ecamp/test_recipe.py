@@ -15,7 +15,7 @@ from companion.data import decoding, xrays
 from companion.errors import BadCheckpoint, MissingWeights
 from companion.evaluation.claims import judge_measured
 from companion.io.papers import paper
-from companion.models.ecamp import recipe, transforms
+from companion.models.ecamp import recipe, tasks, transforms
 from companion.training import fit as loop
 from companion.training.recipe import run
 from tests.conftest import parameters
@@ -139,7 +139,7 @@ def test_nothing_left_to_be_found_is_no_score(protocol, expected):
     heads = [torch.full((2, 18, side, side), -20.0) for side in (7, 14, 28)]
     boxes = torch.zeros(2, 10, 5)
     boxes[:, 0] = torch.tensor([0, 0.4, 0.5, 0.3, 0.3])
-    np.testing.assert_equal(recipe.boxes_score([(heads, boxes)], protocol), expected)
+    np.testing.assert_equal(tasks.boxes_score([(heads, boxes)], protocol), expected)
 
 
 def test_outputs_are_scored_without_autocast(small):

@@ -257,38 +257,30 @@ def distil(reports: Sequence[str], back_end: BackEnd, cache: str | Path) -> Dist
             file.execute(
                 "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, text TEXT NOT NULL, why TEXT NOT NULL)"
             )
-            answers, written = dict[str, tuple[str, str]](), time.monotonic()  # not in the file yet
+            written = time.monotonic()
             try:
                 for i, report in enumerate(progress(reports, "distilling", len(reports))):
                     entities, row = entities_in(report), ("", "")
                     if entities:
                         facts = "\0".join([back_end.name, PROMPT, str(TRIES), *entities, report])
                         key = hashlib.sha256(facts.encode()).hexdigest()
-                        cached = file.execute("SELECT text, why FROM answers WHERE key = ?", (key,))
-                        row = answers.get(key) or cached.fetchone()
+                        row = file.execute("SELECT text, why FROM answers WHERE key = ?", (key,)).fetchone()
                     if row is None:
-                        row = answers[key] = _ask(back_end, report, entities)
+                        row = _ask(back_end, report, entities)
+                        file.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?)", (key, *row))
                         if time.monotonic() - written >= COMMIT:
-                            _write(file, answers)
+                            file.commit()
                             written = time.monotonic()
                     statements.append(row[0])
                     if row[1]:
                         refused[i] = row[1]
             finally:  # also of a run that is interrupted, or whose back end fails
-                _write(file, answers)
+                file.commit()
     except sqlite3.DatabaseError as error:
         if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
             raise CannotWrite(cache, shutil.disk_usage(Path(cache).parent).free) from error
         raise CorruptFile(cache, f"not a file of distilled reports ({error})") from error
     return Distilled(statements, refused)
-
-
-def _write(file: sqlite3.Connection, answers: dict[str, tuple[str, str]]) -> None:
-    """Write answers by key to the cache, all or none of them, and forget them."""
-    with file:
-        rows = [(key, *row) for key, row in answers.items()]
-        file.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?, ?)", rows)
-    answers.clear()
 
 
 def _ask(back_end: BackEnd, report: str, entities: Sequence[str]) -> tuple[str, str]:

@@ -41,7 +41,7 @@ from ..layers.heads import vit_sizes
 from ..layers.mae import Decoder, encode, initialise, patchify, random_mask, unpatchify, visible
 from ..layers.pos_embed import sincos_table
 from ..layers.predicting import Images, Names, Transform, grey, outputs
-from ..layers.state_dicts import OfficialModel, depth, renamed
+from ..layers.state_dicts import OfficialModel, depth
 from . import official
 from .transforms import test_transform
 
@@ -464,21 +464,6 @@ class ECAMP(OfficialModel):
         state = super().to_official()
         return state | {f"{official.HEAD}bias": state[f"{official.HEAD}decoder.bias"]}  # transformers has both names
 
-    def load_mae(self, state: Mapping[str, Tensor]) -> None:
-        """Initialise from a masked autoencoder's state dict, as the paper does.
-
-        Every tensor of the same name and shape is loaded, position embeddings included; BERT keeps its initialisation.
-        MAE's image decoder has eight blocks, of which the first ones are loaded; without a decoder only the encoder is
-        loaded.
-
-        Raises `BadCheckpoint`: tensors of the encoder that are missing or of another shape.
-        """
-        official.load_vit(self.encoder, state, "the encoder of ECAMP (MAE's names)")
-        shapes = {name: tensor.shape for name, tensor in self.state_dict().items()}
-        loaded = {ours: state[theirs] for ours, theirs in renamed(shapes, self.rules).items() if theirs in state}
-        loaded = {name: tensor for name, tensor in loaded.items() if tensor.shape == shapes[name]}
-        self.load_state_dict(loaded, strict=False)
-
 
 build = ECAMP.build
 
@@ -498,15 +483,14 @@ def _initialise(module: nn.Module) -> None:
             nn.init.zeros_(module.weight.data[module.padding_idx])
 
 
-def heat(attention: Tensor, size: int | None = None) -> Tensor:
-    """The authors' heat map of a word's attention (heads, N): maximum over heads, power 0.25, scaled to 0 ... 1.
+def heat(attention: Tensor) -> Tensor:
+    """The authors' heat map (sqrt N, sqrt N) of a word's attention (heads, N): maximum over heads, power 0.25, in
+    0 ... 1.
 
     Args:
         attention: of one word, over patches in raster order, as `ECAMP.attention` returns it. (The released script
             leaves the patches in their shuffled order, so its maps are scrambled.)
-        size: upsample to (size, size), bilinear; None: (sqrt N, sqrt N).
     """
     x = attention.amax(0).pow(0.25)  # (N,)
     x = (x - x.min()) / (x.max() - x.min()).clamp_min(1e-12)
-    x = rearrange(x, "(h w) -> h w", h=math.isqrt(len(x)))
-    return x if size is None else F.interpolate(x[None, None], (size, size), mode="bilinear")[0, 0]
+    return rearrange(x, "(h w) -> h w", h=math.isqrt(len(x)))

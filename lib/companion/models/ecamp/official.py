@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...io.papers import paper
-from ..layers.state_dicts import check_names, depth, load_official
+from ..layers.state_dicts import OfficialModel, check_names, depth, load_official, renamed
 
 WHAT = "ECAMP: the pre-training model, decoders and BERT included"
 NAMES = paper("ecamp")["official_names"]  # patterns from our names to the authors', by model
@@ -53,3 +53,19 @@ def load_vit(vit: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
     """
     own = vit.state_dict()
     load_official(vit, {name: tensor for name, tensor in state.items() if name in own}, None, what)
+
+
+def load_mae(model: OfficialModel, state: Mapping[str, Tensor]) -> None:
+    """Initialise an `ECAMP` from a masked autoencoder's state dict, as the paper does.
+
+    Every tensor of the same name and shape is loaded, position embeddings included; BERT keeps its initialisation.
+    MAE's image decoder has eight blocks, of which the first ones are loaded; without a decoder only the encoder is
+    loaded.
+
+    Raises `BadCheckpoint`: tensors of the encoder that are missing or of another shape.
+    """
+    load_vit(model.get_submodule("encoder"), state, "the encoder of ECAMP (MAE's names)")
+    own = model.state_dict()
+    loaded = {ours: state[theirs] for ours, theirs in renamed(own, model.rules).items() if theirs in state}
+    loaded = {name: tensor for name, tensor in loaded.items() if tensor.shape == own[name].shape}
+    model.load_state_dict(loaded, strict=False)

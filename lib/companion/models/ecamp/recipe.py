@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,41 +14,37 @@ import pandas as pd
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
+from torch.utils.data import Dataset, TensorDataset, default_collate
 
 from ... import backbones
 from ...data import DATASETS, few, present, xrays
-from ...data.xrays import CLASSES, ONE_OF, tasks
+from ...data.xrays import CLASSES, ONE_OF
 from ...errors import BadParameter, MissingWeights, check_choice
-from ...evaluation.metrics import accuracy, radiology
 from ...evaluation.tables import Results, published_table
 from ...io import papers
 from ...io.files import atomic
 from ...training.callbacks import ClipNorm, EarlyStop
 from ...training.checkpoints import checkpoint_key
-from ...training.hardware import Hardware, RunParameters, evaluating
+from ...training.hardware import Hardware, RunParameters, evaluating, loader
 from ...training.recipe import Training, dry_items
 from ...training.recipe import run as train
-from ...training.schedules import MakeOptimizer, adamw, sgd
+from ...training.schedules import adamw
 from ..layers.precision import without_autocast
-from . import detection, heads, official, text, transforms
 from . import model as ecamp
+from . import official, tasks, transforms
 from .model import ECAMP
+from .tasks import EXPANSION, FIRST, SIDE, TASKS
 from .text import ReportPairs, Vocabulary
 from .variants import METHODS
 
-SIDE = 224  # of an image downstream
 WORKERS = 16
 TEST_BATCH = 64
 # pairs that a device processes at once: the 16,384 positions of 64 have 2 GB of logits over 30,000 words
 MICRO_BATCH = 64
 
-FIRST = {"1": 60, "10": 100, "100": 50}  # step after which detection is validated, by percent of the labels
-EXPANSION = {"1": 8, "10": 8, "100": 4}  # of the detector's bottlenecks
 BOUND = 50  # limit of a downstream training in multiples of the published steps; the authors' code has none
 RIGA_PATIENCE = 20  # of RIGA from other encoders than ECAMP's, see `Task.patience`
-BOX = [0, 0.4, 0.5, 0.3, 0.3]  # of a generated image, see `xrays.box_labels`
-CLIP, MOMENTUM, DECAY = 1.0, 0.9, 0.05  # the norm of a gradient; SGD's; AdamW's weight decay
+CLIP = 1.0  # the norm of a gradient
 
 RESULTS = Results.of("ecamp")
 tables = RESULTS.tables  # published and measured, by title
@@ -134,7 +129,7 @@ def pretraining(p: Parameters, out: Path, real: bool = True) -> Training:
 
     Raises `BadParameter`, `MissingData`, `MissingWeights`: with the change or download needed.
     """
-    sets = [name for name, d in DATASETS.items() if d.task == "xrays" and "pre-training" in tasks(name)]
+    sets = [name for name, d in DATASETS.items() if d.task == "xrays" and "pre-training" in xrays.tasks(name)]
     check_choice("dataset", p.dataset, [*sets, "folder"])
     pairs, facts = _pairs(p, out) if real else _generated_pairs(p)
     options = pretraining_fit(p, len(pairs), published())
@@ -145,7 +140,7 @@ def pretraining(p: Parameters, out: Path, real: bool = True) -> Training:
         torch.manual_seed(p.seed)
         model = METHODS[p.method][0]("paper", words=len(pairs.vocabulary))
         if file := _file(p, "mae"):
-            model.load_mae(backbones.read_state(file))
+            official.load_mae(model, backbones.read_state(file))
         return model
 
     return Training(
@@ -252,137 +247,6 @@ def pretraining_fit(p: Parameters, pairs: int, r: Mapping[str, float]) -> dict[s
         "seed": p.seed,
         "hardware": Hardware.of(p, "ecamp", workers=WORKERS, accumulate=accumulate),
     }
-
-
-# --- downstream: tasks ------------------------------------------------------------------------------------------------
-
-Scored = Iterable[tuple[Any, Tensor]]
-"""Outputs and truth, batch by batch."""
-
-
-def labels_score(batches: Scored, _: str) -> float:
-    """Accuracy for class indices (n,), the mean AUROC of the classes for labels (n, classes), in percent."""
-    logits, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    return accuracy(labels, logits) if labels.ndim == 1 else radiology.mean_auroc(labels, logits)
-
-
-def masks_score(batches: Scored, protocol: str) -> float:
-    """Dice in percent, averaged over images, then over the structures to segment."""
-    dice = [  # (images, structures) of each batch
-        radiology.dice(logits.sigmoid().flatten(0, 1), masks.flatten(0, 1), protocol).view(masks.shape[:2])
-        for logits, masks in batches
-    ]
-    return 100 * float(torch.cat(dice).nanmean(0).mean())
-
-
-def boxes_score(batches: Scored, protocol: str) -> float:
-    """mAP in percent on images of side `SIDE`; nan if the protocol excludes all images.
-
-    As released, images where nothing is found are left out.
-    """
-    kept, boxes = [], []
-    for levels, truth in batches:
-        kept += detection.decode(levels, SIDE)
-        boxes += truth
-    scored = (truth.any() and (protocol == "plain" or len(k)) for k, truth in zip(kept, boxes, strict=True))
-    return radiology.mean_precision(kept, torch.stack(boxes), SIDE, protocol) if any(scored) else math.nan
-
-
-def generated_labels(count: int, dataset: str, _: torch.Generator) -> Tensor:
-    """Positive and negative labels of each class, as an area under the curve needs."""
-    numbers, classes = torch.arange(count), len(CLASSES[dataset])
-    return numbers % classes if dataset in ONE_OF else ((numbers[:, None] + torch.arange(classes)) % 2).float()
-
-
-@dataclass(frozen=True)
-class Task:
-    """What a downstream task has of its own.
-
-    Attributes:
-        lists: the kind of the data set's lists, see `xrays.load`.
-        dry_set: the set whose images a dry run without data generates.
-        numbers: the table of learning rates, steps and batches.
-        metric: the name of the score; {} is the protocol.
-        score: in percent, of outputs and truth, and the protocol.
-        transform: of the images of a set (its name), in training or not.
-        truth: of so many generated images of a set (its name), by a random generator.
-        model: on an encoder, with a number of classes, for the parameters of a run.
-        loss: of outputs and truth (labels, masks or boxes), for images of side `SIDE`.
-        optimizer: of a learning rate.
-        patience: epochs without a new best after which a training ends.
-        released_test: the list that the authors' code tests on.
-        first: step after which the model is validated, by percent of the labels; without an entry the first one.
-    """
-
-    lists: str
-    dry_set: str
-    numbers: str
-    metric: str
-    score: Callable[[Scored, str], float]
-    transform: Callable[[str, bool], Callable]
-    truth: Callable[..., Tensor]
-    model: Callable[..., nn.Module]
-    loss: Callable[[Any, Tensor], Tensor]
-    optimizer: Callable[[float], MakeOptimizer]
-    patience: int = 20
-    released_test: str = "test"
-    first: Mapping[str, int] = field(default_factory=dict)
-
-
-decayed = partial(adamw, weight_decay=DECAY, decay="all")
-fine_tune = Task(
-    lists="classification",
-    dry_set="xrays/chestx-ray14",
-    numbers="recipe-finetune",
-    metric="AUROC",
-    score=labels_score,
-    transform=lambda dataset, train: transforms.train_transform() if train else transforms.test_transform(),
-    truth=generated_labels,
-    model=lambda vit, classes, p: heads.classifier(vit, classes),
-    loss=heads.classification_loss,
-    optimizer=partial(sgd, momentum=MOMENTUM, decay="all"),
-)
-TASKS = {
-    "fine-tune": fine_tune,
-    "linear probe": replace(
-        fine_tune,
-        dry_set="xrays/covidx",
-        numbers="recipe-linear",
-        model=lambda vit, classes, p: heads.classifier(vit, classes, probe=True),
-    ),
-    "segment": Task(
-        lists="segmentation",
-        dry_set="xrays/siim",
-        numbers="recipe-segmentation",
-        metric="Dice ({})",
-        score=masks_score,
-        transform=transforms.MaskTransform,
-        truth=lambda count, dataset, generator: (
-            torch.rand(count, len(CLASSES[dataset]), SIDE, SIDE, generator=generator) > 0.7
-        ).float(),
-        # the authors freeze the encoder; on RIGA, which they also run from random weights, not a random one
-        model=lambda vit, classes, p: heads.Segmenter(
-            vit, classes, frozen=(p.dataset, p.encoder) != ("fundus/riga", "random")
-        ),
-        loss=lambda logits, masks: heads.segmentation_loss(logits.float(), masks),
-        optimizer=decayed,
-        patience=40,
-    ),
-    "detect": Task(
-        lists="detection",
-        dry_set="xrays/rsna",
-        numbers="recipe-detection",
-        metric="mAP ({})",
-        score=boxes_score,
-        transform=lambda dataset, train: transforms.squeeze_transform(),
-        truth=lambda count, *_: torch.tensor([BOX] + [[0] * 5] * (xrays.BOXES - 1)).repeat(count, 1, 1),
-        model=lambda vit, classes, p: detection.Detector(vit, expansion=EXPANSION[p.labels]),
-        loss=lambda levels, boxes: detection.detection_loss([level.float() for level in levels], boxes, SIDE),
-        optimizer=decayed,
-        released_test="val",
-        first=FIRST,
-    ),
-}
 
 
 # --- downstream: training ---------------------------------------------------------------------------------------------
@@ -548,8 +412,7 @@ def outputs(p: Parameters, model: nn.Module, part: Dataset) -> Iterator[tuple[An
     """Outputs and labels, batch by batch, on the CPU. Afterwards the model is on its former device."""
     hardware = Hardware.of(p, "ecamp", workers=WORKERS)
     with evaluating(hardware, model) as device:
-        options = {"num_workers": hardware.workers, "pin_memory": device.type == "cuda"}
-        for images, truth in DataLoader(part, TEST_BATCH, **options):
+        for images, truth in loader(part, TEST_BATCH, hardware, device):
             out = model(images.to(device, non_blocking=True))
             with without_autocast(device):  # of what is done with them
                 yield [x.float().cpu() for x in out] if isinstance(out, list) else out.float().cpu(), truth
@@ -568,5 +431,5 @@ def protocol() -> dict[str, str]:
         first=[*FIRST.values()],
         expansion=[*EXPANSION.values()],
         one_of=" and ".join(TITLES[name] for name in ONE_OF),
-        **globals() | {"text": text},
+        **vars(tasks) | globals(),
     )
