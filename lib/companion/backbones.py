@@ -16,6 +16,7 @@ import contextlib
 import functools
 import logging
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,18 +136,23 @@ def read_bert(folder: str | Path) -> tuple[nn.Module, Any]:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Disables transformers' progress bars and advice within the block."""
+def quiet(*more: Any) -> Iterator[None]:
+    """Disables progress bars and advice of transformers within the block, and of libraries with such a `logging`."""
     from transformers.utils import logging as hf
 
-    level = hf.get_verbosity()
-    hf.set_verbosity_error()
-    hf.disable_progress_bar()
+    before = [(log, log.get_verbosity(), log.is_progress_bar_enabled()) for log in (hf, *more)]
+    for log, *_ in before:
+        log.set_verbosity_error()
+        log.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument")  # which diffusers passes on
+            yield
     finally:
-        hf.set_verbosity(level)
-        hf.enable_progress_bar()
+        for log, level, bars in before:
+            log.set_verbosity(level)
+            if bars:
+                log.enable_progress_bar()
 
 
 def find_weights(name: str, *, download: bool = False) -> Path:

@@ -16,7 +16,6 @@ from torchvision.ops import box_iou
 from companion.evaluation import metrics
 from companion.evaluation.metrics import attributes, detection, landcover, radiology, restoration, tracking
 from companion.models.hvit import model as hvit
-from companion.models.hvit import recipe
 from tests.edges.common import Edge, check
 
 LABELS = torch.tensor([[0, 1], [1, 0], [1, 1], [0, 0]])
@@ -93,7 +92,9 @@ EDGES = {
     ),
     "PSNR": Edge(restoration.psnr, {"restored": IMAGES * 0.5, "clean": IMAGES}, {"restored": "0.5", "clean": "0.5"}),
     "SSIM": Edge(restoration.ssim, {"restored": IMAGES * 0.5, "clean": IMAGES}, {"restored": "0.5", "clean": "0.5"}),
-    "kappa": Edge(recipe.quadratic_kappa, {"truth": GRADES, "predicted": GRADES}, {"truth": "255", "predicted": "255"}),
+    "kappa": Edge(
+        metrics.quadratic_kappa, {"truth": GRADES, "predicted": GRADES}, {"truth": "255", "predicted": "255"}
+    ),
     **{
         f"grades, {head}": Edge(
             functools.partial(hvit.graded, head),
@@ -185,7 +186,7 @@ def test_scores_of_labels_equal_those_of_other_libraries(pair):
 def test_scores_of_classes_equal_those_of_other_libraries(rows):
     truth, predicted, ignored = map(np.array, zip(*rows, strict=True))
     kappa = sk.cohen_kappa_score(truth, predicted, weights="quadratic", labels=range(6))
-    assert recipe.quadratic_kappa(torch.tensor(truth), torch.tensor(predicted)) == pytest.approx(np.nan_to_num(kappa))
+    assert metrics.quadratic_kappa(torch.tensor(truth), torch.tensor(predicted)) == pytest.approx(np.nan_to_num(kappa))
     matrix = landcover.confusion(torch.tensor(np.where(ignored, 255, truth)), torch.tensor(predicted), 6)
     kept = ~ignored
     assert matrix.equal(

@@ -62,11 +62,42 @@ def heatmap(case: Case) -> dict[str, Tensor]:
             """The patch maps are shifted once, the region maps three times."""
             maps = [p[i][bound][token_head] for p in low[:2]], [r[i][bound][head] for r in high]
             step, kind = settings["step"] // downscale, (blend["gamma"], blend["variant"])
-            return heatmaps.granular(*maps, share[i], step, *kind, official_quirks=settings["smoothed"])
+            return granular(*maps, share[i], step, *kind, smoothed=settings["smoothed"])
 
         made[name] = tuple(np.stack([blended(bound, *one) for one in blend["chosen"]]) for bound in range(3))
     nearest = {name: _nearest(case, name, x) if isinstance(x, tuple) else x for name, x in made.items()}
     return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in nearest.items()}
+
+
+def granular(
+    patch: list[np.ndarray],
+    region: list[np.ndarray],
+    slide: float,
+    step: int,
+    gamma: float,
+    variant: str,
+    *,
+    smoothed: bool,
+) -> np.ndarray:
+    """`heatmaps.factorised`, of maps (s, s) made again after shifts, so that the edges between patches do not show.
+
+    Args:
+        patch, region: the k-th map was made with the region's window `k step` further right and down. Each is laid
+            where it belongs. A level's weight is shared by its maps; where some of them are missing, near the upper and
+            the left edge, the others' shares grow so that both levels together weigh as much as elsewhere.
+        smoothed: as released: the two levels together weigh 1 whatever gamma is, while the sum is divided by
+            2 (1 - gamma) + gamma in Global. There scores shrink unless gamma is 0.5.
+    """
+    weights = heatmaps.level_weights(gamma, variant)
+    total, share = np.zeros(np.shape(patch[0])), np.zeros(np.shape(patch[0]))
+    for maps, weight in zip((patch, region), weights, strict=False):
+        for k, scores in enumerate(maps):
+            offset, side = k * step, scores.shape[-1]
+            total[offset:, offset:] += weight / len(maps) * scores[: side - offset, : side - offset]
+            share[offset:, offset:] += weight / len(maps)
+    mean = np.divide(total, share, out=np.zeros_like(total), where=share > 0)
+    below = 1.0 if smoothed else weights[0] + weights[1]
+    return (below * mean + weights[2] * slide) / sum(weights)
 
 
 def _levels(case: Case) -> tuple[PatchEncoder, RegionEncoder, torch.nn.Module]:

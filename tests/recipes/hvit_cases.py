@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from companion.data import slides as data
+from companion.evaluation.metrics import quadratic_kappa
 from companion.models.hvit import model as hvit
 from companion.models.hvit import recipe, slides
 from companion.models.layers.state_dicts import load_official
@@ -64,13 +65,13 @@ def _vote(case: Case) -> list[Row]:
     s, tolerance = case.settings, case.facts["tolerance"]
     names, truth = s["slide_ids"], torch.tensor(s["label"])
     folds, order = [*torch.tensor(s["predictions_of_five_folds"]).T], np.argsort(s["slide_ids"])
-    each = [recipe.quadratic_kappa(truth, fold) for fold in folds]
+    each = [quadratic_kappa(truth, fold) for fold in folds]
     rows = [near("kappa_of_each_fold", case.expected["kappa_of_each_fold"], each, **tolerance)]
     for what, isup in (("plain distance", False), ("custom distance", True)):
         vote, expected = recipe.voted(folds, names, isup), case.expected[what]
         rows += [
             *equal(expected, {"row_order": [names[i] for i in order], "vote": vote[order]}, f"{what} "),
-            near(f"{what} kappa", expected["kappa"], recipe.quadratic_kappa(truth, vote), **tolerance),
+            near(f"{what} kappa", expected["kappa"], quadratic_kappa(truth, vote), **tolerance),
         ]
     return rows
 
@@ -200,7 +201,7 @@ def _groups_slide(case: Case) -> list[Row]:
             if own["weights"]:  # the authors' Local freezes the region level then: our Global on patch embeddings
                 p.method, p.weights = "Global", f"{folder}/region.pth"
                 torch.save(hvit.RegionEncoder(s["region_size"] // 256).state_dict(), p.weights)
-            model = recipe.build(p, p.method, classes=s["num_classes"], levels=levels)
+            model = recipe.build(p, classes=s["num_classes"], levels=levels)
         official = model.official_names()
         names = {id(t): official[n] for n, t in model.named_parameters()}
         groups = []
@@ -261,7 +262,7 @@ def _trajectory(case: Case) -> list[Row]:
     local, optim, rows = s["method"] == "Local", s["optimiser"], []
     levels = ("region", "slide") if local else ("slide",)
     p = parameters("hvit", method=s["method"], head=s["head"], region=s.get("region_size", 256))
-    model = recipe.build(p, p.method, classes=s["num_classes"], levels=levels, dropout=s["dropout"])
+    model = recipe.build(p, classes=s["num_classes"], levels=levels, dropout=s["dropout"])
     names, state = model.official_names(), model.state_dict()
     filled = fill.state_dict({names[n]: list(t.shape) for n, t in state.items()}, s["seed"])
     load_official(model, {n: torch.as_tensor(a) for n, a in filled.items()}, names, "H-ViT")

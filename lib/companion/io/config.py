@@ -66,6 +66,7 @@ MOVED = {
     "companion.models.layers.coop": "companion.models.dplq.baselines",
     "companion.models.layers.dino": "companion.models.hvit.dino",
     "companion.models.hvit.model:predict": "companion.models.hvit.model:graded",
+    "companion.models.hvit.recipe:quadratic_kappa": "companion.evaluation.metrics:quadratic_kappa",
     "companion.models.layers.quaternion": "companion.models.dplq.quaternion",
     "companion.models.layers.vpt": "companion.models.sa2vp.baselines",
     "companion.models.metasegnet.inference": "companion.models.metasegnet.maps",

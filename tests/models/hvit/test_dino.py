@@ -172,7 +172,7 @@ def test_what_cannot_be_trained_is_refused():
     refuses(
         *(
             (lambda name=name, value=value: pretrain(encoder, images, views, **SMALL | {name: value}), f"= {value}")
-            for name, value in (("batch", 17), ("batch", 0), ("momentum", 1.5), ("clip", 0.0))
+            for name, value in (("batch", 17), ("batch", 0), ("momentum", 1.5))
         ),
         (lambda: dino.Loss(4, teacher=0.0), "0.0"),
         (lambda: dino.GridViews(4, shares=(1.5, 0.5)), "1.5"),

@@ -68,7 +68,7 @@ def test_a_dry_run_without_features_embeds_regions_of_a_few_slides(tmp_path, mon
 @pytest.mark.parametrize("sampling", ["uniform", "weighted"])
 def test_sampling_is_what_the_parameter_says(sampling):
     part = TensorDataset(torch.zeros(8, 3, 16, 384), torch.ones(8, 3) > 0, torch.tensor([0] * 7 + [5]))
-    shown = recipe.of_fold(given(sampling=sampling), "Local", 0, (part, None), 6).data()
+    shown = recipe.of_fold(given(sampling=sampling), 0, (part, None), 6).data()
     torch.manual_seed(0)
     high = sum(int(shown[i % 8][2]) == 5 for i in range(64))
     assert len(shown) == 8 and (high == 8 if sampling == "uniform" else 16 < high < 48)
@@ -87,7 +87,7 @@ def test_hipts_region_level_keeps_its_positions(tmp_path):
     ):
         p = given(method=method, weights=weights, data_root=str(tmp_path))
         assert recipe.region_weights(p) == found
-    model = recipe.build(given(method="Global", region=2048, data_root=str(tmp_path)), "Global")
+    model = recipe.build(given(method="Global", region=2048, data_root=str(tmp_path)))
     assert torch.equal(model.region.blocks[0].attn.qkv.weight, saved.blocks[0].attn.qkv.weight)
     assert torch.equal(model.region.pos_embed, saved.pos_embed)  # resized in the forward pass alone
     assert not any(t.requires_grad for t in model.region.parameters()) and not model.region.training
@@ -151,7 +151,7 @@ def test_a_batch_has_no_more_padding_than_its_longest_slide_and_trains_as_one_wi
 
     def trained():
         options = recipe.fit_options(drawn, epochs=1, batch=4, hardware=CPU)
-        model = recipe.build(stored, "Local", dropout=0.0)
+        model = recipe.build(stored, dropout=0.0)
         return fit(model, loss, drawn, **options), recipe.outputs(model, part, CPU)[1]
 
     history, outputs = trained()

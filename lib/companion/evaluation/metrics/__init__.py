@@ -12,6 +12,8 @@ from torch import Tensor
 
 from ...errors import BadParameter
 
+HIGHEST = 255  # grade that a table of confusions has a row for
+
 
 def checked(
     name: str,
@@ -71,3 +73,17 @@ def accuracy(labels: Tensor, outputs: Tensor) -> float:
     outputs = checked("outputs", outputs, axes=2)
     labels = checked("labels", labels, outputs.shape[:1], low=0, high=outputs.shape[1] - 1, whole=True)
     return 100 * float((outputs.argmax(1) == labels).double().mean())
+
+
+def quadratic_kappa(truth: Tensor, predicted: Tensor) -> float:
+    """Quadratic weighted kappa of grades; predictions that are all the same give 0.
+
+    Raises `BadParameter`: grades that are no whole numbers from 0 to `HIGHEST`, or not one for each slide.
+    """
+    from sklearn.metrics import cohen_kappa_score  # here: it takes a second to import
+
+    truth = checked("truth", truth, axes=1, low=0, high=HIGHEST, whole=True)
+    predicted = checked("predicted", predicted, truth.shape, low=0, high=HIGHEST, whole=True)
+    labels = list(range(1 + int(max(truth.max(), predicted.max()))))
+    value = cohen_kappa_score(truth.cpu().numpy(), predicted.cpu().numpy(), weights="quadratic", labels=labels)
+    return 0.0 if math.isnan(value) else float(value)

@@ -38,6 +38,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign, box_convert
 from torchvision.transforms import v2
 
+from ...evaluation.metrics import landcover
 from ...io.config import configure
 from ...io.progress import progress
 from ...training.fit import same_shapes
@@ -469,3 +470,21 @@ def slide(model: nn.Module, image: Tensor, size: int) -> Tensor:
         total[:, y : y + size, x : x + size] += logits
         count[y : y + size, x : x + size] += 1
     return total / count
+
+
+def confusions(
+    model: nn.Module, data: Dataset, classes: int, *, size: int = 512, hardware: Hardware = AUTO, folder: Path | None
+) -> Iterator[Tensor]:
+    """The confusion matrix (C, C) of each scene, at its original size; see `WholeScenes`, `slide` and `detections`."""
+    scenes = WholeScenes(data, size)
+
+    @torch.no_grad()
+    def matrices(done: int) -> Iterator[Tensor]:
+        with evaluating(hardware, model) as device:
+            stream = loader(scenes, None, hardware, device, done)
+            for image, truth in progress(stream, "segmentation", len(data), done):
+                logits = slide(model, image.to(device), size)[None]
+                whole = F.interpolate(logits, truth.shape, mode="bilinear", align_corners=False)
+                yield landcover.confusion(truth, whole[0].argmax(0).cpu(), classes).to_sparse()
+
+    return (matrix.to_dense() for matrix in saved(folder, len(data), matrices))

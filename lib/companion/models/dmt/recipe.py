@@ -6,7 +6,7 @@ import functools
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,14 +28,12 @@ from ...errors import BadParameter, MissingWeights
 from ...evaluation.metrics import accuracy, detection, landcover
 from ...evaluation.tables import Cells, Results, published_table, with_measured
 from ...io import papers
-from ...io.progress import progress
 from ...training import checkpoints
 from ...training.fit import Loss, outputs_of
-from ...training.hardware import Hardware, RunParameters, apart, device, evaluating, loader
+from ...training.hardware import Hardware, RunParameters, apart, device
 from ...training.recipe import Training, dry_items
 from ...training.recipe import run as train
 from ...training.schedules import adamw, learning_rates, schedule, sgd
-from ...training.stored import saved
 from . import cache as dmt_cache
 from . import downstream as down
 from . import official, vit
@@ -408,19 +406,9 @@ def _segmentation(p: Parameters, out: Path, r: Mapping[str, float], data: Any, t
         return segmenter
 
     def score(model: nn.Module) -> dict[str, float]:
-        scenes, hardware = down.WholeScenes(test, size), _hardware(p)
-
-        def matrices(done: int) -> Iterator[Tensor]:
-            with evaluating(hardware, model) as device:
-                stream = loader(scenes, None, hardware, device, done)
-                for image, truth in progress(stream, "segmentation", len(test), done):
-                    logits = down.slide(model, image.to(device), size)[None]
-                    # back to the image's original size
-                    whole = nn.functional.interpolate(logits, truth.shape, mode="bilinear", align_corners=False)
-                    yield landcover.confusion(truth, whole[0].argmax(0).cpu(), classes).to_sparse()
-
-        each = saved(_predictions(p, out, model, test), len(test), matrices)
-        return {"mIoU": landcover.scores(sum(matrix.to_dense() for matrix in each)).miou}
+        folder = _predictions(p, out, model, test)
+        each = down.confusions(model, test, classes, size=size, hardware=_hardware(p), folder=folder)
+        return {"mIoU": landcover.scores(sum(each)).miou}
 
     options = down.layer_decayed(r, rates, "vit.", data, _hardware(p, int(r["batch"]), 16))
     return _training(p, model, down.segmentation_loss, lambda: down.SceneCrops(data, size), options), score

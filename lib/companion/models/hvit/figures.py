@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -26,15 +27,17 @@ from skimage.color import rgb2hed
 from skimage.filters import threshold_otsu
 from sklearn.decomposition import PCA
 from sklearn.metrics import roc_auc_score
+from torch.utils.data import Dataset
 
-from ...data import real
+from ...data import real, slides
 from ...data.photographs import PHOTOGRAPHS
 from ...data.pyramids import Slide, write_pyramid
 from ...viz.attention import token_pca
 from ...viz.style import COLOURS, HEAT, styled
+from .encoders import patch_encoder
 from .heatmaps import AttentionMaps, attention_maps, stitched
 from .model import HViT, PatchEncoder, RegionEncoder, SlideTransformer
-from .slides import Tiles, Tiling, tile
+from .slides import PANDA, Tiles, Tiling, tile
 
 Cores = Mapping[tuple[int, int], bool | None]
 """Corner of a region -> whether its tumour lies in the core (True), on the rim (False), or is absent (None)."""
@@ -145,6 +148,38 @@ def level_panels(maps: AttentionMaps, tiles: Tiles, size: tuple[int, int], shrin
     slide = np.broadcast_to(maps.slide[:, None, None], maps.patch.shape)
     levels = {"patch level": maps.patch, "region level": maps.region, "slide level": slide}
     return {name: stitched(scores, tiles, size, shrink) for name, scores in levels.items()}
+
+
+# --- the slide of the figures -----------------------------------------------------------------------------------------
+
+
+class Shown(NamedTuple):
+    """A slide for attention maps, how it is tiled, its patch level, and the normalisation of its pixels."""
+
+    title: str
+    path: Path
+    tiling: Tiling
+    patch: PatchEncoder
+    normalise: str
+
+
+def shown(p: Any, out: Path, test: Dataset) -> Shown:
+    """The first test slide of a run of the recipe with HIPT's patch level of `<data_root>`/weights.
+
+    Without that file, and with generated features: a slide of one generated region, `out`/generated.tiff, and random
+    weights.
+    """
+    tiling, file = replace(PANDA, region=p.region), Path(p.data_root) / "weights" / "vit256_small_dino.pth"
+    if file.is_file() and isinstance(test, slides.Features):
+        return Shown(test.items[0].name, test.items[0].path, tiling, patch_encoder(file), p.normalise)
+    side = min(p.region, 2048)  # 4096 px take a CPU minutes
+    pixels = np.full((side + 512, side + 512, 3), 255, np.uint8)
+    grey = np.random.default_rng(p.seed).integers(90, 200, (side, side, 1), np.uint8)
+    pixels[256:-256, 256:-256] = grey // np.array([1, 2, 1], np.uint8)
+    path = write_pyramid(out / "generated.tiff", pixels, 0.5)
+    torch.manual_seed(p.seed)
+    title = "generated slide, random weights"
+    return Shown(title, path, replace(tiling, region=side), PatchEncoder().eval(), p.normalise)
 
 
 # --- real tissue ------------------------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ Written from the facts of computationalpathologygroup/hvit at 444bb72.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,37 +72,6 @@ def factorised(
     """
     weights = level_weights(gamma, variant)
     return (weights[0] * patch + weights[1] * region + weights[2] * slide) / sum(weights)
-
-
-def granular(
-    patch: Sequence[np.ndarray],
-    region: Sequence[np.ndarray],
-    slide: float,
-    step: int,
-    gamma: float = 0.5,
-    variant: str = "local",
-    *,
-    official_quirks: bool = False,
-) -> np.ndarray:
-    """`factorised`, of maps (s, s) made again after shifts, so that the edges between patches do not show.
-
-    Args:
-        patch, region: the k-th map was made with the region's window `k step` further right and down. Each is laid
-            where it belongs. A level's weight is shared by its maps; where some of them are missing, near the upper and
-            the left edge, the others' shares grow so that both levels together weigh as much as elsewhere.
-        official_quirks: as released: the two levels together weigh 1 whatever gamma is, while the sum is divided by
-            2 (1 - gamma) + gamma in Global. There scores shrink unless gamma is 0.5.
-    """
-    weights = level_weights(gamma, variant)
-    total, share = np.zeros(np.shape(patch[0])), np.zeros(np.shape(patch[0]))
-    for maps, weight in zip((patch, region), weights, strict=False):
-        for k, scores in enumerate(maps):
-            offset, side = k * step, scores.shape[-1]
-            total[offset:, offset:] += weight / len(maps) * scores[: side - offset, : side - offset]
-            share[offset:, offset:] += weight / len(maps)
-    mean = np.divide(total, share, out=np.zeros_like(total), where=share > 0)
-    below = 1.0 if official_quirks else weights[0] + weights[1]
-    return (below * mean + weights[2] * slide) / sum(weights)
 
 
 def level_weights(gamma: float, variant: str) -> list[float]:

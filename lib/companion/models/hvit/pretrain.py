@@ -24,6 +24,9 @@ from ...training.recipe import Training, run
 from ...training.schedules import adamw
 from .dino import FreezeLastLayer, SelfDistillation, WeightDecay, cosine
 
+WEIGHT_DECAY = (0.04, 0.4)  # at the start and the end of a cosine; vectors and biases do not decay
+MAX_NORM = 3.0  # of each tensor's gradient
+
 
 class Crops(Dataset):
     """The crops of each image, drawn by the process that loads it: item i is a tuple of them, as floats.
@@ -51,9 +54,7 @@ def pretrain(
     batch: int = 128,
     lr: float | None = None,
     warmup: int = 10,
-    weight_decay: tuple[float, float] = (0.04, 0.4),
     momentum: float = 0.996,
-    clip: float = 3.0,
     frozen_epochs: int = 1,
     outputs: int = 65_536,
     hidden: int = 2048,
@@ -73,9 +74,7 @@ def pretrain(
         views: from a batch of them, here always of one image, to crops, the two large ones first.
         epochs, batch: passes, and images per step; the last partial batch is dropped.
         lr: by default 5e-4 for each 256 images of a batch. Warmed up over `warmup` epochs, then a cosine to 1e-6.
-        weight_decay: at the start and the end of a cosine; vectors and biases do not decay.
         momentum: of the teacher, rising to 1 by a cosine.
-        clip: maximum norm of each tensor's gradient.
         frozen_epochs: epochs with a fixed last layer of the head.
         outputs, hidden, bottleneck: sizes of the head.
         out: folder of the run, see `training.recipe.run`; None: nothing is written.
@@ -93,12 +92,12 @@ def pretrain(
     options = {
         "epochs": epochs,
         "batch": batch,
-        "optimizer": adamw(5e-4 * batch / 256 if lr is None else lr, weight_decay[0]),
+        "optimizer": adamw(5e-4 * batch / 256 if lr is None else lr, WEIGHT_DECAY[0]),
         "schedule": lambda base, steps, per_epoch: cosine(base, 1e-6, epochs, per_epoch, warmup),
         "callbacks": [
-            WeightDecay(*weight_decay),
+            WeightDecay(*WEIGHT_DECAY),
             FreezeLastLayer(model.student["head"], frozen_epochs),
-            ClipNorm(clip, per_tensor=True),
+            ClipNorm(MAX_NORM, per_tensor=True),
             model.ema(epochs * (len(images) // batch), momentum),
         ],
         "seed": seed,

@@ -12,26 +12,26 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 from ...data import few, present, spaced
 from ...data import slides as data
-from ...data.pyramids import Slide, write_pyramid
+from ...data.pyramids import Slide
 from ...errors import BadParameter, CompanionError, CorruptFile, MissingData, MissingWeights
-from ...evaluation.metrics import checked
+from ...evaluation.metrics import quadratic_kappa
 from ...evaluation.tables import Results
 from ...io import papers
 from ...training.callbacks import Callback, EarlyStop
 from ...training.fit import History, Loop
-from ...training.hardware import AUTO, Hardware, RunParameters, evaluating
+from ...training.hardware import AUTO, Hardware, RunParameters, evaluating, loader
 from ...training.recipe import Training, dry_items
 from ...training.recipe import run as train
 from ...training.schedules import MakeOptimizer, param_groups
@@ -46,7 +46,6 @@ WORKERS = 8
 LEARNING_RATE, DECAY, HALVED, EPOCHS, BATCH, LAST = 2e-4, 1e-5, 20, 50, 32, "carry"
 REGIONS = {"epochs": 200, "patience": 20}  # of the authors' training on regions of 1024 px from pixels, all levels
 EARLIEST = 52  # epochs that are trained at least; the authors' `epoch > 50` counts from 0
-HIGHEST = 255  # grade that a table of confusions has a row for
 DRY_REGIONS = 3  # of each generated slide
 EMBEDDED = 2  # slides of a split of a dry run without stored features
 SPLIT: dict[str, Any] = {"folds": 5, "test": 0.2}  # of a folder of slides
@@ -102,7 +101,7 @@ def run(p: Parameters, out: Path) -> Tested:
         raise BadParameter("devices", p.devices, "1: training on stored features, tuned after each epoch, takes one")
     made_up = p.dry_run and not present(p.dataset, p.data_root)
     title, folds, test, classes = generated(p) if made_up else stored(p)
-    trainings = [of_fold(p, p.method, number, fold, classes) for number, fold in enumerate(folds)]
+    trainings = [of_fold(p, number, fold, classes) for number, fold in enumerate(folds)]
     trained = [train(training, out) for training in trainings]
     models = [model for model, _ in trained]
     each = [hvit.graded(p.head, outputs(model, test, hardware(p))[1], classes) for model in models]
@@ -247,12 +246,12 @@ def store(
     options |= {"tiling": dataclasses.replace(tiling, region=p.region), "normalise": p.normalise}
     options["encoder"] = identity(patch)  # once: its hash takes a third of a second
     own = data.spacings(spacing, {name for name, _ in named}) if spacing else {}
+    folder = stored_in(p.features, p.data_root)
     with evaluating(Hardware(p.accelerator), whole) as device:
         for name, path in named[i::n]:
-            target = stored_in(p.features, p.data_root) / f"{name}.h5"
             try:
                 scale = {"mpp": own.get(name, mpp), "device": device, "batch": batch}
-                yield name, extract(path, whole.embed_patches, target, **scale, **options)
+                yield name, extract(path, whole.embed_patches, folder / f"{name}.h5", **scale, **options)
             except CompanionError as error:
                 yield name, error
 
@@ -293,14 +292,9 @@ def grades_of(part: Dataset) -> Tensor:
 
 
 def build(
-    p: Parameters,
-    method: str,
-    fold: int = 0,
-    classes: int = data.GRADES,
-    levels: Sequence[str] = ("region", "slide"),
-    **slide: Any,
+    p: Parameters, fold: int = 0, classes: int = data.GRADES, levels: Sequence[str] = ("region", "slide"), **slide: Any
 ) -> hvit.HViT:
-    """A method at full size on stored patch embeddings, of random weights drawn from the seed and the fold.
+    """The method at full size on stored patch embeddings, of random weights drawn from the seed and the fold.
 
     The region level is HIPT's where `region_weights` has a file of it.
 
@@ -310,7 +304,7 @@ def build(
     """
     torch.manual_seed(p.seed + 1000 * fold)
     patches, options = p.region // 256, {"classes": classes, "levels": levels, "position": p.position, **slide}
-    model = hvit.build("paper", method.lower(), p.head, patches=patches, **options)
+    model = hvit.build("paper", p.method.lower(), p.head, patches=patches, **options)
     if model.region is not None and (file := region_weights(p)):
         pretrained = hvit.RegionEncoder.from_official(read_checkpoint(file))  # with the table of its own size
         model = hvit.HViT(model.slide, pretrained, model.patch, model.variant)
@@ -390,15 +384,15 @@ def fit_options(part: Dataset, *callbacks: Callback, **changes: Any) -> dict[str
     return options | {"callbacks": callbacks} | changes
 
 
-def of_fold(p: Parameters, method: str, number: int, fold: Fold, classes: int) -> Training:
-    """The training of a method on a fold.
+def of_fold(p: Parameters, number: int, fold: Fold, classes: int) -> Training:
+    """The training of the method on a fold.
 
     Its weights are saved under the authors' names, for `HViT.from_official`.
     """
     part, tuning = fold
     drawn = ClassBalanced(part) if p.sampling == "weighted" else part
     # of stored region embeddings Global reads the slide level alone
-    levels = ("slide",) if method == "Global" and part[0][0].ndim == 2 else ("region", "slide")
+    levels = ("slide",) if p.method == "Global" and part[0][0].ndim == 2 else ("region", "slide")
     loss = functools.partial(tuning_loss, p.head, classes, tuning, hardware=hardware(p))
     selection = [] if tuning is None else [Selection(loss, p.patience)]
     facts: dict[str, Any] = {}
@@ -409,7 +403,7 @@ def of_fold(p: Parameters, method: str, number: int, fold: Fold, classes: int) -
     names = [label(p), p.dataset, f"{p.region} px", p.head, *filter(None, [Path(p.weights).stem]), f"fold {number}"]
     return Training(
         name=", ".join([*names, f"seed {p.seed}"]),
-        build=functools.partial(build, p, method, number, classes, levels),
+        build=functools.partial(build, p, number, classes, levels),
         loss=functools.partial(batch_loss, p.head, classes),
         data=lambda: drawn,
         fit=fit_options(drawn, *selection, epochs=p.epochs, seed=p.seed, hardware=hardware(p)),
@@ -427,8 +421,8 @@ def outputs(model: nn.Module, part: Dataset, hardware: Hardware = AUTO) -> tuple
     """True grades (n,) and outputs (n, ...) of slides (features, present, grade), on the CPU."""
     truth, logits = [], []
     with evaluating(hardware, model) as device:
-        options = {"num_workers": hardware.workers, "pin_memory": device.type == "cuda"}
-        for features, present, grade in DataLoader(part, 8, collate_fn=getattr(part, "collate", None), **options):
+        collate = getattr(part, "collate", None)
+        for features, present, grade in loader(part, 8, hardware, device, collate=collate):
             features, present = (x.to(device, non_blocking=True) for x in (features, present))
             logits.append(model(features, present=present).float().cpu())
             truth.append(torch.as_tensor(grade))
@@ -448,55 +442,9 @@ def voted(each: Sequence[Tensor], names: Sequence[str] | None = None, isup: bool
     return torch.tensor([hvit.vote(one, isup=isup, seed=i) for i, one in zip(rows, ballots, strict=True)])
 
 
-def quadratic_kappa(truth: Tensor, predicted: Tensor) -> float:
-    """Quadratic weighted kappa; predictions that are all the same give 0.
-
-    Raises `BadParameter`: grades that are no whole numbers from 0 to `HIGHEST`, or not one for each slide.
-    """
-    from sklearn.metrics import cohen_kappa_score  # here: it takes a second to import
-
-    truth = checked("truth", truth, axes=1, low=0, high=HIGHEST, whole=True)
-    predicted = checked("predicted", predicted, truth.shape, low=0, high=HIGHEST, whole=True)
-    labels = list(range(max(data.GRADES, 1 + int(truth.max()), 1 + int(predicted.max()))))
-    value = cohen_kappa_score(truth.cpu().numpy(), predicted.cpu().numpy(), weights="quadratic", labels=labels)
-    return 0.0 if math.isnan(value) else float(value)
-
-
 def kappa(truth: Tensor, predicted: Tensor) -> float:
     """`quadratic_kappa` in percent, to two decimals."""
     return round(100 * quadratic_kappa(truth, predicted), 2)
-
-
-# --- the slide of the figures -----------------------------------------------------------------------------------------
-
-
-class Shown(NamedTuple):
-    """A slide for attention maps, how it is tiled, its patch level, and the normalisation of its pixels."""
-
-    title: str
-    path: Path
-    tiling: Tiling
-    patch: PatchEncoder
-    normalise: str
-
-
-def shown(p: Parameters, out: Path, test: Dataset) -> Shown:
-    """The first test slide with HIPT's patch level of `<data_root>`/weights.
-
-    Without that file, and with generated features: a slide of one generated region, `out`/generated.tiff, and random
-    weights.
-    """
-    tiling, file = replace(PANDA, region=p.region), Path(p.data_root) / "weights" / "vit256_small_dino.pth"
-    if file.is_file() and isinstance(test, data.Features):
-        return Shown(test.items[0].name, test.items[0].path, tiling, patch_encoder(file), p.normalise)
-    side = min(p.region, 2048)  # 4096 px take a CPU minutes
-    pixels = np.full((side + 512, side + 512, 3), 255, np.uint8)
-    grey = np.random.default_rng(p.seed).integers(90, 200, (side, side, 1), np.uint8)
-    pixels[256:-256, 256:-256] = grey // np.array([1, 2, 1], np.uint8)
-    path = write_pyramid(out / "generated.tiff", pixels, 0.5)
-    torch.manual_seed(p.seed)
-    title = "generated slide, random weights"
-    return Shown(title, path, replace(tiling, region=side), PatchEncoder().eval(), p.normalise)
 
 
 # --- results ----------------------------------------------------------------------------------------------------------

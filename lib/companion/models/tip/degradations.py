@@ -32,8 +32,7 @@ from scipy.special import j1
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
-from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
-from torchvision.transforms.v2.functional import resize
+from torchvision.transforms.v2.functional import jpeg, resize
 
 from ...errors import BadParameter, check_range
 
@@ -426,8 +425,7 @@ def _interpolated(y: Tensor, size: Sequence[int], mode: str) -> Tensor:
 
 def _jpeg(y: Tensor, quality: int) -> Tensor:
     """Through a JPEG file in memory."""
-    pixels = (y[0].clamp(0, 1) * 255).round().to(torch.uint8)
-    return decode_jpeg(encode_jpeg(pixels, quality), mode=ImageReadMode.RGB).to(y)[None] / 255
+    return jpeg((y[0].clamp(0, 1) * 255).round().to(torch.uint8), quality).to(y)[None] / 255
 
 
 def _numbers(seed: int | Sequence[int]) -> tuple[int, ...]:

@@ -19,9 +19,9 @@ from .model import Adaptor
 
 
 def before_after(
-    restore: Callable[..., Tensor], samples: Sequence[Sample], kinds: Mapping[str, str], title: str, rows: int = 3
+    restore: Callable[..., Tensor], samples: Sequence[Sample], kinds: Mapping[str, str], title: str
 ) -> Figure:
-    """Inputs, images restored with each kind of prompts, and clean images; one of each caption.
+    """Inputs, images restored with each kind of prompts, and clean images; one of each caption, at most three.
 
     Args:
         restore: (samples, kind of prompts) to images.
@@ -29,7 +29,7 @@ def before_after(
     """
     restored, captions = [restore(samples, kind) for kind in kinds.values()], [s.semantic for s in samples]
     shown = {}
-    for i in sorted(map(captions.index, {*captions}))[:rows]:
+    for i in sorted(map(captions.index, {*captions}))[:3]:
         shown[captions[i]] = [samples[i].degraded, *(images[i] for images in restored), samples[i].clean]
     return plots.image_rows(shown, ["input", *kinds, "clean"], title=title)
 

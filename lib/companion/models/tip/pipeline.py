@@ -10,19 +10,16 @@ the paper's (figure, project page).
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
-from diffusers.utils import BaseOutput
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils import logging as diffusers_logging
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import constants
@@ -31,9 +28,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2.functional import to_pil_image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-from transformers.utils import logging as transformers_logging
 
-from ...backbones import unreachable
+from ...backbones import quiet, unreachable
 from ...errors import BadCheckpoint, BadParameter, CorruptFile, MissingWeights, check_choice, check_range
 from ...io.files import atomic_folder, read_json
 from ...io.progress import progress
@@ -92,28 +88,6 @@ PARTS = {
 # --- the pipeline -----------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Restored(BaseOutput):
-    """The output of the pipeline: `images`, in the format of its argument `output`."""
-
-    images: Tensor | list
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Turn off the progress bars of the libraries and a warning about an argument that diffusers passes to the hub."""
-    loud = [log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()]
-    for log in loud:
-        log.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument")
-            yield
-    finally:
-        for log in loud:
-            log.enable_progress_bar()
-
-
 def check_parts(folder: Path) -> None:
     """Raise `CorruptFile` where diffusers or transformers would run code of a pipeline's folder, or look it up."""
     found = read_json(folder / "model_index.json")
@@ -170,7 +144,7 @@ class TIPPipeline(DiffusionPipeline):
         """
         check_parts(Path(path))
         options = {"use_safetensors": True, "low_cpu_mem_usage": False, **options}
-        with _quiet():
+        with quiet(diffusers_logging):
             return super().from_pretrained(path, **options)
 
     @classmethod
@@ -197,7 +171,7 @@ class TIPPipeline(DiffusionPipeline):
         options = {"use_safetensors": True, **here, **options}
         whole = {"low_cpu_mem_usage": False, **options}  # accelerate is not a dependency
         try:
-            with _quiet():
+            with quiet(diffusers_logging):
                 vae = AutoencoderKL.from_pretrained(name, subfolder="vae", **whole)
                 unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet", **whole)
                 text = CLIPTextModel.from_pretrained(name, subfolder="text_encoder", **options)
@@ -244,8 +218,8 @@ class TIPPipeline(DiffusionPipeline):
         overlap: int = 64,
         match_colours: bool = False,
         output: str = "pt",
-    ) -> Restored:
-        """Restore images, from pure noise, in `steps` steps of DDIM (ours; the paper's sampler is not known).
+    ) -> ImagePipelineOutput:
+        """Restored `images`, from pure noise, in `steps` steps of DDIM (ours; the paper's sampler is not known).
 
         Args:
             image: degraded, (B, 3, H, W) in [0, 1].
@@ -305,12 +279,12 @@ class TIPPipeline(DiffusionPipeline):
                 predicted = with_text + (guidance - 1) * (with_text - without)
             z = self.scheduler.step(predicted.to(z.dtype), t, z).prev_sample
         if output == "latent":
-            return Restored(z)
+            return ImagePipelineOutput(z)
         decoded = tiled(lambda rows, columns: to_images(self.vae, z[..., rows, columns]), factor)
         restored = (decoded[..., :height, :width] / 2 + 0.5).float()
         if match_colours:
             restored = matched(restored, image.to(restored))
-        return Restored(restored if output == "pt" else [to_pil_image(x.cpu()) for x in restored])
+        return ImagePipelineOutput(restored if output == "pt" else [to_pil_image(x.cpu()) for x in restored])
 
 
 def blend(
@@ -438,12 +412,11 @@ def build(
 # --- texts: one frozen encoder reads both prompts (inferred: the figure draws two boxes named CLIP) -------------------
 
 
-def clip_tokenizer(pad: str = END, length: int = 77) -> CLIPTokenizer:
+def clip_tokenizer(pad: str = END) -> CLIPTokenizer:
     """CLIP's tokenizer from the merges that ship with open_clip: offline, with the ids of OpenAI's CLIP.
 
     Args:
         pad: the padding token: the end token (Stable Diffusion 1.5) or "!" (2.1).
-        length: tokens of every text, start and end included.
     """
     simple = SimpleTokenizer()
     names = {"<start_of_text>": START, "<end_of_text>": END}
@@ -455,7 +428,7 @@ def clip_tokenizer(pad: str = END, length: int = 77) -> CLIPTokenizer:
         bos_token=START,
         eos_token=END,
         pad_token=pad,
-        model_max_length=length,
+        model_max_length=77,  # start and end included
     )
 
 

@@ -421,27 +421,25 @@ def whole_test(
     with from_processes():
         for indices in test_batches(len(test)):
             data, first = [next(samples) for _ in indices], int(indices[0])
-            some = functools.partial(restored, data, kind, first=first)
-            (images,) = saved(folder and folder / str(first), 1, functools.partial(_rest, some))
+
+            def rest(done: int, data: list[Sample] = data, first: int = first) -> Iterator[Tensor]:
+                if not done:
+                    yield restored(data, kind, first=first)
+
+            (images,) = saved(folder and folder / str(first), 1, rest)
             yield images.to(where), torch.stack([s.clean for s in data]).to(where)
-
-
-def _rest(restored: Callable[[], Tensor], done: int) -> Iterator[Tensor]:
-    """A batch of restored images, unless it is done."""
-    if not done:
-        yield restored()
 
 
 @torch.no_grad()
 @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # SSIM subtracts squares
-def score(pairs: Iterable[tuple[Tensor, Tensor]], download: bool = False) -> tuple[dict[str, float], dict[str, str]]:
+def score(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[dict[str, float], dict[str, str]]:
     """PSNR, SSIM, and LPIPS and FID where their networks are available; the reasons why the others were not run.
 
     Args:
         pairs: restored and clean images, (B, 3, H, W) in [0, 1] each. They are read once, and scored in batches of
             `MICRO_BATCH` on the device where they are, so a test may be larger than the memory.
     """
-    metrics, reasons = perceptual(download)
+    metrics, reasons = perceptual()
     sums, count = {"PSNR": 0.0, "SSIM": 0.0}, 0
     for pair in pairs:
         for restored, clean in zip(*(x.split(MICRO_BATCH) for x in pair), strict=True):
