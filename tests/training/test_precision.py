@@ -57,7 +57,7 @@ def promptpar(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
 
 def hvit(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
     found = recipe.run(p, out)
-    return found.history, recipe.outputs(recipe.build(p), found.test, Hardware.of(p, "hvit"))[1]
+    return found.history, recipe.outputs(recipe.build(p), found.test, Hardware.of(p, "hvit"))
 
 
 def ecamp(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:

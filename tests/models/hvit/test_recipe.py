@@ -128,9 +128,9 @@ def test_folds_are_trained_on_stored_features_and_vote(tmp_path, stored):
     model, test = found.models[0], found.test
     # a batch is filled up to its own longest slide, not to the fold's
     padded = [model(test[i][0][None], present=test[i][1][None]) for i in range(len(test))]
-    truth, outputs = recipe.outputs(model, test)
+    truth, outputs = recipe.grades_of(test), recipe.outputs(model, test)
     torch.testing.assert_close(outputs, torch.cat(padded).float())
-    each = [hvit.graded(stored.head, recipe.outputs(model, test)[1]) for model in found.models]
+    each = [hvit.graded(stored.head, recipe.outputs(model, test)) for model in found.models]
     # votes are drawn by the row of the table sorted by name
     vote = recipe.voted(each, [item.name for item in test.items])
     kappas = {"kappa": recipe.kappa(truth, vote), "fold": np.mean([recipe.kappa(truth, one) for one in each])}
@@ -152,7 +152,7 @@ def test_a_batch_has_no_more_padding_than_its_longest_slide_and_trains_as_one_wi
     def trained():
         options = recipe.fit_options(drawn, epochs=1, batch=4, hardware=CPU)
         model = recipe.build(stored, dropout=0.0)
-        return fit(model, loss, drawn, **options), recipe.outputs(model, part, CPU)[1]
+        return fit(model, loss, drawn, **options), recipe.outputs(model, part, CPU)
 
     history, outputs = trained()
     assert len({found for found, _ in rows}) > 1 and all(found == longest for found, longest in rows)

@@ -104,7 +104,7 @@ def run(p: Parameters, out: Path) -> Tested:
     trainings = [of_fold(p, number, fold, classes) for number, fold in enumerate(folds)]
     trained = [train(training, out) for training in trainings]
     models = [model for model, _ in trained]
-    each = [hvit.graded(p.head, outputs(model, test, hardware(p))[1], classes) for model in models]
+    each = [hvit.graded(p.head, outputs(model, test, hardware(p)), classes) for model in models]
     names = [item.name for item in test.items] if isinstance(test, data.Features) else None
     truth, grades = grades_of(test), voted(each, names)
     scores = {"kappa": kappa(truth, grades), "fold": float(np.mean([kappa(truth, one) for one in each]))}
@@ -372,12 +372,6 @@ class Selection(EarlyStop):
             loop.stopped = True
 
 
-def tuning_loss(head: str, classes: int, part: Dataset, model: nn.Module, hardware: Hardware = AUTO) -> float:
-    """The mean loss of slides, which selects the epoch."""
-    truth, logits = outputs(model, part, hardware)
-    return float(hvit.loss(head, logits, truth, classes, per_slide=True))
-
-
 def fit_options(part: Dataset, *callbacks: Callback, **changes: Any) -> dict[str, Any]:
     """The authors' training on slides (features, present, grade), as arguments of `fit`, with `changes`."""
     options = {"epochs": EPOCHS, "batch": min(BATCH, len(part)), "last": LAST, "optimizer": adam(), "schedule": halved}
@@ -393,8 +387,12 @@ def of_fold(p: Parameters, number: int, fold: Fold, classes: int) -> Training:
     drawn = ClassBalanced(part) if p.sampling == "weighted" else part
     # of stored region embeddings Global reads the slide level alone
     levels = ("slide",) if p.method == "Global" and part[0][0].ndim == 2 else ("region", "slide")
-    loss = functools.partial(tuning_loss, p.head, classes, tuning, hardware=hardware(p))
-    selection = [] if tuning is None else [Selection(loss, p.patience)]
+
+    def tuned(model: nn.Module) -> float:
+        """The mean loss of the tuning slides, which selects the epoch."""
+        return float(hvit.loss(p.head, outputs(model, tuning, hardware(p)), grades_of(tuning), classes, per_slide=True))
+
+    selection = [] if tuning is None else [Selection(tuned, p.patience)]
     facts: dict[str, Any] = {}
     if isinstance(part, data.Features):
         facts = {k: getattr(p, k) for k in ("head", "position", "sampling", "patience", "seed", "epochs")}
@@ -417,16 +415,15 @@ def of_fold(p: Parameters, number: int, fold: Fold, classes: int) -> Training:
 
 
 @torch.no_grad()
-def outputs(model: nn.Module, part: Dataset, hardware: Hardware = AUTO) -> tuple[Tensor, Tensor]:
-    """True grades (n,) and outputs (n, ...) of slides (features, present, grade), on the CPU."""
-    truth, logits = [], []
+def outputs(model: nn.Module, part: Dataset, hardware: Hardware = AUTO) -> Tensor:
+    """The outputs (n, ...) for slides (features, present, grade), on the CPU."""
+    logits = []
     with evaluating(hardware, model) as device:
         collate = getattr(part, "collate", None)
-        for features, present, grade in loader(part, 8, hardware, device, collate=collate):
+        for features, present, _ in loader(part, 8, hardware, device, collate=collate):
             features, present = (x.to(device, non_blocking=True) for x in (features, present))
             logits.append(model(features, present=present).float().cpu())
-            truth.append(torch.as_tensor(grade))
-    return torch.cat(truth), torch.cat(logits)
+    return torch.cat(logits)
 
 
 def voted(each: Sequence[Tensor], names: Sequence[str] | None = None, isup: bool = True) -> Tensor:
