@@ -163,12 +163,10 @@ def shrink(patch: pytest.MonkeyPatch, paper: str) -> None:
     patch.setattr(backbones, "build", small)
     if paper == "dmt":
         from companion.models import dmt
-        from companion.models.dmt import downstream, vit
+        from companion.models.dmt import vit
 
         patch.setitem(vit.SIZES, "tiny", {"width": 48, "depth": 2, "heads": 3})
         patch.setattr(dmt, "released", lambda name: vit.ViT(width=64, depth=1, heads=4))
-        tune = functools.partial(downstream.fine_tune, epochs=2)
-        patch.setattr(downstream, "fine_tune", lambda *args, epochs, batch: tune(*args, batch=batch))
     elif paper == "metasegnet":
         from companion.models.metasegnet import augmentation, model
 

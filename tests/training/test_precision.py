@@ -85,11 +85,11 @@ def sic_cads(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
 
 
 def metasegnet(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
-    found = recipe.setting(p)
-    history = recipe.train(found.training)[1]
-    test = found.tests["test"]
-    hardware = found.training.fit["hardware"]
-    counts = recipe.confusion(found.training.build(), test, found.texts(test), hardware=hardware).float()
+    _, training, tests = recipe.setting(p)
+    history = recipe.train(training)[1]
+    test = tests["test"]
+    hardware = training.fit["hardware"]
+    counts = recipe.confusion(training.build(), test, recipe.texts_of(p, test), hardware=hardware).float()
     return history, counts / counts.sum()
 
 

@@ -62,12 +62,6 @@ def network(p, classes=3):
     return recipe.network(p.method, PROMPTS, classes, **files, seed=p.seed, random=p.dry_run)
 
 
-def counted(found, model, name="test", kind=""):
-    """The confusion matrix of a test."""
-    test = found.tests[name]
-    return recipe.confusion(model, test, found.texts(test, kind), hardware=CPU)
-
-
 def part(count: int = 4, classes: int = 3, side: int = 32) -> TensorDataset:
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(classes + 1, (count, side, side), generator=generator)
@@ -188,14 +182,14 @@ def test_images_of_several_sizes_are_tested_in_batches_by_the_workers_of_the_har
 def test_openearthmap_with_a_zone_left_out(quick, tmp_path):
     earth(tmp_path, ("tokyo", "kyoto", "el_rodeo", "paris"))
     p, out = given(data_root=str(tmp_path), held_out="Aw", augmentation="lr"), tmp_path / "out"
-    found = recipe.setting(p)
-    assert [test.zones for test in found.tests.values()] == [["Cfa", "Cfa", "Cfb"], ["Aw"]]
+    _, _, tests = recipe.setting(p)
+    assert [test.zones for test in tests.values()] == [["Cfa", "Cfa", "Cfb"], ["Aw"]]
     assert recipe.run(p, out).scores.steps.tolist() == [1, 1]  # three images are left, of two a step
     (file,) = (out / "trained").iterdir()
     assert file.name == "MetaSegNet, landcover-openearthmap, without Aw, seed 0.safetensors"
     rows = recipe.RESULTS.measured(out / "measured.csv")
-    network, seen = recipe.network("MetaSegNet", PROMPTS, 8, checkpoint=str(file)), found.tests["seen"]
-    matrix = recipe.confusion(network, seen, found.texts(seen), "lr", CPU)
+    network, seen = recipe.network("MetaSegNet", PROMPTS, 8, checkpoint=str(file)), tests["seen"]
+    matrix = recipe.confusion(network, seen, recipe.texts_of(p, seen), "lr", CPU)
     assert matrix.sum() == sum((seen.data[i][1] < 8).sum() for i in range(3))
     assert rows.mIoU[0] == pytest.approx(metrics.scores(matrix, undefined=True).miou, nan_ok=True)
     refuses((lambda: recipe.setting(given(data_root=str(tmp_path), held_out="ET")), "Cfa"))
@@ -209,10 +203,11 @@ def test_views_are_those_of_the_readme_unless_they_are_asked_for():
 def test_openearthmap_tested_on_loveda(quick, tmp_path, monkeypatch):
     earth(tmp_path)
     loveda(tmp_path, monkeypatch)
-    found = recipe.setting(given(data_root=str(tmp_path), test_on=LOVEDA, method="zone names"))
-    ((name, test),) = found.tests.items()
+    p = given(data_root=str(tmp_path), test_on=LOVEDA, method="zone names")
+    _, training, tests = recipe.setting(p)
+    (test,) = tests.values()
     assert test.classes[4:6] == ["barren", "forest"] and test.into.tolist() == [4, 0, 0, 2, 5, 3, 6, 1]
-    counts = counted(found, found.training.build(), name)
+    counts = recipe.confusion(training.build(), test, recipe.texts_of(p, test), hardware=CPU)
     assert counts.shape == (7, 7) and counts.sum() == sum((test.data[i][1] < 7).sum() for i in range(2))
 
 
@@ -224,7 +219,7 @@ def test_ones_own_folder_is_trained_and_mapped_and_its_files_are_never_overwritt
     (tmp_path / "classes.txt").write_text("field 10 200 30\nwood\n")
     (tmp_path / "places.csv").write_text('image,text\n2,"red earth"\n')
     for stored in (1, 2):  # other labels are another training
-        model, _ = train(recipe.setting(given(data_root=str(tmp_path), dataset="folder", seed=4)).training, tmp_path)
+        model, _ = train(recipe.setting(given(data_root=str(tmp_path), dataset="folder", seed=4))[1], tmp_path)
         assert len(list((tmp_path / "checkpoints").glob("*.pt"))) == stored
         (tmp_path / "labels" / "0.tif").write_bytes((tmp_path / "labels" / "1.tif").read_bytes())
     (weights,) = (tmp_path / "trained").iterdir()

@@ -46,6 +46,7 @@ from ...training.hardware import AUTO, Hardware, evaluating, loader
 from ...training.schedules import adamw
 from ...training.stored import saved
 from ..layers import heads
+from ..layers.windows import starts
 from .vit import MEAN, NORMALISE, STD, ViT
 
 IGNORED = 255
@@ -152,11 +153,6 @@ def linear(inputs: int, classes: int) -> nn.Sequential:
     nn.init.trunc_normal_(model[1].weight, std=0.01)
     nn.init.zeros_(model[1].bias)
     return model
-
-
-def classification_loss(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
-    """For `fit`: cross-entropy of a batch of inputs and labels."""
-    return F.cross_entropy(model(batch[0]), batch[1])
 
 
 def ridge(features: Tensor, labels: Tensor, classes: int, others: Tensor, penalty: float = 30.0) -> Tensor:
@@ -462,8 +458,7 @@ class WholeScenes(Dataset):
 def slide(model: nn.Module, image: Tensor, size: int) -> Tensor:
     """Logits (C, H, W) of one normalised image (3, H, W), sides at least `size`: means over windows that overlap."""
     stride = 2 * size // 3
-    starts = [sorted({min(i, n - size) for i in range(0, n - size + stride, stride)}) for n in image.shape[1:]]
-    corners = list(itertools.product(*starts))
+    corners = list(itertools.product(*(starts(n, size, stride) for n in image.shape[1:])))
     windows = model(torch.stack([image[:, y : y + size, x : x + size] for y, x in corners])).float()  # (n, C, S, S)
     total, count = windows.new_zeros(windows.shape[1], *image.shape[1:]), windows.new_zeros(image.shape[1:])
     for (y, x), logits in zip(corners, windows, strict=True):

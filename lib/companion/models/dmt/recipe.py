@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 from torchvision.transforms import InterpolationMode, v2
 
@@ -107,7 +108,8 @@ def run(p: Parameters, out: Path) -> Result:
             model, history = train(training, out)
             # a model whose teachers' tokens are cached has none
             student, taught_by = model.export(), dict((model.teachers or teachers(p)).models.items())
-            title += f"; the student is {student_file(training, out)}"
+            # the parameter `weights` of the downstream tasks
+            title += f"; the student is {checkpoints.file(out / 'trained', training.name, '.safetensors')}"
             scores = {"last loss": history[-1]["loss"]}
         else:
             title, training, score = downstream(chosen, out, real)
@@ -254,11 +256,6 @@ def stage(p: Parameters, images: int) -> dict[str, Any]:
     }
 
 
-def student_file(training: Training, out: Path) -> Path:
-    """The file of the student of a distillation, the parameter `weights` of the downstream tasks."""
-    return checkpoints.file(out / "trained", training.name, ".safetensors")
-
-
 def augment() -> v2.Transform:
     """G2SD's, of tensors in [0, 1]: a crop of 20 to 100 %, bicubic, a flip, ImageNet's mean and std."""
     crop = v2.RandomResizedCrop(224, CROP, interpolation=InterpolationMode.BICUBIC, antialias=True)
@@ -370,7 +367,7 @@ def _probing(p: Parameters, out: Path, r: Mapping[str, float], data: Any, test: 
         "schedule": schedule("cosine", r["warmup_epochs"] / r["epochs"], r["final_lr"]),
         "hardware": replace(_hardware(p), devices=1, workers=0),
     }
-    training = _training(p, build, down.classification_loss, cached, options)
+    training = _training(p, build, lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]), cached, options)
     whole = replace(training, weights=lambda model: nn.Sequential(features, model).state_dict())
     return whole, lambda model: _top1(p, nn.Sequential(features, model), test)
 

@@ -21,7 +21,7 @@ from ...errors import check_choice
 from ...io.config import configure
 from ..layers.attend import attention_map, qkv
 from ..layers.heads import vit_sizes
-from ..layers.mae import initialise, visible_tokens
+from ..layers.mae import initialise, initialise_stem, visible_tokens
 from ..layers.pos_embed import sincos_table
 from ..layers.predicting import Images, Names, Transform, named, outputs
 from ..layers.state_dicts import OfficialModel, below
@@ -75,9 +75,7 @@ class ViT(VisionTransformer, OfficialModel):
         self.pos_embed = nn.Parameter(table, requires_grad=not fixed)
         self.masked_embed = nn.Parameter(torch.zeros(1, width)) if masked else None
         self.apply(initialise)
-        nn.init.xavier_uniform_(self.patch_embed.proj.weight.data.flatten(1))
-        nn.init.zeros_(self.patch_embed.proj.bias)
-        nn.init.normal_(self.cls_token, std=0.02)
+        initialise_stem(self)
         if not fixed:
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
 

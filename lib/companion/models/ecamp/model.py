@@ -38,7 +38,7 @@ from ...errors import check_choice
 from ...io.config import configure
 from ..layers.attend import attention_map
 from ..layers.heads import vit_sizes
-from ..layers.mae import Decoder, encode, initialise, patchify, random_mask, unpatchify, visible
+from ..layers.mae import Decoder, encode, initialise, initialise_stem, patchify, random_mask, unpatchify, visible
 from ..layers.pos_embed import sincos_table
 from ..layers.predicting import Images, Names, Transform, grey, outputs
 from ..layers.state_dicts import OfficialModel, depth
@@ -351,9 +351,7 @@ class ECAMP(OfficialModel):
         self.project = nn.Linear(encoder.width, text.width)
         self.text = TextDecoder(text, self.fusion)
         self.apply(_initialise)
-        nn.init.xavier_uniform_(self.encoder.patch_embed.proj.weight.data.flatten(1))
-        nn.init.zeros_(self.encoder.patch_embed.proj.bias)
-        nn.init.normal_(self.encoder.cls_token, std=0.02)
+        initialise_stem(self.encoder)
         nn.init.normal_(self.decoder.mask_token, std=0.02)
 
     @classmethod

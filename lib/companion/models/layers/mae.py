@@ -126,6 +126,13 @@ def initialise(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
+def initialise_stem(vit: nn.Module) -> None:
+    """MAE's initial weights of a ViT's patch embedding, which is drawn as a linear layer, and of its [CLS] token."""
+    nn.init.xavier_uniform_(vit.patch_embed.proj.weight.data.flatten(1))
+    nn.init.zeros_(vit.patch_embed.proj.bias)
+    nn.init.normal_(vit.cls_token, std=0.02)
+
+
 class Decoder(nn.Module):
     """From visible tokens to all positions: a linear layer, mask tokens, positions, blocks, norm.
 

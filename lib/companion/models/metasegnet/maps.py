@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from ...data.rasters import Raster, pixels, quiet
 from ...errors import BadParameter, check_choice
 from ...io.files import atomic
+from ..layers.windows import starts
 
 SCALES = (0.75, 1.0, 1.25, 1.5)
 AUGMENTATIONS = {  # flips left-right, flips upside down, scales; no rotations, despite the name "d4"
@@ -58,11 +59,6 @@ def augmented(predict: Predict, images: Tensor, kind: str = "lr") -> Tensor:
     return total / len(every)
 
 
-def _starts(length: int, tile: int, step: int) -> list[int]:
-    """First pixels of the tiles along one axis; the last tile ends with the image."""
-    return [*range(0, max(length - tile, 0), step), max(length - tile, 0)]
-
-
 def _ramp(length: int, overlap: int) -> Tensor:
     """Weights of a tile along one axis: rising over the overlap, 1 inside, falling again."""
     position = torch.arange(1.0, length + 1)
@@ -88,7 +84,7 @@ def bands(
         raise BadParameter("overlap", overlap, f"0 to {tile - 1}, less than a tile")
     height, width = size
     rows, columns = min(tile, height), min(tile, width)
-    tops, lefts = _starts(height, tile, tile - overlap), _starts(width, tile, tile - overlap)
+    tops, lefts = starts(height, tile, tile - overlap), starts(width, tile, tile - overlap)
     weight = _ramp(rows, overlap)[:, None] * _ramp(columns, overlap)
     total, done, base = torch.empty(0), torch.empty(0), 0  # sums of logits and of weights, from row `base` on
     for top, following in zip(tops, [*tops[1:], height], strict=True):

@@ -231,14 +231,6 @@ def train_data(p: Parameters) -> landcover.LandCover:
     return data.where([zone != p.held_out for zone in data.zones()]) if p.held_out else data
 
 
-def train_items(p: Parameters, prompts: Prompts, part: Part, texts: Sequence[str] | None) -> Dataset:
-    """The training items, with the ids of their texts if the network reads texts."""
-    words = text_encoder(p.method, prompts, p.data_root, random=p.dry_run)
-    if words is None or texts is None:
-        return part.data
-    return Prompted(part.data, words, texts, DROPPED if LEVELS[p.method] == "full" else 0.0)
-
-
 def test_parts(p: Parameters) -> dict[str, Part]:
     """The tests by name: all of a set, or the zones seen and the one left out, or another set."""
     name = p.test_on or p.dataset
@@ -341,59 +333,53 @@ def views(p: Parameters) -> str:
 # --- the setting ------------------------------------------------------------------------------------------------------
 
 
-class Setting(NamedTuple):
-    """A training and its tests.
-
-    Attributes:
-        title: of the data.
-        training: of the method; it is run once.
-        tests: by name.
-        texts: (part, kind) to a text for each of its items, see `Prompts.of_method`.
-    """
-
-    title: str
-    training: Training
-    tests: dict[str, Part]
-    texts: Callable[..., list[str] | None]
+def texts_of(p: Parameters, part: Part, kind: str = "") -> list[str] | None:
+    """A text for each item, those of the method's training or of another `kind`, see `Prompts.of_method`."""
+    return Prompts.read(p.prompts or PROMPTS).of_method(p.method, part.zones, kind, part.texts, p.seed)
 
 
-def setting(p: Parameters) -> Setting:
-    """The training and the tests of the notebook's checked parameters, which paper.yaml explains; in a dry run on a few
-    images, generated ones where the data are not below `data_root`.
+def setting(p: Parameters) -> tuple[str, Training, dict[str, Part]]:
+    """The data's title, the training and the tests by name of the notebook's parameters, which paper.yaml explains; in
+    a dry run on a few images, generated ones where the data are not below `data_root`.
 
     Raises `BadParameter`, `MissingData`, `MissingWeights`, `CorruptFile`: with the change or download needed.
     """
     check(p)
-    prompts, r = Prompts.read(p.prompts or PROMPTS), published(p.dataset)
+    prompts, r, learned = Prompts.read(p.prompts or PROMPTS), published(p.dataset), None
     facts: dict[str, Any] = {key: getattr(p, key) for key in ("dataset", "without_xbd", "held_out", "padding")}
-    part, count = None, dry_items(p, r.batch * p.devices)
+    count, title = dry_items(p, r.batch * p.devices), p.dataset
     if p.without_xbd:  # which `present` asks for
         there = DATASETS[OEM].folder(p.data_root).is_dir()
     else:
         there = not p.dry_run or all(present(name, p.data_root) for name in (p.dataset, p.test_on) if name)
     if p.dry_run and not there:
-        part = generated(p, r, count)
-        tests, title = {"test": part}, f"generated land in place of {p.dataset}"
+        learned, title = generated(p, r, count), f"generated land in place of {p.dataset}"
+        tests = {"test": learned}
     else:
-        tests, learned, title = test_parts(p), {"train": train_data(p)} if p.task == "train" else {}, p.dataset
+        tests, land = test_parts(p), {"train": train_data(p)} if p.task == "train" else {}
         if p.dry_run:
             # of a folder without lists all images are in both
             apart = p.dataset != "folder" or (Path(p.data_root) / "train.txt").is_file()
-            found = few(learned | tests, count) if apart else few(learned, count) | few(tests, count)
-            learned, tests = ({name: found[name] for name in each} for each in (learned, tests))
-        for land in learned.values():
-            title += f", {len(land):,} images" + (f", zone {p.held_out} left out" if p.held_out else "")
-            part = Part(randomised(land, land.zones(), r), land.zones(), land.classes, texts=land.texts())
+            found = few(land | tests, count) if apart else few(land, count) | few(tests, count)
+            land, tests = ({name: found[name] for name in each} for each in (land, tests))
+        for data in land.values():
+            title += f", {len(data):,} images" + (f", zone {p.held_out} left out" if p.held_out else "")
+            learned = Part(randomised(data, data.zones(), r), data.zones(), data.classes, texts=data.texts())
             if p.dataset == "folder":
-                facts["labels"] = [(one.image.name, one.label and sha256(one.label)) for one in land.pictures]
+                facts["labels"] = [(one.image.name, one.label and sha256(one.label)) for one in data.pictures]
     hardware, validation = Hardware.of(p, "metasegnet", workers=WORKERS), next(iter(tests.values()))
+    texts = texts_of(p, learned) if learned else None
 
-    def prompted(part: Part, kind: str = "") -> list[str] | None:
-        return prompts.of_method(p.method, part.zones, kind, part.texts, p.seed)
+    def items(part: Part) -> Dataset:
+        """The training items, with the ids of their texts if the network reads texts."""
+        words = text_encoder(p.method, prompts, p.data_root, random=p.dry_run)
+        if words is None or texts is None:
+            return part.data
+        return Prompted(part.data, words, texts, DROPPED if LEVELS[p.method] == "full" else 0.0)
 
     def validate(model: MetaSegNet) -> float:
         """The score in percent that selects the best epoch, without augmentation."""
-        matrix = confusion(model, validation, prompted(validation), hardware=hardware)
+        matrix = confusion(model, validation, texts_of(p, validation), hardware=hardware)
         return getattr(scores(validation, matrix), SCORES.get(p.dataset, "miou"))
 
     def build() -> MetaSegNet:
@@ -401,17 +387,16 @@ def setting(p: Parameters) -> Setting:
         classes = CLASSES[p.dataset] if p.test_on else validation.classes
         return network(p.method, prompts, len(classes), **files, seed=p.seed, random=p.dry_run)
 
-    texts = prompted(part) if part else None
     training = Training(
         name=_name(p),
         build=build,
         loss=loss,
-        data=functools.partial(train_items, p, prompts, part, texts) if part else None,
+        data=functools.partial(items, learned) if learned else None,
         fit=options(r, hardware, p.seed, validate if chosen(p) == "best" else None),
         facts=facts | {"data_root": Path(p.data_root), "texts": texts, "select": chosen(p)},
         dry_run=p.dry_run,
     )
-    return Setting(title, training, tests, prompted)
+    return title, training, tests
 
 
 def _name(p: Parameters) -> str:
@@ -453,17 +438,17 @@ def run(p: Parameters, out: Path) -> Tested:
     """Train and test, or test alone, as the parameters ask, below `out`.
 
     The scores are added to `<out>/measured.csv`."""
-    asked = setting(p)
-    model, history = train(asked.training, out)
-    facts = {"data": asked.title, "method": p.method, "steps": len(history)}
+    title, training, tests = setting(p)
+    model, history = train(training, out)
+    facts = {"data": title, "method": p.method, "steps": len(history)}
     facts["trainable parameters"] = f"{sum(t.numel() for t in model.trained().values()):,}"
     kind, hardware, rows = p.prompt if p.method == "MetaSegNet" else "", Hardware.of(p, "metasegnet"), []
-    for name, test in asked.tests.items():
-        texts = asked.texts(test, kind)
+    for name, test in tests.items():
+        texts = texts_of(p, test, kind)
         measured = row(p, name, test, confusion(model, test, texts, views(p), hardware))
         rows.append(facts | {key: measured[key] for key in ("test", *RESULTS.values)})
         RESULTS.measured(out / "measured.csv", measured, dry_run=p.dry_run)
-    return Tested(asked.title, model, pd.DataFrame(rows), test.data[0][0], texts[0] if texts else None)
+    return Tested(title, model, pd.DataFrame(rows), test.data[0][0], texts[0] if texts else None)
 
 
 # --- results ----------------------------------------------------------------------------------------------------------

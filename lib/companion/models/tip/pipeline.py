@@ -34,6 +34,7 @@ from ...errors import BadCheckpoint, BadParameter, CorruptFile, MissingWeights, 
 from ...io.files import atomic_folder, read_json
 from ...io.progress import progress
 from ..layers.predicting import Images, Names, coloured
+from ..layers.windows import starts
 from .degradations import BLIND
 from .model import TIP, Adaptor, frozen, to_images
 
@@ -300,9 +301,7 @@ def blend(
     axes = []
     for length in size:
         own = min(side, length) or length
-        count = 1 + max(0, -(-(length - own) // max(1, own - overlap)))
-        starts = [min(i * (own - overlap), length - own) for i in range(count)]
-        axes.append([slice(start, start + own) for start in starts])
+        axes.append([slice(start, start + own) for start in starts(length, own, max(1, own - overlap))])
     total, weights = torch.tensor(0.0), torch.tensor(0.0)
     for rows, columns in itertools.product(*axes):
         part = compute(rows, columns)
