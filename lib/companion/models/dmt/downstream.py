@@ -14,7 +14,6 @@ Shapes: B images of S x S pixels, D the ViT's width, g = S / patch.
 from __future__ import annotations
 
 import copy
-import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -297,11 +296,10 @@ class Crops(Dataset):
         area = kept["masks"].flatten(1).sum(1)
         largest = torch.argsort(area, descending=True)[: self.MOST]
         largest = largest[area[largest] > 0]
-        boxes, labels = torch.zeros(self.MOST, 4), torch.zeros(self.MOST, dtype=torch.long)
-        bits = np.zeros((self.MOST, -(-(self.size**2) // 8)), np.uint8)
-        boxes[: len(largest)], labels[: len(largest)] = kept["boxes"][largest], kept["labels"][largest]
-        bits[: len(largest)] = np.packbits(kept["masks"][largest].flatten(1).numpy(), 1)
-        return image.as_subclass(Tensor).float() / 255, boxes, labels, torch.from_numpy(bits)
+        bits = torch.from_numpy(np.packbits(kept["masks"][largest].flatten(1).numpy(), 1))
+        absent = self.MOST - len(largest)
+        boxes, bits = (F.pad(rows, (0, 0, 0, absent)) for rows in (kept["boxes"][largest].float(), bits))
+        return image.as_subclass(Tensor).float() / 255, boxes, F.pad(kept["labels"][largest], (0, absent)), bits
 
 
 def detection_loss(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
@@ -457,13 +455,13 @@ class WholeScenes(Dataset):
 @torch.no_grad()
 def slide(model: nn.Module, image: Tensor, size: int) -> Tensor:
     """Logits (C, H, W) of one normalised image (3, H, W), sides at least `size`: means over windows that overlap."""
-    stride = 2 * size // 3
-    corners = list(itertools.product(*(starts(n, size, stride) for n in image.shape[1:])))
-    windows = model(torch.stack([image[:, y : y + size, x : x + size] for y, x in corners])).float()  # (n, C, S, S)
+    rows, columns = (starts(n, size, 2 * size // 3) for n in image.shape[1:])
+    places = [np.s_[..., y : y + size, x : x + size] for y in rows for x in columns]
+    windows = model(torch.stack([image[place] for place in places])).float()  # (n, C, S, S)
     total, count = windows.new_zeros(windows.shape[1], *image.shape[1:]), windows.new_zeros(image.shape[1:])
-    for (y, x), logits in zip(corners, windows, strict=True):
-        total[:, y : y + size, x : x + size] += logits
-        count[y : y + size, x : x + size] += 1
+    for place, logits in zip(places, windows, strict=True):
+        total[place] += logits
+        count[place] += 1
     return total / count
 
 

@@ -31,7 +31,7 @@ from ...training.recipe import run as train
 from ...training.schedules import adamw
 from ..layers.precision import without_autocast
 from . import model as ecamp
-from . import official, tasks, transforms
+from . import official, tasks, text, transforms
 from .model import ECAMP
 from .tasks import EXPANSION, FIRST, SIDE, TASKS
 from .text import ReportPairs, Vocabulary
@@ -431,5 +431,5 @@ def protocol() -> dict[str, str]:
         first=[*FIRST.values()],
         expansion=[*EXPANSION.values()],
         one_of=" and ".join(TITLES[name] for name in ONE_OF),
-        **vars(tasks) | globals(),
+        **vars(tasks) | globals() | {"text": text},
     )

@@ -10,6 +10,7 @@ these transforms changes colours much, because the text explains colour.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable, Sequence
 
 import torch
@@ -156,8 +157,8 @@ class Mosaic(Dataset):
         others = [own[int(torch.randint(len(own), ()))] for _ in range(3)]
         image, labels, pairs = image.clone(), labels.clone(), [(image, labels), *map(self.data.pair, others)]
         fill = {tv_tensors.Image: 0, tv_tensors.Mask: self.data.ignore}
-        for i, (picture, truth) in enumerate(pairs):
-            rows, columns = slice(0, y) if i < 2 else slice(y, None), slice(0, x) if i % 2 == 0 else slice(x, None)
+        quarters = itertools.product((slice(y), slice(y, None)), (slice(x), slice(x, None)))
+        for (picture, truth), (rows, columns) in zip(pairs, quarters, strict=True):
             size = labels[rows, columns].shape
             if 0 in size:  # an image of one or two pixels
                 continue

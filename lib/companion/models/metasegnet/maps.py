@@ -86,21 +86,19 @@ def bands(
     rows, columns = min(tile, height), min(tile, width)
     tops, lefts = starts(height, tile, tile - overlap), starts(width, tile, tile - overlap)
     weight = _ramp(rows, overlap)[:, None] * _ramp(columns, overlap)
-    total, done, base = torch.empty(0), torch.empty(0), 0  # sums of logits and of weights, from row `base` on
+    total, base = torch.empty(0), 0  # sums of weighted logits and, last, of weights, from row `base` on
     for top, following in zip(tops, [*tops[1:], height], strict=True):
         for i in range(0, len(lefts), batch):
             some = lefts[i : i + batch]
             logits = predict(torch.stack([read(top, left, rows, columns) for left in some]))  # (b, C, rows, columns)
             if not total.numel():
-                total = logits.new_zeros(logits.shape[1], rows, width)
-                done, weight = logits.new_zeros(rows, width), weight.to(logits)
+                total, weight = logits.new_zeros(logits.shape[1] + 1, rows, width), weight.to(logits)
             for left, one in zip(some, logits, strict=True):
-                total[:, :, left : left + columns] += one * weight
-                done[:, left : left + columns] += weight
+                total[:, :, left : left + columns] += torch.cat([one * weight, weight[None]])
         finished = following - base
-        yield base, total[:, :finished] / done[:finished]
+        yield base, total[:-1, :finished] / total[-1, :finished]
         base += finished
-        total, done = (F.pad(t[..., finished:, :], (0, 0, 0, finished)) for t in (total, done))
+        total = F.pad(total[:, finished:], (0, 0, 0, finished))
 
 
 def reader(image: Tensor) -> Read:

@@ -226,8 +226,8 @@ def train_data(p: Parameters) -> landcover.LandCover:
     """The training images, without those of the zone left out and without Potsdam's tile of wrong labels."""
     data = read(p, "train", p.dataset)
     if p.dataset == POTSDAM:
-        stems = [data.picture(i).image.stem for i in range(len(data))]
-        data = data.where([not stem.startswith(f"top_potsdam_{POTSDAM_FAULTY}_") for stem in stems])
+        faulty = f"top_potsdam_{POTSDAM_FAULTY}_"
+        data = data.where([not data.picture(i).image.stem.startswith(faulty) for i in range(len(data))])
     return data.where([zone != p.held_out for zone in data.zones()]) if p.held_out else data
 
 
@@ -243,10 +243,10 @@ def test_parts(p: Parameters) -> dict[str, Part]:
         return {DATASETS[name].title: replace(whole, into=torch.tensor(loveda))}
     if not p.held_out:
         return {"test": whole}
-    if p.held_out not in zones:
+    held = np.array([zone == p.held_out for zone in zones])
+    if not held.any():
         raise BadParameter("held_out", p.held_out, sorted({zone for zone in zones if zone}))
-    out = {i for i, zone in enumerate(zones) if zone == p.held_out}
-    return {"seen": whole.part(sorted({*range(len(data))} - out)), "left out": whole.part(sorted(out))}
+    return {"seen": whole.part(np.flatnonzero(~held)), "left out": whole.part(np.flatnonzero(held))}
 
 
 def generated(p: Parameters, r: Recipe, count: int) -> Part:

@@ -151,7 +151,7 @@ def degrade(x: Tensor, ops: Sequence[Op], seed: int | Sequence[int], *, edge: st
         seed: of the noise.
         edge: padding of a blur: the border's pixels ("replicate") or the opposite side's ("circular").
     """
-    y, size = _checked(x)[None], x.shape[-2:]
+    y, size = checked(x)[None], x.shape[-2:]
     for place, (kind, value) in enumerate(map(rounded, ops)):
         if value == KINDS[kind].nothing:
             continue
@@ -207,7 +207,7 @@ def blind(x: Tensor, seed: int | Sequence[int]) -> Tensor:
 
     The result, 1 / `SCALE` per side, is resized back to the size of x by bicubic interpolation (ours: TIP's inputs have
     the size of their targets)."""
-    y, (height, width) = _checked(x)[None], x.shape[-2:]
+    y, (height, width) = checked(x)[None], x.shape[-2:]
     small = max(1, height // SCALE), max(1, width // SCALE)
     rng = np.random.default_rng([3, *_numbers(seed)])
 
@@ -385,9 +385,10 @@ def _square(picture: Tensor, size: int, where: float) -> Tensor:
 # --- operations on (1, 3, H, W) ---------------------------------------------------------------------------------------
 
 
-def _checked(x: Tensor) -> Tensor:
+def checked(x: Tensor) -> Tensor:
+    """The image. Raises `BadParameter`: it is no float tensor in [0, 1]."""
     if not (x.is_floating_point() and x.amin() >= 0 and x.amax() <= 1):
-        raise BadParameter("picture", f"{x.dtype}, {x.amin():g} to {x.amax():g}", "a float tensor in [0, 1]")
+        raise BadParameter("image", f"{x.dtype}, {x.amin():g} to {x.amax():g}", "a float tensor in [0, 1]")
     return x
 
 

@@ -35,7 +35,7 @@ from ...io.files import atomic_folder, read_json
 from ...io.progress import progress
 from ..layers.predicting import Images, Names, coloured
 from ..layers.windows import starts
-from .degradations import BLIND
+from .degradations import BLIND, checked
 from .model import TIP, Adaptor, frozen, to_images
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -240,15 +240,13 @@ class TIPPipeline(DiffusionPipeline):
         Raises `BadParameter`: values outside of [0, 1], a list of another number of prompts, a tile that is no multiple
         of what the VAE reduces, or an overlap that is.
         """
-        if not (image.is_floating_point() and image.amin() >= 0 and image.amax() <= 1):
-            raise BadParameter("image", "values outside [0, 1], or whole", "a float tensor (B, 3, H, W) in [0, 1]")
         check_range("steps", steps, 1)
         model, device, dtype, count = TIP(self.unet, self.adaptor), self.unet.device, self.adaptor.dtype, len(image)
         (height, width), factor = image.shape[-2:], self.adaptor.factor
         if tile and (tile % factor or overlap % factor or not 0 <= overlap <= tile // 2):
             accepted = f"multiples of {factor} pixels, the overlap at most half of the tile"
             raise BadParameter("tile and overlap", f"{tile}, {overlap}", accepted)
-        y = F.pad(image, (0, -width % factor, 0, -height % factor), mode="replicate")
+        y = F.pad(checked(image), (0, -width % factor, 0, -height % factor), mode="replicate")
         y = (2 * y - 1).to(device, dtype)
         semantic, control = _each("prompt", prompt, count), _each("restoration", restoration, count)
         pairs = 1 if guidance == 1 else 2  # of predictions: with c_s, and without
