@@ -31,6 +31,7 @@ from ...training.callbacks import EMA, Callback, ema_copy
 from ...training.fit import Loop
 from ...training.hardware import average_over_devices
 from ...training.schedules import learning_rates
+from ..layers.mae import random_mask
 from ..layers.state_dicts import check_names, load_official
 
 MASKED = 0.3  # share of a large crop's patches that iBOT masks for the student, at random
@@ -193,10 +194,8 @@ class SelfDistillation(nn.Module):
         student, teacher, masked = self.student, self.teacher, {}
         if self.patch_weight:
             if masks is None:
-                patches = student["encoder"].patches
-                noise = torch.rand(len(large), patches, device=large.device)
-                chosen = noise.argsort(1)[:, : round(MASKED * patches)]
-                masks = torch.zeros_like(noise, dtype=torch.bool).scatter(1, chosen, True)
+                noise = torch.rand(len(large), student["encoder"].patches, device=large.device)
+                masks = random_mask(noise, round(MASKED * noise.shape[1]))[1] == 0  # the patches of the least noise
             masked = {"masked": masks}
         with torch.no_grad():
             targets = teacher["encoder"](large)
