@@ -22,7 +22,7 @@ from transformers import BertConfig, BertModel, BertTokenizer
 
 import companion
 from companion import backbones, saving
-from companion.data import attributes, classification, domains
+from companion.data import classification, domains
 from companion.errors import BadCheckpoint, CompanionError, CorruptFile
 from companion.models import bat, dmt, dplq, ecamp, hvit, metasegnet, promptpar, sa2vp, sic_cads
 from companion.models.dmt import downstream
@@ -198,7 +198,7 @@ TRANSFORMS = {  # the saved one, and the test form that is expected
     "resize": (classification.resize_transform(INPUT),) * 2,
     "crop": tuple(classification.crop_transform(INPUT, train=train) for train in (True, False)),
     "CLIP": tuple(domains.clip_transform(INPUT, train=train) for train in (True, False)),
-    "square": tuple(attributes.square_transform(32, train=train) for train in (True, False)),
+    "square": tuple(promptpar.square_transform(32, train=train) for train in (True, False)),
     "DMT": (dmt.vit.test_transform(32),) * 2,
     "X-ray": (ecamp.transforms.test_transform(32),) * 2,
     "squeezed X-ray": (ecamp.transforms.squeeze_transform(32),) * 2,

@@ -11,11 +11,12 @@ import torch
 from PIL import Image
 from scipy.io import savemat
 from torch.utils.data import DataLoader
+from torchvision.transforms import v2
 
 from companion import data
 from companion.data import attributes
-from companion.data.attributes import load, own, splits, square_transform
-from companion.errors import BadParameter, CorruptFile, MissingData
+from companion.data.attributes import load, own, splits
+from companion.errors import CorruptFile, MissingData
 from tests.data.conftest import expect, picture, refused, unreadable, values
 
 
@@ -153,7 +154,9 @@ def test_labels_and_splits_of_matlab_files(name, tmp_path):
     assert found["test"].names == tuple(f"raw {i}" for i in columns)
     np.testing.assert_array_equal(found["test"].labels, raw(8, 152)[test][:, columns])
     assert found["test"].sentences == attributes.SENTENCES[name]
-    images, labels = next(iter(DataLoader(load(name, tmp_path, "test", square_transform(32, train=True)), 3)))
+    images, labels = next(
+        iter(DataLoader(load(name, tmp_path, "test", v2.Compose([v2.ToImage(), v2.Resize((32, 32))])), 3))
+    )
     assert images.shape == (3, 3, 32, 32) and torch.equal(labels, found["test"].labels)
     assert data.status(name, tmp_path).state == "present"
 
@@ -243,10 +246,3 @@ def test_missing_images(tmp_path):
 def test_fields_that_contradict_each_other(make, changes, value, tmp_path):
     make(tmp_path, **changes)
     refused(CorruptFile, value, splits, "par/peta" if make is peta else "par/pa100k", tmp_path)
-
-
-def test_an_image_is_padded_in_either_colour():
-    black, white = (square_transform(32, padding=padding)(Image.new("RGB", (10, 20))) for padding in ("black", "white"))
-    assert (black == -1).all() and (white[:, :, 8:24] == -1).all()
-    assert (white[:, :, :8] == 1).all() and (white[:, :, 24:] == 1).all()
-    refused(BadParameter, "white", square_transform, padding="grey")

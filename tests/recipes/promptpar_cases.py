@@ -27,6 +27,7 @@ from companion.models.layers.clip_prompting import Texts
 from companion.models.layers.state_dicts import official_state
 from companion.models.promptpar import recipe
 from companion.models.promptpar.model import Output, PromptPAR, Settings, loss, weighted_loss
+from companion.models.promptpar.transforms import square_transform
 from companion.training.recipe import run
 from tests.conftest import parameters as notebook
 from tests.data import test_attributes as files
@@ -149,7 +150,7 @@ def picture(case: Case) -> list[Row]:
     """What the network gets of a tested image."""
     s, e, room = case.settings, case.expected, case.facts["tolerance"]
     image = Image.fromarray(case.data["in.image"].numpy())
-    pad, *steps = attributes.square_transform(s["size"][0], padding=s.get("colour", "black")).transforms
+    pad, *steps = square_transform(s["size"][0], padding=s.get("colour", "black")).transforms
     x = v2.Compose(steps)(image if s["padded"] else pad(image))
     grid = x[:, e["rows"]][:, :, e["columns"]]
     close = float(((grid - torch.tensor(e["grid"])).abs() <= room["grid"]).float().mean())
@@ -170,7 +171,7 @@ def operations(case: Case) -> list[Row]:
     """The operations of training and test, the loader's batches, and the share of each attribute."""
     e, rows = case.expected, list[Row]()
     for split in ("training", "test"):
-        _pad, *steps = attributes.square_transform(case.settings["height"], train=split == "training").transforms
+        _pad, *steps = square_transform(case.settings["height"], train=split == "training").transforms
         rows.append(same(split, e[split], done(v2.Compose(steps))))
     # two epochs of two images more than two batches
     batch = int(recipe.published()["heads"]["batch"])

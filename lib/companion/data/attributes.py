@@ -1,6 +1,6 @@
 """Images of pedestrians with attributes, in the original files and splits of the sets.
 
-    sets = splits("par/pa100k", "data", square_transform(224))
+    sets = splits("par/pa100k", "data", transform)
     image, labels = sets["test"][0]        # float32 (3, 224, 224), float32 (26,) of 0 and 1
     sets["trainval"].ratio                 # (26,) the share of images with each attribute
     sets["trainval"].sentences             # the sentences that CLIP encodes
@@ -21,22 +21,18 @@ import os
 import posixpath
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType, SimpleNamespace
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from scipy.io import loadmat
-from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as F
 
 from ..errors import CorruptFile, check_choice
 from ..io import unpickle
-from ..io.config import configure
 from . import DataSet, at, entries, facts, find, inside, once, own_set, tables, told
 from .decoding import SUFFIXES
-from .images import Images, Transform, normalised, to_tensor
+from .images import Images, Transform, to_tensor
 
 SPLITS = ("train", "val", "trainval", "test")
 _FACTS = facts("attributes")
@@ -131,8 +127,8 @@ def splits(name: str, root: str | Path, transform: Transform | None = None) -> d
         name: "par/peta", "par/pa100k", "par/rapv1", "par/rapv2", "par/wider", "par-zs/peta", "par-zs/rap", or another
             name of `DATASETS` whose task is "attributes".
         root: the data folder; searched for `DATASETS[name].folders`.
-        transform: from a PIL image (RGB) to a tensor (3, H, W), see `square_transform`; None scales to 0..1 and keeps
-            the size. To set another one for a split: `sets["trainval"].transform = ...`.
+        transform: from a PIL image (RGB) to a tensor (3, H, W), such as PromptPAR's `square_transform`; None scales to 0..1
+            and keeps the size. To set another one for a split: `sets["trainval"].transform = ...`.
 
     Returns:
         "trainval", which papers train on, and "test"; "train" and "val" too where the set has them.
@@ -168,61 +164,6 @@ def own(root: str | Path, transform: Transform | None = None) -> dict[str, Pedes
         "              below this folder; train, val or test; 0 or 1 for each attribute"
     )
     return _pedestrians(own_set(root, "attributes", layout), Path(root), transform)
-
-
-class PadToSquare:
-    """Scales an image to `size` rows and centres it on a black or white square.
-
-    This is inferred: the authors of PromptPAR read images that were padded by code they did not release. Commented-out
-    code of theirs, which this follows, has both colours; black is what they answered when asked (OpenPAR issue 45).
-
-    Resized bilinearly without antialiasing, as OpenCV does. The result may be one or two pixels narrower than high,
-    like theirs. An image that would be wider than high is not padded (the resize that follows changes its aspect
-    ratio).
-
-    Args:
-        antialias: resize with antialiasing, by Pillow.
-        padding: "black" or "white".
-
-    Raises `BadParameter`: another colour.
-    """
-
-    def __init__(self, size: int, antialias: bool = False, padding: str = "black"):
-        check_choice("padding", padding, ("black", "white"))
-        self.size, self.antialias, self.padding = size, antialias, padding
-
-    def __call__(self, picture: Image.Image) -> Image.Image:
-        wide = picture.width / (picture.height / self.size)
-        if wide > self.size:
-            return picture
-        width, edge = max(1, int(wide)), int((self.size - wide) / 2)
-        if self.antialias:
-            resized = picture.resize((width, self.size), Image.Resampling.BILINEAR)
-        else:
-            pixels = F.pil_to_tensor(picture.convert("RGB"))
-            resized = F.to_pil_image(F.resize(pixels, [self.size, width], antialias=False))
-        square = Image.new("RGB", (width + 2 * edge, self.size), self.padding)
-        square.paste(resized, (edge, 0))
-        return square
-
-
-def square_transform(
-    size: int = 224, train: bool = False, antialias: bool = False, padding: str = "black"
-) -> v2.Transform:
-    """PromptPAR's transform: padded to a square, resized (bilinear), normalised by 0.5, not by CLIP's statistics.
-
-    Args:
-        antialias, padding: see `PadToSquare`.
-        train: adds 10 pixels of black padding, a random crop of `size`, and a flip with probability 0.5.
-
-    Returns:
-        From a PIL image to a float32 tensor (3, size, size).
-    """
-    cut = [v2.Pad(10), v2.RandomCrop(size), v2.RandomHorizontalFlip(0.5)] if train else []
-    halves = SimpleNamespace(mean=(0.5,) * 3, std=(0.5,) * 3)
-    steps = [PadToSquare(size, antialias, padding), v2.Resize((size, size)), *cut, *normalised(halves)]
-    arguments = {"size": size, "train": train, "antialias": antialias, "padding": padding}
-    return configure(v2.Compose(steps), arguments, square_transform)
 
 
 # --- implementation ----------------------------------------------------------------------------------------------

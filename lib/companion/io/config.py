@@ -33,7 +33,6 @@ VIT = "timm.models.vision_transformer:VisionTransformer"
 # what `build` calls, and the arguments that replace those of a config: weights are never looked up
 FUNCTIONS: dict[str, dict[str, Any]] = {
     "companion.backbones:build": {"weights": "random", "download": False},
-    "companion.data.attributes:square_transform": {},
     "companion.data.classification:crop_transform": {},
     "companion.data.classification:resize_transform": {},
     "companion.data.domains:clip_transform": {},
@@ -45,6 +44,7 @@ FUNCTIONS: dict[str, dict[str, Any]] = {
     "companion.models.ecamp.transforms:test_transform": {},
     "companion.models.layers.clip_prompting:clip_of": {},
     "companion.models.metasegnet.model:swin": {},
+    "companion.models.promptpar.transforms:square_transform": {},
     "companion.models.sic_cads.official:tower": {},
     "companion.toy.encoders:build": {"weights": "random"},
     "companion.toy.encoders.detector:clip": {"weights": "random"},
@@ -54,6 +54,7 @@ FUNCTIONS: dict[str, dict[str, Any]] = {
 }
 # where things are that models saved, or cases recorded, by an earlier version name
 MOVED = {
+    "companion.data.attributes:square_transform": "companion.models.promptpar.transforms:square_transform",
     "companion.data.landcover_transforms": "companion.models.metasegnet.augmentation",
     "companion.data.tracking:box_in_crop": "companion.models.bat.crops:box_in_crop",
     "companion.data.tracking:clip_box": "companion.models.bat.crops:clip_box",

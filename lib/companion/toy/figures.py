@@ -134,13 +134,13 @@ def sensors(seed: int, labels: Sequence[int] = (0, 3, 5, 6)) -> Figure:
 
 
 @styled
-def cameras(seed: int, count: int = 8, named: int = 4) -> Figure:
-    """Pedestrians of both cameras below up to `named` of their attributes."""
-    figure, axes = plt.subplots(2, count, figsize=(9.2, 4.9))
+def cameras(seed: int) -> Figure:
+    """Pedestrians of both cameras below up to four of their attributes."""
+    figure, axes = plt.subplots(2, 8, figsize=(9.2, 4.9))
     for row, camera in zip(axes, promptpar.CAMERAS, strict=True):
-        for ax, image, person in zip(row, *promptpar.people(count, "test", camera, seed), strict=True):
+        for ax, image, person in zip(row, *promptpar.people(len(row), "test", camera, seed), strict=True):
             there = [name for name, label in zip(promptpar.ATTRIBUTES, person.labels, strict=True) if label]
-            _show(ax, image, "\n".join(there[:named]) or "none")
+            _show(ax, image, "\n".join(there[:4]) or "none")
         row[0].set_ylabel(camera)
     return figure
 

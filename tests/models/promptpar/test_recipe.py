@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from companion.data.attributes import PadToSquare
 from companion.errors import CorruptFile, MissingData, MissingWeights
 from companion.models.promptpar import recipe
 from companion.models.promptpar.model import Output
+from companion.models.promptpar.transforms import PadToSquare
 from companion.toy.tokens import Tokenizer
 from tests.conftest import parameters
 from tests.models.common import refuses

@@ -32,7 +32,6 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...data.attributes import square_transform
 from ...errors import BadParameter
 from ...io.config import configure
 from ..layers import attend
@@ -42,6 +41,7 @@ from ..layers.precision import without_autocast
 from ..layers.predicting import Images, Names, Shapes, Transform, named, outputs
 from .official import Released, prompted_text, read_checkpoint
 from .tower import PUBLISHED, Out, PromptedTower, Settings, region_mask, uniform
+from .transforms import square_transform
 
 __all__ = ["PromptPAR", "Settings", "loss", "prompted_text", "read_checkpoint", "region_mask"]
 

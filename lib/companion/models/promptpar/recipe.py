@@ -28,6 +28,7 @@ from ...training.recipe import Training, dry_items
 from ...training.recipe import run as train
 from ...training.schedules import Schedule, sgd
 from .model import PromptPAR, Settings, loss, read_checkpoint
+from .transforms import square_transform
 
 # differences from PromptPAR: settings of the model, and the weight of the similarity in the loss
 METHODS: dict[str, dict] = {
@@ -97,7 +98,7 @@ def run(p: Parameters, out: Path) -> Tested:
     clip, fusion = (released.clip, None) if released else _backbones(p)
     ratio = learn.ratio if p.quirks else torch.as_tensor(learn.labels).eq(1).float().mean(0)
     for data, varied in ((learn, True), (test, False)):
-        data.transform = attributes.square_transform(clip.visual.image_size[0], train=varied, padding=p.padding)
+        data.transform = square_transform(clip.visual.image_size[0], train=varied, padding=p.padding)
     totals: list[dict[str, float]] = []  # filled in training if `select` is "maxima"
 
     def score(model: nn.Module) -> Scores:
