@@ -154,9 +154,8 @@ def test_labels_and_splits_of_matlab_files(name, tmp_path):
     assert found["test"].names == tuple(f"raw {i}" for i in columns)
     np.testing.assert_array_equal(found["test"].labels, raw(8, 152)[test][:, columns])
     assert found["test"].sentences == attributes.SENTENCES[name]
-    images, labels = next(
-        iter(DataLoader(load(name, tmp_path, "test", v2.Compose([v2.ToImage(), v2.Resize((32, 32))])), 3))
-    )
+    transform = v2.Compose([v2.ToImage(), v2.Resize((32, 32))])
+    images, labels = next(iter(DataLoader(load(name, tmp_path, "test", transform), 3)))
     assert images.shape == (3, 3, 32, 32) and torch.equal(labels, found["test"].labels)
     assert data.status(name, tmp_path).state == "present"
 

@@ -127,8 +127,8 @@ def splits(name: str, root: str | Path, transform: Transform | None = None) -> d
         name: "par/peta", "par/pa100k", "par/rapv1", "par/rapv2", "par/wider", "par-zs/peta", "par-zs/rap", or another
             name of `DATASETS` whose task is "attributes".
         root: the data folder; searched for `DATASETS[name].folders`.
-        transform: from a PIL image (RGB) to a tensor (3, H, W), such as PromptPAR's `square_transform`; None scales to 0..1
-            and keeps the size. To set another one for a split: `sets["trainval"].transform = ...`.
+        transform: from a PIL image (RGB) to a tensor (3, H, W), such as PromptPAR's `square_transform`; None scales
+            to 0..1 and keeps the size. To set another one for a split: `sets["trainval"].transform = ...`.
 
     Returns:
         "trainval", which papers train on, and "test"; "train" and "val" too where the set has them.

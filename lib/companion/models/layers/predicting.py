@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as F
 
 from ...backbones import input_of
-from ...data import classification, decoding, own_set
-from ...data.images import Files
+from ...data import classification, decoding
 from ...errors import CorruptFile, check_names
 
 BATCH = 16
@@ -34,8 +33,8 @@ def picture(image: Picture) -> Image.Image:
     """An RGB image, read like those of your own folders."""
     if isinstance(image, Image.Image):
         return decoding.in_memory(image)
-    own = own_set(_file(image).parent, "classification", "")
-    return Files(own, Path(), [str(image)]).picture(0)
+    with decoding.opened(_file(image)) as opened:
+        return decoding.picture(opened, rotated=True)
 
 
 def grey(image: Picture) -> Tensor:
