@@ -44,7 +44,7 @@ def test_crops_are_the_authors(frame, index):
 
 @pytest.mark.parametrize("facts", CROPS["clip_box"])
 def test_clipping_is_the_authors(facts):
-    assert crops.clip_box(facts["box"], facts["H"], facts["W"]).tolist() == facts["out"]
+    assert crops.clip_box(facts["box"], facts["H"], facts["W"], facts["margin"]).tolist() == facts["out"]
 
 
 def test_boxes_of_crops_and_images(frame):

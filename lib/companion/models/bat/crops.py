@@ -24,7 +24,6 @@ from ...errors import BadParameter, CompanionError
 
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, for both streams
 STD = (0.229, 0.224, 0.225)
-MARGIN = 10  # pixels of a box that stay inside the image
 
 
 def crop(image: np.ndarray, box: Iterable[float], factor: float, size: int) -> tuple[np.ndarray, float]:
@@ -94,13 +93,13 @@ def box_from_crop(box: Iterable[float], centre_box: Iterable[float], scale: floa
     return np.concatenate([centre - predicted[2:] / 2, predicted[2:]])
 
 
-def clip_box(box: Iterable[float], height: int, width: int) -> np.ndarray:
-    """Clip a box to the image: at least `MARGIN` pixels remain inside, and no side is shorter than that. (4,)
+def clip_box(box: Iterable[float], height: int, width: int, margin: float = 10) -> np.ndarray:
+    """Clip a box to the image: at least `margin` pixels remain inside, and no side is shorter than that. (4,)
     float64."""
     box, limit = _box(box), np.array([width, height])
-    first = np.minimum(np.maximum(box[:2], 0), limit - MARGIN)
-    last = np.minimum(np.maximum(box[:2] + box[2:], MARGIN), limit)
-    return np.concatenate([first, np.maximum(last - first, MARGIN)])
+    first = np.minimum(np.maximum(box[:2], 0), limit - margin)
+    last = np.minimum(np.maximum(box[:2] + box[2:], margin), limit)
+    return np.concatenate([first, np.maximum(last - first, margin)])
 
 
 def _box(values: Iterable[float]) -> np.ndarray:
