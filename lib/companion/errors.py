@@ -3,10 +3,28 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 import numbers
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+
+class Range(NamedTuple):
+    """The numbers that an argument may be, from `low` to `high`; written in its type, for `check_arguments`."""
+
+    low: float
+    high: float = math.inf
+
+
+Count = Annotated[int, Range(1)]
+Whole = Annotated[int, Range(0)]
+Amount = Annotated[float, Range(0)]
+Positive = Annotated[float, Range(sys.float_info.min)]
+Share = Annotated[float, Range(0, 1)]
 
 
 class CompanionError(Exception):
@@ -135,10 +153,57 @@ def check_choice(name: str, value: object, choices: Iterable) -> None:
         raise BadParameter(name, value, tuple(choices))
 
 
-def check_range(name: str, value: float, low: float, high: float = math.inf) -> None:
-    """Raise `BadParameter` unless `value` is a finite number, and `low` <= `value` <= `high`."""
-    if not isinstance(value, numbers.Real) or not low <= value <= high or math.isinf(value):  # NaN too
-        raise BadParameter(name, value, f"{low:g} or more" if high == math.inf else f"{low:g} to {high:g}")
+def check_range(name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, whole: bool = False) -> None:
+    """Raise `BadParameter` unless `value` is a finite number, with `whole` an integer, from `low` to `high`."""
+    kind = numbers.Integral if whole else numbers.Real
+    if not isinstance(value, kind) or isinstance(value, bool) or not low <= float(value) <= high or math.isinf(value):
+        limits = f"{low:g} or more" if high == math.inf else f"{low:g} to {high:g}"  # NaN is in none
+        what = "a whole number" if whole else "a number"
+        raise BadParameter(name, value, what if low == -math.inf else f"{what}, {limits}")
+
+
+def check_parts(name: str, width: int, parts: int) -> None:
+    """Raise `BadParameter` unless `parts`, such as the heads of an attention, divide the width."""
+    if width % parts:
+        raise BadParameter(name, parts, f"a divisor of the width, {width}")
+
+
+def check_arguments(function: Callable, given: Mapping[str, Any]) -> None:
+    """Raise `BadParameter` unless arguments are what the types of `function`, or of a dataclass, say: `int` a whole
+    number, `float` a finite one, both within their `Range`; `bool`, `str`, and sequences of these. Others may be
+    anything."""
+    for name, declared in _declared(function).items():
+        if name in given:
+            _check(name, given[name], declared)
+
+
+@functools.cache
+def _declared(function: Callable) -> dict[str, Any]:
+    return get_type_hints(function, include_extras=True)
+
+
+def _check(name: str, value: Any, declared: Any) -> None:
+    origin, parts = get_origin(declared), get_args(declared)
+    if origin in (Union, UnionType):  # of a number and None, or a module
+        known = [part for part in parts if _is_checked(part)]
+        others = tuple(get_origin(part) or part for part in parts if part not in known)
+        if known and not isinstance(value, others):
+            _check(name, value, known[0])
+    elif origin is Annotated:
+        check_range(name, value, *declared.__metadata__[0], whole=parts[0] is int)
+    elif declared in (int, float):
+        check_range(name, value, -math.inf, whole=declared is int)
+    elif declared in (bool, str) and not isinstance(value, declared):
+        raise BadParameter(name, value, "a text" if declared is str else "True or False")
+    elif origin in (Sequence, tuple):
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise BadParameter(name, value, "a list")
+        for entry in value:
+            _check(name, entry, parts[0])
+
+
+def _is_checked(declared: Any) -> bool:
+    return declared in (int, float, bool, str) or get_origin(declared) in (Annotated, Sequence, tuple)
 
 
 def check_names(names: Iterable, count: int | None = None) -> None:

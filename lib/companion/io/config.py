@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import BadParameter
+from ..errors import BadParameter, check_arguments
 
 Built = TypeVar("Built")
 VIT = "timm.models.vision_transformer:VisionTransformer"
@@ -101,6 +101,7 @@ def configure(built: Built, arguments: Mapping[str, Any], by: Callable | None = 
         arguments: of the call. A constructor passes its `locals()` on its first line; that of a base class changes
             nothing then.
     """
+    check_arguments(by or arguments.get("__class__", type(built)).__init__, arguments)
     values = {name: as_json(value) for name, value in arguments.items() if name not in ("self", "__class__")}
     made = by or type(built)
     config = {"by": f"{made.__module__}:{made.__qualname__}", "args": values}

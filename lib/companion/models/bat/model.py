@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import box_convert, box_iou, generalized_box_iou
 
-from ...errors import BadParameter
+from ...errors import Amount, BadParameter, Count, Share
 from ...io.config import configure
 from ..layers import attend, state_dicts
 from ..layers.attend import attention_map
@@ -133,10 +133,10 @@ class BAT(Tracks, state_dicts.OfficialModel):
     def __init__(
         self,
         tracker: OSTrack,
-        width: int = 8,
+        width: Count = 8,
         *,
-        dropout: float = 0.1,
-        std: float = 0.02,
+        dropout: Share = 0.1,
+        std: Amount = 0.02,
         elimination: Mapping[int, float] | None = None,
     ):
         configure(self, locals())

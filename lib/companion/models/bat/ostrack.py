@@ -19,7 +19,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ... import backbones
-from ...errors import BadParameter, MissingWeights
+from ...errors import BadParameter, Count, MissingWeights
 from ...io.config import configure
 from ..layers import state_dicts
 from ..layers.heads import vit_sizes
@@ -109,7 +109,7 @@ class OSTrack(state_dicts.OfficialModel):
         (r"^head\.(\w+)\.(\d)\.", lambda match: f"box_head.conv{int(match[2]) + 1}_{match[1]}."),
     )
 
-    def __init__(self, vit: VisionTransformer, template: int = 128, search: int = 256, head_channels: int = 256):
+    def __init__(self, vit: VisionTransformer, template: Count = 128, search: Count = 256, head_channels: Count = 256):
         configure(self, locals())
         super().__init__()
         patch = vit.patch_embed.patch_size[0]

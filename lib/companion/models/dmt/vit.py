@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.transforms import InterpolationMode, v2
 
-from ...errors import check_choice
+from ...errors import Count, Positive, check_choice
 from ...io.config import configure
 from ..layers.attend import attention_map, qkv
 from ..layers.heads import vit_sizes
@@ -53,12 +53,12 @@ class ViT(VisionTransformer, OfficialModel):
 
     def __init__(
         self,
-        image: int = 224,
-        patch: int = 16,
-        width: int = 768,
-        depth: int = 12,
-        heads: int = 12,
-        mlp_ratio: float = 4.0,
+        image: Count = 224,
+        patch: Count = 16,
+        width: Count = 768,
+        depth: Count = 12,
+        heads: Count = 12,
+        mlp_ratio: Positive = 4.0,
         *,
         positions: str = "mae",
         masked: bool = False,

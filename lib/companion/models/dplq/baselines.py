@@ -21,6 +21,7 @@ from open_clip.model import CLIP
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...errors import Count
 from ...io.config import configure
 from ..layers.clip_prompting import (
     LEARNER,
@@ -60,7 +61,7 @@ class CoOp(PromptLearner):
     """Context optimisation: n learned tokens, the same for every class and image. Arguments as `PromptLearner`."""
 
     def __init__(
-        self, clip: CLIP, classes: Classes, tokenizer: Tokenizer | None, *, tokens: int = 16, template: str = "{}."
+        self, clip: CLIP, classes: Classes, tokenizer: Tokenizer | None, *, tokens: Count = 16, template: str = "{}."
     ):
         configure(self, locals())
         super().__init__(clip, classes, tokenizer, tokens, template)
@@ -94,9 +95,9 @@ class CoCoOp(PromptLearner):
         classes: Classes,
         tokenizer: Tokenizer | None,
         *,
-        tokens: int = 4,
+        tokens: Count = 4,
         template: str = "a photo of a {}.",
-        hidden: int | None = None,
+        hidden: Count | None = None,
     ):
         configure(self, locals())
         super().__init__(clip, classes, tokenizer, tokens, template)
@@ -148,8 +149,8 @@ class MaPLe(PromptLearner):
         classes: Classes,
         tokenizer: Tokenizer | None,
         *,
-        tokens: int = 2,
-        depth: int = 9,
+        tokens: Count = 2,
+        depth: Count = 9,
         template: str = "a photo of a {}.",
     ):
         configure(self, locals())

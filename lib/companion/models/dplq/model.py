@@ -23,7 +23,7 @@ from open_clip.model import CLIP
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...errors import BadParameter, check_choice
+from ...errors import BadParameter, Count, check_choice
 from ...io.config import configure
 from ..layers import mae
 from ..layers.clip_prompting import (
@@ -94,12 +94,12 @@ class DPLQ(PromptLearner):
         clip: CLIP,
         classes: Classes,
         tokenizer: Tokenizer | None,
-        domain: nn.Module | int,
+        domain: nn.Module | Count,
         *,
-        tokens: int = 2,
-        depth: int = 9,
+        tokens: Count = 2,
+        depth: Count = 9,
         template: str = PROMPT,
-        hidden: int | None = None,
+        hidden: Count | None = None,
         noise: str = "always",
     ):
         configure(self, locals())
@@ -216,7 +216,7 @@ class CLIPFeatures(ImageFeatures):
 class NoFeatures(nn.Module):
     """A control: zeros (b, F). The small net gives its biases for every image, and the noise vanishes with μ."""
 
-    def __init__(self, num_features: int):
+    def __init__(self, num_features: Count):
         configure(self, locals())
         super().__init__()
         self.num_features = num_features
@@ -234,7 +234,7 @@ class DomainModel(nn.Module):
         batch: images at once; None: all of them. At 1024 pixels SAM's attention takes gigabytes per image.
     """
 
-    def __init__(self, encoder: nn.Module, size: int | None = None, batch: int | None = None):
+    def __init__(self, encoder: nn.Module, size: Count | None = None, batch: Count | None = None):
         configure(self, locals())
         super().__init__()
         self.encoder, self.size, self.batch = frozen_copy(encoder), size, batch

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torchvision.models.resnet import Bottleneck
 from torchvision.ops import Conv2dNormActivation, batched_nms, box_convert, box_iou
 
-from ...errors import BadParameter
+from ...errors import BadParameter, Count
 from ...io.config import configure
 from ..layers.heads import vit_sizes
 from ..layers.predicting import Images, Names, Shapes, Transform, batches, grey
@@ -97,9 +97,9 @@ class Detector(OfficialModel):
     def __init__(
         self,
         encoder: VisionTransformer,
-        classes: int = 1,
-        expansion: int = 4,
-        channels: Sequence[int] = (2048, 1024, 512),
+        classes: Count = 1,
+        expansion: Count = 4,
+        channels: Sequence[Count] = (2048, 1024, 512),
     ):
         configure(self, locals())
         super().__init__()

@@ -24,7 +24,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...errors import check_choice
+from ...errors import Count, Share, check_choice
 from ...io.config import configure
 from ..layers import heads as shared
 from ..layers.heads import like, vit_sizes
@@ -40,7 +40,7 @@ RIGA = ("decoder_disc", "decoder_cup")
 
 
 def classifier(
-    encoder: VisionTransformer, classes: int, *, probe: bool = False, drop_path: float = 0.1
+    encoder: VisionTransformer, classes: Count, *, probe: bool = False, drop_path: Share = 0.1
 ) -> VisionTransformer:
     """The classifier: MAE's, see `layers.heads.classifier`."""
     given = dict(locals())
@@ -125,10 +125,10 @@ class Segmenter(OfficialModel):
     def __init__(
         self,
         encoder: VisionTransformer,
-        outputs: int = 1,
-        channels: Sequence[int] | None = None,
+        outputs: Count = 1,
+        channels: Sequence[Count] | None = None,
         frozen: bool = True,
-        classes: int = 1,
+        classes: Count = 1,
     ):
         configure(self, locals())
         super().__init__()

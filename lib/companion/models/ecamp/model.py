@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from transformers import BertConfig
 from transformers.models.bert import modeling_bert as bert
 
-from ...errors import check_choice
+from ...errors import Count, Share, check_choice
 from ...io.config import configure
 from ..layers.attend import attention_map
 from ..layers.heads import vit_sizes
@@ -54,9 +54,9 @@ Computed = tuple[Tensor, dict[str, Tensor]]  # a result, and by name what it is 
 class Blocks:
     """The sizes of a stack of transformer blocks."""
 
-    width: int
-    depth: int
-    heads: int
+    width: Count
+    depth: Count
+    heads: Count
 
 
 @dataclass(frozen=True)
@@ -69,13 +69,13 @@ class Bert:
         pooler: has the released model's BERT pooler too: 590,592 parameters that receive no gradient.
     """
 
-    words: int = 30000
-    length: int = 256
-    width: int = 768
-    depth: int = 6
-    heads: int = 6
-    hidden: int = 1536
-    dropout: float = 0.1
+    words: Count = 30000
+    length: Count = 256
+    width: Count = 768
+    depth: Count = 6
+    heads: Count = 6
+    hidden: Count = 1536
+    dropout: Share = 0.1
     pooler: bool = False
 
 
@@ -325,12 +325,12 @@ class ECAMP(OfficialModel):
     def __init__(
         self,
         *,
-        image: int = 224,
-        patch: int = 16,
+        image: Count = 224,
+        patch: Count = 16,
         encoder: Blocks = Blocks(768, 12, 12),
         decoder: Blocks = Blocks(512, 4, 16),
         text: Bert = Bert(),
-        window: int | None = 12,
+        window: Count | None = 12,
     ):
         configure(self, locals())
         super().__init__()

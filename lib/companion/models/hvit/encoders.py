@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ...errors import BadParameter
+from ...errors import BadParameter, Count
 from ...io.config import configure
 from ..layers.attend import attention_map, qkv
 from ..layers.pos_embed import resize_pos_embed
@@ -153,13 +153,13 @@ class PatchEncoder(Encoder):
 
     def __init__(
         self,
-        image: int = 256,
-        token: int = 16,
-        dim: int = 384,
-        depth: int = 12,
-        heads: int = 6,
+        image: Count = 256,
+        token: Count = 16,
+        dim: Count = 384,
+        depth: Count = 12,
+        heads: Count = 6,
         *,
-        side: int | None = None,
+        side: Count | None = None,
         **others: Any,
     ):
         configure(
@@ -207,13 +207,13 @@ class RegionEncoder(Encoder):
 
     def __init__(
         self,
-        patches: int = 8,
-        inputs: int = 384,
-        dim: int = 192,
-        depth: int = 6,
-        heads: int = 6,
+        patches: Count = 8,
+        inputs: Count = 384,
+        dim: Count = 192,
+        depth: Count = 6,
+        heads: Count = 6,
         *,
-        side: int | None = None,
+        side: Count | None = None,
         **others: Any,
     ):
         sizes = {"patches": patches, "inputs": inputs, "dim": dim, "depth": depth, "heads": heads, "side": side}

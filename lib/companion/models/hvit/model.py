@@ -25,14 +25,14 @@ import math
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...errors import BadParameter, check_choice, check_range
+from ...errors import BadParameter, Count, Range, Share, check_choice, check_range
 from ...errors import check_names as check_class_names
 from ...evaluation.metrics import checked
 from ...io.config import configure
@@ -123,16 +123,16 @@ class SlideTransformer(nn.Module):
 
     def __init__(
         self,
-        inputs: int = 192,
-        classes: int = 6,
+        inputs: Count = 192,
+        classes: Annotated[int, Range(2)] = 6,
         head: str = "classification",
         *,
-        dim: int | None = None,
-        depth: int = 2,
-        heads: int = 3,
-        dropout: float = 0.25,
+        dim: Count | None = None,
+        depth: Count = 2,
+        heads: Count = 3,
+        dropout: Share = 0.25,
         position: str = "none",
-        longest: int = 512,
+        longest: Count = 512,
     ):
         configure(self, locals())
         super().__init__()

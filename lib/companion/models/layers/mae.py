@@ -15,7 +15,7 @@ from timm.models import checkpoint_seq
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from ...errors import BadParameter
+from ...errors import BadParameter, Count, Share
 from ...io.config import configure
 from .heads import vit_sizes
 from .pos_embed import resize_pos_embed, sincos_table
@@ -206,9 +206,9 @@ class MAE(OfficialModel):
     def __init__(
         self,
         encoder: VisionTransformer,
-        decoder: tuple[int, int, int] = (512, 8, 16),
+        decoder: tuple[Count, Count, Count] = (512, 8, 16),
         *,
-        mask_ratio: float = 0.75,
+        mask_ratio: Share = 0.75,
         normalise: bool = True,
         xavier: bool = True,
     ):

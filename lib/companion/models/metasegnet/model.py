@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...data.rasters import Raster, pixels
-from ...errors import BadParameter, check_choice
+from ...errors import BadParameter, Count, check_choice
 from ...io.config import configure
 from ..layers.attend import Attend
 from ..layers.frozen import frozen_copy
@@ -152,14 +152,14 @@ class MetaSegNet(OfficialModel):
     def __init__(
         self,
         encoder: nn.Module,
-        classes: int,
+        classes: Count,
         text: TextEncoder | None = None,
         *,
-        width: int = 256,
-        heads: int = 16,
-        window: int = 8,
+        width: Count = 256,
+        heads: Count = 16,
+        window: Count = 8,
         fusion_stages: Sequence[int] = (1, 2, 3, 4),
-        fusion_heads: int | None = None,
+        fusion_heads: Count | None = None,
     ):
         configure(self, locals())
         super().__init__()

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import BadParameter
+from ...errors import BadParameter, Count, Whole
 from ...io.config import configure
 from ..layers.frozen import frozen_copy
 
@@ -34,7 +34,7 @@ class Words(nn.Module):
     UNKNOWN = "<unknown>"
     pad, unknown = 0, "unknown"  # `unknown`: a word outside the vocabulary
 
-    def __init__(self, vocabulary: Sequence[str], width: int = 48, length: int = 48, layers: int = 1):
+    def __init__(self, vocabulary: Sequence[str], width: Count = 48, length: Count = 48, layers: Whole = 1):
         configure(self, locals())
         super().__init__()
         self.width, self.length = width, length
@@ -97,7 +97,7 @@ class BertText(nn.Module):
 
     unknown = "[UNK]"
 
-    def __init__(self, model: nn.Module, tokenizer: Any, length: int = 128):
+    def __init__(self, model: nn.Module, tokenizer: Any, length: Count = 128):
         configure(self, locals())
         super().__init__()
         self.model, self.tokenizer, self.length = frozen_copy(model), tokenizer, length

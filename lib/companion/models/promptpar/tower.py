@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ...errors import BadParameter
+from ...errors import BadParameter, Count, Share, Whole
 from ..layers.attend import attention_map
 from ..layers.clip_prompting import check_depth, checked_clip
 from ..layers.frozen import frozen_copy
@@ -55,16 +55,16 @@ class Settings:
             groups of equal size.
     """
 
-    prompts: int = 50
-    regions: int = 4
-    depth: int | None = None
-    overlap: int = 2
+    prompts: Whole = 50
+    regions: Whole = 4
+    depth: Count | None = None
+    overlap: Whole = 2
     masked: bool = True
-    text_prompts: int = 3
-    mm_layers: int = 1
+    text_prompts: Whole = 3
+    mm_layers: Whole = 1
     visual_embed: bool = False
-    drop_path: float = 0.1
-    threshold: float = 0.5
+    drop_path: Share = 0.1
+    threshold: Share = 0.5
     official_quirks: bool = False
 
 

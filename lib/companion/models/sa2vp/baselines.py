@@ -16,7 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...errors import BadParameter
+from ...errors import BadParameter, Count, Share
 from ...io.config import configure
 from ..layers.frozen import frozen_copy
 from ..layers.predicting import OnBackbone
@@ -33,7 +33,7 @@ def head(dim: int, classes: int) -> nn.Linear:
 class FineTuning(OnBackbone):
     """Full fine-tuning: the encoder and the head are trained. `backbone` is any timm model without classifier."""
 
-    def __init__(self, backbone: nn.Module, classes: int):
+    def __init__(self, backbone: nn.Module, classes: Count):
         configure(self, locals())
         super().__init__()
         self.backbone = copy.deepcopy(backbone).requires_grad_(True)
@@ -59,7 +59,7 @@ class _Frozen(OnBackbone):
 class LinearProbe(_Frozen):
     """Linear probing: the encoder is frozen, runs without autograd and without dropout; only the head is trained."""
 
-    def __init__(self, backbone: nn.Module, classes: int):
+    def __init__(self, backbone: nn.Module, classes: Count):
         configure(self, locals())
         super().__init__(backbone)
         self.head = head(backbone.num_features, classes)
@@ -88,7 +88,7 @@ class VPT(_Frozen):
     Raises `BadParameter`: another backbone, or a Swin whose windows do not divide its maps.
     """
 
-    def __init__(self, backbone: nn.Module, classes: int, tokens: int = 8, deep: bool = True, dropout: float = 0.1):
+    def __init__(self, backbone: nn.Module, classes: Count, tokens: Count = 8, deep: bool = True, dropout: Share = 0.1):
         configure(self, locals())
         super().__init__(backbone)
         if plain_vit(backbone):

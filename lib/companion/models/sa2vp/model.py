@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ...errors import BadParameter, check_choice
+from ...errors import BadParameter, Count, Share, check_choice
 from ...io.config import configure
 from ..layers import attend
 from ..layers.attend import Attend
@@ -214,13 +214,13 @@ class SA2VP(TwoPathways, ReleasedViT):
     def __init__(
         self,
         backbone: VisionTransformer,
-        classes: int,
-        width: int = 16,
+        classes: Count,
+        width: Count = 16,
         scale: float = 0.1,
         *,
         new_maps: int = 2,
         attention: str = "aligned",
-        dropout: float = DROPOUT,
+        dropout: Share = DROPOUT,
     ):
         configure(self, locals())
         blocks = getattr(backbone, "blocks", ())

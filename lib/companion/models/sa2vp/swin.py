@@ -11,7 +11,7 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...errors import BadParameter, check_choice
+from ...errors import BadParameter, Count, Share, check_choice
 from ...io.config import configure
 from .model import DROPOUT, LEAST, Adapter, Named, Pathways, TwoPathways, halves
 from .official import ReleasedSwin
@@ -34,13 +34,13 @@ class SA2VPSwin(TwoPathways, ReleasedSwin):
     def __init__(
         self,
         backbone: SwinTransformer,
-        classes: int,
-        width: int = 8,
+        classes: Count,
+        width: Count = 8,
         scale: float = 0.5,
         *,
         stage: int = 2,
         attention: str = "aligned",
-        dropout: float = DROPOUT,
+        dropout: Share = DROPOUT,
     ):
         configure(self, locals())
         check_choice("stage", stage, range(len(backbone.layers)))

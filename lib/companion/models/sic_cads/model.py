@@ -33,7 +33,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from ...backbones import Input, build, per_channel
-from ...errors import BadParameter, check_choice, check_range
+from ...errors import Amount, BadParameter, Count, Share, Whole, check_choice, check_range
 from ...io.config import configure
 from ..layers.clip_prompting import Tokenizer, tokenise
 from ..layers.precision import without_autocast
@@ -202,13 +202,13 @@ class Settings:
             them trained.
     """
 
-    indices: tuple[int, ...] = (2, 3, 4)
-    width: int = 256
-    levels: int = 2
-    lambda_base: float = 0.8
-    lambda_novel: float = 0.8
-    tau: float = 50.0
-    distill: float = 0.01
+    indices: tuple[Whole, ...] = (2, 3, 4)
+    width: Count = 256
+    levels: Count = 2
+    lambda_base: Share = 0.8
+    lambda_novel: Share = 0.8
+    tau: Amount = 50.0
+    distill: Amount = 0.01
     image_input: Input = IMAGENET
     teacher_input: Input = OPENAI
     freeze_norms: bool = True
