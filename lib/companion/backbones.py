@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from . import packaged
-from .errors import BadCheckpoint, BadParameter, CorruptFile, MissingWeights, check_choice
+from .errors import BadCheckpoint, BadParameter, CorruptFile, MissingWeights, check_choice, check_images
 from .io import unpickle
 from .io.config import configure
 
@@ -231,6 +231,15 @@ def check_state(path: str | Path, state: Mapping[str, torch.Tensor]) -> None:
             raise CorruptFile(path, f"'{name}' has {int(value.isnan().sum())} values that are NaN")
         if name.endswith(("weight", "bias")) and not value.is_floating_point() and not value.is_complex():
             raise CorruptFile(path, f"'{name}' is {value.dtype}: weights as floats are expected, not quantised")
+
+
+def check_input(encoder: nn.Module, images: Tensor) -> None:
+    """Raise `BadParameter` unless `images` are a batch of RGB images of the size that an encoder of timm takes."""
+    embed: Any = getattr(encoder, "patch_embed", None)
+    check_images(images, 3, *(embed.img_size if getattr(embed, "strict_img_size", False) else ()))
+    patch = getattr(embed, "patch_size", (1, 1))
+    if any(side % p for side, p in zip(images.shape[2:], patch, strict=True)) and not embed.dynamic_img_pad:
+        raise BadParameter("images", tuple(images.shape), f"sides that are multiples of {patch}")
 
 
 def input_of(model: nn.Module) -> Input:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import itertools
 import math
 import numbers
 import sys
@@ -168,6 +169,15 @@ def check_parts(name: str, width: int, parts: int) -> None:
         raise BadParameter(name, parts, f"a divisor of the width, {width}")
 
 
+def check_images(images: Any, *shape: int) -> None:
+    """Raise `BadParameter` unless a tensor is a batch of one or more images of floating type whose shape begins with
+    `shape`: channels, or channels, height and width."""
+    found = images.shape[1 : 1 + len(shape)] if images.ndim == 4 and len(images) else None
+    if found != shape or not images.is_floating_point():
+        accepted = f"a batch (B, {', '.join(map(str, (*shape, 'H', 'W')[:3]))}) of one or more normalised images"
+        raise BadParameter("images", f"{tuple(images.shape)} of {images.dtype}", accepted)
+
+
 def check_arguments(function: Callable, given: Mapping[str, Any]) -> None:
     """Raise `BadParameter` unless arguments are what the types of `function`, or of a dataclass, say: `int` a whole
     number, `float` a finite one, both within their `Range`; `bool`, `str`, and sequences of these. Others may be
@@ -196,10 +206,11 @@ def _check(name: str, value: Any, declared: Any) -> None:
     elif declared in (bool, str) and not isinstance(value, declared):
         raise BadParameter(name, value, "a text" if declared is str else "True or False")
     elif origin in (Sequence, tuple):
-        if isinstance(value, str) or not isinstance(value, Sequence):
-            raise BadParameter(name, value, "a list")
-        for entry in value:
-            _check(name, entry, parts[0])
+        size = len(parts) if origin is tuple and ... not in parts else None
+        if isinstance(value, str) or not isinstance(value, Sequence) or size not in (None, len(value)):
+            raise BadParameter(name, value, f"a list of {size}" if size else "a list")
+        for entry, part in zip(value, parts if size else itertools.repeat(parts[0]), strict=False):
+            _check(name, entry, part)
 
 
 def _is_checked(declared: Any) -> bool:

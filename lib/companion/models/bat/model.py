@@ -251,9 +251,13 @@ def checked(shares: Mapping[int, float], depth: int) -> dict[int, float]:
 
     Raises `BadParameter`: a block or a share that does not exist.
     """
-    remaining = {int(i): share for i, share in shares.items()}  # in a JSON file they are text
+    accepted = f"a mapping of blocks 0 to {depth - 1} to shares above 0 and up to 1"
+    try:
+        remaining = {int(str(i)): float(share) for i, share in shares.items()}  # in a JSON file blocks are text
+    except (AttributeError, TypeError, ValueError):
+        raise BadParameter("elimination", shares, accepted) from None
     if any(i not in range(depth) or not 0 < share <= 1 for i, share in remaining.items()):
-        raise BadParameter("elimination", dict(shares), f"blocks 0 to {depth - 1}, shares above 0 and up to 1")
+        raise BadParameter("elimination", dict(shares), accepted)
     return {i: share for i, share in remaining.items() if share < 1}
 
 

@@ -19,7 +19,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ... import backbones
-from ...errors import BadParameter, Count, MissingWeights
+from ...errors import BadParameter, Count, MissingWeights, check_images, check_parts
 from ...io.config import configure
 from ..layers import state_dicts
 from ..layers.heads import vit_sizes
@@ -112,6 +112,7 @@ class OSTrack(state_dicts.OfficialModel):
     def __init__(self, vit: VisionTransformer, template: Count = 128, search: Count = 256, head_channels: Count = 256):
         configure(self, locals())
         super().__init__()
+        check_parts("head_channels", head_channels, 8)
         patch = vit.patch_embed.patch_size[0]
         if template % patch or search % patch:
             raise BadParameter("template, search", (template, search), f"multiples of the patch size {patch}")
@@ -137,8 +138,7 @@ class OSTrack(state_dicts.OfficialModel):
         return self.vit.norm_pre(self._patches(images, self.search) + self.position_search)
 
     def _patches(self, images: Tensor, side: int) -> Tensor:
-        if images.shape[1:] != (3, side, side):
-            raise BadParameter("crop", tuple(images.shape), f"(B, 3, {side}, {side}) for each stream")
+        check_images(images, 3, side, side)
         patches = self.vit.patch_embed
         return patches.norm(rearrange(patches.proj(images), "b d h w -> b (h w) d"))
 

@@ -37,7 +37,6 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign, box_convert
 from torchvision.transforms import v2
 
-from ...errors import Count, Share
 from ...evaluation.metrics import landcover
 from ...io.config import configure
 from ...io.progress import progress
@@ -91,7 +90,7 @@ def layer_decayed(
 # --- classification ---------------------------------------------------------------------------------------------------
 
 
-def classifier(vit: ViT, classes: Count, *, drop_path: Share = 0.1) -> ViT:
+def classifier(vit: ViT, classes: int, *, drop_path: float = 0.1) -> ViT:
     """MAE's classifier on a copy of the encoder, (B, 3, S, S) to logits (B, classes); see `heads.classifier`."""
     model = heads.classifier(vit, classes, drop_path=drop_path)
     model.masked_embed = None

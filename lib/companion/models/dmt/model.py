@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...errors import BadParameter, check_choice
+from ...errors import Amount, BadParameter, Count, Share, check_arguments, check_choice, check_range
 from ...training.hardware import average_over_devices
 from ..layers.frozen import frozen_copy
 from ..layers.mae import Decoder, initialise, take, visible
@@ -146,19 +146,22 @@ class DMT(nn.Module):
     def __init__(
         self,
         student: ViT,
-        teachers: Teachers | Sequence[int],
+        teachers: Teachers | Sequence[Count],
         *,
-        mask_ratio: float = 0.75,
+        mask_ratio: Share = 0.75,
         target_norm: str = "channel",
         statistics: str = "batch",
-        token_weight: float = 1.0,
-        map_weight: float = 1.0,
+        token_weight: Amount = 1.0,
+        map_weight: Amount = 1.0,
         decoder: str = "small",
     ):
+        check_arguments(DMT.__init__, locals())
         super().__init__()
         self.student = student
         self.teachers: Any = teachers if isinstance(teachers, Teachers) else None
         widths = teachers.widths if isinstance(teachers, Teachers) else teachers
+        check_range("teachers", len(widths), 1)
+        self.widths = tuple(widths)
         self.visible = visible(student.patches, mask_ratio)
         self.token_weight, self.map_weight = token_weight, map_weight
         self.target_norms = nn.ModuleList(TargetNorm(width, target_norm, statistics) for width in widths)
@@ -184,8 +187,9 @@ class DMT(nn.Module):
         keep = noise.argsort(1)[:, : self.visible]  # (B, V), in random order
         tokens = self.teachers(images) if tokens is None else tokens  # y_k: (B, 1 + L, D_k)
         count = 1 + self.student.patches
-        if any(y.shape[1] != count for y in tokens):  # the token loss would compare other positions
-            raise BadParameter("tokens", [tuple(y.shape) for y in tokens], f"{count} of each image, as the student has")
+        shapes = [(len(images), count, width) for width in self.widths]
+        if [tuple(y.shape) for y in tokens] != shapes:  # the token loss would compare other positions
+            raise BadParameter("tokens", [tuple(y.shape) for y in tokens], f"{shapes}, of the student's positions")
         # t_k: (B, 1 + L, D_k), float32 (2)
         targets = [norm(y) for norm, y in zip(self.target_norms, tokens, strict=True)]
         z = self.student(images, keep)  # (B, 1 + V, D) (1)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.transforms import InterpolationMode, v2
 
-from ...errors import Count, Positive, check_choice
+from ...errors import Count, Positive, check_choice, check_parts
 from ...io.config import configure
 from ..layers.attend import attention_map, qkv
 from ..layers.heads import vit_sizes
@@ -64,6 +64,8 @@ class ViT(VisionTransformer, OfficialModel):
         masked: bool = False,
     ):
         configure(self, locals())
+        check_parts("patch", image, patch)
+        check_parts("heads", width, heads)
         any_size = partial(PatchEmbed, strict_img_size=False)
         sizes = {"embed_dim": width, "depth": depth, "num_heads": heads, "mlp_ratio": mlp_ratio, "num_classes": 0}
         super().__init__(

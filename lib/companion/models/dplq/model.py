@@ -154,7 +154,11 @@ class DPLQ(PromptLearner):
 
     def forward(self, images: Tensor, domain: Tensor | None = None, eps: Tensor | None = None) -> Tensor:
         """Logits (b, C) of images (b, 3, H, W). `domain` (b, F): their domain features, where they are cached."""
-        prompts = self.prompts(self.domain_features(images) if domain is None else domain, eps)
+        check_images(images, 3, *self.clip.visual.image_size)
+        domain, features = self.domain_features(images) if domain is None else domain, self.meta_net[0].in_features
+        if domain.shape != (len(images), features):
+            raise BadParameter("domain", tuple(domain.shape), f"features ({len(images)}, {features})")
+        prompts = self.prompts(domain, eps)
         return similarity(self.clip, *self.encode(images, prompts))
 
     def export_inputs(self, side: int) -> Shapes:

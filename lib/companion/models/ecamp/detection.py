@@ -99,7 +99,7 @@ class Detector(OfficialModel):
         encoder: VisionTransformer,
         classes: Count = 1,
         expansion: Count = 4,
-        channels: Sequence[Count] = (2048, 1024, 512),
+        channels: tuple[Count, Count, Count] = (2048, 1024, 512),
     ):
         configure(self, locals())
         super().__init__()

@@ -24,7 +24,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...errors import Count, Share, check_choice
+from ...backbones import check_input
+from ...errors import Count, check_choice, check_range
 from ...io.config import configure
 from ..layers import heads as shared
 from ..layers.heads import like, vit_sizes
@@ -40,7 +41,7 @@ RIGA = ("decoder_disc", "decoder_cup")
 
 
 def classifier(
-    encoder: VisionTransformer, classes: Count, *, probe: bool = False, drop_path: Share = 0.1
+    encoder: VisionTransformer, classes: int, *, probe: bool = False, drop_path: float = 0.1
 ) -> VisionTransformer:
     """The classifier: MAE's, see `layers.heads.classifier`."""
     given = dict(locals())
@@ -90,6 +91,7 @@ class PatchMap(nn.Module):
         self.project = nn.Linear(encoder.embed_dim, encoder.embed_dim)
 
     def forward(self, images: Tensor) -> Tensor:
+        check_input(self.encoder, images)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             x = self.encoder.forward_features(images)[:, self.encoder.num_prefix_tokens :]  # (B, g g', D)
         rows, _ = self.encoder.patch_embed.dynamic_feat_size(images.shape[-2:])
@@ -133,7 +135,9 @@ class Segmenter(OfficialModel):
         configure(self, locals())
         super().__init__()
         check_choice("outputs", outputs, (1, 2))
-        channels = channels or (512, 256, 128, 64)[-int(math.log2(encoder.patch_embed.patch_size[0])) :]
+        if channels is None:
+            channels = (512, 256, 128, 64)[-int(math.log2(encoder.patch_embed.patch_size[0])) :]
+        check_range("channels", len(channels), 1)
         self.map = PatchMap(encoder, frozen)
         names = ("decoder",) if outputs == 1 else RIGA
         self.decoders = nn.ModuleDict({name: MapDecoder(encoder.embed_dim, channels, classes) for name in names})

@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from transformers import BertConfig
 from transformers.models.bert import modeling_bert as bert
 
-from ...errors import Count, Share, check_choice
+from ...errors import Count, Share, check_arguments, check_choice, check_parts
 from ...io.config import configure
 from ..layers.attend import attention_map
 from ..layers.heads import vit_sizes
@@ -58,6 +58,10 @@ class Blocks:
     depth: Count
     heads: Count
 
+    def __post_init__(self) -> None:
+        check_arguments(Blocks, vars(self))
+        check_parts("heads", self.width, self.heads)
+
 
 @dataclass(frozen=True)
 class Bert:
@@ -77,6 +81,10 @@ class Bert:
     hidden: Count = 1536
     dropout: Share = 0.1
     pooler: bool = False
+
+    def __post_init__(self) -> None:
+        check_arguments(Bert, vars(self))
+        check_parts("heads", self.width, self.heads)
 
 
 # the paper's sizes, and those of the pocket profile (section 14)
@@ -334,6 +342,7 @@ class ECAMP(OfficialModel):
     ):
         configure(self, locals())
         super().__init__()
+        check_parts("patch", image, patch)
         side = image // patch
         self.image, self.patch, self.window = image, patch, window
         self.encoder = VisionTransformer(

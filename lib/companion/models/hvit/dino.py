@@ -19,6 +19,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import InterpolationMode, v2
 
-from ...errors import BadParameter, check_range
+from ...errors import Amount, BadParameter, Count, Positive, Range, Share, Whole, check_arguments, check_range
 from ...training.callbacks import EMA, Callback, ema_copy
 from ...training.fit import Loop
 from ...training.hardware import average_over_devices
@@ -48,8 +49,14 @@ class Head(nn.Module):
     """
 
     def __init__(
-        self, dim: int, outputs: int = 65_536, hidden: int = 2048, bottleneck: int = 256, norm_last_layer: bool = False
+        self,
+        dim: Count,
+        outputs: Count = 65_536,
+        hidden: Count = 2048,
+        bottleneck: Count = 256,
+        norm_last_layer: bool = False,
     ):
+        check_arguments(Head.__init__, locals())
         super().__init__()
         self.mlp = nn.Sequential(
             nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck)
@@ -93,10 +100,9 @@ class Loss(nn.Module):
         momentum: of the centres.
     """
 
-    def __init__(self, outputs: int, *, student: float = 0.1, teacher: float = 0.04, momentum: float = 0.9):
+    def __init__(self, outputs: Count, *, student: Positive = 0.1, teacher: Positive = 0.04, momentum: Share = 0.9):
+        check_arguments(Loss.__init__, locals())
         super().__init__()
-        if not (student > 0 and teacher > 0):
-            raise BadParameter("student, teacher", (student, teacher), "temperatures above 0")
         self.student, self.teacher, self.momentum = student, teacher, momentum
         self.centre: Tensor
         self.patch_centre: Tensor
@@ -162,9 +168,10 @@ class SelfDistillation(nn.Module):
         bottleneck: int = 256,
         *,
         norm_last_layer: bool = False,
-        patch_weight: float = 0.0,
+        patch_weight: Amount = 0.0,
         teacher: float = 0.04,
     ):
+        check_arguments(SelfDistillation.__init__, locals())
         super().__init__()
         self.patch_weight = patch_weight
         width = encoder.embed_dim if hasattr(encoder, "embed_dim") else encoder.dim
@@ -286,13 +293,15 @@ class ImageViews:
 
     def __init__(
         self,
-        sizes: tuple[int, int] = (224, 96),
-        scales: tuple[tuple[float, float], tuple[float, float]] = ((0.4, 1.0), (0.05, 0.4)),
-        small: int = 8,
-        colours: float = 1.0,
-        mean: Sequence[float] = (0.485, 0.456, 0.406),
-        std: Sequence[float] = (0.229, 0.224, 0.225),
+        sizes: tuple[Count, Count] = (224, 96),
+        scales: tuple[tuple[Share, Share], tuple[Share, Share]] = ((0.4, 1.0), (0.05, 0.4)),
+        small: Whole = 8,
+        colours: Annotated[float, Range(0, 5)] = 1.0,
+        mean: tuple[float, float, float] = (0.485, 0.456, 0.406),
+        std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225),
     ):
+        check_arguments(ImageViews.__init__, locals())
+
         def crop(size: int, scale: tuple[float, float], blur: float, solarise: float) -> v2.Compose:
             cubic = InterpolationMode.BICUBIC
             steps = [v2.RandomResizedCrop(size, scale, interpolation=cubic, antialias=True), v2.RandomHorizontalFlip()]
@@ -326,9 +335,8 @@ class GridViews:
         shares: of the side: 7 and 3 of 8, 14 and 6 of 16, 3 and 1 of 4.
     """
 
-    def __init__(self, patches: int, small: int = 8, shares: tuple[float, float] = (0.875, 0.375)):
-        for share in shares:
-            check_range("shares", share, 0, 1)
+    def __init__(self, patches: Count, small: Whole = 8, shares: tuple[Share, Share] = (0.875, 0.375)):
+        check_arguments(GridViews.__init__, locals())
         self.patches = patches
         self.sides = [max(int(shares[0] * patches), 1)] * 2 + [max(int(shares[1] * patches), 1)] * small
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ...errors import BadParameter, Count
+from ...errors import Amount, BadParameter, Count, Positive, Share, check_arguments, check_parts
 from ...io.config import configure
 from ..layers.attend import attention_map, qkv
 from ..layers.pos_embed import resize_pos_embed
@@ -47,20 +47,18 @@ class Encoder(OfficialModel):
 
     def __init__(
         self,
-        side: int,
+        side: Count,
         dim: int,
         depth: int,
         heads: int,
-        mlp_ratio: float = 4,
+        mlp_ratio: Positive = 4,
         *,
-        drop_path: float = 0.0,
-        std: float | None = 0.02,
+        drop_path: Share = 0.0,
+        std: Amount | None = 0.02,
     ):
+        check_arguments(Encoder.__init__, locals())
         super().__init__()
-        if side < 1:
-            raise BadParameter("side", side, "1 or more; by default 7/8 of the tokens or patches a side, rounded down")
-        if heads < 1 or dim % heads:
-            raise BadParameter("dim, heads", (dim, heads), "1 or more heads, which divide the width")
+        check_parts("heads", dim, heads)
         self.dim, self.heads, self.std, self.grad_checkpointing = dim, heads, std, False
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + side**2, dim))

@@ -32,7 +32,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...errors import BadParameter, Count, Range, Share, check_choice, check_range
+from ...errors import BadParameter, Count, Range, Share, check_arguments, check_choice, check_parts, check_range
 from ...errors import check_names as check_class_names
 from ...evaluation.metrics import checked
 from ...io.config import configure
@@ -139,6 +139,7 @@ class SlideTransformer(nn.Module):
         check_choice("head", head, HEADS)
         check_choice("position", position, POSITIONS)
         dim = dim or inputs
+        check_parts("heads", dim, heads)
         self.inputs, self.classes, self.head = inputs, classes, head
         self.phi = nn.Sequential(nn.Linear(inputs, dim), nn.ReLU(), nn.Dropout(dropout))
         self.position = nn.Identity() if position == "none" else SlidePosition(position, dim, longest, dropout)
@@ -343,6 +344,7 @@ def build(
         levels: those that are built; the embeddings of the others are the model's input.
         slide: further options of `SlideTransformer`.
     """
+    check_arguments(build, locals())
     check_choice("size", size, SIZES)
     for level in levels:
         check_choice("levels", level, ("patch", "region", "slide"))

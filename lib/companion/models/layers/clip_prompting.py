@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ...backbones import input_of
 from ...data.domains import clip_transform
-from ...errors import BadCheckpoint, BadParameter
+from ...errors import BadCheckpoint, BadParameter, check_images
 from ...io.config import as_json, configure
 from .frozen import frozen_copy
 from .precision import without_autocast
@@ -57,6 +57,7 @@ def encode_image(clip: CLIP, images: Tensor, first: Tensor, deep: Tensor) -> Ten
             replacement they remain.
     """
     visual, b, n = clip.visual, len(images), first.shape[-2]
+    check_images(images, 3, *visual.image_size)
     patches = rearrange(visual.conv1(images), "b c h w -> b (h w) c")
     x = torch.cat([visual.class_embedding.to(patches.dtype).expand(b, 1, -1), patches], dim=1)  # (b, 1 + N, Wv)
     x = torch.cat([x + visual.positional_embedding, first.to(x.dtype).expand(b, -1, -1)], dim=1)  # (b, 1 + N + n, Wv)
@@ -110,6 +111,7 @@ class ImageFeatures(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
+        check_images(images, 3, *self.clip.visual.image_size)
         return self.clip.encode_image(images)
 
 
@@ -256,7 +258,8 @@ class PromptedCLIP(nn.Module):
         if images.ndim == 2:
             return images
         with torch.no_grad():
-            return self.clip.encode_image(images)
+            check_images(images, 3, *self.clip.visual.image_size)
+        return self.clip.encode_image(images)
 
 
 def embed_again(model: Any, keys: Any) -> None:

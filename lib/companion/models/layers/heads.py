@@ -11,6 +11,7 @@ from timm.layers import DropPath
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from ...errors import Count, Share, check_arguments
 from .state_dicts import check_names, depth
 
 
@@ -76,7 +77,7 @@ def swin_sizes(state: Mapping[str, Tensor], prefix: str, what: str) -> dict[str,
 
 
 def classifier(
-    encoder: VisionTransformer, classes: int, *, probe: bool = False, drop_path: float = 0.1
+    encoder: VisionTransformer, classes: Count, *, probe: bool = False, drop_path: Share = 0.1
 ) -> VisionTransformer:
     """MAE's classifier on a copy of a ViT: images (B, 3, S, S) to logits (B, classes) of the mean patch token.
 
@@ -88,6 +89,7 @@ def classifier(
         probe: train the last layer alone; `fc_norm` then keeps 1 and 0.
         drop_path: see `like`.
     """
+    check_arguments(classifier, locals())
     model = like(encoder, drop_path).requires_grad_(not probe)
     model.num_classes, model.global_pool, model.attn_pool, model.pool_include_prefix = classes, "avg", None, False
     model.norm, model.fc_norm = nn.Identity(), nn.LayerNorm(model.embed_dim, eps=1e-6)

@@ -15,6 +15,7 @@ from timm.models import checkpoint_seq
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from ...backbones import check_input
 from ...errors import BadParameter, Count, Share
 from ...io.config import configure
 from .heads import vit_sizes
@@ -87,6 +88,7 @@ def visible_tokens(vit: nn.Module, images: Tensor, keep: Tensor | None = None, m
         keep: (B, K) indices of the visible patches, the others are dropped; None: all N of them.
         masked: (B, N) bool; True: replaced by `vit.masked_embed` before its position is added, as iBOT does.
     """
+    check_input(vit, images)
     x = vit.patch_embed(images)  # (B, N, D)
     if masked is not None:
         x = torch.where(masked.flatten(1)[..., None], vit.masked_embed.to(x.dtype), x)

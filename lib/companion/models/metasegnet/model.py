@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...data.rasters import Raster, pixels
-from ...errors import BadParameter, Count, check_choice
+from ...errors import BadParameter, Count, check_choice, check_images, check_parts
 from ...io.config import configure
 from ..layers.attend import Attend
 from ..layers.frozen import frozen_copy
@@ -113,6 +113,7 @@ class Fusion(nn.Module):
 
     def __init__(self, channels: int, text_width: int, heads: int):
         super().__init__()
+        check_parts("fusion_heads", channels, heads)
         self.heads, self.attend = heads, Attend()
         self.norm1, self.norm2 = nn.LayerNorm(channels), nn.LayerNorm(channels)
         self.query, self.out = nn.Linear(channels, channels), nn.Linear(channels, channels)
@@ -178,6 +179,9 @@ class MetaSegNet(OfficialModel):
                 check_choice("fusion_stages", k, (1, 2, 3, 4))
                 c = channels[k - 1]
                 self.fusions[str(k)] = Fusion(c, text.width, fusion_heads or max(1, c // 32))
+        check_parts("heads", width, heads)
+        if window % 2:
+            raise BadParameter("window", window, "an even number")
         self.decoder = Decoder(channels, classes, width, heads, window)
 
     @classmethod
@@ -188,6 +192,7 @@ class MetaSegNet(OfficialModel):
 
     def maps(self, images: Tensor) -> list[Tensor]:
         """The encoder's four maps (B, C_k, h, w), finest first; images are padded below and right to whole patches."""
+        check_images(images, 3)
         height, width = images.shape[-2:]
         x = F.pad(images, (0, -width % self.stride, 0, -height % self.stride))
         maps = self.encoder.forward_intermediates(x, indices=self.indices, intermediates_only=True)

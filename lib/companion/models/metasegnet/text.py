@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import BadParameter, Count, Whole
+from ...errors import BadParameter, Count, Whole, check_parts
 from ...io.config import configure
 from ..layers.frozen import frozen_copy
+
+HEADS = 4  # of a layer of `Words`
 
 
 class Words(nn.Module):
@@ -37,13 +39,14 @@ class Words(nn.Module):
     def __init__(self, vocabulary: Sequence[str], width: Count = 48, length: Count = 48, layers: Whole = 1):
         configure(self, locals())
         super().__init__()
+        check_parts("heads", width, HEADS)
         self.width, self.length = width, length
         self.vocabulary = ("<padding>", self.UNKNOWN, *vocabulary)
         self._id = {word: i for i, word in enumerate(self.vocabulary)}
         self.embedding = nn.Embedding(len(self.vocabulary), width, padding_idx=self.pad)
         self.positions = nn.Parameter(torch.randn(length, width) * 0.02)
         self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(width, 4, 96, 0.0, "gelu", batch_first=True, norm_first=True)
+            nn.TransformerEncoderLayer(width, HEADS, 96, 0.0, "gelu", batch_first=True, norm_first=True)
             for _ in range(layers)
         )
         self.norm = nn.LayerNorm(width)

@@ -214,7 +214,7 @@ class PromptPAR(PromptedTower, Released):
         In float32 also under autocast: the authors' half precision is that of CLIP alone.
         """
         with without_autocast(tokens.device):
-            tokens = tokens.float()
+            tokens = tokens.to(self.word_embed.weight.dtype)
             x, out = self.fuse(tokens)
             logits = self.bn(self.heads(x))
         if self.agg_bn is None:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ...errors import BadParameter, Count, Share, Whole
+from ...errors import BadParameter, Count, Share, Whole, check_arguments, check_images
 from ..layers.attend import attention_map
 from ..layers.clip_prompting import check_depth, checked_clip
 from ..layers.frozen import frozen_copy
@@ -66,6 +66,9 @@ class Settings:
     drop_path: Share = 0.1
     threshold: Share = 0.5
     official_quirks: bool = False
+
+    def __post_init__(self) -> None:
+        check_arguments(Settings, vars(self))
 
 
 PUBLISHED = Settings()
@@ -215,6 +218,7 @@ class PromptedTower(nn.Module):
     def encode(self, images: Tensor) -> tuple[Tensor, Out]:
         """All tokens of the tower, (b, L, E), of images (b, 3, H, W); and `out` of its last layer."""
         visual, dtype = self.clip.visual, self.clip.visual.conv1.weight.dtype
+        check_images(images, 3, *visual.image_size)
         trained = len(self.prompts) > 0 or len(self.region_tokens) > 0 or visual.proj.requires_grad
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
             patches = rearrange(visual.conv1(images.to(dtype)), "b w gh gw -> b (gh gw) w")

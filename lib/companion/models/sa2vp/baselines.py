@@ -16,6 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...backbones import check_input
 from ...errors import BadParameter, Count, Share
 from ...io.config import configure
 from ..layers.frozen import frozen_copy
@@ -40,6 +41,7 @@ class FineTuning(OnBackbone):
         self.head = head(backbone.num_features, classes)
 
     def forward(self, images: Tensor) -> Tensor:
+        check_input(self.backbone, images)
         return self.head(self.backbone(images))
 
 
@@ -65,6 +67,7 @@ class LinearProbe(_Frozen):
         self.head = head(backbone.num_features, classes)
 
     def forward(self, images: Tensor) -> Tensor:
+        check_input(self.backbone, images)
         with torch.no_grad():
             features = self.backbone(images)
         return self.head(features)
@@ -111,6 +114,7 @@ class VPT(_Frozen):
         self.head = head(backbone.num_features, classes)
 
     def forward(self, images: Tensor) -> Tensor:
+        check_input(self.backbone, images)
         run = self._vit if isinstance(self.backbone, VisionTransformer) else self._swin
         return self.head(run(images))
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ...backbones import check_input
 from ...errors import BadParameter, Count, Share, check_choice
 from ...io.config import configure
 from ..layers import attend
@@ -260,6 +261,7 @@ class SA2VP(TwoPathways, ReleasedViT):
         The prompt tokens do not depend on the image: (1, N, D), or (b, N, D) when dropout draws for each image.
         """
         vit, b = self.backbone, len(images)
+        check_input(vit, images)
         patches = vit.patch_embed(images)  # (b, N - 1, D)
         image = torch.cat([vit.cls_token.expand(b, -1, -1), patches], dim=1) + vit.pos_embed  # (b, N, D)
         prompt = self.prompt_proj(self.prompt) + vit.pos_embed  # (1, N, D)

@@ -11,6 +11,7 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...backbones import check_input
 from ...errors import BadParameter, Count, Share, check_choice
 from ...io.config import configure
 from .model import DROPOUT, LEAST, Adapter, Named, Pathways, TwoPathways, halves
@@ -64,6 +65,7 @@ class SA2VPSwin(TwoPathways, ReleasedSwin):
     def embed(self, images: Tensor) -> Pathways:
         """Image and prompt tokens before the interacting stage, two (b, rows, columns, D)."""
         swin = self.backbone
+        check_input(swin, images)
         image = swin.patch_embed(images)
         prompt = swin.patch_embed.norm(self.prompt_proj(self.prompt)).view(1, *image.shape[1:]).expand_as(image)
         for layer in (*swin.layers[: self.stage], swin.layers[self.stage].downsample):

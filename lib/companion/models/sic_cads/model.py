@@ -33,7 +33,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from ...backbones import Input, build, per_channel
-from ...errors import Amount, BadParameter, Count, Share, Whole, check_choice, check_range
+from ...errors import Amount, BadParameter, Count, Share, Whole, check_arguments, check_choice, check_range
 from ...io.config import configure
 from ..layers.clip_prompting import Tokenizer, tokenise
 from ..layers.precision import without_autocast
@@ -170,7 +170,7 @@ class Heads(nn.Module):
         """The embeddings e_text and e_image, (B, P, D) each, of length 1."""
         pooled = self.pooled(maps)  # (B, P, sum of widths)
         with without_autocast(pooled.device):
-            x = self.shared(pooled.float())  # (B, P, D)
+            x = self.shared(pooled.to(self.shared.weight.dtype))  # (B, P, D)
             return F.normalize(self.to_text(x), dim=-1), F.normalize(self.to_image(x), dim=-1)
 
 
@@ -213,6 +213,9 @@ class Settings:
     teacher_input: Input = OPENAI
     freeze_norms: bool = True
 
+    def __post_init__(self) -> None:
+        check_arguments(Settings, vars(self))
+
 
 class MLR(OfficialModel):
     """Multi-modal multi-label recognition on a backbone of any size. Body and teacher are copied, not changed in place.
@@ -251,8 +254,11 @@ class MLR(OfficialModel):
             raise BadParameter("text", tuple(text.shape), "three classes or more: fewer have no image-level scores")
         self.settings, self.classes = settings, len(text)
         s = settings
-        text_share(novel, s.lambda_base, s.lambda_novel)  # refused here, not after a training
-        check_range("levels", s.levels, 1)
+        known = range(len(body.feature_info))
+        if not s.indices or list(s.indices) != sorted(set(s.indices) & set(known)):
+            raise BadParameter(
+                "indices", s.indices, f"rising ones of the body's {len(known)} maps, 0 to {len(known) - 1}"
+            )
         self.body = copy.deepcopy(body)
         channels = [body.feature_info[i]["num_chs"] for i in s.indices]
         top = self.top and self.top(s.width, s.width)
@@ -441,8 +447,9 @@ class BatchLoss(nn.Module):
 
 def check_pixels(images: Tensor) -> None:
     """Raise `BadParameter` unless `images` are (B, 3, H, W), uint8."""
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-        raise BadParameter("images", (tuple(images.shape), images.dtype), "a batch (B, 3, H, W) of uint8, RGB")
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or not len(images):
+        accepted = "a batch (B, 3, H, W) of one or more, uint8, RGB"
+        raise BadParameter("images", (tuple(images.shape), images.dtype), accepted)
 
 
 def _standardised(pixels: Tensor, target: Input) -> Tensor:
