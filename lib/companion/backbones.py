@@ -233,7 +233,7 @@ def check_state(path: str | Path, state: Mapping[str, torch.Tensor]) -> None:
             raise CorruptFile(path, f"'{name}' is {value.dtype}: weights as floats are expected, not quantised")
 
 
-def check_input(encoder: nn.Module, images: Tensor) -> None:
+def check_input(encoder: nn.Module, images: torch.Tensor) -> None:
     """Raise `BadParameter` unless `images` are a batch of RGB images of the size that an encoder of timm takes."""
     embed: Any = getattr(encoder, "patch_embed", None)
     check_images(images, 3, *(embed.img_size if getattr(embed, "strict_img_size", False) else ()))

@@ -23,7 +23,7 @@ from open_clip.model import CLIP
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...errors import BadParameter, Count, check_choice
+from ...errors import BadParameter, Count, check_choice, check_images
 from ...io.config import configure
 from ..layers import mae
 from ..layers.clip_prompting import (

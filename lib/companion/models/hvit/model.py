@@ -164,7 +164,7 @@ class SlideTransformer(nn.Module):
     def forward_intermediates(self, x: Tensor, present: Tensor | None = None) -> tuple[Tensor, Named]:
         """As `forward`, and the named results "phi", "positioned" and "transformer" (b, m, d), "pooling" (b, m), the
         weights alpha, and "slide" (b, d)."""
-        if x.ndim != 3 or not x.shape[1]:
+        if x.ndim != 3 or not x.shape[1] or x.shape[2] != self.inputs:
             raise BadParameter("regions", tuple(x.shape), f"(slides, 1 or more regions, {self.inputs})")
         # looked at where no GPU has to be waited for in a training step
         if present is not None and (present.is_cpu or not self.training) and not present.any(1).all():
