@@ -230,7 +230,9 @@ def rewritten(path: Path, about: str = "", **tensors: torch.Tensor) -> Path:
 
 def test_what_would_be_loaded_as_something_else_is_not_saved(tmp_path: Path) -> None:
     changed, foreign, inside, out = *(MODELS["VPT"]() for _ in range(3)), tmp_path / "m.safetensors"
-    gated = vpt.FineTuning(VisionTransformer(img_size=32, depth=1, embed_dim=48, num_heads=3, mlp_layer=SwiGLU), 3)
+    gated = vpt.FineTuning(
+        VisionTransformer(img_size=32, depth=1, embed_dim=48, num_heads=3, num_classes=0, mlp_layer=SwiGLU), 3
+    )
     changed.head = nn.Linear(48, 7)
     inside.backbone.pool_include_prefix = True
     foreign.config["args"]["backbone"] = {"unknown": "torch.nn.Sequential"}

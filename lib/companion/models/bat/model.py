@@ -141,8 +141,7 @@ class BAT(Tracks, state_dicts.OfficialModel):
     ):
         configure(self, locals())
         super().__init__()
-        if not attend.pre_norm(tracker.vit.blocks):
-            raise BadParameter("tracker", type(tracker.vit.blocks[0]).__name__, f"one on {attend.PRE_NORM}")
+        attend.check_pre_norm("tracker", tracker.vit)
         self.tracker, self.grad_checkpointing = frozen_copy(tracker), False
         self.elimination = checked(elimination or {}, len(tracker.vit.blocks))
         sizes = tracker.vit.embed_dim, width, dropout, std

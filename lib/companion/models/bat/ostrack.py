@@ -112,6 +112,9 @@ class OSTrack(state_dicts.OfficialModel):
     def __init__(self, vit: VisionTransformer, template: Count = 128, search: Count = 256, head_channels: Count = 256):
         configure(self, locals())
         super().__init__()
+        usual = isinstance(vit, VisionTransformer) and isinstance(vit.fc_norm, nn.Identity)
+        if not usual or vit.num_prefix_tokens > 1:
+            raise BadParameter("vit", type(vit).__name__, "a timm VisionTransformer without registers and `fc_norm`")
         check_parts("head_channels", head_channels, 8)
         patch = vit.patch_embed.patch_size[0]
         if template % patch or search % patch:

@@ -103,11 +103,12 @@ class Detector(OfficialModel):
     ):
         configure(self, locals())
         super().__init__()
+        self.map = PatchMap(encoder)
         rows, columns = encoder.patch_embed.grid_size
         if rows % 2 or rows != columns:
             raise BadParameter("encoder", f"{rows} x {columns} patches", "an even number of rows, and as many columns")
         self.size = encoder.patch_embed.img_size[0]
-        self.map, self.pyramid = PatchMap(encoder), Pyramid(encoder.embed_dim, expansion, channels)
+        self.pyramid = Pyramid(encoder.embed_dim, expansion, channels)
         below = [0, channels[0] // 8, channels[1] // 8]  # channels from the coarser level
         widths = zip(channels, below, strict=True)
         self.branches = nn.ModuleList(Branch(width + more, width, 3 * (5 + classes)) for width, more in widths)

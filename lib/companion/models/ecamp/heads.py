@@ -135,10 +135,10 @@ class Segmenter(OfficialModel):
         configure(self, locals())
         super().__init__()
         check_choice("outputs", outputs, (1, 2))
+        self.map = PatchMap(encoder, frozen)
         if channels is None:
             channels = (512, 256, 128, 64)[-int(math.log2(encoder.patch_embed.patch_size[0])) :]
         check_range("channels", len(channels), 1)
-        self.map = PatchMap(encoder, frozen)
         names = ("decoder",) if outputs == 1 else RIGA
         self.decoders = nn.ModuleDict({name: MapDecoder(encoder.embed_dim, channels, classes) for name in names})
 

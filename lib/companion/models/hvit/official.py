@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...backbones import read_state
 from ...errors import BadParameter
+from ..layers.attend import check_pre_norm
 from ..layers.state_dicts import check_names, depth
 
 # our names to the authors'
@@ -72,6 +73,7 @@ def timm_encoder(vit: VisionTransformer) -> tuple[dict[str, Any], dict[str, Tens
 
     Raises `BadParameter`: a ViT with register tokens, without a [CLS] token, or for images that are not square.
     """
+    check_pre_norm("vit", vit)
     side, columns = vit.patch_embed.grid_size
     token = vit.patch_embed.patch_size[0]
     if vit.num_prefix_tokens != 1 or columns != side:
@@ -82,6 +84,6 @@ def timm_encoder(vit: VisionTransformer) -> tuple[dict[str, Any], dict[str, Tens
         for layer, scale in ((f"blocks.{i}.attn.proj", block.ls1), (f"blocks.{i}.mlp.fc2", block.ls2)):
             gamma = getattr(scale, "gamma", torch.ones(1)).detach()
             state[f"{layer}.weight"] = gamma[:, None] * state[f"{layer}.weight"]
-            state[f"{layer}.bias"] = gamma * state[f"{layer}.bias"]
+            state[f"{layer}.bias"] = gamma * state.get(f"{layer}.bias", torch.zeros(len(state[f"{layer}.weight"])))
     sizes = encoder_sizes(state, "patch_embed.proj.weight", vit.blocks[0].attn.num_heads)
     return sizes | {"image": side * token}, state

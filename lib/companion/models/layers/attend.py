@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from einops import rearrange
 from timm.layers.attention import Attention
-from timm.models.vision_transformer import Block
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ...errors import BadParameter
 
 
 def pre_norm(blocks: Iterable[nn.Module]) -> bool:
@@ -19,7 +22,12 @@ def pre_norm(blocks: Iterable[nn.Module]) -> bool:
     return all(isinstance(block, Block) and type(block.attn) is Attention for block in blocks)
 
 
-PRE_NORM = "a timm VisionTransformer of its plain pre-norm blocks (`Block` with `Attention`)"
+def check_pre_norm(name: str, vit: Any) -> None:
+    """Raise `BadParameter` unless `vit` is of such blocks."""
+    if not isinstance(vit, VisionTransformer) or not pre_norm(vit.blocks):
+        found = ", ".join({type(block).__name__ for block in getattr(vit, "blocks", ())})
+        accepted = "a timm VisionTransformer of its plain pre-norm blocks (`Block` with `Attention`)"
+        raise BadParameter(name, f"{type(vit).__name__} of {found}", accepted)
 
 
 def qkv(attention: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

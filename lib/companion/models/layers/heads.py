@@ -8,10 +8,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from timm.layers import DropPath
+from timm.models.beit import Beit
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from ...errors import Count, Share, check_arguments
+from ...errors import BadParameter, Count, Share, check_arguments
 from .state_dicts import check_names, depth
 
 
@@ -23,6 +26,8 @@ def like(encoder: VisionTransformer, drop_path: float = 0.0) -> VisionTransforme
     Args:
         drop_path: stochastic depth, rising linearly from 0 to this probability in the last block.
     """
+    if not isinstance(encoder, VisionTransformer | Eva | Beit) or isinstance(encoder, VisionTransformerDistilled):
+        raise BadParameter("encoder", type(encoder).__name__, "a VisionTransformer of timm, or its EVA or BEiT")
     model = copy.deepcopy(encoder).train().requires_grad_(True)
     last = max(len(model.blocks) - 1, 1)
     for i, block in enumerate(model.blocks):

@@ -216,10 +216,11 @@ class MAE(OfficialModel):
     ):
         configure(self, locals())
         super().__init__()
-        embed = encoder.patch_embed
-        if not plain_input(encoder) or len(set(embed.grid_size)) > 1:
-            found = f"{type(encoder).__name__} of {embed.grid_size} patches"
-            raise BadParameter("encoder", found, f"{PLAIN_INPUT}; of a square grid")
+        embed: Any = getattr(encoder, "patch_embed", None)
+        plain = plain_input(encoder) and isinstance(encoder.fc_norm, nn.Identity) and encoder.attn_pool is None
+        if not plain or len(set(embed.grid_size)) > 1:
+            found = f"{type(encoder).__name__} of {getattr(embed, 'grid_size', 'no')} patches"
+            raise BadParameter("encoder", found, f"{PLAIN_INPUT}, no `fc_norm` and no pooling; of a square grid")
         if visible(embed.num_patches, mask_ratio) == embed.num_patches:
             raise BadParameter("mask_ratio", mask_ratio, f"one that hides a patch of {embed.num_patches}")
         self.encoder, self.patch = encoder, embed.patch_size[0]

@@ -116,10 +116,9 @@ class PromptPAR(PromptedTower, Released):
     ):
         configure(self, locals())
         super().__init__(clip, settings)
+        attend.check_pre_norm("fusion", fusion)
         s, width = settings, fusion.embed_dim
         shared, text_width = self.clip.text_projection.shape[::-1]
-        if not attend.pre_norm(fusion.blocks):
-            raise BadParameter("fusion", type(fusion.blocks[0]).__name__, attend.PRE_NORM)
         if not 0 <= s.mm_layers <= len(fusion.blocks):
             raise BadParameter("mm_layers", s.mm_layers, f"0 to {len(fusion.blocks)}, the blocks of the fusion")
         if not s.visual_embed and shared != width:

@@ -57,7 +57,7 @@ class Settings:
 
     prompts: Whole = 50
     regions: Whole = 4
-    depth: Count | None = None
+    depth: int | None = None
     overlap: Whole = 2
     masked: bool = True
     text_prompts: Whole = 3

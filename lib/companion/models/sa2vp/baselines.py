@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...backbones import check_input
-from ...errors import BadParameter, Count, Share
+from ...errors import BadParameter, Count, Share, Whole
 from ...io.config import configure
 from ..layers.frozen import frozen_copy
 from ..layers.predicting import OnBackbone
@@ -31,12 +31,19 @@ def head(dim: int, classes: int) -> nn.Linear:
     return layer
 
 
+def check_features(backbone: nn.Module) -> None:
+    """Raise `BadParameter` where the outputs of a backbone are those of a classifier."""
+    if getattr(backbone, "num_classes", 0):
+        raise BadParameter("backbone", f"one of {backbone.num_classes} classes", "one without a classifier")
+
+
 class FineTuning(OnBackbone):
     """Full fine-tuning: the encoder and the head are trained. `backbone` is any timm model without classifier."""
 
     def __init__(self, backbone: nn.Module, classes: Count):
         configure(self, locals())
         super().__init__()
+        check_features(backbone)
         self.backbone = copy.deepcopy(backbone).requires_grad_(True)
         self.head = head(backbone.num_features, classes)
 
@@ -63,6 +70,7 @@ class LinearProbe(_Frozen):
 
     def __init__(self, backbone: nn.Module, classes: Count):
         configure(self, locals())
+        check_features(backbone)
         super().__init__(backbone)
         self.head = head(backbone.num_features, classes)
 
@@ -84,14 +92,14 @@ class VPT(_Frozen):
         backbone: a timm `VisionTransformer` (see `plain_vit`) or `SwinTransformer`; its copy is frozen, and in eval
             mode while training, as in VPT's own code.
         classes: number of classes.
-        tokens: p, the number of prompt tokens.
+        tokens: p, the number of prompt tokens; 0: the backbone alone.
         deep: VPT-Deep, else VPT-Shallow.
         dropout: probability on the prompts while training (0.1 in VPT).
 
     Raises `BadParameter`: another backbone, or a Swin whose windows do not divide its maps.
     """
 
-    def __init__(self, backbone: nn.Module, classes: Count, tokens: Count = 8, deep: bool = True, dropout: Share = 0.1):
+    def __init__(self, backbone: nn.Module, classes: Count, tokens: Whole = 8, deep: bool = True, dropout: Share = 0.1):
         configure(self, locals())
         super().__init__(backbone)
         if plain_vit(backbone):
