@@ -25,11 +25,12 @@ class Edge:
     given: Mapping[str, Any]
     accepts: Mapping[str, str] = field(default_factory=dict)
     of: Callable | None = None  # the function whose arguments all must be here; None: `call`
+    parts: frozenset[str] = frozenset()  # arguments that are models, which other tests exchange
 
     def unknown(self) -> set[str]:
         """Arguments of the function that nobody has tried."""
         found = inspect.signature(self.of or self.call).parameters.values()
-        return {p.name for p in found if p.default is p.empty or self.of} - self.given.keys()
+        return {p.name for p in found if p.default is p.empty or self.of} - self.given.keys() - self.parts
 
     def tried(self) -> Iterator[tuple[str, str, Any]]:
         """Argument, kind of edge and value."""
@@ -39,7 +40,19 @@ class Edge:
 
 
 def edges(value: Any) -> Iterator[tuple[str, Any]]:
-    """The edges of a number, or of an array or tensor of numbers."""
+    """The edges of a flag, a text, a number, a list or mapping, or of an array or tensor of numbers."""
+    if isinstance(value, bool | str):
+        yield from {repr(x): x for x in ("x", "", 2, None)}.items()
+        return
+    if isinstance(value, list | tuple | dict):
+        kind, entries = type(value), list(value.items() if isinstance(value, dict) else value)
+        yield from {"empty": kind(), "nothing": None, "text": "x", "number": 3}.items()
+        yield from {"more": kind([*entries, *entries[-1:]]), "less": kind(entries[:-1])}.items()
+        for x in (0, -1, 2.5, math.nan, "", None):
+            yield f"first {x!r}", kind([(x, entries[0][1]) if kind is dict else x, *entries[1:]])
+            if kind is dict:
+                yield f"of first {x!r}", {**value, entries[0][0]: x}
+        return
     if isinstance(value, int | float):
         yield from {repr(x): x for x in (0, -1, 1, 2.5, math.nan, math.inf, "x", None)}.items()
         return
@@ -98,7 +111,7 @@ def check(edge: Edge, *, numbers: Callable[[Any], Tensor]) -> int:
         assert accepted, f"{name}: {kind} gives {found}"
         assert not numbers(found).isnan().any(), f"{name}: {kind} gives {found}"
     for name, value in edge.given.items():
-        for other in same(value) if not isinstance(value, int | float) else ():
+        for other in same(value) if isinstance(value, np.ndarray | Tensor) else ():
             count += 1
             found = numbers(edge.call(**{**edge.given, name: other}))
             assert found.allclose(plain, rtol=1e-5), (

@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from ...backbones import input_of
 from ...data.domains import clip_transform
 from ...errors import BadCheckpoint, BadParameter, check_images
+from ...errors import check_names as check_class_names
 from ...io.config import as_json, configure
 from .frozen import frozen_copy
 from .precision import without_autocast
@@ -215,6 +216,7 @@ class PromptedCLIP(nn.Module):
         if not isinstance(classes, Texts):
             if self.tokenizer is None or isinstance(classes, str):
                 raise BadParameter("classes", classes, "a list of names, with a tokenizer; or embedded Texts")
+            check_class_names(classes)
             texts = [self.template.replace("{}", name.replace("_", " ")) for name in classes]
             classes = embed_texts(self.tokenizer, self.clip, texts, self.free)
         device = self.clip.positional_embedding.device

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ...errors import BadParameter, Count, Share, Whole, check_arguments, check_images
+from ...errors import BadParameter, Share, Whole, check_arguments, check_images
 from ..layers.attend import attention_map
 from ..layers.clip_prompting import check_depth, checked_clip
 from ..layers.frozen import frozen_copy
