@@ -8,6 +8,7 @@ import itertools
 import math
 import numbers
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
@@ -150,17 +151,40 @@ class BadParameter(CompanionError, ValueError):
 
 def check_choice(name: str, value: object, choices: Iterable) -> None:
     """Raise `BadParameter` unless `value` is one of `choices` (of a dict, its keys)."""
-    if value not in choices:
+    try:
+        known = value in choices
+    except (TypeError, ValueError):  # not hashable, or an array
+        known = False
+    if not known:
         raise BadParameter(name, value, tuple(choices))
 
 
-def check_range(name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, whole: bool = False) -> None:
-    """Raise `BadParameter` unless `value` is a finite number, with `whole` an integer, from `low` to `high`."""
+def check_kind(name: str, value: object, kind: Any, accepted: str) -> None:
+    """Raise `BadParameter` unless `value` is an instance of `kind`, a class or several, described as `accepted`."""
+    if not isinstance(value, kind):
+        raise BadParameter(name, value, accepted)
+
+
+def check_range(
+    name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, whole: bool = False, ends: str = "[]"
+) -> None:
+    """Raise `BadParameter` unless `value` is a finite number, no flag, and `low` <= `value` <= `high`.
+
+    Args:
+        whole: an integer; 2.0 is none.
+        ends: "(]" excludes `low`, "[)" excludes `high`, "()" both.
+    """
     kind = numbers.Integral if whole else numbers.Real
-    if not isinstance(value, kind) or isinstance(value, bool) or not low <= float(value) <= high or math.isinf(value):
-        limits = f"{low:g} or more" if high == math.inf else f"{low:g} to {high:g}"  # NaN is in none
-        what = "a whole number" if whole else "a number"
-        raise BadParameter(name, value, what if low == -math.inf else f"{what}, {limits}")
+    good = isinstance(value, kind) and not isinstance(value, bool)
+    good = good and low <= value <= high and abs(value) != math.inf  # NaN is not
+    if good and (ends[0] == "[" or value != low) and (ends[1] == "]" or value != high):
+        return
+    accepted = f"{low:g} or more" if high == math.inf else f"{low:g} to {high:g}"
+    if ends[0] == "(":
+        accepted = f"more than {low:g}" if high == math.inf else f"{accepted}, without {low:g}"
+    accepted += f", without {high:g}" if ends[1] == ")" else ""
+    what = "a whole number" if whole else "a number"
+    raise BadParameter(name, value, what if low == -math.inf else f"{what}, {accepted}" if whole else accepted)
 
 
 def check_parts(name: str, width: int, parts: int) -> None:
@@ -218,12 +242,14 @@ def _is_checked(declared: Any) -> bool:
 
 
 def check_names(names: Iterable, count: int | None = None) -> None:
-    """Raise `BadParameter` unless `names` are different class names: none, or `count` where that is known."""
-    if isinstance(names, str):
-        raise BadParameter("class_names", names, "a list of names: this is one text")
-    found = [str(name) for name in names]
-    if twice := [name for name in dict.fromkeys(found) if found.count(name) > 1]:
-        raise BadParameter("class_names", found, f"a different name for each class: {twice[0]!r} is there twice")
+    """Raise `BadParameter` unless `names` are different class names in order: none, or `count` where that is known."""
+    if isinstance(names, str | set | frozenset) or not isinstance(names, Iterable):
+        raise BadParameter("class_names", names, "a list of names; one text is none, and a set has no order")
+    found = [str(name).strip() for name in names]
+    if twice := [name for name, count in Counter(found).items() if count > 1 or not name]:
+        raise BadParameter(
+            "class_names", found, f"a different name for each class: {twice[0]!r} is there twice or empty"
+        )
     if found and count is not None and len(found) != count:
         raise BadParameter("class_names", f"{len(found)} names", f"{count}, one for each output")
 

@@ -203,9 +203,9 @@ def test_own_images(tmp_path):
     ids[:, :30] = 2
     assert np.array_equal(landcover.own(tmp_path, ["field", "wood"])["all"][0][1].numpy(), ids)
     (tmp_path / "val.txt").write_text("c.png\n")
-    assert [p.region for p in landcover.own(tmp_path, ["field"])["val"].pictures] == ["c"]
+    assert [p.region for p in landcover.own(tmp_path, ["field", "wood"])["val"].pictures] == ["c"]
     png(tmp_path / "images" / "a b.png", noise())  # a preview of the same image: one map would replace the other
-    refused(CorruptFile, "a b", landcover.own, tmp_path, ["field"])
+    refused(CorruptFile, "a b", landcover.own, tmp_path, ["field", "wood"])
 
 
 def test_a_part_of_a_set(tmp_path):

@@ -58,7 +58,8 @@ def test_own(tmp_path: Path) -> None:
     bad = "{", "[]", '{"file": "a.png"}', '{"file": 3, "caption": ""}', '{"file": "../a", "caption": ""}', "[" * 10**5
     unreadable(listing, lambda: own(tmp_path), dict.fromkeys(bad, "line 1") | {"": ""})
     twice = "".join(f'{{"file": "{name}", "caption": "x"}}\n' for name in ("a.png", "./a.png"))
-    unreadable(listing, lambda: own(tmp_path), {twice: "a.png"})
+    listing.write_text(twice, encoding="utf-8")
+    refused(CorruptFile, "a.png", own, tmp_path)
     refused(MissingData, "nowhere", own, tmp_path / "nowhere")
 
 

@@ -169,7 +169,8 @@ def test_own_folder(tmp_path):
     (tmp_path / "pretrain.csv").write_text("\ufeffimg_path,report\nbücher 0.png,No mass.\n", encoding="utf-8")
     train = xrays.own(tmp_path, ["mass", "edema"])["train"]
     assert train.labels.tolist() == [[0, 1], [1, 0]] and train[0][0].shape == (1, 16, 20)
-    table(tmp_path / "train_list.csv", ("img_path", "mask_path"), ("bücher 0.png", "masks/0.png"))
+    picture(tmp_path / "c.png")
+    table(tmp_path / "train_list.csv", ("img_path", "mask_path"), ("c.png", "masks/0.png"))
     masked = xrays.own(tmp_path, task="segmentation")["val"]
     assert [mask.mean().item() for _, mask in masked] == [0, 1] and masked.part([1])[0][1].all()
     picture(tmp_path / "masks" / "1.png", 1)

@@ -10,7 +10,8 @@ the folder has them. Its arguments are the folder, what the folder does not say 
 transform; `own_set` makes the `DataSet` of such a folder.
 
 A set is found by the names that mark its folder (`DataSet.folder`), and a file in it by `at`, both in upper or lower
-case. `tables` reads lists and CSV files; `inside` and `check_listed` check the files that they name. `once` makes a
+case. `tables` reads lists and CSV files; `inside` and `check_listed` check the files that they name, `check_own` those
+of own data. `once` makes a
 function that parses a file again only when the file has changed.
 """
 
@@ -32,7 +33,7 @@ from typing import Any, ClassVar, Concatenate, Literal, ParamSpec, Self, TypeVar
 import numpy as np
 import yaml
 
-from ..errors import BadParameter, CompanionError, CorruptFile, MissingData, check_choice
+from ..errors import BadParameter, CompanionError, CorruptFile, MissingData, check_choice, check_kind, check_names
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,8 @@ def dated(source: str, checked: datetime.date | None) -> str:
 
 
 def own_set(root: str | Path, task: str, layout: str, classes: int = 0) -> DataSet:
-    """A user's folder as a data set of `task`."""
+    """A user's folder as a data set of `task`. Raises `BadParameter`: no path, or an empty one."""
+    check_kind("root", root or None, str | os.PathLike, "the path of a folder")
     name, title, source = Path(root).resolve().name, "images of your own", "your own images"
     return DataSet(name, title, "own", task, classes, {}, (".",), layout, source, "yours", "")
 
@@ -130,6 +132,17 @@ def entries(folder: Path, folders: bool = False) -> list[str]:
     with os.scandir(folder) as found:
         names = [entry.name for entry in found if not folders or entry.is_dir()]
     return sorted(name for name in names if not name.startswith(".") and name not in ADDED)
+
+
+def spelled(folder: Path, names: Iterable[str], ending: str = "") -> dict[str, str]:
+    """By split which of `names`, in a folder, is called as in `SPELLED`, with `ending`. Raises `CorruptFile`: two are
+    called as one split."""
+    splits = {f"{name}{ending}": split for split, known in SPELLED.items() for name in known}
+    found: dict[str, str] = {}
+    for name in (name for name in names if name.lower() in splits):
+        if (before := found.setdefault(split := splits[name.lower()], name)) != name:
+            raise CorruptFile(folder, f"{before} and {name} are both '{split}': keep one of them")
+    return {split: found[split] for split in SPELLED if split in found}
 
 
 def told(names: Sequence[str], most: int = 8) -> str:
@@ -198,6 +211,9 @@ class Status:
 DATASETS: dict[str, DataSet] = {}
 ADDED = ("__MACOSX", "Thumbs.db", "desktop.ini")  # to copies, by operating systems
 MANY = 64  # folders in one
+HIDDEN = re.compile(r"/(\.|__MACOSX/)")  # in a path: a file or folder that is not read
+SPELLED = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev"), "test": ("test", "testing")}
+"""How the folder or list of a split may be called, in upper or lower case."""
 _HERE = Path(__file__).parent
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml parses ten times faster
 
@@ -301,10 +317,7 @@ def few(splits: Mapping[str, Any], count: int) -> dict[str, Any]:
 
     Raises `CorruptFile`: an image that cannot be read, or that is in "train" and in "test".
     """
-    learned = set(map(os.path.normpath, _files(splits["train"]))) if "train" in splits else set()
-    for name in _files(splits.get("test", ())):
-        if os.path.normpath(name) in learned:
-            raise CorruptFile(name, "it is in the splits 'train' and 'test': a test on it would mean nothing")
+    check_apart({name: {*_files(splits[name])} for name in ("train", "test") if name in splits})
     found = {}
     for name, split in splits.items():
         found[name] = split.part(spaced(len(split), count))
@@ -335,7 +348,12 @@ class Parts:
     each: ClassVar[tuple[str, ...]]
 
     def part(self, rows: Sequence[int] | np.ndarray) -> Self:
-        """The items of these numbers; all else is that of the whole set, such as the classes."""
+        """The items of these numbers; all else is that of the whole set, such as the classes.
+
+        Raises `BadParameter`: no numbers, such as True and False for each item."""
+        chosen = np.asarray(rows)
+        if chosen.ndim != 1 or (chosen.dtype.kind not in "iu" and chosen.size):
+            raise BadParameter("rows", rows, "the numbers of the items")
         found = copy.copy(self)
         for name in self.each:
             values = getattr(self, name)
@@ -413,6 +431,34 @@ def inside(listing: Path, where: str, path: str) -> str:
 def doubled(names: Iterable[_T]) -> list[_T]:
     """Those of the names that are there more than once."""
     return [name for name, count in Counter(names).items() if count > 1]
+
+
+def check_named(file: Path, names: Iterable[str]) -> None:
+    """Raise `CorruptFile` unless the classes or attributes that a file names have different names."""
+    try:
+        check_names(names)
+    except BadParameter as error:
+        raise CorruptFile(file, str(error)) from error
+
+
+def check_own(dataset: DataSet, root: Path, splits: Mapping[str, Any], listing: str = "") -> None:
+    """Raise `MissingData` or `CorruptFile` unless each file of "train", "val" and "test" is there, and in one of them
+    once."""
+    known = {split: splits[split] for split in SPELLED if split in splits}
+    check_listed(dataset, root, itertools.chain(*known.values()), listing)
+    check_apart(known)
+
+
+def check_apart(splits: Mapping[str, Iterable[str]]) -> None:
+    """Raise `CorruptFile` unless each file is in one split and there once, however its path is written or linked."""
+    folder, seen = functools.cache(os.path.realpath), dict[str, str]()
+    for split, paths in splits.items():
+        for path in map(os.fspath, paths):
+            above, name = os.path.split(path)
+            file = os.path.realpath(path) if os.path.islink(path) else f"{folder(above)}/{name}"  # noqa: PTH114
+            if file in seen:
+                raise CorruptFile(path, f"it is there twice, in '{seen[file]}' and in '{split}'")
+            seen[file] = split
 
 
 def check_listed(dataset: DataSet, root: Path, paths: Iterable[str], listing: str = "") -> None:

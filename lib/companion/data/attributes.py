@@ -30,7 +30,7 @@ from scipy.io import loadmat
 
 from ..errors import CorruptFile, check_choice
 from ..io import unpickle
-from . import DataSet, at, entries, facts, find, inside, once, own_set, tables, told
+from . import DataSet, at, check_named, check_own, entries, facts, find, inside, once, own_set, tables, told
 from .decoding import SUFFIXES
 from .images import Images, Transform, to_tensor
 
@@ -61,6 +61,7 @@ class Listing(NamedTuple):
 
     def checked(self) -> Listing:
         """With "trainval", and labels of absent attributes 0. Raises `CorruptFile`: labels or splits do not fit."""
+        check_named(self.file, self.names)
         labels, pictures = np.asarray(self.labels).clip(0).astype(np.float32), [*map(str, self.pictures)]
         if (wrong := labels[~np.isin(labels, (0, 1, 2))]).size:
             raise CorruptFile(self.file, f"a label is {wrong[0]:g}: 1, 0 (absent) and 2 (unclear) are expected")
@@ -163,7 +164,10 @@ def own(root: str | Path, transform: Transform | None = None) -> dict[str, Pedes
         'labels.csv    "image,split,<a sentence for each attribute>", then a line for each image: its path\n'
         "              below this folder; train, val or test; 0 or 1 for each attribute"
     )
-    return _pedestrians(own_set(root, "attributes", layout), Path(root), transform)
+    dataset, root = own_set(root, "attributes", layout), Path(root)
+    sets = _pedestrians(dataset, root, transform)
+    check_own(dataset, root, {split: found.sources for split, found in sets.items()}, "labels.csv")
+    return sets
 
 
 # --- implementation ----------------------------------------------------------------------------------------------

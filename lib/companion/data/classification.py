@@ -23,10 +23,10 @@ import numpy as np
 from torchvision import datasets as tv
 from torchvision.transforms import v2
 
-from ..errors import BadParameter, CorruptFile, check_choice
+from ..errors import BadParameter, CorruptFile, check_choice, check_range
 from ..io.config import configure
 from ..io.files import atomic_folder, read_json, write_json
-from . import DataSet, at, below, check_listed, entries, facts, find, inside, once, own_set, tables
+from . import DataSet, at, below, check_listed, check_own, entries, facts, find, inside, once, own_set, tables
 from .downloads import fetched
 from .images import Images, Transform, class_folders, images_of_classes, normalised, warn_of
 
@@ -211,10 +211,9 @@ def own(
         MissingData: no such folder, fewer than two class folders, or one without images.
         CorruptFile: val or test has a class that train lacks, or a split has two folders.
     """
-    if not 0 < val_fraction < 1:
-        raise BadParameter("val_fraction", val_fraction, "a number between 0 and 1, both left out")
-    root = Path(root)
-    dataset = own_set(root, "classification", _OWN_LAYOUT)
+    check_range("val_fraction", val_fraction, 0, 1, ends="()")
+    check_range("seed", seed, 0, whole=True)
+    dataset, root = own_set(root, "classification", _OWN_LAYOUT), Path(root)
     place, folders = class_folders(dataset, root)
     folders = folders or {"train": place}
     first = folders.get("train", place / "train")
@@ -235,6 +234,7 @@ def own(
         samples["train"], samples["val"] = (
             [samples["train"][i] for i in part] for part in _stratified(labels, val_fraction, seed)
         )
+    check_own(dataset, root, {split: [path for path, _ in pairs] for split, pairs in samples.items()})
     samples["trainval"] = samples["train"] + samples["val"]
     return {
         split: Images(dataset, root, [p for p, _ in pairs], [y for _, y in pairs], len(names), transform, names)

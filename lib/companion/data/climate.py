@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..errors import BadParameter, CompanionError, CorruptFile, check_choice
+from ..errors import CompanionError, CorruptFile, check_choice, check_range
 from . import tables
 from .rasters import SUFFIXES
 
@@ -66,12 +66,12 @@ def zone(latitude: float | None, longitude: float | None, reach: int = 0) -> str
 
     Raises `BadParameter`: a location outside the globe, most often with latitude and longitude exchanged.
     """
-    if latitude is None or longitude is None or math.isnan(latitude) or math.isnan(longitude):
+    if any(value is None or value != value for value in (latitude, longitude)):  # None or NaN
         return None
-    if not -90 <= latitude <= 90:
-        raise BadParameter("latitude", latitude, "-90 to 90 degrees")
-    if not -180 <= longitude <= 360:
-        raise BadParameter("longitude", longitude, "-180 to 360 degrees")
+    assert latitude is not None and longitude is not None
+    check_range("latitude", latitude, -90, 90)
+    check_range("longitude", longitude, -180, 360)
+    check_range("reach", reach, 0, whole=True)
     cells, names = _map()
     height, width = cells.shape
     row = min(int((90 - latitude) / 180 * height), height - 1)
@@ -120,5 +120,7 @@ def read_places(path: str | Path = TABLE) -> dict[str, Place]:
         except ValueError as error:  # not a number, or coordinates out of range
             raise CorruptFile(path, f"line {line}: {row[key]}: {error}") from error
         name = row[key] if key == "region" else suffix.sub("", row[key])
+        if name in places:
+            raise CorruptFile(path, f"line {line}: {name!r} is there twice")
         places[name] = Place(latitude, longitude, row.get("zone") or None, row.get("text") or None)
     return places

@@ -143,6 +143,8 @@ def arrays(rows: Sequence[Any], images: Mapping, ranks: Mapping, wrong: Callable
     boxes = array((row.bbox for row in rows), np.dtype((float, 4)))
     check("image_id", numbers < 0, ", which is none of 'images'")
     check("category_id", labels < 0, ", which is none of 'categories'")
+    check("iscrowd", array((row.iscrowd not in (None, 0, 1) for row in rows), bool), ", neither 0 nor 1")
+    check("area", array(((row.area or 0) < 0 for row in rows), bool), "")
     check("bbox", (np.abs(boxes) > LARGEST).any(1) | (boxes[:, 2:] < 0).any(1), "")
     text = b"".join(row.segmentation for row in rows if isinstance(row, Shaped))
     lengths = array((len(row.segmentation) if isinstance(row, Shaped) else 0 for row in rows), np.int64)

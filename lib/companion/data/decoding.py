@@ -155,6 +155,14 @@ def unit(path: str | Path, colour: bool = False, shortest: int = 0) -> np.ndarra
     return values @ _GREY if values.ndim == 3 else values
 
 
+def check_proportions(path: str | Path, found: Any, other: Any) -> None:
+    """Raise `CorruptFile` of a file unless its pixels, (..., H, W), have the proportions of those of its pair, to one
+    pixel."""
+    (high, wide), (height, width) = found.shape[-2:], other.shape[-2:]
+    if abs(high * width - wide * height) > max(height, width):
+        raise CorruptFile(path, f"it has {wide}x{high} pixels, and its pair {width}x{height}: other proportions")
+
+
 # --- values and full scale --------------------------------------------------------------------------------------------
 
 

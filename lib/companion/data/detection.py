@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_convert
 
-from ..errors import BadParameter, CorruptFile, check_choice
+from ..errors import BadParameter, CorruptFile, check_choice, check_names, check_range
 from ..io.files import read_json
-from . import DataSet, at, below, doubled, facts, find, once, own_set, tables
+from . import DataSet, at, below, check_named, check_own, doubled, facts, find, once, own_set, tables, told
 from .coco import CAPTION, SCHEMA, Annotations, Fields, arrays, check_fields, failure, is_id, read_annotations
 from .images import Files
 
@@ -120,7 +120,11 @@ class Boxes(Files):
         return self._order[slice(*self._ends[index])]
 
     def mask(self, categories: Sequence[int]) -> Tensor:
-        """(C,) bool: which classes these category ids are, for instance of `boxes.novel`."""
+        """(C,) bool: which classes these category ids are, for instance of `boxes.novel`.
+
+        Raises `BadParameter`: an unknown id."""
+        for category in categories:
+            check_choice("categories", category, self.categories)
         found = torch.zeros(len(self.categories), dtype=torch.bool)
         found[[self.index[category] for category in categories]] = True
         return found
@@ -175,29 +179,35 @@ def own(root: str | Path, novel: Sequence[str] = ()) -> dict[str, Boxes]:
     Args:
         novel: names of classes that count as novel; all others are base.
 
-    Raises as `load`; also `CorruptFile`: two categories of one name, or a box outside its image; and `BadParameter`
-    for a name that the file does not have.
+    Raises as `load`; also `CorruptFile`: two categories of one name, two annotations of one id, an image twice, a box
+    without a pixel of its image, or no box to learn from; and `BadParameter` for a name that the file does not have.
     """
-    root = Path(root)
     dataset = own_set(root, "detection", "annotations.json    in COCO's format\nimages/             or the images here")
+    root = Path(root)
     file = tables.existing(dataset, root, root / "annotations.json")
-    truth, images = _of_file(file), root / "images"
+    truth, images = _of_file(file), at(root, "images")
     named = {category["id"]: category["name"] for category in truth["categories"]}
-    if twice := doubled(named.values()):
-        raise CorruptFile(file, f"two categories are called {twice[0]!r}")
+    check_named(file, named.values())
     rows, listed = truth["annotations"], [(image["width"], image["height"]) for image in truth["images"]]
     sizes = np.array(listed, float)[rows.images]
     corners, sides = np.split(rows.boxes, 2, axis=1)
-    outside = ((corners >= sizes) | ((corners + sides <= 0) & (sides > 0))).any(1)
+    outside = ((corners >= sizes) | (corners + sides <= 0) | (sides == 0)).any(1)
     for number in np.flatnonzero(outside)[:1]:
         ends = listed[rows.images[number]]
-        what = f"annotations[{number}]: 'bbox' is {rows.boxes[number].tolist()}, outside its image of {ends} pixels"
+        what = f"annotations[{number}]: 'bbox' is {rows.boxes[number].tolist()}: no pixel in its image of {ends} pixels"
         raise CorruptFile(file, what)
+    if twice := doubled(i for i in rows.ids.tolist() if i is not None):
+        raise CorruptFile(file, f"two annotations have the id {twice[0]!r}")
+    check_names(novel)
     if unknown := set(novel) - {*named.values()}:
-        raise BadParameter("novel", sorted(unknown), sorted({*named.values()}))
+        raise BadParameter("novel", sorted(map(str, unknown)), sorted({*named.values()}))
     held = [i for i, name in named.items() if name in novel]
     folder, base = images if images.is_dir() else root, [i for i in named if i not in held]
-    return {"train": Boxes(dataset, root, folder, truth, base, sorted(held))}
+    found = Boxes(dataset, root, folder, truth, base, sorted(held))
+    if not found.positives[:, found.mask(base)].any():
+        raise CorruptFile(file, f"no image has a box of a class that is not novel: {told(novel)}")
+    check_own(dataset, root, {"train": found.sources}, file.name)
+    return {"train": found}
 
 
 _parsed = once(read_annotations)
@@ -311,7 +321,10 @@ def repeat_factors(boxes: Boxes, threshold: float = 0.001) -> np.ndarray:
     """How often each image is used in an epoch (N,): LVIS' repeat-factor sampling.
 
     max(1, sqrt(threshold / f_c)) for its rarest class c, where f_c is the share of images with that class.
+
+    Raises `BadParameter`: a threshold outside 0 to 1.
     """
+    check_range("threshold", threshold, 0, 1)
     share = boxes.positives.float().mean(0)
     each = (threshold / share.clamp_min(1e-12)).sqrt().clamp_min(1)
     return torch.where(boxes.positives, each, 1.0).amax(1).numpy()

@@ -32,9 +32,25 @@ from torchvision.transforms import v2
 from ..errors import CompanionError, CorruptFile, check_choice
 from ..io.config import configure
 from ..io.files import read_json
-from . import DataSet, at, below, check_listed, classification, entries, facts, find, inside, once, own_set, tables
+from . import (
+    SPELLED,
+    DataSet,
+    at,
+    below,
+    check_listed,
+    check_named,
+    check_own,
+    classification,
+    entries,
+    facts,
+    find,
+    inside,
+    once,
+    own_set,
+    tables,
+)
 from .downloads import fetched
-from .images import SPELLED, Images, Transform, class_folders, images_of_classes, normalised, warn_of
+from .images import Images, Transform, class_folders, images_of_classes, normalised, warn_of
 
 SPLITS = ("train", "val", "test", "all")
 _PARTS = SPLITS[:3]
@@ -91,15 +107,16 @@ def own(root: str | Path, transform: Transform | None = None) -> dict[str, Image
 
     Raises as `splits`.
     """
-    root = Path(root)
     layout = (
         '<class>/*.jpg    or images/<class>/*.jpg\nsplit.json       optional: {"train": [[path, label, class '
         'name], ...], "val": ..., "test": ...}\nor\n{train,val,test}/<class>/*.jpg    val split from train where there '
         "is none"
     )
-    dataset = own_set(root, "domains", layout)
-    if (root / "split.json").is_file():
-        return _images(dataset, root, transform)
+    dataset, root = own_set(root, "domains", layout), Path(root)
+    if at(root, "split.json").is_file():
+        sets = _images(dataset, root, transform)
+        check_own(dataset, root, {split: found.sources for split, found in sets.items()}, "split.json")
+        return sets
     place, folders = class_folders(dataset, root)
     if not folders:
         return _images(dataset, place, transform)
@@ -289,4 +306,5 @@ def _listed(listing: Path, count: int) -> tuple[Sequence[str], Mapping[str, Sequ
     classes = count or max(names) + 1
     if absent := sorted(set(range(classes)) - set(names)):
         raise CorruptFile(listing, f"no image has the label {absent[0]}, and there are {classes} classes")
+    check_named(listing, names.values())
     return tuple(names[i] for i in range(classes)), MappingProxyType({part: tuple(parts[part]) for part in parts})

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch.utils.data import ConcatDataset, Dataset
 
-from ..errors import BadParameter
+from ..errors import BadParameter, check_kind, check_names, check_range
 from . import Parts
 
 VALIDATION_SHOTS = 4  # images of a class for validation, at most
@@ -87,8 +87,8 @@ def few_shot(dataset: Dataset, shots: int, seed: int) -> Part:
     Raises:
         BadParameter: shots below 1, or a class without images (it is named).
     """
-    if shots < 1:
-        raise BadParameter("shots", shots, "a whole number from 1 on")
+    check_range("shots", shots, 1, whole=True)
+    check_range("seed", seed, 0, whole=True)
     labels, names = _described(dataset)
     chosen = []
     for label, name in enumerate(names):
@@ -104,8 +104,9 @@ def few_shot(dataset: Dataset, shots: int, seed: int) -> Part:
 def halves(class_names: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Base and novel classes: the first half in the order of the labels (rounded up), and the rest.
 
-    Raises `BadParameter` for fewer than two classes.
+    Raises `BadParameter`: fewer than two classes, or no different names.
     """
+    check_names(class_names)
     if len(class_names) < 2:
         raise BadParameter("class_names", list(class_names), "two classes or more, to have base and novel ones")
     middle = math.ceil(len(class_names) / 2)
@@ -113,8 +114,15 @@ def halves(class_names: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]
 
 
 def select(dataset: Dataset, classes: Sequence[int]) -> Part:
-    """The images of some classes, renumbered in the given order."""
+    """The images of some classes, renumbered in the given order.
+
+    Raises `BadParameter`: no labels of the data set, or one of them twice.
+    """
     labels, names = _described(dataset)
+    check_kind("classes", classes, Sequence, "labels in their new order")
+    for label in classes:
+        check_range("classes", label, 0, len(names) - 1, whole=True)
+    check_names([names[label] for label in classes])
     number = {label: new for new, label in enumerate(classes)}
     indices = np.flatnonzero(np.isin(labels, list(number))).tolist()
     return Part(dataset, indices, [number[labels[index]] for index in indices], [names[label] for label in number])
@@ -178,7 +186,12 @@ def domain_generalisation(source: Splits, targets: Mapping[str, Splits], shots: 
 
 
 def harmonic_mean(base: float, novel: float) -> float:
-    """2 b n / (b + n), in the unit of the two accuracies; 0 when one of them is 0."""
+    """2 b n / (b + n), in the unit of the two accuracies; 0 when one of them is 0.
+
+    Raises `BadParameter`: an accuracy that is no number of 0 or more.
+    """
+    check_range("base", base, 0)
+    check_range("novel", novel, 0)
     return 2 * base * novel / (base + novel) if base and novel else 0.0
 
 
@@ -186,12 +199,19 @@ def harmonic_mean(base: float, novel: float) -> float:
 
 
 def _described(dataset: Dataset) -> tuple[np.ndarray, list[str]]:
-    """Labels and class names of a data set."""
-    return np.asarray(dataset.labels, np.int64), list(dataset.class_names)
+    """Labels and class names of a data set. Raises `BadParameter`: it has not a class for each image."""
+    names = list(getattr(dataset, "class_names", ()))
+    labels = np.asarray(getattr(dataset, "labels", ()))
+    if labels.shape != (len(dataset),) or (labels.size and not 0 <= labels.min() <= labels.max() < len(names)):
+        raise BadParameter(
+            "dataset", type(dataset).__name__, "images with one class each, such as `domains.splits` has"
+        )
+    return labels.astype(np.int64), names
 
 
 def _checked(splits: Splits) -> tuple[Splits, list[str]]:
     """The splits and their class names; checks that train, val and test exist with the same classes."""
+    check_kind("splits", splits, Mapping, "'train', 'val' and 'test' of a set")
     if absent := [split for split in ("train", "val", "test") if split not in splits]:
         raise BadParameter("splits", list(splits), f"'train', 'val' and 'test' ({', '.join(absent)} missing)")
     names = [_described(splits[split])[1] for split in ("train", "val", "test")]
@@ -213,6 +233,7 @@ def _whole(splits: Splits) -> Dataset:
 
 def _transfer(source: Splits, tests: dict[str, Dataset], shots: int, seed: int) -> Protocol:
     _checked(source)
+    check_range("shots", shots, 1, whole=True)
     if not tests or "source" in tests:
         raise BadParameter("targets", list(tests), "at least one set, none called 'source'")
     return Protocol(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import warnings
 from collections import Counter
@@ -17,8 +18,8 @@ from torch.utils.data import Dataset
 from torchvision.datasets.folder import make_dataset
 from torchvision.transforms import v2
 
-from ..errors import CorruptFile
-from . import DataSet, Parts, decoding, entries
+from ..errors import CorruptFile, check_kind
+from . import HIDDEN, SPELLED, DataSet, Parts, decoding, entries, spelled
 
 Transform = Callable[[Image.Image], torch.Tensor]
 
@@ -56,6 +57,7 @@ class Files(Parts, Dataset):
     def __init__(
         self, dataset: DataSet, root: Path, sources: Sequence[str] | np.ndarray, transform: Transform | None = None
     ):
+        check_kind("transform", transform, Callable | None, "a function of an image")
         self.dataset, self.root, self.name = dataset, root, dataset.name
         self.sources, self.transform = sources, transform
 
@@ -121,10 +123,6 @@ class Images(Files):
         return *super().__getitem__(index), int(self.labels[index])
 
 
-SPELLED = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev"), "test": ("test", "testing")}
-"""How the folder of a split may be called, in upper or lower case."""
-
-
 def class_folders(own: DataSet, root: Path) -> tuple[Path, dict[str, Path]]:
     """The folder of the class folders, and by split the folder that holds its class folders; {} without splits.
 
@@ -139,18 +137,12 @@ def class_folders(own: DataSet, root: Path) -> tuple[Path, dict[str, Path]]:
         raise own.missing(root, f"there is no folder {root}")
     place = root
     while True:
-        there, folders = entries(place, folders=True), dict[str, Path]()
-        split_of = {n: s for n in there for s, spelled in SPELLED.items() if n.lower() in spelled}
-        for name, split in split_of.items():
-            if not entries(place / name, folders=True):
-                continue
-            if split in folders:
-                raise CorruptFile(place, f"{folders[split].name} and {name} are both '{split}': keep one of them")
-            folders[split] = place / name
-        if there and not folders and len(split_of) == len(there):
+        there = entries(place, folders=True)
+        folders = spelled(place, (name for name in there if entries(place / name, folders=True)))
+        if there and not folders and {name.lower() for name in there} <= {*itertools.chain(*SPELLED.values())}:
             raise own.missing(root, f"{' and '.join(str(place / name) for name in there)}: no class folders in it")
         if folders or len(there) != 1 or not entries(place / there[0], folders=True):
-            return place, {split: folders[split] for split in SPELLED if split in folders}
+            return place, {split: place / name for split, name in folders.items()}
         place = place / there[0]
 
 
@@ -162,7 +154,7 @@ def images_of_classes(folder: Path, names: Sequence[str]) -> list[tuple[str, int
     start = len(str(folder))
 
     def is_image(path: str) -> bool:
-        return path.lower().endswith(decoding.SUFFIXES) and "/." not in path[start:]
+        return path.lower().endswith(decoding.SUFFIXES) and not HIDDEN.search(path, start)
 
     number = {name: label for label, name in enumerate(names)}
     return make_dataset(folder, number, is_valid_file=is_image, allow_empty=True)

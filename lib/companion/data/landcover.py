@@ -28,8 +28,8 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.datasets.utils import download_and_extract_archive
 
-from ..errors import BadParameter, CorruptFile, check_choice, check_names
-from . import DataSet, Parts, at, climate, entries, facts, find, own_set, tables
+from ..errors import BadParameter, CorruptFile, check_choice, check_kind, check_names, check_range
+from . import DataSet, Parts, at, check_apart, climate, entries, facts, find, own_set, spelled, tables
 from .climate import TABLE, Place, read_places
 from .downloads import fetched
 from .rasters import SUFFIXES, Raster
@@ -56,6 +56,7 @@ TO_LOVEDA: dict[str, str] = _FACTS["TO_LOVEDA"]
 """RECONSTRUCTION (section 7). OpenEarthMap's classes mapped to LoveDA's, for the cross-dataset test."""
 
 SPLITS = ("train", "val", "test")
+MOST = 255  # classes: one value of a byte is ignored
 LABELS = {"full": "", "eroded": "_noBoundary"}  # of Potsdam: the ending of their names
 PADDINGS = ("ignored", "impervious")
 TILE = 1024  # side in pixels of the windows of Potsdam's tiles and UAVid's frames
@@ -120,9 +121,12 @@ class LandCover(Parts, Dataset):
         self.padding = self.ignore if padding is None else padding
         self.windows = [(i, 0, 0, "") for i in range(len(self.pictures))]
         self._zones: dict[int, str | None] = {}  # by picture, looked up when asked for
+        check_kind("transform", transform, Callable | None, "a function of an image and its labels")
+        for name, side in {"size": size, "stride": stride}.items():
+            check_range(name, 1 if side is None else side, 1, whole=True)
+        if size is None and stride is not None:
+            raise BadParameter("stride", stride, "None without a size")
         if size is not None:
-            if size < 1 or (stride is not None and stride < 1):
-                raise BadParameter("size, stride", (size, stride), "1 or more pixels")
             self.windows = []
             for i, picture in enumerate(self.pictures):
                 with Raster(picture.image) as raster:
@@ -177,9 +181,10 @@ class LandCover(Parts, Dataset):
         return [str(self.picture(i).image) for i in range(len(self))]
 
     def where(self, keep: Sequence[bool]) -> LandCover:
-        """The items for which `keep` is true, such as those of some zones; raises `BadParameter` when none is left."""
-        if not any(keep):
-            raise BadParameter("keep", "none", f"some of {len(self)} items")
+        """The items for which `keep` is true, such as those of some zones; raises `BadParameter` when none is left, or
+        `keep` has not a value for each."""
+        if np.shape(keep) != (len(self),) or not any(keep):
+            raise BadParameter("keep", keep, f"True or False for each of {len(self)} items, and one True")
         return self.part(np.flatnonzero(keep).tolist())
 
     def zones(self) -> list[str | None]:
@@ -273,7 +278,7 @@ def own(
     stride: int | None = None,
 ) -> dict[str, LandCover]:
     """Your own images, see `companion.data`: "all", and those listed in `<split>.txt`, one file name per line; without
-    train.txt "train" is all too.
+    train.txt "train" is all that no list names.
 
     images/*.tif (or .png, .jpg with a world file), uint8, and labels/ with the same names. A label file has one band,
     in which 0 is the first of `classes` and codes beyond the last are ignored, or three bands with the colours of
@@ -288,39 +293,41 @@ def own(
 
     Raises as `load`.
     """
-    root = Path(root)
-    check_names(classes)
+    palette = _palette(classes)
     layout = (
         "images/*.tif    uint8, red, green, blue\nlabels/*.tif    optional: one band, the same names\n"
         "places.csv      optional: image,latitude,longitude,zone,text\n{train,val,test}.txt    optional: file names"
     )
-    dataset, files = own_set(root, "landcover", layout, len(classes)), _files(root / "images")
+    dataset, root = own_set(root, "landcover", layout, len(palette)), Path(root)
+    files, labels = (_by_stem(at(root, folder)) for folder in ("images", "labels"))
     if not files:
         raise dataset.missing(root, "no images in images/")
-    counts = Counter(path.stem for path in files)
-    if twice := [path for path in files if counts[path.stem] > 1]:
-        raise CorruptFile(twice[0], "another image has the same name: they would share label and map")
-    labels = {path.stem: path for path in _files(root / "labels")}
-    label_of = {s: next((labels[s + end] for end in ENDINGS if s + end in labels), None) for s in counts}
+    label_of = {s: next((labels[s + end] for end in ENDINGS if s + end in labels), None) for s in files}
     bare = [stem for stem, label in label_of.items() if label is None]
     if bare and (stray := sorted({*labels.values()} - {*label_of.values()}, key=str)):
         ways = f"its name, or that and {', '.join(ENDINGS[1:])}, is expected"
         raise CorruptFile(stray[0], f"it labels no image of images/, and {bare[0]} has no label: {ways}")
-    pictures = {path.name: AerialImage(path, label_of[path.stem], path.stem) for path in files}
-    palette = classes if isinstance(classes, Mapping) else {name: _colour(i) for i, name in enumerate(classes)}
-    table = root / "places.csv"
+    if lossy := [path for path in labels.values() if path.suffix.lower() in (".jpg", ".jpeg")]:
+        raise CorruptFile(lossy[0], "JPEG changes the values of labels: save them as PNG or TIFF")
+    pictures = {path.name: AerialImage(path, label_of[path.stem], path.stem) for path in files.values()}
+    table = at(root, "places.csv")
     places = read_places(table) if table.is_file() else {}
-    if places and not places.keys() & counts.keys():
-        raise CorruptFile(table, f"no image of images/ is called {next(iter(places))!r}, nor as any other of its names")
+    if unknown := places.keys() - files.keys():
+        raise CorruptFile(table, f"no image of images/ is called {min(unknown)!r}")
     decode = functools.partial(plain_or_coloured, tuple(palette.values()))
     options: dict[str, Any] = {"size": size, "stride": stride, "pad": False, "transform": transform}
-    listed = {split: tables.names(file) for split in SPLITS if (file := root / f"{split}.txt").is_file()}
+    listed = {split: tables.names(root / name) for split, name in spelled(root, entries(root), ".txt").items()}
+    known = [name for names in listed.values() for name in names]
+    if lost := [name for name in known if name not in pictures]:
+        raise dataset.missing(root, f"images/{lost[0]} is not there")
+    chosen = {"train": [name for name in pictures if name not in known]} | listed
+    check_apart({split: [str(pictures[name].image) for name in names] for split, names in chosen.items()})
     found = {}
-    for split, names in ({"all": [*pictures]} | listed).items():
-        if lost := [name for name in names if name not in pictures]:
-            raise dataset.missing(root, f"images/{lost[0]} is not there")
+    for split, names in ({"all": [*pictures]} | chosen).items():
+        if not names:
+            raise dataset.missing(root, f"no image is left for '{split}'")
         found[split] = LandCover(dataset, [pictures[n] for n in names], palette, decode, places, **options)
-    return {"train": found["all"]} | found
+    return found
 
 
 def read_classes(root: str | Path) -> dict[str, tuple[int, int, int]]:
@@ -333,12 +340,30 @@ def read_classes(root: str | Path) -> dict[str, tuple[int, int, int]]:
     for i, line in enumerate(tables.lines(path)):
         ((name, *colour),) = re.findall(r"^(.*?)(?:\s(\d+)\s+(\d+)\s+(\d+))?$", line)
         red, green, blue = map(int, colour) if colour[0] else _colour(i)
-        if name in found or (red, green, blue) in found.values() or max(red, green, blue) > 255:
-            raise CorruptFile(path, f"{line!r} is not a new name, or a new name and colour, of numbers from 0 to 255")
+        if name in found:
+            raise CorruptFile(path, f"{line!r} is not a new name, or a new name and colour")
         found[name] = red, green, blue
-    if len(found) < 2:
-        raise CorruptFile(path, "two classes or more are needed")
-    return found
+    try:
+        return _palette(found)
+    except BadParameter as error:
+        raise CorruptFile(path, str(error)) from error
+
+
+def _palette(classes: Sequence[str] | Mapping[str, tuple[int, int, int]]) -> dict[str, tuple[int, int, int]]:
+    """The colour of each class. Raises `BadParameter`: fewer than two names, one twice, or no colours that differ."""
+    check_names(classes)
+    check_range("classes", len(classes), 2, MOST)
+    if not isinstance(classes, Mapping):
+        return {name: _colour(i) for i, name in enumerate(classes)}
+    seen: list[tuple[int, ...]] = [(0, 0, 0)]  # ignored
+    for colour in classes.values():
+        whole = isinstance(colour, Sequence) and len(colour) == 3 and {*colour} <= {*range(256)}
+        if not whole or tuple(colour) in seen:
+            raise BadParameter(
+                "classes", colour, "for each a colour of its own, three numbers from 0 to 255, not black"
+            )
+        seen.append(tuple(colour))
+    return dict(classes)
 
 
 def label_values(data: LandCover) -> dict[tuple[tuple[int, ...], int], int]:
@@ -424,6 +449,15 @@ def fetch(dataset: DataSet, root: Path, progress: bool) -> None:
 
 def _files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("[!.]*") if p.suffix.lower() in SUFFIXES)
+
+
+def _by_stem(folder: Path) -> dict[str, Path]:
+    """The files by name without ending. Raises `CorruptFile`: two of one name."""
+    found = dict[str, Path]()
+    for path in _files(folder):
+        if found.setdefault(path.stem, path) != path:
+            raise CorruptFile(path, "another file has the same name: an image has one label and one map")
+    return found
 
 
 def _pictures(

@@ -20,7 +20,7 @@ from faster_coco_eval.core import mask as rle
 from torch import Tensor
 
 from ..errors import BadParameter, CorruptFile, check_choice
-from . import DataSet, at, below, check_listed, decoding, entries, find, own_set, tables
+from . import DataSet, at, below, check_listed, check_own, decoding, entries, find, own_set, spelled, tables
 from .detection import Boxes, _of_file
 from .images import Files, Images, Transform, images_below, images_of_classes
 
@@ -147,11 +147,12 @@ def own(root: str | Path, transform: Transform | None = None) -> dict[str, Files
 
     An item is (float32 (3, H, W) in [0, 1],). Hidden files and folders are ignored. Raises as `load`.
     """
-    root = Path(root)
     layout = "*.jpg    or any other image, in folders of any depth; train/ alone where there is one"
-    dataset, folder = own_set(root, "pretraining", layout), root / "train" if (root / "train").is_dir() else root
+    dataset, root = own_set(root, "pretraining", layout), Path(root)
+    folder = root / spelled(root, entries(root, folders=True)).get("train", "")
     if not (found := images_below(folder)):
         raise dataset.missing(root, f"there are no images in {folder}")
+    check_own(dataset, root, {"train": found})
     return {"train": Files(dataset, root, found, transform)}
 
 

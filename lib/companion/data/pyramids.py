@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..errors import BadParameter, CorruptFile
+from ..errors import BadParameter, CorruptFile, check_range
 from ..io.files import atomic
 
 BACKENDS = {"openslide": "OpenSlide", "tiffslide": "TiffSlide"}  # the class of each library that opens a slide
@@ -42,8 +42,8 @@ class Slide:
     """
 
     def __init__(self, path: str | Path, mpp: float | None = None):
-        if mpp is not None and not 0 < mpp < math.inf:  # NaN too
-            raise BadParameter("mpp", mpp, "microns per pixel, more than 0")
+        if mpp is not None:
+            check_range("mpp", mpp, 0, ends="(]")
         self.path, self._mpp, reasons = Path(path), mpp, []
         for self.backend in BACKENDS:
             try:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..errors import CorruptFile
+from ..errors import CorruptFile, check_kind
 from . import DataSet, Parts, at, decoding, facts, inside
 
 _PLACES: dict[str, tuple[str, ...]] = facts("xrays")["PLACES"]
@@ -48,6 +48,7 @@ class Radiographs(Parts, Dataset):
         transform: Callable | None = None,
         listing: Path | None = None,
     ):
+        check_kind("transform", transform, Callable | None, "a function of an image, or of an image and its mask")
         self.dataset, self.root, self.paths, self.transform = dataset, Path(root), list(paths), transform
         self.name, self.folder, self.listing = dataset.name, dataset.folder(root), listing.name if listing else ""
         self._nested: dict[Path, dict[str, str]] = {}
@@ -136,6 +137,8 @@ class Masked(Radiographs):
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         image, mask = self.grey(i, self.colour), self.mask(self.rows[i])
+        if self.dataset.group == "own":  # masks of the public sets are those of a square
+            decoding.check_proportions(self.paths[i], image, mask)
         if self.transform:
             image, mask = self.transform(image, mask)
         return image, self.finish(mask) if self.finish else mask

@@ -11,9 +11,8 @@ describes the sets. TIP degrades them, see `models.tip.degradations`.
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -26,7 +25,8 @@ from torchvision.transforms.v2.functional import to_dtype
 
 from ..errors import CorruptFile, check_choice
 from ..io.files import read_json
-from . import DataSet, at, check_listed, entries, facts, find, inside, once, own_set, tables
+from . import DataSet, at, check_listed, check_own, entries, facts, find, inside, once, own_set, tables
+from .decoding import check_proportions
 from .downloads import fetched
 from .images import Files, images_below
 
@@ -62,7 +62,10 @@ class Captioned(Files):
 
 
 class QualityPairs(Captioned):
-    """Pairs of one scene: `pairs[i]` is (high quality (3, H, W), caption, low quality (3, h, w)), both in [0, 1]."""
+    """Pairs of one scene: `pairs[i]` is (high quality (3, H, W), caption, low quality (3, h, w)), both in [0, 1].
+
+    Raises (on indexing) as `images.Files`; also `CorruptFile`: the two have other proportions.
+    """
 
     each = (*Captioned.each, "low")
 
@@ -73,7 +76,10 @@ class QualityPairs(Captioned):
         self.low = Captioned(dataset, root, low, captions)
 
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
-        return *super().__getitem__(index), self.low[index][0]
+        high, caption = super().__getitem__(index)
+        low = self.low[index][0]
+        check_proportions(self.low.sources[index], low, high)
+        return high, caption, low
 
 
 # --- public functions -------------------------------------------------------------------------------------------------
@@ -107,15 +113,15 @@ def own(root: str | Path) -> dict[str, Captioned]:
         MissingData: no such folder, no images, an image with a caption is missing, or one of a pair.
         CorruptFile: a malformed line of `captions.jsonl`, or an image that is in it, or in `low/`, twice.
     """
-    root = Path(root)
     layout = f"{_FACTS['OWN']}\nor images alone, without captions; or high/ and low/ with the same file names"
-    dataset = own_set(root, "restoration", layout)
+    dataset, root = own_set(root, "restoration", layout), Path(root)
     kinds = [kind for kind in ("high", "low") if (root / kind).is_dir()]
     if len(kinds) == 1:
         raise dataset.missing(root, f"{root} has {kinds[0]}/ alone: pairs need high/ and low/")
     sources, captions = _own(dataset, root, kinds[0] if kinds else "images")
     low = _low(root / "low", sources) if kinds else []
-    check_listed(dataset, root, [*sources, *low])
+    for paths in (sources, low):
+        check_own(dataset, root, {"train": paths})
     args = dataset, root, sources, captions
     return {"train": QualityPairs(*args, low) if kinds else Captioned(*args)}
 
@@ -192,7 +198,7 @@ def _own(own: DataSet, folder: Path, images: str) -> tuple[list[str], list[str]]
     """Paths and captions of a folder in the companion's layout, or of a folder of images alone."""
     if not folder.is_dir():
         raise own.missing(folder, f"no folder {folder}")
-    listing = folder / "captions.jsonl"
+    listing = at(folder, "captions.jsonl")
     if not listing.is_file():
         place = folder / images if (folder / images).is_dir() else folder
         found = [path for path in images_below(place) if Path(path).parent == place]
@@ -200,7 +206,7 @@ def _own(own: DataSet, folder: Path, images: str) -> tuple[list[str], list[str]]
             raise own.missing(folder, f"no images in {place}")
         return found, [""] * len(found)
     sources, captions = [], []
-    for number, line in enumerate(tables.read_text(listing).splitlines(), 1):
+    for number, line in enumerate(tables.read_text(listing).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -212,6 +218,4 @@ def _own(own: DataSet, folder: Path, images: str) -> tuple[list[str], list[str]]
             raise CorruptFile(listing, f"line {number}: expected {wanted}, found {line[:80]!r}") from None
     if not sources:
         raise CorruptFile(listing, "no images in it")
-    if twice := [name for name, count in Counter(map(os.path.normpath, sources)).items() if count > 1]:
-        raise CorruptFile(listing, f"{twice[0]} is there twice")
     return sources, captions

@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from ..errors import BadParameter, CorruptFile, MissingData, check_choice
+from ..errors import BadParameter, CorruptFile, MissingData, check_choice, check_kind, check_range
 from ..io.files import atomic, atomic_folder, sha256
-from . import DataSet, Parts, at, doubled, entries, find, tables
+from . import HIDDEN, DataSet, Parts, at, doubled, entries, find, own_set, tables
 
 SPLITS = ("train", "tune", "test")
 GRADES = 6
@@ -104,12 +104,13 @@ def own(root: str | Path) -> dict[str, list[Item]]:
             slides in one part of a split, see `split_folds`.
 
     Raises:
-        MissingData: there is no folder, no slide in it, or a slide in the table is missing.
+        MissingData: there is no folder, no slide in it, or a slide in the table is missing; one class, or none.
         CorruptFile: a table without its columns, with a duplicate name, with an invalid class, or with a patient for
-            some slides only; the mask of a slide, `<name>_mask`, in another class.
+            some slides only; the mask of a slide, `<name>_mask`, in another class; a slide next to the class folders.
     """
+    own_set(root, "slides", "")
     path = Path(root)
-    files, source = unlabelled(path), path / "labels.csv"
+    files, source = unlabelled(path), at(path, "labels.csv")
     if source.is_file():
         found = []
         for line, row in _rows(source, "slide_id", "label"):
@@ -123,9 +124,12 @@ def own(root: str | Path) -> dict[str, list[Item]]:
             found.append((name, label, row.get("patient", "").strip()))
     else:
         source = path
-        found = [(name, file.parent.name, "") for name, file in files.items() if file.parent.parent == path]
-    if not found:
-        raise _missing(path, "no labels.csv and no folder for each class: no file gives the class of a slide")
+        inner = {name: file.relative_to(path).parts for name, file in files.items()}
+        if bare := [files[name] for name, parts in inner.items() if len(parts) == 1]:
+            raise _missing(path, f"no labels.csv, and {bare[0]} is in no folder of a class")
+        found = [(name, parts[0], "") for name, parts in inner.items()]
+    if len({label for _, label, _ in found}) < 2:
+        raise _missing(path, f"one class, {found[0][1]!r}: two or more are needed")
     if twice := doubled(name for name, *_ in found):
         raise CorruptFile(source, f"the slide {twice[0]!r} is there twice")
     label_of = {name: label for name, label, _ in found}
@@ -155,7 +159,7 @@ def unlabelled(path: str | Path) -> dict[str, Path]:
         raise _missing(path, "no such folder")
     found: dict[str, Path] = {}
     for file in sorted(path.rglob("*")):
-        if file.suffix.lower() in SUFFIXES and not file.name.startswith("."):
+        if file.suffix.lower() in SUFFIXES and not HIDDEN.search(f"/{file.relative_to(path)}"):
             if file.stem in found:
                 raise CorruptFile(path, f"{found[file.stem]} and {file} have one name: the slide is there twice")
             found[file.stem] = file
@@ -216,11 +220,17 @@ def split_folds(items: Sequence[Item], folds: int = 5, test: float = 0.0, seed: 
 
     Slides of fewer than `folds` in every grade are split at random.
 
-    Raises `BadParameter`: fewer slides than folds; fewer patients, or slides of the most frequent grade if patients are
-    known.
+    Raises `BadParameter`: a slide twice; fewer slides than folds; fewer patients, or slides of the most frequent grade
+    if patients are known.
     """
     from sklearn import model_selection  # here: it takes a second to import
 
+    check_range("folds", folds, 2, whole=True)
+    check_range("test", test, 0, 1, ends="[)")
+    check_range("seed", seed, 0, whole=True)
+    check_kind("items", items, Sequence, "a list of slides")
+    if twice := doubled(item.name for item in items):
+        raise BadParameter("items", twice[0], "each slide once")
     known = any(item.patient for item in items)
 
     def dealt(own: Sequence[Item], parts: int) -> list[list[list[Item]]]:
@@ -237,8 +247,6 @@ def split_folds(items: Sequence[Item], folds: int = 5, test: float = 0.0, seed: 
             warnings.filterwarnings("ignore", "The least populated class")  # some parts lack rare grades
             return [[[own[i] for i in numbers] for numbers in pair] for pair in splitter.split(own, grades, patients)]
 
-    if not 0 <= test < 1:
-        raise BadParameter("test", test, "0 or more and less than 1")
     rest, held = dealt(items, max(round(1 / test), 2))[0] if test else (list(items), [])
     return [{"train": train, "tune": tune, "test": held} for train, tune in dealt(rest, folds)]
 
@@ -325,6 +333,7 @@ class Features(Parts, Dataset):
         return default_collate([(features[:longest], present[:longest], grade) for features, present, grade in items])
 
     def __init__(self, items: Sequence[Item], path: str | Path, longest: int | None = None, drop: bool = False):
+        check_range("longest", 1 if longest is None else longest, 1, whole=True)
         self.path = Path(path)
         self.shape: tuple[int, ...] = ()
         self.items: list[Item] = []
@@ -348,7 +357,7 @@ class Features(Parts, Dataset):
             self.items.append(item)
             self.files.append(file)
             counts.append(count)
-        self.longest = longest or max(counts)
+        self.longest = max(counts) if longest is None else longest
 
     def of(self, items: Iterable[Item]) -> Self:
         """The features of some of the slides, whose files are not opened again; the others are listed in `dropped`."""

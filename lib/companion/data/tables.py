@@ -46,12 +46,12 @@ def _opened(path: str | Path) -> Iterator[io.TextIOWrapper]:
 
 
 def read_text(path: str | Path) -> str:
-    """The whole text."""
+    """The whole text, its lines ended by a line feed."""
     with _opened(path) as file:
         text = file.read()
     if "\0" in text:
         raise CorruptFile(path, f"line {text[: text.index(chr(0))].count(chr(10)) + 1}: {_NO_TEXT}")
-    return text
+    return text.replace("\r\n", "\n").replace("\r", "\n")  # not by `splitlines`, which splits captions too
 
 
 _NO_TEXT = "no text, it has a byte of 0"
@@ -60,7 +60,7 @@ _NO_TEXT = "no text, it has a byte of 0"
 @once
 def lines(path: str | Path) -> tuple[str, ...]:
     """The lines that are not blank, without blanks around them."""
-    return tuple(line.strip() for line in read_text(path).splitlines() if line.strip())
+    return tuple(line.strip() for line in read_text(path).split("\n") if line.strip())
 
 
 def is_name(name: str) -> bool:
@@ -69,11 +69,11 @@ def is_name(name: str) -> bool:
 
 
 def names(path: str | Path) -> list[str]:
-    """The names of files or folders in a list, one a line; none may lead out of the searched folder."""
+    """The different names of files or folders in a list, one a line; none may lead out of the searched folder."""
     found = [*lines(path)]
-    wrong = [name for name in found if not is_name(name)]
+    wrong = [name for name in found if not is_name(name)] + doubled(found)
     if wrong or not found:
-        raise CorruptFile(path, f"expected names, one a line, and at least one: {wrong[:1]}")
+        raise CorruptFile(path, f"expected different names, one a line, and at least one: {wrong[:1]}")
     return found
 
 
@@ -81,7 +81,8 @@ def names(path: str | Path) -> list[str]:
 def rows(path: str | Path, *columns: str, delimiter: str = ",") -> tuple[tuple[int, MappingProxyType[str, str]], ...]:
     """The rows of a CSV with a header: line number, and cell by column. Lines with # above the header are comments.
 
-    Raises also: a column of `columns` is missing, two have one name, or a row has more or fewer cells than the header.
+    Raises also: a column of `columns` is missing, two have one name, in upper or lower case, a row has more or fewer
+    cells than the header, or there is none.
     """
     return tuple((line, MappingProxyType(row)) for line, row in stream(path, *columns, delimiter=delimiter))
 
@@ -97,12 +98,16 @@ def stream(path: str | Path, *columns: str, delimiter: str = ",") -> Iterator[tu
             names = next(reader)
             if absent := [column for column in columns if column not in names]:
                 raise CorruptFile(path, f"has no column {', '.join(absent)}; its columns are {names}")
-            if twice := doubled(filter(None, names)):
+            alike = doubled(name.strip().lower() for name in names if name)
+            if twice := [name for name in names if name.strip().lower() in alike]:
                 raise CorruptFile(path, f"two columns are called {twice[0]!r}")
+            row = None
             for row in filter(None, reader):
                 if len(row) != len(names):
                     raise CorruptFile(path, f"line {above + reader.line_num}: {len(names)} cells are expected")
                 yield above + reader.line_num, dict(zip(names, row, strict=True))
+            if row is None:
+                raise CorruptFile(path, "it has no rows")
         except csv.Error as error:
             raise CorruptFile(path, f"no table ({error})") from error
 

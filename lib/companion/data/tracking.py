@@ -30,7 +30,7 @@ import numpy as np
 
 from ..errors import BadParameter, CompanionError, CorruptFile, MissingData, check_choice
 from ..io.files import atomic
-from . import DataSet, at, decoding, entries, facts, find, once, own_set, spaced, tables
+from . import HIDDEN, DataSet, at, decoding, entries, facts, find, once, own_set, spaced, tables
 
 ATTRIBUTES: dict[str, tuple[str, ...]] = facts("tracking")["ATTRIBUTES"]
 """The attribute names of each set, LasHeR's in the order of the flags in its files; none where no file has them."""
@@ -195,11 +195,28 @@ def own(root: str | Path) -> dict[str, list[Video]]:
 
     Raises as `load`.
     """
-    root = Path(root)
     dataset = own_set(root, "tracking", "visible/*.jpg\ninfrared/*.jpg\nboxes.txt    a line x,y,w,h for each frame")
-    if not (files := sorted(root.rglob(_OWN.boxes))):
+    root = Path(root)
+    files = [file for file in sorted(root.rglob(_OWN.boxes)) if not HIDDEN.search(f"/{file.relative_to(root)}")]
+    if not files:
         raise dataset.missing(root, f"no {_OWN.boxes} in {root} or a folder below")
-    return {"train": [_video(dataset, root, file.parent, "train", frozenset()) for file in files]}
+    videos = [_video(dataset, root, file.parent, "train", frozenset()) for file in files]
+    for file, video in zip(files, videos, strict=True):
+        _check_boxes(file, video)
+    return {"train": videos}
+
+
+def _check_boxes(file: Path, video: Video) -> None:
+    """Raise `CorruptFile` of the first box that has not 0 for its size and no pixel in its frame, or if there are no
+    others; the frames are taken for as large as the first."""
+    height, width, _ = video.frame(0).shape
+    corners, sides = np.split(video.boxes, 2, axis=1)
+    wrong = (sides < 0).any(1) | (~video.absent & ((corners >= (width, height)) | (corners + sides <= 0)).any(1))
+    for number in np.flatnonzero(wrong)[:1]:
+        what = f"is no x,y,w,h in a frame of {width}x{height} pixels"
+        raise CorruptFile(file, f"line {number + 1}: {video.boxes[number].tolist()} {what}")
+    if video.absent.all():
+        raise CorruptFile(file, "the object is in no frame")
 
 
 def _names(dataset: DataSet, root: Path, part: Path, split: str) -> list[str]:
@@ -301,9 +318,9 @@ def _numbers(path: Path, columns: int) -> np.ndarray:
     it. Raises `CorruptFile`, by line."""
     if not (text := tables.read_text(path).rstrip()):
         raise CorruptFile(path, "it is empty")
-    lines = text.splitlines()
+    lines = text.split("\n")
     with contextlib.suppress(ValueError):
-        found = np.loadtxt(text.replace(",", " ").splitlines(), ndmin=2, comments=None)
+        found = np.loadtxt(text.replace(",", " ").split("\n"), ndmin=2, comments=None)
         if found.shape == (len(lines), columns) and np.isfinite(found).all():
             found.flags.writeable = False
             return found

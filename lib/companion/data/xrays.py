@@ -31,7 +31,7 @@ from torchvision.ops import box_convert
 
 from ..errors import BadParameter, CorruptFile, check_choice, check_names
 from ..io.files import atomic
-from . import DataSet, at, check_listed, facts, find, once, own_set, tables
+from . import SPELLED, DataSet, at, check_listed, check_own, entries, facts, find, once, own_set, spelled, tables
 from .downloads import fetched
 from .radiographs import Labelled, Masked, PairTransform, Radiographs, Stacked, Transform
 
@@ -135,7 +135,9 @@ def load(
         raise BadParameter("classes", (), "a name for each label of a line: own(root, classes)")
     if name == "xrays/chestmnist":
         return _chestmnist(dataset, Path(root), split, share, transform)
-    path = tables.existing(dataset, root, dataset.folder(root) / lists(task)[key])
+    usual = dataset.folder(root) / lists(task)[key]
+    others = SPELLED[split][1:] if dataset.group == "own" else ()
+    path = tables.existing(dataset, root, usual, *(usual.with_name(usual.name.replace(split, o)) for o in others))
     make: Callable[..., Masked]
     make = functools.partial(Masked, dataset, root, transform=transform, listing=path)  # type: ignore[arg-type]
     found: Radiographs
@@ -185,19 +187,22 @@ def own(
         "{train,val,test}_list.txt    a line: path, then 0 or 1 for each class\n{train,val,test}_list.csv    "
         "img_path,mask_path or image_path,bbox\npretrain.csv                 img_path,report,llm_output"
     )
-    dataset = own_set(root, "xrays", layout, len(classes))
+    dataset, root, found = own_set(root, "xrays", layout, len(classes)), Path(root), dict[str, Any]()
     if task == "pre-training":
-        return {"train": reports(dataset, root, transform)}
-    files = lists(task)
-    known = [split for split in SPLITS if split == "train" or (Path(root) / files[split]).is_file()]
-    return {split: load(dataset, root, split, task=task, transform=transform) for split in known}
+        found["train"] = reports(dataset, root, transform)
+    else:
+        known = spelled(root, entries(root), lists(task)["val"].removeprefix("val"))
+        for split in {"train": "", **known}:
+            found[split] = load(dataset, root, split, task=task, transform=transform)
+    check_own(dataset, root, {split: getattr(data, "images", data).sources for split, data in found.items()})
+    return found
 
 
 @once
 def _labels(path: Path, count: int, values: int) -> tuple[Sequence[str], np.ndarray]:
     """The paths of a list, and their labels, uint8 (n, `count`), each below `values`."""
     paths, labels, allowed = list[str](), list[str](), {str(i) for i in range(values)}
-    for number, line in enumerate(tables.read_text(path).splitlines(), 1):
+    for number, line in enumerate(tables.read_text(path).split("\n"), 1):
         name, *entries = line.rsplit(maxsplit=count) or [""]  # a name may contain blanks
         if not name:
             continue
@@ -278,13 +283,14 @@ def _run_mask(path: Path, runs: Sequence[tuple[str, list[str]]], i: int) -> Tens
 
 
 def _own_mask(masks: Radiographs, i: int) -> Tensor:
-    """A mask of 0 and 255, or of 0 and 1, in 0 to 1. Raises `CorruptFile`: other values."""
+    """A mask of 0 and 255, or of 0 and 1, in 0 to 1. Raises `CorruptFile`: other values, but for those that JPEG adds
+    to them."""
     mask = masks.grey(i)
-    if 0 < (top := float(mask.max())) < 0.5:
-        if top > 1.5 / 255:
-            path = masks.sources[i]
-            raise CorruptFile(path, f"its values end at {255 * top:g} of 255: 0 and 255, or 0 and 1, are expected")
+    if 0 < mask.max() <= 1.5 / 255:
         mask = mask * 255
+    if (wrong := mask[(mask > 0.1 * (mask.max() > 0.9)) & (mask < 0.9)]).numel():
+        what = f"it has the value {255 * float(wrong[0]):g} of 255: 0 and 255, or 0 and 1, are expected"
+        raise CorruptFile(masks.sources[i], what)
     return mask
 
 

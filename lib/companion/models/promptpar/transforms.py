@@ -9,7 +9,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from ...data.images import normalised
-from ...errors import check_choice
+from ...errors import check_choice, check_range
 from ...io.config import configure
 
 
@@ -32,6 +32,7 @@ class PadToSquare:
 
     def __init__(self, size: int, antialias: bool = False, padding: str = "black"):
         check_choice("padding", padding, ("black", "white"))
+        check_range("size", size, 1, whole=True)
         self.size, self.antialias, self.padding = size, antialias, padding
 
     def __call__(self, picture: Image.Image) -> Image.Image:
