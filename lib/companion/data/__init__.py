@@ -17,6 +17,7 @@ function that parses a file again only when the file has changed.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import datetime
 import functools
@@ -33,7 +34,7 @@ from typing import Any, ClassVar, Concatenate, Literal, ParamSpec, Self, TypeVar
 import numpy as np
 import yaml
 
-from ..errors import BadParameter, CompanionError, CorruptFile, MissingData, check_choice, check_kind, check_names
+from ..errors import BadParameter, CompanionError, CorruptFile, MissingData, check_choice, check_kind
 
 
 @dataclass(frozen=True)
@@ -433,12 +434,13 @@ def doubled(names: Iterable[_T]) -> list[_T]:
     return [name for name, count in Counter(names).items() if count > 1]
 
 
-def check_named(file: Path, names: Iterable[str]) -> None:
-    """Raise `CorruptFile` unless the classes or attributes that a file names have different names."""
+@contextlib.contextmanager
+def of_file(path: Path) -> Iterator[None]:
+    """What is no right parameter in the block is an error of the file that it was read from."""
     try:
-        check_names(names)
+        yield
     except BadParameter as error:
-        raise CorruptFile(file, str(error)) from error
+        raise CorruptFile(path, str(error)) from error
 
 
 def check_own(dataset: DataSet, root: Path, splits: Mapping[str, Any], listing: str = "") -> None:

@@ -28,9 +28,9 @@ import numpy as np
 import torch
 from scipy.io import loadmat
 
-from ..errors import CorruptFile, check_choice
+from ..errors import CorruptFile, check_choice, check_names
 from ..io import unpickle
-from . import DataSet, at, check_named, check_own, entries, facts, find, inside, once, own_set, tables, told
+from . import DataSet, at, check_own, entries, facts, find, inside, of_file, once, own_set, tables, told
 from .decoding import SUFFIXES
 from .images import Images, Transform, to_tensor
 
@@ -61,7 +61,8 @@ class Listing(NamedTuple):
 
     def checked(self) -> Listing:
         """With "trainval", and labels of absent attributes 0. Raises `CorruptFile`: labels or splits do not fit."""
-        check_named(self.file, self.names)
+        with of_file(self.file):
+            check_names(self.names)
         labels, pictures = np.asarray(self.labels).clip(0).astype(np.float32), [*map(str, self.pictures)]
         if (wrong := labels[~np.isin(labels, (0, 1, 2))]).size:
             raise CorruptFile(self.file, f"a label is {wrong[0]:g}: 1, 0 (absent) and 2 (unclear) are expected")

@@ -160,7 +160,7 @@ def check_proportions(path: str | Path, found: Any, other: Any) -> None:
     pixel."""
     (high, wide), (height, width) = found.shape[-2:], other.shape[-2:]
     if abs(high * width - wide * height) > max(height, width):
-        raise CorruptFile(path, f"it has {wide}x{high} pixels, and its pair {width}x{height}: other proportions")
+        raise CorruptFile(path, f"it is {wide}x{high}, its pair {width}x{height}: other proportions")
 
 
 # --- values and full scale --------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from torchvision.ops import box_convert
 
 from ..errors import BadParameter, CorruptFile, check_choice, check_names, check_range
 from ..io.files import read_json
-from . import DataSet, at, below, check_named, check_own, doubled, facts, find, once, own_set, tables, told
+from . import DataSet, at, below, check_own, doubled, facts, find, of_file, once, own_set, tables, told
 from .coco import CAPTION, SCHEMA, Annotations, Fields, arrays, check_fields, failure, is_id, read_annotations
 from .images import Files
 
@@ -187,7 +187,8 @@ def own(root: str | Path, novel: Sequence[str] = ()) -> dict[str, Boxes]:
     file = tables.existing(dataset, root, root / "annotations.json")
     truth, images = _of_file(file), at(root, "images")
     named = {category["id"]: category["name"] for category in truth["categories"]}
-    check_named(file, named.values())
+    with of_file(file):
+        check_names(named.values())
     rows, listed = truth["annotations"], [(image["width"], image["height"]) for image in truth["images"]]
     sizes = np.array(listed, float)[rows.images]
     corners, sides = np.split(rows.boxes, 2, axis=1)

@@ -29,7 +29,7 @@ from types import MappingProxyType
 import numpy as np
 from torchvision.transforms import v2
 
-from ..errors import CompanionError, CorruptFile, check_choice
+from ..errors import CompanionError, CorruptFile, check_choice, check_names
 from ..io.config import configure
 from ..io.files import read_json
 from . import (
@@ -38,13 +38,13 @@ from . import (
     at,
     below,
     check_listed,
-    check_named,
     check_own,
     classification,
     entries,
     facts,
     find,
     inside,
+    of_file,
     once,
     own_set,
     tables,
@@ -306,5 +306,6 @@ def _listed(listing: Path, count: int) -> tuple[Sequence[str], Mapping[str, Sequ
     classes = count or max(names) + 1
     if absent := sorted(set(range(classes)) - set(names)):
         raise CorruptFile(listing, f"no image has the label {absent[0]}, and there are {classes} classes")
-    check_named(listing, names.values())
+    with of_file(listing):
+        check_names(names.values())
     return tuple(names[i] for i in range(classes)), MappingProxyType({part: tuple(parts[part]) for part in parts})

@@ -202,10 +202,8 @@ def _described(dataset: Dataset) -> tuple[np.ndarray, list[str]]:
     """Labels and class names of a data set. Raises `BadParameter`: it has not a class for each image."""
     names = list(getattr(dataset, "class_names", ()))
     labels = np.asarray(getattr(dataset, "labels", ()))
-    if labels.shape != (len(dataset),) or (labels.size and not 0 <= labels.min() <= labels.max() < len(names)):
-        raise BadParameter(
-            "dataset", type(dataset).__name__, "images with one class each, such as `domains.splits` has"
-        )
+    if not names or labels.shape != (len(dataset),) or not {*labels.tolist()} <= {*range(len(names))}:
+        raise BadParameter("dataset", type(dataset).__name__, "images with one class each, as `domains.splits` gives")
     return labels.astype(np.int64), names
 
 
@@ -233,7 +231,6 @@ def _whole(splits: Splits) -> Dataset:
 
 def _transfer(source: Splits, tests: dict[str, Dataset], shots: int, seed: int) -> Protocol:
     _checked(source)
-    check_range("shots", shots, 1, whole=True)
     if not tests or "source" in tests:
         raise BadParameter("targets", list(tests), "at least one set, none called 'source'")
     return Protocol(

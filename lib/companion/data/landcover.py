@@ -29,7 +29,7 @@ from torchvision import tv_tensors
 from torchvision.datasets.utils import download_and_extract_archive
 
 from ..errors import BadParameter, CorruptFile, check_choice, check_kind, check_names, check_range
-from . import DataSet, Parts, at, check_apart, climate, entries, facts, find, own_set, spelled, tables
+from . import DataSet, Parts, at, check_apart, climate, entries, facts, find, of_file, own_set, spelled, tables
 from .climate import TABLE, Place, read_places
 from .downloads import fetched
 from .rasters import SUFFIXES, Raster
@@ -341,12 +341,10 @@ def read_classes(root: str | Path) -> dict[str, tuple[int, int, int]]:
         ((name, *colour),) = re.findall(r"^(.*?)(?:\s(\d+)\s+(\d+)\s+(\d+))?$", line)
         red, green, blue = map(int, colour) if colour[0] else _colour(i)
         if name in found:
-            raise CorruptFile(path, f"{line!r} is not a new name, or a new name and colour")
+            raise CorruptFile(path, f"{line!r} is not a new name")
         found[name] = red, green, blue
-    try:
+    with of_file(path):
         return _palette(found)
-    except BadParameter as error:
-        raise CorruptFile(path, str(error)) from error
 
 
 def _palette(classes: Sequence[str] | Mapping[str, tuple[int, int, int]]) -> dict[str, tuple[int, int, int]]:
@@ -355,14 +353,11 @@ def _palette(classes: Sequence[str] | Mapping[str, tuple[int, int, int]]) -> dic
     check_range("classes", len(classes), 2, MOST)
     if not isinstance(classes, Mapping):
         return {name: _colour(i) for i, name in enumerate(classes)}
-    seen: list[tuple[int, ...]] = [(0, 0, 0)]  # ignored
-    for colour in classes.values():
-        whole = isinstance(colour, Sequence) and len(colour) == 3 and {*colour} <= {*range(256)}
-        if not whole or tuple(colour) in seen:
-            raise BadParameter(
-                "classes", colour, "for each a colour of its own, three numbers from 0 to 255, not black"
-            )
-        seen.append(tuple(colour))
+    colours = [*classes.values()]
+    for colour in colours:
+        known = isinstance(colour, tuple | list) and len(colour) == 3 and {*colour} <= {*range(256)} and any(colour)
+        if not known or colours.count(colour) > 1:
+            raise BadParameter("classes", colour, "a colour of its own for each, of numbers from 0 to 255, not black")
     return dict(classes)
 
 

@@ -17,7 +17,7 @@ from sklearn.datasets import load_sample_image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from ..errors import check_choice
+from ..errors import check_choice, check_range
 from .classification import resize_transform
 
 PHOTOGRAPHS = {
@@ -40,6 +40,7 @@ def photographs(input: Any, names: Sequence[str] = tuple(PHOTOGRAPHS)) -> Tensor
 
     Raises `BadParameter`: an unknown name.
     """
+    check_range("names", len(names), 1)
     for name in names:
         check_choice("names", name, PHOTOGRAPHS)
     images = [Image.fromarray(PHOTOGRAPHS[name]()) for name in names]

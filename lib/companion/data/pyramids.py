@@ -86,14 +86,16 @@ class Slide:
         return sum(values) / len(values)
 
     def level(self, downsample: float) -> int:
-        """The level whose downsample is nearest to `downsample`."""
+        """The level whose downsample is nearest to `downsample`. Raises `BadParameter`: it is less than 1."""
+        check_range("downsample", downsample, 1)
         return int(np.abs(np.array(self.downsamples) - downsample).argmin())
 
     def read(self, x: int, y: int, level: int, width: int, height: int) -> np.ndarray:
         """A rectangle of a level, its corner (x, y) in pixels of level 0: uint8 (height, width, 3).
 
-        Raises `CorruptFile` when the file is damaged there.
+        Raises `CorruptFile` when the file is damaged there, `BadParameter`: it has no such level.
         """
+        check_range("level", level, 0, len(self.levels) - 1, whole=True)
         canvas = Image.new("RGB", (width, height), "white")
         scale, (wide, high) = self.downsamples[level], self.levels[level]
         left, top = int(x / scale), int(y / scale)

@@ -34,6 +34,7 @@ from . import HIDDEN, DataSet, Parts, at, doubled, entries, find, own_set, table
 SPLITS = ("train", "tune", "test")
 GRADES = 6
 SUFFIXES = (".tiff", ".tif", ".svs", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".dcm")
+_UNKNOWN = ("", "nan", "na", "n/a", "none", "null", "unknown")  # how tables write that a cell has no value
 _COLUMNS = ("image_id", "data_provider", "isup_grade", "gleason_score")
 
 
@@ -114,14 +115,18 @@ def own(root: str | Path) -> dict[str, list[Item]]:
     if source.is_file():
         found = []
         for line, row in _rows(source, "slide_id", "label"):
-            name, label = _stem(row["slide_id"], files), row["label"].strip()
+            name, label, patient = (
+                _stem(row["slide_id"], files),
+                row["label"].strip(),
+                row.get("patient", "all").strip(),
+            )
             if name not in files:
                 raise _missing(path, f"the slide {name!r} of {source}, line {line}")
-            if label.lower() in ("", "nan", "na", "n/a", "none", "null"):
+            if label.lower() in _UNKNOWN:
                 raise CorruptFile(source, f"line {line}: the slide {name!r} has no class ({label!r}): leave it out")
-            if not row.get("patient", "all").strip():
+            if patient.lower() in _UNKNOWN:
                 raise CorruptFile(source, f"line {line}: the slide {name!r} has no patient: fill or drop the column")
-            found.append((name, label, row.get("patient", "").strip()))
+            found.append((name, label, patient if "patient" in row else ""))
     else:
         source = path
         inner = {name: file.relative_to(path).parts for name, file in files.items()}

@@ -200,23 +200,18 @@ def own(root: str | Path) -> dict[str, list[Video]]:
     files = [file for file in sorted(root.rglob(_OWN.boxes)) if not HIDDEN.search(f"/{file.relative_to(root)}")]
     if not files:
         raise dataset.missing(root, f"no {_OWN.boxes} in {root} or a folder below")
-    videos = [_video(dataset, root, file.parent, "train", frozenset()) for file in files]
-    for file, video in zip(files, videos, strict=True):
-        _check_boxes(file, video)
-    return {"train": videos}
+    return {"train": [_checked(file, _video(dataset, root, file.parent, "train", frozenset())) for file in files]}
 
 
-def _check_boxes(file: Path, video: Video) -> None:
-    """Raise `CorruptFile` of the first box that has not 0 for its size and no pixel in its frame, or if there are no
-    others; the frames are taken for as large as the first."""
-    height, width, _ = video.frame(0).shape
+def _checked(file: Path, video: Video) -> Video:
+    """The video. Raises `CorruptFile` of the first box that has not 0 for its size and no pixel in its frame, or if the
+    object is in no frame; frames are taken for as large as the first."""
     corners, sides = np.split(video.boxes, 2, axis=1)
-    wrong = (sides < 0).any(1) | (~video.absent & ((corners >= (width, height)) | (corners + sides <= 0)).any(1))
-    for number in np.flatnonzero(wrong)[:1]:
-        what = f"is no x,y,w,h in a frame of {width}x{height} pixels"
-        raise CorruptFile(file, f"line {number + 1}: {video.boxes[number].tolist()} {what}")
-    if video.absent.all():
-        raise CorruptFile(file, "the object is in no frame")
+    outside = (corners >= video.frame(0).shape[1::-1]) | (corners + sides <= 0)
+    wrong = (sides < 0) | (outside & ~video.absent[:, None])
+    for number in np.flatnonzero(wrong.any(1) | video.absent.all())[:1]:
+        raise CorruptFile(file, f"line {number + 1}: {video.boxes[number]} is no x,y,w,h of an object in its frame")
+    return video
 
 
 def _names(dataset: DataSet, root: Path, part: Path, split: str) -> list[str]:

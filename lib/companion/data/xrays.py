@@ -183,6 +183,7 @@ def own(
     Raises as `load`; also `BadParameter`: `classes` are no different names.
     """
     check_names(classes)
+    check_choice("task", task, (*TASKS[:3], "pre-training"))
     layout = (
         "{train,val,test}_list.txt    a line: path, then 0 or 1 for each class\n{train,val,test}_list.csv    "
         "img_path,mask_path or image_path,bbox\npretrain.csv                 img_path,report,llm_output"
