@@ -5,6 +5,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,9 +41,13 @@ class Edge:
 
 
 def edges(value: Any) -> Iterator[tuple[str, Any]]:
-    """The edges of a flag, a text, a number, a list or mapping, or of an array or tensor of numbers."""
-    if isinstance(value, bool | str):
+    """The edges of a flag, a number, a name, a path, None, a list or mapping, or of an array or tensor of numbers."""
+    if isinstance(value, bool):
         yield from {repr(x): x for x in ("x", "", 2, None)}.items()
+        return
+    if isinstance(value, list) and all(isinstance(name, str) for name in value):
+        yield from {"twice": [*value, value[0]], "spaced": [*value, f" {value[0]} "], "blank": [*value, ""]}.items()
+        yield from {"text": value[0], "set": {*value}, "number": 3, "nothing": None, "row less": value[:-1]}.items()
         return
     if isinstance(value, list | tuple | dict):
         kind, entries = type(value), list(value.items() if isinstance(value, dict) else value)
@@ -55,6 +60,12 @@ def edges(value: Any) -> Iterator[tuple[str, Any]]:
         return
     if isinstance(value, int | float):
         yield from {repr(x): x for x in (0, -1, 1, 2.5, math.nan, math.inf, "x", None)}.items()
+        return
+    if isinstance(value, str):
+        yield from {repr(x): x for x in ("", f" {value}", value.upper(), 1, None, [])}.items()
+        return
+    if value is None or isinstance(value, Path):
+        yield from {repr(x): x for x in (0, "", [], {}, Path("/dev/null"))}.items()
         return
     array, tensor = isinstance(value, np.ndarray), torch.as_tensor(value)
 
