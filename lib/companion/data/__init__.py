@@ -11,8 +11,7 @@ transform; `own_set` makes the `DataSet` of such a folder.
 
 A set is found by the names that mark its folder (`DataSet.folder`), and a file in it by `at`, both in upper or lower
 case. `tables` reads lists and CSV files; `inside` and `check_listed` check the files that they name, `check_own` those
-of own data. `once` makes a
-function that parses a file again only when the file has changed.
+of own data. `once` makes a function that parses a file again only when the file has changed.
 """
 
 from __future__ import annotations

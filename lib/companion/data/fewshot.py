@@ -202,7 +202,7 @@ def _described(dataset: Dataset) -> tuple[np.ndarray, list[str]]:
     """Labels and class names of a data set. Raises `BadParameter`: it has not a class for each image."""
     names = list(getattr(dataset, "class_names", ()))
     labels = np.asarray(getattr(dataset, "labels", ()))
-    if not names or labels.shape != (len(dataset),) or not {*labels.tolist()} <= {*range(len(names))}:
+    if not names or labels.ndim != 1 or not {*labels.tolist()} <= {*range(len(names))}:
         raise BadParameter("dataset", type(dataset).__name__, "images with one class each, as `domains.splits` gives")
     return labels.astype(np.int64), names
 

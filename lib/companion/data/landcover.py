@@ -317,9 +317,9 @@ def own(
     decode = functools.partial(plain_or_coloured, tuple(palette.values()))
     options: dict[str, Any] = {"size": size, "stride": stride, "pad": False, "transform": transform}
     listed = {split: tables.names(root / name) for split, name in spelled(root, entries(root), ".txt").items()}
-    known = [name for names in listed.values() for name in names]
-    if lost := [name for name in known if name not in pictures]:
-        raise dataset.missing(root, f"images/{lost[0]} is not there")
+    known = {name for names in listed.values() for name in names}
+    if lost := known - pictures.keys():
+        raise dataset.missing(root, f"images/{min(lost)} is not there")
     chosen = {"train": [name for name in pictures if name not in known]} | listed
     check_apart({split: [str(pictures[name].image) for name in names] for split, names in chosen.items()})
     found = {}

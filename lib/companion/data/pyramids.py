@@ -86,8 +86,8 @@ class Slide:
         return sum(values) / len(values)
 
     def level(self, downsample: float) -> int:
-        """The level whose downsample is nearest to `downsample`. Raises `BadParameter`: it is less than 1."""
-        check_range("downsample", downsample, 1)
+        """The level whose downsample is nearest to `downsample`. Raises `BadParameter`: none above 0."""
+        check_range("downsample", downsample, 0, ends="(]")
         return int(np.abs(np.array(self.downsamples) - downsample).argmin())
 
     def read(self, x: int, y: int, level: int, width: int, height: int) -> np.ndarray:

@@ -120,6 +120,7 @@ class Masked(Radiographs):
     """
 
     each = ("paths", "rows")
+    paired = False  # masks have the proportions of their images; those of some sets are of a square
 
     def __init__(
         self,
@@ -137,7 +138,7 @@ class Masked(Radiographs):
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         image, mask = self.grey(i, self.colour), self.mask(self.rows[i])
-        if self.dataset.group == "own":  # masks of the public sets are those of a square
+        if self.paired:
             decoding.check_proportions(self.paths[i], image, mask)
         if self.transform:
             image, mask = self.transform(image, mask)

@@ -115,11 +115,8 @@ def own(root: str | Path) -> dict[str, list[Item]]:
     if source.is_file():
         found = []
         for line, row in _rows(source, "slide_id", "label"):
-            name, label, patient = (
-                _stem(row["slide_id"], files),
-                row["label"].strip(),
-                row.get("patient", "all").strip(),
-            )
+            name, label = _stem(row["slide_id"], files), row["label"].strip()
+            patient = row.get("patient", "all").strip()
             if name not in files:
                 raise _missing(path, f"the slide {name!r} of {source}, line {line}")
             if label.lower() in _UNKNOWN:

@@ -164,6 +164,7 @@ def load(
             found = make(paths, masks.grey, finish=_disc_and_cup, colour=True)
         else:
             found = make(paths, functools.partial(_own_mask, masks))
+            found.paired = True
     if not len(found):
         raise CorruptFile(path, "lists no image")
     listed = len(set(tables.columns(path, "ImageId", "EncodedPixels")[0])) if name == "xrays/siim" else len(found)
