@@ -28,6 +28,7 @@ from companion.data import (
     xrays,
 )
 from companion.errors import CompanionError
+from companion.models.promptpar import transforms
 from tests.edges.common import Edge, check
 
 Content = str | bytes | tuple[int, ...] | None  # a text, bytes, an image of this size (and value), or no file
@@ -591,10 +592,10 @@ ARGUMENTS: dict[str, Callable[[Path], Edge]] = {
         slides.Features,
     ),
     "padding": lambda _: Edge(
-        lambda size, antialias, padding: attributes.PadToSquare(size).size,
+        lambda size, antialias, padding: transforms.PadToSquare(size).size,
         {"size": 8, "antialias": 1, "padding": 1},
         dict.fromkeys(("antialias", "padding"), ANY) | {"size": "1"},
-        attributes.PadToSquare,
+        transforms.PadToSquare,
     ),
     "slide": lambda root: Edge(
         lambda path, mpp: pyramids.Slide(root / "p.tiff", mpp).mpp,

@@ -219,7 +219,7 @@ class PromptPAR(PromptedTower, Released):
         if self.agg_bn is None:
             return Output(logits, None), out
         _, shares = self.similarities(tokens[:, self.class_positions])
-        return Output(logits, self.agg_bn(self.aggregate(shares))), out
+        return Output(logits, self.agg_bn(self.aggregate(shares).to(logits.dtype))), out
 
     def forward_features(self, images: Tensor) -> Tensor:
         """All tokens of the image tower, (b, L, E), of images (b, 3, H, W).

@@ -140,8 +140,8 @@ def tower_order(prompts: int, regions: int, patches: int) -> Tensor:
 
 
 def norm(layer: nn.LayerNorm, x: Tensor) -> Tensor:
-    """A norm computed in float32; the activations keep their precision."""
-    return layer(x.float()).to(x.dtype)
+    """A norm computed in its own precision, float32 also in a CLIP of float16; the activations keep theirs."""
+    return layer(x.to(next(layer.parameters(), x).dtype)).to(x.dtype)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> tuple[Tensor, Out]:
