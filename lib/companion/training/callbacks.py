@@ -6,16 +6,17 @@ A callback of your own overrides the hooks that it needs. Its `state_dict` is pa
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import BadParameter, CompanionError, check_range
-from .checkpoints import trained_state
+from ..errors import BadParameter, check_kind, check_range
+from .checkpoints import shapes, trained_state
 
 if TYPE_CHECKING:  # imported only for training: it takes a second, because it imports torchmetrics
     from lightning_fabric import Fabric
@@ -61,9 +62,9 @@ class Loop:
 class Callback:
     """A callback that does nothing.
 
-    Hooks: `on_gradients` after the backward pass, gradients unscaled, before the optimiser's step; `on_step_end`;
-    `on_epoch_end`, also when a training ends within an epoch; `on_fit_end`. Setting `loop.stopped` in any
-    of them ends the training. `before_save` before a checkpoint is written.
+    Hooks: `begin` before a training, perhaps another one with the same object; `on_gradients` after the backward pass,
+    gradients unscaled, before the optimiser's step; `on_step_end`; `on_epoch_end`, also when a training ends within an
+    epoch; `on_fit_end`. Setting `loop.stopped` in any of them but the first ends the training.
 
     Attributes:
         saved_as: names the state in a checkpoint, the class that defines `state_dict`: a training resumes with the same
@@ -76,6 +77,9 @@ class Callback:
         if "state_dict" in vars(cls):
             cls.saved_as = cls.__name__
 
+    def begin(self) -> None:
+        """Forget the training before: an object may serve several."""
+
     def on_gradients(self, loop: Loop) -> None:
         """Before the optimiser's step."""
 
@@ -84,9 +88,6 @@ class Callback:
 
     def on_epoch_end(self, loop: Loop) -> None:
         """After the last step of an epoch."""
-
-    def before_save(self) -> None:
-        """Raise where the training is not worth saving."""
 
     def on_fit_end(self, loop: Loop) -> None:
         """After the last step."""
@@ -100,7 +101,7 @@ class Callback:
 
 
 def _limit(name: str, value: float) -> float:
-    if not value > 0:  # 0 would remove the gradient, a negative one turn it round
+    if not isinstance(value, Real) or not value > 0:  # 0 would remove the gradient, a negative one turn it round
         raise BadParameter(name, value, "more than 0")
     return float(value)
 
@@ -117,29 +118,14 @@ class ClipNorm(Callback):
 
     def __init__(self, max_norm: float, *, per_tensor: bool = False):
         self.max_norm, self.per_tensor = _limit("max_norm", max_norm), per_tensor
-        # the sum of all norms so far; it is checked rarely, because each check synchronises with a GPU
-        self._norm = torch.zeros(())
 
     def on_gradients(self, loop: Loop) -> None:
         groups: dict[object, list[nn.Parameter]] = {}
         for group in loop.optimizer.param_groups:
             groups.setdefault(group.get("name"), []).extend(group["params"])
         for parameters in groups.values():
-            # without gradients the norm would be a CPU tensor, and the sum of norms would be copied to the CPU
-            graded = [p for p in parameters if p.grad is not None]
-            for one in [[p] for p in graded] if self.per_tensor else [graded] if graded else []:
-                norm = nn.utils.clip_grad_norm_(one, self.max_norm)
-                # with half precision the first steps overflow and are skipped by the gradient scaler
-                if loop.precision != "16-mixed":
-                    self._norm = self._norm.to(norm.device, non_blocking=True) + norm
-
-    def before_save(self) -> None:
-        """Raise `CompanionError` when a gradient so far was not finite."""
-        if not self._norm.isfinite():
-            raise CompanionError("the training diverged: a gradient is not finite; a lower learning rate may help")
-
-    def on_epoch_end(self, loop: Loop) -> None:
-        self.before_save()
+            for one in [[p] for p in parameters] if self.per_tensor else [parameters]:
+                nn.utils.clip_grad_norm_(one, self.max_norm)
 
 
 class ClipValue(Callback):
@@ -182,13 +168,18 @@ class EarlyStop(Callback):
         patient_ties: bool = False,
         start: float | None = None,
     ):
-        check_range("patience", patience, 0)
+        check_kind("score", score, Callable, "a function from the model to its score")
+        check_range("patience", patience, 0, whole=True)
+        check_range("first_step", first_step, 0, whole=True)
+        if start is not None:
+            check_range("start", start, -np.inf)
         self.score, self.patience, self.first_step = score, patience, first_step
         self.ties, self.patient_ties = ties, patient_ties
-        self.start, self.best = start, dict[str, Tensor]()
-        self._reset()
+        self.start = start
+        self.begin()
 
-    def _reset(self) -> None:
+    def begin(self) -> None:
+        self.best: dict[str, Tensor] = {}
         self.scores: list[tuple[int, float, float]] = []
         # the best of the scores that select, and of those that stop; epochs since the latter
         self.highest = self.top = -np.inf if self.start is None else float(self.start)
@@ -204,7 +195,10 @@ class EarlyStop(Callback):
         score = loop.fabric.broadcast(score)
         loop.model.train()
         both = score if isinstance(score, tuple) else (score, score)
-        selects, stops = (-np.inf if np.isnan(value) else float(value) for value in both)
+        try:
+            selects, stops = (-np.inf if np.isnan(value := float(one)) else value for one in both)
+        except (TypeError, ValueError, RuntimeError):
+            raise BadParameter("score", score, "a function that returns a number, or two in a tuple") from None
         first = not (self.best or self.start is not None)
         if selects > self.highest or (self.ties and selects == self.highest) or first:
             self.best = trained_state(loop.model)
@@ -226,8 +220,8 @@ class EarlyStop(Callback):
         return {"scores": self.scores, "best": self.best}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.begin()
         self.best = state["best"]
-        self._reset()
         for row in state["scores"]:
             self._count(*row)
 
@@ -239,8 +233,12 @@ class Lookahead(Callback):
     """
 
     def __init__(self, k: int = 5, alpha: float = 0.5):
-        check_range("k", k, 1)
+        check_range("k", k, 1, whole=True)
+        check_range("alpha", alpha, 0, 1)
         self.k, self.alpha = k, alpha
+        self.begin()
+
+    def begin(self) -> None:
         self.slow: list[Tensor] = []
 
     @torch.no_grad()
@@ -265,23 +263,33 @@ class EMA(Callback):
 
     Args:
         pairs: an average (see `ema_copy`), which is a part of the model, and the module that it averages.
-        momentum: maps the number of finished steps to the momentum.
+        momentum: maps the number of finished steps to the momentum, 0 to 1.
     """
 
     def __init__(self, pairs: Iterable[tuple[nn.Module, nn.Module]], momentum: Callable[[int], float]):
+        check_kind("momentum", momentum, Callable, "a function from the number of finished steps to the momentum")
+        accepted = "pairs of `ema_copy(module)` and the module"
+        check_kind("pairs", pairs, Iterable, accepted)
         self.pairs, self.momentum = list(pairs), momentum
+        for pair in self.pairs:
+            two = isinstance(pair, Sequence) and len(pair) == 2 and all(isinstance(part, nn.Module) for part in pair)
+            if not two or [*pair[0].parameters()] or shapes(pair[0].state_dict()) != shapes(pair[1].state_dict()):
+                raise BadParameter("pairs", pair, accepted)
 
     @torch.no_grad()
     def on_step_end(self, loop: Loop) -> None:
         """Update the averages in place: momentum * average + (1 - momentum) * module."""
         for average, module in self.pairs:
             own, values = dict(average.named_buffers()), dict(module.named_parameters())
-            weight = 1 - self.momentum(loop.step)
+            momentum = self.momentum(loop.step)
+            check_range("momentum", momentum, 0, 1)
+            weight = 1 - momentum
             torch._foreach_lerp_([own[name] for name in values], list(values.values()), weight)
 
 
 def ema_copy(module: nn.Module) -> nn.Module:
     """A copy of a module with buffers instead of parameters: stored in checkpoints, without gradients."""
+    check_kind("module", module, nn.Module, "an `nn.Module`")
     twin = copy.deepcopy(module)
     for part in twin.modules():
         for name, value in list(part.named_parameters(recurse=False)):

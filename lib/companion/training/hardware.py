@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.multiprocessing import ProcessRaisedException, start_processes
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from ..errors import BadParameter, CompanionError
+from ..errors import BadParameter, CompanionError, check_choice, check_kind, check_range
 from ..io.papers import paper
 
 if TYPE_CHECKING:  # imported only for training: it takes a second, because it imports torchmetrics
     from lightning_fabric import Fabric
 
+ACCELERATORS = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "tf32")
 WORKERS = min(8, os.cpu_count() or 1)  # processes that load the data of a recipe
 
@@ -64,6 +65,14 @@ class Hardware:
     grad_checkpointing: bool = False
     compile: bool = False
 
+    def __post_init__(self) -> None:
+        check_choice("accelerator", self.accelerator, ACCELERATORS)
+        check_choice("precision", self.precision, PRECISIONS)
+        for name, low in {"devices": 1, "workers": 0, "accumulate": 1}.items():
+            check_range(name, getattr(self, name), low, whole=True)
+        for name in ("grad_checkpointing", "compile"):
+            check_choice(name, getattr(self, name), (False, True))
+
     @classmethod
     def of(cls, p: RunParameters, slug: str, *, workers: int = 0, accumulate: int = 1) -> Hardware:
         """The `Hardware` of a notebook's parameters, for every training and evaluation of its paper.
@@ -89,6 +98,7 @@ def device(accelerator: str) -> str:
 
     CUDA is not initialised: `fit` could not fork this process for several devices any more.
     """
+    check_choice("accelerator", accelerator, ACCELERATORS)
     # read by every `torch.cuda.is_available()`, which otherwise initialises CUDA; lightning_fabric sets it on import
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     return "cuda" if accelerator in ("auto", "cuda") and torch.cuda.is_available() else "cpu"
@@ -127,6 +137,7 @@ def launcher(hardware: Hardware, devices: int = 1) -> Fabric:
     from lightning_fabric.plugins.environments import LightningEnvironment
     from lightning_fabric.strategies import DDPStrategy
 
+    check_kind("hardware", hardware, Hardware, "a `Hardware`")
     chosen = device("auto") if hardware.accelerator == "auto" else hardware.accelerator
     there = {"cuda": torch.cuda.is_available, "mps": MPSAccelerator.is_available}.get(chosen)
     if there is not None and not there():
@@ -190,8 +201,9 @@ def on_device(fabric: Fabric, hardware: Hardware, *models: nn.Module) -> Iterato
     """Context manager: moves models to a device; afterwards, also after an error, they are back on their former
     devices.
 
-    On a GPU, matrix products inside the block use TF32 if `hardware` asks for it, else float32; convolutions use the
-    default of cuDNN, TF32, as in the authors' runs, and are selected by benchmarking.
+    An `autocast` around the block has no effect within: `hardware` has the precision. On a GPU, matrix products inside
+    the block use TF32 if `hardware` asks for it, else float32; convolutions use the default of cuDNN, TF32, as in the
+    authors' runs, and are selected by benchmarking.
     """
     homes = [next(itertools.chain(m.parameters(), m.buffers()), torch.empty(0)).device for m in models]
     precision, benchmark = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
@@ -199,7 +211,12 @@ def on_device(fabric: Fabric, hardware: Hardware, *models: nn.Module) -> Iterato
         torch.set_float32_matmul_precision("high" if hardware.precision == "tf32" else "highest")
         torch.backends.cudnn.benchmark = True
     try:
-        yield
+        nested = torch.autocast_increment_nesting() > 1
+        torch.autocast_decrement_nesting()
+        # the cache of weights in half precision is cleared where the outermost block ends: here after all steps
+        options = {"enabled": False, "cache_enabled": False}
+        with torch.autocast(fabric.device.type, **options) if nested else contextlib.nullcontext():
+            yield
     finally:
         torch.set_float32_matmul_precision(precision)
         torch.backends.cudnn.benchmark = benchmark
@@ -225,5 +242,6 @@ def loader(
     data: Dataset, batch: int | None, hardware: Hardware, device: torch.device, done: int = 0, collate: Any = None
 ) -> DataLoader:
     """A loader of the items after the first `done` for a model on `device`; batch None: one by one, not stacked."""
-    options = {"num_workers": hardware.workers, "pin_memory": device.type == "cuda"}
+    options: dict[str, Any] = {"num_workers": hardware.workers, "pin_memory": device.type == "cuda"}
+    options["generator"] = torch.Generator()  # a loader draws from the global one otherwise
     return DataLoader(Subset(data, range(done, len(data))), batch, collate_fn=collate, **options)

@@ -59,7 +59,10 @@ class Clock(Callback):
     """Write the seconds of the last step to `file`, by which `companion doctor` estimates hours."""
 
     def __init__(self, file: Path, images: int):
-        self.file, self.images, self.times = file, images, [time.monotonic()]
+        self.file, self.images = file, images
+
+    def begin(self) -> None:
+        self.times = [time.monotonic()]
 
     def on_step_end(self, loop: Loop) -> None:
         """Wait for the device and read the clock."""
