@@ -28,7 +28,7 @@ from ..io.config import configure
 from ..io.files import atomic_folder, read_json, write_json
 from . import DataSet, at, below, check_listed, check_own, entries, facts, find, inside, once, own_set, tables
 from .downloads import fetched
-from .images import Images, Transform, class_folders, images_of_classes, normalised, warn_of
+from .images import Images, Transform, as_rgb, class_folders, images_of_classes, normalised, warn_of
 
 SPLITS = ("train", "val", "trainval", "test")
 _LISTS = {"train": "train800.txt", "val": "val200.txt", "trainval": "train800val200.txt", "test": "test.txt"}
@@ -167,7 +167,7 @@ def resize_transform(input) -> v2.Transform:
     Returns:
         From a PIL image to a float32 tensor (3, size, size).
     """
-    steps = [v2.Resize((input.size, input.size)), *normalised(input)]
+    steps = [as_rgb, v2.Resize((input.size, input.size)), *normalised(input)]
     return configure(v2.Compose(steps), {"input": input}, resize_transform)
 
 
@@ -183,7 +183,7 @@ def crop_transform(input, train: bool) -> v2.Transform:
         From a PIL image to a float32 tensor (3, size, size).
     """
     cut = [v2.RandomCrop(input.size), v2.RandomHorizontalFlip(0.5)] if train else [v2.CenterCrop(input.size)]
-    steps = [v2.Resize(round(input.size * 256 / 224)), *cut, *normalised(input)]
+    steps = [as_rgb, v2.Resize(round(input.size * 256 / 224)), *cut, *normalised(input)]
     return configure(v2.Compose(steps), {"input": input, "train": train}, crop_transform)
 
 

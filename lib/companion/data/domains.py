@@ -50,7 +50,7 @@ from . import (
     tables,
 )
 from .downloads import fetched
-from .images import Images, Transform, class_folders, images_of_classes, normalised, warn_of
+from .images import Images, Transform, as_rgb, class_folders, images_of_classes, normalised, warn_of
 
 SPLITS = ("train", "val", "test", "all")
 _PARTS = SPLITS[:3]
@@ -145,7 +145,7 @@ def clip_transform(input, train: bool = False) -> v2.Transform:
         if train
         else [v2.Resize(input.size, interpolation=bicubic), v2.CenterCrop(input.size)]
     )
-    return configure(v2.Compose([*cut, *normalised(input)]), {"input": input, "train": train}, clip_transform)
+    return configure(v2.Compose([as_rgb, *cut, *normalised(input)]), {"input": input, "train": train}, clip_transform)
 
 
 # --- called by `companion.data` ----------------------------------------------------------------------------------

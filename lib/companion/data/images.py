@@ -18,15 +18,32 @@ from torch.utils.data import Dataset
 from torchvision.datasets.folder import make_dataset
 from torchvision.transforms import v2
 
-from ..errors import CorruptFile, check_kind
+from ..errors import BadParameter, CorruptFile, check_kind
 from . import HIDDEN, SPELLED, DataSet, Parts, decoding, entries, spelled
 
 Transform = Callable[[Image.Image], torch.Tensor]
 
 
 def to_tensor(picture: Image.Image) -> torch.Tensor:
-    """An image as float32 (3, H, W) in 0 to 1."""
-    return v2.functional.to_dtype(v2.functional.pil_to_tensor(picture), torch.float32, scale=True)
+    """An image of any mode as float32 (3, H, W) in 0 to 1."""
+    return as_float(v2.functional.pil_to_tensor(as_rgb(picture)))
+
+
+def as_rgb(picture: Any) -> Any:
+    """A PIL image in RGB, the first step of a transform: a palette's indices and 16 bits are no colours. What is no PIL
+    image stays as it is. Raises `BadParameter`: no full scale."""
+    pil = isinstance(picture, Image.Image) and picture.mode != "RGB"
+    return decoding.in_memory(picture) if pil else picture
+
+
+def as_float(images: torch.Tensor) -> torch.Tensor:
+    """Images as float32 in 0 to 1. Raises `BadParameter`: neither uint8 nor floats in that range, beyond which
+    interpolation may reach."""
+    found = v2.functional.to_dtype(images, torch.float32, scale=True)
+    low, high = map(float, found.aminmax())
+    if (images.dtype != torch.uint8 and not images.is_floating_point()) or not (low >= -1 and high <= 2):  # NaN is not
+        raise BadParameter("images", f"{images.dtype}, {low:g} to {high:g}", "uint8, or floats in [0, 1]")
+    return found
 
 
 def normalised(input) -> list[v2.Transform]:

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from torchvision.transforms import v2
 
+from ..data.images import as_rgb
 from ..evaluation.ablations import Study
 from ..evaluation.metrics.attributes import evaluate
 from ..io.config import configure
@@ -293,7 +294,7 @@ def images(seed: int, split: str) -> TensorDataset:
 
 def transform() -> v2.Transform:
     """From a PIL image to the input (3, 64, 32) of the toy CLIP, in [-1, 1]."""
-    steps = [v2.Resize([HEIGHT, WIDTH]), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+    steps = [as_rgb, v2.Resize([HEIGHT, WIDTH]), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
     return configure(v2.Compose([*steps, v2.Normalize([0.5] * 3, [0.5] * 3)]), {}, transform)
 
 

@@ -6,17 +6,16 @@ A callback of your own overrides the hooks that it needs. Its `state_dict` is pa
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import BadParameter, check_kind, check_range
-from .checkpoints import shapes, trained_state
+from ..errors import check_range
+from .checkpoints import trained_state
 
 if TYPE_CHECKING:  # imported only for training: it takes a second, because it imports torchmetrics
     from lightning_fabric import Fabric
@@ -100,12 +99,6 @@ class Callback:
         """Restore a `state_dict`."""
 
 
-def _limit(name: str, value: float) -> float:
-    if not isinstance(value, Real) or not value > 0:  # 0 would remove the gradient, a negative one turn it round
-        raise BadParameter(name, value, "more than 0")
-    return float(value)
-
-
 class ClipNorm(Callback):
     """Clip the gradient to a maximum norm: over all parameter groups of one `name`, or for each tensor separately.
 
@@ -117,7 +110,8 @@ class ClipNorm(Callback):
     saved_as = "ClipNorm"  # it has no state, but a training with clipped gradients is another
 
     def __init__(self, max_norm: float, *, per_tensor: bool = False):
-        self.max_norm, self.per_tensor = _limit("max_norm", max_norm), per_tensor
+        check_range("max_norm", max_norm, 0, ends="(]")  # 0 would remove the gradient, a negative one turn it round
+        self.max_norm, self.per_tensor = float(max_norm), per_tensor
 
     def on_gradients(self, loop: Loop) -> None:
         groups: dict[object, list[nn.Parameter]] = {}
@@ -132,7 +126,8 @@ class ClipValue(Callback):
     """Clip every entry of the gradient to [-max_value, max_value]."""
 
     def __init__(self, max_value: float):
-        self.max_value = _limit("max_value", max_value)
+        check_range("max_value", max_value, 0, ends="(]")
+        self.max_value = float(max_value)
 
     def on_gradients(self, loop: Loop) -> None:
         for group in loop.optimizer.param_groups:
@@ -168,11 +163,9 @@ class EarlyStop(Callback):
         patient_ties: bool = False,
         start: float | None = None,
     ):
-        check_kind("score", score, Callable, "a function from the model to its score")
         check_range("patience", patience, 0, whole=True)
         check_range("first_step", first_step, 0, whole=True)
-        if start is not None:
-            check_range("start", start, -np.inf)
+        check_range("start", start or 0, -np.inf)
         self.score, self.patience, self.first_step = score, patience, first_step
         self.ties, self.patient_ties = ties, patient_ties
         self.start = start
@@ -195,10 +188,7 @@ class EarlyStop(Callback):
         score = loop.fabric.broadcast(score)
         loop.model.train()
         both = score if isinstance(score, tuple) else (score, score)
-        try:
-            selects, stops = (-np.inf if np.isnan(value := float(one)) else value for one in both)
-        except (TypeError, ValueError, RuntimeError):
-            raise BadParameter("score", score, "a function that returns a number, or two in a tuple") from None
+        selects, stops = (-np.inf if np.isnan(value) else float(value) for value in both)
         first = not (self.best or self.start is not None)
         if selects > self.highest or (self.ties and selects == self.highest) or first:
             self.best = trained_state(loop.model)
@@ -267,14 +257,7 @@ class EMA(Callback):
     """
 
     def __init__(self, pairs: Iterable[tuple[nn.Module, nn.Module]], momentum: Callable[[int], float]):
-        check_kind("momentum", momentum, Callable, "a function from the number of finished steps to the momentum")
-        accepted = "pairs of `ema_copy(module)` and the module"
-        check_kind("pairs", pairs, Iterable, accepted)
         self.pairs, self.momentum = list(pairs), momentum
-        for pair in self.pairs:
-            two = isinstance(pair, Sequence) and len(pair) == 2 and all(isinstance(part, nn.Module) for part in pair)
-            if not two or [*pair[0].parameters()] or shapes(pair[0].state_dict()) != shapes(pair[1].state_dict()):
-                raise BadParameter("pairs", pair, accepted)
 
     @torch.no_grad()
     def on_step_end(self, loop: Loop) -> None:
@@ -283,13 +266,11 @@ class EMA(Callback):
             own, values = dict(average.named_buffers()), dict(module.named_parameters())
             momentum = self.momentum(loop.step)
             check_range("momentum", momentum, 0, 1)
-            weight = 1 - momentum
-            torch._foreach_lerp_([own[name] for name in values], list(values.values()), weight)
+            torch._foreach_lerp_([own[name] for name in values], list(values.values()), 1 - momentum)
 
 
 def ema_copy(module: nn.Module) -> nn.Module:
     """A copy of a module with buffers instead of parameters: stored in checkpoints, without gradients."""
-    check_kind("module", module, nn.Module, "an `nn.Module`")
     twin = copy.deepcopy(module)
     for part in twin.modules():
         for name, value in list(part.named_parameters(recurse=False)):

@@ -20,11 +20,12 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from ..errors import BadParameter, CompanionError, check_choice, check_kind, check_range
 from ..io.progress import progress
@@ -56,10 +57,7 @@ def outputs_of(
     Args:
         folder: where the outputs are stored as they come, see `stored.fill`; a killed prediction resumes there. They
             are read from the disk when they are indexed. Its name must identify model, data and precision.
-
-    Raises `BadParameter`: no data, or a model whose output has not one row for each image.
     """
-    _check_data(model, data)
     check_range("batch", batch, 1, whole=True)
 
     def outputs(done: int) -> Iterator[tuple[Tensor]]:
@@ -67,18 +65,15 @@ def outputs_of(
             if isinstance(data, TensorDataset):
                 stream = iter(data.tensors[0][done:].split(batch))
             else:
-                collate = getattr(data, "collate", _collate)
-                stream = (_entries(items, 1)[0] for items in loader(data, batch, hardware, device, done, collate))
+                collate = getattr(data, "collate", None)
+                stream = (items[0] for items in loader(data, batch, hardware, device, done, collate))
             for images in stream:
                 # inference mode here: a model moved within it, or its outputs, could not be trained any more
                 with torch.inference_mode():
                     output = model(images.to(device, non_blocking=True))
                     output = output[0] if isinstance(output, tuple) else output
-                if not isinstance(output, Tensor) or output.shape[:1] != images.shape[:1]:
-                    found = getattr(output, "shape", type(output).__name__)
-                    accepted = f"a tensor with a row for each of {len(images)} images, or a tuple that begins with one"
-                    raise BadParameter("output of the model", found, accepted)
-                yield (output.cpu().float(),)
+                # of another number of rows it is an error, not broadcast
+                yield (output.cpu().float().view(len(images), *output.shape[1:]),)
 
     if folder:
         fill(folder, len(data), outputs)
@@ -94,7 +89,6 @@ def outputs_of(
 
 def same_shapes(images: Sequence[Tensor], most: int) -> list[list[int]]:
     """Indices of images by shape, in groups of at most `most` that can be stacked."""
-    check_range("most", most, 1, whole=True)
     groups: dict[torch.Size, list[int]] = {}
     for i, image in enumerate(images):
         groups.setdefault(image.shape, []).append(i)
@@ -153,19 +147,26 @@ def fit(
             parameters were not finite. The checkpoint before remains.
         CorruptFile: the checkpoint cannot be read.
     """
-    _check_data(model, data)
-    for argument, value in {"loss": loss, "optimizer": optimizer}.items():
-        check_kind(argument, value, Callable, "a function of the model, see `fit`")
-    check_kind("callbacks", callbacks, Sequence, "a list of callbacks")
-    for callback in callbacks:
-        check_kind("callbacks", callback, Callback, "a list of callbacks")
-    check_kind("hardware", hardware, Hardware, "a `Hardware`")
-    check_kind("checkpoint", checkpoint, Checkpoint | None, "a `Checkpoint`, or None")
+    for argument, value, kind in (
+        ("model", model, nn.Module),
+        ("loss", loss, Callable),
+        ("optimizer", optimizer, Callable),
+        ("callbacks", callbacks, Sequence),
+        ("checkpoint", checkpoint, Checkpoint | None),
+        ("hardware", hardware, Hardware),
+    ):
+        check_kind(argument, value, kind, f"a {kind}")
+    check_range("epochs", epochs, 0, ends="(]")
+    check_range("batch", batch, 1, whole=True)
     check_range("seed", seed, 0, whole=True)
-    _check_sizes(len(data), epochs, batch, last, hardware)
+    _check_arguments(len(data), batch, last, hardware)
     per_epoch = -(-len(data) // batch) if last == "train" else len(data) // batch
     steps = max(1, round(epochs * per_epoch))
-    optim = _optimizer(optimizer, model)
+    optim = optimizer(model)
+    given = {p for group in optim.param_groups for p in group["params"]}
+    if given - {*model.parameters()} or not any(p.requires_grad for p in given):
+        accepted = "one of the model's own parameters, of which some require a gradient"
+        raise BadParameter("optimizer", type(optim).__name__, accepted)
     rates = _learning_rates(optim, scheduled() if schedule is None else schedule, steps, per_epoch)
     settings: dict[str, Any] = {"steps": steps, "batch": batch, "images": len(data), "seed": seed}
     settings |= {"accumulate": hardware.accumulate, "precision": hardware.precision} | _settings(optim, rates)
@@ -194,7 +195,7 @@ def fit(
             whole = batch if last == "carry" else images  # divisor of the sum over images
             terms = _backward(fabric, wrapped, loss, batches, min(most, images // ranks), whole)
             if hardware.precision != "16-mixed":  # there a step that overflows is skipped by the gradient scaler
-                losses += terms["loss"].float()
+                losses += terms["loss"]
             if step == start:
                 _check_finite(losses)
             if callbacks:
@@ -216,11 +217,11 @@ def fit(
                 for buffer in filter(torch.is_floating_point, model.buffers()):  # running statistics differ
                     average_over_devices(buffer)
             if loop.epoch_ended:  # not at each step, because it waits for a GPU
-                _check_finite(losses, optim)
+                _check_finite(losses, *model.parameters())
                 for callback in callbacks:
                     callback.on_epoch_end(loop)
             if checkpoint and rank == 0 and (loop.ended or (agreed and checkpoint.due(loop.step))):
-                _check_finite(losses, optim)
+                _check_finite(losses, *model.parameters())
                 checkpoint.append(loop.history)
                 checkpoint.write(_state(loop, callbacks, settings))
             if loop.ended:
@@ -240,21 +241,11 @@ def fit(
             model.eval()
 
 
-def _check_data(model: nn.Module, data: Dataset) -> None:
-    check_kind("model", model, nn.Module, "an `nn.Module`")
-    if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")) or isinstance(data, str):
-        raise BadParameter("data", type(data).__name__, "a map-style data set: with a length, and items by index")
-    if not len(data):
-        raise BadParameter("data", "no items", "at least one")
-
-
-def _check_sizes(images: int, epochs: float, batch: int, last: str, hardware: Hardware) -> None:
+def _check_arguments(images: int, batch: int, last: str, hardware: Hardware) -> None:
     """Raise `BadParameter` unless `fit` can train on a data set of `images` with these arguments."""
     devices, accumulate = hardware.devices, hardware.accumulate
     check_choice("last", last, LAST)
-    check_range("epochs", epochs, 0, ends="(]")
-    check_range("batch", batch, 1, whole=True)
-    if batch > images and last != "train":
+    if not images or (batch > images and last != "train"):
         raise BadParameter("batch", batch, f"1 to {images}, the images there are")
     if batch % devices:
         raise BadParameter("batch", batch, f"a multiple of devices = {devices}, 1 or more")
@@ -268,30 +259,6 @@ def _check_sizes(images: int, epochs: float, batch: int, last: str, hardware: Ha
         raise BadParameter("devices", devices, accepted)
 
 
-def _optimizer(make: MakeOptimizer, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimiser of a model's parameters. Raises `BadParameter`: it would train none, or others."""
-    trained = {p for p in model.parameters() if p.requires_grad}
-    if not trained or any(p.is_meta or p.is_inference() for p in model.parameters()):
-        accepted = "a model with parameters that require a gradient, made outside `torch.inference_mode`"
-        raise BadParameter("model", type(model).__name__, accepted)
-    accepted = "a function from the model to its optimizer, which needs no closure: adamw(1e-3) is one"
-    try:
-        found = make(model)
-    except (TypeError, ValueError) as error:
-        if isinstance(error, CompanionError):
-            raise
-        raise BadParameter("optimizer", f"{make} ({error})", accepted) from error
-    if not isinstance(found, torch.optim.Optimizer) or isinstance(found, torch.optim.LBFGS):
-        raise BadParameter("optimizer", type(found).__name__, accepted)
-    given = {p for group in found.param_groups for p in group["params"]}
-    if not given & trained or not given <= {*model.parameters()}:
-        raise BadParameter("optimizer", f"{type(found).__name__} of other parameters", "parameters of the model")
-    for group in found.param_groups:
-        for option in ("lr", "weight_decay"):
-            check_range(option, group.get(option, 0), 0)
-    return found
-
-
 def _learning_rates(
     optimizer: torch.optim.Optimizer, schedule: Schedule | Mapping[str, Schedule], steps: int, per_epoch: int
 ) -> np.ndarray:
@@ -299,17 +266,13 @@ def _learning_rates(
     found = []
     for group in optimizer.param_groups:
         name = group.get("name")
-        of: Any = schedule.get(name) if isinstance(schedule, Mapping) else schedule
-        check_kind("schedule", of, Callable, f"see `schedules`; or a mapping with one for parameter group {name!r}")
-        made = of(group["lr"], steps, per_epoch)
-        try:
-            rates = np.asarray(made, float)
-        except (TypeError, ValueError):
-            rates = np.array(np.nan)
-        wrong = rates[~((rates >= 0) & np.isfinite(rates))]
-        if rates.shape != (steps,) or wrong.size:
-            where = f"{rates.size} learning rates of parameter group {name!r}, not finite or negative: {wrong.size}"
-            raise BadParameter("schedule", where, f"{steps} numbers, 0 or more, one for each step")
+        if isinstance(schedule, Mapping):
+            check_choice("parameter group of the schedule", name, schedule)
+        of = schedule[name] if isinstance(schedule, Mapping) else schedule
+        rates = np.asarray(of(group["lr"], steps, per_epoch), float)
+        if rates.shape != (steps,) or not np.isfinite(rates).all() or rates.min() < 0:
+            where = f"{rates.size} learning rates of parameter group {name!r}"
+            raise BadParameter("schedule", where, f"{steps}, one for each step, finite and 0 or more")
         found.append(rates)
     return np.stack(found)
 
@@ -383,10 +346,18 @@ def _backward(
     total: dict[str, Tensor] = {}
     for i in range(parts):
         part = next(batches)
+        check_kind("items of the data", part, tuple | list, "tuples of tensors, such as an image and its label")
         share = len(part[0]) * fabric.world_size / whole
         with fabric.no_backward_sync(wrapped, enabled=i + 1 < parts):
             found = loss(wrapped, tuple(x.to(fabric.device, non_blocking=True) for x in part))
-            terms = {term: value * share for term, value in _scalars(found).items()}
+            named = found if isinstance(found, Mapping) else {"loss": found}
+            good = all(isinstance(value, Tensor) and value.ndim == 0 for value in named.values())
+            if not good or "loss" not in named or not named["loss"].requires_grad or {"step", "lr"} & named.keys():
+                accepted = (
+                    'one that returns a scalar with a gradient, or scalar tensors named "loss", not "step", "lr", ...'
+                )
+                raise BadParameter("loss", named, accepted)
+            terms = {term: value * share for term, value in named.items()}
             fabric.backward(terms["loss"])
         for term, value in terms.items():
             total[term] = total.get(term, 0) + value.detach()
@@ -395,38 +366,10 @@ def _backward(
     return total
 
 
-def _scalars(found: Tensor | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """What a loss function returns, by name. Raises `BadParameter`: it cannot be minimised or recorded."""
-    named = found if isinstance(found, Mapping) else {"loss": found}
-    scalar = all(isinstance(value, Tensor) and not value.ndim and not value.is_complex() for value in named.values())
-    if (
-        not scalar
-        or not named.keys().isdisjoint({"step", "lr"})
-        or "loss" not in named
-        or not named["loss"].requires_grad
-    ):
-        shown = {name: tuple(getattr(value, "shape", [type(value).__name__])) for name, value in named.items()}
-        accepted = 'a scalar with a gradient, or scalar tensors by name, "loss" and others but not "step" and "lr"'
-        raise BadParameter("loss", f"with outputs of shapes {shown}", accepted)
-    return named
-
-
-def _check_finite(losses: Tensor, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Raise `CompanionError` unless the sum of the losses, and an optimiser's parameters, are finite."""
-    groups = optimizer.param_groups if optimizer else []
-    sums = [p.detach().sum(dtype=torch.float32) for group in groups for p in group["params"]]
-    if not torch.stack([losses, *sums]).isfinite().all():
-        what = "its loss or a parameter is not finite; a lower learning rate may help, if the data are finite"
-        raise CompanionError(f"the training diverged: {what}")
-
-
-def _entries(batch: Any, used: int | None = None) -> Sequence[Any]:
-    """The stacked entries of a batch's items, of which the first `used`, or all, are tensors."""
-    good = isinstance(batch, (tuple, list)) and all(hasattr(entry, "to") for entry in batch[:used])
-    if not good or not batch:
-        accepted = "tuples of tensors or numbers, an image with its label for example"
-        raise BadParameter("items of the data", f"batches as {type(batch).__name__}", accepted)
-    return batch
+def _check_finite(*values: Tensor) -> None:
+    """Raise `CompanionError` unless all values are finite."""
+    if not torch.stack([value.detach().float().sum() for value in values]).isfinite().all():
+        raise CompanionError("the training diverged: a loss or parameter is not finite; a lower learning rate may help")
 
 
 def _images(step: int, images: int, batch: int, per_epoch: int, last: str) -> int:
@@ -448,15 +391,11 @@ def _fork(
         if fabric.global_rank == 0:
             torch.save((history, trained_state(model), [callback.state_dict() for callback in callbacks]), result)
 
-    environment = os.environ.copy()
     # through a file: a process that returns more than a pipe's capacity never ends
     with tempfile.TemporaryDirectory(prefix="fit-") as folder, from_processes():
         result = Path(folder) / "result.pt"
-        try:
+        with mock.patch.dict(os.environ):  # it sets a port, which the next training must not take over
             fabric.launch(call)
-        finally:  # a port is set, which another process must not take over
-            os.environ.clear()
-            os.environ.update(environment)
         history, trained, states = torch.load(result, map_location="cpu", weights_only=True)
     model.load_state_dict(trained, strict=False)
     for callback, state in zip(callbacks, states, strict=True):
@@ -473,7 +412,7 @@ class _Seeded(Dataset):
     """Items whose random augmentation depends on (seed, epoch, index) alone, in any loading process."""
 
     def __init__(self, data: Dataset, seed: int):
-        self.data, self.seed, self.collate = data, seed, getattr(data, "collate", _collate)
+        self.data, self.seed, self.collate = data, seed, getattr(data, "collate", None)
 
     def __getitem__(self, key: tuple[int, int]):
         epoch, index = key
@@ -539,14 +478,4 @@ def _batches(
         options = {"num_workers": workers, "pin_memory": pin, "generator": torch.Generator()}
         items = _Seeded(data, seed)
         with from_processes():
-            loader = DataLoader(items, batch_sampler=indices(), collate_fn=items.collate, **options)
-            yield from map(_entries, loader)
-
-
-def _collate(items: list[Any]) -> Any:
-    """The items' entries, stacked."""
-    try:
-        return default_collate(items)
-    except RuntimeError as error:
-        accepted = "of equal shapes and types, or a data set with a `collate`"
-        raise BadParameter("items of the data", str(error), accepted) from error
+            yield from DataLoader(items, batch_sampler=indices(), collate_fn=items.collate, **options)

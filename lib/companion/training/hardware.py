@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.multiprocessing import ProcessRaisedException, start_processes
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from ..errors import BadParameter, CompanionError, check_choice, check_kind, check_range
+from ..errors import BadParameter, CompanionError, check_choice, check_range
 from ..io.papers import paper
 
 if TYPE_CHECKING:  # imported only for training: it takes a second, because it imports torchmetrics
@@ -70,8 +70,6 @@ class Hardware:
         check_choice("precision", self.precision, PRECISIONS)
         for name, low in {"devices": 1, "workers": 0, "accumulate": 1}.items():
             check_range(name, getattr(self, name), low, whole=True)
-        for name in ("grad_checkpointing", "compile"):
-            check_choice(name, getattr(self, name), (False, True))
 
     @classmethod
     def of(cls, p: RunParameters, slug: str, *, workers: int = 0, accumulate: int = 1) -> Hardware:
@@ -137,7 +135,6 @@ def launcher(hardware: Hardware, devices: int = 1) -> Fabric:
     from lightning_fabric.plugins.environments import LightningEnvironment
     from lightning_fabric.strategies import DDPStrategy
 
-    check_kind("hardware", hardware, Hardware, "a `Hardware`")
     chosen = device("auto") if hardware.accelerator == "auto" else hardware.accelerator
     there = {"cuda": torch.cuda.is_available, "mps": MPSAccelerator.is_available}.get(chosen)
     if there is not None and not there():
@@ -211,11 +208,9 @@ def on_device(fabric: Fabric, hardware: Hardware, *models: nn.Module) -> Iterato
         torch.set_float32_matmul_precision("high" if hardware.precision == "tf32" else "highest")
         torch.backends.cudnn.benchmark = True
     try:
-        nested = torch.autocast_increment_nesting() > 1
-        torch.autocast_decrement_nesting()
-        # the cache of weights in half precision is cleared where the outermost block ends: here after all steps
-        options = {"enabled": False, "cache_enabled": False}
-        with torch.autocast(fabric.device.type, **options) if nested else contextlib.nullcontext():
+        # without the cache of weights: it is cleared where the outermost block ends, that is after all steps
+        around = torch.autocast(fabric.device.type, enabled=False, cache_enabled=False)
+        with around if torch.is_autocast_enabled(fabric.device.type) else contextlib.nullcontext():
             yield
     finally:
         torch.set_float32_matmul_precision(precision)

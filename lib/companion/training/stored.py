@@ -18,7 +18,7 @@ import torch
 from numpy.lib.format import open_memmap
 from torch import Tensor
 
-from ..errors import CompanionError, CorruptFile, check_range
+from ..errors import CompanionError, CorruptFile
 from ..io.files import atomic, read_json, write_json
 
 EVERY = 128  # results in a file of `saved`: a multiple of the batches of tests, which a resumed one then has too
@@ -33,9 +33,8 @@ def saved(folder: Path | None, count: int, compute: Callable[[int], Iterable[Any
         folder: its name must identify all that the results depend on. None: nothing is saved.
         compute: from a number of items to the results of those after them, in order: tensors and plain Python values.
 
-    Raises `CorruptFile`: a file in `folder` that cannot be read. `CompanionError`: there are not `count` results.
+    Raises `CorruptFile`: a file in `folder` that cannot be read.
     """
-    check_range("count", count, 0, whole=True)
     done, part = 0, list[Any]()
     while folder and done < count and (path := folder / f"{done}.pt").is_file():
         try:
@@ -56,7 +55,6 @@ def saved(folder: Path | None, count: int, compute: Callable[[int], Iterable[Any
                     torch.save(part, temporary)
             done, part = done + len(part), []
         yield result
-    _complete(done + len(part), count)
 
 
 def fill(
@@ -80,13 +78,9 @@ def fill(
         CompanionError: not enough disk space, or not `count` rows.
         CorruptFile: an array that cannot be read.
     """
-    check_range("count", count, 1, whole=True)
-    check_range("arrays", arrays, 1, whole=True)
     note, since = folder / NOTE, time.monotonic()
     start = done = read_json(note).get("done", 0) if note.is_file() else 0
     files = [open_memmap(str(file.filename), "r+") for file in opened(folder, arrays)] if done else []
-    if other := {len(file) for file in files} - {count}:
-        raise CorruptFile(folder, f"arrays of {other.pop()} rows and not {count}; delete it to compute them again")
     for batch in compute(done) if done < count else ():
         if done == start:  # a full disk ends a process that maps a file, without a message
             folder.mkdir(parents=True, exist_ok=True)
@@ -97,8 +91,6 @@ def fill(
             for k, rows in enumerate(batch):
                 shape, dtype = (count, *rows.shape[1:]), rows.numpy().dtype
                 files.append(open_memmap(folder / f"{k}.npy", mode="w+", dtype=dtype, shape=shape))
-        if done + len(batch[0]) > count:
-            _complete(done + len(batch[0]), count)
         for file, rows in zip(files, batch, strict=True):
             file[done : done + len(rows)].reshape(rows.shape)[:] = rows.numpy()  # not broadcast
         done += len(batch[0])
@@ -107,10 +99,6 @@ def fill(
                 file.flush()
             write_json(note, {**facts, "done": done})
             since = time.monotonic()
-    _complete(done, count)
-
-
-def _complete(done: int, count: int) -> None:
     if done != count:
         raise CompanionError(f"results of {done} items are there, and {count} were to be stored")
 

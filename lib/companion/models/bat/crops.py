@@ -20,7 +20,7 @@ from torch.utils.data import Dataset, TensorDataset, get_worker_info
 
 from ...backbones import per_channel
 from ...data.tracking import Annotated
-from ...errors import BadParameter, CompanionError
+from ...errors import BadParameter, CompanionError, check_choice
 
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, for both streams
 STD = (0.229, 0.224, 0.225)
@@ -46,6 +46,7 @@ def crop(image: np.ndarray, box: Iterable[float], factor: float, size: int) -> t
     x, y, w, h = (float(value) for value in box)
     if not (w > 0 and h > 0 and math.isfinite(x + y + w + h)):
         raise BadParameter("box", [x, y, w, h], "x, y, w, h in pixels with w and h above 0")
+    check_choice("image", image.dtype, (np.uint8,))
     side = math.ceil(math.sqrt(w * h) * factor)
     height, width, channels = image.shape
     left, top = round(x + w / 2 - side / 2), round(y + h / 2 - side / 2)
@@ -103,7 +104,10 @@ def clip_box(box: Iterable[float], height: int, width: int, margin: float = 10) 
 
 
 def _box(values: Iterable[float]) -> np.ndarray:
-    return np.array([*values], float)
+    box = np.array([*values], float)
+    if not np.isfinite(box).all():
+        raise BadParameter("box", values, "finite numbers")
+    return box
 
 
 def normalise(patches: np.ndarray | Tensor) -> Tensor:
@@ -117,6 +121,7 @@ def normalise(patches: np.ndarray | Tensor) -> Tensor:
     """
     if isinstance(patches, np.ndarray):
         patches = torch.from_numpy(np.ascontiguousarray(np.moveaxis(patches, -1, -3)))
+    check_choice("patches", patches.dtype, (torch.uint8,))
     mean, std = (per_channel(values * 2, patches.device) for values in (MEAN, STD))
     return (patches.to(torch.float32) / 255 - mean) / std
 

@@ -37,6 +37,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign, box_convert
 from torchvision.transforms import v2
 
+from ...data.images import as_rgb
 from ...evaluation.metrics import landcover
 from ...io.config import configure
 from ...io.progress import progress
@@ -110,6 +111,7 @@ def train_transform(size: int = 224) -> Callable:
         mean=MEAN,
         std=STD,
     )
+    transform.transforms.insert(0, as_rgb)
     (drawn,) = (step for step in transform.transforms if isinstance(step, RandAugment))
     for operation in drawn.ops:
         if operation.aug_fn is posterize:

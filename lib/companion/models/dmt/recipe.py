@@ -24,6 +24,7 @@ from torchvision.transforms import InterpolationMode, v2
 from ...backbones import read_state
 from ...data import few, find, present, pretraining
 from ...data.coco import read_annotations
+from ...data.images import as_float
 from ...data.pretraining import COCO, IMAGENET
 from ...errors import BadParameter, MissingWeights
 from ...evaluation.metrics import accuracy, detection, landcover
@@ -261,7 +262,7 @@ def augment() -> v2.Transform:
     crop = v2.RandomResizedCrop(224, CROP, interpolation=InterpolationMode.BICUBIC, antialias=True)
     # bicubic overshoots a little
     inside = v2.Lambda(functools.partial(torch.clamp, min=0, max=1))
-    return v2.Compose([crop, inside, v2.RandomHorizontalFlip(), NORMALISE])
+    return v2.Compose([as_float, crop, inside, v2.RandomHorizontalFlip(), NORMALISE])
 
 
 class Augmented(Dataset):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.transforms import InterpolationMode, v2
 
+from ...data.images import as_rgb
 from ...errors import Count, Positive, check_choice, check_parts
 from ...io.config import configure
 from ..layers.attend import attention_map, qkv
@@ -170,6 +171,6 @@ def build(size: str = "small", **options: Any) -> ViT:
 def test_transform(size: int = 224) -> v2.Transform:
     """The centre of an image whose short side is size x 256 / 224, bicubic."""
     cubic = InterpolationMode.BICUBIC
-    steps = [v2.Resize(round(size * 256 / 224), cubic, antialias=True), v2.CenterCrop(size), v2.PILToTensor()]
+    steps = [as_rgb, v2.Resize(round(size * 256 / 224), cubic, antialias=True), v2.CenterCrop(size), v2.PILToTensor()]
     steps += [v2.ToDtype(torch.float32, scale=True), NORMALISE]
     return configure(v2.Compose(steps), {"size": size}, test_transform)

@@ -1,6 +1,6 @@
 """What is done to an image before ECAMP's ViT (section 5): pre-training, and the downstream tasks as released.
 
-From a grey tensor (1, H, W) in 0 to 1 to (3, S, S); `MaskTransform` takes RIGA's colours (3, H, W) too.
+From a grey tensor (1, H, W), uint8 or 0 to 1, to (3, S, S); `MaskTransform` takes RIGA's colours (3, H, W) too.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from ...data.images import as_float
+from ...evaluation.metrics import checked
 from ...io.config import configure
 
 MEAN, STD = 0.4722, 0.3028  # of grey values downstream, as released
@@ -38,17 +40,17 @@ def pretrain_transform(size: int = 448) -> v2.Transform:
     """A crop of 20 to 100 %, bicubic, flipped with probability 0.5; as released, "left" and "right" in the reports are
     not changed."""
     cut = v2.RandomResizedCrop(size, scale=PRETRAIN_CROP, interpolation=v2.InterpolationMode.BICUBIC)
-    return v2.Compose([cut, _clipped, v2.RandomHorizontalFlip(), *_coloured(PRETRAIN_MEAN, PRETRAIN_STD)])
+    return v2.Compose([as_float, cut, _clipped, v2.RandomHorizontalFlip(), *_coloured(PRETRAIN_MEAN, PRETRAIN_STD)])
 
 
 def train_transform(size: int = 224) -> v2.Transform:
     """Classification: a crop of 8 to 100 %, bilinear, flipped with probability 0.5."""
-    return v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), *_coloured(MEAN, STD)])
+    return v2.Compose([as_float, v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), *_coloured(MEAN, STD)])
 
 
 def test_transform(size: int = 224) -> v2.Transform:
     """Classification: the short side resized to `size`, then a centre crop."""
-    steps = [v2.Resize(size), v2.CenterCrop(size), *_coloured(MEAN, STD)]
+    steps = [as_float, v2.Resize(size), v2.CenterCrop(size), *_coloured(MEAN, STD)]
     return configure(v2.Compose(steps), {"size": size}, test_transform)
 
 
@@ -58,7 +60,7 @@ def squeeze_transform(size: int = 224, antialias: bool = False) -> v2.Transform:
     Args:
         antialias: as released, False: OpenCV's bilinear interpolation uses four pixels at any reduction.
     """
-    steps = [v2.Resize((size, size), antialias=antialias), *_coloured(MEAN, STD)]
+    steps = [as_float, v2.Resize((size, size), antialias=antialias), *_coloured(MEAN, STD)]
     return configure(v2.Compose(steps), {"size": size, "antialias": antialias}, squeeze_transform)
 
 
@@ -84,7 +86,8 @@ class MaskTransform:
         self.enlarge = v2.InterpolationMode.NEAREST if nearest else v2.InterpolationMode.BILINEAR
 
     def __call__(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """From (1 or 3, H, W) and (k, H', W') to (3, S, S) and (k, S, S)."""
+        """From (1 or 3, H, W) and (k, H', W'), each value 0 to 1, to (3, S, S) and (k, S, S)."""
+        mask = checked("mask", mask, axes=3, low=0, high=1).float()
         if self.train and self.warp_mask:
             if image.shape[-2:] != mask.shape[-2:]:
                 mask = v2.functional.resize(mask, image.shape[-2:], self.enlarge)

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import InterpolationMode, v2
 
+from ...data.images import as_float
 from ...errors import Amount, BadParameter, Count, Positive, Range, Share, Whole, check_arguments, check_range
 from ...training.callbacks import EMA, Callback, ema_copy
 from ...training.fit import Loop
@@ -319,11 +320,10 @@ class ImageViews:
     def __call__(self, images: Tensor) -> list[Tensor]:
         """From images (B, 3, H, W) in [0, 1] to a list of (B, 3, s, s), the two large ones first.
 
-        Values beyond, as interpolation gives them, are clipped. Raises `BadParameter`: images in 0 ... 255.
+        Values beyond, as interpolation gives them, are clipped. Raises `BadParameter`: floats in 0 ... 255.
         """
-        if images.max() > 2:
-            raise BadParameter("images", f"up to {images.max():g}", "values in [0, 1]")
-        return [torch.stack([crop(x) for x in images.clamp(0, 1)]) for crop in self.crops]
+        pixels = as_float(images).clamp(0, 1)
+        return [torch.stack([crop(x) for x in pixels]) for crop in self.crops]
 
 
 class GridViews:

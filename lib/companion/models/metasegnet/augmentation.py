@@ -22,7 +22,7 @@ from torchvision.transforms.v2 import functional as F
 
 from ...data.landcover import LandCover, Transform
 from ...data.rasters import MEAN, STD
-from ...errors import BadParameter
+from ...errors import BadParameter, check_choice, check_kind, check_range
 from .maps import SCALES
 
 MOST, TRIES = 0.75, 11  # of `SmartCrop`
@@ -58,6 +58,7 @@ class SmartCrop(torch.nn.Module):
 
     def __init__(self, size: int, ignore: int, *, every: bool = False):
         super().__init__()
+        check_range("size", size, 1, whole=True)
         self.size, self.ignore = size, ignore
         self.counted = ignore + every
         self.crop = v2.RandomCrop(size)
@@ -85,6 +86,7 @@ class BrightnessContrast(v2.Transform):
 
     def __init__(self, limit: float):
         super().__init__()
+        check_range("limit", limit, 0, 1)
         self.limit = limit
 
     def make_params(self, flat_inputs: list) -> dict[str, float]:
@@ -94,6 +96,14 @@ class BrightnessContrast(v2.Transform):
     def transform(self, inpt: Tensor, params: dict[str, float]) -> Tensor:
         changed = (inpt.float() * params["alpha"] + 255 * params["beta"]).clamp(0, 255)
         return tv_tensors.wrap(changed.to(torch.uint8), like=inpt)
+
+
+def _pair(image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The two. Raises `BadParameter`: they are no Image and its Mask, which alone are transformed together."""
+    check_kind("image", image, tv_tensors.Image, "a `tv_tensors.Image`")
+    check_kind("labels", labels, tv_tensors.Mask, "a `tv_tensors.Mask`")
+    check_choice("image", image.dtype, (torch.uint8,))
+    return image, labels
 
 
 def test_transform() -> Transform:
@@ -113,7 +123,7 @@ def train_transform(
         every: see `SmartCrop`.
     """
     crop = SmartCrop(size, ignore, every=every)
-    steps = [Scale(), crop, v2.RandomHorizontalFlip(flip), v2.RandomVerticalFlip(upside_down)]
+    steps = [_pair, Scale(), crop, v2.RandomHorizontalFlip(flip), v2.RandomVerticalFlip(upside_down)]
     if brightness:
         steps.append(v2.RandomApply([BrightnessContrast(brightness)], 0.25))
     return v2.Compose([*steps, test_transform()])
@@ -131,6 +141,7 @@ class Mosaic(Dataset):
     """
 
     def __init__(self, data: LandCover, p: float, groups: Sequence[Hashable], transform: Transform | None = None):
+        check_range("p", p, 0, 1)
         if len(groups) != len(data):
             raise BadParameter("groups", f"{len(groups)} of them", f"{len(data)}, one for each item")
         self.data, self.p, self.transform = data, p, transform

@@ -8,7 +8,7 @@ from PIL import Image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from ...data.images import normalised
+from ...data.images import as_rgb, normalised
 from ...errors import check_choice, check_range
 from ...io.config import configure
 
@@ -64,6 +64,6 @@ def square_transform(
     """
     cut = [v2.Pad(10), v2.RandomCrop(size), v2.RandomHorizontalFlip(0.5)] if train else []
     halves = SimpleNamespace(mean=(0.5,) * 3, std=(0.5,) * 3)
-    steps = [PadToSquare(size, antialias, padding), v2.Resize((size, size)), *cut, *normalised(halves)]
+    steps = [as_rgb, PadToSquare(size, antialias, padding), v2.Resize((size, size)), *cut, *normalised(halves)]
     arguments = {"size": size, "train": train, "antialias": antialias, "padding": padding}
     return configure(v2.Compose(steps), arguments, square_transform)

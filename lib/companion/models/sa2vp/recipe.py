@@ -18,6 +18,7 @@ from torchvision.transforms import v2
 from ... import backbones
 from ...data import DATASETS, classification, few, present
 from ...data.images import Images
+from ...errors import check_choice
 from ...evaluation import metrics
 from ...evaluation.tables import Cells, Results, compare_published, published_table
 from ...io import papers
@@ -165,6 +166,7 @@ def transforms(dataset: str, seen: backbones.Input, kind: str = "recipe") -> tup
 
     "recipe": whole images for VTAB-1k, crops for all others; for HTA that is inferred.
     """
+    check_choice("kind", kind, ("recipe", "whole", "crops"))
     if kind == "whole" or (kind == "recipe" and dataset.startswith("vtab/")):
         return (classification.resize_transform(seen),) * 2
     return classification.crop_transform(seen, train=True), classification.crop_transform(seen, train=False)
