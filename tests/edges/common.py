@@ -2,7 +2,11 @@
 that names the argument."""
 
 import inspect
+import logging
 import math
+import os
+import random
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +31,8 @@ class Edge:
     accepts: Mapping[str, str] = field(default_factory=dict)
     of: Callable | None = None  # the function whose arguments all must be here; None: `call`
     parts: frozenset[str] = frozenset()  # arguments that are models, which other tests exchange
+    others: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by argument its edges, if not `edges`
+    draws: bool = False  # random numbers
 
     def unknown(self) -> set[str]:
         """Arguments of the function that nobody has tried."""
@@ -36,7 +42,7 @@ class Edge:
     def tried(self) -> Iterator[tuple[str, str, Any]]:
         """Argument, kind of edge and value."""
         for name, value in self.given.items():
-            for kind, other in edges(value):
+            for kind, other in self.others[name].items() if name in self.others else edges(value):
                 yield name, kind, other
 
 
@@ -101,6 +107,20 @@ def same(value: Any) -> Iterator[Any]:
     yield tensor.tolist()
 
 
+def state(draws: bool = False) -> dict[str, Any]:
+    """What a call must leave as it is, in this process; of the random numbers those that it may not draw."""
+    found: dict[str, Any] = {"grad": torch.is_grad_enabled(), "inference": torch.is_inference_mode_enabled()}
+    found |= {"autocast": torch.is_autocast_enabled("cpu"), "dtype": torch.get_default_dtype()}
+    found |= {"matmul": torch.get_float32_matmul_precision(), "cudnn": torch.backends.cudnn.benchmark}
+    found |= {"deterministic": torch.are_deterministic_algorithms_enabled(), "environment": dict(os.environ)}
+    found |= {"filters": len(warnings.filters), "NumPy errors": np.geterr(), "logging": logging.root.handlers.copy()}
+    found |= {name: logging.getLogger(name).level for name in ("", "lightning_fabric", "torch", "PIL")}
+    if not draws:
+        found |= {"torch": torch.get_rng_state().tolist(), "Python": random.getstate()}
+        found["NumPy"] = [*np.random.get_state()[1]]  # noqa: NPY002
+    return found
+
+
 def check(edge: Edge, *, numbers: Callable[[Any], Tensor]) -> int:
     """Try all edges; how many were tried.
 
@@ -108,7 +128,7 @@ def check(edge: Edge, *, numbers: Callable[[Any], Tensor]) -> int:
         numbers: of a result, which are not to be NaN unless the plain arguments give NaN there.
     """
     assert not edge.unknown(), f"no edge of {edge.unknown()} was tried"
-    plain, count = numbers(edge.call(**edge.given)), 0
+    plain, count, before = numbers(edge.call(**edge.given)), 0, state(edge.draws)
     for name, kind, value in edge.tried():
         count += 1
         accepted = kind in edge.accepts.get(name, "").split(", ")
@@ -116,12 +136,17 @@ def check(edge: Edge, *, numbers: Callable[[Any], Tensor]) -> int:
             found = edge.call(**{**edge.given, name: value})
         except CompanionError as error:
             assert not accepted, f"{name}: {kind} is refused: {error}"
-            continue
+            found = None
         except Exception as error:
             raise AssertionError(f"{name}: {kind} ends with {error!r}") from error
-        assert accepted, f"{name}: {kind} gives {found}"
-        assert not numbers(found).isnan().any(), f"{name}: {kind} gives {found}"
+        after = state(edge.draws)
+        assert after == before, f"{name}: {kind} changes {[key for key in after if after[key] != before.get(key)]}"
+        if found is not None:
+            assert accepted, f"{name}: {kind} gives {found}"
+            assert not numbers(found).isnan().any(), f"{name}: {kind} gives {found}"
     for name, value in edge.given.items():
+        if name in edge.others:
+            continue
         for other in same(value) if isinstance(value, np.ndarray | Tensor) else ():
             count += 1
             found = numbers(edge.call(**{**edge.given, name: other}))

@@ -151,6 +151,7 @@ def fit(
         ("model", model, nn.Module),
         ("loss", loss, Callable),
         ("optimizer", optimizer, Callable),
+        ("schedule", schedule, Callable | Mapping | None),
         ("callbacks", callbacks, Sequence),
         ("checkpoint", checkpoint, Checkpoint | None),
         ("hardware", hardware, Hardware),
@@ -164,7 +165,7 @@ def fit(
     steps = max(1, round(epochs * per_epoch))
     optim = optimizer(model)
     given = {p for group in optim.param_groups for p in group["params"]}
-    if given - {*model.parameters()} or not any(p.requires_grad for p in given):
+    if given - {*model.parameters()} or not any(p.requires_grad and not p.is_inference() for p in given):
         accepted = "one of the model's own parameters, of which some require a gradient"
         raise BadParameter("optimizer", type(optim).__name__, accepted)
     rates = _learning_rates(optim, scheduled() if schedule is None else schedule, steps, per_epoch)

@@ -62,6 +62,7 @@ def schedule(
     """
     check_choice("schedule", kind, SCHEDULES)
     check_range("warmup", warmup, 0, 1)
+    check_range("warmup_lr", warmup_lr or 0, 0)
 
     return lambda base, steps, per_epoch: learning_rates(
         kind, base, steps, round(warmup * steps), final_lr, warmup_lr=warmup_lr, epoch=per_epoch
