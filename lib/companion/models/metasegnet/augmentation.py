@@ -64,6 +64,10 @@ class SmartCrop(torch.nn.Module):
         self.crop = v2.RandomCrop(size)
 
     def forward(self, image: tv_tensors.Image, labels: tv_tensors.Mask) -> tuple[Tensor, Tensor]:
+        # what is neither an Image nor its Mask would not be cropped
+        check_kind("image", image, tv_tensors.Image, "a `tv_tensors.Image`")
+        check_kind("labels", labels, tv_tensors.Mask, "a `tv_tensors.Mask`")
+        check_choice("image", image.dtype, (torch.uint8,))
         around = [max(0, self.size - side) and (self.size - side) // 2 + 1 for side in reversed(labels.shape)]
         fill = {tv_tensors.Image: 0, tv_tensors.Mask: self.ignore}
         image, labels = v2.Pad(around, fill)(image, labels)
@@ -98,14 +102,6 @@ class BrightnessContrast(v2.Transform):
         return tv_tensors.wrap(changed.to(torch.uint8), like=inpt)
 
 
-def _pair(image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The two. Raises `BadParameter`: they are no Image and its Mask, which alone are transformed together."""
-    check_kind("image", image, tv_tensors.Image, "a `tv_tensors.Image`")
-    check_kind("labels", labels, tv_tensors.Mask, "a `tv_tensors.Mask`")
-    check_choice("image", image.dtype, (torch.uint8,))
-    return image, labels
-
-
 def test_transform() -> Transform:
     """Image float32, normalised with ImageNet's mean and standard deviation; labels unchanged."""
     kinds = {tv_tensors.Image: torch.float32, "others": None}
@@ -123,7 +119,7 @@ def train_transform(
         every: see `SmartCrop`.
     """
     crop = SmartCrop(size, ignore, every=every)
-    steps = [_pair, Scale(), crop, v2.RandomHorizontalFlip(flip), v2.RandomVerticalFlip(upside_down)]
+    steps = [Scale(), crop, v2.RandomHorizontalFlip(flip), v2.RandomVerticalFlip(upside_down)]
     if brightness:
         steps.append(v2.RandomApply([BrightnessContrast(brightness)], 0.25))
     return v2.Compose([*steps, test_transform()])

@@ -36,6 +36,7 @@ class PadToSquare:
         self.size, self.antialias, self.padding = size, antialias, padding
 
     def __call__(self, picture: Image.Image) -> Image.Image:
+        picture = as_rgb(picture)
         wide = picture.width / (picture.height / self.size)
         if wide > self.size:
             return picture
@@ -64,6 +65,6 @@ def square_transform(
     """
     cut = [v2.Pad(10), v2.RandomCrop(size), v2.RandomHorizontalFlip(0.5)] if train else []
     halves = SimpleNamespace(mean=(0.5,) * 3, std=(0.5,) * 3)
-    steps = [as_rgb, PadToSquare(size, antialias, padding), v2.Resize((size, size)), *cut, *normalised(halves)]
+    steps = [PadToSquare(size, antialias, padding), v2.Resize((size, size)), *cut, *normalised(halves)]
     arguments = {"size": size, "train": train, "antialias": antialias, "padding": padding}
     return configure(v2.Compose(steps), arguments, square_transform)
