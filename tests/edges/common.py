@@ -30,9 +30,9 @@ class Edge:
     given: Mapping[str, Any]
     accepts: Mapping[str, str] = field(default_factory=dict)
     of: Callable | None = None  # the function whose arguments all must be here; None: `call`
-    parts: frozenset[str] = frozenset()  # arguments that are models, which other tests exchange
     others: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by argument its edges, if not `edges`
     draws: bool = False  # random numbers
+    parts: frozenset[str] = frozenset()  # arguments that are models, which other tests exchange
 
     def unknown(self) -> set[str]:
         """Arguments of the function that nobody has tried."""

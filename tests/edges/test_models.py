@@ -109,7 +109,7 @@ def words(**options: Any) -> Tensor:
 
 
 def edge(call: Callable, of: Callable, given: Mapping[str, Any], accepts: Mapping[str, str], parts: str = "") -> Edge:
-    return Edge(call, given, accepts, of, frozenset(parts.split()), draws=True)
+    return Edge(call, given, accepts, of, draws=True, parts=frozenset(parts.split()))
 
 
 EDGES: dict[str, Edge] = {

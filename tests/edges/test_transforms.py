@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 
 from companion.backbones import Input
-from companion.data import attributes, classification, domains
+from companion.data import classification, domains
 from companion.data.images import to_tensor
 from companion.models.bat import crops
 from companion.models.dmt import downstream, vit
@@ -19,6 +19,7 @@ from companion.models.dmt.recipe import augment
 from companion.models.ecamp import transforms as ecamp
 from companion.models.hvit import dino
 from companion.models.metasegnet import augmentation as land
+from companion.models.promptpar import square_transform
 from companion.models.sa2vp.recipe import transforms
 from companion.toy import promptpar
 from tests.edges.common import Edge, check
@@ -32,8 +33,8 @@ PIL = {
     "crop, train": classification.crop_transform(INPUT, train=True),
     "CLIP": domains.clip_transform(INPUT),
     "CLIP, train": domains.clip_transform(INPUT, train=True),
-    "square": attributes.square_transform(16),
-    "square, train": attributes.square_transform(16, train=True),
+    "square": square_transform(16),
+    "square, train": square_transform(16, train=True),
     "DMT": vit.test_transform(16),
     "DMT, train": downstream.train_transform(16),
     "toy": promptpar.transform(),

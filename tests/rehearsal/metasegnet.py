@@ -107,7 +107,9 @@ FAULTS = {
     "labels of another size": Fault(EARTH, earth(LABEL, layouts.labels(8, 60, 60)), "its image"),
     "an unreadable image": Fault(EARTH, earth("mexico_city/images/mexico_city_2.tif", "no image"), "cannot read"),
     "splits that overlap": Fault(EARTH, earth("val.txt", "tokyo_1.tif\n", "tokyo_1.tif"), "'train' and 'test'"),
-    "lists that overlap": Fault(OWN, listed, "'train' and 'test'"),
-    "the list of another set": Fault(EARTH, earth("train.txt", "Train/Rural/images_png/0.png\n"), "expected names"),
+    "lists that overlap": Fault(OWN, listed, "'train' and 'val'"),
+    "the list of another set": Fault(
+        EARTH, earth("train.txt", "Train/Rural/images_png/0.png\n"), "expected different names"
+    ),
     "a colour of no class": Fault(TILES, colour, "no class of Potsdam"),
 }

@@ -458,7 +458,8 @@ def check_apart(splits: Mapping[str, Iterable[str]]) -> None:
             above, name = os.path.split(path)
             file = os.path.realpath(path) if os.path.islink(path) else f"{folder(above)}/{name}"  # noqa: PTH114
             if file in seen:
-                raise CorruptFile(path, f"it is there twice, in '{seen[file]}' and in '{split}'")
+                where = f"'{seen[file]}' and '{split}'" if seen[file] != split else f"'{split}', twice"
+                raise CorruptFile(path, f"it is in the splits {where}: a test on it would mean nothing")
             seen[file] = split
 
 

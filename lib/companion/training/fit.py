@@ -218,11 +218,11 @@ def fit(
                 for buffer in filter(torch.is_floating_point, model.buffers()):  # running statistics differ
                     average_over_devices(buffer)
             if loop.epoch_ended:  # not at each step, because it waits for a GPU
-                _check_finite(losses, *model.parameters())
+                _check_finite(losses, *given)
                 for callback in callbacks:
                     callback.on_epoch_end(loop)
             if checkpoint and rank == 0 and (loop.ended or (agreed and checkpoint.due(loop.step))):
-                _check_finite(losses, *model.parameters())
+                _check_finite(losses, *given)
                 checkpoint.append(loop.history)
                 checkpoint.write(_state(loop, callbacks, settings))
             if loop.ended:

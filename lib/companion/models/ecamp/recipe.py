@@ -426,7 +426,7 @@ def protocol() -> dict[str, str]:
     return papers.protocol(
         "ecamp",
         r=published(),
-        crop=transforms.train_transform().transforms[0].scale,
+        crop=transforms.train_transform().transforms[1].scale,
         warp=transforms.MaskTransform("xrays/rsna", True).warp,
         first=[*FIRST.values()],
         expansion=[*EXPANSION.values()],
