@@ -7,6 +7,7 @@ import copy
 import functools
 from collections.abc import Callable, Mapping
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from timm.layers import SwiGLUPacked
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
+import companion
 from companion import backbones
 from companion.errors import BadParameter, CompanionError
 from companion.models import bat, dmt, dplq, ecamp, metasegnet, promptpar, sa2vp, sic_cads
@@ -669,3 +671,40 @@ def test_a_plain_state_dict_is_enough(name: str) -> None:
     again.load_state_dict(model.state_dict())
     given = inputs(name, model)
     assert torch.equal(numbers(called(name, again, given)), numbers(called(name, model, given)))
+
+
+def others(value: Any) -> list[Any]:
+    """Other values of an attribute."""
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, int | float):
+        return [value + 1, value / 2]
+    if isinstance(value, str):
+        return ["off" if value == "always" else "always", f"{value} x"]
+    return [{1: 0.5}] if isinstance(value, dict) else [1] if value is None else []
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_changed_attribute_that_matters_is_saved_or_refused(name: str, tmp_path: Path) -> None:
+    model = trained(name)
+    given = inputs(name, model)
+    own = {key: others(old) for key, old in vars(model).items() if not key.startswith("_") and key != "training"}
+    for key, value in [(key, value) for key, values in own.items() for value in values]:
+        changed = copy.deepcopy(model)
+        setattr(changed, key, value)
+        if (found := draws(name, changed, given)) == draws(name, model, given):
+            continue
+        try:
+            again = companion.load(companion.save(changed, tmp_path / "model.safetensors"))
+        except CompanionError:
+            continue
+        assert draws(name, again, given) == found, f"{key} = {value!r} is lost"
+
+
+def draws(name: str, model: Any, given: tuple[Any, ...]) -> list[float] | str:
+    """The outputs of a call from one seed, or the kind of its error."""
+    torch.manual_seed(0)
+    try:
+        return numbers(called(name, model, given)).mul(1e4).round().tolist()
+    except Exception as error:
+        return type(error).__name__

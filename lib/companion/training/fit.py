@@ -156,7 +156,7 @@ def fit(
         ("checkpoint", checkpoint, Checkpoint | None),
         ("hardware", hardware, Hardware),
     ):
-        check_kind(argument, value, kind, f"a {kind}")
+        check_kind(argument, value, kind, getattr(kind, "__name__", str(kind)))
     check_range("epochs", epochs, 0, ends="(]")
     check_range("batch", batch, 1, whole=True)
     check_range("seed", seed, 0, whole=True)
