@@ -452,25 +452,40 @@ def check_own(dataset: DataSet, root: Path, splits: Mapping[str, Any], listing: 
 
 def check_apart(splits: Mapping[str, Iterable[str]]) -> None:
     """Raise `CorruptFile` unless each file is in one split and there once, however its path is written or linked."""
-    folder, seen = functools.cache(os.path.realpath), dict[str, str]()
+    seen: dict[str, dict[str, str]] = defaultdict(dict)  # folder -> name -> split
     for split, paths in splits.items():
-        for path in map(os.fspath, paths):
-            above, name = os.path.split(path)
-            file = os.path.realpath(path) if os.path.islink(path) else f"{folder(above)}/{name}"  # noqa: PTH114
-            if file in seen:
-                where = f"'{seen[file]}' and '{split}'" if seen[file] != split else f"'{split}', twice"
-                raise CorruptFile(path, f"it is in the splits {where}: a test on it would mean nothing")
-            seen[file] = split
+        for folder, names in by_folder(map(os.fspath, paths)).items():
+            links: set[str] = set()
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder or ".") as there:
+                links = {entry.name for entry in there if entry.is_symlink()}
+            files = {os.path.realpath(folder): [name for name in names if name not in links] if links else names}
+            for name in links.intersection(names):
+                above, linked = os.path.split(os.path.realpath(f"{folder}/{name}"))
+                files[above] = [*files.get(above, ()), linked]
+            for place, here in files.items():
+                known = seen[place]
+                if len({*here}) < len(here) or not known.keys().isdisjoint(here):
+                    name = next(name for i, name in enumerate(here) if name in known or name in here[:i])
+                    other = known.get(name, split)
+                    where = f"'{other}' and '{split}'" if other != split else f"'{split}', twice"
+                    what = f"it is in the splits {where}: a test on it would mean nothing"
+                    raise CorruptFile(f"{folder}/{name}", what)
+                known.update(dict.fromkeys(here, split))
+
+
+def by_folder(paths: Iterable[str]) -> dict[str, list[str]]:
+    """The names of files by folder: one look at a folder is faster than one at each file."""
+    found = defaultdict(list)
+    for path in paths:
+        folder, _, name = path.rpartition("/")
+        found[folder].append(name)
+    return found
 
 
 def check_listed(dataset: DataSet, root: Path, paths: Iterable[str], listing: str = "") -> None:
     """Raise `MissingData`, with the first missing one, unless all `paths` of a list, of that name, are on disk."""
-    wanted, names = set(paths), defaultdict(list)
-    for path in wanted:
-        folder, _, name = path.rpartition("/")
-        names[folder].append(name)
-    absent = []
-    for folder, expected in names.items():  # one listing of each folder is faster than a look at each file
+    wanted, absent = set(paths), []
+    for folder, expected in by_folder(wanted).items():
         try:
             there = os.listdir(folder)  # noqa: PTH208  (strings: some sets have a folder for every other image)
         except (FileNotFoundError, NotADirectoryError):
