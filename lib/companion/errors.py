@@ -7,7 +7,6 @@ import functools
 import itertools
 import math
 import numbers
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,16 +15,17 @@ from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin, get_
 
 
 class Range(NamedTuple):
-    """The numbers that an argument may be, from `low` to `high`; written in its type, for `check_arguments`."""
+    """The numbers that an argument may be, as in `check_range`; written in its type, for `check_arguments`."""
 
     low: float
     high: float = math.inf
+    ends: str = "[]"
 
 
 Count = Annotated[int, Range(1)]
 Whole = Annotated[int, Range(0)]
 Amount = Annotated[float, Range(0)]
-Positive = Annotated[float, Range(sys.float_info.min)]
+Positive = Annotated[float, Range(0, ends="(]")]
 Share = Annotated[float, Range(0, 1)]
 
 
@@ -224,7 +224,7 @@ def _check(name: str, value: Any, declared: Any) -> None:
         if known and not isinstance(value, others):
             _check(name, value, known[0])
     elif origin is Annotated:
-        check_range(name, value, *declared.__metadata__[0], whole=parts[0] is int)
+        check_range(name, value, **declared.__metadata__[0]._asdict(), whole=parts[0] is int)
     elif declared in (int, float):
         check_range(name, value, -math.inf, whole=declared is int)
     elif declared in (bool, str) and not isinstance(value, declared):

@@ -1,4 +1,4 @@
-"""Every argument of the constructors of all models at its edge, encoders of every form of timm, and what a call leaves
+"""The arguments of the models' constructors at their edges, encoders of every form of timm, and what a call leaves
 behind."""
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ from tests.models.common import draw
 from tests.test_saving import MODELS, trained
 
 NAMES = ["disc", "ring", "cross"]
+PROMPTED = {"classes": NAMES, "template": "a {}."}
+ACCEPTED = {"classes": "row less", "template": "' a {}.', 'A {}.'"}
 
 
 @functools.cache
@@ -150,46 +152,26 @@ EDGES: dict[str, Edge] = {
         {"classes": "1", "width": "1", "scale": "0, -1, 1, 2.5", "dropout": "0, 1"},
         "backbone",
     ),
-    "zero-shot": edge(
-        lambda **k: on_images(prompted.ZeroShot(clip(), tokenizer=Tokenizer(), **k)),
-        prompted.ZeroShot,
-        {"classes": NAMES, "template": "a {}."},
-        {"classes": "row less", "template": "' a {}.', 'A {}.'"},
-        "clip tokenizer",
-    ),
-    "CoOp": edge(
-        lambda **k: on_images(prompted.CoOp(clip(), tokenizer=Tokenizer(), **k)),
-        prompted.CoOp,
-        {"classes": NAMES, "template": "a {}.", "tokens": 4},
-        {"classes": "row less", "template": "' a {}.', 'A {}.'", "tokens": "1"},
-        "clip tokenizer",
-    ),
-    "CoCoOp": edge(
-        lambda **k: on_images(prompted.CoCoOp(clip(), tokenizer=Tokenizer(), **k)),
-        prompted.CoCoOp,
-        {"classes": NAMES, "template": "a {}.", "tokens": 4, "hidden": 8},
-        {"classes": "row less", "template": "' a {}.', 'A {}.'", "tokens": "1", "hidden": "1, None"},
-        "clip tokenizer",
-    ),
-    "MaPLe": edge(
-        lambda **k: on_images(prompted.MaPLe(clip(), tokenizer=Tokenizer(), **k)),
-        prompted.MaPLe,
-        {"classes": NAMES, "template": "a {}.", "tokens": 2, "depth": 3},
-        {"classes": "row less", "template": "' a {}.', 'A {}.'", "tokens": "1", "depth": "1"},
-        "clip tokenizer",
-    ),
+    **{
+        kind.__name__: edge(
+            lambda kind=kind, **k: on_images(kind(clip(), tokenizer=Tokenizer(), **k)),
+            kind,
+            PROMPTED | more,
+            ACCEPTED | accepts,
+            "clip tokenizer",
+        )
+        for kind, more, accepts in (
+            (prompted.ZeroShot, {}, {}),
+            (prompted.CoOp, {"tokens": 4}, {"tokens": "1"}),
+            (prompted.CoCoOp, {"tokens": 4, "hidden": 8}, {"tokens": "1", "hidden": "1, None"}),
+            (prompted.MaPLe, {"tokens": 2, "depth": 3}, {"tokens": "1", "depth": "1"}),
+        )
+    },
     "DPLQ": edge(
         lambda domain, **k: dplq.DPLQ(clip(), tokenizer=Tokenizer(), domain=domain, **k)(images(), draw(2, domain)),
         dplq.DPLQ,
-        {"classes": NAMES, "domain": 64, "template": "a {}.", "tokens": 2, "depth": 3, "hidden": 8, "noise": "off"},
-        {
-            "classes": "row less",
-            "domain": "1",
-            "template": "' a {}.', 'A {}.'",
-            "tokens": "1",
-            "depth": "1",
-            "hidden": "1, None",
-        },
+        PROMPTED | {"domain": 64, "tokens": 2, "depth": 3, "hidden": 8, "noise": "off"},
+        ACCEPTED | {"domain": "1", "tokens": "1", "depth": "1", "hidden": "1, None"},
         "clip tokenizer",
     ),
     "OSTrack": edge(

@@ -160,7 +160,7 @@ def fit(
     check_range("epochs", epochs, 0, ends="(]")
     check_range("batch", batch, 1, whole=True)
     check_range("seed", seed, 0, whole=True)
-    _check_arguments(len(data), batch, last, hardware)
+    _check_batches(len(data), batch, last, hardware)
     per_epoch = -(-len(data) // batch) if last == "train" else len(data) // batch
     steps = max(1, round(epochs * per_epoch))
     optim = optimizer(model)
@@ -242,7 +242,7 @@ def fit(
             model.eval()
 
 
-def _check_arguments(images: int, batch: int, last: str, hardware: Hardware) -> None:
+def _check_batches(images: int, batch: int, last: str, hardware: Hardware) -> None:
     """Raise `BadParameter` unless `fit` can train on a data set of `images` with these arguments."""
     devices, accumulate = hardware.devices, hardware.accumulate
     check_choice("last", last, LAST)
