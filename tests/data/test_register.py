@@ -9,6 +9,7 @@ import pytest
 
 from companion import data
 from companion.data import DATASETS, decoding, real, tables
+from companion.data.folders import at
 from companion.errors import BadParameter, CompanionError, CorruptFile, MissingData
 from companion.io.files import read_json
 from tests.data.conftest import expect, refused
@@ -123,6 +124,6 @@ def test_a_file_is_parsed_again_only_when_it_has_changed(tmp_path, monkeypatch):
 
 def test_a_name_is_found_in_other_letters_and_below_a_folder_of_its_own_name(tmp_path):
     (tmp_path / "Train" / "Train" / "IMAGES").mkdir(parents=True)
-    assert data.at(tmp_path, "val", "train/images") == tmp_path / "Train" / "Train" / "IMAGES"
-    assert data.at(tmp_path, "train") == tmp_path / "Train"
-    assert data.at(tmp_path, "none", "other") == tmp_path / "none"
+    assert at(tmp_path, "val", "train/images") == tmp_path / "Train" / "Train" / "IMAGES"
+    assert at(tmp_path, "train") == tmp_path / "Train"
+    assert at(tmp_path, "none", "other") == tmp_path / "none"

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from companion import data
+from companion.data import folders
 from companion.errors import CompanionError
 from tests.conftest import parameters
 from tests.rehearsal import common
@@ -108,7 +109,7 @@ def test_a_folder_of_many_is_not_searched(tmp_path, monkeypatch):
     """A folder of class folders may hold a million files."""
     looked = []
     monkeypatch.setattr(data.os, "scandir", lambda place, scan=os.scandir: looked.append(place) or scan(place))
-    for i in range(data.MANY + 1):
+    for i in range(folders.MANY + 1):
         (tmp_path / "hta/dtd" / str(i) / "labels").mkdir(parents=True)
     assert data.status("hta/dtd", tmp_path).state == "incomplete"
     assert {Path(place) for place in looked} <= {tmp_path, tmp_path / "hta", tmp_path / "hta/dtd"}

@@ -30,8 +30,9 @@ from scipy.io import loadmat
 
 from ..errors import CorruptFile, check_choice, check_names
 from ..io import unpickle
-from . import DataSet, at, check_own, entries, facts, find, inside, of_file, once, own_set, tables, told
+from . import DataSet, check_own, facts, find, once, own_set, tables
 from .decoding import SUFFIXES
+from .folders import at, entries, inside, of_file, told
 from .images import Images, Transform, to_tensor
 
 SPLITS = ("train", "val", "trainval", "test")

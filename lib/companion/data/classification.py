@@ -26,8 +26,9 @@ from torchvision.transforms import v2
 from ..errors import BadParameter, CorruptFile, check_choice, check_range
 from ..io.config import configure
 from ..io.files import atomic_folder, read_json, write_json
-from . import DataSet, at, below, check_listed, check_own, entries, facts, find, inside, once, own_set, tables
+from . import DataSet, check_listed, check_own, facts, find, once, own_set, tables
 from .downloads import fetched
+from .folders import at, below, entries, inside
 from .images import Images, Transform, as_rgb, class_folders, images_of_classes, normalised, warn_of
 
 SPLITS = ("train", "val", "trainval", "test")

@@ -27,8 +27,9 @@ from torchvision.ops import box_convert
 
 from ..errors import BadParameter, CorruptFile, check_choice, check_names, check_range
 from ..io.files import read_json
-from . import DataSet, at, below, check_own, doubled, facts, find, of_file, once, own_set, tables, told
+from . import DataSet, check_own, facts, find, once, own_set, tables
 from .coco import CAPTION, SCHEMA, Annotations, Fields, arrays, check_fields, failure, is_id, read_annotations
+from .folders import at, below, doubled, of_file, told
 from .images import Files
 
 _FACTS = facts("detection")

@@ -32,24 +32,9 @@ from torchvision.transforms import v2
 from ..errors import CompanionError, CorruptFile, check_choice, check_names
 from ..io.config import configure
 from ..io.files import read_json
-from . import (
-    SPELLED,
-    DataSet,
-    at,
-    below,
-    check_listed,
-    check_own,
-    classification,
-    entries,
-    facts,
-    find,
-    inside,
-    of_file,
-    once,
-    own_set,
-    tables,
-)
+from . import DataSet, check_listed, check_own, classification, facts, find, once, own_set, tables
 from .downloads import fetched
+from .folders import SPELLED, at, below, entries, inside, of_file
 from .images import Images, Transform, as_rgb, class_folders, images_of_classes, normalised, warn_of
 
 SPLITS = ("train", "val", "test", "all")

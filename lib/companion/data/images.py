@@ -19,7 +19,8 @@ from torchvision.datasets.folder import make_dataset
 from torchvision.transforms import v2
 
 from ..errors import BadParameter, CorruptFile, check_kind
-from . import HIDDEN, SPELLED, DataSet, Parts, decoding, entries, spelled
+from . import DataSet, Parts, decoding
+from .folders import HIDDEN, SPELLED, entries, spelled
 
 Transform = Callable[[Image.Image], torch.Tensor]
 

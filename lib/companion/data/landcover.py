@@ -29,9 +29,10 @@ from torchvision import tv_tensors
 from torchvision.datasets.utils import download_and_extract_archive
 
 from ..errors import BadParameter, CorruptFile, check_choice, check_kind, check_names, check_range
-from . import DataSet, Parts, at, check_apart, climate, entries, facts, find, of_file, own_set, spelled, tables
+from . import DataSet, Parts, climate, facts, find, own_set, tables
 from .climate import TABLE, Place, read_places
 from .downloads import fetched
+from .folders import at, check_apart, entries, of_file, spelled
 from .rasters import SUFFIXES, Raster
 
 OEM, LOVEDA, POTSDAM = "landcover/openearthmap", "landcover/loveda", "landcover/potsdam"

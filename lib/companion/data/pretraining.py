@@ -20,8 +20,9 @@ from faster_coco_eval.core import mask as rle
 from torch import Tensor
 
 from ..errors import BadParameter, CorruptFile, check_choice
-from . import DataSet, at, below, check_listed, check_own, decoding, entries, find, own_set, spelled, tables
+from . import DataSet, check_listed, check_own, decoding, find, own_set, tables
 from .detection import Boxes, _of_file
+from .folders import at, below, entries, spelled
 from .images import Files, Images, Transform, images_below, images_of_classes
 
 IMAGENET, COCO, ADE20K = "pretraining/imagenet-1k", "pretraining/coco", "pretraining/ade20k"

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..errors import CorruptFile, check_kind
-from . import DataSet, Parts, at, decoding, facts, inside
+from . import DataSet, Parts, decoding, facts
+from .folders import at, inside
 
 _PLACES: dict[str, tuple[str, ...]] = facts("xrays")["PLACES"]
 Transform = Callable[[Tensor], Tensor]

@@ -25,9 +25,10 @@ from torchvision.transforms.v2.functional import to_dtype
 
 from ..errors import CorruptFile, check_choice
 from ..io.files import read_json
-from . import DataSet, at, check_listed, check_own, entries, facts, find, inside, once, own_set, tables
+from . import DataSet, check_listed, check_own, facts, find, once, own_set, tables
 from .decoding import check_proportions
 from .downloads import fetched
+from .folders import at, entries, inside
 from .images import Files, images_below
 
 _FACTS = facts("restoration")

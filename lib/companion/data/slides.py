@@ -29,7 +29,8 @@ from torch.utils.data import Dataset, default_collate
 
 from ..errors import BadParameter, CorruptFile, MissingData, check_choice, check_kind, check_range
 from ..io.files import atomic, atomic_folder, sha256
-from . import HIDDEN, DataSet, Parts, at, doubled, entries, find, own_set, tables
+from . import DataSet, Parts, find, own_set, tables
+from .folders import HIDDEN, at, doubled, entries
 
 SPLITS = ("train", "tune", "test")
 GRADES = 6

@@ -14,7 +14,8 @@ from pathlib import Path
 from types import MappingProxyType
 
 from ..errors import CorruptFile
-from . import DataSet, at, doubled, once
+from . import DataSet, once
+from .folders import at, doubled
 
 
 def existing(dataset: DataSet, root: str | Path, *paths: Path) -> Path:

@@ -30,7 +30,8 @@ import numpy as np
 
 from ..errors import BadParameter, CompanionError, CorruptFile, MissingData, check_choice
 from ..io.files import atomic
-from . import HIDDEN, DataSet, at, decoding, entries, facts, find, once, own_set, spaced, tables
+from . import DataSet, decoding, facts, find, once, own_set, spaced, tables
+from .folders import HIDDEN, at, entries
 
 ATTRIBUTES: dict[str, tuple[str, ...]] = facts("tracking")["ATTRIBUTES"]
 """The attribute names of each set, LasHeR's in the order of the flags in its files; none where no file has them."""

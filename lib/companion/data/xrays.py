@@ -31,8 +31,9 @@ from torchvision.ops import box_convert
 
 from ..errors import BadParameter, CorruptFile, check_choice, check_names
 from ..io.files import atomic
-from . import SPELLED, DataSet, at, check_listed, check_own, entries, facts, find, once, own_set, spelled, tables
+from . import DataSet, check_listed, check_own, facts, find, once, own_set, tables
 from .downloads import fetched
+from .folders import SPELLED, at, entries, spelled
 from .radiographs import Labelled, Masked, PairTransform, Radiographs, Stacked, Transform
 
 _FACTS = facts("xrays")
