@@ -490,14 +490,15 @@ def _initialise(module: nn.Module) -> None:
             nn.init.zeros_(module.weight.data[module.padding_idx])
 
 
-def heat(attention: Tensor) -> Tensor:
-    """The authors' heat map (sqrt N, sqrt N) of a word's attention (heads, N): maximum over heads, power 0.25, in
-    0 ... 1.
+def heat(attention: Tensor, size: int | None = None) -> Tensor:
+    """The authors' heat map of a word's attention (heads, N): maximum over heads, power 0.25, scaled to 0 ... 1.
 
     Args:
         attention: of one word, over patches in raster order, as `ECAMP.attention` returns it. (The released script
             leaves the patches in their shuffled order, so its maps are scrambled.)
+        size: upsample to (size, size) as the authors do, bilinear; None: (sqrt N, sqrt N).
     """
     x = attention.amax(0).pow(0.25)  # (N,)
     x = (x - x.min()) / (x.max() - x.min()).clamp_min(1e-12)
-    return rearrange(x, "(h w) -> h w", h=math.isqrt(len(x)))
+    x = rearrange(x, "(h w) -> h w", h=math.isqrt(len(x)))
+    return x if size is None else F.interpolate(x[None, None], (size, size), mode="bilinear")[0, 0]
