@@ -14,10 +14,15 @@ PYTEST := COMPANION_PROGRESS=off PYTHONPATH='$(CURDIR)/tests/offline' $(BIN) -m 
 # files that tests/conftest.py distributes
 THREADS ?= 1
 SIDE_BY_SIDE := --numprocesses logical --maxprocesses 4
+# the notebooks and benchmarks of PAPERS, or all of them
+SPACE := $() $()
+NOTEBOOKS = $(if $(PAPERS),$(PAPERS:%=notebooks/%.ipynb),$(wildcard notebooks/*.ipynb))
+BENCHMARKS = $(if $(PAPERS),$(PAPERS:%=benchmarks/%.py),$(filter-out $(addprefix benchmarks/,bench.py gpu.py memory.py),$(wildcard benchmarks/*.py)))
+NBVAL := --nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg
 LONGEST_FIRST := --dist loadgroup --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help reports study lint test coverage nbval test-slow lab gpu bench notebooks lock clean
+.PHONY: help reports study paper lint test coverage nbval test-slow lab gpu bench notebooks lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -39,6 +44,13 @@ study: $(INSTALLED)  ## rerun the studies (hours; PAPERS="sa2vp bat" for some), 
 	@$(SNAKEMAKE) --config papers='$(PAPERS)' -- studies
 	@$(MAKE) --no-print-directory reports PAPERS=
 
+paper: $(INSTALLED)  ## one paper from its study to its page (PAPERS=sa2vp): study, notebook, its tests and dry runs, nbval, benchmark, site
+	@test -n '$(PAPERS)' || { echo 'which paper? make paper PAPERS=sa2vp'; exit 1; }
+	@$(MAKE) --no-print-directory study notebooks
+	OMP_NUM_THREADS=$(THREADS) $(PYTEST) $(SIDE_BY_SIDE) $(LONGEST_FIRST) -m 'not slow' -k '$(subst $(SPACE), or ,$(strip $(PAPERS)))' tests
+	OMP_NUM_THREADS=$(THREADS) $(PYTEST) $(NBVAL) $(NOTEBOOKS)
+	@$(MAKE) --no-print-directory bench reports
+
 lint: $(INSTALLED)  ## ruff, formatting, types, import rules, and the committed notebooks as they are
 	$(BIN) -m ruff check .
 	$(BIN) -m ruff format --check .
@@ -55,7 +67,7 @@ coverage: test  ## the same tests, which take almost twice as long, and the shar
 
 # separate from `test`: with --cov, nbval starts coverage in every kernel, which times out
 nbval: $(INSTALLED)  ## run the committed notebooks and compare their outputs
-	OMP_NUM_THREADS=$(THREADS) $(PYTEST) --nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg $(SIDE_BY_SIDE) --dist loadfile notebooks
+	OMP_NUM_THREADS=$(THREADS) $(PYTEST) $(NBVAL) $(SIDE_BY_SIDE) --dist loadfile notebooks
 
 # full-size models: one process per file, since those of several files do not fit in memory
 test-slow: $(INSTALLED)  ## the rest: full-size parity (up to 13 GB), then the simulated GPU, the site, JupyterLab and other long checks
@@ -71,11 +83,11 @@ lab: $(INSTALLED)  ## open the notebooks in JupyterLab
 gpu: $(INSTALLED)  ## on a GPU: tests, parity and full-size training steps; writes reports/gpu/
 	$(BIN) benchmarks/gpu.py
 
-bench: $(INSTALLED)  ## time each method and the plain backbone passes that it cannot avoid
-	for script in $(filter-out benchmarks/bench.py benchmarks/gpu.py benchmarks/memory.py,$(wildcard benchmarks/*.py)); do $(BIN) "$$script" || exit 1; done
+bench: $(INSTALLED)  ## time each method and the plain backbone passes that it cannot avoid (PAPERS="sa2vp bat" for some)
+	for script in $(BENCHMARKS); do $(BIN) "$$script" || exit 1; done
 
-notebooks: $(INSTALLED)  ## run the notebooks in place: writes their committed outputs, tables, claims and run records
-	$(BIN) -m companion.runs.notebooks notebooks/*.ipynb
+notebooks: $(INSTALLED)  ## run the notebooks in place: writes their committed outputs, tables, claims and run records (PAPERS="sa2vp bat" for some)
+	$(BIN) -m companion.runs.notebooks $(NOTEBOOKS)
 
 lock: $(INSTALLED)  ## write requirements.lock from the installed packages
 	$(BIN) .ci/lock.py > requirements.lock.new

@@ -31,31 +31,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the tests are not an installed package
+from tests.papers.common import trainings  # noqa: E402
 
 STEPS, WARM = 12, 4
-# images, pairs, slides or crops of a step on one GPU: the published batch (ECAMP's smallest), or the recipe's
-# micro-batch
-BATCHES = {
-    "sa2vp": 64,
-    "bat": 96,
-    "dplq": 4,
-    "promptpar": 16,
-    "hvit": 32,
-    "ecamp, pre-train": 64,
-    "ecamp, fine-tune": 96,
-    "ecamp, segment": 96,
-    "ecamp, detect": 16,
-    "sic_cads": 16,
-    "metasegnet": 4,
-    "dmt, distil": 256,
-    "dmt, fine-tune": 256,
-    "dmt, detect": 8,
-    "dmt, segment": 4,
-    "tip": 8,
-}
+TRAININGS = {name: training for name, training in trainings().items() if training.batch}
 # ranks of attention: two positions of nearly equal attention may swap ranks
 TOLERANCES = {"heatmap_blend": 1e-2, "heatmap_blend_smoothed": 1e-2}
-FULL = {"tip": {"size": 512}, "hvit": {"region": 2048}}  # where the tests used here have smaller images
 MINUTES = {"tests": 12, "parity": 8, "speed": 4}  # for a part, or for one training of the last part
 
 
@@ -76,10 +57,9 @@ def speed(name: str, small: bool = False) -> dict:
     from companion.training import fit as training
     from companion.training.callbacks import Callback
     from tests.conftest import parameters
-    from tests.small import shrink
-    from tests.training.test_precision import CASES
+    from tests.papers.common import shrink
 
-    slug = name.partition(",")[0]
+    slug, chosen = name.partition(",")[0], TRAININGS[name]
     recipe = shrink(slug, pytest.MonkeyPatch()) if small else importlib.import_module(f"companion.models.{slug}.recipe")
     found: dict = {}
 
@@ -96,7 +76,7 @@ def speed(name: str, small: bool = False) -> dict:
     def fit(model, loss, data, *, epochs, batch, callbacks=(), schedule=None, checkpoint=None, **settings):  # type: ignore[no-untyped-def]
         if found:  # a paper may train more than once; the first training is measured
             return training.fit(model, loss, data, epochs=epochs, batch=batch, schedule=schedule, **settings)
-        size, timer, precision = BATCHES[name], Timer(), settings["hardware"].precision
+        size, timer, precision = chosen.batch, Timer(), settings["hardware"].precision
         while True:
             images = larger(data, size)
             try:
@@ -115,7 +95,7 @@ def speed(name: str, small: bool = False) -> dict:
         found.update(
             precision=precision,
             batch=size,
-            published=BATCHES[name],
+            published=chosen.batch,
             seconds_a_step=round(seconds, 4),
             images_a_second=round(size / seconds, 2),
             peak_memory_gb=round(torch.cuda.max_memory_allocated() / 1e9, 2),
@@ -127,11 +107,10 @@ def speed(name: str, small: bool = False) -> dict:
         return [{"step": 0, "lr": 0.0, "loss": 0.0}] * 2
 
     recipe.fit = importlib.import_module("companion.training.recipe").fit = fit
-    case, changes = CASES[name]
     usual = {"profile": "paper", "dry_run": True, "accelerator": "cuda", "data_root": "nowhere"}
-    changes = changes if small else changes | FULL.get(slug, {})
+    changes = dict(chosen.changes) | ({} if small else chosen.full)
     with tempfile.TemporaryDirectory() as out:
-        case(recipe, parameters(slug, **usual | changes), Path(out))
+        chosen.train(recipe, parameters(slug, **usual | changes), Path(out))
     return found
 
 
@@ -190,7 +169,7 @@ def main(words: Sequence[str] | None = None) -> int:
         cases = child(MINUTES["parity"], "parity", slug)
         worst = cases if isinstance(cases, str) else {case: f"{error:.1e}" for case, error in cases.items()}
         keep(f"parity of {slug}", worst)
-    for training in BATCHES:
+    for training in TRAININGS:
         keep(f"training of {training}", child(MINUTES["speed"], "speed", training))
     wrong = [line for line in lines if " passed" not in line or " failed" in line]
     for part, value in facts.items():

@@ -16,30 +16,14 @@ import tempfile
 from pathlib import Path
 
 import torch
-from gpu import BATCHES, FULL, larger
+from gpu import TRAININGS, larger
 from torch.utils.data import default_collate
 
 from companion.io.files import atomic
 from companion.io.papers import MODELS
 from tests.conftest import parameters  # gpu.py puts the checkout in the path
-from tests.training.test_precision import CASES
 
-RUNS = {  # the runs of paper.yaml that use this training
-    "sa2vp": "vtab fgvc hta",
-    "bat": "lasher visevent",
-    "promptpar": "peta pa100k rapv1 rapv2 wider rap-zs peta-zs",
-    "hvit": "local",
-    "ecamp, pre-train": "pre-training",
-    "ecamp, fine-tune": "chestx-ray14 chexpert rsna covidx",
-    "ecamp, segment": "siim-segmentation rsna-segmentation riga",
-    "ecamp, detect": "rsna-detection",
-    "sic_cads": "ov-coco ov-lvis",
-    "metasegnet": "openearthmap loveda",
-    "dmt, distil": "distil",
-    "dmt, fine-tune": "fine-tune",
-    "dmt, detect": "detect",
-    "dmt, segment": "segment",
-}  # not dplq, whose texts, and so memory, grow with the number of classes; nor tip, which is too large for this machine
+RUNS = {name: training for name, training in TRAININGS.items() if training.runs}
 SIZES = 2, 4  # two batch sizes: they differ by two images
 
 
@@ -90,13 +74,13 @@ def count(name: str) -> dict[str, float]:
     recipe = importlib.import_module(f"companion.models.{slug}.recipe")
     recipe.fit = fit
     importlib.import_module("companion.training.recipe").fit = fit
-    case, changes = CASES[name]
+    training = TRAININGS[name]
     usual = {"profile": "paper", "dry_run": True, "accelerator": "cpu", "data_root": "nowhere"}
     with tempfile.TemporaryDirectory() as out:
         try:
-            case(recipe, parameters(slug, **usual | changes | FULL.get(slug, {})), Path(out))
+            training.train(recipe, parameters(slug, **usual | training.changes | training.full), Path(out))
         except Counted as counted:
-            return {key: float(f"{value:.3g}") for key, value in counted.args[0].items()} | {"images": BATCHES[name]}
+            return {key: float(f"{value:.3g}") for key, value in counted.args[0].items()} | {"images": training.batch}
     raise RuntimeError(f"{name} trained nothing")
 
 
@@ -106,7 +90,7 @@ def main(names: list[str]) -> None:
     for name in names or RUNS:
         counts = count(name)
         print(f"{name}: {counts}".replace("'", ""), flush=True)
-        found.setdefault(name.partition(",")[0], {}).update(dict.fromkeys(RUNS[name].split(), counts))
+        found.setdefault(name.partition(",")[0], {}).update(dict.fromkeys(RUNS[name].runs.split(), counts))
     if not names:
         write(found)
 

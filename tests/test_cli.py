@@ -15,9 +15,9 @@ from companion.io import record
 from companion.io.files import write_json
 from companion.io.papers import paper
 from companion.runs import needs, report
+from tests.papers import bat
 from tests.parity.runner import ROOT as CASES
 from tests.parity.runner import Case
-from tests.rehearsal import bat
 
 
 def call(capture, *words) -> tuple[int, str, str]:

@@ -21,8 +21,9 @@ from companion.models.ecamp.detection import decode
 from companion.models.ecamp.transforms import squeeze_transform
 from companion.models.ecamp.transforms import test_transform as xray_transform
 from tests.models.common import refuses
-from tests.small import small_pipe
-from tests.test_saving import CLASSES, picture, trained
+from tests.papers.common import picture
+from tests.papers.tip import small_pipe
+from tests.test_saving import CLASSES, trained
 
 
 @pytest.fixture

@@ -9,122 +9,28 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from timm.layers import SwiGLU
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
-from transformers import BertConfig, BertModel, BertTokenizer
 
 import companion
 from companion import backbones, saving
 from companion.data import classification, domains
 from companion.errors import BadCheckpoint, CompanionError, CorruptFile
-from companion.models import bat, dmt, dplq, ecamp, hvit, metasegnet, promptpar, sa2vp, sic_cads
-from companion.models.dmt import downstream
-from companion.models.dplq import baselines as coop
-from companion.models.layers import clip_prompting
+from companion.models import dmt, ecamp, promptpar
 from companion.models.sa2vp import baselines as vpt
-from companion.toy import encoders
 from companion.toy.tokens import Tokenizer
 from tests.models.common import refuses
-
-CLASSES = ("disc", "ring", "cross")
-
-
-def vit(depth: int = 6) -> nn.Module:
-    return backbones.build("vit_tiny_patch16_224", "random", img_size=32, depth=depth, embed_dim=48, num_heads=3)
-
-
-def people() -> promptpar.PromptPAR:
-    clip, sentences = encoders.build("pocket_pedestrian_clip"), [f"a {name}" for name in CLASSES]
-    model = promptpar.PromptPAR(
-        clip, sentences, Tokenizer(context_length=24), vit(), promptpar.Settings(prompts=5, depth=2, visual_embed=True)
-    )
-    return model.half_clip()  # its precision is a part of the model
-
-
-def recogniser() -> sic_cads.MLR:
-    clip = encoders.build("pocket_clip")
-    text = sic_cads.vocabulary(clip, Tokenizer(), CLASSES)
-    given = {"image_input": backbones.input_of(clip), "teacher_input": backbones.input_of(clip)}
-    settings = sic_cads.Settings(width=32, levels=1, **given)
-    novel = torch.tensor([False, False, True])
-    body = backbones.build("resnet18", "random")
-    return sic_cads.MLR(body, text, novel, settings, teacher=clip.visual)
-
-
-def land() -> metasegnet.MetaSegNet:
-    return metasegnet.MetaSegNet.build(3, metasegnet.Words.of(["hot dry sand", "wet forest"], length=4), "pocket")
-
-
-def land_with_bert() -> metasegnet.MetaSegNet:
-    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "hot", "dry", "sand", "##y", "wet", "forest"]
-    tokenizer = BertTokenizer(vocab={name: i for i, name in enumerate(names)})
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    bert = BertModel(BertConfig(vocab_size=len(names), **sizes), add_pooling_layer=False)
-    return metasegnet.MetaSegNet.build(3, metasegnet.BertText(bert, tokenizer, length=8), "pocket")
-
-
-def chest(kind: str) -> nn.Module:
-    encoder = ecamp.build("pocket").encoder
-    if kind == "classifier":
-        return ecamp.classifier(encoder, 3)
-    return ecamp.Segmenter(encoder) if kind == "segmenter" else ecamp.Detector(encoder, 1, 8, (64, 48, 32))
-
-
-def prompted(kind: type, **options: Any) -> nn.Module:
-    return kind(encoders.build("pocket_clip"), CLASSES, Tokenizer(), **options)
-
-
-def domain() -> nn.Module:
-    return dplq.domain_model("vit_tiny_patch16_224", "random", clip=encoders.build("pocket_clip"))
-
+from tests.papers.common import NAMES as CLASSES
+from tests.papers.common import of_all, picture
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
-    "SA²VP": lambda: sa2vp.SA2VP(vit(), 3, 8, 0.5, attention="padded"),
-    "SA²VP on a toy ViT": lambda: sa2vp.SA2VP(encoders.build("pocket_vit"), 3),
-    "SA²VP on a Swin": lambda: sa2vp.SA2VPSwin(
-        backbones.build("swin_b", "random", img_size=64, embed_dim=24, depths=(1, 1, 6, 1), window_size=2), 3
-    ),
-    "VPT": lambda: vpt.VPT(vit(1), 3),
-    "fine-tuning": lambda: vpt.FineTuning(vit(), 3),
-    "DPLQ": lambda: prompted(dplq.DPLQ, domain=domain(), depth=3, noise="off"),
-    "DPLQ, other classes": lambda: _with_classes(prompted(dplq.DPLQ, domain=64, depth=3, noise="off")),
-    "DPLQ, controlled by CLIP": lambda: _by_clip(encoders.build("pocket_clip")),
-    "CoOp": lambda: prompted(coop.CoOp, tokens=4),
-    "zero-shot": lambda: prompted(coop.ZeroShot),
-    "PromptPAR": people,
-    "PromptPAR, embedded": lambda: promptpar.PromptPAR(
-        encoders.build("pocket_clip"),
-        clip_prompting.embed_texts(Tokenizer(), encoders.build("pocket_clip"), CLASSES),
-        None,
-        vit(),
-        promptpar.Settings(visual_embed=True),
-    ),
-    "BAT": lambda: bat.BAT(bat.OSTrack(vit(), 32, 64, 32), 4, elimination={1: 0.7}),
-    "MLR": recogniser,
-    "MetaSegNet": land,
-    "MetaSegNet with BERT": land_with_bert,
-    "DMT's student": lambda: dmt.build("pocket", heads=2),
-    "DMT's classifier": lambda: downstream.classifier(dmt.build("pocket", heads=2), 3),
-    "H-ViT": lambda: hvit.build("pocket", classes=3, levels=("region", "slide")),
-    "ECAMP": lambda: ecamp.build("pocket"),
-    **{f"ECAMP's {kind}": lambda kind=kind: chest(kind) for kind in ("classifier", "segmenter", "detector")},
+    k: make for models in of_all("MODELS").values() for k, make in models.items()
 }
-
-
-def _by_clip(clip: nn.Module) -> nn.Module:
-    return dplq.DPLQ(clip, CLASSES, Tokenizer(), dplq.domain_model("clip", clip=clip), depth=3, noise="off")
-
-
-def _with_classes(model: dplq.DPLQ) -> dplq.DPLQ:
-    model.set_classes(["a large red ring at the top", "disc"])  # more and longer than those that it was made with
-    return model
 
 
 def trained(name: str) -> nn.Module:
@@ -211,10 +117,6 @@ def test_a_transform_comes_back_in_its_test_form(name: str, tmp_path: Path) -> N
     again = companion.load(companion.save(trained("VPT"), tmp_path / "m.safetensors", transform=transform)).transform
     image = torch.rand(1, 50, 40) if "X-ray" in name else picture()
     assert torch.equal(again(image), expected(image))
-
-
-def picture(seed: int = 0, size: tuple[int, int] = (50, 40)) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8))
 
 
 def header(path: Path) -> dict[str, Any]:
@@ -317,7 +219,7 @@ def test_no_weights_are_looked_up(tmp_path: Path) -> None:
 
 def test_a_config_names_no_other_setting_of_a_text_encoder(tmp_path: Path) -> None:
     """`attn_implementation` of transformers may name code on a hub."""
-    path = companion.save(land_with_bert(), tmp_path / "m.safetensors")
+    path = companion.save(MODELS["MetaSegNet with BERT"](), tmp_path / "m.safetensors")
     text = json.dumps(header(path))
     assert "attn_implementation" not in text and text.count('"bert": {') == 1
     rewritten(path, text.replace('"bert": {', '"bert": {"attn_implementation": "a/kernel", '))

@@ -35,6 +35,7 @@ from companion.toy import encoders as toy
 from companion.toy.tokens import Tokenizer
 from tests.edges.common import Edge, check
 from tests.models.common import draw
+from tests.papers.common import hooks, of_all
 from tests.test_saving import MODELS, trained
 
 NAMES = ["disc", "ring", "cross"]
@@ -578,18 +579,9 @@ def numbers_of(found: Any) -> Tensor:
 
 def inputs(name: str, model: Any, batch: int = 2) -> tuple[Any, ...]:
     """What the forward pass of one of `MODELS` takes."""
-    if name == "BAT":
-        return draw(batch, 6, 32, 32), draw(batch, 6, 64, 64)
-    if name == "H-ViT":
-        return (draw(batch, 3, 16, 48),)
-    if name.startswith("MetaSegNet"):
-        return draw(batch, 3, 64, 64), ["wet forest"]
-    if name == "DPLQ, other classes":
-        return draw(batch, 3, 32, 32), draw(batch, 64)
-    side = (64, 64) if name in ("SA²VP on a Swin", "MLR") else (32, 32)
-    if name.startswith("PromptPAR"):
-        side = model.clip.visual.image_size
-    return (draw(batch, 3, *side),)
+    (slug,) = (slug for slug, models in of_all("MODELS").items() if name in models)
+    of = getattr(hooks(slug), "inputs", None)
+    return of(name, model, batch) if of else (draw(batch, 3, 32, 32),)
 
 
 def called(name: str, model: Any, given: tuple[Any, ...]) -> Any:

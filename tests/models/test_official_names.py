@@ -4,11 +4,10 @@ import pytest
 import torch
 
 from tests.models.common import misfits
+from tests.papers.common import of_all
 from tests.parity import runner
 
-CASES = ["bat/model_192_depth4", "dplq/baseline_cocoop", "dplq/baseline_coop", "dplq/baseline_maple"]
-CASES += ["dplq/model_vitb16", "ecamp/model_small", "ecamp/detector", "ecamp/segmenter", "hvit/local_2048_ordinal"]
-CASES += ["hvit/slide_global_coral", "metasegnet/ft_unetformer_swin_b", "sa2vp/swin_b_full", "sa2vp/tiny_vit_full"]
+CASES = [f"{slug}/{name}" for slug, names in of_all("OFFICIAL").items() for name in names]
 UNUSED = "visual_net."  # of DPLQ, in no forward pass
 TIED = {"bert_encoder.model.cls.predictions.decoder.bias": "bert_encoder.model.cls.predictions.bias"}
 

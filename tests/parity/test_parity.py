@@ -6,21 +6,17 @@ import numpy as np
 import pytest
 
 from companion.errors import CorruptFile
+from tests.papers.common import of_all
 
 from . import fill, runner
 
-FULL_SIZE = {
-    *("vit_b16_full", "vit_b16_full_acc", "swin_b_full", "model_256", "track_loop", "model_vitb16", "domain_mae"),
-    *("full_l14_pa100k", "hipt_1024", "heatmap_blend", "heatmap_blend_smoothed", "model_full", "attention_map"),
-    *("classifier", "detector", "mlr_lvis_r50", "ft_unetformer_swin_b"),
-    *("dino_vitb", "g2sd_generic_vits", "ibot_vitb", "mae_vitb", "mocov3_vitb", "tinymim_relation"),
-}
-
 
 def _cases():
+    full_size = of_all("FULL_SIZE")
     for paper in runner.papers():
         for case in runner.cases(paper):
-            marks = [pytest.mark.slow, pytest.mark.large] if case.name in FULL_SIZE else []
+            full = case.name in full_size.get(paper, ())
+            marks = [pytest.mark.slow, pytest.mark.large] if full else []
             yield pytest.param(case, id=f"{paper}-{case.name}", marks=marks)
 
 

@@ -1,5 +1,5 @@
 """Dry runs of the `paper` profile on miniatures of the data sets, in their layouts, with the small models of
-`tests.small`.
+`tests.papers`.
 
 `tests/rehearsal/<slug>.py` has the runs of a paper: `write` makes the miniature of a data set, `RUNS` are the
 parameters of all runs, of which the first is that of the notebook's tests, and `FAULTS` what may be wrong with a copy.
@@ -7,16 +7,13 @@ parameters of all runs, of which the first is that of the notebook's tests, and 
 
 from __future__ import annotations
 
-import importlib
 import pickle
 import re
-import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import NamedTuple
 
 import pandas as pd
 import pytest
@@ -26,7 +23,7 @@ from companion.errors import CompanionError
 from companion.io.papers import paper
 from companion.runs import needs
 from tests.conftest import parameters
-from tests.small import shrink
+from tests.papers.common import Fault, hooks, shrink
 
 opened = Counter[str]()
 LISTS = (".json", ".csv", ".txt", ".mat")
@@ -41,53 +38,11 @@ def count(event: str, args: tuple) -> None:
 sys.addaudithook(count)
 
 
-class Fault(NamedTuple):
-    """A copy that cannot be used.
-
-    Attributes:
-        run: the parameters of a dry run on it.
-        damage: spoils the miniature below the data root; returns the file that the error names.
-        words: which the error has too.
-    """
-
-    run: Mapping[str, object]
-    damage: Callable[[Path], Path]
-    words: str
-
-
-def moved(old: str, new: str) -> Callable[[Path], Path]:
-    """A file or folder below the data root at another place."""
-
-    def damage(root: Path) -> Path:
-        shutil.move(root / old, aside := root / "aside")
-        (root / new).parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(aside, root / new)
-        return root / new
-
-    return damage
-
-
-def without(name: str) -> Callable[[Path], Path]:
-    """Neither this file, nor this folder, below the data root."""
-
-    def damage(root: Path) -> Path:
-        path = root / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-        return path
-
-    return damage
-
-
-def runs(slug: str) -> ModuleType:
-    """The module of a paper."""
-    return importlib.import_module(f"tests.rehearsal.{slug}")
-
-
 def prepare(slug: str, run: Mapping[str, object], root: Path, patch: pytest.MonkeyPatch) -> tuple[ModuleType, dict]:
     """The recipe with small models, and the parameters of a dry run; the data are written below `root`."""
     recipe = shrink(slug, patch)
     root.mkdir(parents=True, exist_ok=True)
-    runs(slug).write(run["dataset"], root, patch)
+    hooks(slug).write(run["dataset"], root, patch)
     return recipe, dict(run) | {"profile": "paper", "dry_run": True, "data_root": str(root)}
 
 
@@ -130,4 +85,4 @@ def refused(slug: str, fault: Fault, folder: Path, patch: pytest.MonkeyPatch) ->
 def unknown(slug: str) -> set[str]:
     """Data sets of the paper's runs that no rehearsal reads."""
     wanted = {name for run in paper(slug)["runs"] for name in needs.sets(run["data"])}
-    return wanted - {SimpleNamespace(**run).dataset for run in runs(slug).RUNS}
+    return wanted - {SimpleNamespace(**run).dataset for run in hooks(slug).RUNS}

@@ -12,13 +12,14 @@ import pytest
 from companion import data
 from companion.data import folders
 from companion.errors import CompanionError
+from companion.io.papers import slugs
 from tests.conftest import parameters
+from tests.papers.common import hooks, of_all
 from tests.rehearsal import common
-from tests.rehearsal.test_rehearsal import PAPERS
 
-SETS = {run["dataset"]: slug for slug in PAPERS for run in common.runs(slug).RUNS if run["dataset"] in data.DATASETS}
-ALONE = [(slug, name) for slug in PAPERS for name in getattr(common.runs(slug), "ALONE", ())]
-COPIES = [(slug, name) for slug in PAPERS for name in getattr(common.runs(slug), "COPIES", ())]
+SETS = {run["dataset"]: slug for slug in slugs() for run in hooks(slug).RUNS if run["dataset"] in data.DATASETS}
+ALONE = [(slug, name) for slug, parts in of_all("ALONE").items() for name in parts]
+COPIES = [(slug, name) for slug, copies in of_all("COPIES").items() for name in copies]
 
 
 def content(name: str, root: Path) -> dict[str, list]:
@@ -81,7 +82,7 @@ def test_a_set_is_found(name, ways, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("slug", "name"), COPIES)
 def test_a_copy(slug, name, tmp_path, monkeypatch):
     """Read as published, or refused with words that say what to do."""
-    copy = common.runs(slug).COPIES[name]
+    copy = hooks(slug).COPIES[name]
     common.prepare(slug, copy.run, tmp_path, monkeypatch)
     as_published = content(copy.run["dataset"], tmp_path)
     copy.damage(tmp_path)
@@ -98,7 +99,7 @@ def test_a_copy(slug, name, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("slug", "name"), ALONE)
 def test_a_run_needs_what_it_reads(slug, name, tmp_path, monkeypatch):
     """A part of a set on which nothing is missing for this run."""
-    copy = common.runs(slug).ALONE[name]
+    copy = hooks(slug).ALONE[name]
     recipe, changes = common.prepare(slug, copy.run, tmp_path / "data", monkeypatch)
     copy.damage(tmp_path / "data")
     assert data.status(copy.run["dataset"], tmp_path / "data").state == "incomplete"

@@ -9,13 +9,14 @@ import pytest
 
 from companion.io.files import read_json
 from tests.conftest import ROOT
-from tests.rehearsal.common import runs
+from tests.papers.common import hooks
 
 START = """
 from pathlib import Path
 import pytest
-from tests.rehearsal.common import prepare, runs
-prepare({slug!r}, runs({slug!r}).RUNS[0], Path({root!r}), pytest.MonkeyPatch())
+from tests.papers.common import hooks
+from tests.rehearsal.common import prepare
+prepare({slug!r}, hooks({slug!r}).RUNS[0], Path({root!r}), pytest.MonkeyPatch())
 """
 
 
@@ -26,7 +27,7 @@ def test_notebook(slug, tmp_path):
     (start := tmp_path / "ipython/profile_default/startup").mkdir(parents=True)
     (start / "small.py").write_text(START.format(slug=slug, root=str(tmp_path / "data")))
     words = [sys.executable, "-m", "papermill", f"notebooks/{slug}.ipynb", str(tmp_path / "out.ipynb"), "-k", "python3"]
-    run = runs(slug).RUNS[0] | {"profile": "paper", "dry_run": True, "accelerator": "cpu"}
+    run = hooks(slug).RUNS[0] | {"profile": "paper", "dry_run": True, "accelerator": "cpu"}
     run |= {"data_root": str(tmp_path / "data"), "out": str(tmp_path / "run")}
     words += [word for name, value in run.items() for word in ("-p", name, str(value))]
     given = {"IPYTHONDIR": str(tmp_path / "ipython"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

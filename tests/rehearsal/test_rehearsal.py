@@ -1,17 +1,14 @@
 """Every run of every paper as a dry run on a miniature of its data; copies that cannot be used are refused."""
 
-import importlib.util
-
 import pytest
 
 from companion.io.papers import slugs
 from tests.conftest import parameters
+from tests.papers.common import hooks, shrink
 from tests.rehearsal import common
-from tests.small import shrink
 
-PAPERS = [slug for slug in slugs() if importlib.util.find_spec(f"tests.rehearsal.{slug}")]
-RUNS = [(slug, run) for slug in PAPERS for run in common.runs(slug).RUNS]
-FAULTS = [(slug, name) for slug in PAPERS for name in common.runs(slug).FAULTS]
+RUNS = [(slug, run) for slug in slugs() for run in hooks(slug).RUNS]
+FAULTS = [(slug, name) for slug in slugs() for name in hooks(slug).FAULTS]
 
 
 @pytest.mark.parametrize(("slug", "run"), RUNS, ids=[" ".join(map(str, [slug, *run.values()])) for slug, run in RUNS])
@@ -25,10 +22,10 @@ def test_run(slug, run, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("slug", "name"), FAULTS)
 def test_fault(slug, name, tmp_path, monkeypatch):
-    common.refused(slug, common.runs(slug).FAULTS[name], tmp_path, monkeypatch)
+    common.refused(slug, hooks(slug).FAULTS[name], tmp_path, monkeypatch)
 
 
-@pytest.mark.parametrize("slug", PAPERS)
+@pytest.mark.parametrize("slug", slugs())
 def test_without_data(slug, tmp_path, monkeypatch):
     """Generated items, and rows all the same."""
     recipe = shrink(slug, monkeypatch)
@@ -37,6 +34,6 @@ def test_without_data(slug, tmp_path, monkeypatch):
     assert recipe.RESULTS.measured(tmp_path / "measured.csv").dry_run.all()
 
 
-@pytest.mark.parametrize("slug", PAPERS)
+@pytest.mark.parametrize("slug", slugs())
 def test_all_data_sets_are_rehearsed(slug):
     assert not common.unknown(slug)

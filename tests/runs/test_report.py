@@ -21,8 +21,8 @@ from companion.runs import needs, report
 from companion.runs.adopt import adopt
 from tests.conftest import parameters
 from tests.models.common import refuses
-from tests.rehearsal import bat
-from tests.small import shrink
+from tests.papers import bat
+from tests.papers.common import shrink
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 Every training of `fit` ends after twelve steps, and Fabric gets the GPU also where the pocket settings ask for the CPU.
 Figures are made, but not drawn. Writes OUT/found.json: the cells that failed, and what each optimiser's step waited
 for. A mix of devices fails as on a GPU; a cell after one that failed runs all the same, so that one run shows
-everything. A dry run has the small models of `tests.small` and the miniature of the paper's first run.
+everything. A dry run has the small models of `tests.papers` and the miniature of the paper's first run.
 """
 
 from __future__ import annotations
@@ -113,10 +113,11 @@ def main(slug: str, out: Path, changes: dict[str, object]) -> None:
     torch.set_num_threads(1)
     sim = simdevice.install()
     losses = force(changes.pop("force", "32-true"))
-    from tests.rehearsal.common import prepare, runs  # after both: it imports the recipes, and with them `fit`
+    from tests.papers.common import hooks
+    from tests.rehearsal.common import prepare  # after both: it imports the recipes, and with them `fit`
 
     if changes.get("dry_run"):
-        changes |= prepare(slug, runs(slug).RUNS[0], out / "data", pytest.MonkeyPatch())[1]
+        changes |= prepare(slug, hooks(slug).RUNS[0], out / "data", pytest.MonkeyPatch())[1]
     import matplotlib.pyplot as plt
 
     leave_figures_undrawn()

@@ -13,21 +13,8 @@ import torch
 
 from companion.io.papers import paper, slugs
 from tests.conftest import ROOT
+from tests.papers.common import hooks
 from tests.parity import runner
-
-ALLOWED: dict[str, dict[str, int]] = {
-    # torchvision's Mask R-CNN, eight images: boxes by score, suppression, matches
-    "dmt": {"models/dmt/downstream.py": 250},
-    # how many regions the slides of a batch have
-    "hvit": {"models/hvit/model.py": 1},
-    # which texts of a batch are equal
-    "metasegnet": {"models/metasegnet/text.py": 1},
-    # the notebook's losses: the shares of the attributes are copied to the GPU, as in the README
-    "promptpar": {"<cell 14 of promptpar>": 1, "<cell 28 of promptpar>": 1},
-    # the positives of the rank loss, at toy scale alone
-    "sic_cads": {"toy/sic_cads.py": 1},
-}
-"""Waits of a training step, by paper: the file where the host waits, and how often at most. Others never wait."""
 
 ABLE = sys.platform == "linux" and torch.version.cuda is None and torch.version.hip is None
 pytestmark = [
@@ -98,7 +85,7 @@ def test_notebook(slug, tmp_path):
     found = run(slug, tmp_path, "profile='paper'", "dry_run=True", f"force={force!r}", f"precision={precision!r}")
     assert not found["failures"], found["failures"][0]["error"]
     assert max(training["steps"] for training in found["trainings"]) > 2
-    allowed = {"training/recipe.py": 1} | ALLOWED.get(slug, {})  # a dry run measures a step
+    allowed = {"training/recipe.py": 1} | getattr(hooks(slug), "WAITS", {})  # a dry run measures a step
     too_many = {file: n for file, n in waits(found).items() if n > allowed.get(file, 0)}
     assert not too_many, too_many
     assert bool(found["losses"]) == (authors != "32-true")
@@ -111,7 +98,8 @@ sys.path.insert(0, "benchmarks")
 from tests.simulated import simdevice
 simdevice.install()
 import gpu
-gpu.BATCHES["bat"], gpu.STEPS, gpu.WARM = 4, 3, 1
+gpu.STEPS, gpu.WARM = 3, 1
+gpu.TRAININGS["bat"] = gpu.TRAININGS["bat"]._replace(batch=4)
 found = gpu.speed("bat", small=True)
 assert found["batch"] == 4 and found["precision"] == "32-true", found
 assert abs(found["seconds_a_step"] * found["images_a_second"] - 4) < 0.1 and found["tflop_a_step"] > 0, found
@@ -123,6 +111,7 @@ sys.path.insert(0, "benchmarks")
 from tests.simulated import simdevice
 simdevice.install()
 from gpu import TOLERANCES
+from tests.papers.common import hooks
 from tests.parity import runner
 for case in runner.cases(sys.argv[1]):
     named = (case.folder / "names.json").exists()

@@ -7,7 +7,7 @@ import torch
 from companion.models.bat import BAT, figures
 from companion.toy import bat as toy
 from companion.toy.encoders import tracker as small_tracker
-from tests.small import pinned
+from tests.toy.common import pinned
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import torch
 from companion.models.dmt import Teachers
 from companion.toy import dmt as toy
 from companion.toy.encoders import teachers
-from tests.small import pinned
+from tests.toy.common import pinned
 
 SEED = 7
 

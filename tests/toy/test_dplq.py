@@ -7,7 +7,7 @@ from companion.data import domains, fewshot
 from companion.models.dplq import figures
 from companion.toy import dplq as toy
 from companion.toy import scenes
-from tests.small import pinned
+from tests.toy.common import pinned
 
 SEED = 7
 

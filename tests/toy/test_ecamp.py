@@ -6,7 +6,7 @@ from torch.utils.data import default_collate
 
 from companion.data import xrays
 from companion.toy import ecamp as toy
-from tests.small import pinned
+from tests.toy.common import pinned
 
 FEW = {"train": 160, "val": 3, "test": 60}
 

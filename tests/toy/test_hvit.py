@@ -11,7 +11,7 @@ from companion.models.hvit import HViT
 from companion.models.hvit.slides import tile
 from companion.toy import hvit as toy
 from companion.toy.encoders import slide_dino
-from tests.small import pinned
+from tests.toy.common import pinned
 
 
 @pytest.mark.parametrize(

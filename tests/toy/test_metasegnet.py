@@ -9,7 +9,7 @@ import torch
 from companion.data import landcover as data
 from companion.models.metasegnet.text import Words
 from companion.toy import metasegnet as toy
-from tests.small import pinned
+from tests.toy.common import pinned
 
 
 @pytest.fixture

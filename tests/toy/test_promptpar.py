@@ -7,7 +7,7 @@ import torch
 from companion.models.promptpar import figures
 from companion.toy import encoders
 from companion.toy import promptpar as toy
-from tests.small import pinned
+from tests.toy.common import pinned
 
 # what is worn, the attributes that follow, and the rows in which it is drawn
 

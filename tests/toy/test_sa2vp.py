@@ -14,7 +14,7 @@ from companion.models.sa2vp import baselines as vpt
 from companion.toy import sa2vp as toy
 from companion.toy import scenes
 from companion.toy.encoders import photo_prompts
-from tests.small import pinned
+from tests.toy.common import pinned
 
 PINNED = {
     "where": "b3c18ee8b73b a8cd28570860 437cda50eb68",

@@ -7,7 +7,7 @@ import torch
 from torchvision.ops import box_iou
 
 from companion.toy import sic_cads as toy
-from tests.small import pinned
+from tests.toy.common import pinned
 
 SEED = 7
 

@@ -10,7 +10,7 @@ from companion.models.tip.recipe import TEXTS
 from companion.toy import scenes
 from companion.toy import tip as toy
 from companion.toy.encoders.words import WordText, split
-from tests.small import pinned
+from tests.toy.common import pinned
 
 SEED = 2
 

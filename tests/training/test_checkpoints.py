@@ -15,7 +15,7 @@ from companion.training.checkpoints import checkpoint_key, save, trained_state
 from companion.training.recipe import run
 from tests.conftest import interrupted, parameters
 from tests.models.common import refuses
-from tests.small import shrink
+from tests.papers.common import shrink
 from tests.training.test_fit import same
 from tests.training.test_precision import CASES
 
@@ -67,7 +67,7 @@ def test_a_killed_training_of_each_paper_takes_the_steps_after_its_checkpoint_al
 
     slug, _, task = name.partition(", ")
     recipe, usual = shrink(slug, monkeypatch), {"profile": "paper", "dry_run": True, "accelerator": "cpu"}
-    p = parameters(slug, **usual | {"data_root": "nowhere"} | CASES[name][1])
+    p = parameters(slug, **usual | {"data_root": "nowhere"} | CASES[name].changes)
     monkeypatch.setattr("companion.training.checkpoints.LONGEST", 0)
     with interrupted(monkeypatch, loop, "_backward", 1):
         train(tmp_path)

@@ -33,7 +33,7 @@ from companion.training.fit import outputs_of
 from companion.training.hardware import CPU, Hardware
 from tests.conftest import ROOT, parameters
 from tests.models.common import draw, refuses
-from tests.small import shrink
+from tests.papers.common import shrink
 from tests.training.test_fit import noisy_model, pairs, run, same
 from tests.training.test_precision import CASES
 
@@ -60,7 +60,7 @@ class Reached(Exception):
 def train(name: str, fit: Callable, **changes: object) -> object:
     """What `fit` raises as `Reached` in the dry run of a paper."""
     slug = name.partition(",")[0]
-    case, settings = CASES.get(name) or CASES[slug]
+    case, settings = (CASES.get(name) or CASES[slug])[:2]
     usual = {"profile": "paper", "dry_run": True, "accelerator": "cpu", "data_root": "nowhere", "devices": 2}
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Reached) as reached:
         recipe = shrink(slug, patch)

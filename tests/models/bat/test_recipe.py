@@ -13,7 +13,7 @@ from companion.training import recipe as training
 from companion.training.hardware import CPU
 from tests.conftest import parameters
 from tests.models.common import refuses
-from tests.rehearsal import bat
+from tests.papers import bat
 
 
 def given(**changes):

@@ -20,8 +20,8 @@ from companion.training.hardware import CPU
 from companion.training.schedules import schedule
 from tests.conftest import interrupted, parameters
 from tests.models.common import refuses
+from tests.papers.common import shrink
 from tests.recipes.runner import InOrder
-from tests.small import shrink
 
 given = partial(
     parameters, "dmt", profile="paper", dry_run=True, student="tiny", data_root="nowhere", accelerator="cpu"

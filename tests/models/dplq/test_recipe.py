@@ -22,9 +22,9 @@ from companion.toy import encoders
 from companion.training.checkpoints import checkpoint_key
 from tests.conftest import parameters
 from tests.models.common import refuses
+from tests.papers.common import shrink
 from tests.recipes import dplq_cases
 from tests.recipes.runner import Case, folder
-from tests.small import shrink
 
 EACH = 40  # images per class: 20 to train, 8 to validate, 12 to test
 given = functools.partial(

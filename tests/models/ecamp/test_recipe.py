@@ -20,7 +20,7 @@ from companion.training import fit as loop
 from companion.training.recipe import run
 from tests.conftest import parameters
 from tests.models.common import refuses
-from tests.small import shrink
+from tests.papers.common import shrink
 
 
 def given(**changes) -> SimpleNamespace:

@@ -30,7 +30,7 @@ from tests.conftest import parameters
 from tests.data.test_landcover import earth, loveda
 from tests.data.test_rasters import noise, written
 from tests.models.common import refuses
-from tests.small import shrink
+from tests.papers.common import shrink
 
 PROMPTS = Prompts.read()
 

@@ -16,9 +16,10 @@ from companion.models.promptpar.transforms import PadToSquare
 from companion.toy.tokens import Tokenizer
 from tests.conftest import parameters
 from tests.models.common import refuses
+from tests.papers import promptpar as rehearsal
+from tests.papers.common import shrink
+from tests.papers.promptpar import small_backbones
 from tests.recipes import runner
-from tests.rehearsal import promptpar as rehearsal
-from tests.small import shrink, small_backbones
 
 
 def given(**changes) -> SimpleNamespace:

@@ -17,9 +17,9 @@ from companion.models.sa2vp import recipe, two_pathway_loss
 from companion.training.checkpoints import checkpoint_key
 from tests.conftest import parameters
 from tests.models.common import refuses
+from tests.papers.common import shrink
 from tests.recipes.runner import Case
 from tests.recipes.runner import folder as recorded
-from tests.small import shrink
 
 given = functools.partial(parameters, "sa2vp", profile="paper", accelerator="cpu", data_root="nowhere")
 

@@ -17,7 +17,8 @@ from companion.training.hardware import Hardware
 from tests.conftest import parameters
 from tests.data.test_detection import coco, image, sizes  # noqa: F401
 from tests.models.common import refuses
-from tests.small import shrink, small_clip
+from tests.papers.common import shrink
+from tests.papers.sic_cads import small_clip
 
 
 def given(**changes) -> SimpleNamespace:

@@ -23,7 +23,7 @@ from companion.models.tip import TIPPipeline, build, clip_tokenizer, tokenize
 from companion.models.tip import model as tip
 from companion.models.tip.pipeline import BLIND, blend
 from tests.models.common import assert_recomputed_gradients_are_equal, refuses
-from tests.small import small_pipe
+from tests.papers.tip import small_pipe
 
 ROWS, DEBLUR = "a picture with rows", "Deblur with sigma 0.9"
 

@@ -20,9 +20,10 @@ from companion.models.tip.degradations import BLIND, TASKS, Degraded
 from tests.conftest import interrupted, parameters
 from tests.models.common import refuses
 from tests.models.tip.test_model import save_narrow
+from tests.papers import tip as layouts
+from tests.papers.common import shrink
+from tests.papers.tip import small_pipe
 from tests.recipes.runner import InOrder
-from tests.rehearsal import tip as layouts
-from tests.small import shrink, small_pipe
 
 
 def given(**changes) -> SimpleNamespace:

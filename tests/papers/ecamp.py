@@ -1,15 +1,27 @@
 """ECAMP: pre-training on MIMIC-CXR, OpenI or a folder, and the four downstream tasks."""
 
+from __future__ import annotations
+
+import functools
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from companion.data import DATASETS, xrays
 from companion.data.xrays import CLASSES, ONE_OF, REPORTS, SIZES, lists, tasks
+from companion.models import ecamp
+from companion.training.recipe import run as trained
 from tests.data.test_xrays import openi, picture, table
-from tests.rehearsal.common import Fault
+from tests.papers.common import Fault, Found, Training, images
+
+# --- runs of the `paper` profile on miniatures of the data sets, and copies that people have
 
 COUNTS = {"1": 4, "10": 5, "100": 6, "val": 4, "test": 5}
 FOLDERS = {"xrays/chestx-ray14": "images_001", "xrays/rsna": "train_images", "fundus/riga": "Image/BinRushed"}
@@ -191,3 +203,86 @@ COPIES = {
         {"dataset": "xrays/chestmnist"}, spoil("xrays/chestmnist/chestmnist_224.npz", "PK"), "truncated.* 2 bytes"
     ),
 }
+
+
+# --- small models
+
+
+def small(recipe: ModuleType, patch: pytest.MonkeyPatch) -> None:
+    from companion.models.ecamp import detection, heads
+    from companion.models.ecamp.model import Bert, Blocks
+
+    def encoder(p: object) -> VisionTransformer:
+        torch.manual_seed(0)
+        return VisionTransformer(img_size=224, embed_dim=48, depth=1, num_heads=2, num_classes=0, global_pool="")
+
+    text = Bert(width=48, depth=1, heads=2, length=16)
+    narrow = {"encoder": Blocks(48, 1, 2), "decoder": Blocks(32, 1, 2), "text": text}
+    patch.setattr(recipe, "encoder", encoder)
+    patch.setattr(recipe, "ReportPairs", functools.partial(recipe.ReportPairs, length=16))
+    patch.setattr(heads, "Segmenter", functools.partial(heads.Segmenter, channels=(32, 16, 8, 8)))
+    patch.setattr(detection, "Detector", functools.partial(detection.Detector, channels=(64, 32, 16)))
+    patch.setitem(recipe.ecamp.SIZES, "paper", narrow)
+
+
+def chest(kind: str) -> nn.Module:
+    encoder = ecamp.build("pocket").encoder
+    if kind == "classifier":
+        return ecamp.classifier(encoder, 3)
+    return ecamp.Segmenter(encoder) if kind == "segmenter" else ecamp.Detector(encoder, 1, 8, (64, 48, 32))
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "ECAMP": lambda: ecamp.build("pocket"),
+    **{f"ECAMP's {kind}": lambda kind=kind: chest(kind) for kind in ("classifier", "segmenter", "detector")},
+}
+"""That `companion.save` writes, by name."""
+
+
+OFFICIAL = ["model_small", "detector", "segmenter"]
+"""Recorded cases whose state dict is read and given back under the authors' names."""
+
+
+FULL_SIZE = ["model_full", "attention_map", "classifier", "detector"]
+"""Recorded cases that take gigabytes, or minutes."""
+
+
+# --- trainings
+
+
+def train(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
+    if p.task == "pre-train":
+        return trained(recipe.pretraining(p, out, real=False))[1], None
+    training, data = recipe.downstream(p, real=False)
+    torch.manual_seed(0)
+    history = trained(training)[1]
+    torch.manual_seed(0)
+    ((outputs, _),) = recipe.outputs(p, training.build(), data["test"])
+    return history, torch.cat([x.flatten() for x in (outputs if isinstance(outputs, list) else [outputs])])
+
+
+TRAININGS = {
+    "pre-train": Training(train, {}, batch=64, runs="pre-training"),
+    "fine-tune": Training(
+        train, {"task": "fine-tune", "dataset": "xrays/covidx"}, batch=96, runs="chestx-ray14 chexpert rsna covidx"
+    ),
+    "segment": Training(
+        train, {"task": "segment", "dataset": "xrays/siim"}, batch=96, runs="siim-segmentation rsna-segmentation riga"
+    ),
+    "detect": Training(train, {"task": "detect", "dataset": "xrays/rsna"}, batch=16, runs="rsna-detection"),
+}
+
+
+# --- the example on own data
+
+
+def chests() -> None:
+    images(Path("chests"), [f"{i}.png" for i in range(16)])
+    Path("chests/train_list.txt").write_text("\n".join(f"{i}.png {i % 2} {i % 3 // 2}" for i in range(16)))
+    images(Path(), ["new.png"])
+    torch.manual_seed(0)
+    sizes = {"encoder": ecamp.Blocks(64, 3, 1), "decoder": ecamp.Blocks(64, 1, 1)}
+    torch.save(ecamp.build("pocket", image=224, patch=16, **sizes).to_official(), "ECAMP.pth")
+
+
+EXAMPLE = chests, r"\[\{'(effusion|nodule)': 0\.\d+, "

@@ -1,15 +1,24 @@
 """TIP: COCO with captions, DIV2K, and a folder of one's own."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from unittest import mock
 
 import pytest
+import torch
 
 from companion.data import restoration
 from companion.io.files import write_json
+from companion.training.hardware import Hardware
 from tests.data.conftest import expect
 from tests.data.test_restoration import picture
-from tests.rehearsal.common import Fault, moved, without
+from tests.papers.common import Fault, Found, Training, images, moved, without
+
+# --- runs of the `paper` profile on miniatures of the data sets, and copies that people have
 
 
 def write(name: str, root: Path, patch: pytest.MonkeyPatch) -> None:
@@ -90,3 +99,85 @@ COPIES = {
         COCO, without("coco/train2017/train0.jpg"), "images of captions_train2017.json .*train0.jpg"
     ),
 }
+
+
+# --- small models
+
+
+SMALL_SD: dict[str, Any] = {  # two levels instead of Stable Diffusion's four
+    "unet": {
+        "in_channels": 4,
+        "out_channels": 4,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "block_out_channels": (32, 48),
+        "layers_per_block": 1,
+        "cross_attention_dim": 32,
+        "attention_head_dim": 2,
+        "norm_num_groups": 8,
+    },
+    "vae": {
+        "block_out_channels": (16, 32, 32),
+        "down_block_types": ("DownEncoderBlock2D",) * 3,
+        "up_block_types": ("UpDecoderBlock2D",) * 3,
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "scaling_factor": 0.18215,
+    },
+    "text": {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
+    "conditioning_channels": (16, 24, 32),
+}
+
+
+def small_pipe(size: str = "sd15", **options: object) -> torch.nn.Module:
+    """TIP's pipeline, which predicts x0 and starts from noise alone."""
+    from companion.models.tip import build
+    from companion.toy.encoders.texture_prior import scheduler
+
+    torch.manual_seed(0)
+    pipe = build("sd15", **SMALL_SD | options)
+    pipe.register_modules(scheduler=scheduler())
+    return pipe
+
+
+def small(recipe: ModuleType, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(recipe, "build", small_pipe)
+    patch.setattr(recipe, "DRY_SIZE", 32)
+
+
+# --- trainings
+
+
+def train(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
+    pipe, p.dry_run = recipe.build(), False
+    data = recipe.samples(recipe.Generated(4, p.size, 0), p.size, p.method, 0)
+    with mock.patch.multiple(recipe, EPOCHS=1, BATCH=2):
+        history = recipe.train(p, pipe, data)
+    restored = recipe.restore(pipe, [data[i] for i in range(2)], steps=2, hardware=Hardware.of(p, "tip"))
+    assert restored.dtype == torch.float32 and 0 <= restored.min() < restored.max() <= 1
+    return history, None
+
+
+TRAININGS = {
+    # too large for the machine on which memory is counted: no `runs`
+    "": Training(train, {"size": 32}, batch=8, full={"size": 512})
+}
+
+
+# --- the example on own data
+
+
+def photographs() -> None:
+    images(Path("photographs/images"), [f"{i}.jpg" for i in range(4)])
+    images(Path(), ["old.jpg"])
+
+
+EXAMPLE = photographs, ""
+
+
+def small_example(patch: pytest.MonkeyPatch) -> None:
+    from companion.models.tip import TIPPipeline, degradations
+
+    degraded = degradations.Degraded
+    patch.setattr(degradations, "Degraded", lambda images, size: degraded(images, size // 16))
+    patch.setattr(TIPPipeline, "from_stable_diffusion", small_pipe)

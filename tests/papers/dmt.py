@@ -1,14 +1,26 @@
 """DMT: distillation and classification on ImageNet-1k, detection on COCO, segmentation on ADE20K, a folder."""
 
+from __future__ import annotations
+
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from companion.data.pretraining import ADE20K, COCO, IMAGENET
 from companion.io.files import read_json, write_json
+from companion.models import dmt
+from companion.models.dmt import downstream
+from companion.training.recipe import run
 from tests.data import test_pretraining as layouts
-from tests.rehearsal.common import Fault, moved, without
+from tests.papers.common import FLOWERS, Fault, Found, Training, moved, without
+
+# --- runs of the `paper` profile on miniatures of the data sets, and copies that people have
 
 
 def write(name: str, root: Path, patch: pytest.MonkeyPatch) -> None:
@@ -123,3 +135,70 @@ COPIES = {
     "an image of ADE20K that is missing": Fault(SEGMENT, without(f"{ADE}/images/training/d.jpg"), "3 images for"),
 }
 ALONE = {"the training images of ImageNet": Fault(OWN | {"dataset": IMAGENET}, without("imagenet/val"), "")}
+
+
+# --- small models
+
+
+def small(recipe: ModuleType, patch: pytest.MonkeyPatch) -> None:
+    depth, whole = {"tiny": 4, "small": 4, "base": 2}, recipe.vit.build
+
+    def build(size: str, **options: object) -> torch.nn.Module:
+        return recipe.ViT(224, 16, 48, depth[size], 4, **options) if size in depth else whole(size, **options)
+
+    patch.setattr(recipe, "SIZES", {"detect": 128, "segment": 128})
+    few = {"rpn_post_nms_top_n_train": 64, "rpn_post_nms_top_n_test": 16, "box_batch_size_per_image": 32}
+    patch.setattr(recipe.down, "MaskRCNN", functools.partial(recipe.down.MaskRCNN, **few, box_detections_per_img=4))
+    patch.setattr(recipe.vit, "build", build)
+    patch.setattr(recipe.official, "build", build)
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "DMT's student": lambda: dmt.build("pocket", heads=2),
+    "DMT's classifier": lambda: downstream.classifier(dmt.build("pocket", heads=2), 3),
+}
+"""That `companion.save` writes, by name."""
+
+
+FULL_SIZE = ["dino_vitb", "g2sd_generic_vits", "ibot_vitb", "mae_vitb", "mocov3_vitb", "tinymim_relation"]
+"""Recorded cases that take gigabytes, or minutes."""
+
+
+# --- trainings
+
+
+def train(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
+    if p.task == "distil":
+        return run(recipe.distillation(p, out, real=False)[1])[1], None
+    _, training, score = recipe.downstream(p, out, real=False)
+    model, history = run(training)
+    assert np.isfinite([*score(model).values()]).all()
+    return history, None
+
+
+TRAININGS = {
+    "distil": Training(train, {}, batch=256, runs="distil"),
+    "fine-tune": Training(train, {"task": "fine-tune"}, batch=256, runs="fine-tune"),
+    "linear probe": Training(train, {"task": "linear probe"}),
+    "detect": Training(train, {"task": "detect"}, batch=8, runs="detect"),
+    "segment": Training(train, {"task": "segment"}, batch=4, runs="segment"),
+}
+
+
+WAITS = {
+    "models/dmt/downstream.py": 250
+}  # torchvision's Mask R-CNN, eight images: boxes by score, suppression, matches
+
+
+# --- the example on own data
+
+
+EXAMPLE = FLOWERS
+
+
+def small_example(patch: pytest.MonkeyPatch) -> None:
+    from companion.models import dmt
+    from companion.models.dmt import vit
+
+    patch.setitem(vit.SIZES, "tiny", {"width": 48, "depth": 2, "heads": 3})
+    patch.setattr(dmt, "released", lambda name: vit.ViT(width=64, depth=1, heads=4))

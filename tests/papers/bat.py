@@ -1,14 +1,29 @@
 """BAT: training on LasHeR or VisEvent, tests on them, on RGBT234 and on GTOT."""
 
+from __future__ import annotations
+
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from torch import nn
 
+from companion import backbones
 from companion.data import tracking
+from companion.models import bat
+from companion.training.hardware import Hardware
+from companion.training.recipe import run
 from tests.data import test_tracking as layouts
 from tests.data.conftest import expect
-from tests.rehearsal.common import Fault
+from tests.models.common import draw
+from tests.papers.common import Fault, Found, Training, images, vit
+
+# --- runs of the `paper` profile on miniatures of the data sets, and copies that people have
 
 BOX = [10, 8, 12, 9]
 BOXES = [BOX] * 24
@@ -134,3 +149,59 @@ COPIES = {
     ),
     "VisEvent's train in its test": Fault(VISEVENT, overlap, r"train1 is in two splits: .*list\.txt"),
 }
+
+
+# --- small models
+
+
+def small(recipe: ModuleType, patch: pytest.MonkeyPatch) -> None:
+    from companion.toy.encoders import tracker
+
+    patch.setattr(recipe, "foundation", lambda weights: tracker.build())
+    patch.setattr(recipe, "BATCH", 4)
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "BAT": lambda: bat.BAT(bat.OSTrack(vit(), 32, 64, 32), 4, elimination={1: 0.7})
+}
+"""That `companion.save` writes, by name."""
+
+
+OFFICIAL = ["model_192_depth4"]
+"""Recorded cases whose state dict is read and given back under the authors' names."""
+
+
+FULL_SIZE = ["model_256", "track_loop"]
+"""Recorded cases that take gigabytes, or minutes."""
+
+
+def inputs(name: str, model: Any, batch: int) -> tuple[Any, ...]:
+    return draw(batch, 6, 32, 32), draw(batch, 6, 64, 64)
+
+
+# --- trainings
+
+
+def train(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
+    _, history = run(recipe.training(p, Hardware.of(p, "bat")))
+    for boxes in recipe.run(p, out).boxes.values():  # in images of 240 x 180
+        assert np.isfinite(boxes).all() and (boxes[:, :2] + boxes[:, 2:] <= [240, 180]).all()
+    return history, None
+
+
+TRAININGS = {"": Training(train, {}, batch=96, runs="lasher visevent")}
+
+
+# --- the example on own data
+
+
+def walk() -> None:
+    for folder in ("walk", "new"):
+        for stream in ("visible", "infrared"):
+            images(Path(folder) / stream, [f"{i:02d}.jpg" for i in range(21)], (200, 260))
+    np.savetxt("walk/boxes.txt", [[100 + i, 80, 40, 60] for i in range(21)], delimiter=",")
+    vit = backbones.build("vit_tiny_patch16_224", "random", depth=1, embed_dim=64, num_heads=1)
+    torch.save({"net": bat.OSTrack(vit, head_channels=32).to_official()}, "OSTrack_ep0300.pth.tar")
+
+
+EXAMPLE = walk, r"\[\[120"

@@ -1,15 +1,28 @@
 """MetaSegNet: OpenEarthMap, all zones or one left out, also tested on LoveDA; LoveDA, Potsdam, a folder."""
 
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
+from torch import nn
+from transformers import BertConfig, BertModel, BertTokenizer
 
 from companion.data import DATASETS, landcover
 from companion.data.landcover import LOVEDA, OEM, POTSDAM
+from companion.models import metasegnet
 from tests.data import test_landcover as layouts
 from tests.data.test_rasters import noise, written
-from tests.rehearsal.common import Fault
+from tests.models.common import draw
+from tests.papers.common import Fault, Found, Training, picture
+
+# --- runs of the `paper` profile on miniatures of the data sets, and copies that people have
 
 REGIONS = ("tokyo", "kyoto", "el_rodeo", "mexico_city")  # of the zones Cfa, Cfa, Aw, Cwb
 
@@ -113,3 +126,96 @@ FAULTS = {
     ),
     "a colour of no class": Fault(TILES, colour, "no class of Potsdam"),
 }
+
+
+# --- small models
+
+
+def small(recipe: ModuleType, patch: pytest.MonkeyPatch) -> None:
+    from companion.models.metasegnet.model import SIZES, swin
+    from companion.models.metasegnet.prompts import LEVELS
+    from companion.models.metasegnet.text import Words
+
+    text_encoder = recipe.text_encoder
+
+    def words(method, prompts, *args, **kwargs):  # type: ignore[no-untyped-def]
+        if LEVELS[method] in (None, "code"):
+            return text_encoder(method, prompts)
+        return Words.of(prompts.texts(list(prompts.zones)), length=64)
+
+    patch.setitem(SIZES, "paper", SIZES["pocket"])
+    published = recipe.published
+    patch.setattr(recipe, "published", lambda dataset: dataclasses.replace(published(dataset), crop=64))
+    patch.setattr(recipe.backbones, "build", lambda name, weights: swin(**SIZES["pocket"]["swin"]))
+    patch.setattr(recipe, "text_encoder", words)
+
+
+def land() -> metasegnet.MetaSegNet:
+    return metasegnet.MetaSegNet.build(3, metasegnet.Words.of(["hot dry sand", "wet forest"], length=4), "pocket")
+
+
+def land_with_bert() -> metasegnet.MetaSegNet:
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "hot", "dry", "sand", "##y", "wet", "forest"]
+    tokenizer = BertTokenizer(vocab={name: i for i, name in enumerate(names)})
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    bert = BertModel(BertConfig(vocab_size=len(names), **sizes), add_pooling_layer=False)
+    return metasegnet.MetaSegNet.build(3, metasegnet.BertText(bert, tokenizer, length=8), "pocket")
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {"MetaSegNet": land, "MetaSegNet with BERT": land_with_bert}
+"""That `companion.save` writes, by name."""
+
+
+OFFICIAL = ["ft_unetformer_swin_b"]
+"""Recorded cases whose state dict is read and given back under the authors' names."""
+
+
+FULL_SIZE = ["ft_unetformer_swin_b"]
+"""Recorded cases that take gigabytes, or minutes."""
+
+
+def inputs(name: str, model: Any, batch: int) -> tuple[Any, ...]:
+    return draw(batch, 3, 64, 64), ["wet forest"]
+
+
+# --- trainings
+
+
+def train(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
+    _, training, tests = recipe.setting(p)
+    history = recipe.train(training)[1]
+    test = tests["test"]
+    hardware = training.fit["hardware"]
+    counts = recipe.confusion(training.build(), test, recipe.texts_of(p, test), hardware=hardware).float()
+    return history, counts / counts.sum()
+
+
+TRAININGS = {"": Training(train, {}, batch=4, runs="openearthmap loveda")}
+
+
+WAITS = {"models/metasegnet/text.py": 1}  # which texts of a batch are equal
+
+
+# --- the example on own data
+
+
+def area() -> None:
+    pytest.importorskip("rasterio")
+    for i, path in enumerate([*(Path(f"area/images/{i}.tif") for i in range(8)), Path("new.tif")]):
+        labels = Path("area/labels") / path.name
+        for folder in (path.parent, labels.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        image = picture(i, (64, 64) if i % 2 else (80, 100))
+        image.save(path)
+        Image.fromarray(np.array(image)[..., 0] // 86).save(labels)
+
+
+EXAMPLE = area, r"\[tensor\(\[\["
+
+
+def small_example(patch: pytest.MonkeyPatch) -> None:
+    from companion.models.metasegnet import augmentation, model
+
+    crops_of = augmentation.train_transform
+    patch.setattr(augmentation, "train_transform", lambda size, ignore: crops_of(size // 4, ignore=ignore))
+    patch.setitem(model.SIZES, "paper", model.SIZES["pocket"])

@@ -1,15 +1,26 @@
 """H-ViT: the folds of PANDA on stored features, Local and Global, and a folder of slides of one's own."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import h5py
 import numpy as np
 import pytest
+from torch import nn
 
 from companion.data import find, slides
+from companion.models import hvit
+from companion.training.hardware import Hardware
 from tests.data.conftest import expect
 from tests.data.test_slides import panda
-from tests.rehearsal.common import Fault
+from tests.models.common import draw
+from tests.papers.common import Fault, Found, Training
+
+# --- runs of the `paper` profile on miniatures of the data sets, and copies that people have
 
 
 def write(name: str, root: Path, patch: pytest.MonkeyPatch) -> None:
@@ -77,3 +88,66 @@ FAULTS = {
     "splits that overlap": Fault(PANDA, overlap, "disjoint"),
     "the table of another set": Fault(PANDA, spoil("train.csv", "slide_id,label\n1,2\n"), "image_id"),
 }
+
+
+# --- small models
+
+
+def small(recipe: ModuleType, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(recipe, "BATCH", 4)
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "H-ViT": lambda: hvit.build("pocket", classes=3, levels=("region", "slide"))
+}
+"""That `companion.save` writes, by name."""
+
+
+OFFICIAL = ["local_2048_ordinal", "slide_global_coral"]
+"""Recorded cases whose state dict is read and given back under the authors' names."""
+
+
+FULL_SIZE = ["hipt_1024", "heatmap_blend", "heatmap_blend_smoothed"]
+"""Recorded cases that take gigabytes, or minutes."""
+
+
+def inputs(name: str, model: Any, batch: int) -> tuple[Any, ...]:
+    return (draw(batch, 3, 16, 48),)
+
+
+# --- trainings
+
+
+def train(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
+    found = recipe.run(p, out)
+    return found.history, recipe.outputs(recipe.build(p), found.test, Hardware.of(p, "hvit"))
+
+
+TRAININGS = {
+    "": Training(train, {"region": 1024, "folds": 1}, batch=32, runs="local", full={"region": 2048}, rounding=8)
+}
+
+
+WAITS = {"models/hvit/model.py": 1}  # how many regions the slides of a batch have
+
+
+# --- the example on own data
+
+
+def biopsies() -> None:
+    for name, grade in [("new", "0"), *((f"slide{i}", "012"[i % 3]) for i in range(8))]:
+        slide = Path("biopsies") / grade / f"{name}.tiff"
+        slide.parent.mkdir(parents=True, exist_ok=True)
+        slide.touch()
+        file = Path("new.h5") if name == "new" else Path(f"biopsies/features/{name}.h5")
+        file.parent.mkdir(exist_ok=True)
+        with h5py.File(file, "w") as features:
+            rng = np.random.default_rng(len(name))
+            features["features"] = rng.normal(size=(2, 64, 384)).astype("float32")
+            features["coords"], features["shares"] = np.zeros((2, 2), int), np.ones((2, 64, 256), "float32")
+            features.attrs["settings"] = "{}"
+        if name == "new":
+            slide.unlink()
+
+
+EXAMPLE = biopsies, r"\['(benign|low grade|high grade)'\]"

@@ -1,13 +1,29 @@
 """SA²VP: VTAB-1k on both backbones, FGVC, HTA, and a folder of one's own."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
+import timm
+import torch
+from torch import nn
 
+from companion import backbones
 from companion.data import DATASETS
+from companion.models import sa2vp
+from companion.models.sa2vp import baselines as vpt
+from companion.toy import encoders
+from companion.training.fit import outputs_of
 from tests.data import test_classification as layouts
 from tests.data.conftest import picture
-from tests.rehearsal.common import Fault, moved, without
+from tests.models.common import draw
+from tests.papers.common import FLOWERS, Fault, Found, Training, moved, vit, without
+
+# --- runs of the `paper` profile on miniatures of the data sets, and copies that people have
 
 
 def write(name: str, root: Path, patch: pytest.MonkeyPatch) -> None:
@@ -114,3 +130,65 @@ COPIES = {
     "no training list": Fault({"dataset": "fgvc/dogs120"}, without("fgvc/dogs/train.json"), "train.json is not there"),
 }
 ALONE = {"VTAB's lists of a published training": Fault(SVHN, without("vtab-1k/svhn/val200.txt"), "")}
+
+
+# --- small models
+
+
+def small(recipe: ModuleType, patch: pytest.MonkeyPatch) -> None:
+    build = recipe.backbones.build
+
+    def small(name: str, *args: object, **options: object) -> torch.nn.Module:
+        counted = torch.get_default_device().type == "meta"  # the parameters of the full-size models
+        photographs = name == "vit_small_patch14_dinov2"  # the real encoder's own section, which trains nothing
+        if counted or photographs:
+            return build(name, *args, **options)
+        if name == "swin_b":
+            sizes = {"embed_dim": 16, "depths": (1, 1, 6, 1), "num_heads": (1, 2, 4, 8)}
+            return timm.create_model("swin_base_patch4_window7_224", num_classes=0, **sizes, **options).eval()
+        return encoders.build("pocket_vit")
+
+    patch.setattr(recipe.backbones, "build", small)
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "SA²VP": lambda: sa2vp.SA2VP(vit(), 3, 8, 0.5, attention="padded"),
+    "SA²VP on a toy ViT": lambda: sa2vp.SA2VP(encoders.build("pocket_vit"), 3),
+    "SA²VP on a Swin": lambda: sa2vp.SA2VPSwin(
+        backbones.build("swin_b", "random", img_size=64, embed_dim=24, depths=(1, 1, 6, 1), window_size=2), 3
+    ),
+    "VPT": lambda: vpt.VPT(vit(1), 3),
+    "fine-tuning": lambda: vpt.FineTuning(vit(), 3),
+}
+"""That `companion.save` writes, by name."""
+
+
+OFFICIAL = ["swin_b_full", "tiny_vit_full"]
+"""Recorded cases whose state dict is read and given back under the authors' names."""
+
+
+FULL_SIZE = ["vit_b16_full", "vit_b16_full_acc", "swin_b_full"]
+"""Recorded cases that take gigabytes, or minutes."""
+
+
+def inputs(name: str, model: Any, batch: int) -> tuple[Any, ...]:
+    side = 64 if name == "SA²VP on a Swin" else 32
+    return (draw(batch, 3, side, side),)
+
+
+# --- trainings
+
+
+def train(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
+    found = recipe.run(p, out)
+    untrained = recipe.training(p, found.data).build()
+    return found.history, outputs_of(untrained, found.data.splits["test"], hardware=recipe.hardware(p))
+
+
+TRAININGS = {"": Training(train, {}, batch=64, runs="vtab fgvc hta")}
+
+
+# --- the example on own data
+
+
+EXAMPLE = FLOWERS

@@ -1,18 +1,31 @@
 """PromptPAR: five sets of pedestrians, two of them also split by person, and a folder of one's own."""
 
+from __future__ import annotations
+
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from companion.data.attributes import PHRASES, ZERO_SHOT
+from companion.models import promptpar
+from companion.models.layers import clip_prompting
 from companion.models.promptpar import PromptPAR, Settings
+from companion.toy import encoders
 from companion.toy.tokens import Tokenizer
 from tests.data import test_attributes as layouts
 from tests.data.conftest import expect, picture
-from tests.rehearsal.common import Fault
-from tests.small import small_backbones
+from tests.models.common import draw
+from tests.papers.common import NAMES, Fault, Found, Training, images, vit
+
+# --- runs of the `paper` profile on miniatures of the data sets, and copies that people have
 
 SIZES: dict[str, dict[str, int]] = {
     "par/peta": {"train": 3, "val": 2, "trainval": 5, "test": 3},
@@ -164,3 +177,79 @@ COPIES = {
     "RAPv2 with RAPv1's annotation": Fault(RAP2, version_one, r"but those of RAP v1\. .*OpenPAR 59, 67"),
     "PA100K with PETA's annotation": Fault(PA100K, another, "not those of PA-100K .*but those of PETA"),
 }
+
+
+# --- small models
+
+
+def small_backbones(embed: int = 64) -> tuple[CLIP, VisionTransformer]:
+    """PromptPAR's CLIP and fusion."""
+    torch.manual_seed(3)
+    vision = CLIPVisionCfg(2, 64, 32, patch_size=8, image_size=64)
+    clip = CLIP(embed, vision, CLIPTextCfg(16, 64, width=64, heads=1, layers=2), quick_gelu=True).eval()
+    return clip, VisionTransformer(img_size=16, embed_dim=64, depth=1, num_heads=1, num_classes=0)
+
+
+def small(recipe: ModuleType, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(recipe, "_backbones", lambda p: small_backbones())
+    patch.setattr(recipe.open_clip, "get_tokenizer", lambda name: Tokenizer())
+
+
+def people() -> promptpar.PromptPAR:
+    clip, sentences = encoders.build("pocket_pedestrian_clip"), [f"a {name}" for name in NAMES]
+    model = promptpar.PromptPAR(
+        clip, sentences, Tokenizer(context_length=24), vit(), promptpar.Settings(prompts=5, depth=2, visual_embed=True)
+    )
+    return model.half_clip()  # its precision is a part of the model
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "PromptPAR": people,
+    "PromptPAR, embedded": lambda: promptpar.PromptPAR(
+        encoders.build("pocket_clip"),
+        clip_prompting.embed_texts(Tokenizer(), encoders.build("pocket_clip"), NAMES),
+        None,
+        vit(),
+        promptpar.Settings(visual_embed=True),
+    ),
+}
+"""That `companion.save` writes, by name."""
+
+
+FULL_SIZE = ["full_l14_pa100k"]
+"""Recorded cases that take gigabytes, or minutes."""
+
+
+def inputs(name: str, model: Any, batch: int) -> tuple[Any, ...]:
+    return (draw(batch, 3, *model.clip.visual.image_size),)
+
+
+# --- trainings
+
+
+def train(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
+    found = recipe.run(p, out)
+    torch.manual_seed(p.seed)
+    untrained = recipe.build(p, found.names, *recipe._backbones(p))
+    return found.history, recipe.probabilities(p, untrained, found.test)
+
+
+TRAININGS = {"": Training(train, {}, batch=16, runs="peta pa100k rapv1 rapv2 wider rap-zs peta-zs", rounding=16)}
+
+
+# the notebook's losses: the shares of the attributes are copied to the GPU, as in the README
+WAITS = {"<cell 14 of promptpar>": 1, "<cell 28 of promptpar>": 1}
+
+
+# --- the example on own data
+
+
+def people() -> None:
+    images(Path("people"), [f"{i}.jpg" for i in range(16)], (60, 30))
+    rows = [f"{i}.jpg,{'train' if i < 15 else 'test'},{i % 2},{i % 3 // 2}" for i in range(16)]
+    head = "image,split,a pedestrian with a hat,a pedestrian with a bag"
+    Path("people/labels.csv").write_text("\n".join([head, *rows]))
+    images(Path(), ["new.jpg"])
+
+
+EXAMPLE = people, r"\[\{\'a pedestrian with a (hat|bag)\': 0\.\d+, "

@@ -1,18 +1,36 @@
 """SIC-CADS: recognisers of OV-COCO and OV-LVIS, a test without training, and one on foreign vocabularies."""
 
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
+import timm
 import torch
+from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg, set_model_preprocess_cfg
+from torch import nn
 
+from companion import backbones
 from companion.io.files import read_json, write_json
-from companion.models.sic_cads import official, recipe
+from companion.models import sic_cads
+from companion.models.sic_cads import official, predictions, recipe
+from companion.toy import encoders
+from companion.toy.tokens import Tokenizer
 from companion.training.checkpoints import save
+from companion.training.hardware import Hardware
+from companion.training.recipe import run
 from tests.conftest import parameters
 from tests.data import test_detection as layouts
 from tests.data.conftest import expect
-from tests.rehearsal.common import Fault
-from tests.small import small_clip
+from tests.models.common import draw
+from tests.papers.common import NAMES, Fault, Found, Training, images
+
+# --- runs of the `paper` profile on miniatures of the data sets, and copies that people have
 
 COCO, LVIS = "detection/ov-coco", "detection/ov-lvis"
 PLACES = {  # of a split: the annotations, the folder of the images, and a file name
@@ -158,3 +176,102 @@ FAULTS = {
     "splits that overlap": Fault({"dataset": LVIS}, overlap, "'train' and 'test'"),
     "the file of another set": Fault({"dataset": COCO}, another, "3 categories, 80"),
 }
+
+
+# --- small models
+
+
+def small_clip() -> CLIP:
+    """SIC-CADS' teacher."""
+    torch.manual_seed(3)
+    vision = CLIPVisionCfg(1, width=32, head_width=16, patch_size=16, image_size=32)
+    model = CLIP(24, vision, CLIPTextCfg(77, 49408, width=16, heads=2, layers=1)).eval()
+    set_model_preprocess_cfg(model, {"size": (32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3})
+    return model
+
+
+def small(recipe: ModuleType, patch: pytest.MonkeyPatch) -> None:
+    from tests.models.sic_cads.test_detectors import owl
+
+    def build(name: str, weights: object = "pretrained", **options: object) -> torch.nn.Module:
+        if name.startswith("openclip:"):
+            return small_clip()
+        return timm.create_model("resnet10t", channels=(8, 16, 24, 32), stem_width=8, num_classes=0)
+
+    whole = recipe.published
+    # at 64 pixels P6 is one pixel, for which the CPU's bfloat16 convolution computes gradients of unset memory
+    patch.setattr(recipe, "published", lambda *args, **kwargs: dataclasses.replace(whole(*args, **kwargs), size=128))
+    patch.setattr(recipe.backbones, "build", build)
+    patch.setattr(recipe.detectors, "build", lambda name, names, weights: owl("owlvit", list(names)))
+    patch.setattr(recipe, "SHORTER", 64)
+
+
+def recogniser() -> sic_cads.MLR:
+    clip = encoders.build("pocket_clip")
+    text = sic_cads.vocabulary(clip, Tokenizer(), NAMES)
+    given = {"image_input": backbones.input_of(clip), "teacher_input": backbones.input_of(clip)}
+    settings = sic_cads.Settings(width=32, levels=1, **given)
+    novel = torch.tensor([False, False, True])
+    body = backbones.build("resnet18", "random")
+    return sic_cads.MLR(body, text, novel, settings, teacher=clip.visual)
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {"MLR": recogniser}
+"""That `companion.save` writes, by name."""
+
+
+FULL_SIZE = ["mlr_lvis_r50"]
+"""Recorded cases that take gigabytes, or minutes."""
+
+
+def inputs(name: str, model: Any, batch: int) -> tuple[Any, ...]:
+    return (draw(batch, 3, 64, 64),)
+
+
+# --- trainings
+
+
+def train(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
+    title, images = recipe.data(p)
+    test = images["test"]
+    detector, *parts = recipe.frozen(p, test)
+    torch.manual_seed(0)
+    history = run(recipe.training(p, *recipe.recogniser(p, *parts, test.unseen, images)))[1]
+    torch.manual_seed(0)
+    model = recipe.build(p, *parts, test.unseen, "random")
+    outputs = predictions.collect(model, detector, test, hardware=Hardware.of(p, "sic_cads"), title=title)
+    assert outputs.boxes[0].dtype == outputs.probabilities[0].dtype == torch.float32
+    return history, outputs.scores[p.branch]
+
+
+TRAININGS = {"": Training(train, {}, batch=16, runs="ov-coco ov-lvis")}
+
+
+WAITS = {"toy/sic_cads.py": 1}  # the positives of the rank loss, at toy scale alone
+
+
+# --- the example on own data
+
+
+def shop() -> None:
+    images(Path("shop/images"), [f"{i}.jpg" for i in range(8)])
+    found = {
+        "images": [{"id": i, "file_name": f"{i}.jpg", "height": 40, "width": 48} for i in range(8)],
+        "categories": [{"id": 1, "name": "apple"}, {"id": 2, "name": "kiwi"}, {"id": 3, "name": "pear"}],
+        "annotations": [
+            {"id": i, "image_id": i, "category_id": 1 + i % 3, "bbox": [5, 5, 30, 30], "area": 900, "iscrowd": 0}
+            for i in range(8)
+        ],
+    }
+    Path("shop/annotations.json").write_text(json.dumps(found))
+    images(Path(), ["new.jpg"])
+
+
+EXAMPLE = shop, r"\[\{'(apple|kiwi|pear)': 0\.\d+, "
+
+
+def small_example(patch: pytest.MonkeyPatch) -> None:
+    from companion.models.sic_cads import recipe
+
+    crops = recipe.Crops
+    patch.setattr(recipe, "Crops", lambda data, size, crop: crops(data, size // 5, crop))

@@ -1,15 +1,30 @@
 """DPLQ: base to novel classes on eleven sets, the transfers of both domains, and a folder of one's own."""
 
+from __future__ import annotations
+
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from companion.data import DATASETS
 from companion.data.domains import CLASSES
+from companion.models import dplq
+from companion.models.dplq import baselines as coop
+from companion.toy import encoders
+from companion.toy.tokens import Tokenizer
+from companion.training.fit import outputs_of
 from tests.data import test_domains as layouts
 from tests.data.conftest import expect
-from tests.rehearsal.common import Fault, moved, without
+from tests.models.common import draw
+from tests.papers.common import FLOWERS, NAMES, Fault, Found, Training, moved, without
+
+# --- runs of the `paper` profile on miniatures of the data sets, and copies that people have
 
 LIST = "medical/BTMRI/split_cao_BTMRI.json"
 TARGETS = {"remote/rsicd": ["remote/whurs19", "remote/rsscn7"], "medical/btmri": ["medical/chmnist", "medical/ccbtm"]}
@@ -108,3 +123,81 @@ COPIES = {
     "a listed image that is missing": Fault(BTMRI, without("medical/BTMRI/BTMRI/glioma/7.jpg"), "split_cao_BTMRI.json"),
     "no classes": Fault(RSSCN7, moved("remote/RSSCN7/RSSCN7", "remote/RSSCN7/RSSCN7/images/all"), "no class folders"),
 }
+
+
+# --- small models
+
+
+def small(recipe: ModuleType, patch: pytest.MonkeyPatch) -> None:
+    """The toy CLIP, whose image tower has 6 blocks."""
+    published = recipe.published_settings
+    patch.setattr(recipe, "published_settings", lambda protocol: published(protocol) | {"prompt depth": 3})
+    patch.setattr(recipe, "_clip", lambda weights: encoders.build("pocket_clip"))
+    patch.setattr(recipe.open_clip, "get_tokenizer", lambda name: Tokenizer())
+    domain = recipe.domain_model
+    # a dry run's have random weights
+    small = {"random": "clip"}
+    patch.setattr(recipe, "domain_model", lambda name, source, clip: domain(small.get(source, name), source, clip=clip))
+
+
+def prompted(kind: type, **options: Any) -> nn.Module:
+    return kind(encoders.build("pocket_clip"), NAMES, Tokenizer(), **options)
+
+
+def domain() -> nn.Module:
+    return dplq.domain_model("vit_tiny_patch16_224", "random", clip=encoders.build("pocket_clip"))
+
+
+def _by_clip(clip: nn.Module) -> nn.Module:
+    return dplq.DPLQ(clip, NAMES, Tokenizer(), dplq.domain_model("clip", clip=clip), depth=3, noise="off")
+
+
+def _with_classes(model: dplq.DPLQ) -> dplq.DPLQ:
+    model.set_classes(["a large red ring at the top", "disc"])  # more and longer than those that it was made with
+    return model
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "DPLQ": lambda: prompted(dplq.DPLQ, domain=domain(), depth=3, noise="off"),
+    "DPLQ, other classes": lambda: _with_classes(prompted(dplq.DPLQ, domain=64, depth=3, noise="off")),
+    "DPLQ, controlled by CLIP": lambda: _by_clip(encoders.build("pocket_clip")),
+    "CoOp": lambda: prompted(coop.CoOp, tokens=4),
+    "zero-shot": lambda: prompted(coop.ZeroShot),
+}
+"""That `companion.save` writes, by name."""
+
+
+OFFICIAL = ["baseline_cocoop", "baseline_coop", "baseline_maple", "model_vitb16"]
+"""Recorded cases whose state dict is read and given back under the authors' names."""
+
+
+FULL_SIZE = ["model_vitb16", "domain_mae"]
+"""Recorded cases that take gigabytes, or minutes."""
+
+
+def inputs(name: str, model: Any, batch: int) -> tuple[Any, ...]:
+    images = draw(batch, 3, 32, 32)
+    return (images, draw(batch, 64)) if name == "DPLQ, other classes" else (images,)
+
+
+# --- trainings
+
+
+def train(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
+    found, clip = recipe.run(p, out), recipe._clip("random")
+    test = found.tests["source"]
+    untrained = recipe.build(p, p.method, test.class_names, clip, recipe._domain(p, clip))
+    torch.manual_seed(0)  # the noise of the prompts
+    return found.history, outputs_of(untrained, test, hardware=recipe.hardware(p))
+
+
+TRAININGS = {
+    # its texts, and so its memory, grow with the number of classes: no `runs`
+    "": Training(train, {"protocol": "cross-dataset"}, batch=4)
+}
+
+
+# --- the example on own data
+
+
+EXAMPLE = FLOWERS
