@@ -4,11 +4,14 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from companion.errors import CorruptFile
 from tests.papers.common import of_all
 
 from . import fill, runner
+from .record import record
 
 
 def _cases():
@@ -36,6 +39,30 @@ def test_extra_cases_are_compared_and_a_broken_one_is_refused(tmp_path, monkeypa
     (copy / "outputs.safetensors").write_bytes(b"no")
     with pytest.raises(CorruptFile, match="extra"):
         runner.compare(case)
+
+
+def test_a_recorded_case_agrees_with_the_code_that_it_was_recorded_from(tmp_path):
+    """Outputs, a stored input and the norms of gradients; not with other code."""
+    steps = [
+        {"name": "model", "call": "torch:nn.Linear", "args": [3, 4]},
+        {"name": "_", "call": "$model.load_state_dict", "args": ["$state"]},
+        {"name": "y", "call": "$model", "args": ["$x"]},
+        {"name": "loss", "call": "torch:nn.functional.cross_entropy", "args": ["$y", "$labels"]},
+        {"name": "grad", "backward": "$loss", "of": "$model"},
+    ]
+    taps = {"y": "$y", "loss": "$loss", "grad:*": {"each": "$grad", "apply": ["norm"]}}
+
+    def forward(model, given):
+        y = model(given["x"])
+        return {"y": y, "loss": nn.functional.cross_entropy(y, given["labels"])}
+
+    inputs, about = {"x": (5, 3), "labels": torch.arange(5) % 4}, {"official_commit": "owner/name@0"}
+    for case, label_smoothing in {"same": 0.0, "other": 0.1}.items():
+        steps[3]["kwargs"] = {"label_smoothing": label_smoothing}
+        folder = record("paper", case, nn.Linear(3, 4), forward, inputs, steps, taps, about=about, root=tmp_path)
+        wrong = {d.output for d in runner.compare(runner.Case(folder)) if not d.agrees}
+        assert wrong == (set() if case == "same" else {"loss", "grad:weight", "grad:bias"})
+    assert len(runner.compare(runner.Case(folder))) == 4
 
 
 def test_fill_is_fixed_for_ever():

@@ -1,7 +1,7 @@
 """Dry runs of the `paper` profile on miniatures of the data sets, in their layouts, with the small models of
 `tests.papers`.
 
-`tests/rehearsal/<slug>.py` has the runs of a paper: `write` makes the miniature of a data set, `RUNS` are the
+`tests/papers/<slug>.py` has the runs of a paper: `write` makes the miniature of a data set, `RUNS` are the
 parameters of all runs, of which the first is that of the notebook's tests, and `FAULTS` what may be wrong with a copy.
 """
 
