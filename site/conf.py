@@ -12,7 +12,7 @@ MATHJAX = Path(
     find_spec("sphinx-mathjax-offline").submodule_search_locations[0], "static", "mathjax", "tex-svg-full.js"
 )
 
-project = html_title = "Ten vision-transformer papers"
+project = html_title = "Vision-transformer papers"
 html_theme = "sphinx_book_theme"
 html_theme_options = {
     "use_fullscreen_button": False,

@@ -1,4 +1,4 @@
-"""The companion: ten vision-transformer papers of December 2023, each as one notebook that runs.
+"""The companion: vision-transformer papers of December 2023, each as one notebook that runs.
 
 `save`, `load`, `predict`, `export` and `push_to_hub` work on a trained model of any paper.
 """

@@ -53,11 +53,12 @@ def test_the_block_blocks_and_lets_this_machine_through(tmp_path: Path) -> None:
     assert log.read_text().split() == ["192.0.2.1", "example.org"]
 
 
-def test_the_tables_of_the_readmes_are_those_of_the_records_and_each_paper_has_its_figure() -> None:
-    readme, index = ((ROOT / name / "README.md").read_text(encoding="utf-8") for name in ("", "notebooks"))
+def test_the_tables_of_the_pages_are_those_of_the_records_and_each_paper_has_its_figure() -> None:
     tables = {"papers": notebooks.papers_table(), "runs": needs.table(), "claims": notebooks.claims_table()}
-    for mark, text in (tables | {"notebooks": notebooks.index_table()}).items():
-        assert f"<!-- {mark} -->\n{text}\n<!-- /{mark} -->" in (index if mark == "notebooks" else readme)
+    pages = {"README.md": tables, "notebooks/README.md": {"notebooks": notebooks.index_table()}}
+    for page, tables in (pages | {"site/docs/evidence.md": {"evidence": notebooks.evidence_table()}}).items():
+        written = (ROOT / page).read_text(encoding="utf-8")
+        assert all(f"<!-- {mark} -->\n{text}\n<!-- /{mark} -->" in written for mark, text in tables.items()), page
     for slug in slugs():
         source = (ROOT / "notebooks" / f"{slug}.ipynb").read_text(encoding="utf-8")
         assert f'run.figure(\\"{paper(slug)["figure"]}\\"' in source

@@ -1,4 +1,4 @@
-"""Facts of the ten papers, from `models/<slug>/paper.yaml`: citation, claims, tables, and the notebook's parameters."""
+"""Facts of the papers, from `models/<slug>/paper.yaml`: citation, claims, tables, and the notebook's parameters."""
 
 from __future__ import annotations
 

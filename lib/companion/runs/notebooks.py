@@ -137,7 +137,7 @@ def write_figure(figure: Path, slug: str) -> None:
 
 
 def montage(gap: int = 48, line: int = 48) -> Image.Image:
-    """The README's figure: parts of the ten papers' figures by the rows of `figures/all.yaml`, each as wide as `WIDE`.
+    """The README's figure: parts of the papers' figures by the rows of `figures/all.yaml`, each as wide as `WIDE`.
 
     Captions have `line` pixels below each row.
     """
@@ -195,6 +195,21 @@ def claims_table() -> str:
     return "\n".join([head, "| --- " * (2 + len(KINDS)) + "|", *lines, last])
 
 
+def evidence_table() -> str:
+    """What runs of each paper, how many cases recorded from the authors' code it is compared with, and the data that
+    its tables need."""
+    lines = ["| paper | what runs | model / recipe / trajectories | needs real data |", "| --- | --- | --- | --- |"]
+    for slug in slugs():
+        facts = paper(slug)["evidence"]
+        found = {kind: [*(root() / "tests" / kind / slug).glob("*/case.json")] for kind in ("parity", "recipes")}
+        trajectories = [path for path in found["recipes"] if path.parent.name.startswith("trajectory")]
+        cases = " / ".join(str(len(paths) or "–") for paths in [*found.values(), trajectories])
+        more = f"; {facts['more']}" if "more" in facts else ""
+        link = f"[`{slug}`](https://arxiv.org/abs/{paper(slug)['arxiv']}) {facts['subject']}"
+        lines.append(f"| {link} | {facts['runs']} | {cases}{more} | {facts['data']} |")
+    return "\n".join(lines)
+
+
 def record_of(slug: str, name: str) -> Any:
     """A committed record of a paper: "run", "claims" or "study"."""
     return read_json(root() / "reports" / "pocket" / slug / f"{name}.json")
@@ -236,7 +251,8 @@ def main(words: list[str] | None = None) -> int:
     if not given.check and any(p.resolve().parent == root() / "notebooks" for p in given.notebooks):
         front, index = root() / "README.md", root() / "notebooks" / "README.md"
         tables = {"papers": (front, papers_table), "claims": (front, claims_table), "runs": (front, needs.table)}
-        for mark, (path, table) in (tables | {"notebooks": (index, index_table)}).items():
+        tables |= {"notebooks": (index, index_table), "evidence": (root() / "site/docs/evidence.md", evidence_table)}
+        for mark, (path, table) in tables.items():
             if path.exists():
                 write_between(path, mark, table())
         if all((root() / "notebooks" / "figures" / f"{slug}.jpg").exists() for slug in slugs()):

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#F0E442")
 HEAT = "inferno"  # perceptually even, readable with every common kind of colour blindness and in grey
 
-# the methods of the ten papers that are drawn together, each group in one of COLOURS: first the papers' own
+# the methods of several papers that are drawn together, each group in one of COLOURS: first the papers' own
 _METHODS = (
     "SA²VP; BAT; DMT; DPLQ; ECAMP; Local; MetaSegNet; PromptPAR; SIC-CADS; TIP",
     "VPT-shallow; thermal only; MAE only; MAE; CoOp; MIM only; gated attention; constant text; plain ControlNet; "
