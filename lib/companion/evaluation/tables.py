@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from ..errors import check_choice
+from ..errors import BadParameter, check_choice
 from ..io.files import atomic
 from ..io.papers import paper
 
@@ -62,6 +62,13 @@ def with_measured(slug: str, cells: Mapping[str, Mapping[tuple[str, str], float]
     return {frame.attrs["title"]: compare_published(frame, cells[name]) for name, frame in frames.items()}
 
 
+def _where(rows: pd.DataFrame, spec: Mapping[str, Any]) -> pd.DataFrame:
+    """The rows that an entry of `Results.cells` or `Results.claims` is about."""
+    for column, wanted in spec.get("where", {}).items():
+        rows = rows[rows[column].isin(wanted if isinstance(wanted, list) else [wanted])]
+    return rows
+
+
 Cells = dict[tuple[str, str], float]  # a mean by (row, column) of a table
 
 
@@ -98,7 +105,14 @@ class Results:
         """The rows in the CSV `path`, after `new` rows were added to it or replaced those with the same keys.
 
         Rows of a dry run say so in a column of that name.
+
+        Raises `BadParameter`: a new row lacks a key or has no score; or `cells` assigns it to a table that has none of
+        its columns, which is found after the row was written, so that it is not lost.
         """
+        for row in new:
+            if not {*self.keys} <= {*row} or not {*self.values} & {*row}:
+                wanted = f"all of {', '.join(self.keys)}, and one or more of {', '.join(self.values)}"
+                raise BadParameter("row", dict(row), f"{wanted}: models/{self.slug}/paper.yaml, results")
         path, keys = Path(path), list(self.keys)
         rows = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=[*keys, *self.values])
         if new:
@@ -106,28 +120,38 @@ class Results:
             rows = (added if rows.empty else pd.concat([rows, added])).drop_duplicates(keys, keep="last")
             with atomic(path) as temporary:
                 rows.to_csv(temporary, index=False)
+            for table, spec in self.cells.items():
+                columns = published_table(self.slug, table).columns[1:]
+                for row in _where(added, spec).to_dict("records"):
+                    if not {*self._named(row, spec, "column").values()} & {*columns}:
+                        accepted = f"one with a column of {table}: {', '.join(columns)}"
+                        place = f"models/{self.slug}/paper.yaml, results, cells, {table}: {dict(spec)}"
+                        raise BadParameter("row", {key: row[key] for key in self.keys}, f"{accepted}; see {place}")
         for name, usual in self.usual.items():
             rows[name] = rows[name].fillna(usual) if name in rows else usual
         return rows.drop_duplicates([key for key in keys if key in rows], keep="last")
 
     def filled(self, rows: pd.DataFrame, spec: Mapping[str, Any]) -> Cells:
         """Means over the rows of one cell, which differ in their seed, by (row, column); an entry of `cells`."""
-        for column, wanted in spec.get("where", {}).items():
-            rows = rows[rows[column].isin(wanted if isinstance(wanted, list) else [wanted])]
         found: dict[tuple[str, str], list[float]] = {}
-        for row in rows.sort_values(list(self.keys)).to_dict("records"):
-            shown = {key: self._named(key, value) for key, value in row.items()}
-            for score, metric in spec.get("metrics", {value: value for value in self.values}).items():
+        for row in _where(rows, spec).sort_values(list(self.keys)).to_dict("records"):
+            of = self._named(row, spec, "row")
+            for score, column in self._named(row, spec, "column").items():
                 if not pd.isna(row.get(score)):
-                    cell = (spec["row"].format(**shown, metric=metric), spec["column"].format(**shown, metric=metric))
-                    found.setdefault(cell, []).append(float(row[score]))
+                    found.setdefault((of[score], column), []).append(float(row[score]))
         return {cell: math.fsum(scores) / len(scores) for cell, scores in found.items()}
 
-    def _named(self, key: str, value: Any) -> Any:
-        """How a value of a column is called in tables."""
-        names = self.names.get(key, {})
-        name, comma, rest = str(value).partition(", ")
-        return names[value] if value in names else f"{names[name]}{comma}{rest}" if name in names else value
+    def _named(self, row: Mapping[str, Any], spec: Mapping[str, Any], what: str) -> dict[str, str]:
+        """The name of the "row" or "column" of a table, `what`, for each score of a measured row."""
+
+        def shown(key: str, value: Any) -> Any:
+            names = self.names.get(key, {})
+            name, comma, rest = str(value).partition(", ")
+            return names[value] if value in names else f"{names[name]}{comma}{rest}" if name in names else value
+
+        facts = {key: shown(key, value) for key, value in row.items()}
+        metrics = spec.get("metrics", {value: value for value in self.values})
+        return {score: spec[what].format(**facts, metric=metric) for score, metric in metrics.items()}
 
     def claimed(self, rows: pd.DataFrame) -> Cells:
         """The measurements that judge the claims about results, by (row, column)."""

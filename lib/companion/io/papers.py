@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from ..errors import BadParameter, check_choice
+from ..errors import BadParameter, CorruptFile, check_choice
 
 MODELS = Path(__file__).parents[1] / "models"
 
@@ -22,9 +22,19 @@ def slugs() -> list[str]:
 
 @cache
 def paper(slug: str) -> dict:
-    """The facts of a paper, `models/<slug>/paper.yaml`. Raises `BadParameter` for an unknown slug."""
+    """The facts of a paper, `models/<slug>/paper.yaml`, whose keys `make lint` checks.
+
+    Raises `BadParameter` for an unknown slug, `CorruptFile` where the file is no YAML mapping.
+    """
     check_choice("paper", slug, slugs())
-    return yaml.safe_load((MODELS / slug / "paper.yaml").read_text(encoding="utf-8"))
+    path = MODELS / slug / "paper.yaml"
+    try:
+        facts = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise CorruptFile(path, f"not YAML: {error}") from error
+    if not isinstance(facts, dict):
+        raise CorruptFile(path, f"expected a YAML mapping, not {type(facts).__name__}")
+    return facts
 
 
 def diagram(slug: str) -> str:

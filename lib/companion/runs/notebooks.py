@@ -216,9 +216,10 @@ def record_of(slug: str, name: str) -> Any:
 
 
 def span(seeds: list[int]) -> str:
-    """`200 to 209` for consecutive seeds, otherwise all of them."""
+    """`200 to 209` for two or more consecutive seeds, otherwise all of them."""
     first, last = seeds[0], seeds[-1]
-    return f"{first} to {last}" if seeds == list(range(first, last + 1)) else ", ".join(map(str, seeds))
+    consecutive = first < last and seeds == list(range(first, last + 1))
+    return f"{first} to {last}" if consecutive else ", ".join(map(str, seeds))
 
 
 def main(words: list[str] | None = None) -> int:

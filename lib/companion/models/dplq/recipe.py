@@ -325,9 +325,9 @@ def claim_cells(table: pd.DataFrame) -> Cells:
     "domain generalisation, remote", over the sets that were not trained on; and the same with "medical".
     """
     means = {}
-    for protocol, spec in RESULTS.cells.items():
-        measured = RESULTS.filled(table, spec)
+    for protocol in ("base to novel", *TRANSFERS):
         for domain, source in SOURCES.items():
+            measured = RESULTS.filled(table, RESULTS.cells[f"{protocol.replace(' ', '-')}-{domain}"])
             names = RESULTS.names["dataset"]
             sets, start = [names[name] for name in CLASSES if name.startswith(f"{domain}/")], names[source]
             for method in dict.fromkeys(table.method):
@@ -342,15 +342,12 @@ def claim_cells(table: pd.DataFrame) -> Cells:
 def tables(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Published and measured numbers by title, in the columns that have a number."""
     shown = {}
-    for protocol, spec in RESULTS.cells.items():
-        measured = RESULTS.filled(table, spec)
-        for domain in DOMAINS:
-            frame = published_table("dplq", f"{protocol.replace(' ', '-')}-{domain}")
-            filled = {column for _, column in measured} | {*frame.dropna(axis=1, how="all")}
-            columns = [column for column in frame.columns[1:] if column in filled]
-            if columns:
-                here = {cell: value for cell, value in measured.items() if cell[1] in columns}
-                shown[frame.attrs["title"]] = compare_published(frame[["method", *columns]], here)
+    for name, spec in RESULTS.cells.items():
+        frame, measured = published_table("dplq", name), RESULTS.filled(table, spec)
+        filled = {column for _, column in measured} | {*frame.dropna(axis=1, how="all")}
+        columns = [column for column in frame.columns[1:] if column in filled]
+        if columns:
+            shown[frame.attrs["title"]] = compare_published(frame[["method", *columns]], measured)
     return shown
 
 

@@ -285,7 +285,8 @@ def means(rows: pd.DataFrame, backbone: str) -> Cells:
     The benchmarks are "fgvc", "hta", the groups "vtab_natural", "vtab_specialized" and "vtab_structured", and the two
     means over VTAB-1k that are in use.
     """
-    found = RESULTS.filled(rows, {"where": {"backbone": backbone}, "row": "{method}", "column": "{dataset}"})
+    spec = {"where": {"backbone": backbone}, "row": "{method}", "column": "{name}"}
+    found = RESULTS.filled(rows.assign(name=rows.dataset), spec)
     benchmarks = defaultdict(list)
     for name, dataset in DATASETS.items():
         if name.startswith(("fgvc/", "hta/", "vtab/")):
@@ -312,16 +313,10 @@ def group_means(rows: pd.DataFrame) -> pd.DataFrame:
 
 def per_task(rows: pd.DataFrame) -> dict[str, tuple[str, pd.DataFrame]]:
     """Title and table by id, of those published tables in which at least one accuracy was measured."""
-    tables = {}
-    for name, of in papers.paper("sa2vp")["per_task"].items():
-        frame, ours = published_table("sa2vp", name), Cells()
-        for (method, dataset), value in means(rows, of["backbone"]).items():
-            column = dataset.removeprefix(f"{of['group']}/")
-            if column in frame.columns:
-                ours[method, column] = value
-        if ours:
-            tables[name] = (f"{frame.attrs['title']}, top-1 %", compare_published(frame, ours))
-    return tables
+    hta = {cell: value for cell, value in means(rows, "vit_b16").items() if cell[1] == "hta"}
+    cells = {name: RESULTS.filled(rows, spec) for name, spec in RESULTS.cells.items()} | {"vitb_hta_means": hta}
+    frames = {name: published_table("sa2vp", name) for name, ours in cells.items() if ours}
+    return {n: (f"{f.attrs['title']}, top-1 %", compare_published(f, cells[n])) for n, f in frames.items()}
 
 
 def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
