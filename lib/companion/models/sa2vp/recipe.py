@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -38,6 +39,12 @@ SCHEDULE = schedule("cosine", WARMUP_EPOCHS / EPOCHS, MIN_LR)
 DROP_PATH = 0.2  # of Swin, linear over the blocks
 PIXELS = (0.5, 0.5, 0.5)  # the authors' mean and std for all backbones
 TOKENS = 50  # prompts of VPT, here
+BASELINES: dict[str, Callable[..., nn.Module]] = {  # of a backbone and the number of classes
+    "VPT-deep": functools.partial(vpt.VPT, tokens=TOKENS, deep=True),
+    "VPT-shallow": functools.partial(vpt.VPT, tokens=TOKENS, deep=False),
+    "linear probing": vpt.LinearProbe,
+    "full fine-tuning": vpt.FineTuning,
+}
 DRY_CLASSES = 10
 RESULTS = Results.of("sa2vp")
 
@@ -237,9 +244,7 @@ def build(p: Parameters, method: str, classes: int, weights: str | Path) -> nn.M
             return SA2VPSwin(backbone, classes, *sizes, attention=p.attention)
         maps = 1 if p.dataset == "fgvc/cars196" else 2
         return SA2VP(backbone, classes, *sizes, attention=p.attention, new_maps=maps)
-    if method.startswith("VPT"):
-        return vpt.VPT(backbone, classes, tokens=TOKENS, deep=method == "VPT-deep")
-    return {"linear probing": vpt.LinearProbe, "full fine-tuning": vpt.FineTuning}[method](backbone, classes)
+    return BASELINES[method](backbone, classes)
 
 
 def fit_options(learning_rate: float, hardware: Hardware, val: Dataset | None = None) -> dict[str, Any]:
