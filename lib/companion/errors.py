@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import difflib
 import functools
+import inspect
 import itertools
 import math
 import numbers
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+
+_Target = TypeVar("_Target", bound=Callable[..., Any])
 
 
 class Range(NamedTuple):
-    """The numbers that an argument may be, as in `check_range`; written in its type, for `check_arguments`."""
+    """The numbers that an argument may be, as in `check_range`; written in its type, for `checked`."""
 
     low: float
     high: float = math.inf
@@ -202,10 +206,29 @@ def check_images(images: Any, *shape: int) -> None:
         raise BadParameter("images", f"{tuple(images.shape)} of {images.dtype}", accepted)
 
 
+def checked(target: _Target) -> _Target:
+    """A function, or a class with its constructor, that raises `BadParameter` unless its arguments are what their types
+    say, see `check_arguments`."""
+    if isinstance(target, type):
+        target.__init__ = checked(target.__init__)  # type: ignore[misc]
+        return target
+    signature = inspect.signature(target)
+
+    @functools.wraps(target)
+    def checking(*args: Any, **options: Any) -> Any:
+        check_arguments(target, signature.bind(*args, **options).arguments)
+        return target(*args, **options)
+
+    return checking  # type: ignore[return-value]
+
+
 def check_arguments(function: Callable, given: Mapping[str, Any]) -> None:
-    """Raise `BadParameter` unless arguments are what the types of `function`, or of a dataclass, say: `int` a whole
-    number, `float` a finite one, both within their `Range`; `bool`, `str`, and sequences of these. Others may be
-    anything."""
+    """Raise `BadParameter` unless arguments are what the types of `function`, or of a dataclass, say.
+
+    `int` is a whole number, `float` a finite one, both within their `Range` and no flag; a tuple or `Sequence` is any
+    sequence but a text, and its entries are checked too; of a union one type is enough; of a class the value is an
+    instance. What protocols, arrays, type variables and names imported for type checking alone say is not checked.
+    """
     for name, declared in _declared(function).items():
         if name in given:
             _check(name, given[name], declared)
@@ -213,32 +236,50 @@ def check_arguments(function: Callable, given: Mapping[str, Any]) -> None:
 
 @functools.cache
 def _declared(function: Callable) -> dict[str, Any]:
-    return get_type_hints(function, include_extras=True)
+    unknown: dict[str, Any] = {}
+    while True:
+        try:
+            found = get_type_hints(function, localns=unknown, include_extras=True)
+            break
+        except NameError as error:  # imported for type checking alone
+            unknown[str(error.name)] = Any
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            found[name] = tuple[found.get(name, Any), ...]  # type: ignore[misc]
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            found[name] = Any
+    return found
 
 
 def _check(name: str, value: Any, declared: Any) -> None:
     origin, parts = get_origin(declared), get_args(declared)
-    if origin in (Union, UnionType):  # of a number and None, or a module
-        known = [part for part in parts if _is_checked(part)]
-        others = tuple(get_origin(part) or part for part in parts if part not in known)
-        if known and not isinstance(value, others):
-            _check(name, value, known[0])
-    elif origin is Annotated:
+    kind = origin or declared
+    if kind in (Union, UnionType):
+        accepted = []
+        for part in parts:
+            try:
+                return _check(name, value, part)
+            except BadParameter as error:
+                accepted.append(error.accepted)
+        raise BadParameter(name, value, " or ".join(map(str, accepted)))
+    if kind is Annotated:
         check_range(name, value, **declared.__metadata__[0]._asdict(), whole=parts[0] is int)
-    elif declared in (int, float):
-        check_range(name, value, -math.inf, whole=declared is int)
-    elif declared in (bool, str) and not isinstance(value, declared):
-        raise BadParameter(name, value, "a text" if declared is str else "True or False")
-    elif origin in (Sequence, tuple):
-        size = len(parts) if origin is tuple and ... not in parts else None
+    elif kind in (int, float):
+        check_range(name, value, whole=kind is int)
+    elif kind in (Sequence, tuple, list):
+        size = len(parts) if kind is tuple and parts and ... not in parts else None
         if isinstance(value, str) or not isinstance(value, Sequence) or size not in (None, len(value)):
             raise BadParameter(name, value, f"a list of {size}" if size else "a list")
-        for entry, part in zip(value, parts if size else itertools.repeat(parts[0]), strict=False):
+        for entry, part in zip(value, parts if size else itertools.repeat(parts[0] if parts else Any), strict=False):
             _check(name, entry, part)
+    elif isinstance(kind, type) and kind.__module__ != "numpy" and not getattr(kind, "_is_protocol", False):
+        known = os.PathLike if kind is Path else kind
+        if kind is not Any and not isinstance(value, known):
+            raise BadParameter(name, value, _KINDS.get(kind, f"a `{kind.__name__}`"))
 
 
-def _is_checked(declared: Any) -> bool:
-    return declared in (int, float, bool, str) or get_origin(declared) in (Annotated, Sequence, tuple)
+_KINDS: dict[type, str] = {str: "a text", bool: "True or False", type(None): "None", Callable: "a function"}  # type: ignore[dict-item]
+_KINDS |= {Path: "a path", Mapping: "a mapping"}
 
 
 def check_names(names: Iterable, count: int | None = None) -> None:

@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,13 +18,13 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from companion.errors import BadParameter, CompanionError
-from companion.training import callbacks, schedules
+from companion.training import callbacks, recipe, schedules
 from companion.training.callbacks import ClipNorm, ClipValue, EarlyStop, Lookahead
 from companion.training.checkpoints import Checkpoint
-from companion.training.fit import fit, outputs_of
+from companion.training.fit import fit, outputs_of, same_shapes
 from companion.training.hardware import ACCELERATORS, CPU, PRECISIONS, Hardware, device
 from companion.training.schedules import SCHEDULES, adamw, given, schedule, sgd
-from companion.training.stored import fill
+from companion.training.stored import fill, saved
 from tests.edges.common import Edge, check, state
 
 torch.manual_seed(0)
@@ -104,7 +105,7 @@ EDGES = {
             "name": "a",
         },
         {
-            **{"epochs": "1, 2.5", "batch": "1", "seed": "0, 1", "last": "train, carry", "name": "None, 1"},
+            **{"epochs": "1, 2.5", "batch": "1", "seed": "0, 1", "last": "train, carry"},
             **{"model": "eval", "loss": "a second term", "data": "items", "schedule": "0, a list, constant"},
             **{"callbacks": "a tuple", "optimizer": "SGD"},
         },
@@ -118,6 +119,8 @@ EDGES = {
             },
             "optimizer": {
                 **{"None": None, "text": "x", "a number": 1e-3, "SGD": sgd(1e-2)},
+                "nothing": lambda model: None,
+                "own groups": adamw(1e-2, groups=lambda model: [{"params": model.parameters(), "weight_decay": -1}]),
                 "another model's": lambda model: torch.optim.SGD(OTHER.parameters(), 0.1),
             },
             "schedule": {
@@ -176,7 +179,7 @@ EDGES = {
         {"lr": "0, 1, 2.5", "weight_decay": "0, 1, 2.5", "betas": "0"},
         adamw,
         {
-            **{"decay": {"None": None, "another": "x", "a list": ["all"]}, "groups": {}},
+            **{"decay": {"None": None, "another": "x", "a list": ["all"]}, "groups": {"3": 3}},
             "betas": {"0": (0, 0), "1": (0.9, 1), "-1": (-1, 0.9), "NaN": (NAN, 0.9), "text": "xy"},
         },
     ),
@@ -185,7 +188,7 @@ EDGES = {
         {"lr": 1e-2, "weight_decay": 0.0, "momentum": 0.9, "decay": "all", "groups": None},
         {"lr": "0, 1, 2.5", "weight_decay": "0, 1, 2.5", "momentum": "0"},
         sgd,
-        {"decay": {"None": None, "another": "x", "a list": ["all"]}, "groups": {}},
+        {"decay": {"None": None, "another": "x", "a list": ["all"]}, "groups": {"3": 3}},
     ),
     **{
         c.__name__: Edge(lambda limit, c=c: trained(callbacks=[c(limit)]), {"limit": 1.0}, {"limit": "1, 2.5"})
@@ -211,13 +214,53 @@ EDGES = {
         {
             "score": {
                 **{"NaN": lambda model: NAN, "infinite": lambda model: INF, "two": lambda model: (1.0, 2.0)},
-                "tensor": lambda model: torch.ones(()),
+                **{"tensor": lambda model: torch.ones(()), "text": lambda model: "x", "None": lambda model: None},
+                **{"three": lambda model: (1.0,) * 3, "no function": 1.0},
             },
             **{name: {"True": True} for name in ("ties", "patient_ties")},
         },
     ),
     "EMA": Edge(
         lambda momentum: averaged(lambda step: momentum), {"momentum": 0.9}, {"momentum": "0, 1"}
+    ),
+    "EMA's pairs": Edge(
+        lambda pairs: torch.tensor([float(len(callbacks.EMA(pairs, lambda step: 0.9).pairs))]),
+        {"pairs": [(callbacks.ema_copy(MODEL), MODEL)]},
+        {"pairs": "empty, less, more"},
+    ),
+    "own groups": Edge(
+        lambda **given: torch.tensor([len(group["params"]) for group in schedules.param_groups(**given)]),
+        {"parameters": list(MODEL.parameters()), "weight_decay": 0.1, "decay": "matrices"},
+        {"weight_decay": "0, 1, 2.5"},
+        of=lambda parameters, weight_decay, decay: None,
+        others={"parameters": {"number": 3, "None": None}},
+    ),
+    "same shapes": Edge(
+        lambda **given: torch.tensor(same_shapes(**given)),
+        {"images": [torch.ones(3, 2, 2)] * 2, "most": 2},
+        {"most": "1"},
+        same_shapes,
+        {"images": {"text": "x", "None": None, "numbers": [1, 2]}},
+    ),
+    "dry run": Edge(
+        lambda batch: torch.tensor(recipe.dry_items(SimpleNamespace(accelerator="cpu"), batch)),
+        {"batch": 2},
+        {"batch": "1"},
+    ),
+    "recipe": Edge(
+        lambda **given: torch.tensor([float(len(recipe.run(recipe.Training(**given))[1]))]),
+        {
+            **{"name": "a", "build": lambda: copy.deepcopy(MODEL), "loss": squared, "data": lambda: DATA},
+            **{"fit": {"optimizer": adamw(1e-2), "epochs": 1, "batch": 4, "hardware": CPU}, "facts": {}},
+            **{"weights": None, "metadata": None, "every": 200, "dry_run": False},
+        },
+        {"every": "1", "data": "None", "dry_run": "True"},
+        recipe.Training,
+        {
+            **{name: {"None": None, "text": "x"} for name in ("build", "loss", "data", "facts", "fit")},
+            **{name: {"text": "x", "3": 3} for name in ("weights", "metadata")},
+            **{"name": {"None": None, "1": 1}, "dry_run": {"True": True, "None": None, "text": "x"}},
+        },
     ),
     "checkpoint": Edge(
         lambda **given: torch.tensor([float(Checkpoint(**given).every)]),
@@ -344,3 +387,6 @@ def test_a_checkpoint_of_another_training_is_refused(changes, tmp_path):
 def test_a_store_is_complete_or_an_error(rows, tmp_path):
     with pytest.raises((CompanionError, ValueError)):
         fill(tmp_path / "a", 4, lambda done: [(torch.ones(rows, 2),)])
+    for folder in (None, tmp_path / "b"):
+        with pytest.raises(CompanionError, match=f"{rows}.*4"):
+            list(saved(folder, 4, lambda done: [1.0] * rows))

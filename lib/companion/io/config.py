@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import inspect
 import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -236,7 +237,7 @@ def _resolve(path: str) -> Callable[..., Any]:
 def _configured(kind: type) -> bool:
     """Whether the constructor of a network, or of one that it extends, calls `configure`."""
     return issubclass(kind, nn.Module) and any(
-        configure.__name__ in base.__init__.__code__.co_names  # type: ignore[misc]
+        configure.__name__ in inspect.unwrap(base.__init__).__code__.co_names  # type: ignore[misc]
         for base in kind.__mro__
         if base.__module__.startswith("companion.") and "__init__" in vars(base)
     )

@@ -6,7 +6,8 @@ A callback of your own overrides the hooks that it needs. Its `state_dict` is pa
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import check_range
+from ..errors import BadParameter, Count, Positive, Share, Whole, check_range, checked
 from .checkpoints import trained_state
 
 if TYPE_CHECKING:  # imported only for training: it takes a second, because it imports torchmetrics
@@ -109,8 +110,8 @@ class ClipNorm(Callback):
 
     saved_as = "ClipNorm"  # it has no state, but a training with clipped gradients is another
 
-    def __init__(self, max_norm: float, *, per_tensor: bool = False):
-        check_range("max_norm", max_norm, 0, ends="(]")  # 0 would remove the gradient, a negative one turn it round
+    @checked
+    def __init__(self, max_norm: Positive, *, per_tensor: bool = False):
         self.max_norm, self.per_tensor = float(max_norm), per_tensor
 
     def on_gradients(self, loop: Loop) -> None:
@@ -125,8 +126,8 @@ class ClipNorm(Callback):
 class ClipValue(Callback):
     """Clip every entry of the gradient to [-max_value, max_value]."""
 
-    def __init__(self, max_value: float):
-        check_range("max_value", max_value, 0, ends="(]")
+    @checked
+    def __init__(self, max_value: Positive):
         self.max_value = float(max_value)
 
     def on_gradients(self, loop: Loop) -> None:
@@ -153,19 +154,17 @@ class EarlyStop(Callback):
         scores: one for each epoch scored, (step, score, stopping score).
     """
 
+    @checked
     def __init__(
         self,
         score: Callable[[nn.Module], float | tuple[float, float]],
-        patience: int = 0,
+        patience: Whole = 0,
         *,
-        first_step: int = 0,
+        first_step: Whole = 0,
         ties: bool = False,
         patient_ties: bool = False,
         start: float | None = None,
     ):
-        check_range("patience", patience, 0, whole=True)
-        check_range("first_step", first_step, 0, whole=True)
-        check_range("start", start or 0, -np.inf)
         self.score, self.patience, self.first_step = score, patience, first_step
         self.ties, self.patient_ties = ties, patient_ties
         self.start = start
@@ -188,7 +187,10 @@ class EarlyStop(Callback):
         score = loop.fabric.broadcast(score)
         loop.model.train()
         both = score if isinstance(score, tuple) else (score, score)
-        selects, stops = (-np.inf if np.isnan(value) else float(value) for value in both)
+        try:
+            selects, stops = (-np.inf if math.isnan(float(value)) else float(value) for value in both)
+        except (TypeError, ValueError) as error:
+            raise BadParameter("score", score, "one that returns a number, or two") from error
         first = not (self.best or self.start is not None)
         if selects > self.highest or (self.ties and selects == self.highest) or first:
             self.best = trained_state(loop.model)
@@ -222,9 +224,8 @@ class Lookahead(Callback):
     The copies are made after the first step and updated after steps k + 1, 2 k + 1, ...
     """
 
-    def __init__(self, k: int = 5, alpha: float = 0.5):
-        check_range("k", k, 1, whole=True)
-        check_range("alpha", alpha, 0, 1)
+    @checked
+    def __init__(self, k: Count = 5, alpha: Share = 0.5):
         self.k, self.alpha = k, alpha
         self.begin()
 
@@ -256,8 +257,13 @@ class EMA(Callback):
         momentum: maps the number of finished steps to the momentum, 0 to 1.
     """
 
-    def __init__(self, pairs: Iterable[tuple[nn.Module, nn.Module]], momentum: Callable[[int], float]):
-        self.pairs, self.momentum = list(pairs), momentum
+    @checked
+    def __init__(self, pairs: Sequence[tuple[nn.Module, nn.Module]], momentum: Callable[[int], float]):
+        for average, module in pairs:
+            names = {name for name, _ in module.named_parameters()}
+            if lacking := names.difference(name for name, _ in average.named_buffers()):
+                raise BadParameter("pairs", sorted(lacking), "each module after its `ema_copy`, which has its tensors")
+        self.pairs, self.momentum = pairs, momentum
 
     @torch.no_grad()
     def on_step_end(self, loop: Loop) -> None:

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..errors import BadParameter, CorruptFile, check_range
+from ..errors import BadParameter, CorruptFile, Count, checked
 from ..io.files import atomic, full_disk_is_said
 
 LONGEST = 480  # seconds of a training that a kill costs, and up to 20 steps more on several devices
@@ -75,6 +75,7 @@ def file(folder: str | Path, name: str, suffix: str) -> Path:
     return Path(folder) / f"{name.replace('/', '-')}{suffix}"
 
 
+@checked
 def save(folder: str | Path, name: str, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Path:
     """Write trained weights as `folder`/`name`.safetensors, under a temporary name first; return the path."""
     path = file(folder, name, ".safetensors")
@@ -97,8 +98,8 @@ class Checkpoint:
         every: interval in steps.
     """
 
-    def __init__(self, path: str | Path, every: int = 200):
-        check_range("every", every, 1, whole=True)
+    @checked
+    def __init__(self, path: str | Path, every: Count = 200):
         self.path, self.every = Path(path), every
         if self.path.is_dir():
             raise BadParameter("path", str(path), "a file, not a folder")
@@ -110,7 +111,7 @@ class Checkpoint:
         self._since, self._pause = time.monotonic(), 0.0  # the last writing, and seconds until steps are a reason again
 
     @classmethod
-    def of(cls, folder: str | Path, name: str, every: int = 200, **facts: Any) -> Checkpoint:
+    def of(cls, folder: str | Path, name: str, every: Count = 200, **facts: Any) -> Checkpoint:
         """The checkpoint of a training identified by `facts`, see `checkpoint_key`."""
         return cls(file(folder, f"{name}, {checkpoint_key(**facts)}", ".pt"), every)
 

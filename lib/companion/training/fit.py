@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from ..errors import BadParameter, CompanionError, check_choice, check_kind, check_range
+from ..errors import BadParameter, CompanionError, Count, Positive, Whole, check_choice, check_range, checked
 from ..io.progress import progress
 from .callbacks import Callback, Loop
 from .checkpoints import Checkpoint, as_json, plain, trained_state
@@ -47,8 +47,14 @@ Loss = Callable[[nn.Module, Batch], "Tensor | Mapping[str, Tensor]"]
 History = list[dict[str, float]]
 
 
+@checked
 def outputs_of(
-    model: nn.Module, data: Dataset, *, batch: int = 256, hardware: Hardware = Hardware(), folder: Path | None = None
+    model: nn.Module,
+    data: Dataset | Sequence[Any],
+    *,
+    batch: Count = 256,
+    hardware: Hardware = Hardware(),
+    folder: Path | None = None,
 ) -> Tensor:
     """The outputs of `model`, in eval mode, for the first entry of every item, stacked, on the CPU as float32.
 
@@ -58,7 +64,6 @@ def outputs_of(
         folder: where the outputs are stored as they come, see `stored.fill`; a killed prediction resumes there. They
             are read from the disk when they are indexed. Its name must identify model, data and precision.
     """
-    check_range("batch", batch, 1, whole=True)
 
     def outputs(done: int) -> Iterator[tuple[Tensor]]:
         with evaluating(hardware, model) as device:
@@ -87,7 +92,8 @@ def outputs_of(
     return found
 
 
-def same_shapes(images: Sequence[Tensor], most: int) -> list[list[int]]:
+@checked
+def same_shapes(images: Sequence[Tensor], most: Count) -> list[list[int]]:
     """Indices of images by shape, in groups of at most `most` that can be stacked."""
     groups: dict[torch.Size, list[int]] = {}
     for i, image in enumerate(images):
@@ -95,20 +101,21 @@ def same_shapes(images: Sequence[Tensor], most: int) -> list[list[int]]:
     return [group[i : i + most] for group in groups.values() for i in range(0, len(group), most)]
 
 
+@checked
 @torch.inference_mode(False)  # whatever the modes of the caller are
 @torch.enable_grad()
 def fit(
     model: nn.Module,
     loss: Loss,
-    data: Dataset,
+    data: Dataset | Sequence[Any],
     *,
-    epochs: float,
-    batch: int,
+    epochs: Positive,
+    batch: Count,
     optimizer: MakeOptimizer,
     schedule: Schedule | Mapping[str, Schedule] | None = None,
     callbacks: Sequence[Callback] = (),
     checkpoint: Checkpoint | None = None,
-    seed: int = 0,
+    seed: Whole = 0,
     hardware: Hardware = Hardware(),
     last: str = "drop",
     name: str = "training",
@@ -147,23 +154,12 @@ def fit(
             parameters were not finite. The checkpoint before remains.
         CorruptFile: the checkpoint cannot be read.
     """
-    for argument, value, kind in (
-        ("model", model, nn.Module),
-        ("loss", loss, Callable),
-        ("optimizer", optimizer, Callable),
-        ("schedule", schedule, Callable | Mapping | None),
-        ("callbacks", callbacks, Sequence),
-        ("checkpoint", checkpoint, Checkpoint | None),
-        ("hardware", hardware, Hardware),
-    ):
-        check_kind(argument, value, kind, getattr(kind, "__name__", str(kind)))
-    check_range("epochs", epochs, 0, ends="(]")
-    check_range("batch", batch, 1, whole=True)
-    check_range("seed", seed, 0, whole=True)
     _check_batches(len(data), batch, last, hardware)
     per_epoch = -(-len(data) // batch) if last == "train" else len(data) // batch
     steps = max(1, round(epochs * per_epoch))
     optim = optimizer(model)
+    if not isinstance(optim, torch.optim.Optimizer):
+        raise BadParameter("optimizer", optim, "a function from the model to its `Optimizer`")
     given = {p for group in optim.param_groups for p in group["params"]}
     if given - {*model.parameters()} or not any(p.requires_grad and not p.is_inference() for p in given):
         accepted = "one of the model's own parameters, of which some require a gradient"
@@ -270,6 +266,7 @@ def _learning_rates(
         if isinstance(schedule, Mapping):
             check_choice("parameter group of the schedule", name, schedule)
         of = schedule[name] if isinstance(schedule, Mapping) else schedule
+        check_range("weight_decay", group.get("weight_decay", 0), 0)
         rates = np.asarray(of(group["lr"], steps, per_epoch), float)
         if rates.shape != (steps,) or not np.isfinite(rates).all() or rates.min() < 0:
             where = f"{rates.size} learning rates of parameter group {name!r}"
@@ -347,7 +344,8 @@ def _backward(
     total: dict[str, Tensor] = {}
     for i in range(parts):
         part = next(batches)
-        check_kind("items of the data", part, tuple | list, "tuples of tensors, such as an image and its label")
+        if not isinstance(part, tuple | list):
+            raise BadParameter("items of the data", part, "tuples of tensors, such as an image and its label")
         share = len(part[0]) * fabric.world_size / whole
         with fabric.no_backward_sync(wrapped, enabled=i + 1 < parts):
             found = loss(wrapped, tuple(x.to(fabric.device, non_blocking=True) for x in part))

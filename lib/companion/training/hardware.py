@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.multiprocessing import ProcessRaisedException, start_processes
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from ..errors import BadParameter, CompanionError, check_choice, check_range
+from ..errors import BadParameter, CompanionError, Count, Whole, check_choice, checked
 from ..io.papers import paper
 
 if TYPE_CHECKING:  # imported only for training: it takes a second, because it imports torchmetrics
@@ -40,6 +40,7 @@ class RunParameters(Protocol):
     weights: str
 
 
+@checked
 @dataclass(frozen=True)
 class Hardware:
     """Device, precision and parallelism of a training or a prediction.
@@ -58,18 +59,16 @@ class Hardware:
     """
 
     accelerator: str = "auto"
-    devices: int = 1
+    devices: Count = 1
     precision: str = "32-true"
-    workers: int = 0
-    accumulate: int = 1
+    workers: Whole = 0
+    accumulate: Count = 1
     grad_checkpointing: bool = False
     compile: bool = False
 
     def __post_init__(self) -> None:
         check_choice("accelerator", self.accelerator, ACCELERATORS)
         check_choice("precision", self.precision, PRECISIONS)
-        for name, low in {"devices": 1, "workers": 0, "accumulate": 1}.items():
-            check_range(name, getattr(self, name), low, whole=True)
 
     @classmethod
     def of(cls, p: RunParameters, slug: str, *, workers: int = 0, accumulate: int = 1) -> Hardware:

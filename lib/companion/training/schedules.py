@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from ..errors import check_choice, check_range
+from ..errors import Amount, Count, Range, Share, Whole, check_choice, check_range, checked
 
 Schedule = Callable[[float, int, int], np.ndarray]
 """From a base learning rate, the steps of the training and those of an epoch to the learning rate of each step."""
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
+Momentum = Annotated[float, Range(0, 1, "[)")]
 
 SCHEDULES = ("constant", "linear", "cosine", "step", "cosine by epoch")
 DECAYS = ("matrices", "all")
 
 
+@checked
 def learning_rates(
     schedule: str,
-    base: float,
-    steps: int,
-    warmup: int = 0,
-    final: float = 0.0,
+    base: Amount,
+    steps: Count,
+    warmup: Whole = 0,
+    final: Amount = 0.0,
     *,
-    warmup_lr: float | None = None,
-    epoch: int = 1,
+    warmup_lr: Amount | None = None,
+    epoch: Count = 1,
 ) -> np.ndarray:
     """The learning rate of each step, (steps,).
 
@@ -38,8 +40,8 @@ def learning_rates(
 
     Raises `BadParameter`: no step, or a warm-up longer than the training.
     """
-    check_range("steps", steps, 1, whole=True)
-    check_range("warmup", warmup, 0, steps, whole=True)
+    check_choice("schedule", schedule, SCHEDULES)
+    check_range("warmup", warmup, 0, steps)
     after = np.arange(steps - warmup)
     done = after / max(steps - warmup, 1)
     left = {
@@ -53,16 +55,15 @@ def learning_rates(
     return np.concatenate([rising, final + (base - final) * left])
 
 
+@checked
 def schedule(
-    kind: str = "cosine", warmup: float = 0.1, final_lr: float = 1e-7, warmup_lr: float | None = None
+    kind: str = "cosine", warmup: Share = 0.1, final_lr: Amount = 1e-7, warmup_lr: Amount | None = None
 ) -> Schedule:
     """A schedule of `learning_rates` for `fit`; `warmup` is a fraction of all steps, 0 to 1.
 
     Raises `BadParameter`: an unknown kind, or a fraction out of range.
     """
     check_choice("schedule", kind, SCHEDULES)
-    check_range("warmup", warmup, 0, 1)
-    check_range("warmup_lr", warmup_lr or 0, 0)
 
     return lambda base, steps, per_epoch: learning_rates(
         kind, base, steps, round(warmup * steps), final_lr, warmup_lr=warmup_lr, epoch=per_epoch
@@ -74,8 +75,9 @@ def given(learning_rates: np.ndarray) -> Schedule:
     return lambda base, steps, per_epoch: learning_rates
 
 
+@checked
 def param_groups(
-    parameters: Iterable[nn.Parameter], weight_decay: float = 0.0, decay: str = "matrices", **options: Any
+    parameters: Iterable[nn.Parameter], weight_decay: Amount = 0.0, decay: str = "matrices", **options: Any
 ) -> list[dict[str, Any]]:
     """Parameter groups of the tensors that require a gradient.
 
@@ -85,7 +87,6 @@ def param_groups(
         options: of each group, such as `name` or `lr`.
     """
     check_choice("decay", decay, DECAYS)
-    check_range("weight_decay", weight_decay, 0)
     trained = [p for p in parameters if p.requires_grad]
     if decay == "all":
         return [{"params": trained, "weight_decay": float(weight_decay)} | options]
@@ -95,35 +96,30 @@ def param_groups(
     ]
 
 
+@checked
 def adamw(
-    lr: float,
-    weight_decay: float = 1e-4,
+    lr: Amount,
+    weight_decay: Amount = 1e-4,
     *,
     decay: str = "matrices",
-    betas: tuple[float, float] = (0.9, 0.999),
+    betas: tuple[Momentum, Momentum] = (0.9, 0.999),
     groups: Callable[[nn.Module], list[dict[str, Any]]] | None = None,
 ) -> MakeOptimizer:
     """AdamW of a model's trainable parameters, in `param_groups` or in the groups returned by `groups(model)`."""
-    check_range("lr", lr, 0)
-    check_range("weight_decay", weight_decay, 0)
-    for beta in betas:
-        check_range("betas", beta, 0, 1, ends="[)")
     groups = groups or (lambda model: param_groups(model.parameters(), weight_decay, decay))
     options: dict[str, Any] = {"betas": tuple(map(float, betas)), "weight_decay": float(weight_decay)}
     return lambda model: torch.optim.AdamW(groups(model), float(lr), **options)
 
 
+@checked
 def sgd(
-    lr: float,
-    weight_decay: float = 0.0,
+    lr: Amount,
+    weight_decay: Amount = 0.0,
     *,
-    momentum: float = 0.9,
+    momentum: Momentum = 0.9,
     decay: str = "matrices",
     groups: Callable[[nn.Module], list[dict[str, Any]]] | None = None,
 ) -> MakeOptimizer:
     """SGD with momentum (not Nesterov's) and the weight decay added to the gradient; groups as in `adamw`."""
-    check_range("lr", lr, 0)
-    check_range("weight_decay", weight_decay, 0)
-    check_range("momentum", momentum, 0, 1, ends="[)")
     groups = groups or (lambda model: param_groups(model.parameters(), weight_decay, decay))
     return lambda model: torch.optim.SGD(groups(model), float(lr), float(momentum), weight_decay=float(weight_decay))

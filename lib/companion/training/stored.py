@@ -18,7 +18,7 @@ import torch
 from numpy.lib.format import open_memmap
 from torch import Tensor
 
-from ..errors import CompanionError, CorruptFile
+from ..errors import CompanionError, CorruptFile, Count, Whole, checked
 from ..io.files import atomic, read_json, write_json
 
 EVERY = 128  # results in a file of `saved`: a multiple of the batches of tests, which a resumed one then has too
@@ -26,7 +26,7 @@ FLUSHED = 60  # seconds between two records of the rows that `fill` has written
 NOTE = "cache.json"
 
 
-def saved(folder: Path | None, count: int, compute: Callable[[int], Iterable[Any]]) -> Iterator[Any]:
+def saved(folder: Path | None, count: Whole, compute: Callable[[int], Iterable[Any]]) -> Iterator[Any]:
     """Yield the results of `count` items: those in `folder` are read, the others are computed and saved there.
 
     Args:
@@ -55,14 +55,17 @@ def saved(folder: Path | None, count: int, compute: Callable[[int], Iterable[Any
                     torch.save(part, temporary)
             done, part = done + len(part), []
         yield result
+    if done + len(part) != count:
+        raise CompanionError(f"results of {done + len(part)} items are there, and {count} were to be stored")
 
 
+@checked
 def fill(
     folder: Path,
-    count: int,
+    count: Whole,
     compute: Callable[[int], Iterable[Sequence[Tensor]]],
     *,
-    arrays: int = 1,
+    arrays: Count = 1,
     facts: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Write arrays of `count` rows, the files 0.npy, 1.npy, ... of `folder`; only rows that lack are computed.
