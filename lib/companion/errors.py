@@ -19,7 +19,7 @@ _Target = TypeVar("_Target", bound=Callable[..., Any])
 
 
 class Range(NamedTuple):
-    """The numbers that an argument may be, as in `check_range`; written in its type, for `checked`."""
+    """The numbers that an argument may be, as in `check_range`; written in its type, for `typed`."""
 
     low: float
     high: float = math.inf
@@ -206,11 +206,11 @@ def check_images(images: Any, *shape: int) -> None:
         raise BadParameter("images", f"{tuple(images.shape)} of {images.dtype}", accepted)
 
 
-def checked(target: _Target) -> _Target:
+def typed(target: _Target) -> _Target:
     """A function, or a class with its constructor, that raises `BadParameter` unless its arguments are what their types
     say, see `check_arguments`."""
     if isinstance(target, type):
-        target.__init__ = checked(target.__init__)  # type: ignore[misc]
+        target.__init__ = typed(target.__init__)  # type: ignore[misc]
         return target
     signature = inspect.signature(target)
 

@@ -31,7 +31,7 @@ from typing import Any, ClassVar, Concatenate, Literal, ParamSpec, Self, TypeVar
 import numpy as np
 import yaml
 
-from ..errors import BadParameter, CompanionError, MissingData, check_choice, check_kind
+from ..errors import BadParameter, CompanionError, MissingData, Whole, check_choice, typed
 from .folders import SPELLED, at, below, by_folder, check_apart, entries, told
 
 
@@ -118,7 +118,8 @@ def dated(source: str, checked: datetime.date | None) -> str:
 
 def own_set(root: str | Path, task: str, layout: str, classes: int = 0) -> DataSet:
     """A user's folder as a data set of `task`. Raises `BadParameter`: no path, or an empty one."""
-    check_kind("root", root or None, str | os.PathLike, "the path of a folder")
+    if not isinstance(root, str | os.PathLike) or root == "":
+        raise BadParameter("root", root, "the path of a folder")
     name, title, source = Path(root).resolve().name, "images of your own", "your own images"
     return DataSet(name, title, "own", task, classes, {}, (".",), layout, source, "yours", "")
 
@@ -175,6 +176,7 @@ def _reader(dataset: DataSet):
     return importlib.import_module(f".{dataset.task}", __name__)
 
 
+@typed
 def status(name: str, root: str | Path, *splits: str, decode: bool = False) -> Status:
     """Look for a data set below `root`: checks lists, their lengths, and that each listed file exists.
 
@@ -240,6 +242,7 @@ def _line(dataset: DataSet, split: str, items: Any, decode: bool) -> str:
     return f"{line} {told}" if told.startswith("(") else line
 
 
+@typed
 def present(name: str, root: str | Path, *splits: str) -> bool:
     """Whether a dry run reads these splits of a data set below `root`, without any all of it: anything of the set is
     there; "folder" is `root` itself.
@@ -254,7 +257,8 @@ def present(name: str, root: str | Path, *splits: str) -> bool:
     return found.state == "present"
 
 
-def few(splits: Mapping[str, Any], count: int) -> dict[str, Any]:
+@typed
+def few(splits: Mapping[str, Any], count: Whole) -> dict[str, Any]:
     """At most `count` items of each split, evenly spaced over it, for a dry run. Each was read once.
 
     Raises `CorruptFile`: an image that cannot be read, or that is in "train" and in "test".
@@ -307,6 +311,7 @@ class Parts:
         return found
 
 
+@typed
 def fetch(name: str, root: str | Path, progress: bool = True) -> Path:
     """Download a data set below `root`, verify its checksums and return its folder; an existing one is left unchanged.
 
@@ -387,6 +392,7 @@ def check_listed(dataset: DataSet, root: Path, paths: Iterable[str], listing: st
 # --- the register -----------------------------------------------------------------------------------------------------
 
 
+@typed
 def table(root: str | Path) -> list[dict[str, str]]:
     """One row for each data set: name, title, state, detail, licence, source."""
     rows = []

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from scipy.io import loadmat
 
-from ..errors import CorruptFile, check_choice, check_names
+from ..errors import CorruptFile, check_choice, check_names, typed
 from ..io import unpickle
 from . import DataSet, check_own, facts, find, once, own_set, tables
 from .decoding import SUFFIXES
@@ -123,6 +123,7 @@ class Pedestrians(Images):
 # --- public functions --------------------------------------------------------------------------------------------
 
 
+@typed
 def splits(name: str, root: str | Path, transform: Transform | None = None) -> dict[str, Pedestrians]:
     """Every split of a set.
 
@@ -145,6 +146,7 @@ def splits(name: str, root: str | Path, transform: Transform | None = None) -> d
     return _pedestrians(dataset, Path(root), transform)
 
 
+@typed
 def load(name: str, root: str | Path, split: str, transform: Transform | None = None) -> Pedestrians:
     """One split of a set; otherwise as `splits`. Raises `BadParameter` for a split that the set does not have."""
     found = splits(name, root, transform)
@@ -152,6 +154,7 @@ def load(name: str, root: str | Path, split: str, transform: Transform | None = 
     return found[split]
 
 
+@typed
 def own(root: str | Path, transform: Transform | None = None) -> dict[str, Pedestrians]:
     """Your own images, as `splits` gives them: `root`/labels.csv lists the split and the attributes of each image.
 

@@ -17,13 +17,13 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from torchvision import datasets as tv
 from torchvision.transforms import v2
 
-from ..errors import BadParameter, CorruptFile, check_choice, check_range
+from ..errors import BadParameter, CorruptFile, Range, Whole, check_choice, typed
 from ..io.config import configure
 from ..io.files import atomic_folder, read_json, write_json
 from . import DataSet, check_listed, check_own, facts, find, once, own_set, tables
@@ -53,6 +53,7 @@ Rows = tuple[Path, Path, Sequence[str], list[int]]  # a list, the folder that it
 # --- public functions --------------------------------------------------------------------------------------------
 
 
+@typed
 def load(name: str, root: str | Path, split: str, transform: Transform | None = None) -> Images:
     """One split of a data set.
 
@@ -81,10 +82,11 @@ def load(name: str, root: str | Path, split: str, transform: Transform | None = 
     if listing.parent.name == NOT_VPT:
         found.name = f"{name} (lists not VPT's)"
         told = "are not VPT's: do not compare results on them with published ones"
-        warnings.warn(f"{name}: the lists of {listing.parent} {told}", stacklevel=2)
+        warnings.warn(f"{name}: the lists of {listing.parent} {told}", stacklevel=3)
     return found
 
 
+@typed
 def official_lists(name: str, root: str | Path) -> Path:
     """The folder of new lists {train,val,test}.json of an FGVC set, in VPT's format, made from its official split.
 
@@ -158,6 +160,7 @@ def _official(key: str, files: Sequence[Path]) -> Iterator[tuple[str, int, str]]
                 yield f"cars_{split}/{image['fname']}", image["class"], split
 
 
+@typed
 def resize_transform(input) -> v2.Transform:
     """VTAB-1k's transform, for training and test alike: resize to (size, size), ignoring the aspect ratio, then
     normalise.
@@ -172,6 +175,7 @@ def resize_transform(input) -> v2.Transform:
     return configure(v2.Compose(steps), {"input": input}, resize_transform)
 
 
+@typed
 def crop_transform(input, train: bool) -> v2.Transform:
     """FGVC's transform: resize the short side to size * 256 / 224, then crop to `size`; random crop and flip in
     training.
@@ -193,8 +197,13 @@ or
 <class>/<image>.jpg                     split into train and val"""
 
 
+@typed
 def own(
-    root: str | Path, transform: Transform | None = None, *, val_fraction: float = 0.2, seed: int = 0
+    root: str | Path,
+    transform: Transform | None = None,
+    *,
+    val_fraction: Annotated[float, Range(0, 1, "()")] = 0.2,
+    seed: Whole = 0,
 ) -> dict[str, Images]:
     """Your own images, one folder per class, by split, see `companion.data`: also "trainval".
 
@@ -212,8 +221,6 @@ def own(
         MissingData: no such folder, fewer than two class folders, or one without images.
         CorruptFile: val or test has a class that train lacks, or a split has two folders.
     """
-    check_range("val_fraction", val_fraction, 0, 1, ends="()")
-    check_range("seed", seed, 0, whole=True)
     dataset, root = own_set(root, "classification", _OWN_LAYOUT), Path(root)
     place, folders = class_folders(dataset, root)
     folders = folders or {"train": place}

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_convert
 
-from ..errors import BadParameter, CorruptFile, check_choice, check_names, check_range
+from ..errors import BadParameter, CorruptFile, Share, check_choice, check_names, typed
 from ..io.files import read_json
 from . import DataSet, check_own, facts, find, once, own_set, tables
 from .coco import CAPTION, SCHEMA, Annotations, Fields, arrays, check_fields, failure, is_id, read_annotations
@@ -154,6 +154,7 @@ class Boxes(Files):
 # --- public functions -------------------------------------------------------------------------------------------------
 
 
+@typed
 def load(name: str, root: str | Path, split: str) -> Boxes:
     """One split of a set: "train" and "test" of "detection/ov-coco" and "detection/ov-lvis", "test" of
     "detection/objects365" and "detection/openimages", and "captions" of OV-COCO: its training images with the classes
@@ -173,6 +174,7 @@ def load(name: str, root: str | Path, split: str) -> Boxes:
     return Boxes(dataset, root, folder, truth, base, novel)
 
 
+@typed
 def own(root: str | Path, novel: Sequence[str] = ()) -> dict[str, Boxes]:
     """Your own images, see `companion.data`: "train", of `root`/annotations.json, a file in COCO's format; the images
     are in `root`/images, or in `root` where that is missing.
@@ -319,14 +321,14 @@ def _in_words(name: str) -> str:
     return name.partition("(")[0].replace("_", " ").strip().lower()
 
 
-def repeat_factors(boxes: Boxes, threshold: float = 0.001) -> np.ndarray:
+@typed
+def repeat_factors(boxes: Boxes, threshold: Share = 0.001) -> np.ndarray:
     """How often each image is used in an epoch (N,): LVIS' repeat-factor sampling.
 
     max(1, sqrt(threshold / f_c)) for its rarest class c, where f_c is the share of images with that class.
 
     Raises `BadParameter`: a threshold outside 0 to 1.
     """
-    check_range("threshold", threshold, 0, 1)
     share = boxes.positives.float().mean(0)
     each = (threshold / share.clamp_min(1e-12)).sqrt().clamp_min(1)
     return torch.where(boxes.positives, each, 1.0).amax(1).numpy()

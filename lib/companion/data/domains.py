@@ -29,7 +29,7 @@ from types import MappingProxyType
 import numpy as np
 from torchvision.transforms import v2
 
-from ..errors import CompanionError, CorruptFile, check_choice, check_names
+from ..errors import CompanionError, CorruptFile, check_choice, check_names, typed
 from ..io.config import configure
 from ..io.files import read_json
 from . import DataSet, check_listed, check_own, classification, facts, find, once, own_set, tables
@@ -55,6 +55,7 @@ TORCHGEO: dict[str, str] = _FACTS["TORCHGEO"]
 # --- public functions --------------------------------------------------------------------------------------------
 
 
+@typed
 def splits(name: str, root: str | Path, transform: Transform | None = None) -> dict[str, Images]:
     """Every split of a set.
 
@@ -78,12 +79,14 @@ def splits(name: str, root: str | Path, transform: Transform | None = None) -> d
     return _images(dataset, Path(root), transform)
 
 
+@typed
 def load(name: str, root: str | Path, split: str, transform: Transform | None = None) -> Images:
     """One split of a set, "train", "val", "test" or "all"; otherwise as `splits`."""
     check_choice("split", split, SPLITS)
     return splits(name, root, transform)[split]
 
 
+@typed
 def own(root: str | Path, transform: Transform | None = None) -> dict[str, Images]:
     """Your own images, as `splits` gives them: <class>/*.jpg below `root` or `root`/images.
 
@@ -113,6 +116,7 @@ def own(root: str | Path, transform: Transform | None = None) -> dict[str, Image
     return sets | {"all": Images(dataset, root, sources, labels, test.classes, transform, test.class_names)}
 
 
+@typed
 def clip_transform(input, train: bool = False) -> v2.Transform:
     """CLIP's transform, as used in prompt-learning papers (bicubic throughout).
 

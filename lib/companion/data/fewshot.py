@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch.utils.data import ConcatDataset, Dataset
 
-from ..errors import BadParameter, check_kind, check_names, check_range
+from ..errors import Amount, BadParameter, Count, Whole, check_kind, check_names, check_range, typed
 from . import Parts
 
 VALIDATION_SHOTS = 4  # images of a class for validation, at most
@@ -78,7 +78,8 @@ class Protocol:
 # --- sampling ----------------------------------------------------------------------------------------------------
 
 
-def few_shot(dataset: Dataset, shots: int, seed: int) -> Part:
+@typed
+def few_shot(dataset: Dataset, shots: Count, seed: Whole) -> Part:
     """`shots` images of each class, or all where there are fewer, without replacement, in the order of the data set.
 
     A class's draw depends on the seed, the class's name and its images only. Classes can be selected before or after,
@@ -87,8 +88,6 @@ def few_shot(dataset: Dataset, shots: int, seed: int) -> Part:
     Raises:
         BadParameter: shots below 1, or a class without images (it is named).
     """
-    check_range("shots", shots, 1, whole=True)
-    check_range("seed", seed, 0, whole=True)
     labels, names = _described(dataset)
     chosen = []
     for label, name in enumerate(names):
@@ -113,13 +112,13 @@ def halves(class_names: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]
     return tuple(class_names[:middle]), tuple(class_names[middle:])
 
 
+@typed
 def select(dataset: Dataset, classes: Sequence[int]) -> Part:
     """The images of some classes, renumbered in the given order.
 
     Raises `BadParameter`: no labels of the data set, or one of them twice.
     """
     labels, names = _described(dataset)
-    check_kind("classes", classes, Sequence, "labels in their new order")
     for label in classes:
         check_range("classes", label, 0, len(names) - 1, whole=True)
     check_names([names[label] for label in classes])
@@ -131,7 +130,8 @@ def select(dataset: Dataset, classes: Sequence[int]) -> Part:
 # --- protocols ---------------------------------------------------------------------------------------------------
 
 
-def base_to_novel(splits: Splits, shots: int = 16, seed: int = 1) -> Protocol:
+@typed
+def base_to_novel(splits: Splits, shots: Count = 16, seed: Whole = 1) -> Protocol:
     """Train on the base classes of a set; test on its base and on its novel classes separately.
 
     Args:
@@ -159,7 +159,8 @@ def base_to_novel(splits: Splits, shots: int = 16, seed: int = 1) -> Protocol:
     )
 
 
-def cross_dataset(source: Splits, targets: Mapping[str, Splits], shots: int = 16, seed: int = 1) -> Protocol:
+@typed
+def cross_dataset(source: Splits, targets: Mapping[str, Splits], shots: Count = 16, seed: Whole = 1) -> Protocol:
     """Train on all classes of one set; test on the test split of the others, with their own classes.
 
     Args:
@@ -176,7 +177,10 @@ def cross_dataset(source: Splits, targets: Mapping[str, Splits], shots: int = 16
     return _transfer(source, {name: _checked(splits)[0]["test"] for name, splits in targets.items()}, shots, seed)
 
 
-def domain_generalisation(source: Splits, targets: Mapping[str, Splits], shots: int = 16, seed: int = 1) -> Protocol:
+@typed
+def domain_generalisation(
+    source: Splits, targets: Mapping[str, Splits], shots: Count = 16, seed: Whole = 1
+) -> Protocol:
     """As `cross_dataset`, but tested on ALL images of the other sets, which were never trained on.
 
     A target's images are its "all" if it has one, otherwise its "train", "val" and "test" together. (The model is that
@@ -185,13 +189,12 @@ def domain_generalisation(source: Splits, targets: Mapping[str, Splits], shots: 
     return _transfer(source, {name: _whole(splits) for name, splits in targets.items()}, shots, seed)
 
 
-def harmonic_mean(base: float, novel: float) -> float:
+@typed
+def harmonic_mean(base: Amount, novel: Amount) -> float:
     """2 b n / (b + n), in the unit of the two accuracies; 0 when one of them is 0.
 
     Raises `BadParameter`: an accuracy that is no number of 0 or more.
     """
-    check_range("base", base, 0)
-    check_range("novel", novel, 0)
     return 2 * base * novel / (base + novel) if base and novel else 0.0
 
 

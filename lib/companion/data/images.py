@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets.folder import make_dataset
 from torchvision.transforms import v2
 
-from ..errors import BadParameter, CorruptFile, check_kind
+from ..errors import BadParameter, CorruptFile
 from . import DataSet, Parts, decoding
 from .folders import HIDDEN, SPELLED, entries, spelled
 
@@ -75,7 +75,6 @@ class Files(Parts, Dataset):
     def __init__(
         self, dataset: DataSet, root: Path, sources: Sequence[str] | np.ndarray, transform: Transform | None = None
     ):
-        check_kind("transform", transform, Callable | None, "a function of an image")
         self.dataset, self.root, self.name = dataset, root, dataset.name
         self.sources, self.transform = sources, transform
 
@@ -194,4 +193,4 @@ def warn_of(root: Path, read: Iterable[str]) -> None:
         unread.update(path.suffix.lower() or path.name for path in others if path.is_file())
     if unread:
         told = ", ".join(f"{count} {kind} file(s)" for kind, count in unread.most_common())
-        warnings.warn(f"{root}: not read: {told}", stacklevel=3)
+        warnings.warn(f"{root}: not read: {told}", stacklevel=4)

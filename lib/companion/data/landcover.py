@@ -28,7 +28,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.datasets.utils import download_and_extract_archive
 
-from ..errors import BadParameter, CorruptFile, check_choice, check_kind, check_names, check_range
+from ..errors import BadParameter, CorruptFile, Count, check_choice, check_names, check_range, typed
 from . import DataSet, Parts, climate, facts, find, own_set, tables
 from .climate import TABLE, Place, read_places
 from .downloads import fetched
@@ -98,6 +98,7 @@ class LandCover(Parts, Dataset):
 
     each = ("windows",)
 
+    @typed
     def __init__(
         self,
         dataset: DataSet,
@@ -106,8 +107,8 @@ class LandCover(Parts, Dataset):
         decode: Callable[..., np.ndarray],
         places: Mapping[str, Place] | None = None,
         *,
-        size: int | None = None,
-        stride: int | None = None,
+        size: Count | None = None,
+        stride: Count | None = None,
         pad: bool = True,
         before: bool = False,
         padding: int | None = None,
@@ -122,9 +123,6 @@ class LandCover(Parts, Dataset):
         self.padding = self.ignore if padding is None else padding
         self.windows = [(i, 0, 0, "") for i in range(len(self.pictures))]
         self._zones: dict[int, str | None] = {}  # by picture, looked up when asked for
-        check_kind("transform", transform, Callable | None, "a function of an image and its labels")
-        for name, side in {"size": size, "stride": stride}.items():
-            check_range(name, 1 if side is None else side, 1, whole=True)
         if size is None and stride is not None:
             raise BadParameter("stride", stride, "None without a size")
         if size is not None:
@@ -216,6 +214,7 @@ class LandCover(Parts, Dataset):
 # --- public functions -------------------------------------------------------------------------------------------------
 
 
+@typed
 def load(
     name: str,
     root: str | Path,
@@ -225,8 +224,8 @@ def load(
     without_xbd: bool = False,
     mirrored: bool = False,
     padding: str = "ignored",
-    size: int | None = None,
-    stride: int | None = None,
+    size: Count | None = None,
+    stride: Count | None = None,
     transform: Transform | None = None,
 ) -> LandCover:
     """A split of a set.
@@ -270,13 +269,14 @@ def load(
     return LandCover(dataset, pictures, CLASSES[name], decode, places, **options)
 
 
+@typed
 def own(
     root: str | Path,
     classes: Sequence[str] | Mapping[str, tuple[int, int, int]],
     transform: Transform | None = None,
     *,
-    size: int | None = None,
-    stride: int | None = None,
+    size: Count | None = None,
+    stride: Count | None = None,
 ) -> dict[str, LandCover]:
     """Your own images, see `companion.data`: "all", and those listed in `<split>.txt`, one file name per line; without
     train.txt "train" is all that no list names.
@@ -331,6 +331,7 @@ def own(
     return found
 
 
+@typed
 def read_classes(root: str | Path) -> dict[str, tuple[int, int, int]]:
     """The classes of your own images from `classes.txt`: one name per line, optionally with its colour, "field 75 181
     73".

@@ -19,7 +19,7 @@ import torch
 from faster_coco_eval.core import mask as rle
 from torch import Tensor
 
-from ..errors import BadParameter, CorruptFile, check_choice
+from ..errors import BadParameter, CorruptFile, check_choice, typed
 from . import DataSet, check_listed, check_own, decoding, find, own_set, tables
 from .detection import Boxes, _of_file
 from .folders import at, below, entries, spelled
@@ -103,6 +103,7 @@ class Scenes(Files):
 # --- public functions -------------------------------------------------------------------------------------------------
 
 
+@typed
 def load(name: str, root: str | Path, split: str, transform: Transform | None = None) -> Images | Instances | Scenes:
     """One split, "train" or "test" (the sets' val), of one of the three sets.
 
@@ -142,6 +143,7 @@ def load(name: str, root: str | Path, split: str, transform: Transform | None = 
     return found
 
 
+@typed
 def own(root: str | Path, transform: Transform | None = None) -> dict[str, Files]:
     """Your own images without labels, see `companion.data`: "train", all below `root`, at any depth, or below
     `root`/train where there is one.

@@ -14,12 +14,12 @@ import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from PIL import Image
 
-from ..errors import BadParameter, CorruptFile, check_range
+from ..errors import BadParameter, CorruptFile, Count, Positive, Range, Whole, check_range, typed
 from ..io.files import atomic
 
 BACKENDS = {"openslide": "OpenSlide", "tiffslide": "TiffSlide"}  # the class of each library that opens a slide
@@ -41,9 +41,8 @@ class Slide:
     Raises `CorruptFile`: missing, truncated, of an unsupported format, or neither library is installed.
     """
 
-    def __init__(self, path: str | Path, mpp: float | None = None):
-        if mpp is not None:
-            check_range("mpp", mpp, 0, ends="(]")
+    @typed
+    def __init__(self, path: str | Path, mpp: Positive | None = None):
         self.path, self._mpp, reasons = Path(path), mpp, []
         for self.backend in BACKENDS:
             try:
@@ -85,12 +84,13 @@ class Slide:
             raise BadParameter("mpp", values[0] if values else None, accepted)
         return sum(values) / len(values)
 
-    def level(self, downsample: float) -> int:
+    @typed
+    def level(self, downsample: Positive) -> int:
         """The level whose downsample is nearest to `downsample`. Raises `BadParameter`: none above 0."""
-        check_range("downsample", downsample, 0, ends="(]")
         return int(np.abs(np.array(self.downsamples) - downsample).argmin())
 
-    def read(self, x: int, y: int, level: int, width: int, height: int) -> np.ndarray:
+    @typed
+    def read(self, x: int, y: int, level: Whole, width: Count, height: Count) -> np.ndarray:
         """A rectangle of a level, its corner (x, y) in pixels of level 0: uint8 (height, width, 3).
 
         Raises `CorruptFile` when the file is damaged there, `BadParameter`: it has no such level.
@@ -111,7 +111,8 @@ class Slide:
             canvas.paste(part.convert("RGB") if opaque else part, (x0 - left, y0 - top), None if opaque else part)
         return np.array(canvas)
 
-    def thumbnail(self, downsample: float) -> tuple[np.ndarray, float]:
+    @typed
+    def thumbnail(self, downsample: Positive) -> tuple[np.ndarray, float]:
         """The level nearest to `downsample`, whole, and its downsample.
 
         A level of more than `LARGEST_THUMBNAIL` pixels, in a file without smaller ones, is reduced by an integer
@@ -129,13 +130,19 @@ class Slide:
         return np.concatenate(bands), scale * factor
 
 
-def reduce(pixels: np.ndarray, factor: int) -> np.ndarray:
+@typed
+def reduce(pixels: np.ndarray, factor: Count) -> np.ndarray:
     """The mean of each square of factor x factor pixels of (h, w, 3), uint8; at an edge, of the existing pixels."""
     return np.asarray(Image.fromarray(pixels).reduce(factor))
 
 
+@typed
 def write_pyramid(
-    path: str | Path, image: np.ndarray, mpp: float | None, downsamples: Sequence[int] = (1, 4, 16), tile: int = 256
+    path: str | Path,
+    image: np.ndarray,
+    mpp: Positive | None,
+    downsamples: Sequence[Count] = (1, 4, 16),
+    tile: Annotated[int, Range(16)] = 256,
 ) -> Path:
     """Write an image uint8 (h, w, 3) as a tiled pyramidal TIFF that openslide and tiffslide open.
 
@@ -145,6 +152,12 @@ def write_pyramid(
         tile: side of the file's tiles.
     """
     import tifffile
+
+    image = np.asarray(image)
+    if image.dtype != np.uint8 or image.shape[2:] != (3,) or not image.size:
+        raise BadParameter("image", f"{image.shape} of {image.dtype}", "an array uint8 (h, w, 3)")
+    if [*downsamples][:1] != [1] or any(b % a for a, b in itertools.pairwise(downsamples)):
+        raise BadParameter("downsamples", downsamples, "1, then multiples of the one before")
 
     with atomic(path) as temporary, tifffile.TiffWriter(temporary, bigtiff=image.nbytes > 2**31) as writer:
         for above, downsample in itertools.pairwise((1, *downsamples)):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..errors import CorruptFile, check_kind
+from ..errors import CorruptFile, typed
 from . import DataSet, Parts, decoding, facts
 from .folders import at, inside
 
@@ -49,7 +49,6 @@ class Radiographs(Parts, Dataset):
         transform: Callable | None = None,
         listing: Path | None = None,
     ):
-        check_kind("transform", transform, Callable | None, "a function of an image, or of an image and its mask")
         self.dataset, self.root, self.paths, self.transform = dataset, Path(root), list(paths), transform
         self.name, self.folder, self.listing = dataset.name, dataset.folder(root), listing.name if listing else ""
         self._nested: dict[Path, dict[str, str]] = {}
@@ -123,6 +122,7 @@ class Masked(Radiographs):
     each = ("paths", "rows")
     paired = False  # masks have the proportions of their images; those of some sets are of a square
 
+    @typed
     def __init__(
         self,
         dataset: DataSet,

@@ -23,7 +23,7 @@ from torch import Tensor
 from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.transforms.v2.functional import to_dtype
 
-from ..errors import CorruptFile, check_choice
+from ..errors import CorruptFile, check_choice, typed
 from ..io.files import read_json
 from . import DataSet, check_listed, check_own, facts, find, once, own_set, tables
 from .decoding import check_proportions
@@ -86,6 +86,7 @@ class QualityPairs(Captioned):
 # --- public functions -------------------------------------------------------------------------------------------------
 
 
+@typed
 def load(name: str, root: str | Path, split: str) -> Captioned:
     """One split of a set: "train" and "test" of "restoration/coco" and "restoration/div2k".
 
@@ -103,6 +104,7 @@ def load(name: str, root: str | Path, split: str) -> Captioned:
     return found
 
 
+@typed
 def own(root: str | Path) -> dict[str, Captioned]:
     """Your own images, see `companion.data`: "train", of `images/` and `captions.jsonl` next to it, or of a folder of
     images alone, without captions.

@@ -20,14 +20,14 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from ..errors import BadParameter, CorruptFile, MissingData, check_choice, check_kind, check_range
+from ..errors import BadParameter, CorruptFile, Count, MissingData, Range, Whole, check_choice, typed
 from ..io.files import atomic, atomic_folder, sha256
 from . import DataSet, Parts, find, own_set, tables
 from .folders import HIDDEN, at, doubled, entries
@@ -60,8 +60,9 @@ class Item:
     label: str = ""
 
 
+@typed
 def load(
-    name: str, root: str | Path, split: str = "all", fold: int = 0, every: Sequence[Item] | None = None
+    name: str, root: str | Path, split: str = "all", fold: Whole = 0, every: Sequence[Item] | None = None
 ) -> list[Item]:
     """The slides of one split, in the order of its list. No image is opened.
 
@@ -95,6 +96,7 @@ def load(
     return items
 
 
+@typed
 def own(root: str | Path) -> dict[str, list[Item]]:
     """Your own slides, see `companion.data`: "train", all of them by name, in one folder per class, or in one folder
     with a table; `split_folds` splits them.
@@ -211,7 +213,13 @@ def _numbered(source: Path, classes: Sequence[str]) -> dict[str, int]:
     return {label: int(number) for label, number in numbers.items()}
 
 
-def split_folds(items: Sequence[Item], folds: int = 5, test: float = 0.0, seed: int = 0) -> list[dict[str, list[Item]]]:
+@typed
+def split_folds(
+    items: Sequence[Item],
+    folds: Annotated[int, Range(2)] = 5,
+    test: Annotated[float, Range(0, 1, "[)")] = 0.0,
+    seed: Whole = 0,
+) -> list[dict[str, list[Item]]]:
     """Folds stratified by grade and provider; all slides of a known patient are in the same part.
 
     Args:
@@ -228,10 +236,6 @@ def split_folds(items: Sequence[Item], folds: int = 5, test: float = 0.0, seed: 
     """
     from sklearn import model_selection  # here: it takes a second to import
 
-    check_range("folds", folds, 2, whole=True)
-    check_range("test", test, 0, 1, ends="[)")
-    check_range("seed", seed, 0, whole=True)
-    check_kind("items", items, Sequence, "a list of slides")
     if twice := doubled(item.name for item in items):
         raise BadParameter("items", twice[0], "each slide once")
     known = any(item.patient for item in items)
@@ -254,7 +258,14 @@ def split_folds(items: Sequence[Item], folds: int = 5, test: float = 0.0, seed: 
     return [{"train": train, "tune": tune, "test": held} for train, tune in dealt(rest, folds)]
 
 
-def write_folds(name: str, root: str | Path, folds: int = 5, test: float = 0.0, seed: int = 0) -> Path:
+@typed
+def write_folds(
+    name: str,
+    root: str | Path,
+    folds: Annotated[int, Range(2)] = 5,
+    test: Annotated[float, Range(0, 1, "[)")] = 0.0,
+    seed: Whole = 0,
+) -> Path:
     """Write `split_folds` of a set to `folds/fold-<k>/{train,tune,test}.csv` and return the folder.
 
     Existing lists in that folder are deleted: mixing two partitions would train on test slides.
@@ -269,6 +280,7 @@ def write_folds(name: str, root: str | Path, folds: int = 5, test: float = 0.0, 
     return out
 
 
+@typed
 def write_list(path: str | Path, items: Iterable[Item]) -> None:
     """Write a list of slides and grades, in the format of a fold."""
     with atomic(path) as temporary:
@@ -288,6 +300,7 @@ def _stored(path: str | Path) -> Iterator[Any]:
         raise CorruptFile(path, f"no features of a slide ({error})") from error
 
 
+@typed
 def read_features(path: str | Path) -> dict[str, Any]:
     """The content of a file of features: "features" and "shares" (tensors), "coords" (M, 2) int64, "settings" (JSON).
 
@@ -301,6 +314,7 @@ def read_features(path: str | Path) -> dict[str, Any]:
     return found
 
 
+@typed
 def read_settings(path: str | Path) -> str:
     """The settings of a file of features as JSON, see `read_features`; the features are not read.
 
@@ -335,8 +349,8 @@ class Features(Parts, Dataset):
         longest = max(int(present.sum()) for _, present, _ in items)
         return default_collate([(features[:longest], present[:longest], grade) for features, present, grade in items])
 
-    def __init__(self, items: Sequence[Item], path: str | Path, longest: int | None = None, drop: bool = False):
-        check_range("longest", 1 if longest is None else longest, 1, whole=True)
+    @typed
+    def __init__(self, items: Sequence[Item], path: str | Path, longest: Count | None = None, drop: bool = False):
         self.path = Path(path)
         self.shape: tuple[int, ...] = ()
         self.items: list[Item] = []

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from ..errors import BadParameter, CompanionError, CorruptFile, MissingData, check_choice
+from ..errors import BadParameter, CompanionError, CorruptFile, MissingData, check_choice, typed
 from ..io.files import atomic
 from . import DataSet, decoding, facts, find, once, own_set, spaced, tables
 from .folders import HIDDEN, at, entries
@@ -157,6 +157,7 @@ SPLITS = {name: tuple(layout.parts) for name, layout in _LAYOUTS.items()}
 _LISTS = Path(__file__).parent  # LasHeR comes without lists of training and validation sequences
 
 
+@typed
 def load(name: str, root: str | Path, split: str = "test") -> list[Video]:
     """The videos of one split.
 
@@ -189,6 +190,7 @@ def load(name: str, root: str | Path, split: str = "test") -> list[Video]:
     return [_video(dataset, root, part / each, split, attributes.get(each, frozenset())) for each in names]
 
 
+@typed
 def own(root: str | Path) -> dict[str, list[Video]]:
     """Your own videos, see `companion.data`: "train", of each folder below `root`, or `root` itself, with boxes.txt: a
     line x,y,w,h for each frame, 0 where the object is absent. Its frames are in visible/ and infrared/, and read as by

@@ -29,7 +29,7 @@ from torch import Tensor
 from torchvision.datasets.utils import download_url
 from torchvision.ops import box_convert
 
-from ..errors import BadParameter, CorruptFile, check_choice, check_names
+from ..errors import BadParameter, CorruptFile, Whole, check_choice, check_names, typed
 from ..io.files import atomic
 from . import DataSet, check_listed, check_own, facts, find, once, own_set, tables
 from .downloads import fetched
@@ -74,6 +74,7 @@ def tasks(name: str) -> tuple[str, ...]:
     return tuple(task for task in TASKS if (name, task) in SIZES) or ("pre-training",)
 
 
+@typed
 def rle_mask(runs: str) -> np.ndarray:
     """SIIM's mask (1024, 1024) from one run-length encoded line: start, length, start, ... A start is relative to the
     end of the last run; the mask is filled column by column. "-1" is an empty mask.
@@ -93,6 +94,7 @@ def rle_mask(runs: str) -> np.ndarray:
     return flat.reshape(RUN_SIDE, RUN_SIDE).T
 
 
+@typed
 def load(
     name: str | DataSet,
     root: str | Path,
@@ -101,7 +103,7 @@ def load(
     task: str | None = None,
     share: str = "100",
     transform: Transform | PairTransform | None = None,
-    seed: int = 0,
+    seed: Whole = 0,
 ) -> Radiographs:
     """One split of a set.
 
@@ -173,6 +175,7 @@ def load(
     return found
 
 
+@typed
 def own(
     root: str | Path, classes: Sequence[str] = (), transform: Callable | None = None, *, task: str = "classification"
 ) -> dict[str, Any]:
@@ -338,6 +341,7 @@ class Reports:
     windows: Tensor | None
 
 
+@typed
 def reports(name: str | DataSet, root: str | Path, transform: Transform | None = None) -> Reports:
     """The pre-training pairs of a set, from the authors' CSV: img_path,report,llm_output; for OpenI also from its own
     files.
@@ -394,6 +398,7 @@ def _openi(dataset: DataSet, root: str | Path, transform: Transform | None) -> R
     return Reports(Radiographs(dataset, root, paths, transform, taken), [text for _, text in kept], None, None)
 
 
+@typed
 def write_reports(path: str | Path, paths: Sequence[str], texts: Sequence[str], statements: Sequence[str]) -> Path:
     """Write the CSV that `reports` reads, which the authors did not release; under a temporary name first.
 

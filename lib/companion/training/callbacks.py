@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import BadParameter, Count, Positive, Share, Whole, check_range, checked
+from ..errors import BadParameter, Count, Positive, Share, Whole, check_range, typed
 from .checkpoints import trained_state
 
 if TYPE_CHECKING:  # imported only for training: it takes a second, because it imports torchmetrics
@@ -110,7 +110,7 @@ class ClipNorm(Callback):
 
     saved_as = "ClipNorm"  # it has no state, but a training with clipped gradients is another
 
-    @checked
+    @typed
     def __init__(self, max_norm: Positive, *, per_tensor: bool = False):
         self.max_norm, self.per_tensor = float(max_norm), per_tensor
 
@@ -126,7 +126,7 @@ class ClipNorm(Callback):
 class ClipValue(Callback):
     """Clip every entry of the gradient to [-max_value, max_value]."""
 
-    @checked
+    @typed
     def __init__(self, max_value: Positive):
         self.max_value = float(max_value)
 
@@ -154,7 +154,7 @@ class EarlyStop(Callback):
         scores: one for each epoch scored, (step, score, stopping score).
     """
 
-    @checked
+    @typed
     def __init__(
         self,
         score: Callable[[nn.Module], float | tuple[float, float]],
@@ -224,7 +224,7 @@ class Lookahead(Callback):
     The copies are made after the first step and updated after steps k + 1, 2 k + 1, ...
     """
 
-    @checked
+    @typed
     def __init__(self, k: Count = 5, alpha: Share = 0.5):
         self.k, self.alpha = k, alpha
         self.begin()
@@ -257,7 +257,7 @@ class EMA(Callback):
         momentum: maps the number of finished steps to the momentum, 0 to 1.
     """
 
-    @checked
+    @typed
     def __init__(self, pairs: Sequence[tuple[nn.Module, nn.Module]], momentum: Callable[[int], float]):
         for average, module in pairs:
             names = {name for name, _ in module.named_parameters()}

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..errors import BadParameter, CorruptFile, Count, checked
+from ..errors import BadParameter, CorruptFile, Count, typed
 from ..io.files import atomic, full_disk_is_said
 
 LONGEST = 480  # seconds of a training that a kill costs, and up to 20 steps more on several devices
@@ -75,7 +75,7 @@ def file(folder: str | Path, name: str, suffix: str) -> Path:
     return Path(folder) / f"{name.replace('/', '-')}{suffix}"
 
 
-@checked
+@typed
 def save(folder: str | Path, name: str, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Path:
     """Write trained weights as `folder`/`name`.safetensors, under a temporary name first; return the path."""
     path = file(folder, name, ".safetensors")
@@ -98,7 +98,7 @@ class Checkpoint:
         every: interval in steps.
     """
 
-    @checked
+    @typed
     def __init__(self, path: str | Path, every: Count = 200):
         self.path, self.every = Path(path), every
         if self.path.is_dir():

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from ..errors import BadParameter, CompanionError, Count, Positive, Whole, check_choice, check_range, checked
+from ..errors import BadParameter, CompanionError, Count, Positive, Whole, check_choice, check_range, typed
 from ..io.progress import progress
 from .callbacks import Callback, Loop
 from .checkpoints import Checkpoint, as_json, plain, trained_state
@@ -47,7 +47,7 @@ Loss = Callable[[nn.Module, Batch], "Tensor | Mapping[str, Tensor]"]
 History = list[dict[str, float]]
 
 
-@checked
+@typed
 def outputs_of(
     model: nn.Module,
     data: Dataset | Sequence[Any],
@@ -92,7 +92,7 @@ def outputs_of(
     return found
 
 
-@checked
+@typed
 def same_shapes(images: Sequence[Tensor], most: Count) -> list[list[int]]:
     """Indices of images by shape, in groups of at most `most` that can be stacked."""
     groups: dict[torch.Size, list[int]] = {}
@@ -101,7 +101,7 @@ def same_shapes(images: Sequence[Tensor], most: Count) -> list[list[int]]:
     return [group[i : i + most] for group in groups.values() for i in range(0, len(group), most)]
 
 
-@checked
+@typed
 @torch.inference_mode(False)  # whatever the modes of the caller are
 @torch.enable_grad()
 def fit(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.multiprocessing import ProcessRaisedException, start_processes
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from ..errors import BadParameter, CompanionError, Count, Whole, check_choice, checked
+from ..errors import BadParameter, CompanionError, Count, Whole, check_choice, typed
 from ..io.papers import paper
 
 if TYPE_CHECKING:  # imported only for training: it takes a second, because it imports torchmetrics
@@ -40,7 +40,7 @@ class RunParameters(Protocol):
     weights: str
 
 
-@checked
+@typed
 @dataclass(frozen=True)
 class Hardware:
     """Device, precision and parallelism of a training or a prediction.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ..errors import Count, checked
+from ..errors import Count, typed
 from ..io import record
 from ..io.files import write_json
 from .callbacks import Callback, Loop
@@ -21,7 +21,7 @@ from .fit import History, Loss, fit
 from .hardware import Hardware, RunParameters, device
 
 
-@checked
+@typed
 @dataclass(frozen=True)
 class Training:
     """One training of a recipe, written down before anything is built or read. It runs once: callbacks have a state.
@@ -52,7 +52,7 @@ class Training:
     dry_run: bool = False
 
 
-@checked
+@typed
 def dry_items(p: RunParameters, batch: Count) -> int:
     """The images of a split that a dry run reads: of two steps with `batch` images, at most 256, on a CPU 4."""
     return 2 * min(batch, 256 if device(p.accelerator) == "cuda" else 4)
@@ -80,7 +80,7 @@ class Clock(Callback):
             write_json(self.file, {"images": self.images, "seconds": seconds, "device": record.device()})
 
 
-@checked
+@typed
 def run(training: Training, out: str | Path | None = None, **changes: Any) -> tuple[nn.Module, History]:
     """The trained model, in eval mode, and the history of its training (empty when nothing is trained).
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..errors import Amount, Count, Range, Share, Whole, check_choice, check_range, checked
+from ..errors import Amount, Count, Range, Share, Whole, check_choice, check_range, typed
 
 Schedule = Callable[[float, int, int], np.ndarray]
 """From a base learning rate, the steps of the training and those of an epoch to the learning rate of each step."""
@@ -20,7 +20,7 @@ SCHEDULES = ("constant", "linear", "cosine", "step", "cosine by epoch")
 DECAYS = ("matrices", "all")
 
 
-@checked
+@typed
 def learning_rates(
     schedule: str,
     base: Amount,
@@ -55,7 +55,7 @@ def learning_rates(
     return np.concatenate([rising, final + (base - final) * left])
 
 
-@checked
+@typed
 def schedule(
     kind: str = "cosine", warmup: Share = 0.1, final_lr: Amount = 1e-7, warmup_lr: Amount | None = None
 ) -> Schedule:
@@ -75,7 +75,7 @@ def given(learning_rates: np.ndarray) -> Schedule:
     return lambda base, steps, per_epoch: learning_rates
 
 
-@checked
+@typed
 def param_groups(
     parameters: Iterable[nn.Parameter], weight_decay: Amount = 0.0, decay: str = "matrices", **options: Any
 ) -> list[dict[str, Any]]:
@@ -96,7 +96,7 @@ def param_groups(
     ]
 
 
-@checked
+@typed
 def adamw(
     lr: Amount,
     weight_decay: Amount = 1e-4,
@@ -111,7 +111,7 @@ def adamw(
     return lambda model: torch.optim.AdamW(groups(model), float(lr), **options)
 
 
-@checked
+@typed
 def sgd(
     lr: Amount,
     weight_decay: Amount = 0.0,

@@ -18,7 +18,7 @@ import torch
 from numpy.lib.format import open_memmap
 from torch import Tensor
 
-from ..errors import CompanionError, CorruptFile, Count, Whole, checked
+from ..errors import CompanionError, CorruptFile, Count, Whole, typed
 from ..io.files import atomic, read_json, write_json
 
 EVERY = 128  # results in a file of `saved`: a multiple of the batches of tests, which a resumed one then has too
@@ -59,7 +59,7 @@ def saved(folder: Path | None, count: Whole, compute: Callable[[int], Iterable[A
         raise CompanionError(f"results of {done + len(part)} items are there, and {count} were to be stored")
 
 
-@checked
+@typed
 def fill(
     folder: Path,
     count: Whole,
