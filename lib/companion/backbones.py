@@ -31,7 +31,17 @@ from safetensors.torch import load_file
 from torch import nn
 
 from . import packaged
-from .errors import BadCheckpoint, BadParameter, CorruptFile, MissingWeights, check_choice, check_images
+from .errors import (
+    BadCheckpoint,
+    BadParameter,
+    CorruptFile,
+    Count,
+    MissingWeights,
+    Positive,
+    check_choice,
+    check_images,
+    typed,
+)
 from .io import unpickle
 from .io.config import configure
 
@@ -42,13 +52,14 @@ TIMM = {"vit_b16": "vit_base_patch16_224.orig_in21k", "swin_b": "swin_base_patch
 TEXT = {"all-MiniLM-L6-v2": "sentence-transformers/all-MiniLM-L6-v2"}
 
 
+@typed
 @dataclass(frozen=True)
 class Input:
     """A backbone's expected input: (3, size, size) images, `(pixel - mean) / std` per channel for pixels in [0, 1]."""
 
-    size: int
+    size: Count
     mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    std: tuple[Positive, Positive, Positive]
 
 
 @functools.cache

@@ -12,8 +12,8 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args, get_origin
 
 _Target = TypeVar("_Target", bound=Callable[..., Any])
 
@@ -163,12 +163,6 @@ def check_choice(name: str, value: object, choices: Iterable) -> None:
         raise BadParameter(name, value, tuple(choices))
 
 
-def check_kind(name: str, value: object, kind: Any, accepted: str) -> None:
-    """Raise `BadParameter` unless `value` is an instance of `kind`, a class or several, described as `accepted`."""
-    if not isinstance(value, kind):
-        raise BadParameter(name, value, accepted)
-
-
 def check_range(
     name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, whole: bool = False, ends: str = "[]"
 ) -> None:
@@ -223,11 +217,12 @@ def typed(target: _Target) -> _Target:
 
 
 def check_arguments(function: Callable, given: Mapping[str, Any]) -> None:
-    """Raise `BadParameter` unless arguments are what the types of `function`, or of a dataclass, say.
+    """Raise `BadParameter` unless arguments are what the types of `function` say.
 
     `int` is a whole number, `float` a finite one, both within their `Range` and no flag; a tuple or `Sequence` is any
     sequence but a text, and its entries are checked too; of a union one type is enough; of a class the value is an
-    instance. What protocols, arrays, type variables and names imported for type checking alone say is not checked.
+    instance, and the values of a mapping are checked too. Protocols, arrays, type variables, names imported for type
+    checking alone, `*args` and `**options` are not checked.
     """
     for name, declared in _declared(function).items():
         if name in given:
@@ -239,16 +234,12 @@ def _declared(function: Callable) -> dict[str, Any]:
     unknown: dict[str, Any] = {}
     while True:
         try:
-            found = get_type_hints(function, localns=unknown, include_extras=True)
-            break
+            known = inspect.signature(function, locals=unknown, eval_str=True).parameters.values()
         except NameError as error:  # imported for type checking alone
             unknown[str(error.name)] = Any
-    for name, parameter in inspect.signature(function).parameters.items():
-        if parameter.kind is parameter.VAR_POSITIONAL:
-            found[name] = tuple[found.get(name, Any), ...]  # type: ignore[misc]
-        elif parameter.kind is parameter.VAR_KEYWORD:
-            found[name] = Any
-    return found
+        else:
+            several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+            return {one.name: one.annotation for one in known if one.kind not in several}
 
 
 def _check(name: str, value: Any, declared: Any) -> None:
@@ -270,16 +261,18 @@ def _check(name: str, value: Any, declared: Any) -> None:
         size = len(parts) if kind is tuple and parts and ... not in parts else None
         if isinstance(value, str) or not isinstance(value, Sequence) or size not in (None, len(value)):
             raise BadParameter(name, value, f"a list of {size}" if size else "a list")
-        for entry, part in zip(value, parts if size else itertools.repeat(parts[0] if parts else Any), strict=False):
+        for entry, part in zip(value, parts, strict=True) if size else itertools.product(value, parts[:1]):
+            _check(name, entry, part)
+    elif kind in (Mapping, dict) and isinstance(value, Mapping):
+        for entry, part in itertools.product(value.values(), parts[1:]):
             _check(name, entry, part)
     elif isinstance(kind, type) and kind.__module__ != "numpy" and not getattr(kind, "_is_protocol", False):
-        known = os.PathLike if kind is Path else kind
-        if kind is not Any and not isinstance(value, known):
+        known = {Path: os.PathLike, Any: object, inspect.Parameter.empty: object}.get(kind, kind)
+        if not isinstance(value, known):
             raise BadParameter(name, value, _KINDS.get(kind, f"a `{kind.__name__}`"))
 
 
-_KINDS: dict[type, str] = {str: "a text", bool: "True or False", type(None): "None", Callable: "a function"}  # type: ignore[dict-item]
-_KINDS |= {Path: "a path", Mapping: "a mapping"}
+_KINDS: dict[type, str] = {str: "a text", bool: "True or False", NoneType: "None"}
 
 
 def check_names(names: Iterable, count: int | None = None) -> None:

@@ -19,7 +19,7 @@ import copy
 import importlib.util
 import inspect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from . import __version__
 from .backbones import compare, input_of
-from .errors import BadParameter, CompanionError, CorruptFile, check_choice, check_names
+from .errors import BadParameter, CompanionError, CorruptFile, Count, check_choice, check_names, typed
 from .io.config import as_json, config_of, rebuild
 from .io.files import atomic, atomic_folder
 from .training import checkpoints
@@ -41,6 +41,7 @@ FORMAT = "1"
 TOLERANCE = 1e-4  # of the exported program's outputs, relative to the largest
 
 
+@typed
 def save(model: Any, path: str | Path, *, class_names: Sequence[str] = (), transform: Any = None) -> Path:
     """Write a model's file, under a temporary name first, and return its path; an existing file is replaced.
 
@@ -94,6 +95,7 @@ def save(model: Any, path: str | Path, *, class_names: Sequence[str] = (), trans
     return checkpoints.save(path.parent, path.stem, state, metadata)
 
 
+@typed
 def load(path: str | Path) -> Any:
     """The model of a file of `save`, in eval mode on the CPU, with `class_names` and `transform` as attributes.
 
@@ -131,8 +133,14 @@ def load(path: str | Path) -> Any:
     return model.eval()
 
 
+@typed
 def predict(
-    model: Any, images: Any, *, class_names: Sequence[str] = (), transform: Callable | None = None, **options: Any
+    model: Any,
+    images: Path | Image.Image | Iterable[Any],
+    *,
+    class_names: Sequence[str] = (),
+    transform: Callable | None = None,
+    **options: Any,
 ) -> Any:
     """Predictions for images by the model's method `predict`: a list with one entry per image.
 
@@ -187,7 +195,8 @@ def predict(
         return method(given, names, **options)
 
 
-def export(model: Any, path: str | Path, *, text: str | None = None, size: int = 512) -> Path:
+@typed
+def export(model: Any, path: str | Path, *, text: str | None = None, size: Count = 512) -> Path:
     """Export a model as a program that runs without this package: torch.export, or ONNX (the extra `[export]`).
 
     The batch is dynamic, height and width are fixed. Inputs are images after the model's transform, outputs logits
@@ -266,6 +275,7 @@ class Program(nn.Module):
         return found[0] if isinstance(found, tuple) else found
 
 
+@typed
 def push_to_hub(path: str | Path, repository: str, *, private: bool = False) -> str:
     """Upload a saved model to the hub and return its address; the repository is created if it does not exist.
 

@@ -117,7 +117,7 @@ BOX = [20.0, 20, 10, 10]
 EDGES = {
     "brightness": Edge(lambda limit: land.BrightnessContrast(limit)(*LAND)[0], {"limit": 0.25}, {"limit": "0, 1"}),
     "crop of land": Edge(lambda size: land.SmartCrop(size, 8)(*LAND)[0], {"size": 16}, {"size": "1"}),
-    "mosaic": Edge(lambda p: land.Mosaic(Land(), p, "aaaa")[0][0], {"p": 0.25}, {"p": "0, 1"}),
+    "mosaic": Edge(lambda p: land.Mosaic(Land(), p, [*"aaaa"])[0][0], {"p": 0.25}, {"p": "0, 1"}),
     "images": Edge(lambda small: dino.ImageViews((16, 8), small=small)(COLOURS)[0], {"small": 2}, {"small": "0, 1"}),
     "grids": Edge(lambda small: dino.GridViews(8, small)(torch.ones(2, 4, 8, 8))[0], {"small": 2}, {"small": "0, 1"}),
     "kind": Edge(

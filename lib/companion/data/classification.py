@@ -171,7 +171,8 @@ def resize_transform(input) -> v2.Transform:
     Returns:
         From a PIL image to a float32 tensor (3, size, size).
     """
-    steps = [as_rgb, v2.Resize((input.size, input.size)), *normalised(input)]
+    after = normalised(input)
+    steps = [as_rgb, v2.Resize((input.size, input.size)), *after]
     return configure(v2.Compose(steps), {"input": input}, resize_transform)
 
 
@@ -187,8 +188,9 @@ def crop_transform(input, train: bool) -> v2.Transform:
     Returns:
         From a PIL image to a float32 tensor (3, size, size).
     """
+    after = normalised(input)
     cut = [v2.RandomCrop(input.size), v2.RandomHorizontalFlip(0.5)] if train else [v2.CenterCrop(input.size)]
-    steps = [as_rgb, v2.Resize(round(input.size * 256 / 224)), *cut, *normalised(input)]
+    steps = [as_rgb, v2.Resize(round(input.size * 256 / 224)), *cut, *after]
     return configure(v2.Compose(steps), {"input": input, "train": train}, crop_transform)
 
 

@@ -128,13 +128,13 @@ def clip_transform(input, train: bool = False) -> v2.Transform:
     Returns:
         From a PIL image to a float32 tensor (3, size, size).
     """
-    bicubic = v2.InterpolationMode.BICUBIC
+    after, bicubic = normalised(input), v2.InterpolationMode.BICUBIC
     cut = (
         [v2.RandomResizedCrop(input.size, scale=CROP, interpolation=bicubic), v2.RandomHorizontalFlip(0.5)]
         if train
         else [v2.Resize(input.size, interpolation=bicubic), v2.CenterCrop(input.size)]
     )
-    return configure(v2.Compose([as_rgb, *cut, *normalised(input)]), {"input": input, "train": train}, clip_transform)
+    return configure(v2.Compose([as_rgb, *cut, *after]), {"input": input, "train": train}, clip_transform)
 
 
 # --- called by `companion.data` ----------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch.utils.data import ConcatDataset, Dataset
 
-from ..errors import Amount, BadParameter, Count, Whole, check_kind, check_names, check_range, typed
+from ..errors import Amount, BadParameter, Count, Whole, check_names, check_range, typed
 from . import Parts
 
 VALIDATION_SHOTS = 4  # images of a class for validation, at most
@@ -212,7 +212,6 @@ def _described(dataset: Dataset) -> tuple[np.ndarray, list[str]]:
 
 def _checked(splits: Splits) -> tuple[Splits, list[str]]:
     """The splits and their class names; checks that train, val and test exist with the same classes."""
-    check_kind("splits", splits, Mapping, "'train', 'val' and 'test' of a set")
     if absent := [split for split in ("train", "val", "test") if split not in splits]:
         raise BadParameter("splits", list(splits), f"'train', 'val' and 'test' ({', '.join(absent)} missing)")
     names = [_described(splits[split])[1] for split in ("train", "val", "test")]

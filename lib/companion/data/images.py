@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets.folder import make_dataset
 from torchvision.transforms import v2
 
-from ..errors import BadParameter, CorruptFile
+from ..errors import BadParameter, CorruptFile, Count, Positive, typed
 from . import DataSet, Parts, decoding
 from .folders import HIDDEN, SPELLED, entries, spelled
 
@@ -48,8 +48,16 @@ def as_float(images: torch.Tensor) -> torch.Tensor:
 
 
 def normalised(input) -> list[v2.Transform]:
-    """The steps from a PIL image to a tensor, normalised by `input.mean` and `input.std`."""
-    return [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(input.mean), list(input.std))]
+    """The steps from a PIL image to a tensor, normalised by `input.mean` and `input.std`. Raises `BadParameter`: these
+    or `input.size` are no numbers of a transform."""
+    return _steps(*(getattr(input, name, None) for name in ("size", "mean", "std")))  # type: ignore[arg-type]
+
+
+@typed
+def _steps(
+    size: Count, mean: tuple[float, float, float], std: tuple[Positive, Positive, Positive]
+) -> list[v2.Transform]:
+    return [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
 
 
 class Files(Parts, Dataset):

@@ -259,10 +259,8 @@ class EMA(Callback):
 
     @typed
     def __init__(self, pairs: Sequence[tuple[nn.Module, nn.Module]], momentum: Callable[[int], float]):
-        for average, module in pairs:
-            names = {name for name, _ in module.named_parameters()}
-            if lacking := names.difference(name for name, _ in average.named_buffers()):
-                raise BadParameter("pairs", sorted(lacking), "each module after its `ema_copy`, which has its tensors")
+        if any({*dict(module.named_parameters())} - {*dict(average.named_buffers())} for average, module in pairs):
+            raise BadParameter("pairs", pairs, "each module after its `ema_copy`")
         self.pairs, self.momentum = pairs, momentum
 
     @torch.no_grad()

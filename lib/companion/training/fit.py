@@ -158,9 +158,7 @@ def fit(
     per_epoch = -(-len(data) // batch) if last == "train" else len(data) // batch
     steps = max(1, round(epochs * per_epoch))
     optim = optimizer(model)
-    if not isinstance(optim, torch.optim.Optimizer):
-        raise BadParameter("optimizer", optim, "a function from the model to its `Optimizer`")
-    given = {p for group in optim.param_groups for p in group["params"]}
+    given = {p for group in getattr(optim, "param_groups", ()) for p in group["params"]}
     if given - {*model.parameters()} or not any(p.requires_grad and not p.is_inference() for p in given):
         accepted = "one of the model's own parameters, of which some require a gradient"
         raise BadParameter("optimizer", type(optim).__name__, accepted)

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from ...errors import BadParameter, check_range
+from ...errors import BadParameter, Share, typed
 from . import checked
 
 THRESHOLD = 0.45  # probability above which an attribute is predicted, in the authors' evaluation
@@ -59,7 +59,8 @@ class Scores:
         return pd.DataFrame({"attribute": list(names), "positives": self.positives, "mA": self.balanced, "F1": self.f1})
 
 
-def evaluate(labels: np.ndarray, probabilities: np.ndarray, threshold: float = THRESHOLD) -> Scores:
+@typed
+def evaluate(labels: np.ndarray, probabilities: np.ndarray, threshold: Share = THRESHOLD) -> Scores:
     """Score probabilities (n, A) against labels (n, A): 1 present, 0 absent.
 
     Any other label, such as -1 for unclear, counts in neither sum of mA and is not a positive of its image.
@@ -69,7 +70,6 @@ def evaluate(labels: np.ndarray, probabilities: np.ndarray, threshold: float = T
     """
     y = checked("labels", labels, axes=2, whole=True).numpy(force=True)
     p = checked("probabilities (after the sigmoid)", probabilities, y.shape, low=0, high=1).double().numpy(force=True)
-    check_range("threshold", threshold, 0, 1)
     there, absent, said = y == 1, y == 0, p > threshold
 
     def share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
@@ -99,13 +99,13 @@ def evaluate(labels: np.ndarray, probabilities: np.ndarray, threshold: float = T
     )
 
 
-def decode(probabilities: np.ndarray, names: Sequence[str], threshold: float = THRESHOLD) -> list[dict[str, float]]:
+@typed
+def decode(probabilities: np.ndarray, names: Sequence[str], threshold: Share = THRESHOLD) -> list[dict[str, float]]:
     """The attributes predicted for each row of probabilities (n, A), by name, the most probable first.
 
     Raises `BadParameter`: not one name for each column, or probabilities or a threshold outside 0 to 1.
     """
     rows = checked("probabilities", probabilities, low=0, high=1).numpy(force=True)
-    check_range("threshold", threshold, 0, 1)
     if rows.ndim != 2 or rows.shape[1] != len(names):
         raise BadParameter("names", len(names), f"one for each attribute of probabilities {rows.shape}")
     return [{names[i]: float(row[i]) for i in np.argsort(-row, kind="stable") if row[i] > threshold} for row in rows]

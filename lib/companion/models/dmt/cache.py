@@ -25,7 +25,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 from torch.utils.data import Dataset
 
 from ...data import spaced
-from ...errors import BadParameter, CompanionError, check_choice, check_range
+from ...errors import BadParameter, CompanionError, Count, check_choice, check_range, typed
 from ...io.files import read_json
 from ...io.progress import progress
 from ...training import stored
@@ -110,13 +110,14 @@ class Cache(Dataset):
         return [torch.from_numpy(tokens) for tokens in self.maps]
 
 
+@typed
 def fill(
     folder: str | Path,
     teachers: Teachers,
     views: Views,
     *,
     dtype: str = "float16",
-    batch: int = 64,
+    batch: Count = 64,
     hardware: Hardware = AUTO,
 ) -> Cache:
     """The cache in `folder`, opened; what lacks of it is built first.
@@ -132,7 +133,6 @@ def fill(
         CorruptFile: a file of the cache cannot be read.
     """
     check_choice("dtype", dtype, ("float16", "float32"))
-    check_range("batch", batch, 1)
     check_range("views", len(views), 1)
     folder, (height, width) = Path(folder), views[0].shape[-2:]
     side = next(iter(teachers.models.values())).patch_embed.patch_size[0]

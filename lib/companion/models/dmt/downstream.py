@@ -38,6 +38,7 @@ from torchvision.ops import MultiScaleRoIAlign, box_convert
 from torchvision.transforms import v2
 
 from ...data.images import as_rgb
+from ...errors import Count, typed
 from ...evaluation.metrics import landcover
 from ...io.config import configure
 from ...io.progress import progress
@@ -98,7 +99,8 @@ def classifier(vit: ViT, classes: int, *, drop_path: float = 0.1) -> ViT:
     return configure(model, {"vit": vit, "classes": classes, "drop_path": drop_path}, classifier)
 
 
-def train_transform(size: int = 224) -> Callable:
+@typed
+def train_transform(size: Count = 224) -> Callable:
     """MAE's for fine-tuning, by timm: random crop, flip, RandAugment 9, erasing 0.25, ImageNet's mean and std."""
     transform = create_transform(
         size,

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...errors import Amount, BadParameter, Count, Share, check_arguments, check_choice, check_range
+from ...errors import Amount, BadParameter, Count, Share, check_choice, check_range, typed
 from ...training.hardware import average_over_devices
 from ..layers.frozen import frozen_copy
 from ..layers.mae import Decoder, initialise, take, visible
@@ -143,6 +143,7 @@ class DMT(nn.Module):
 
     not_exported = "it is a training of a student: export the model that `downstream.classifier` makes of it"
 
+    @typed
     def __init__(
         self,
         student: ViT,
@@ -155,7 +156,6 @@ class DMT(nn.Module):
         map_weight: Amount = 1.0,
         decoder: str = "small",
     ):
-        check_arguments(DMT.__init__, locals())
         super().__init__()
         self.student = student
         self.teachers: Any = teachers if isinstance(teachers, Teachers) else None

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.transforms import InterpolationMode, v2
 
 from ...data.images import as_rgb
-from ...errors import Count, Positive, check_choice, check_parts
+from ...errors import Count, Positive, check_choice, check_parts, typed
 from ...io.config import configure
 from ..layers.attend import attention_map, qkv
 from ..layers.heads import vit_sizes
@@ -168,7 +168,8 @@ def build(size: str = "small", **options: Any) -> ViT:
     return ViT(**{**SIZES[size], **options})
 
 
-def test_transform(size: int = 224) -> v2.Transform:
+@typed
+def test_transform(size: Count = 224) -> v2.Transform:
     """The centre of an image whose short side is size x 256 / 224, bicubic."""
     cubic = InterpolationMode.BICUBIC
     steps = [as_rgb, v2.Resize(round(size * 256 / 224), cubic, antialias=True), v2.CenterCrop(size), v2.PILToTensor()]

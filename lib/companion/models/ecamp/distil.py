@@ -29,7 +29,7 @@ from typing import Protocol
 import pandas as pd
 
 from ...data.openi import Report
-from ...errors import BadParameter, CannotWrite, CompanionError, CorruptFile, MissingWeights
+from ...errors import BadParameter, CannotWrite, CompanionError, CorruptFile, MissingWeights, typed
 from ...io.papers import paper
 from ...io.progress import progress
 from .text import ENTITIES
@@ -239,6 +239,7 @@ class Generator:
 # --- all reports ------------------------------------------------------------------------------------------------------
 
 
+@typed
 def distil(reports: Sequence[str], back_end: BackEnd, cache: str | Path) -> Distilled:
     """The statements of each report; of a report without entities there are none.
 
@@ -248,8 +249,6 @@ def distil(reports: Sequence[str], back_end: BackEnd, cache: str | Path) -> Dist
 
     Raises `CorruptFile`: `cache` is another kind of file.
     """
-    if isinstance(reports, str):
-        raise BadParameter("reports", reports, "a list of reports: this is one text")
     statements, refused = [], {}
     Path(cache).parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from transformers import BertConfig
 from transformers.models.bert import modeling_bert as bert
 
-from ...errors import Count, Share, check_arguments, check_choice, check_parts
+from ...errors import Count, Share, check_choice, check_parts, typed
 from ...io.config import configure
 from ..layers.attend import attention_map
 from ..layers.heads import vit_sizes
@@ -50,6 +50,7 @@ MASKED = 0.75  # fraction of hidden patches
 Computed = tuple[Tensor, dict[str, Tensor]]  # a result, and by name what it is computed from
 
 
+@typed
 @dataclass(frozen=True)
 class Blocks:
     """The sizes of a stack of transformer blocks."""
@@ -59,10 +60,10 @@ class Blocks:
     heads: Count
 
     def __post_init__(self) -> None:
-        check_arguments(Blocks, vars(self))
         check_parts("heads", self.width, self.heads)
 
 
+@typed
 @dataclass(frozen=True)
 class Bert:
     """The sizes of the text decoder.
@@ -83,7 +84,6 @@ class Bert:
     pooler: bool = False
 
     def __post_init__(self) -> None:
-        check_arguments(Bert, vars(self))
         check_parts("heads", self.width, self.heads)
 
 

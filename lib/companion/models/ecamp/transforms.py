@@ -14,6 +14,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from ...data.images import as_float
+from ...errors import Count, typed
 from ...evaluation.metrics import checked
 from ...io.config import configure
 
@@ -36,25 +37,29 @@ def _coloured(mean: float, std: float) -> list:
     return [v2.Normalize([mean], [std]), v2.Lambda(_three)]
 
 
-def pretrain_transform(size: int = 448) -> v2.Transform:
+@typed
+def pretrain_transform(size: Count = 448) -> v2.Transform:
     """A crop of 20 to 100 %, bicubic, flipped with probability 0.5; as released, "left" and "right" in the reports are
     not changed."""
     cut = v2.RandomResizedCrop(size, scale=PRETRAIN_CROP, interpolation=v2.InterpolationMode.BICUBIC)
     return v2.Compose([as_float, cut, _clipped, v2.RandomHorizontalFlip(), *_coloured(PRETRAIN_MEAN, PRETRAIN_STD)])
 
 
-def train_transform(size: int = 224) -> v2.Transform:
+@typed
+def train_transform(size: Count = 224) -> v2.Transform:
     """Classification: a crop of 8 to 100 %, bilinear, flipped with probability 0.5."""
     return v2.Compose([as_float, v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), *_coloured(MEAN, STD)])
 
 
-def test_transform(size: int = 224) -> v2.Transform:
+@typed
+def test_transform(size: Count = 224) -> v2.Transform:
     """Classification: the short side resized to `size`, then a centre crop."""
     steps = [as_float, v2.Resize(size), v2.CenterCrop(size), *_coloured(MEAN, STD)]
     return configure(v2.Compose(steps), {"size": size}, test_transform)
 
 
-def squeeze_transform(size: int = 224, antialias: bool = False) -> v2.Transform:
+@typed
+def squeeze_transform(size: Count = 224, antialias: bool = False) -> v2.Transform:
     """Detection: resized to a square, ignoring the aspect ratio; deterministic.
 
     Args:
@@ -77,7 +82,8 @@ class MaskTransform:
         size: of the square.
     """
 
-    def __init__(self, dataset: str, train: bool, size: int = 224):
+    @typed
+    def __init__(self, dataset: str, train: bool, size: Count = 224):
         nearest = dataset == "xrays/rsna"
         self.size, self.train, self.warp_mask = size, train, dataset != "xrays/siim"
         self.warp = v2.RandomApply([v2.RandomAffine(10, scale=(0.9, 1.1), interpolation=v2.InterpolationMode.BILINEAR)])

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from torchvision.transforms import InterpolationMode, v2
 
 from ...data.images import as_float
-from ...errors import Amount, BadParameter, Count, Positive, Range, Share, Whole, check_arguments, check_range
+from ...errors import Amount, BadParameter, Count, Positive, Range, Share, Whole, check_range, typed
 from ...training.callbacks import EMA, Callback, ema_copy
 from ...training.fit import Loop
 from ...training.hardware import average_over_devices
@@ -49,6 +49,7 @@ class Head(nn.Module):
         norm_last_layer: keep the norm of each prototype's weights at 1 (off in HIPT's released settings, on in iBOT's).
     """
 
+    @typed
     def __init__(
         self,
         dim: Count,
@@ -57,7 +58,6 @@ class Head(nn.Module):
         bottleneck: Count = 256,
         norm_last_layer: bool = False,
     ):
-        check_arguments(Head.__init__, locals())
         super().__init__()
         self.mlp = nn.Sequential(
             nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck)
@@ -101,8 +101,8 @@ class Loss(nn.Module):
         momentum: of the centres.
     """
 
+    @typed
     def __init__(self, outputs: Count, *, student: Positive = 0.1, teacher: Positive = 0.04, momentum: Share = 0.9):
-        check_arguments(Loss.__init__, locals())
         super().__init__()
         self.student, self.teacher, self.momentum = student, teacher, momentum
         self.centre: Tensor
@@ -161,6 +161,7 @@ class SelfDistillation(nn.Module):
         teacher: temperature, see `Loss`.
     """
 
+    @typed
     def __init__(
         self,
         encoder: nn.Module,
@@ -172,7 +173,6 @@ class SelfDistillation(nn.Module):
         patch_weight: Amount = 0.0,
         teacher: float = 0.04,
     ):
-        check_arguments(SelfDistillation.__init__, locals())
         super().__init__()
         self.patch_weight = patch_weight
         width = encoder.embed_dim if hasattr(encoder, "embed_dim") else encoder.dim
@@ -221,9 +221,9 @@ class SelfDistillation(nn.Module):
         patch = self.loss.patches(student["head"](tokens[:, 1:]), teacher_patches, masks) * self.patch_weight
         return {"loss": loss + patch, "class loss": loss, "patch loss": patch, "entropy": entropy}
 
-    def ema(self, steps: int, momentum: float = 0.996) -> EMA:
+    @typed
+    def ema(self, steps: Count, momentum: Share = 0.996) -> EMA:
         """The callback that updates the teacher after the student's step, its momentum rising to 1 over `steps`."""
-        check_range("momentum", momentum, 0, 1)
         return EMA([(self.teacher, self.student)], lambda step: half_cosine(momentum, 1.0, step - 1, steps))
 
     def export(self) -> nn.Module:
@@ -292,6 +292,7 @@ class ImageViews:
         mean, std: the encoder's normalisation.
     """
 
+    @typed
     def __init__(
         self,
         sizes: tuple[Count, Count] = (224, 96),
@@ -301,8 +302,6 @@ class ImageViews:
         mean: tuple[float, float, float] = (0.485, 0.456, 0.406),
         std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225),
     ):
-        check_arguments(ImageViews.__init__, locals())
-
         def crop(size: int, scale: tuple[float, float], blur: float, solarise: float) -> v2.Compose:
             cubic = InterpolationMode.BICUBIC
             steps = [v2.RandomResizedCrop(size, scale, interpolation=cubic, antialias=True), v2.RandomHorizontalFlip()]
@@ -335,8 +334,8 @@ class GridViews:
         shares: of the side: 7 and 3 of 8, 14 and 6 of 16, 3 and 1 of 4.
     """
 
+    @typed
     def __init__(self, patches: Count, small: Whole = 8, shares: tuple[Share, Share] = (0.875, 0.375)):
-        check_arguments(GridViews.__init__, locals())
         self.patches = patches
         self.sides = [max(int(shares[0] * patches), 1)] * 2 + [max(int(shares[1] * patches), 1)] * small
 

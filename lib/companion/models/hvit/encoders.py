@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ...errors import Amount, BadParameter, Count, Positive, Share, check_arguments, check_parts
+from ...errors import Amount, BadParameter, Count, Positive, Share, check_parts, typed
 from ...io.config import configure
 from ..layers.attend import attention_map, qkv
 from ..layers.pos_embed import resize_pos_embed
@@ -45,6 +45,7 @@ class Encoder(OfficialModel):
 
     FIRST: str  # the first layer's weight, in the authors' tensors too
 
+    @typed
     def __init__(
         self,
         side: Count,
@@ -56,7 +57,6 @@ class Encoder(OfficialModel):
         drop_path: Share = 0.0,
         std: Amount | None = 0.02,
     ):
-        check_arguments(Encoder.__init__, locals())
         super().__init__()
         check_parts("heads", dim, heads)
         self.dim, self.heads, self.std, self.grad_checkpointing = dim, heads, std, False

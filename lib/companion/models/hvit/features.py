@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ...data import slides as data
 from ...data.pyramids import Slide
-from ...errors import BadParameter, check_range
+from ...errors import BadParameter, Count, typed
 from ...io.files import atomic, read_json, write_json
 from ...io.progress import progress
 from ...training.checkpoints import checkpoint_key
@@ -33,6 +33,7 @@ from .slides import PANDA, Tiles, Tiling, read_mask, tensor, tile, tissue_mask, 
 READERS = 4  # threads that read regions ahead, each for one step
 
 
+@typed
 @torch.inference_mode()
 def extract(
     path: str | Path,
@@ -42,7 +43,7 @@ def extract(
     encoder: nn.Module | str | Mapping[str, Any],
     tiling: Tiling = PANDA,
     normalise: str = "unit",
-    batch: int = 1,
+    batch: Count = 1,
     mpp: float | None = None,
     masks: str | Path | None = None,
     preview: bool = False,
@@ -68,7 +69,6 @@ def extract(
         MissingData: the slide has no mask.
         CorruptFile: the slide or its mask cannot be read.
     """
-    check_range("batch", batch, 1)
     out, parts = Path(out), Path(f"{out}.parts")
     with Slide(path, mpp) as slide:
         settings = {

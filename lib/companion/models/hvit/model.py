@@ -32,7 +32,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...errors import BadParameter, Count, Range, Share, check_arguments, check_choice, check_parts, check_range
+from ...errors import BadParameter, Count, Range, Share, check_choice, check_parts, check_range, typed
 from ...errors import check_names as check_class_names
 from ...evaluation.metrics import checked
 from ...io.config import configure
@@ -327,6 +327,7 @@ class HViT(OfficialModel):
         return model.loaded(state, "H-ViT", ignored=("pos_encoder.pe",))
 
 
+@typed
 def build(
     size: str = "paper",
     variant: str = "local",
@@ -344,7 +345,6 @@ def build(
         levels: those that are built; the embeddings of the others are the model's input.
         slide: further options of `SlideTransformer`.
     """
-    check_arguments(build, locals())
     check_choice("size", size, SIZES)
     for level in levels:
         check_choice("levels", level, ("patch", "region", "slide"))

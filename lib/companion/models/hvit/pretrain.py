@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ...errors import BadParameter, check_range
+from ...errors import Amount, BadParameter, Count, Whole, typed
 from ...training.callbacks import ClipNorm
 from ...training.fit import History
 from ...training.hardware import WORKERS, Hardware
@@ -45,21 +45,22 @@ class Crops(Dataset):
         return tuple(crop[0] for crop in self.views(image.float() / 255 if image.dtype == torch.uint8 else image))
 
 
+@typed
 def pretrain(
     encoder: nn.Module,
     images: Tensor,
     views: Callable[[Tensor], list[Tensor]],
     *,
-    epochs: int = 100,
-    batch: int = 128,
-    lr: float | None = None,
-    warmup: int = 10,
+    epochs: Count = 100,
+    batch: Count = 128,
+    lr: Amount | None = None,
+    warmup: Whole = 10,
     momentum: float = 0.996,
     frozen_epochs: int = 1,
     outputs: int = 65_536,
     hidden: int = 2048,
     bottleneck: int = 256,
-    seed: int = 0,
+    seed: Whole = 0,
     out: Path | None = None,
     hardware: Hardware = Hardware(workers=WORKERS),
     name: str = "DINO",
@@ -82,7 +83,6 @@ def pretrain(
 
     Raises `BadParameter`: an encoder without a parameter that requires a gradient, or a value outside its range.
     """
-    check_range("batch", batch, 1)
     if not any(p.requires_grad for p in encoder.parameters()):
         raise BadParameter("encoder", "a frozen one", "one with parameters that require a gradient")
     with torch.random.fork_rng(devices=[]):

@@ -14,7 +14,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from ...errors import BadParameter, Count, Share, check_arguments
+from ...errors import BadParameter, Count, Share, typed
 from .state_dicts import check_names, depth
 
 
@@ -81,6 +81,7 @@ def swin_sizes(state: Mapping[str, Tensor], prefix: str, what: str) -> dict[str,
     }
 
 
+@typed
 def classifier(
     encoder: VisionTransformer, classes: Count, *, probe: bool = False, drop_path: Share = 0.1
 ) -> VisionTransformer:
@@ -94,7 +95,6 @@ def classifier(
         probe: train the last layer alone; `fc_norm` then keeps 1 and 0.
         drop_path: see `like`.
     """
-    check_arguments(classifier, locals())
     model = like(encoder, drop_path).requires_grad_(not probe)
     model.num_classes, model.global_pool, model.attn_pool, model.pool_include_prefix = classes, "avg", None, False
     model.norm, model.fc_norm = nn.Identity(), nn.LayerNorm(model.embed_dim, eps=1e-6)

@@ -18,7 +18,7 @@ from torchvision.transforms.v2 import functional as F
 
 from ...backbones import input_of
 from ...data import classification, decoding
-from ...errors import CorruptFile, check_names
+from ...errors import CorruptFile, check_names, typed
 
 BATCH = 16
 
@@ -48,6 +48,7 @@ def coloured(image: Picture) -> Tensor:
     return F.to_dtype(F.pil_to_tensor(picture(image)), torch.float32, scale=True)
 
 
+@typed
 def _file(image: str | Path) -> Path:
     if not Path(image).is_file():
         raise CorruptFile(image, "there is no such file")
@@ -58,10 +59,11 @@ def batches(
     model: nn.Module, images: Images, transform: Callable, read: Callable = picture, run: Any = None
 ) -> Iterator[Any]:
     """The outputs of a model, or of its method `run`, for batches of images; of a tuple of outputs the first."""
-    device = next(model.parameters()).device
+    first = next(model.parameters())
     for start in range(0, len(images), BATCH):
-        batch = torch.stack([transform(read(image)) for image in images[start : start + BATCH]]).to(device)
-        found = (run or model)(batch)
+        batch = torch.stack([transform(read(image)) for image in images[start : start + BATCH]])
+        dtype = first.dtype if batch.is_floating_point() else batch.dtype
+        found = (run or model)(batch.to(first.device, dtype))
         yield found[0] if isinstance(found, tuple) else found
 
 

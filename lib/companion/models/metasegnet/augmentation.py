@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +21,9 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from ...data.landcover import LandCover, Transform
+from ...data.landcover import Transform
 from ...data.rasters import MEAN, STD
-from ...errors import BadParameter, check_choice, check_kind, check_range
+from ...errors import BadParameter, Count, Positive, Share, Whole, check_arguments, check_choice, typed
 from .maps import SCALES
 
 MOST, TRIES = 0.75, 11  # of `SmartCrop`
@@ -31,7 +32,8 @@ MOST, TRIES = 0.75, 11  # of `SmartCrop`
 class Scale(v2.Transform):
     """Image and labels at a scale drawn uniformly from several; bicubic, and nearest for labels."""
 
-    def __init__(self, scales: Sequence[float] = SCALES):
+    @typed
+    def __init__(self, scales: Sequence[Positive] = SCALES):
         super().__init__()
         self.scales = tuple(scales)
 
@@ -56,17 +58,16 @@ class SmartCrop(torch.nn.Module):
         every: labels of `ignore` count as a class in this condition, as in GeoSeg's DC-Swin on LoveDA.
     """
 
-    def __init__(self, size: int, ignore: int, *, every: bool = False):
+    @typed
+    def __init__(self, size: Count, ignore: Whole, *, every: bool = False):
         super().__init__()
-        check_range("size", size, 1, whole=True)
         self.size, self.ignore = size, ignore
         self.counted = ignore + every
         self.crop = v2.RandomCrop(size)
 
     def forward(self, image: tv_tensors.Image, labels: tv_tensors.Mask) -> tuple[Tensor, Tensor]:
         # what is neither an Image nor its Mask would not be cropped
-        check_kind("image", image, tv_tensors.Image, "a `tv_tensors.Image`")
-        check_kind("labels", labels, tv_tensors.Mask, "a `tv_tensors.Mask`")
+        check_arguments(SmartCrop.forward, {"image": image, "labels": labels})
         check_choice("image", image.dtype, (torch.uint8,))
         around = [max(0, self.size - side) and (self.size - side) // 2 + 1 for side in reversed(labels.shape)]
         fill = {tv_tensors.Image: 0, tv_tensors.Mask: self.ignore}
@@ -88,9 +89,9 @@ class BrightnessContrast(v2.Transform):
 
     _transformed_types = (tv_tensors.Image,)
 
-    def __init__(self, limit: float):
+    @typed
+    def __init__(self, limit: Share):
         super().__init__()
-        check_range("limit", limit, 0, 1)
         self.limit = limit
 
     def make_params(self, flat_inputs: list) -> dict[str, float]:
@@ -108,8 +109,15 @@ def test_transform() -> Transform:
     return v2.Compose([v2.ToDtype(kinds, scale=True), v2.Normalize(MEAN, STD)])
 
 
+@typed
 def train_transform(
-    size: int, ignore: int, *, flip: float = 0.5, upside_down: float = 0.5, brightness: float = 0.0, every: bool = False
+    size: Count,
+    ignore: Whole,
+    *,
+    flip: Share = 0.5,
+    upside_down: Share = 0.5,
+    brightness: Share = 0.0,
+    every: bool = False,
 ) -> Transform:
     """A pair (Image uint8, Mask int64) to (float32 (3, size, size), int64 (size, size)).
 
@@ -131,13 +139,14 @@ class Mosaic(Dataset):
     The corner where they meet is in the middle half of each side; each quarter is a random crop of its image.
 
     Args:
-        data: its own transform is not used; `transform` is applied after the mosaic.
+        data: a `LandCover`, or a set with its `pair` and `ignore`; its own transform is not used; `transform`
+            is applied after the mosaic.
         p: probability of a mosaic.
         groups: the group of each item, usually its climate zone.
     """
 
-    def __init__(self, data: LandCover, p: float, groups: Sequence[Hashable], transform: Transform | None = None):
-        check_range("p", p, 0, 1)
+    @typed
+    def __init__(self, data: Any, p: Share, groups: Sequence[Hashable], transform: Transform | None = None):
         if len(groups) != len(data):
             raise BadParameter("groups", f"{len(groups)} of them", f"{len(data)}, one for each item")
         self.data, self.p, self.transform = data, p, transform

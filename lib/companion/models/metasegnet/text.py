@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import BadParameter, Count, Whole, check_parts
+from ...errors import BadParameter, Count, Whole, check_parts, typed
 from ...io.config import configure
 from ..layers.frozen import frozen_copy
 
@@ -60,10 +60,11 @@ class Words(nn.Module):
         """The words of a text, the unknown ones replaced; a text without words is one unknown word."""
         return [word if word in self._id else self.UNKNOWN for word in split(text) or [""]]
 
+    @typed
     def ids(self, texts: Sequence[str]) -> Tensor:
         """Ids (n, length) of texts. Raises `BadParameter` for a text of more than `length` words."""
         ids = torch.full((len(texts), self.length), self.pad)
-        for row, text in zip(ids, _listed(texts), strict=True):
+        for row, text in zip(ids, texts, strict=True):
             words = [self._id[word] for word in self.words(text)]
             if len(words) > self.length:
                 raise BadParameter("texts", text, f"texts of at most {self.length} words")
@@ -112,10 +113,11 @@ class BertText(nn.Module):
         ids = self.ids([text])
         return self.tokenizer.convert_ids_to_tokens(ids[self.mask(ids)].tolist())
 
+    @typed
     def ids(self, texts: Sequence[str]) -> Tensor:
         """Ids (n, length) of texts."""
         options = {"padding": "max_length", "max_length": self.length, "truncation": True, "return_tensors": "pt"}
-        return self.tokenizer(list(_listed(texts)), **options)["input_ids"]
+        return self.tokenizer(list(texts), **options)["input_ids"]
 
     def mask(self, ids: Tensor) -> Tensor:
         """True at tokens that are not padding, (n, L) bool."""
@@ -149,9 +151,3 @@ TextEncoder = Words | BertText
 def split(text: str) -> list[str]:
     """The words of a text in lower case; everything but letters, digits and hyphens separates them."""
     return "".join(c if c.isalnum() or c == "-" else " " for c in text.lower()).split()
-
-
-def _listed(texts: Sequence[str]) -> Sequence[str]:
-    if isinstance(texts, str):  # each letter would be a text
-        raise BadParameter("texts", texts, "a list of texts")
-    return texts

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ...errors import BadParameter, Share, Whole, check_arguments, check_images
+from ...errors import BadParameter, Share, Whole, check_images, typed
 from ..layers.attend import attention_map
 from ..layers.clip_prompting import check_depth, checked_clip
 from ..layers.frozen import frozen_copy
@@ -32,6 +32,7 @@ from ..layers.frozen import frozen_copy
 Out = dict[str, Tensor]  # intermediate results by name
 
 
+@typed
 @dataclass(frozen=True)
 class Settings:
     """What PromptPAR adds to its CLIP and its ViT; the defaults are the published ones.
@@ -66,9 +67,6 @@ class Settings:
     drop_path: Share = 0.1
     threshold: Share = 0.5
     official_quirks: bool = False
-
-    def __post_init__(self) -> None:
-        check_arguments(Settings, vars(self))
 
 
 PUBLISHED = Settings()

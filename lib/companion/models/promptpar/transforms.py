@@ -9,7 +9,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from ...data.images import as_rgb, normalised
-from ...errors import check_choice, check_range
+from ...errors import Count, check_choice, typed
 from ...io.config import configure
 
 
@@ -30,9 +30,9 @@ class PadToSquare:
     Raises `BadParameter`: another colour.
     """
 
-    def __init__(self, size: int, antialias: bool = False, padding: str = "black"):
+    @typed
+    def __init__(self, size: Count, antialias: bool = False, padding: str = "black"):
         check_choice("padding", padding, ("black", "white"))
-        check_range("size", size, 1, whole=True)
         self.size, self.antialias, self.padding = size, antialias, padding
 
     def __call__(self, picture: Image.Image) -> Image.Image:
@@ -51,8 +51,9 @@ class PadToSquare:
         return square
 
 
+@typed
 def square_transform(
-    size: int = 224, train: bool = False, antialias: bool = False, padding: str = "black"
+    size: Count = 224, train: bool = False, antialias: bool = False, padding: str = "black"
 ) -> v2.Transform:
     """PromptPAR's transform: padded to a square, resized (bilinear), normalised by 0.5, not by CLIP's statistics.
 
@@ -64,7 +65,7 @@ def square_transform(
         From a PIL image to a float32 tensor (3, size, size).
     """
     cut = [v2.Pad(10), v2.RandomCrop(size), v2.RandomHorizontalFlip(0.5)] if train else []
-    halves = SimpleNamespace(mean=(0.5,) * 3, std=(0.5,) * 3)
+    halves = SimpleNamespace(size=size, mean=(0.5,) * 3, std=(0.5,) * 3)
     steps = [PadToSquare(size, antialias, padding), v2.Resize((size, size)), *cut, *normalised(halves)]
     arguments = {"size": size, "train": train, "antialias": antialias, "padding": padding}
     return configure(v2.Compose(steps), arguments, square_transform)

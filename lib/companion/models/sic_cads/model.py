@@ -33,7 +33,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from ...backbones import Input, build, per_channel
-from ...errors import Amount, BadParameter, Count, Share, Whole, check_arguments, check_choice, check_range
+from ...errors import Amount, BadParameter, Count, Share, Whole, check_choice, check_range, typed
 from ...io.config import configure
 from ..layers.clip_prompting import Tokenizer, tokenise
 from ..layers.precision import without_autocast
@@ -79,10 +79,9 @@ def normalise(scores: Tensor, over: str = "image") -> Tensor:
     return ((scores - scores.mean(dims, keepdim=True)) / scores.std(dims, keepdim=True).clamp_min(1e-6)).sigmoid()
 
 
-def text_share(novel: Tensor, lambda_base: float = 0.8, lambda_novel: float = 0.8) -> Tensor:
+@typed
+def text_share(novel: Tensor, lambda_base: Share = 0.8, lambda_novel: Share = 0.8) -> Tensor:
     """The exponent of the text branch for each class (C,): lambda_base, and for novel classes 1 - lambda_novel."""
-    check_range("lambda_base", lambda_base, 0, 1)
-    check_range("lambda_novel", lambda_novel, 0, 1)
     return torch.where(novel, 1 - lambda_novel, lambda_base)
 
 
@@ -93,13 +92,13 @@ def fuse(p_text: Tensor, p_image: Tensor, share: Tensor | float) -> Tensor:
     return p_text**share * p_image ** (1 - share)
 
 
-def refine(probabilities: Tensor, scores: Tensor, gamma: float = 0.5) -> Tensor:
+@typed
+def refine(probabilities: Tensor, scores: Tensor, gamma: Share = 0.5) -> Tensor:
     """Eq. 7: the detector's probabilities (R, C) refined by the image-level ones (C,).
 
     `gamma` 0 gives the detector's, 1 the image's for every box. Call it on the full matrix, background column dropped,
     before threshold, non-maximum suppression and top-k: within one image and one class it changes no order.
     """
-    check_range("gamma", gamma, 0, 1)
     if probabilities.ndim != 2 or scores.shape != probabilities.shape[1:]:
         raise BadParameter("scores", tuple(scores.shape), f"one score for each class of {tuple(probabilities.shape)}")
     return probabilities.pow(1 - gamma).mul(scores.to(probabilities.dtype).pow(gamma))
@@ -184,6 +183,7 @@ class Recognition(NamedTuple):
     p: Tensor  # (B, C) both fused: the input of `refine`, one row an image
 
 
+@typed
 @dataclass(frozen=True)
 class Settings:
     """Sizes and constants of a recogniser; the defaults are those of OV-LVIS.
@@ -212,9 +212,6 @@ class Settings:
     image_input: Input = IMAGENET
     teacher_input: Input = OPENAI
     freeze_norms: bool = True
-
-    def __post_init__(self) -> None:
-        check_arguments(Settings, vars(self))
 
 
 class MLR(OfficialModel):
@@ -494,8 +491,9 @@ class Detections(NamedTuple):
     rows: Tensor  # (n,) which of the R boxes given
 
 
+@typed
 def detect(
-    boxes: Tensor, probabilities: Tensor, threshold: float = 0.0, nms: float | None = 0.5, top: int = 100
+    boxes: Tensor, probabilities: Tensor, threshold: float = 0.0, nms: Share | None = 0.5, top: Count = 100
 ) -> Detections:
     """Threshold, non-maximum suppression within each class, top-k: the steps after the refinement.
 
@@ -506,7 +504,6 @@ def detect(
         nms: IoU from which a box is suppressed; None for no suppression, for detectors that predict sets.
         top: largest number of detections.
     """
-    check_range("top", top, 1)
     found = probabilities > threshold
     if nms is None:  # only the `top` best are sorted; `topk` alone leaves open which of equal scores it takes
         kept = probabilities.masked_fill(~found, -torch.inf).flatten()

@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import jpeg, resize
 
-from ...errors import BadParameter, check_range
+from ...errors import BadParameter, Count, Share, Whole, typed
 
 BLIND = "Remove all degradation"  # figure: the restoration prompt that names no degradation
 
@@ -106,6 +106,7 @@ def parse(text: str) -> tuple[Op, ...] | None:
 # --- the parameterised pipeline ---------------------------------------------------------------------------------------
 
 
+@typed
 @dataclass(frozen=True)
 class Recipe:
     """The distribution of degradations: passes of blur, resize, noise and JPEG, each skipped with a probability.
@@ -123,7 +124,7 @@ class Recipe:
     resize: tuple[float, ...] = (1.0, 8.0)
     noise: tuple[float, ...] = (0.0, 0.25)
     jpeg: tuple[float, ...] = (20, 95)
-    passes: int = 2
+    passes: Count = 2
     skip: float | Mapping[str, float] = 0.5
 
     def value(self, rng: np.random.Generator, kind: str) -> float:
@@ -309,6 +310,7 @@ TASKS: dict[str, dict[str, Any]] = {
 """Arguments of `Degraded` for a test: every sample has its true texts and is the same every time (ours)."""
 
 
+@typed
 @dataclass
 class Degraded(Dataset):
     """Square images and degraded copies: `samples[i]` is a `Sample`.
@@ -333,20 +335,15 @@ class Degraded(Dataset):
     """
 
     pictures: Dataset
-    size: int
+    size: Count
     recipe: Recipe = Recipe()
     _: KW_ONLY
-    share_blind: float = SHARE_BLIND
-    blind_prompt: float = BLIND_PROMPT
-    no_caption: float = NO_CAPTION
+    share_blind: Share = SHARE_BLIND
+    blind_prompt: Share = BLIND_PROMPT
+    no_caption: Share = NO_CAPTION
     fresh: bool = True
-    seed: int = 0
+    seed: Whole = 0
     edge: str = "replicate"
-
-    def __post_init__(self):
-        check_range("size", self.size, 1)
-        for name in ("share_blind", "blind_prompt", "no_caption"):
-            check_range(name, getattr(self, name), 0, 1)
 
     def __len__(self) -> int:
         return len(self.pictures)

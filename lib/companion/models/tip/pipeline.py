@@ -30,7 +30,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ...backbones import quiet, unreachable
-from ...errors import BadCheckpoint, BadParameter, CorruptFile, MissingWeights, check_choice, check_range
+from ...errors import BadCheckpoint, BadParameter, CorruptFile, Count, MissingWeights, check_choice, typed
 from ...io.files import atomic_folder, read_json
 from ...io.progress import progress
 from ..layers.predicting import Images, Names, coloured
@@ -203,6 +203,7 @@ class TIPPipeline(DiffusionPipeline):
         states = self.text_encoder(self.ids(unique).to(self.text_encoder.device))[0]
         return states[[unique.index(text) for text in texts]]
 
+    @typed
     @torch.no_grad()
     def __call__(
         self,
@@ -210,7 +211,7 @@ class TIPPipeline(DiffusionPipeline):
         prompt: str | Sequence[str] = "",
         restoration: str | Sequence[str] = BLIND,
         *,
-        steps: int = 50,
+        steps: Count = 50,
         scale: float = 1.0,
         guidance: float = 1.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -240,7 +241,6 @@ class TIPPipeline(DiffusionPipeline):
         Raises `BadParameter`: values outside of [0, 1], a list of another number of prompts, a tile that is no multiple
         of what the VAE reduces, or an overlap that is.
         """
-        check_range("steps", steps, 1)
         model, device, dtype, count = TIP(self.unet, self.adaptor), self.unet.device, self.adaptor.dtype, len(image)
         (height, width), factor = image.shape[-2:], self.adaptor.factor
         if tile and (tile % factor or overlap % factor or not 0 <= overlap <= tile // 2):
@@ -429,14 +429,13 @@ def clip_tokenizer(pad: str = END) -> CLIPTokenizer:
     )
 
 
+@typed
 def tokenize(tokenizer, texts: Sequence[str], truncate: bool = False) -> Tensor:
     """Ids (B, M) of texts, by a tokenizer of transformers, or by an object with a method `ids`.
 
     Raises `BadParameter` for a text that is too long, unless `truncate`: a truncated caption is still a caption, but
     the end of a truncated instruction would be ignored without an error.
     """
-    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-        raise BadParameter("texts", texts, "a list of texts")
     if hasattr(tokenizer, "ids"):
         return tokenizer.ids(texts, truncate)
     length = tokenizer.model_max_length

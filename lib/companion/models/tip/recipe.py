@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from ...data import DATASETS, few, present, restoration
-from ...errors import BadParameter, MissingWeights, check_choice, check_range
+from ...errors import BadParameter, Count, MissingWeights, Whole, check_choice, check_range, typed
 from ...evaluation.metrics.restoration import perceptual, psnr, ssim
 from ...evaluation.tables import Cells, Results, with_measured
 from ...io import papers
@@ -320,14 +320,15 @@ def train(
 # --- the test ---------------------------------------------------------------------------------------------------------
 
 
+@typed
 def restore(
     pipe: TIPPipeline,
     data: Sequence[Sample],
     kind: str = "own",
     *,
-    seed: int = 0,
-    batch: int = 8,
-    first: int = 0,
+    seed: Whole = 0,
+    batch: Count = 8,
+    first: Whole = 0,
     hardware: Hardware = CPU,
     **options,
 ) -> Tensor:
@@ -335,7 +336,6 @@ def restore(
 
     The initial noise of a sample depends only on `seed` and its index, counted from `first`, not on the prompts.
     """
-    check_range("batch", batch, 1)
     check_range("data", len(data), 1)
     semantic, restoration = texts(data, kind)
     restored = []
