@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import TensorDataset
 
 from companion.errors import BadParameter, CompanionError
 from companion.training import callbacks, recipe, schedules
@@ -33,8 +33,8 @@ DATA = TensorDataset(torch.randn(8, 3), torch.arange(8.0) / 8)
 NUMBERS = {"0": 0, "-1": -1, "1": 1, "2.5": 2.5, "nan": NAN, "inf": INF, "'x'": "x", "None": None}
 
 
-class Items(Dataset):
-    """`DATA`, item by item."""
+class Items:
+    """`DATA`, item by item; map-style, of no class of torch."""
 
     def __len__(self) -> int:
         return len(DATA)

@@ -17,7 +17,7 @@ import random
 import tempfile
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -50,7 +50,7 @@ History = list[dict[str, float]]
 @typed
 def outputs_of(
     model: nn.Module,
-    data: Dataset | Sequence[Any],
+    data: Dataset | Sized,
     *,
     batch: Count = 256,
     hardware: Hardware = Hardware(),
@@ -107,7 +107,7 @@ def same_shapes(images: Sequence[Tensor], most: Count) -> list[list[int]]:
 def fit(
     model: nn.Module,
     loss: Loss,
-    data: Dataset | Sequence[Any],
+    data: Dataset | Sized,
     *,
     epochs: Positive,
     batch: Count,
