@@ -177,7 +177,10 @@ def test_other_files_are_refused_by_name(tmp_path: Path) -> None:
         (broken(lambda path: save_file({}, path, {"companion": "99"})), "99"),
         (broken(lambda path: rewritten(path, "{")), "good.safetensors"),
         (about_is(made={"by": 3}), "good.safetensors"),
-        (about_is(made={"by": "companion.backbones:Input", "args": {"size": 1, "mean": [], "std": []}}), "no model"),
+        (
+            about_is(made={"by": "companion.backbones:Input", "args": {"size": 1, "mean": [0] * 3, "std": [1] * 3}}),
+            "no model",
+        ),
         error=CorruptFile,
     )
     # nothing else is executed, whatever the file contains; Loop is a dataclass, but not frozen

@@ -221,8 +221,8 @@ def check_arguments(function: Callable, given: Mapping[str, Any]) -> None:
 
     `int` is a whole number, `float` a finite one, both within their `Range` and no flag; a tuple or `Sequence` is any
     sequence but a text, and its entries are checked too; of a union one type is enough; of a class the value is an
-    instance, and the values of a mapping are checked too. Protocols, arrays, type variables, names imported for type
-    checking alone, `*args` and `**options` are not checked.
+    instance, and the values of a mapping are checked too. Protocols, arrays, type variables, data sets (which PyTorch
+    takes from any class), names imported for type checking alone, `*args` and `**options` are not checked.
     """
     for name, declared in _declared(function).items():
         if name in given:
@@ -268,6 +268,7 @@ def _check(name: str, value: Any, declared: Any) -> None:
             _check(name, entry, part)
     elif isinstance(kind, type) and kind.__module__ != "numpy" and not getattr(kind, "_is_protocol", False):
         known = {Path: os.PathLike, Any: object, inspect.Parameter.empty: object}.get(kind, kind)
+        known = object if kind.__name__ == "Dataset" else known
         if not isinstance(value, known):
             raise BadParameter(name, value, _KINDS.get(kind, f"a `{kind.__name__}`"))
 

@@ -49,12 +49,7 @@ History = list[dict[str, float]]
 
 @typed
 def outputs_of(
-    model: nn.Module,
-    data: Dataset | Sized,
-    *,
-    batch: Count = 256,
-    hardware: Hardware = Hardware(),
-    folder: Path | None = None,
+    model: nn.Module, data: Sized, *, batch: Count = 256, hardware: Hardware = Hardware(), folder: Path | None = None
 ) -> Tensor:
     """The outputs of `model`, in eval mode, for the first entry of every item, stacked, on the CPU as float32.
 
@@ -107,7 +102,7 @@ def same_shapes(images: Sequence[Tensor], most: Count) -> list[list[int]]:
 def fit(
     model: nn.Module,
     loss: Loss,
-    data: Dataset | Sized,
+    data: Sized,
     *,
     epochs: Positive,
     batch: Count,

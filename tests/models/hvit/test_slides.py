@@ -29,6 +29,10 @@ SMALL = Tiling(region=128, mpp=0.5, downsample=16, otsu=False, median=3, close=2
 MEAN = {"tiling": SMALL, "encoder": "mean"}
 
 
+def never(regions):
+    raise AssertionError("encoded")
+
+
 def mean_colour(regions: torch.Tensor) -> torch.Tensor:
     return regions.mean((2, 3))
 
@@ -120,7 +124,7 @@ def test_a_preview_shows_what_is_taken_as_tissue(path, tmp_path, image):
     """Also of slides whose features are there already."""
     out = tmp_path / "slide.h5"
     features.extract(path, mean_colour, out, **MEAN)
-    features.extract(path, None, out, **MEAN, preview=True)
+    features.extract(path, never, out, **MEAN, preview=True)
     picture = np.asarray(Image.open(out.with_suffix(".png"))).astype(int)
     assert picture.shape == image.shape
     framed, outlined = ((picture == colour).all(-1) for colour in ((0, 60, 255), (255, 130, 0)))
@@ -206,11 +210,11 @@ def test_a_finished_slide_is_not_tiled_again(path, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         for name in ("tile", "read_features"):
             patch.setattr(features, name, None, raising=False)
-        assert features.extract(path, None, out, **MEAN, preview=True) == out
-        refuses((lambda: features.extract(path, None, out, **MEAN, normalise="half"), "normalise"))
-    assert features.extract(path, None, tmp_path / "b.h5", **MEAN, **masked)
+        assert features.extract(path, never, out, **MEAN, preview=True) == out
+        refuses((lambda: features.extract(path, never, out, **MEAN, normalise="half"), "normalise"))
+    assert features.extract(path, never, tmp_path / "b.h5", **MEAN, **masked)
     Image.fromarray(np.zeros((20, 25), np.uint8)).resize(Image.open(mask).size).save(mask)  # edited: other regions
-    refuses((lambda: features.extract(path, None, tmp_path / "b.h5", **MEAN, **masked), "coords"))
+    refuses((lambda: features.extract(path, never, tmp_path / "b.h5", **MEAN, **masked), "coords"))
 
 
 def test_features_of_other_encoders_or_settings_are_not_mixed(path, tmp_path):
@@ -219,9 +223,9 @@ def test_features_of_other_encoders_or_settings_are_not_mixed(path, tmp_path):
     other = hvit.PatchEncoder(64, 16, dim=12, depth=1, heads=1)
     out = features.extract(path, mean_colour, tmp_path / "a.h5", tiling=SMALL, encoder=one)
     before = out.read_bytes()
-    assert features.extract(path, None, out, tiling=SMALL, encoder=one) == out  # there already: nothing is encoded
+    assert features.extract(path, never, out, tiling=SMALL, encoder=one) == out  # there already: nothing is encoded
     nearby = dataclasses.replace(SMALL, downsample=15)  # tissue of the same level, so the same regions
-    assert features.extract(path, None, out, tiling=nearby, encoder=one) == out
+    assert features.extract(path, never, out, tiling=nearby, encoder=one) == out
 
     def again(**changes):
         return lambda: features.extract(path, mean_colour, out, **{"tiling": SMALL, "encoder": one} | changes)

@@ -222,7 +222,7 @@ class SelfDistillation(nn.Module):
         return {"loss": loss + patch, "class loss": loss, "patch loss": patch, "entropy": entropy}
 
     @typed
-    def ema(self, steps: Count, momentum: Share = 0.996) -> EMA:
+    def ema(self, steps: Whole, momentum: Share = 0.996) -> EMA:
         """The callback that updates the teacher after the student's step, its momentum rising to 1 over `steps`."""
         return EMA([(self.teacher, self.student)], lambda step: half_cosine(momentum, 1.0, step - 1, steps))
 
