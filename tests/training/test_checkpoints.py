@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
+from companion.errors import BadParameter
 from companion.training import fit as loop
 from companion.training.checkpoints import checkpoint_key, save, trained_state
 from companion.training.recipe import run
@@ -101,6 +102,6 @@ def test_weights_are_whole_or_not_there(tmp_path):
     assert torch.equal(found["a"], tensor.mT) and torch.equal(found["also b"], found["b"])
     with pytest.raises(BadParameter, match="state"):
         save(tmp_path / "trained", "x", {"a": 1})
-    with pytest.raises(Exception, match="(?i)sparse"):  # while it is written
+    with pytest.raises(Exception, match=r"(?i)sparse"):  # while it is written
         save(tmp_path / "trained", "x", {"a": torch.eye(2).to_sparse()})
     assert [file.name for file in path.parent.iterdir()] == [path.name]
