@@ -123,7 +123,7 @@ class Results:
             for table, spec in self.cells.items():
                 columns = published_table(self.slug, table).columns[1:]
                 for row in _where(added, spec).to_dict("records"):
-                    if not {*self._named(row, spec, "column").values()} & {*columns}:
+                    if not {*self.named(row, spec, "column").values()} & {*columns}:
                         accepted = f"one with a column of {table}: {', '.join(columns)}"
                         place = f"models/{self.slug}/paper.yaml, results, cells, {table}: {dict(spec)}"
                         raise BadParameter("row", {key: row[key] for key in self.keys}, f"{accepted}; see {place}")
@@ -135,13 +135,13 @@ class Results:
         """Means over the rows of one cell, which differ in their seed, by (row, column); an entry of `cells`."""
         found: dict[tuple[str, str], list[float]] = {}
         for row in _where(rows, spec).sort_values(list(self.keys)).to_dict("records"):
-            of = self._named(row, spec, "row")
-            for score, column in self._named(row, spec, "column").items():
+            of = self.named(row, spec, "row")
+            for score, column in self.named(row, spec, "column").items():
                 if not pd.isna(row.get(score)):
                     found.setdefault((of[score], column), []).append(float(row[score]))
         return {cell: math.fsum(scores) / len(scores) for cell, scores in found.items()}
 
-    def _named(self, row: Mapping[str, Any], spec: Mapping[str, Any], what: str) -> dict[str, str]:
+    def named(self, row: Mapping[str, Any], spec: Mapping[str, Any], what: str) -> dict[str, str]:
         """The name of the "row" or "column" of a table, `what`, for each score of a measured row."""
 
         def shown(key: str, value: Any) -> Any:
