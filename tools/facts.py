@@ -14,6 +14,7 @@ import re
 import string
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from fnmatch import fnmatchcase
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -22,7 +23,6 @@ from typing import Any
 import jsonschema
 import yaml
 
-from companion.errors import CompanionError
 from companion.evaluation.claims import SYNTHETIC
 from companion.evaluation.tables import Results
 from companion.io import papers
@@ -55,35 +55,39 @@ class Facts:
             return
         for error in jsonschema.Draft202012Validator({**SCHEMA, "$ref": f"#/$defs/{kind}"}).iter_errors(self.content):
             path, wanted = tuple(error.absolute_path), error.validator_value
-            if error.validator == "additionalProperties" and not wanted:
+            if wanted is False:
                 known = error.schema["properties"]
                 self.faults += [((*path, key), "unknown key", known) for key in error.instance if key not in known]
             else:
-                accepted = wanted if isinstance(wanted, list) else [f"{error.validator} {wanted}"]
-                self.faults.append((path, textwrap.shorten(error.message, 120), accepted))
+                what = textwrap.shorten(error.message, 120)
+                self.faults.append(
+                    (path, what, wanted if isinstance(wanted, list) else [f"{error.validator} {wanted}"])
+                )
 
     def _find(self, node: yaml.Node | None, path: Key) -> None:
-        pairs = [(k.value, k, v) for k, v in node.value] if isinstance(node, yaml.MappingNode) else []
-        pairs += [(i, v, v) for i, v in enumerate(node.value)] if isinstance(node, yaml.SequenceNode) else []
-        for key, start, value in pairs:
-            if (*path, key) in self.lines:
-                self.faults.append(((*path, key), f"a second time, first in line {self.lines[*path, key]}", ()))
-            self.lines[*path, key] = start.start_mark.line + 1
-            self._find(value, (*path, key))
+        mapping = isinstance(node, yaml.MappingNode)
+        for key, value in (
+            node.value if mapping else enumerate(node.value) if isinstance(node, yaml.SequenceNode) else ()
+        ):
+            inner, start = ((*path, key.value), key) if mapping else ((*path, key), value)
+            if inner in self.lines:
+                self.faults.append((inner, f"a second time, first in line {self.lines[inner]}", ()))
+            self.lines[inner] = start.start_mark.line + 1
+            self._find(value, inner)
 
-    def told(self, *rules: Callable[[Any], Iterable[Fault]]) -> list[str]:
+    def told(self, *rules: Callable[[Any], Iterable[Fault]]) -> Iterator[str]:
         """One line of text for each fault of the keys; if there is none, for each that `rules` find in the content."""
         for rule in () if self.faults else rules:
             try:
                 self.faults.extend(rule(self.content))
-            except (ImportError, AttributeError, OSError, CompanionError) as error:  # a part that is not there yet
+            except (ImportError, AttributeError, OSError) as error:  # what is not written yet
                 self.faults.append(((), str(error), ()))
         lines = []
         for path, what, accepted in self.faults:
-            line = next(self.lines[path[:k]] for k in range(len(path), -1, -1) if path[:k] in self.lines)
+            line = max(line for key, line in self.lines.items() if key == path[: len(key)])
             listed = f"; accepted: {', '.join(map(str, accepted))}" if accepted else ""
             lines.append(f"{self.file}:{line}: {'.'.join(map(str, path)) or 'the file'}: {what}{listed}")
-        return lines
+        yield from dict.fromkeys(lines)
 
 
 def unknown(path: Key, names: Iterable[Any], known: Iterable[Any], what: str) -> Iterator[Fault]:
@@ -101,9 +105,7 @@ def references(facts: Mapping[str, Any]) -> Iterator[Fault]:
     """Names within a paper's file, and of data sets."""
     for kind, key in (("tables", "id"), ("claims", "id"), ("weights", "name"), ("runs", "id")):
         names = [part[key] for part in facts[kind]]
-        for i, name in enumerate(names):
-            if name in names[:i]:
-                yield (kind, i, key), f"{name!r} a second time", ()
+        yield from unknown((kind,), {name for name in names if names.count(name) > 1}, (), "name of one alone")
     for i, run in enumerate(facts["runs"]):
         yield from unknown(("runs", i, "tables"), run["tables"], (t["id"] for t in facts["tables"]), "table")
         yield from unknown(("runs", i, "weights"), run["weights"], (w["name"] for w in facts["weights"]), "weights")
@@ -120,110 +122,112 @@ def references(facts: Mapping[str, Any]) -> Iterator[Fault]:
 def choices(folder: Path, facts: Mapping[str, Any]) -> Iterator[Fault]:
     """The accepted values of parameters: those of the code, by `choices_of`, and names of data sets."""
     for name, rule in facts["parameters"].items():
-        path, listed, accepted = ("parameters", name, "choices"), rule.get("choices", ()), []
-        yield from unknown(path, [value for value in listed if "/" in str(value)], data_sets(), "data set")
-        for source in rule.get("choices_of", ()):
-            module, _, constant = source.rpartition(":")
+        path, listed, accepted = ("parameters", name, "choices"), rule.get("choices", ()), list[Any]()
+        for module, colon, constant in (source.partition(":") for source in rule.get("choices_of", ())):
             if module == "data":
-                accepted += [
-                    n for n, found in data_sets().items() if (found.task, found.group != "pocket") == (constant, True)
-                ]
+                accepted += [n for n, s in data_sets().items() if s.task == constant and s.group != "pocket"]
             elif module.endswith(".yaml"):
                 accepted += yaml.safe_load((folder / module).read_text(encoding="utf-8"))[constant]
+            elif colon:
+                try:
+                    accepted += getattr(import_module(f"companion.models.{folder.name}.{module}"), constant)
+                except (ImportError, AttributeError) as error:
+                    yield (*path[:2], "choices_of"), str(error), ()
             else:
-                found = import_module(f"companion.models.{folder.name}.{module}") if module else None
-                accepted += getattr(found, constant) if found else [constant]
-        for value in [value for value in accepted if value not in listed]:
-            yield path, f"{value!r} is missing, which the code accepts", accepted
-        yield from unknown(path, listed if accepted else (), accepted, "value that the code accepts")
+                accepted.append(module)
+        if accepted:
+            yield from unknown(path, listed, accepted, "value that the code accepts")
+            yield from unknown(path, accepted, listed, "choice, but the code accepts it")
+        yield from unknown(path, [value for value in listed if "/" in str(value)], data_sets(), "data set")
 
 
-def written(
-    results: Results, rules: Mapping[str, Mapping], spec: Mapping[str, Any], changed: str, *templates: str
-) -> Iterator[list[list[re.Pattern]]]:
-    """What templates of an entry of `cells` give for each score of a row, by `where` and the choices of parameters.
+def listed(value: Any) -> list:
+    """A value or a list of values, as a list."""
+    return value if isinstance(value, list) else [value]
+
+
+def written(results: Results, rules: Mapping, spec: Mapping, changed: str = "") -> Iterator[list[tuple[str, str]]]:
+    """The names of row and column of each score that an entry of `cells` can give, "*" for any text.
 
     Args:
+        rules: of the parameters; the fields of the templates have their choices, or the values of `where`.
         changed: what may follow a value: ", *" for methods that are not as published, such as "SA²VP, s = 0.1".
-        templates: "row", "column".
     """
-    named = [field for name in templates for _, field, _, _ in string.Formatter().parse(spec[name])]
-    fields = [field for field in dict.fromkeys(named) if field not in (None, "metric")]
-    values = [spec.get("where", {}).get(field, rules.get(field, {}).get("choices", "*")) for field in fields]
-    each = [found if isinstance(found, list) else [found] for found in values]
-    for row in itertools.product(*([*found, *(f"{value}{changed}" for value in found if changed)] for found in each)):
-        names = [results.named(dict(zip(fields, row, strict=True)), spec, template) for template in templates]
-        yield [[re.compile(re.escape(n[score]).replace(r"\*", ".+")) for n in names] for score in names[0]]
+    named = {field for name in ("row", "column") for _, field, _, _ in string.Formatter().parse(spec[name])}
+    values = {}
+    for field in named - {None, "metric"}:
+        found = listed(spec.get("where", {}).get(field, rules.get(field, {}).get("choices", "*")))
+        values[field] = found + [f"{value}{changed}" for value in found if changed]
+    for each in itertools.product(*values.values()):
+        row = dict(zip(values, each, strict=True))
+        columns = results.named(row, spec, "column")
+        yield [(name, columns[score]) for score, name in results.named(row, spec, "row").items()]
 
 
 def cells(slug: str, rules: Mapping[str, Mapping], facts: Mapping[str, Any]) -> Iterator[Fault]:
     """The cells of tables and claims that measured rows fill, and the claims that need them."""
-    results, recipe = Results(slug, **facts["results"]), import_module(f"companion.models.{slug}.recipe")
-    columns = {table["id"]: table["columns"] for table in facts["tables"]}
-    yield from unknown(("results", "cells"), results.cells, columns, "table")
-    for kind, entries in (("cells", results.cells.items()), ("claims", enumerate(results.claims))):
-        for key, spec in entries:
-            path = ("results", kind, key)
-            yield from unknown((*path, "where"), spec.get("where", ()), results.keys, "key of results")
-            yield from unknown((*path, "metrics"), spec.get("metrics", ()), results.values, "value of results")
-            for field, found in spec.get("where", {}).items():
-                given = [str(v).partition(", ")[0] for v in (found if isinstance(found, list) else [found])]
-                accepted = [str(v) for v in rules.get(field, {}).get("choices", given)]
-                yield from unknown((*path, "where", field), given, accepted, f"choice of {field}")
-            for scores in written(results, rules, spec, "", "column") if key in columns else ():
-                if not any(one.fullmatch(column) for (one,) in scores for column in columns[key]):
-                    found = " | ".join(one.pattern.replace("\\", "") for (one,) in scores)
-                    yield (*path, "column"), f"{found}: no column of the table", columns[key]
-    specs = [*results.claims, *facts.get("computed", ())]
-    for i, spec in enumerate(facts.get("computed", ())):
-        yield from unknown(("computed", i, "by"), [spec["by"]], vars(recipe), "function of the recipe")
-    found = [
-        cell for spec in specs for scores in written(results, rules, spec, ", *", "row", "column") for cell in scores
-    ]
+    results, computed = Results(slug, **facts["results"]), facts.get("computed", [])
+    tables = {table["id"]: table["columns"] for table in facts["tables"]}
+    yield from unknown(("results", "cells"), results.cells, tables, "table")
+    entries: list[tuple[Key, Mapping]] = [(("results", "cells", key), spec) for key, spec in results.cells.items()]
+    for path, spec in [*entries, *((("results", "claims", i), spec) for i, spec in enumerate(results.claims))]:
+        yield from unknown((*path, "where"), spec.get("where", ()), results.keys, "key of results")
+        yield from unknown((*path, "metrics"), spec.get("metrics", ()), results.values, "value of results")
+        for field, found in spec.get("where", {}).items():
+            given = [str(value).partition(", ")[0] for value in listed(found)]
+            accepted = map(str, rules.get(field, {}).get("choices", given))
+            yield from unknown((*path, "where", field), given, accepted, f"choice of {field}")
+        for scores in written(results, rules, spec) if path[2] in tables else ():
+            if not any(fnmatchcase(column, name) for _, name in scores for column in tables[path[2]]):
+                yield (*path, "column"), f"no column {' | '.join(name for _, name in scores)}", tables[path[2]]
+    for i, spec in enumerate(computed):
+        if not hasattr(import_module(f"companion.models.{slug}.recipe"), spec["by"]):
+            yield ("computed", i, "by"), f"{spec['by']!r} is not in the recipe", ()
+    specs = [*results.claims, *computed]
+    found = [" | ".join(cell) for spec in specs for scores in written(results, rules, spec, ", *") for cell in scores]
     for i, claim in enumerate(facts["claims"]):
         for j, condition in enumerate(claim.get("measured", ())):
             for key in condition.keys() & {"of", "over"}:
-                if not any(
-                    row.fullmatch(condition[key][0]) and column.fullmatch(condition[key][1]) for row, column in found
-                ):
+                if not any(fnmatchcase(cell := " | ".join(condition[key]), name) for name in found):
                     forms = [f"{spec['row']} | {spec['column']}" for spec in specs]
-                    yield ("claims", i, "measured", j, key), f"{condition[key]}: no measured row fills it", forms
+                    yield ("claims", i, "measured", j, key), f"no measured row fills {cell}", forms
 
 
 def study(slug: str, facts: Mapping[str, Any]) -> Iterator[Fault]:
     """The synthetic results: of tasks and methods of the study, few, on unseen seeds, with the reason of a failure."""
     own, path = import_module(f"companion.toy.{slug}").STUDY, ("data_built_for",)
-    if {*facts["data_built_for"]} != {*own.tasks}:
-        yield path, "other tasks than those of the study", own.tasks
+    yield from unknown(path, facts["data_built_for"], own.tasks, "task of the study")
+    yield from unknown(path, own.tasks, facts["data_built_for"], "key here, but a task of the study")
     if len(own.seeds) < SEEDS or min(own.seeds) < FIRST_SEED:
         yield path, f"the study is tested on {own.seeds}", [f"{SEEDS} seeds or more, all {FIRST_SEED} or more"]
     if max(map(len, own.tasks.values())) > METHODS:
         yield path, "the study has too many methods", [f"at most {METHODS}"]
     ledger = ROOT / "reports" / "pocket" / slug / "claims.json"
-    failed = {claim["id"] for claim in (read_json(ledger) if ledger.exists() else ()) if claim["status"] == "fails"}
+    failed = [claim["id"] for claim in (read_json(ledger) if ledger.exists() else ()) if claim["status"] == "fails"]
     claims = [(i, claim) for i, claim in enumerate(facts["claims"]) if claim["kind"] == SYNTHETIC]
-    for i, _ in claims[CLAIMS:]:
-        yield ("claims", i), "one synthetic result too many", [f"at most {CLAIMS}"]
     for i, claim in claims:
         yield from unknown(("claims", i, "tasks"), claim["tasks"], own.tasks, "task of the study")
         for task, role in itertools.product(own.tasks.keys() & {*claim["tasks"]}, claim.keys() & {"better", "worse"}):
             yield from unknown(("claims", i, role), [claim[role]], own.tasks[task], f"method of the task {task}")
         if claim["id"] in failed and "why" not in claim:
             yield ("claims", i, "why"), "the claim fails, and no reason is given", ['a reason, or "not found"']
+    if claims[CLAIMS:]:
+        yield ("claims", claims[CLAIMS][0]), f"{len(claims)} synthetic results", [f"at most {CLAIMS}"]
 
 
 def drawn(slug: str, facts: Mapping[str, Any]) -> Iterator[Fault]:
     """The figure of the first screen: one of the notebook's."""
     source = (ROOT / "notebooks" / f"{slug}.ipynb").read_text(encoding="utf-8")
-    named = re.findall(r'run\.figure\((?:\\n",\s*"\s*)?\\"([^"\\]+)', source)
-    yield from unknown(("figure",), [facts["figure"]], named, "figure of the notebook")
+    named = re.findall(r'run\.figure\(\\"([^"\\]+)', source)
+    return unknown(("figure",), [facts["figure"]], named, "figure of the notebook")
 
 
 def cases(slug: str, rows: list[Mapping[str, Any]]) -> Iterator[Fault]:
     """The recorded cases that findings name."""
-    recorded = {file.parent.name for file in ROOT.glob(f"tests/*/{slug}/*/case.json")}
-    for i, row in enumerate(rows):
-        yield from unknown((i, "case"), {row.get("case", "")} - {""}, recorded, "recorded case")
+    recorded = ["", *(file.parent.name for file in ROOT.glob(f"tests/*/{slug}/*/case.json"))]
+    return (
+        fault for i, row in enumerate(rows) for fault in unknown((i, "case"), [row.get("case", "")], recorded, "case")
+    )
 
 
 def asked(facts: Mapping[str, Any]) -> Iterator[Fault]:
@@ -233,29 +237,22 @@ def asked(facts: Mapping[str, Any]) -> Iterator[Fault]:
         yield from unknown(("lower", i, "threads"), row.get("threads", ()), read, "thread that was read")
 
 
-def check_paper(folder: Path) -> list[str]:
+def check_paper(folder: Path) -> Iterator[str]:
     """The faults of the files of a paper, one line of text each. The folder's name is the slug."""
     slug, paper = folder.name, Facts(folder / "paper.yaml", "paper")
     rules = papers.rules("") | (paper.content or {}).get("parameters", {})
-    found = paper.told(
-        lambda facts: unknown(("slug",), [facts["slug"]], [slug], "name of the folder"),
-        references,
-        partial(choices, folder),
-        partial(cells, slug, rules),
-        partial(study, slug),
-        partial(drawn, slug),
-    )
+    rest = (partial(choices, folder), partial(cells, slug, rules), partial(study, slug), partial(drawn, slug))
+    yield from paper.told(references, *rest)
     for kind, rule in (("findings", partial(cases, slug)), ("threads", asked)):
         if (file := folder / f"{kind}.yaml").exists():
-            found += Facts(file, kind).told(rule)
-    return found
+            yield from Facts(file, kind).told(rule)
 
 
 def main() -> int:
     """Print the faults of all files; 1 if there is any."""
-    found = Facts(papers.MODELS / "parameters.yaml", "parameters").told()
-    for file in sorted((papers.MODELS.parent / "data").glob("*_sets.yaml")):
-        found += Facts(file, "sets").told()
+    sets = sorted((papers.MODELS.parent / "data").glob("*_sets.yaml"))
+    files = [Facts(papers.MODELS / "parameters.yaml", "parameters"), *(Facts(file, "sets") for file in sets)]
+    found = [line for file in files for line in file.told()]
     if not found:  # the package reads these when it is imported
         found = [line for slug in papers.slugs() for line in check_paper(papers.MODELS / slug)]
     print("\n".join(found) or f"the facts of {len(papers.slugs())} papers are right")

@@ -26,7 +26,6 @@ PLACE = re.compile(
     r"(?:(?P<repository>[\w.-]+/[\w.-]+):)?(?P<path>(?![\d-]+$)[^:]+)(?::(?P<first>\d+)(?:-(?P<last>\d+))?)?"
 )
 TOKEN = re.compile(r"\S{1,40}")
-THREAD = re.compile(r"[\w.-]+/[\w.-]+#\d+")
 
 
 class Place(NamedTuple):

@@ -10,7 +10,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from companion.io.papers import paper, slugs
+from companion.io.papers import slugs
 from companion.runs import needs, notebooks
 from tests.conftest import ROOT
 
@@ -60,13 +60,12 @@ def test_the_tables_of_the_pages_are_those_of_the_records_and_each_paper_has_its
         written = (ROOT / page).read_text(encoding="utf-8")
         assert all(f"<!-- {mark} -->\n{text}\n<!-- /{mark} -->" in written for mark, text in tables.items()), page
     for slug in slugs():
-        source = (ROOT / "notebooks" / f"{slug}.ipynb").read_text(encoding="utf-8")
-        assert f'run.figure(\\"{paper(slug)["figure"]}\\"' in source
         assert (ROOT / "notebooks" / "figures" / f"{slug}.jpg").is_file()
 
 
 def write(path: Path, *sources: str) -> Path:
-    parameters = new_code_cell("seed = 0  # of everything")
+    own = path.stem in slugs()
+    parameters = new_code_cell(notebooks.parameters_cell(path.stem) if own else "seed = 0  # of everything")
     parameters.metadata["tags"] = ["parameters"]
     cells = [new_markdown_cell("# Title"), parameters, *map(new_code_cell, sources)]
     nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": {"name": "other", "display_name": "x"}}), path)
@@ -134,3 +133,21 @@ def test_a_notebook_that_must_not_be_committed_stays_as_it_was(tmp_path: Path, s
     with pytest.raises(notebooks.BadNotebook, match=named):
         notebooks.refresh(path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ("width = 0", "widht = 0", "'widht'.*'width'"),
+        ("width = 0", "", "no width;"),
+        ("scale = 0", "scale = -1", "scale = -1"),
+        ("seed = 0", "seed = len('')", "parameters"),
+    ],
+)
+def test_parameters_of_a_notebook_are_those_of_its_paper(tmp_path: Path, old: str, new: str, named: str) -> None:
+    notebook = nbformat.read(ROOT / "notebooks" / "sa2vp.ipynb", as_version=4)
+    (cell,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
+    cell.source = cell.source.replace(old, new)
+    nbformat.write(notebook, tmp_path / "sa2vp.ipynb")
+    with pytest.raises(notebooks.BadNotebook, match=named):
+        notebooks.check(tmp_path / "sa2vp.ipynb")

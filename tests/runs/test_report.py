@@ -211,6 +211,19 @@ def test_results_gather_in_a_file_by_their_keys(tmp_path):
     assert dict(zip(rows.seed, rows.accuracy, strict=True)) == {0: 3.0, 1: 2.0}
 
 
+def test_a_row_that_its_table_has_no_column_for_is_refused_and_kept(tmp_path):
+    path, spec = tmp_path / "measured.csv", {"where": {"data": "vtab"}, "row": "{method}", "column": "{task}"}
+    results = Results("sa2vp", ["method", "data", "task"], ["accuracy"], cells={"vitb_vtab_natural_per_task": spec})
+    row = {"method": "a", "data": "vtab", "task": "svhn", "accuracy": 1.0}
+    results.measured(path, row, row | {"data": "own", "task": "anything"})
+    refuses(
+        (lambda: results.measured(path, row | {"task": "vtab_natural"}), "vtab_natural.*'svhn'.*sa2vp/paper.yaml"),
+        (lambda: results.measured(path, {"method": "a", "accuracy": 1.0}), "'data', 'task'"),
+        (lambda: results.measured(path, {"method": "a", "data": "vtab", "task": "svhn", "acc": 1.0}), "'accuracy'"),
+    )
+    assert list(results.measured(path).task) == ["svhn", "anything", "vtab_natural"]
+
+
 def test_the_notice_of_a_study_names_choices_at_an_end_of_the_grid(tmp_path):
     best = [(method, rate, float(rate == top)) for method, top in (("inside", 2), ("outside", 3)) for rate in (1, 2, 3)]
     rows = pd.DataFrame(best, columns=["method", "learning_rate", "accuracy"]).assign(stage="select", task="t", seed=0)

@@ -109,10 +109,10 @@ class Results:
         Raises `BadParameter`: a new row lacks a key or has no score; or `cells` assigns it to a table that has none of
         its columns, which is found after the row was written, so that it is not lost.
         """
+        place = f"models/{self.slug}/paper.yaml, results"
         for row in new:
-            if not {*self.keys} <= {*row} or not {*self.values} & {*row}:
-                wanted = f"all of {', '.join(self.keys)}, and one or more of {', '.join(self.values)}"
-                raise BadParameter("row", dict(row), f"{wanted}: models/{self.slug}/paper.yaml, results")
+            if not {*self.keys} <= {*row} or {*self.values}.isdisjoint(row):
+                raise BadParameter("row", row, f"one with {self.keys} and some of {self.values}: {place}")
         path, keys = Path(path), list(self.keys)
         rows = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=[*keys, *self.values])
         if new:
@@ -121,12 +121,10 @@ class Results:
             with atomic(path) as temporary:
                 rows.to_csv(temporary, index=False)
             for table, spec in self.cells.items():
-                columns = published_table(self.slug, table).columns[1:]
+                columns = [*published_table(self.slug, table)][1:]
                 for row in _where(added, spec).to_dict("records"):
-                    if not {*self.named(row, spec, "column").values()} & {*columns}:
-                        accepted = f"one with a column of {table}: {', '.join(columns)}"
-                        place = f"models/{self.slug}/paper.yaml, results, cells, {table}: {dict(spec)}"
-                        raise BadParameter("row", {key: row[key] for key in self.keys}, f"{accepted}; see {place}")
+                    if {*columns}.isdisjoint(self.named(row, spec, "column").values()):
+                        raise BadParameter("row", row, f"one with a column of {table}, {columns}: {place}, cells")
         for name, usual in self.usual.items():
             rows[name] = rows[name].fillna(usual) if name in rows else usual
         return rows.drop_duplicates([key for key in keys if key in rows], keep="last")

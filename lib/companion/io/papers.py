@@ -29,12 +29,9 @@ def paper(slug: str) -> dict:
     check_choice("paper", slug, slugs())
     path = MODELS / slug / "paper.yaml"
     try:
-        facts = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise CorruptFile(path, f"not YAML: {error}") from error
-    if not isinstance(facts, dict):
-        raise CorruptFile(path, f"expected a YAML mapping, not {type(facts).__name__}")
-    return facts
+        return dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (TypeError, ValueError, yaml.YAMLError) as error:
+        raise CorruptFile(path, f"expected a YAML mapping: {error}") from error
 
 
 def diagram(slug: str) -> str:

@@ -10,6 +10,7 @@ updated. With `--check` nothing is run: the notebooks on disk must follow these 
 from __future__ import annotations
 
 import argparse
+import ast
 import copy
 import os
 import re
@@ -17,7 +18,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import matplotlib
 import nbformat
@@ -26,10 +27,10 @@ from nbclient.exceptions import DeadKernelError
 from papermill import PapermillExecutionError, execute_notebook
 from PIL import Image, ImageDraw, ImageFont
 
-from ..errors import CompanionError
+from ..errors import CompanionError, check_choice
 from ..evaluation.claims import KINDS, counts
 from ..io.files import atomic, read_json, write_between
-from ..io.papers import paper, slugs
+from ..io.papers import convert, paper, rules, slugs
 from ..io.record import root
 from . import needs
 from .adopt import adopt
@@ -69,11 +70,14 @@ def refresh(path: str | Path) -> None:
 
 
 def check(path: str | Path) -> None:
-    """Raise `BadNotebook` when the notebook at `path` breaks a rule of `problems` or has metadata that `strip`
-    removes."""
+    """Raise `BadNotebook` when the notebook at `path` breaks a rule of `problems`, has metadata that `strip` removes,
+    or has other parameters than the rules of its paper."""
     notebook = _read(path)
     found, stripped = problems(notebook), copy.deepcopy(notebook)
     strip(stripped)
+    if Path(path).stem in slugs() and not found:
+        (cell,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
+        found = _defaults(Path(path).stem, cell.source)
     if stripped != notebook:
         found.append("it holds metadata of one run: `make notebooks` writes the committed outputs")
     if found:
@@ -125,6 +129,30 @@ def problems(notebook: nbformat.NotebookNode) -> list[str]:
     if size >= LIMIT:
         found.append(f"it has {size:,} bytes; the limit is {LIMIT:,}")
     return found
+
+
+def parameters_cell(slug: str) -> str:
+    """The source of a notebook's cell `parameters` by the paper's rules: each name, an accepted value, and its help."""
+    usual = {"switch": False, "text": ""}
+    lines = []
+    for name, rule in rules(slug).items():
+        value = rule.get("choices", [usual.get(rule["type"], 0 if "zero" in rule else rule.get("low", 0))])[0]
+        lines.append(f"{name} = {value!r}  # {rule['help']}")
+    return "\n".join(lines)
+
+
+def _defaults(slug: str, source: str) -> list[str]:
+    """What is wrong with the names and the defaults of the cell `parameters`."""
+    known = rules(slug)
+    try:
+        given = {n.targets[0].id: ast.literal_eval(n.value) for n in cast(Any, ast.parse(source).body)}
+        for name, value in given.items():
+            check_choice("parameter", name, known)
+            convert(name, value, known[name])
+        wrong = ", ".join(f"no {name}" for name in known if name not in given)
+    except (AttributeError, SyntaxError, ValueError) as error:  # no `name = literal`, or `BadParameter`
+        wrong = str(error)
+    return [f"the cell `parameters`: {wrong}; generated, it is\n{parameters_cell(slug)}"] if wrong else []
 
 
 def write_figure(figure: Path, slug: str) -> None:
