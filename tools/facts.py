@@ -133,6 +133,8 @@ def choices(folder: Path, facts: Mapping[str, Any]) -> Iterator[Fault]:
                     accepted += getattr(import_module(f"companion.models.{folder.name}.{module}"), constant)
                 except (ImportError, AttributeError) as error:
                     yield (*path[:2], "choices_of"), str(error), ()
+                    accepted.clear()
+                    break
             else:
                 accepted.append(module)
         if accepted:
