@@ -19,6 +19,7 @@ import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from ..errors import Amount, BadParameter, Count, Whole, check_names, check_rang
 from . import Parts
 
 VALIDATION_SHOTS = 4  # images of a class for validation, at most
-Splits = Mapping[str, Dataset]
+Splits = Mapping[str, Any]
 
 
 class Part(Parts, Dataset):
@@ -79,7 +80,7 @@ class Protocol:
 
 
 @typed
-def few_shot(dataset: Dataset, shots: Count, seed: Whole) -> Part:
+def few_shot(dataset: Any, shots: Count, seed: Whole) -> Part:
     """`shots` images of each class, or all where there are fewer, without replacement, in the order of the data set.
 
     A class's draw depends on the seed, the class's name and its images only. Classes can be selected before or after,
@@ -113,7 +114,7 @@ def halves(class_names: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]
 
 
 @typed
-def select(dataset: Dataset, classes: Sequence[int]) -> Part:
+def select(dataset: Any, classes: Sequence[int]) -> Part:
     """The images of some classes, renumbered in the given order.
 
     Raises `BadParameter`: no labels of the data set, or one of them twice.
