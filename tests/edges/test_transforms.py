@@ -1,6 +1,7 @@
 """Images of every kind, and every argument, at the transforms."""
 
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -139,6 +140,28 @@ EDGES = {
         others={"patches": {"floats": FRAME / 255, "a tensor": torch.ones(6, 2, 2, dtype=torch.uint8)}},
     ),
 }
+MAKERS = {
+    **{f.__name__: f for f in (classification.resize_transform, domains.clip_transform)},
+    "crop_transform": lambda input: classification.crop_transform(input, train=True),
+}
+for name, make in MAKERS.items():
+    EDGES[name] = Edge(
+        lambda size, mean, std, make=make: drawn(make(SimpleNamespace(size=size, mean=mean, std=std)), PICTURE),
+        {"size": 16, "mean": (0.5,) * 3, "std": (0.5,) * 3},
+        {"size": "1", "mean": "first 0, first -1, first 2.5", "std": "first 2.5"},
+    )
+SIZED = {
+    **{f"ecamp {f.__name__}": (f, GREY) for f in (ecamp.pretrain_transform, ecamp.train_transform)},
+    **{f"ecamp {f.__name__}": (f, GREY) for f in (ecamp.test_transform, ecamp.squeeze_transform)},
+    "DMT test": (vit.test_transform, PICTURE),
+    "DMT train": (downstream.train_transform, PICTURE),
+    "square": (square_transform, PICTURE),
+    "mask": (lambda size: lambda image: ecamp.MaskTransform("fundus/riga", False, size)(image, image)[0], GREY),
+}
+for name, (make, image) in SIZED.items():
+    EDGES[name] = Edge(
+        lambda size, make=make, image=image: drawn(make(size), image).nan_to_num(), {"size": 16}, {"size": "1"}
+    )
 for edge in EDGES.values():
     edge.draws = True
 

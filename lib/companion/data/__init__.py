@@ -118,7 +118,7 @@ def dated(source: str, checked: datetime.date | None) -> str:
 
 def own_set(root: str | Path, task: str, layout: str, classes: int = 0) -> DataSet:
     """A user's folder as a data set of `task`. Raises `BadParameter`: no path, or an empty one."""
-    if not isinstance(root, str | os.PathLike) or root == "":
+    if root == "":
         raise BadParameter("root", root, "the path of a folder")
     name, title, source = Path(root).resolve().name, "images of your own", "your own images"
     return DataSet(name, title, "own", task, classes, {}, (".",), layout, source, "yours", "")

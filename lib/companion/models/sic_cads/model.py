@@ -33,7 +33,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from ...backbones import Input, build, per_channel
-from ...errors import Amount, BadParameter, Count, Share, Whole, check_choice, check_range, typed
+from ...errors import Amount, BadParameter, Count, Share, Whole, check_choice, typed
 from ...io.config import configure
 from ..layers.clip_prompting import Tokenizer, tokenise
 from ..layers.precision import without_autocast
@@ -85,10 +85,9 @@ def text_share(novel: Tensor, lambda_base: Share = 0.8, lambda_novel: Share = 0.
     return torch.where(novel, 1 - lambda_novel, lambda_base)
 
 
-def fuse(p_text: Tensor, p_image: Tensor, share: Tensor | float) -> Tensor:
+@typed
+def fuse(p_text: Tensor, p_image: Tensor, share: Tensor | Share) -> Tensor:
     """Eq. 6: p_text ** share * p_image ** (1 - share), (B, C); `share` from `text_share`, or one for all classes."""
-    if not isinstance(share, Tensor):
-        check_range("share", share, 0, 1)
     return p_text**share * p_image ** (1 - share)
 
 

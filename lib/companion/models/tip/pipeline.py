@@ -365,7 +365,7 @@ def load_adaptor(folder: str | Path, unet: UNet2DConditionModel) -> Adaptor:
 def _each(name: str, text: str | Sequence[str], count: int) -> list[str]:
     """A list of one text per image."""
     texts = [text] * count if isinstance(text, str) else list(text)
-    if len(texts) != count or not all(isinstance(t, str) for t in texts):
+    if len(texts) != count:
         raise BadParameter(name, text, f"a text, or a list of {count}, one per image")
     return texts
 
