@@ -78,6 +78,13 @@ def test_predictions_for_files_are_the_models_for_their_tensors(name: str, files
     torch.testing.assert_close(torch.stack(rows), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_images_have_the_precision_of_the_model(dtype: torch.dtype, files: list[Path]) -> None:
+    plain, other = trained("VPT"), trained("VPT").to(dtype)
+    for one, expected in zip(companion.predict(other, files), companion.predict(plain, files), strict=True):
+        assert one == pytest.approx(expected, abs=0.05 if dtype is torch.bfloat16 else 1e-5)
+
+
 @pytest.mark.parametrize("name", ["VPT", "ECAMP's classifier"])
 def test_a_pil_image_is_read_as_its_file(name: str, tmp_path: Path) -> None:
     model, exif, grey = trained(name), Image.Exif(), np.asarray(picture(2).convert("L"), np.float32) / 255

@@ -21,7 +21,7 @@ from companion.training.recipe import run
 from tests.data import test_tracking as layouts
 from tests.data.conftest import expect
 from tests.models.common import draw
-from tests.papers.common import Fault, Found, Training, images, vit
+from tests.papers.common import Fault, Found, Training, images, moved, spoil, vit
 
 # --- runs of the `paper` profile on miniatures of the data sets, and copies that people have
 
@@ -66,17 +66,6 @@ RUNS = [{"dataset": name} for name in ("rgbt/lasher", "rgbt/rgbt234", "rgbt/gtot
 RUNS += [{"dataset": "rgbt/lasher", "method": method} for method in ("full fine-tuning", "RGB only")]
 
 
-def spoil(name: str, content: bytes | None):  # type: ignore[no-untyped-def]
-    """A file of LasHeR below the data root with another content, or without it."""
-
-    def damage(root: Path) -> Path:
-        path = root / "rgbt/LasHeR" / name
-        path.unlink() if content is None else path.write_bytes(content)
-        return path
-
-    return damage
-
-
 def overlap(root: Path) -> Path:
     layouts.rows(root / "rgbe/VisEvent/test/testlist.txt", [["test1"], ["train1"]])
     (root / "rgbe/VisEvent/train/train1").rename(path := root / "rgbe/VisEvent/test/train1")
@@ -92,27 +81,18 @@ def without_training(root: Path) -> Path:
 
 LASHER, BIKE = {"dataset": "rgbt/lasher"}, "TestingSet/testingset/bike"
 FAULTS = {
-    "a missing annotation": Fault(LASHER, spoil("TrainingSet/trainingset/man/init.txt", None), "is not there"),
-    "a box of three numbers": Fault(LASHER, spoil(f"{BIKE}/visible.txt", b"1,2,3,4\n1,2,3\n"), "line 2"),
-    "an unreadable frame": Fault(LASHER, spoil(f"{BIKE}/infrared/i000.png", b"\x89PNG"), "cannot|not|truncated"),
+    "a missing annotation": Fault(LASHER, spoil("rgbt/LasHeR/TrainingSet/trainingset/man/init.txt"), "is not there"),
+    "a box of three numbers": Fault(LASHER, spoil(f"rgbt/LasHeR/{BIKE}/visible.txt", b"1,2,3,4\n1,2,3\n"), "line 2"),
+    "an unreadable frame": Fault(
+        LASHER, spoil(f"rgbt/LasHeR/{BIKE}/infrared/i000.png", b"\x89PNG"), "cannot|not|truncated"
+    ),
     "an unreadable frame to train on": Fault(
-        LASHER, spoil("TrainingSet/trainingset/man/visible/v000.png", b""), "cannot|not|truncated"
+        LASHER, spoil("rgbt/LasHeR/TrainingSet/trainingset/man/visible/v000.png", b""), "cannot|not|truncated"
     ),
     "splits that overlap": Fault({"dataset": "rgbe/visevent"}, overlap, "two splits"),
     "no videos to train on": Fault(LASHER, without_training, r"train: there is no folder .*TrainingSet"),
-    "another set's frames": Fault(LASHER, spoil(f"{BIKE}/visible.txt", b"1,2,3,4\n"), "visible 24"),
+    "another set's frames": Fault(LASHER, spoil(f"rgbt/LasHeR/{BIKE}/visible.txt", b"1,2,3,4\n"), "visible 24"),
 }
-
-
-def moved(name: str, there: str):  # type: ignore[no-untyped-def]
-    """A folder or file below the data root in another place."""
-
-    def damage(root: Path) -> Path:
-        shutil.move(root / name, aside := root / "aside")
-        (root / there).parent.mkdir(parents=True, exist_ok=True)
-        return Path(shutil.move(aside, root / there))
-
-    return damage
 
 
 def doubled(root: Path) -> Path:

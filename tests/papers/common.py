@@ -123,6 +123,20 @@ def flowers() -> None:
 FLOWERS = flowers, r"\[\{'(rose|tulip)': 0\.\d+, "
 
 
+def spoil(name: str, content: str | bytes | None = None, image: str = "") -> Callable[[Path], Path]:
+    """A file below the data root with another content, or without it; the error names the `image`, or the file."""
+
+    def damage(root: Path) -> Path:
+        path = root / name
+        if content is None:
+            path.unlink()
+        else:
+            path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return Path(image) if image else path
+
+    return damage
+
+
 def moved(old: str, new: str) -> Callable[[Path], Path]:
     """A file or folder below the data root at another place."""
 

@@ -18,7 +18,7 @@ from companion.models import dmt
 from companion.models.dmt import downstream
 from companion.training.recipe import run
 from tests.data import test_pretraining as layouts
-from tests.papers.common import FLOWERS, Fault, Found, Training, moved, without
+from tests.papers.common import FLOWERS, Fault, Found, Training, moved, spoil, without
 
 # --- runs of the `paper` profile on miniatures of the data sets, and copies that people have
 
@@ -37,17 +37,6 @@ FINE, DETECT = {"task": "fine-tune", "dataset": IMAGENET}, {"task": "detect", "d
 SEGMENT, OWN = {"task": "segment", "dataset": ADE20K}, {"task": "distil", "dataset": "folder"}
 RUNS = [FINE, FINE | {"task": "linear probe"}, FINE | {"encoder": "teacher"}, DETECT, SEGMENT, OWN]
 RUNS += [OWN | {"dataset": IMAGENET}]
-
-
-def spoil(name: str, content: bytes | None = None) -> Callable[[Path], Path]:
-    """A file below the data root with another content, or without it."""
-
-    def damage(root: Path) -> Path:
-        path = root / name
-        path.unlink() if content is None else path.write_bytes(content)
-        return path
-
-    return damage
 
 
 def boxes(**changes: object) -> Callable[[Path], Path]:

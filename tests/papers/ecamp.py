@@ -19,7 +19,7 @@ from companion.data.xrays import CLASSES, ONE_OF, REPORTS, SIZES, lists, tasks
 from companion.models import ecamp
 from companion.training.recipe import run as trained
 from tests.data.test_xrays import openi, picture, table
-from tests.papers.common import Fault, Found, Training, images
+from tests.papers.common import Fault, Found, Training, images, spoil
 
 # --- runs of the `paper` profile on miniatures of the data sets, and copies that people have
 
@@ -93,17 +93,6 @@ RUNS += [run("segment", "fundus/riga", encoder=encoder, protocol="plain") for en
 RUNS += [run("detect", "xrays/rsna", protocol=protocol) for protocol in ("released", "plain")]
 RUNS += [run("pre-train", name) for name in ("xrays/mimic-cxr", "xrays/openi", "folder")]
 RUNS += [run("pre-train", "xrays/mimic-cxr", method="ECAMP, no distillation")]
-
-
-def spoil(name: str, content: str | None = None, image: str = ""):  # type: ignore[no-untyped-def]
-    """A file below the data root with another content, or without it; the error names the `image`, or the file."""
-
-    def damage(root: Path) -> Path:
-        path = root / name
-        path.unlink() if content is None else path.write_text(content)
-        return Path(image) if image else path
-
-    return damage
 
 
 TEST = "xrays/covidx/test_list.txt"

@@ -18,7 +18,7 @@ from companion.training.hardware import Hardware
 from tests.data.conftest import expect
 from tests.data.test_slides import panda
 from tests.models.common import draw
-from tests.papers.common import Fault, Found, Training
+from tests.papers.common import Fault, Found, Training, spoil
 
 # --- runs of the `paper` profile on miniatures of the data sets, and copies that people have
 
@@ -48,17 +48,6 @@ PANDA = {"dataset": "slides/panda", "method": "Local", "region": 1024, "folds": 
 RUNS = [PANDA, PANDA | {"method": "Global"}, PANDA | {"dataset": "folder"}]
 
 
-def spoil(name: str, content: str | None):  # type: ignore[no-untyped-def]
-    """A file of PANDA with another content, or without it."""
-
-    def damage(root: Path) -> Path:
-        path = find("slides/panda").folder(root) / name
-        path.unlink() if content is None else path.write_text(content)
-        return path
-
-    return damage
-
-
 def features(root: Path) -> Path:
     (path := root / "features/0000ab.h5").write_text("no features")
     return path
@@ -82,11 +71,11 @@ def hole(root: Path) -> Path:
 
 COPIES = {"a hole": Fault(PANDA, hole, "1 of 48 slides of train.csv .*0000ab.tiff")}
 FAULTS = {
-    "a missing list": Fault(PANDA, spoil("folds/fold-0/test.csv", None), "write_folds"),
-    "a grade out of range": Fault(PANDA, spoil("train.csv", ROW), "'6'"),
+    "a missing list": Fault(PANDA, spoil("slides/panda/folds/fold-0/test.csv"), "write_folds"),
+    "a grade out of range": Fault(PANDA, spoil("slides/panda/train.csv", ROW), "'6'"),
     "unreadable features": Fault(PANDA, features, "0000ab"),
     "splits that overlap": Fault(PANDA, overlap, "disjoint"),
-    "the table of another set": Fault(PANDA, spoil("train.csv", "slide_id,label\n1,2\n"), "image_id"),
+    "the table of another set": Fault(PANDA, spoil("slides/panda/train.csv", "slide_id,label\n1,2\n"), "image_id"),
 }
 
 

@@ -23,7 +23,7 @@ from companion.toy.tokens import Tokenizer
 from tests.data import test_attributes as layouts
 from tests.data.conftest import expect, picture
 from tests.models.common import draw
-from tests.papers.common import NAMES, Fault, Found, Training, images, vit
+from tests.papers.common import NAMES, Fault, Found, Training, images, moved, vit
 
 # --- runs of the `paper` profile on miniatures of the data sets, and copies that people have
 
@@ -106,15 +106,6 @@ FAULTS = {
     "splits that overlap": Fault(PA100K, overlap, "'train' and 'test'"),
     "the file of another set": Fault(PA100K, another, "not those of PA-100K"),
 }
-
-
-def moved(name: str, there: str):  # type: ignore[no-untyped-def]
-    """A folder or file below the data root with another name."""
-
-    def damage(root: Path) -> Path:
-        return (root / name).rename(root / there)
-
-    return damage
 
 
 def ending(name: str, end: str):  # type: ignore[no-untyped-def]

@@ -28,7 +28,7 @@ from tests.conftest import parameters
 from tests.data import test_detection as layouts
 from tests.data.conftest import expect
 from tests.models.common import draw
-from tests.papers.common import NAMES, Fault, Found, Training, images
+from tests.papers.common import NAMES, Fault, Found, Training, images, moved
 
 # --- runs of the `paper` profile on miniatures of the data sets, and copies that people have
 
@@ -124,17 +124,6 @@ def ids_of_pandas(root: Path) -> Path:
             row |= {name: float(row[name]) for name in ("id", "image_id", "category_id", "width") if name in row}
         write_json(file, found)
     return root
-
-
-def moved(old: str, new: str):  # type: ignore[no-untyped-def]
-    """A folder below the data root under another name."""
-
-    def damage(root: Path) -> Path:
-        (root / new).parent.mkdir(parents=True, exist_ok=True)
-        (root / old).rename(root / new)
-        return root / new
-
-    return damage
 
 
 def linked(root: Path) -> Path:

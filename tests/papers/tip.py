@@ -16,7 +16,7 @@ from companion.io.files import write_json
 from companion.training.hardware import Hardware
 from tests.data.conftest import expect
 from tests.data.test_restoration import picture
-from tests.papers.common import Fault, Found, Training, images, moved, without
+from tests.papers.common import Fault, Found, Training, images, moved, spoil, without
 
 # --- runs of the `paper` profile on miniatures of the data sets, and copies that people have
 
@@ -56,17 +56,6 @@ RUNS = [
 ]
 
 
-def spoil(name: str, content: str | None):  # type: ignore[no-untyped-def]
-    """A file of COCO below the data root with another content, or without it."""
-
-    def damage(root: Path) -> Path:
-        path = root / "coco" / name
-        path.unlink() if content is None else path.write_text(content)
-        return path
-
-    return damage
-
-
 def overlap(root: Path) -> Path:
     """One image, listed twelve times: every tenth is tested."""
     (root / "captions.jsonl").write_text('{"file": "1.png", "caption": ""}\n' * 12)
@@ -75,10 +64,12 @@ def overlap(root: Path) -> Path:
 
 NO_CAPTIONS = '{"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": []}'
 FAULTS = {
-    "missing captions": Fault(COCO, spoil("annotations/captions_val2017.json", None), "captions_val2017"),
-    "captions of another set": Fault(COCO, spoil("annotations/captions_train2017.json", NO_CAPTIONS), "1 images .* 6 "),
-    "a missing image": Fault(COCO, spoil("train2017/train3.jpg", None), "train3"),
-    "an unreadable image": Fault(COCO, spoil("train2017/train0.jpg", "no image"), "train0"),
+    "missing captions": Fault(COCO, spoil("coco/annotations/captions_val2017.json"), "captions_val2017"),
+    "captions of another set": Fault(
+        COCO, spoil("coco/annotations/captions_train2017.json", NO_CAPTIONS), "1 images .* 6 "
+    ),
+    "a missing image": Fault(COCO, spoil("coco/train2017/train3.jpg"), "train3"),
+    "an unreadable image": Fault(COCO, spoil("coco/train2017/train0.jpg", "no image"), "train0"),
     "splits that overlap": Fault({"dataset": "folder"} | SMALL, overlap, "twice"),
 }
 

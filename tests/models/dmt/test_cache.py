@@ -1,6 +1,7 @@
 """Cached teachers: fixed views, the same tokens and losses, and caches of other teachers or images."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -63,7 +64,8 @@ def test_cached_losses_are_the_losses(tmp_path, dtype):
 
 def test_a_killed_build_resumes_where_it_was_written_and_a_finished_cache_runs_no_teacher(tmp_path, monkeypatch):
     """Five batches, killed in the fourth, the record of the third not yet written."""
-    monkeypatch.setattr(stored.time, "monotonic", iter([0.0, 61.0, 61.0, 122.0, 122.0, 123.0, *[200.0] * 9]).__next__)
+    clock = iter([0.0, 61.0, 61.0, 122.0, 122.0, 123.0, *[200.0] * 9])
+    monkeypatch.setattr(stored, "time", SimpleNamespace(monotonic=clock.__next__))
     with interrupted(monkeypatch, Teachers, "forward", 3):
         cached(tmp_path, batch=2, dtype="float32")
     asked, read = teachers(), []
