@@ -176,7 +176,7 @@ ODD |= {f"DICOM: {name}": (partial(dicom, values, **more), found) for name, (val
 def laid_out(read: Callable, names: str, folder: Path) -> tuple[tuple[str, ...], list[int], list[str]]:
     """Class names, images by split, and what the warning counts; a name that ends in / holds five images."""
     for name, i in itertools.product(names.split(), range(5)):
-        text(folder / (f"{name}{i}.png" if name.endswith("/") else name), "")
+        text(folder / (f"{name}{i}.png" if name.endswith("/") else name), name)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         found = read(folder)

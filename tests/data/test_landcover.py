@@ -1,5 +1,6 @@
 """Land cover in its real layouts: codes, windows, padding, locations and zones, xBD compiled in, user images."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -206,6 +207,19 @@ def test_own_images(tmp_path):
     assert [p.region for p in landcover.own(tmp_path, ["field", "wood"])["val"].pictures] == ["c"]
     png(tmp_path / "images" / "a b.png", noise())  # a preview of the same image: one map would replace the other
     refused(CorruptFile, "a b", landcover.own, tmp_path, ["field", "wood"])
+
+
+def test_masks_of_0_and_255(tmp_path):
+    """255 is ignored, where a mask of one class against the rest usually means that class."""
+    for name, codes in (("a", (0, 255)), ("b", (0,)), ("c", (255,))):
+        png(tmp_path / "images" / f"{name}.png", noise())
+        png(tmp_path / "labels" / f"{name}.png", np.resize(codes, (70, 90)).astype(np.uint8))
+    with pytest.warns(UserWarning, match="labels/a.png.*'wood'.*1"):
+        landcover.own(tmp_path, ["field", "wood"])
+    png(tmp_path / "labels" / "b.png", np.ones((70, 90), np.uint8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(landcover.own(tmp_path, ["field", "wood"])["all"]) == 3
 
 
 def test_a_part_of_a_set(tmp_path):

@@ -250,7 +250,11 @@ def test_a_listed_image_that_is_not_there_is_refused_before_any_is_read(name, tm
 LIST = "im/0.png 0 1\n"
 REFUSED: dict[str, list[Files]] = {
     "classes": [{"empty/x.txt": "x"}, {"b/x.png": "x"}],
-    "classes and splits": [classes("valid/"), {"test/c/0.png": (12, 16)}],
+    "classes and splits": [
+        classes("valid/"),
+        {"test/c/0.png": (12, 16)},
+        {"train/a/a0.png": "the same", "test/a/a0.png": "the same"},
+    ],
     "listed domains": [
         *({"split.json": split(train=rows)} for rows in ([], {}, [[]], "x", None, [["a/a0.png"]])),
         *(

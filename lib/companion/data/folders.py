@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import filecmp
 import os
 import re
 from collections import Counter, defaultdict
@@ -96,10 +97,13 @@ def of_file(path: Path) -> Iterator[None]:
 
 
 def check_apart(splits: Mapping[str, Iterable[str]]) -> None:
-    """Raise `CorruptFile` unless each file is in one split and there once, however its path is written or linked."""
+    """Raise `CorruptFile` unless each file is in one split and there once, however its path is written or linked, and
+    no file of its name, in another split's folder of the same name, is its copy to the byte."""
     seen: dict[str, dict[str, str]] = defaultdict(dict)  # folder -> name -> split
+    places: dict[str, str] = {}  # name of the folder and the file -> its path
     for split, paths in splits.items():
-        for folder, names in by_folder(map(os.fspath, paths)).items():
+        found = by_folder(map(os.fspath, paths)).items()
+        for folder, names in found:
             links: set[str] = set()
             with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder or ".") as there:
                 links = {entry.name for entry in there if entry.is_symlink()}
@@ -116,6 +120,14 @@ def check_apart(splits: Mapping[str, Iterable[str]]) -> None:
                     what = f"it is in the splits {where}: a test on it would mean nothing"
                     raise CorruptFile(f"{folder}/{name}", what)
                 known.update(dict.fromkeys(here, split))
+        named = {f"{folder.rpartition('/')[2]}/{name}": f"{folder}/{name}" for folder, names in found for name in names}
+        for path, other in ((named[key], places[key]) for key in sorted(named.keys() & places.keys())):
+            with contextlib.suppress(OSError):  # of files that are not there
+                if filecmp.cmp(path, other, shallow=False):
+                    raise CorruptFile(
+                        path, f"{other}, in another split, is a copy of it: a test on it would mean nothing"
+                    )
+        places |= named
 
 
 def by_folder(paths: Iterable[str]) -> dict[str, list[str]]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import colorsys
 import functools
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -58,6 +59,7 @@ TO_LOVEDA: dict[str, str] = _FACTS["TO_LOVEDA"]
 
 SPLITS = ("train", "val", "test")
 MOST = 255  # classes: one value of a byte is ignored
+LOOKED_AT = 8  # label files of one's own, for the codes in them
 LABELS = {"full": "", "eroded": "_noBoundary"}  # of Potsdam: the ending of their names
 PADDINGS = ("ignored", "impervious")
 TILE = 1024  # side in pixels of the windows of Potsdam's tiles and UAVid's frames
@@ -283,10 +285,10 @@ def own(
 
     images/*.tif (or .png, .jpg with a world file), uint8, and labels/ with the same names. A label file has one band,
     in which 0 is the first of `classes` and codes beyond the last are ignored, or three bands with the colours of
-    `classes`, in which black is ignored. Its name is the image's, with or without one of `ENDINGS`. An image may have
-    no label file; no-data pixels of the image are ignored. The location is the image's georeference, or else given by
-    `places.csv` next to the folders, with the column `image` (a name with or without its ending) and any of latitude,
-    longitude, zone, text.
+    `classes`, in which black is ignored; a warning says so where the first few hold 0 and 255 alone. Its name is the
+    image's, with or without one of `ENDINGS`. An image may have no label file; no-data pixels of the image are ignored.
+    The location is the image's georeference, or else given by `places.csv` next to the folders, with the column `image`
+    (a name with or without its ending) and any of latitude, longitude, zone, text.
 
     Args:
         classes: names, or name -> colour (red, green, blue), such as `read_classes` gives.
@@ -313,6 +315,10 @@ def own(
     pictures = {path.name: AerialImage(path, label_of[path.stem], path.stem) for path in files.values()}
     table = at(root, "places.csv")
     places = read_places(table) if table.is_file() else {}
+    first = [label for label in label_of.values() if label is not None][:LOOKED_AT]
+    if len(palette) < MOST and first and _codes(first) == {0, MOST}:
+        told = f"the labels are 0 and {MOST}, which is ignored, in {first[0]} and all others of the first {len(first)}"
+        warnings.warn(f"{told}: where {MOST} means {list(palette)[1]!r}, write it as 1", stacklevel=3)
     if unknown := places.keys() - files.keys():
         raise CorruptFile(table, f"no image of images/ is called {min(unknown)!r}")
     decode = functools.partial(plain_or_coloured, tuple(palette.values()))
@@ -439,6 +445,15 @@ def fetch(dataset: DataSet, root: Path, progress: bool) -> None:
             with fetched(dataset, root, progress) as new:
                 url = f"https://zenodo.org/records/5706578/files/{part}.zip"
                 download_and_extract_archive(url, str(new), filename=f"{part}.zip", md5=md5)
+
+
+def _codes(labels: Sequence[Path]) -> set[int]:
+    """The values of label files of one band; of colours none."""
+    found = set[int]()
+    for path in labels:
+        with Raster(path) as raster:
+            found |= set[int]() if raster.bands >= 3 else {*np.unique(raster.raw((1,))).tolist()}
+    return found
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
