@@ -36,6 +36,7 @@ def paper(slug: str) -> dict:
 
 def diagram(slug: str) -> str:
     """The path of the architecture diagram of a paper, models/<slug>/architecture.svg."""
+    check_choice("paper", slug, slugs())
     return str(MODELS / slug / "architecture.svg")
 
 
@@ -83,16 +84,18 @@ def threads(slug: str) -> dict[str, Any]:
     our words. `lower`, rows on numbers below the published ones: what one may `see`, `threads` that report it, the
     likely `cause` (`guess`: no thread says it), and what to `set`.
     """
+    check_choice("paper", slug, slugs())
     return yaml.safe_load((MODELS / slug / "threads.yaml").read_text(encoding="utf-8"))
 
 
 def rules(slug: str) -> dict[str, dict]:
-    """The rule of each parameter of a notebook: its type and accepted values; the common ones, then the paper's own.
+    """The rule of each parameter of a notebook, of a paper or "pocket": its type and accepted values; the common ones,
+    then the paper's own.
 
     Types: `switch`; `integer` and `number` (from `low` to `high`; `zero`: or 0); `choice` (one of `choices`); `list`
     (some of `choices`, separated by commas); `text` (anything; `examples` names usual values).
     """
-    return _common() | (paper(slug).get("parameters", {}) if slug in slugs() else {})
+    return _common() | ({} if slug == "pocket" else paper(slug).get("parameters", {}))
 
 
 @cache

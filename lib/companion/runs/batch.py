@@ -28,7 +28,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ..errors import BadParameter, check_choice
+from ..errors import BadParameter, Whole, check_choice, typed
 from ..io.files import atomic, read_json
 
 FIELDS = ("paper", "name", "resources")  # of an entry of `runs`; all others are parameters of its notebook
@@ -61,10 +61,10 @@ def expand(config: Mapping, papers: Collection[str]) -> dict[str, dict]:
     """
     from ..io.papers import convert, rules
 
-    found: dict[str, dict] = {}
-    if not isinstance(config["runs"], list) or not all(isinstance(entry, Mapping) for entry in config["runs"]):
-        raise BadParameter("runs", config["runs"], "a list of {paper: ..., parameter: value or [values], ...}")
-    for entry in config["runs"]:
+    found, runs = dict[str, dict](), config.get("runs")
+    if not isinstance(runs, list) or not all(isinstance(entry, Mapping) for entry in runs):
+        raise BadParameter("runs", runs, "a list of {paper: ..., parameter: value or [values], ...}")
+    for entry in runs:
         paper = entry.get("paper")
         check_choice("paper of a run", paper, papers)
         given = {**(config.get("parameters") or {}), **entry}
@@ -122,7 +122,8 @@ def of_table(slug: str, table: str, data_root: str | Path, dry_run: bool = False
 
 
 @contextlib.contextmanager
-def devices(count: int, folder: Path, poll: float = 1.0) -> Iterator[list[str]]:
+@typed
+def devices(count: Whole, folder: Path, poll: float = 1.0) -> Iterator[list[str]]:
     """Context manager: reserve `count` of this machine's GPUs.
 
     One lock file per machine and GPU in `folder` keeps other runs of the same checkout from it; the system releases

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..errors import CompanionError, MissingData
+from ..errors import CompanionError, MissingData, check_choice
+from ..io.papers import slugs
 
 CHECKOUT = Path(__file__).parents[3]
 
@@ -38,6 +39,7 @@ def agreement(slug: str, but: Sequence[str] = ()) -> pd.DataFrame:
     Args:
         but: the cases to leave out, such as those of full-size models.
     """
+    check_choice("paper", slug, slugs())
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "cases.csv"
         words = [slug, "--csv", str(file), *(word for name in but for word in ("--but", name))]

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from .. import data
-from ..errors import CompanionError
+from ..errors import CompanionError, Count, check_choice, typed
 from ..io.papers import MODELS, paper, slugs
 from ..training.hardware import Hardware, RunParameters, device
 from ..training.recipe import dry_items
@@ -40,6 +40,7 @@ SHARE = 0.3  # assumed fraction of the peak that a training reaches; `companion 
 
 def peak(gpu: str, precision: str) -> float:
     """The peak throughput of a GPU at a precision of `Hardware`, TFLOP/s."""
+    check_choice("gpu", gpu, GPUS)
     return GPUS[gpu][{"tf32": 1, "32-true": 2}.get(precision, 0)]
 
 
@@ -128,7 +129,8 @@ def _free() -> float:
     return free
 
 
-def batch(published: int | list[int], devices: int = 1, accumulate: int = 1) -> str:
+@typed
+def batch(published: Count | list[int], devices: Count = 1, accumulate: Count = 1) -> str:
     """The effective batch of a training as text: the authors', and how it is divided here; a warning if it is not.
 
     Args:

@@ -15,13 +15,15 @@ from torch.utils.data import TensorDataset
 
 from .. import backbones
 from ..data import classification, real
+from ..errors import check_choice
 
 CLASSES = {"RSSCN7, 350 images": 7, "CIFAR-10, 1,000 images": 10}
 FOLDERS = {"RSSCN7, 350 images": "rsscn7_small", "CIFAR-10, 1,000 images": "cifar10_small"}
 
 
 def folder(task: str) -> Path:
-    """The folder of a task's images. Raises `MissingData`: it does not exist."""
+    """The folder of a task's images. Raises `BadParameter`: no such task; `MissingData`: it does not exist."""
+    check_choice("task", task, FOLDERS)
     return real.folder(
         FOLDERS[task],
         title=f"{task.partition(',')[0]}, a part",

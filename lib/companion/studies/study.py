@@ -32,7 +32,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from ..errors import BadParameter, CompanionError, check_choice
+from ..errors import BadParameter, CompanionError, check_choice, typed
 from ..evaluation.ablations import KEYS, Study, frame, read, selected, source
 from ..io.files import atomic, read_json, write_json
 from ..io.papers import slugs
@@ -41,9 +41,15 @@ from ..io.provenance import PACKAGE, code_hash, sources
 from ..io.record import versions
 
 
+@typed
 def load(name: str) -> Study:
-    """The study of this name, `STUDY` of its module."""
-    return importlib.import_module(".".join(source(name).relative_to(PACKAGE.parent).with_suffix("").parts)).STUDY
+    """The study of this name, `STUDY` of its module. Raises `BadParameter`: there is none."""
+    module = ".".join(source(name).relative_to(PACKAGE.parent).with_suffix("").parts)
+    try:
+        return importlib.import_module(module).STUDY
+    except ModuleNotFoundError:
+        check_choice("study", name, [*slugs(), *(path.stem for path in Path(__file__).parent.glob("*_real.py"))])
+        raise  # of a module that the study imports
 
 
 def run(

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import BadParameter
+from ..errors import BadParameter, check_range
 
 
 @runtime_checkable
@@ -148,6 +148,7 @@ def rollout(maps: Sequence[Tensor]) -> Tensor:
     Returns:
         (batch, tokens, tokens), rows sum to 1.
     """
+    check_range("number of maps", len(maps), 1)
     joined = torch.eye(maps[0].shape[-1])
     for attention in maps:
         if attention.shape[-2:] != joined.shape[-2:]:
@@ -192,6 +193,7 @@ def token_pca(tokens: Tensor, grid: tuple[int, int]) -> np.ndarray:
     rows, columns = grid
     if tokens.shape[-2] != rows * columns:
         raise BadParameter("tokens", tuple(tokens.shape), f"{rows} x {columns} = {rows * columns} patch tokens")
+    check_range("channels of the tokens", tokens.shape[-1], 3)
     from sklearn.decomposition import PCA  # imported here because it takes a second
 
     flat = tokens.detach().float().cpu().flatten(0, -2).numpy()

@@ -21,7 +21,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ..errors import BadParameter, check_choice
+from ..errors import BadParameter, check_choice, check_range
 from .style import COLOURS, HEAT, STYLE, method_colours, styled
 
 _DPI = STYLE["figure.dpi"]
@@ -30,7 +30,10 @@ _DASHES = ("-", "--", ":", "-.")
 
 
 def denormalise(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """A model's input (3, H, W) as an RGB image (H, W, 3) in 0 to 1."""
+    """A model's input (3, H, W) as an RGB image (H, W, 3) in 0 to 1. Raises `BadParameter`: another shape."""
+    if image.ndim != 3 or not len(image) == len(mean) == len(std) == 3:
+        given = f"{tuple(image.shape)}, {len(mean)} means and {len(std)} deviations"
+        raise BadParameter("image", given, "(3, H, W), 3 means and 3 standard deviations")
     rgb = image.detach().float().cpu() * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)
     return rgb.clamp(0, 1).permute(1, 2, 0).numpy()
 
@@ -97,7 +100,10 @@ def show_images(
     mean: Sequence[float] = (0, 0, 0),
     std: Sequence[float] = (1, 1, 1),
 ) -> Figure:
-    """A grid of images (number, 3, H, W), normalised with `mean` and `std`, each below its title."""
+    """A grid of images (number, 3, H, W), normalised with `mean` and `std`, each below its title.
+
+    Raises `BadParameter`: no image, or not one title each."""
+    check_range("number of images", len(images), 1)
     columns = min(columns, len(images))
     rows = math.ceil(len(images) / columns)
     side = _panel(len(images))
@@ -131,7 +137,10 @@ def image_rows(
         titles: above the images of the first row, or by the name of a row above its own.
         side: of an image in inches.
         title: of the figure.
+
+    Raises `BadParameter`: no image, or more titles than images.
     """
+    check_range("images of the longest row", max(map(len, rows.values()), default=0), 1)
     above = titles if isinstance(titles, Mapping) else {next(iter(rows)): titles}
     if unknown := [name for name in above if len(above[name]) > len(rows.get(name, ()))]:
         raise BadParameter("titles", unknown, f"at most one an image, by the names of the rows: {list(rows)}")
@@ -181,6 +190,7 @@ def attention_grid(
     for name, maps in rows.items():
         if len(maps) != len(images):
             raise BadParameter("rows", f"{name}: {len(maps)} maps", f"{len(images)} maps, one an image")
+    check_range("number of images", len(images), 1)
     side = _panel(len(images) * (len(rows) + 1))
     names = {"image": "image"} | {name: _wrap(name, 1.1, 9) for name in rows}
     lines = max((_wrap(title, side).count("\n") + 1 for title in titles or ()), default=0)
@@ -220,7 +230,12 @@ def tsne(features: Tensor, labels: Tensor, ax: Axes, seed: int = 0, names: Seque
 
     The perplexity is 30, or less for fewer than 100 points. Classes differ by colour and marker. Distances between
     groups and sizes of groups mean nothing in such a plot. Returns positions (number, 2).
+
+    Raises `BadParameter`: fewer than two points, or not one label each.
     """
+    check_range("number of features", len(features), 2)
+    if len(labels) != len(features):
+        raise BadParameter("labels", f"{len(labels)} labels", f"{len(features)}, one a feature")
     from sklearn.manifold import TSNE  # imported here because it takes a second
 
     features = features.detach().float().cpu().numpy()
