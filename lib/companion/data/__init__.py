@@ -32,7 +32,7 @@ import numpy as np
 import yaml
 
 from ..errors import BadParameter, CompanionError, MissingData, Whole, check_choice, typed
-from .folders import SPELLED, at, below, by_folder, check_apart, entries, told
+from .folders import SPELLED, at, below, by_folder, check_apart, check_copies, entries, told
 
 
 @dataclass(frozen=True)
@@ -366,10 +366,11 @@ def once(read: Callable[Concatenate[Path, _P], _T], most: int = 16) -> Callable[
 
 def check_own(dataset: DataSet, root: Path, splits: Mapping[str, Any], listing: str = "") -> None:
     """Raise `MissingData` or `CorruptFile` unless each file of "train", "val" and "test" is there, and in one of them
-    once."""
+    once, and not as a copy in another."""
     known = {split: splits[split] for split in SPELLED if split in splits}
     check_listed(dataset, root, itertools.chain(*known.values()), listing)
     check_apart(known)
+    check_copies(known)
 
 
 def check_listed(dataset: DataSet, root: Path, paths: Iterable[str], listing: str = "") -> None:

@@ -97,13 +97,10 @@ def of_file(path: Path) -> Iterator[None]:
 
 
 def check_apart(splits: Mapping[str, Iterable[str]]) -> None:
-    """Raise `CorruptFile` unless each file is in one split and there once, however its path is written or linked, and
-    no file of its name, in another split's folder of the same name, is its copy to the byte."""
+    """Raise `CorruptFile` unless each file is in one split and there once, however its path is written or linked."""
     seen: dict[str, dict[str, str]] = defaultdict(dict)  # folder -> name -> split
-    places: dict[str, str] = {}  # name of the folder and the file -> its path
     for split, paths in splits.items():
-        found = by_folder(map(os.fspath, paths)).items()
-        for folder, names in found:
+        for folder, names in by_folder(map(os.fspath, paths)).items():
             links: set[str] = set()
             with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder or ".") as there:
                 links = {entry.name for entry in there if entry.is_symlink()}
@@ -120,13 +117,20 @@ def check_apart(splits: Mapping[str, Iterable[str]]) -> None:
                     what = f"it is in the splits {where}: a test on it would mean nothing"
                     raise CorruptFile(f"{folder}/{name}", what)
                 known.update(dict.fromkeys(here, split))
+
+
+def check_copies(splits: Mapping[str, Iterable[str]]) -> None:
+    """Raise `CorruptFile` where a file is the same, to the byte, as that of its name in another split's folder of the
+    same name."""
+    places: dict[str, str] = {}  # name of the folder and the file -> its path
+    for paths in splits.values():
+        found = by_folder(map(os.fspath, paths)).items()
         named = {f"{folder.rpartition('/')[2]}/{name}": f"{folder}/{name}" for folder, names in found for name in names}
         for path, other in ((named[key], places[key]) for key in sorted(named.keys() & places.keys())):
-            with contextlib.suppress(OSError):  # of files that are not there
+            with contextlib.suppress(FileNotFoundError):  # of a link, which is named when it is read
                 if filecmp.cmp(path, other, shallow=False):
-                    raise CorruptFile(
-                        path, f"{other}, in another split, is a copy of it: a test on it would mean nothing"
-                    )
+                    what = f"{other}, in another split, is a copy of it: a test on it would mean nothing"
+                    raise CorruptFile(path, what)
         places |= named
 
 
