@@ -242,7 +242,7 @@ def asked(facts: Mapping[str, Any]) -> Iterator[Fault]:
 def check_paper(folder: Path) -> Iterator[str]:
     """The faults of the files of a paper, one line of text each. The folder's name is the slug."""
     slug, paper = folder.name, Facts(folder / "paper.yaml", "paper")
-    rules = papers.rules("") | (paper.content or {}).get("parameters", {})
+    rules = papers.rules("pocket") | (paper.content or {}).get("parameters", {})
     rest = (partial(choices, folder), partial(cells, slug, rules), partial(study, slug), partial(drawn, slug))
     yield from paper.told(references, *rest)
     for kind, rule in (("findings", partial(cases, slug)), ("threads", asked)):

@@ -163,6 +163,8 @@ def test_own_folder(tmp_path):
     assert own(tmp_path)["val"].class_names == ("a cat", "a Bear")
     for part, each in (("train", 5), ("val", 2), ("test", 3)):
         tree(tmp_path / "split" / part, ("Bear", "cat", "owl"), each)
+        for path in (tmp_path / "split" / part).rglob("*.jpg"):  # no copies of those of another split
+            path.write_bytes(path.read_bytes() + part.encode())
     sets = own(tmp_path / "split")
     assert items(sets["val"]) == [(0, 0), (1, 0), (10, 1), (11, 1), (20, 2), (21, 2)]
     assert items(sets["all"]) == items(sets["train"]) + items(sets["val"]) + items(sets["test"])
