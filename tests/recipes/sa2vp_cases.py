@@ -23,6 +23,7 @@ from torch.utils.data import TensorDataset
 from companion import backbones
 from companion.data import DATASETS, classification
 from companion.io.papers import paper
+from companion.models.layers import classifying
 from companion.models.sa2vp import SA2VP, SA2VPSwin, recipe
 from companion.models.sa2vp.model import TwoPathways, two_pathway_loss
 from companion.training.callbacks import Callback
@@ -147,7 +148,8 @@ def _file(dataset: str, part: str) -> str:
 def _opened(dataset: str) -> dict[str, str]:
     """The lists that the profile trains on, selects on and tests."""
     with mock.patch.object(classification, "load", lambda name, root, part, transform: _file(name, part)):
-        return recipe.images(_parameters(dataset=dataset), _seen("vit_b16"))  # type: ignore[return-value]
+        transforms = recipe.transforms(dataset, _seen("vit_b16"))
+        return classifying.images(_parameters(dataset=dataset), transforms)  # type: ignore[return-value]
 
 
 def _labels(case: Case) -> list[Row]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -19,14 +18,14 @@ from ...data import domains, few, fewshot, find, present
 from ...data.domains import CLASSES
 from ...data.images import Images
 from ...errors import BadParameter, MissingWeights
-from ...evaluation import metrics
 from ...evaluation.tables import Cells, Results, compare_published, published_table
 from ...io import papers
-from ...training.fit import History, outputs_of
+from ...training.fit import History
 from ...training.hardware import Hardware, RunParameters
 from ...training.recipe import Training, dry_items
 from ...training.recipe import run as train
 from ...training.schedules import MakeOptimizer, Schedule, schedule, sgd
+from ..layers import classifying
 from ..layers.clip_prompting import PromptedCLIP
 from . import baselines as coop
 from .model import DPLQ, PROMPT, TEST_BATCH, loss
@@ -85,7 +84,8 @@ def run(p: Parameters, out: Path) -> Tested:
     check_targets(p)
     torch.manual_seed(p.seed)  # of the random weights of a dry run
     chosen = weights(p, "clip", p.weights)
-    clip = _clip(backbones.or_random(f"openclip:{CLIP}", chosen) if p.dry_run else chosen)
+    name = f"openclip:{CLIP}"
+    clip = backbones.build(name, backbones.or_random(name, chosen) if p.dry_run else chosen)
     domain = _domain(p, clip)
     title, tests = data(p, clip)
     learn = tests.pop("train")
@@ -105,12 +105,8 @@ def training(p: Parameters, data: Any, clip: nn.Module, domain: nn.Module | None
     trained_on = "base classes" if p.protocol == "base to novel" else "all classes"
     options = fit_options(p) | {"last": last(len(data), published_settings(p.protocol)), "name": p.method}
     facts = {"dataset": p.dataset, "noise": p.noise, "seed": p.seed, "precision": options["hardware"].precision}
-    facts |= {"data_root": Path(p.data_root), "trained on": trained_on}
+    facts |= {"data_root": Path(p.data_root), "trained on": trained_on, **classifying.own_facts(p, data)}
     classes = tuple(data.class_names)
-    # its images and labels may change between runs
-    if p.dataset == "folder" and not isinstance(data.sources[0], np.ndarray):
-        images = [os.path.relpath(path, p.data_root) for path in data.sources]
-        facts |= {"images": images, "labels": data.labels, "classes": classes}
     return Training(
         name=f"{p.dataset}, {trained_on}, seed {p.seed}, {p.method}",
         build=lambda: build(p, p.method, classes, clip, domain),
@@ -213,10 +209,6 @@ def build(
     return kinds[method]()
 
 
-def _clip(weights: str | Path) -> nn.Module:
-    return backbones.build(f"openclip:{CLIP}", weights)
-
-
 def domain_name(p: Parameters) -> str:
     """The domain model that the parameters name; by default the one of the dataset's domain."""
     name = p.domain or DOMAINS.get(p.dataset.partition("/")[0])
@@ -294,8 +286,7 @@ def accuracy(model: PromptedCLIP, data: Any, classes: tuple[str, ...], seed: int
     model.set_classes(classes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        logits = outputs_of(model, data, batch=TEST_BATCH, hardware=hardware)
-    return metrics.accuracy(torch.tensor(data.labels), logits)
+        return classifying.accuracy(model, data, hardware, TEST_BATCH)
 
 
 def rows(p: Parameters, scores: Mapping[str, float]) -> list[dict[str, Any]]:

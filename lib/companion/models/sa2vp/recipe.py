@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import pandas as pd
 import torch
 from torch import nn
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from ... import backbones
-from ...data import DATASETS, classification, few, present
-from ...data.images import Images
+from ...data import DATASETS, classification
 from ...errors import check_choice
-from ...evaluation import metrics
 from ...evaluation.tables import Cells, Results, compare_published, published_table
 from ...io import papers
 from ...training.callbacks import EarlyStop
-from ...training.fit import History, outputs_of
-from ...training.hardware import WORKERS, Hardware, RunParameters
-from ...training.recipe import Training, dry_items
+from ...training.hardware import WORKERS, Hardware
+from ...training.recipe import Training
 from ...training.recipe import run as train
 from ...training.schedules import adamw, schedule
+from ..layers import classifying
+from ..layers.classifying import Data, Tested, accuracy, weights
 from . import baselines as vpt
 from . import model
 from .model import SA2VP, loss
@@ -45,45 +43,17 @@ BASELINES: dict[str, Callable[..., nn.Module]] = {  # of a backbone and the numb
     "linear probing": vpt.LinearProbe,
     "full fine-tuning": vpt.FineTuning,
 }
-DRY_CLASSES = 10
 RESULTS = Results.of("sa2vp")
 
 
-class Parameters(RunParameters, Protocol):
+class Parameters(classifying.Parameters, Protocol):
     """The parameters of the notebook that the recipe reads."""
 
-    method: str
-    backbone: str
-    dataset: str
     attention: str
     width: int
     scale: float
     transform: str
     batch: int
-
-
-class Data(NamedTuple):
-    """The images of a run.
-
-    Attributes:
-        classes: names by label.
-        input: size and normalisation of the images.
-        splits: items (image, label) of "train", "test", and of "val" where it selects the epoch.
-    """
-
-    title: str
-    classes: tuple[str, ...]
-    input: backbones.Input
-    splits: dict[str, Any]
-
-
-class Tested(NamedTuple):
-    """A model of the `paper` profile, the history of its training, and its accuracy in percent on the test images."""
-
-    data: Data
-    model: nn.Module
-    history: History
-    accuracy: float
 
 
 def run(p: Parameters, out: Path) -> Tested:
@@ -97,45 +67,28 @@ def run(p: Parameters, out: Path) -> Tested:
     found = data(p)
     model, history = train(training(p, found), out)
     score = accuracy(model, found.splits["test"], hardware(p))
-    # a title such as "fgvc/cub200, lists not VPT's" is not that of a published cell
-    dataset = found.title if found.title.startswith(p.dataset) else p.dataset
-    row = {"backbone": p.backbone, "method": label(p), "dataset": dataset, "seed": p.seed, "accuracy": score}
-    RESULTS.measured(out / "measured.csv", row, dry_run=p.dry_run)
+    RESULTS.measured(out / "measured.csv", classifying.row(p, found, label(p), score), dry_run=p.dry_run)
     return Tested(found, model, history, score)
 
 
 def training(p: Parameters, found: Data) -> Training:
     """The training of `p.method` as published, or of two steps in a dry run."""
-    learn, val, seen = found.splits["train"], found.splits.get("val"), found.input
-    batch = batch_of(p)
-    facts = {"data_root": Path(p.data_root), "attention": p.attention, "precision": hardware(p).precision}
-    facts |= {"scale": p.scale, "transform": p.transform}
-    if p.dataset == "folder" and isinstance(learn, Images):  # they may change between runs
-        batch = min(batch, max(len(learn) // p.devices, 1) * p.devices)
-        paths = [os.path.relpath(path, p.data_root) for path in learn.sources]
-        facts |= {"images": paths, "labels": learn.labels, "classes": found.classes}
-    facts |= {"batch": batch, "mean": seen.mean, "std": seen.std, "epoch": "last" if val is None else "best on val"}
-    options = fit_options(published_settings(p.backbone, p.dataset)["lr"], hardware(p), val)
-    return Training(
-        name=f"{found.title}, {p.method}",
+    learning_rate = published_settings(p.backbone, p.dataset)["lr"]
+    return classifying.training(
+        p,
+        found,
         build=lambda: build(p, p.method, len(found.classes), weights(p)),
         loss=loss,
-        data=lambda: learn,
-        fit=options | {"epochs": EPOCHS, "batch": batch, "seed": p.seed, "name": p.method},
-        facts=facts,
-        dry_run=p.dry_run,
+        facts={"attention": p.attention, "scale": p.scale, "transform": p.transform},
+        epochs=EPOCHS,
+        batch=batch_of(p),
+        **fit_options(learning_rate, hardware(p), found.splits.get("val")),
     )
 
 
 def hardware(p: Parameters) -> Hardware:
     """The hardware of training and test."""
     return Hardware.of(p, "sa2vp", workers=WORKERS)
-
-
-def weights(p: Parameters) -> str | Path:
-    """The weights of the backbone: the parameter, or those of the cache, without which a dry run's are random."""
-    chosen = p.weights or "pretrained"
-    return backbones.or_random(p.backbone, chosen) if p.dry_run else chosen
 
 
 def batch_of(p: Parameters) -> int:
@@ -152,15 +105,7 @@ def data(p: Parameters) -> Data:
     Raises `MissingData`, `CorruptFile`, `MissingWeights`: with the download needed.
     """
     seen = input_of(backbones.build(p.backbone, weights(p)))
-    count = dry_items(p, batch_of(p))
-    if p.dry_run and not present(p.dataset, p.data_root, *split_names(p.dataset).values()):
-        title, splits = f"generated images in place of {p.dataset} (dry run)", generated(p, count, seen)
-        return Data(title, tuple(f"class {i}" for i in range(DRY_CLASSES)), seen, splits)
-    splits = images(p, seen)
-    learn = splits["train"]
-    names = learn.class_names if p.dataset == "folder" else map(str, range(learn.classes))
-    title = p.dataset if p.dataset == "folder" else learn.name
-    return Data(title, tuple(names), seen, few(splits, count) if p.dry_run else splits)
+    return classifying.data(p, batch_of(p), seen, transforms(p.dataset, seen, p.transform))
 
 
 def input_of(backbone: nn.Module) -> backbones.Input:
@@ -177,42 +122,6 @@ def transforms(dataset: str, seen: backbones.Input, kind: str = "recipe") -> tup
     if kind == "whole" or (kind == "recipe" and dataset.startswith("vtab/")):
         return (classification.resize_transform(seen),) * 2
     return classification.crop_transform(seen, train=True), classification.crop_transform(seen, train=False)
-
-
-def images(p: Parameters, seen: backbones.Input) -> dict[str, Images]:
-    """The "train" and "test" images of a dataset, and "val" if it selects the epoch.
-
-    VTAB-1k trains on all 1,000 images and tests the last epoch. FGVC trains on its training list alone and tests the
-    epoch with the best accuracy on val; HTA does the same, inferred from the loaders that it shares with FGVC. On a
-    folder nothing is selected on val: it is tested, or trained on where there is a test split.
-
-    Raises `MissingData`, `CorruptFile`: see `classification.load`.
-    """
-    varied, fixed = transforms(p.dataset, seen, p.transform)
-    if p.dataset == "folder":
-        own = classification.own(p.data_root, seed=p.seed)
-        parts = dict(zip(("train", "test"), ("trainval", "test") if "test" in own else ("train", "val"), strict=True))
-        for part, name in parts.items():
-            own[name].transform = varied if part == "train" else fixed
-        return {part: own[name] for part, name in parts.items()}
-    return {
-        part: classification.load(p.dataset, p.data_root, name, varied if part == "train" else fixed)
-        for part, name in split_names(p.dataset).items()
-    }
-
-
-def split_names(dataset: str) -> dict[str, str]:
-    """The splits that a run reads, by what they are to it."""
-    vtab = dataset.startswith("vtab/")
-    return {"train": "trainval", "test": "test"} if vtab else {name: name for name in ("train", "val", "test")}
-
-
-def generated(p: Parameters, count: int, seen: backbones.Input) -> dict[str, TensorDataset]:
-    """So many random images of the real shape in each split of a dataset."""
-    generator = torch.Generator().manual_seed(p.seed)
-    parts = ["train", "test", *(["val"] if p.dataset.startswith(("fgvc/", "hta/")) else [])]
-    images = {part: torch.randn(count, 3, seen.size, seen.size, generator=generator) for part in parts}
-    return {part: TensorDataset(found, torch.arange(count) % DRY_CLASSES) for part, found in images.items()}
 
 
 # --- model, optimiser, schedule, selection ----------------------------------------------------------------------------
@@ -257,15 +166,6 @@ def fit_options(learning_rate: float, hardware: Hardware, val: Dataset | None = 
     best = [EarlyStop(functools.partial(accuracy, data=val, hardware=hardware))] if val is not None else []
     optimizer = adamw(learning_rate, WEIGHT_DECAY)
     return {"optimizer": optimizer, "schedule": SCHEDULE, "callbacks": best, "hardware": hardware}
-
-
-# --- test -------------------------------------------------------------------------------------------------------------
-
-
-def accuracy(model: nn.Module, data: Dataset, hardware: Hardware, batch: int = 64) -> float:
-    """Top-1 accuracy in percent, of the image pathway if there are two."""
-    labels = data.tensors[1] if isinstance(data, TensorDataset) else torch.tensor(data.labels)
-    return metrics.accuracy(labels, outputs_of(model, data, batch=batch, hardware=hardware))
 
 
 # --- results ----------------------------------------------------------------------------------------------------------
