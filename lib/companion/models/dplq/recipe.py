@@ -105,7 +105,11 @@ def training(p: Parameters, data: Any, clip: nn.Module, domain: nn.Module | None
     trained_on = "base classes" if p.protocol == "base to novel" else "all classes"
     options = fit_options(p) | {"last": last(len(data), published_settings(p.protocol)), "name": p.method}
     facts = {"dataset": p.dataset, "noise": p.noise, "seed": p.seed, "precision": options["hardware"].precision}
-    facts |= {"data_root": Path(p.data_root), "trained on": trained_on, **classifying.own_facts(p, data)}
+    facts |= {
+        "data_root": Path(p.data_root),
+        "trained on": trained_on,
+        **classifying.own_facts(p.dataset, p.data_root, data),
+    }
     classes = tuple(data.class_names)
     return Training(
         name=f"{p.dataset}, {trained_on}, seed {p.seed}, {p.method}",

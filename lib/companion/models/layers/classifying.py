@@ -1,4 +1,4 @@
-"""A recipe for image classification on an encoder: weights, images, facts of a training, accuracy, row.
+"""A recipe for image classification on an encoder: weights, images, facts of a training, accuracy.
 
 What a paper adds is its model, its transforms and its numbers: see `models/sa2vp/recipe.py`.
 """
@@ -38,12 +38,14 @@ class Data(NamedTuple):
     """The images of a run.
 
     Attributes:
+        dataset: as the rows of results name it; other lists than the published ones have a name of their own.
         classes: names by label.
         input: size and normalisation of the images.
         splits: items (image, label) of "train", "test", and of "val" where it selects the epoch.
     """
 
     title: str
+    dataset: str
     classes: tuple[str, ...]
     input: backbones.Input
     splits: dict[str, Any]
@@ -80,11 +82,11 @@ def data(p: Parameters, batch: int, seen: backbones.Input, transforms: tuple[v2.
         shape = (count, 3, seen.size, seen.size)
         made = {part: TensorDataset(torch.randn(shape, generator=generator), labels) for part in split_names(p.dataset)}
         title = f"generated images in place of {p.dataset} (dry run)"
-        return Data(title, tuple(map(str, range(DRY_CLASSES))), seen, made)
+        return Data(title, p.dataset, tuple(map(str, range(DRY_CLASSES))), seen, made)
     splits = images(p, transforms)
     learn = splits["train"]
     names = learn.class_names or map(str, range(learn.classes))
-    return Data(learn.name, tuple(names), seen, few(splits, count) if p.dry_run else splits)
+    return Data(learn.name, learn.name, tuple(names), seen, few(splits, count) if p.dry_run else splits)
 
 
 def images(p: Parameters, transforms: tuple[v2.Transform, v2.Transform]) -> dict[str, Images]:
@@ -125,7 +127,7 @@ def training(
         fit: arguments of `fit`: epochs, batch, optimizer, schedule, callbacks, hardware.
     """
     learn = found.splits["train"]
-    own = own_facts(p, learn)
+    own = own_facts(p.dataset, p.data_root, learn)
     if own:
         fit["batch"] = min(fit["batch"], max(len(learn) // p.devices, 1) * p.devices)
     same = {"data_root": Path(p.data_root), "precision": fit["hardware"].precision, "batch": fit["batch"]}
@@ -142,11 +144,11 @@ def training(
     )
 
 
-def own_facts(p: Parameters, data: Any) -> dict[str, Any]:
+def own_facts(dataset: str, root: str | Path, data: Any) -> dict[str, Any]:
     """Paths, labels and classes of images of one's own, which may change between runs; {} of all others."""
-    if p.dataset != "folder" or not present(p.dataset, p.data_root):  # generated
+    if dataset != "folder" or not present(dataset, root):  # generated
         return {}
-    paths = [os.path.relpath(path, p.data_root) for path in data.sources]
+    paths = [os.path.relpath(path, root) for path in data.sources]
     return {"images": paths, "labels": data.labels, "classes": data.class_names}
 
 
@@ -154,10 +156,3 @@ def accuracy(model: nn.Module, data: Any, hardware: Hardware, batch: int = 64) -
     """Top-1 accuracy in percent, of the first output if there are more."""
     labels = torch.as_tensor(data.labels if hasattr(data, "labels") else data.tensors[1])
     return metrics.accuracy(labels, outputs_of(model, data, batch=batch, hardware=hardware))
-
-
-def row(p: Parameters, found: Data, method: str, accuracy: float) -> dict[str, Any]:
-    """The row of `RESULTS.measured`, with the `method`'s name in the tables."""
-    # a title such as "fgvc/cub200, lists not VPT's" is not that of a published cell
-    dataset = found.title if found.title.startswith(p.dataset) else p.dataset
-    return {"backbone": p.backbone, "method": method, "dataset": dataset, "seed": p.seed, "accuracy": accuracy}

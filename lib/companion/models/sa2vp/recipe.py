@@ -67,7 +67,8 @@ def run(p: Parameters, out: Path) -> Tested:
     found = data(p)
     model, history = train(training(p, found), out)
     score = accuracy(model, found.splits["test"], hardware(p))
-    RESULTS.measured(out / "measured.csv", classifying.row(p, found, label(p), score), dry_run=p.dry_run)
+    row = {"backbone": p.backbone, "method": label(p), "dataset": found.dataset, "seed": p.seed, "accuracy": score}
+    RESULTS.measured(out / "measured.csv", row, dry_run=p.dry_run)
     return Tested(found, model, history, score)
 
 
