@@ -43,7 +43,7 @@ def pocket(monkeypatch) -> None:
 
 def training(p):
     """The training of a run, with the toy CLIP and no domain model."""
-    clip = recipe.backbones.build(f"openclip:{recipe.CLIP}", "random")
+    clip = recipe._clip("random")
     return recipe.training(p, recipe.data(p, clip)[1]["train"], clip, None)
 
 
@@ -121,7 +121,7 @@ def test_the_domain_model_by_name_by_set_and_by_file(pocket, sets, tmp_path, mon
         file,
     )
     p = given(domain="remote-sensing", data_root=sets, protocol="cross-dataset", targets="medical/ccbtm")
-    assert recipe._domain(p, recipe.backbones.build(f"openclip:{recipe.CLIP}", "random")).num_features == 32
+    assert recipe._domain(p, recipe._clip("random")).num_features == 32
     assert recipe.weights(p, "remote-sensing", "mine.pth") == "mine.pth"
 
 

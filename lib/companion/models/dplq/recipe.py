@@ -84,8 +84,7 @@ def run(p: Parameters, out: Path) -> Tested:
     check_targets(p)
     torch.manual_seed(p.seed)  # of the random weights of a dry run
     chosen = weights(p, "clip", p.weights)
-    name = f"openclip:{CLIP}"
-    clip = backbones.build(name, backbones.or_random(name, chosen) if p.dry_run else chosen)
+    clip = _clip(backbones.or_random(f"openclip:{CLIP}", chosen) if p.dry_run else chosen)
     domain = _domain(p, clip)
     title, tests = data(p, clip)
     learn = tests.pop("train")
@@ -211,6 +210,10 @@ def build(
         "DPLQ": lambda: DPLQ(*common, domain, tokens=tokens, depth=depth, noise=p.noise),
     }
     return kinds[method]()
+
+
+def _clip(weights: str | Path) -> nn.Module:
+    return backbones.build(f"openclip:{CLIP}", weights)
 
 
 def domain_name(p: Parameters) -> str:

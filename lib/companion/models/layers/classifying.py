@@ -79,8 +79,10 @@ def data(p: Parameters, batch: int, seen: backbones.Input, transforms: tuple[v2.
     count = dry_items(p, batch)
     if p.dry_run and not present(p.dataset, p.data_root, *split_names(p.dataset).values()):
         generator, labels = torch.Generator().manual_seed(p.seed), torch.arange(count) % DRY_CLASSES
-        shape = (count, 3, seen.size, seen.size)
-        made = {part: TensorDataset(torch.randn(shape, generator=generator), labels) for part in split_names(p.dataset)}
+        made = {
+            part: TensorDataset(torch.randn(count, 3, seen.size, seen.size, generator=generator), labels)
+            for part in split_names(p.dataset)
+        }
         title = f"generated images in place of {p.dataset} (dry run)"
         return Data(title, p.dataset, tuple(map(str, range(DRY_CLASSES))), seen, made)
     splits = images(p, transforms)

@@ -74,7 +74,6 @@ def run(p: Parameters, out: Path) -> Tested:
 
 def training(p: Parameters, found: Data) -> Training:
     """The training of `p.method` as published, or of two steps in a dry run."""
-    learning_rate = published_settings(p.backbone, p.dataset)["lr"]
     return classifying.training(
         p,
         found,
@@ -83,7 +82,7 @@ def training(p: Parameters, found: Data) -> Training:
         facts={"attention": p.attention, "scale": p.scale, "transform": p.transform},
         epochs=EPOCHS,
         batch=batch_of(p),
-        **fit_options(learning_rate, hardware(p), found.splits.get("val")),
+        **fit_options(published_settings(p.backbone, p.dataset)["lr"], hardware(p), found.splits.get("val")),
     )
 
 
