@@ -27,6 +27,7 @@ from companion.evaluation.claims import SYNTHETIC
 from companion.evaluation.tables import Results
 from companion.io import papers
 from companion.io.files import read_json
+from companion.runs import notebooks
 
 ROOT = Path(__file__).parents[1]
 SCHEMA = yaml.safe_load(Path(__file__).with_name("schema.yaml").read_text(encoding="utf-8"))
@@ -257,6 +258,8 @@ def main() -> int:
     found = [line for file in files for line in file.told()]
     if not found:  # the package reads these when it is imported
         found = [line for slug in papers.slugs() for line in check_paper(papers.MODELS / slug)]
+    if not found and not (ROOT / "CITATION.cff").read_text(encoding="utf-8").endswith(notebooks.references()):
+        found = [f"{ROOT / 'CITATION.cff'}: references: not those of the papers; accepted: as `make notebooks` writes"]
     print("\n".join(found) or f"the facts of {len(papers.slugs())} papers are right")
     return int(bool(found))
 

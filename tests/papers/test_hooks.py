@@ -17,7 +17,6 @@ HOOKS = ("small", "TRAININGS", "EXAMPLE", "write", "RUNS", "FAULTS")
 ROWS = {  # files that all papers share: where each has a row
     "README.md": r"notebooks/{}\.ipynb",
     "site/docs/own_data.md": r"(?m)^## `{}`",
-    "notebooks/figures/all.yaml": r"\b{}\b",
 }
 
 

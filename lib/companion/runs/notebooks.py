@@ -196,6 +196,23 @@ def papers_table() -> str:
     return "\n".join(lines)
 
 
+def references() -> str:
+    """The papers as the last part of `CITATION.cff`."""
+    lines = ["references:"]
+    for slug in slugs():
+        facts = paper(slug)
+        lines += [
+            "  - type: article",
+            f'    title: "{facts["title"]}"',
+            f"    year: 20{facts['arxiv'][:2]}",
+            "    authors:",
+        ]
+        for family, given in (name.split(", ") for name in facts["authors"]):
+            lines.append(f"      - {{given-names: {given}, family-names: {family}}}")
+        lines += ["    identifiers:", "      - type: other", f"        value: arXiv:{facts['arxiv']}"]
+    return "\n".join(lines) + "\n"
+
+
 def index_table() -> str:
     """The notebooks of the papers with figure, question, seconds and needs, as the table of `notebooks/README.md`."""
     lines = ["| | notebook | here | the paper's tables |", "| --- | --- | --- | --- |"]
@@ -284,6 +301,10 @@ def main(words: list[str] | None = None) -> int:
         for mark, (path, table) in tables.items():
             if path.exists():
                 write_between(path, mark, table())
+        if (citation := root() / "CITATION.cff").exists():
+            text = citation.read_text(encoding="utf-8").partition("references:\n")[0] + references()
+            with atomic(citation) as temporary:
+                temporary.write_text(text, encoding="utf-8")
         if all((root() / "notebooks" / "figures" / f"{slug}.jpg").exists() for slug in slugs()):
             with atomic(root() / "notebooks" / "figures" / "all.jpg") as temporary:
                 montage().save(temporary, "jpeg", quality=82, optimize=True)
