@@ -74,6 +74,8 @@ class Facts:
             if inner in self.lines:
                 self.faults.append((inner, f"a second time, first in line {self.lines[inner]}", ()))
             self.lines[inner] = start.start_mark.line + 1
+            if any("TODO" in str(part.value) for part in (start, value) if isinstance(part, yaml.ScalarNode)):
+                self.faults.append((inner, "to be written (TODO)", ()))
             self._find(value, inner)
 
     def told(self, *rules: Callable[[Any], Iterable[Fault]]) -> Iterator[str]:

@@ -1,0 +1,33 @@
+"""The files of a new paper are complete, and what is left to write is named."""
+
+import ast
+
+import pytest
+
+from companion.errors import BadParameter
+from tests.papers.test_hooks import FILES
+from tools import facts, new_paper
+
+
+def test_what_is_left_is_named(tmp_path):
+    files = new_paper.write("adaptformer", "sa2vp", tmp_path)
+    measured = ("reports/",)  # by the study and the benchmark
+    assert all((tmp_path / file.format("adaptformer")).exists() for file in FILES if not file.startswith(measured))
+    for file in files:
+        if file.suffix == ".py":
+            ast.parse(file.read_text(encoding="utf-8"))
+    folder = tmp_path / "lib/companion/models/adaptformer"
+    named = [line.split(": ")[:2] for line in facts.check_paper(folder)]
+    for name in ("paper", "findings", "threads"):
+        file = folder / f"{name}.yaml"
+        rows = file.read_text(encoding="utf-8").splitlines()
+        left = {f"{file}:{number}" for number, row in enumerate(rows, 1) if "TODO" in row}
+        assert left and left <= {place for place, _ in named}
+    assert "authors.0" in [key for _, key in named]
+
+
+@pytest.mark.parametrize("slug", ["sa2vp", "Adapt-Former", "../x"])
+def test_slugs_that_are_refused(slug, tmp_path):
+    with pytest.raises(BadParameter, match="slug"):
+        new_paper.write(slug, "sa2vp", tmp_path)
+    assert not list(tmp_path.iterdir())
