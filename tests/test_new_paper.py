@@ -1,6 +1,8 @@
 """The files of a new paper are complete, and what is left to write is named."""
 
 import ast
+import subprocess
+import sys
 
 import pytest
 
@@ -31,3 +33,13 @@ def test_slugs_that_are_refused(slug, tmp_path):
     with pytest.raises(BadParameter, match="slug"):
         new_paper.write(slug, "sa2vp", tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_files_are_as_lint_wants_them(tmp_path):
+    files = [
+        str(path) for path in new_paper.write("adaptformer", "sa2vp", tmp_path) if path.suffix in (".py", ".ipynb")
+    ]
+    for words in (["check"], ["format", "--check"]):
+        command = [sys.executable, "-m", "ruff", *words, "--config", str(new_paper.ROOT / "pyproject.toml"), *files]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert not done.returncode, done.stdout

@@ -67,6 +67,7 @@ def small(recipe: ModuleType, patch: pytest.MonkeyPatch) -> None:
 FUNCTIONS = {  # what is to be written first in each file
     "lib/companion/models/{}/official.py": "from_official",
     "lib/companion/models/{}/recipe.py": "run",
+    "lib/companion/models/{}/figures.py": "first",
     "lib/companion/toy/{}.py": "train",
     "benchmarks/{}.py": "ours",
     "tests/models/{}/test_model.py": "test_model",
@@ -104,10 +105,8 @@ def facts(slug: str, like: Mapping) -> dict[str, object]:
 def notebook(slug: str, like: str) -> nbformat.NotebookNode:
     """The cells that every paper's notebook has."""
     code, text = nbformat.v4.new_code_cell, nbformat.v4.new_markdown_cell
-    opening, output = (
-        f'from companion.runs import report\n\nreport.opening("{slug}")',
-        {"tags": ["nbval-ignore-output"]},
-    )
+    opening = f'from companion.runs import report\n\nreport.opening("{slug}")'
+    output = {"tags": ["nbval-ignore-output"]}
     cells = [text("# TODO"), code(opening, metadata=output), text("> **Data.** TODO")]
     cells += [code(notebooks.parameters_cell(like), metadata={"tags": ["parameters"]})]
     cells += [code(f'run = report.start("{slug}", globals())\np = run.parameters'), text("## Method\n\nTODO")]

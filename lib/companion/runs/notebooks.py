@@ -12,10 +12,12 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
+import json
 import os
 import re
 import sys
 import tempfile
+import textwrap
 import time
 from pathlib import Path
 from typing import Any, cast
@@ -37,6 +39,7 @@ from .adopt import adopt
 
 WIDE = 1600  # pixels of a figure of a first screen
 LIMIT = 1_000_000  # bytes; GitHub does not render larger notebooks
+COLUMNS = 88  # of a line of code in a notebook
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 ABSOLUTE_PATH = re.compile(r"""(?:^|(?<=[\s'"(]))(?:/[\w.~-]+/[\w./~-]+|[A-Za-z]:\\[\w.\\-]+)""", re.MULTILINE)
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
@@ -137,7 +140,10 @@ def parameters_cell(slug: str) -> str:
     lines = []
     for name, rule in rules(slug).items():
         value = rule.get("choices", [usual.get(rule["type"], 0 if "zero" in rule else rule.get("low", 0))])[0]
-        lines.append(f"{name} = {value!r}  # {rule['help']}")
+        line = f"{name} = {json.dumps(value, ensure_ascii=False) if isinstance(value, str) else value}"
+        beside = f"{line}  # {rule['help']}"
+        above = [f"# {part}" for part in textwrap.wrap(rule["help"], COLUMNS - 2)]
+        lines += [beside] if len(beside) <= COLUMNS else [*above, line]
     return "\n".join(lines)
 
 
