@@ -316,7 +316,7 @@ def own(
     table = at(root, "places.csv")
     places = read_places(table) if table.is_file() else {}
     first = [label for label in label_of.values() if label is not None][:LOOKED_AT]
-    if len(palette) < MOST and first and _codes(first) == {0, MOST}:
+    if _codes(first) == {0, MOST}:
         told = f"the labels are 0 and {MOST}, which is ignored, in {first[0]} and all others of the first {len(first)}"
         warnings.warn(f"{told}: where {MOST} means {list(palette)[1]!r}, write it as 1", stacklevel=3)
     if unknown := places.keys() - files.keys():
@@ -448,11 +448,13 @@ def fetch(dataset: DataSet, root: Path, progress: bool) -> None:
 
 
 def _codes(labels: Sequence[Path]) -> set[int]:
-    """The values of label files of one band; of colours none."""
+    """The values of label files of one band, up to the first file with others than 0 and `MOST`; of colours none."""
     found = set[int]()
     for path in labels:
         with Raster(path) as raster:
-            found |= set[int]() if raster.bands >= 3 else {*np.unique(raster.raw((1,))).tolist()}
+            if raster.bands >= 3 or found - {0, MOST}:
+                break
+            found |= {*np.unique(raster.raw((1,))).tolist()}
     return found
 
 

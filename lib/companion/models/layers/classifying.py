@@ -95,8 +95,8 @@ def images(p: Parameters, transforms: tuple[v2.Transform, v2.Transform]) -> dict
     """The "train" and "test" images of a dataset, and "val" if it selects the epoch.
 
     VTAB-1k trains on all 1,000 images and tests the last epoch. FGVC trains on its training list alone and tests the
-    epoch with the best accuracy on val, and so does HTA. On a folder nothing is selected on val: it is tested, or
-    trained on where there is a test split.
+    epoch with the best accuracy on val; HTA does the same, inferred from the loaders of SA²VP's code, which it shares
+    with FGVC. On a folder nothing is selected on val: it is tested, or trained on where there is a test split.
 
     Raises `MissingData`, `CorruptFile`: see `classification.load`.
     """
