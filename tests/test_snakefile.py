@@ -66,6 +66,7 @@ class Workspace:
         cells = [new_markdown_cell(f"# {name}"), parameters, *map(new_code_cell, (WRITES, *cells))]
         kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
         nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": kernel}), self.path(f"notebooks/{name}.ipynb"))
+        self.write(f"lib/companion/models/{name}/paper.yaml", "parameters: {}\n")
 
     def path(self, name: str) -> Path:
         return self.folder / name
