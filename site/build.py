@@ -37,7 +37,7 @@ from companion.evaluation.claims import SPREAD, SYNTHETIC, counts
 from companion.io.files import read_json
 from companion.io.papers import FINDINGS, findings, paper, slugs
 from companion.io.provenance import code_hash, sources
-from companion.runs import needs
+from companion.runs import adopt, needs
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -229,6 +229,8 @@ def facts(runs: Mapping[str, Path], reports: Path) -> dict[str, Any]:
         "gpus": [read_json(file) for file in sorted((ROOT / "reports" / "gpu").glob("*.json"))],
         "share": needs.SHARE,
         "estimates": needs.table,
+        "contributed": {slug: found for slug in slugs() if (found := adopt.measured_cells(slug))},
+        "judged_by": {slug: adopt.judged(slug) for slug in slugs()},
         "longest": needs.longest,
         "comparisons": lambda: comparisons(reports),
         "leads": lambda one, shown: leads(one, shown, study(one["slug"], reports)),

@@ -14,7 +14,7 @@ from companion import cli
 from companion.io import record
 from companion.io.files import write_json
 from companion.io.papers import paper
-from companion.runs import needs, report
+from companion.runs import needs
 from tests.papers import bat
 from tests.parity.runner import ROOT as CASES
 from tests.parity.runner import Case
@@ -166,96 +166,3 @@ def test_parity_of_the_recipe_is_a_table(capfd, tmp_path):
 
 
 # --- runs of other machines -------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def made_elsewhere(tmp_path, monkeypatch):
-    """The folder that a checkout keeps a run in, with a study, and a run's folder, made by the same code elsewhere."""
-    checkout = tmp_path / "checkout"
-    (checkout / "notebooks").mkdir(parents=True)
-    (checkout / "lib" / "companion").mkdir(parents=True)
-    (checkout / "pyproject.toml").write_text("")
-    source = record.root() / "notebooks" / "sa2vp.ipynb"
-    (checkout / "notebooks" / "sa2vp.ipynb").write_bytes(source.read_bytes())
-    monkeypatch.chdir(checkout)
-    monkeypatch.setattr(report, "opens", lambda run: None)  # there are no data
-    monkeypatch.setattr(report.needs, "check", lambda *run: None)
-    closed(tmp_path / "away", "t")
-    target = checkout / "reports" / "paper" / "sa2vp"
-    target.mkdir(parents=True)
-    (target / "study.csv").write_text("kept")
-    return target, tmp_path / "away"
-
-
-def closed(out, table):
-    run = report.start("sa2vp", {"profile": "paper", "seed": 0, "out": str(out)})
-    run.table(table, pd.DataFrame({"a": [1]}))
-    run.close()
-
-
-def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def test_a_run_is_adopted_and_replaces_the_one_before_but_not_a_study(capsys, made_elsewhere):
-    target, away = made_elsewhere
-    columns = ["dataset", "seed", "accuracy"]
-    pd.DataFrame([("a", 0, 1.0), ("b", 0, 2.0)], columns=columns).to_csv(away / "measured.csv", index=False)
-    closed(away, "t")
-    assert call(capsys, "adopt", away)[0] == 0
-    adopted = contents(target)
-    assert adopted["tables/t.csv"] == (away / "tables" / "t.csv").read_bytes() and adopted["study.csv"] == b"kept"
-    assert call(capsys, "adopt", target)[0] == 0 and contents(target) == adopted, "in place already"
-    (target / "sa2vp.ipynb").write_text("of the run before")
-    pd.DataFrame([("b", 0, 3.0), ("b", 1, 4.0)], columns=columns).to_csv(away / "measured.csv", index=False)
-    (away / "tables" / "t.csv").unlink()
-    closed(away, "other")
-    assert call(capsys, "adopt", away)[0] == 0
-    assert contents(target).keys() == {"tables/other.csv", "claims.json", "run.json", "measured.csv", "study.csv"}
-    rows = pd.read_csv(target / "measured.csv").to_records(index=False).tolist()
-    assert rows == [("a", 0, 1.0), ("b", 0, 3.0), ("b", 1, 4.0)]
-    facts = json.loads((away / "run.json").read_text()) | {"code": "0" * 64, "commit": "abc"}
-    (away / "run.json").write_text(json.dumps(facts))
-    code, said, _ = call(capsys, "adopt", away)
-    assert code == 0 and "other code" in said and "abc" in said
-    before = {name: content for name, content in contents(target).items()}
-    for name in ("mine", "dataset=vtab-svhn,seed=0"):  # of a grid: wherever its folder is now, it replaces no other run
-        closed(away / "sa2vp" / name, "own")
-        (away / "sa2vp" / name).rename(away.parent / "moved")
-        assert call(capsys, "adopt", away.parent / "moved")[0] == 0
-        shutil.rmtree(away.parent / "moved")
-        assert (target / name / "tables" / "own.csv").is_file() and before.items() <= contents(target).items()
-
-
-def test_a_run_that_is_not_as_recorded_is_not_adopted(capsys, made_elsewhere):
-    target, away = made_elsewhere
-    honest = (away / "run.json").read_text()
-    facts = json.loads(honest)
-    for change, said in (
-        ({"outputs": {"../../x": "0"}}, "../../x"),
-        ({"outputs": [1]}, "run.json"),
-        ({"slug": "../x"}, "sa2vp"),
-        ({"profile": "../x"}, "pocket"),
-        ({"run": ".."}, "run.json"),
-        ({"run": "../x"}, "run.json"),
-        ("{", "run.json"),
-    ):
-        (away / "run.json").write_text(change if isinstance(change, str) else json.dumps(facts | change))
-        code, _, err = call(capsys, "adopt", away)
-        assert code != 0 and said in err, change
-    (away / "run.json").write_text(honest)
-    (away / "tables" / "t.csv").write_text("a\n2\n")
-    code, _, err = call(capsys, "adopt", away)
-    assert code == 1 and "t.csv" in err
-    assert contents(target.parents[1]) == {"paper/sa2vp/study.csv": b"kept"}
-
-
-def test_an_adoption_that_fails_leaves_what_was_there(capsys, made_elsewhere, monkeypatch):
-    def fails(source, new):
-        raise PermissionError(13, "Permission denied", str(new))
-
-    target, away = made_elsewhere
-    monkeypatch.setattr("shutil.copyfile", fails)
-    code, _, err = call(capsys, "adopt", away)
-    assert code == 1 and str(target.parent) in err
-    assert contents(target.parent) == {"sa2vp/study.csv": b"kept"}

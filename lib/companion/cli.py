@@ -1,4 +1,4 @@
-"""The `companion` command: requirements of a run, downloads, comparison with the authors' outputs, importing a run,
+"""The `companion` command: requirements of a run, downloads, comparison with the authors' outputs, archives of runs,
 features and heat maps of whole slides, and maps of land cover.
 
 companion doctor sa2vp [--data-root DIR]      what is missing for each table; the parameters and their accepted values
@@ -11,7 +11,8 @@ companion heatmap SLIDE --checkpoint FILE --weights FILE    a slide's predicted 
 companion landcover DIR --checkpoint FILE     a map of every GeoTIFF in DIR/images, by a network that you trained
 companion landcover DIR --check     the values of the masks in DIR/labels, their classes, and their shares
 companion run sa2vp vitb_fgvc_per_task --data-root DIR     all runs of a published table, then the table; resumes
-companion adopt DIR                           import a run made on another machine
+companion pack DIR -o FILE [--by NAME]        one small archive of a run, to send or to keep
+companion adopt FILE [--check]                check an archive, and take its rows into reports/contributed
 """
 
 from __future__ import annotations
@@ -128,7 +129,11 @@ def commands() -> dict[str, argparse.ArgumentParser]:
     sub.add_argument("--data-root", default="data")
     sub.add_argument("--dry-run", action="store_true", help="rehearse all of them: two steps each on a few items")
     sub.add_argument("--profile", default="profiles/local", help="of Snakemake: profiles/local or profiles/slurm")
-    command(adopt, "adopt", "import the results of a run made on another machine", "folder")
+    sub = command(pack, "pack", "write a run of the paper profile, without data and weights, as one archive", "folder")
+    sub.add_argument("-o", "--output", required=True, help="the archive, a new file")
+    sub.add_argument("--by", default="", help="who measured it, shown with its rows (default: nobody is named)")
+    sub = command(adopt, "adopt", "check an archive of `companion pack`, and take its rows over", "file")
+    sub.add_argument("--check", action="store_true", help="check it, and copy nothing")
     return found
 
 
@@ -466,11 +471,19 @@ def run(given: argparse.Namespace) -> int:
     return code
 
 
-def adopt(given: argparse.Namespace) -> int:
-    """Copy a run's results to `reports/`, see `runs.adopt`."""
-    from .runs.adopt import adopt as copy
+def pack(given: argparse.Namespace) -> int:
+    """Write the archive of a run, see `runs.archives`."""
+    from .runs import archives
 
-    print(copy(given.folder))
+    print(archives.pack(given.folder, given.output, given.by))
+    return 0
+
+
+def adopt(given: argparse.Namespace) -> int:
+    """Check an archive and copy it to `reports/contributed`, see `runs.adopt`."""
+    from .runs.adopt import adopt as take
+
+    print(take(given.file, given.check))
     return 0
 
 

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from companion.errors import CompanionError
 from companion.io.papers import paper
 from companion.runs import needs
+from companion.runs.archives import of_run
 from tests.conftest import parameters
 from tests.papers.common import Fault, hooks, shrink
 
@@ -62,10 +63,12 @@ def rehearse(slug: str, run: Mapping[str, object], folder: Path, patch: pytest.M
         if name.startswith("companion.") and hasattr(module, "DataLoader"):
             patch.setattr(module, "DataLoader", Sent)
     opened.clear()
-    recipe.run(parameters(slug, accelerator="cpu", **changes), folder / "out")
+    recipe.run(given := parameters(slug, accelerator="cpu", **changes), folder / "out")
     read = {name: count for name, count in opened.items() if name.startswith(f"{folder}/data/")}
     assert not {name for name, count in read.items() if count > 1 and not re.search(AGAIN, name)}, read
-    return recipe.RESULTS.measured(folder / "out" / "measured.csv")
+    rows = recipe.RESULTS.measured(folder / "out" / "measured.csv")
+    assert len(of_run(recipe.RESULTS, rows, vars(given))) == len(rows), "they are found by the parameters"
+    return rows
 
 
 def refused(slug: str, fault: Fault, folder: Path, patch: pytest.MonkeyPatch) -> None:

@@ -17,9 +17,11 @@ file again only when the file has changed.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import datetime
 import functools
+import hashlib
 import importlib
 import itertools
 import os
@@ -282,6 +284,33 @@ def _files(split: Any) -> list:
     """The files of a split's images; none for images in one array."""
     found = getattr(split, "sources", getattr(split, "paths", ()))
     return list(found) if all(isinstance(name, str | Path) for name in found) else []
+
+
+@typed
+def fingerprint(name: str, root: str | Path) -> dict[str, dict]:
+    """What identifies a copy of a data set, by split: the number of its `items`; how many have each of the `labels`
+    (of several labels an item, each of them; [] without any); hashes of the sorted `names` of its files below the
+    set's folder, and of the content of a `sample` of 16. A split that is not there is left out."""
+    dataset, found = find(name), dict[str, dict]()
+    for split, read in parts(dataset).items():
+        with contextlib.suppress(CompanionError):
+            items = read(Path(root))
+            files, arrays = sorted(map(str, _files(items))), getattr(items, "sources", ())
+            names = [os.path.relpath(file, dataset.folder(root)) for file in files]
+            names = names or [getattr(item, "name", "") for item in items if isinstance(items, list)]
+            sample = [Path(files[i]).read_bytes() for i in spaced(len(files), 16)]
+            if not files and isinstance(arrays, np.ndarray):
+                sample = [np.ascontiguousarray(arrays[i]).tobytes() for i in spaced(len(arrays), 16)]
+            labels, counts = np.asarray(getattr(items, "labels", ())), np.zeros(0, int)
+            if labels.size and labels.dtype.kind in "iub":
+                counts = np.bincount(labels) if labels.ndim == 1 and labels.min() >= 0 else (labels > 0).sum(0)
+            found[split] = {
+                "items": len(items),
+                "labels": np.atleast_1d(counts).tolist(),
+                "names": hashlib.sha256("\n".join(names).encode()).hexdigest(),
+                "sample": hashlib.sha256(b"".join(sample)).hexdigest(),
+            }
+    return found
 
 
 class Parts:

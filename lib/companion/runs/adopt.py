@@ -1,93 +1,305 @@
-"""Import the results of a run into `reports/`, which git tracks."""
+"""Archives of runs that others made: checked line by line, kept in `reports/contributed/<slug>/`, shown in the ledger.
+
+The archives themselves are kept, so no row replaces another: a cell shows mean, spread and number of its runs.
+
+What the checks show is that the parts of an archive agree with each other, with the code, and with what is known of the
+data. They do not show that somebody ran it.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import shutil
+import datetime
+import importlib
+import io
+import math
+import re
+import statistics
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pandas as pd
 
+from .. import data
 from ..errors import BadParameter, CorruptFile, check_choice
-from ..evaluation.tables import Results
+from ..evaluation.claims import judge_measured
+from ..evaluation.tables import Results, published_table
 from ..io import record
-from ..io.files import atomic, read_json, sha256, write_json
-from ..io.papers import slugs
+from ..io.files import atomic, read_json
+from ..io.papers import convert, paper, rules, slugs
 from ..io.provenance import code_hash, sources
-from .batch import NAME
+from . import needs
+from .archives import BY, ROWS, Archive, cells, of_run, read, sets_read
 
-MEASURED = "measured.csv"  # the results on real data, of all runs of a paper
+COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def adopt(folder: str | Path) -> str:
-    """Copy a run's results to `reports/` and return a message with their location.
+def adopt(file: str | Path, only_check: bool = False) -> str:
+    """Check an archive of `companion pack`, copy it to `reports/contributed/`, and return what was found.
 
-    The files must have the hashes of the run's record. Results of other code than this checkout's are taken too; the
-    message and the record name their commit. A run of a grid, whose name is in its record, keeps its folder. The
-    files of the previous run are replaced; a study is not deleted.
-
-    Raises:
-        BadParameter: the record is of an unknown paper or profile, or of a dry run.
-        CorruptFile: a file is missing, or its hash differs from the record's.
+    Raises `CorruptFile`: with a line for each thing that does not hold; or the same run is there already.
     """
-    source, root = Path(folder), record.root()
-    if not (source / "run.json").is_file():
-        raise CorruptFile(source / "run.json", "there is no such file: not the output folder of a run")
-    facts = read_json(source / "run.json")
+    archive = read(file)
+    notes = check(archive)
+    place = record.root() / "reports" / "contributed" / archive.slug / f"{archive.evidence[:12]}.zip"
+    for other in contributed(archive.slug):
+        if other.evidence == archive.evidence and other.file.resolve() != archive.file.resolve():
+            raise CorruptFile(archive.file, f"the same run as {other.file}")
+    if not only_check and place.resolve() != archive.file.resolve():
+        with atomic(place) as temporary:
+            temporary.write_bytes(archive.file.read_bytes())
+    said = "holds together" if only_check else f"adopted: {place.relative_to(record.root())}"
+    scores = cells(Results.of(archive.slug), archive.rows)
+    shown = dict.fromkeys(f"  {row}, {column}: {value:.2f}" for (_, row, column), value in scores.items())
+    return "\n".join([f"{archive.file}: {said}", *shown, *(f"  shown with its rows: {note}" for note in notes)])
+
+
+def contributed(slug: str) -> list[Archive]:
+    """The archives of a paper in `reports/contributed/`, by name."""
+    return [read(file) for file in sorted((record.root() / "reports" / "contributed" / slug).glob("*.zip"))]
+
+
+# --- what must hold ---------------------------------------------------------------------------------------------------
+
+Found = Iterator[tuple[bool, str]]  # whether it is a reason to refuse, and the line
+
+
+def check(archive: Archive) -> list[str]:
+    """What is to be shown with the rows of an archive: another copy of the data, code of another commit.
+
+    Raises `CorruptFile`: with a line for each thing that does not hold.
+    """
+    if archive.slug not in slugs():
+        raise CorruptFile(archive.file, f"of {archive.slug!r}, which is none of {', '.join(slugs())}")
+    found = list(_said(archive))
+    if not found:  # all else is read by the parameters
+        found = [line for part in (_code, _data, _history, _scores) for line in part(archive)]
+    if wrong := [line for refused, line in found if refused]:
+        raise CorruptFile(archive.file, "\n  ".join(["", *wrong]))
+    return [line for _, line in found]
+
+
+def _said(archive: Archive) -> Found:
+    """The parameters, who and when."""
+    facts, known = archive.facts, rules(archive.slug)
+    given = facts["parameters"]
+    for name, value in given.items():
+        try:
+            check_choice("parameter", name, known)
+            convert(name, value, known[name])
+        except BadParameter as error:
+            yield True, f"parameters: {error}"
+    if given.get("profile") != "paper" or given.get("dry_run"):
+        yield True, "parameters: not of the `paper` profile, or of a dry run, whose numbers mean nothing"
+    if not BY.fullmatch(facts["by"]):
+        yield True, "by: has other characters than letters, digits, blanks and . - _ @"
     try:
-        slug, profile, code, outputs = (facts[k] for k in ("slug", "profile", "code", "outputs"))
-        outputs = dict(outputs)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CorruptFile(source / "run.json", f"not a run record ({error})") from error
-    check_choice("slug", slug, {*slugs(), *(path.stem for path in (root / "notebooks").glob("*.ipynb"))})
-    check_choice("profile", profile, ("pocket", "paper"))
-    if facts.get("parameters", {}).get("dry_run"):
-        raise BadParameter("folder", folder, "a run that is no dry run, whose numbers mean nothing")
-    notebook = root / "notebooks" / f"{slug}.ipynb"
-    if not notebook.is_file():
-        raise CorruptFile(notebook, "there is no such file: call `companion adopt` in the project's checkout")
-    for name, hashed in outputs.items():
-        path = source / name
-        if not path.resolve().is_relative_to(source.resolve()):
-            raise CorruptFile(source / "run.json", f"{name} lies outside of the folder")
-        if not path.is_file() or sha256(path) != hashed:
-            raise CorruptFile(path, "missing, or not the file that the record's hash is of")
-    here = source.resolve()
-    name = str(facts.get("run", here.name if here.parent.name == slug else ""))  # records of before have none
-    if name and (not NAME.fullmatch(name) or name.startswith(".")):
-        raise CorruptFile(source / "run.json", f"run = {name!r} is not the name of a run")
-    target = root / "reports" / profile / slug / name
-    if target.resolve() == here:
-        return f"{target.relative_to(root)} is already in place"
-    executed = [path.name for path in source.glob(f"{slug}.ipynb")]
-    before = _outputs(target)
-    with contextlib.ExitStack() as renamed:  # all files at the end, when each was copied
-        new = {name: renamed.enter_context(atomic(target / name)) for name in (*outputs, *executed)}
-        for name, path in new.items():
-            shutil.copyfile(source / name, path)
-        if MEASURED in outputs and (target / MEASURED).exists():
-            _gather(slug, target / MEASURED, new[MEASURED])
-    for name in {*before, f"{slug}.ipynb"} - {*new, MEASURED}:
-        (target / name).unlink(missing_ok=True)
-    write_json(target / "run.json", facts | {"outputs": {name: sha256(target / name) for name in outputs}})
-    message = f"adopted {len(outputs)} files into {target.relative_to(root)}"
-    if code != code_hash([notebook, *sources(notebook)]):
-        message += f"; made by other code than this checkout's, commit {facts.get('commit') or 'unknown'}"
-    if not executed:
-        message += f"\nthere is no executed {slug}.ipynb among them, so the site cannot show the run"
-    return message
+        if datetime.date.fromisoformat(facts["date"]) > datetime.date.today():
+            raise ValueError("it is to come")
+    except ValueError as error:
+        yield True, f"date: no day until today ({error})"
 
 
-def _outputs(folder: Path) -> list[str]:
-    """The outputs of the previous run in `folder`, by its record; none if the record is missing or invalid."""
-    with contextlib.suppress(CorruptFile, TypeError, KeyError):
-        outputs = read_json(folder / "run.json")["outputs"]
-        return [name for name in outputs if (folder / name).resolve().is_relative_to(folder.resolve())]
-    return []
+def _code(archive: Archive) -> Found:
+    """The code is that of this checkout, or of one of its commits; the notebook is the one of that commit."""
+    facts, name = archive.facts, f"notebooks/{archive.slug}.ipynb"
+    with _checkout(facts["code"], facts["commit"], name) as (root, which):
+        if root is None:
+            made = facts["commit"] or "no commit"
+            yield True, f"code: {facts['code'][:12] or 'unknown'}, of {made}, is not that of a commit of this checkout"
+            return
+        if which:
+            yield False, f"code of {which}"
+        wanted, ran = _cells_of(read_json(root / name)), _cells_of(archive.notebook)
+        if archive.notebook and [text for text in ran if not text.startswith("# Parameters\n")] != wanted:
+            yield True, f"notebook.ipynb: its code is not that of {name}"
 
 
-def _gather(slug: str, before: Path, new: Path) -> None:
-    """Add to the measured results in `new` those of the runs `before` that measured something else."""
-    results = Results.of(slug)
-    rows = pd.concat([results.measured(before), results.measured(new)])
-    rows.drop_duplicates([key for key in results.keys if key in rows], keep="last").to_csv(new, index=False)
+def _cells_of(notebook: Mapping) -> list[str]:
+    cells = notebook.get("cells", [])
+    return ["".join(cell.get("source", "")) for cell in cells if cell.get("cell_type") == "code"]
+
+
+@contextlib.contextmanager
+def _checkout(code: str, commit: str, name: str) -> Iterator[tuple[Path | None, str]]:
+    """The folder of a checkout whose notebook has that code hash, and its commit in words ("": this one); None where
+    there is none."""
+    root = record.root()
+    if code_hash([root / name, *sources(root / name)]) == code:
+        yield root, ""
+        return
+
+    def git(*words: str) -> bytes:
+        return subprocess.run(["git", "-C", str(root), *words], capture_output=True).stdout
+
+    with tempfile.TemporaryDirectory() as folder:
+        at, packed = Path(folder), git("archive", commit, "lib", name) if COMMIT.fullmatch(commit) else b""
+        if packed:
+            with tarfile.open(fileobj=io.BytesIO(packed)) as files:
+                files.extractall(at, filter="data")
+            package = at / "lib" / "companion"
+            if code_hash([at / name, *sources(at / name, package)], package) == code:
+                tag = git("describe", "--tags", "--exact-match", commit).decode().strip()
+                yield at, f"release {tag}" if tag else f"commit {commit[:10]}"
+                return
+        yield None, ""
+
+
+def _data(archive: Archive) -> Found:
+    """The sets are those of the parameters, of the published sizes, and the copy of the rows before."""
+    facts = archive.facts
+    if (wanted := {*sets_read(archive.slug, facts["parameters"])}) != facts["data"].keys():
+        there = ", ".join(facts["data"]) or "no set"
+        yield True, f"data: of {there}; the parameters name {', '.join(sorted(wanted)) or 'none'}"
+        return
+    before = [other.facts["data"] for other in contributed(archive.slug) if other.evidence != archive.evidence]
+    for name, splits in facts["data"].items():
+        for split, items in data.find(name).sizes.items():
+            if splits.get(split, {}).get("items", items) != items or not splits:
+                there = splits.get(split, {}).get("items")
+                yield True, f"data: {name} has {there} items in {split}, and {items:,} were published"
+        copies = [sets[name] for sets in before if name in sets]
+        if copies and splits not in copies:
+            yield False, f"another copy of {name} than that of the rows before: names, labels or content differ"
+
+
+def _history(archive: Archive) -> Found:
+    """The steps are in order, as many as the published training has, their losses numbers, the last as measured."""
+    facts, histories = archive.facts, archive.histories
+    run = needs.run_of(archive.slug, SimpleNamespace(**facts["parameters"]))
+    if len(facts["steps"]) != len(histories):
+        yield True, f"history: of {len(histories)} trainings, and run.json tells of {len(facts['steps'])}"
+        return
+    for number, (steps, rows) in enumerate(zip(facts["steps"], histories, strict=True)):
+        numbers = rows.apply(pd.to_numeric, errors="coerce")
+        ordered = "step" in rows and numbers["step"].is_monotonic_increasing and numbers["step"].is_unique
+        if (
+            not ordered
+            or len(rows) != min(steps, ROWS)
+            or numbers["step"].iloc[-1] - numbers["step"].iloc[0] != steps - 1
+        ):
+            yield True, f"history/{number}.csv: not the thinned history of {steps} steps"
+        elif not numbers.map(math.isfinite).all(axis=None):
+            yield True, f"history/{number}.csv: a loss or a learning rate that is no number"
+    longest = max(facts["steps"], default=0)
+    if run and (expected := _steps(facts, run)) and not expected / 2 <= longest <= expected * 2:
+        yield True, f"history: {longest} steps, and the published training has about {expected:,.0f}"
+    measured = archive.rows
+    losses = measured["score"][measured["metric"] == "last loss"] if "metric" in measured else ()
+    ends = [float(rows["loss"].iloc[-1]) for rows in histories if "loss" in rows]
+    for loss in losses:
+        if not any(math.isclose(loss, end, rel_tol=1e-3) for end in ends):
+            yield True, f"measured.csv: a last loss of {loss:g}, and the histories end with {ends}"
+
+
+def _steps(facts: Mapping, run: Mapping) -> float:
+    """The steps of the published training of a run, about; 0 where they are not known."""
+    batch = needs.step_images(facts["slug"], run)
+    splits: Mapping[str, Mapping] = next(iter(facts["data"].values()), {})
+    counted = [splits[name]["items"] for name in ("trainval", "train") if name in splits]
+    items = run.get("images", {}).get("train") or next(iter(counted), 0)
+    return run["epochs"] * max(items / batch, 1) if batch else 0
+
+
+def _scores(archive: Archive) -> Found:
+    """The scores are of this run, fill published cells, are possible, and not too good."""
+    results, rows = Results.of(archive.slug), archive.rows
+    values = [value for value in results.values if value in rows]
+    if missing := {*results.keys} - {*rows.columns}:
+        yield True, f"measured.csv: no column {', '.join(sorted(missing))}"
+        return
+    scores = rows[values].apply(pd.to_numeric, errors="coerce")
+    if (
+        not values
+        or not scores.map(math.isfinite).any(axis=1).all()
+        or (scores.isna() & rows[values].notna()).any(axis=None)
+    ):
+        yield True, "measured.csv: a row without a score, or a score that is no number"
+        return
+    if "dry_run" in rows or rows.duplicated(list(results.keys)).any():
+        yield True, "measured.csv: rows of a dry run, or a row twice"
+    if len(of_run(results, rows, archive.facts["parameters"])) < len(rows):
+        yield True, "measured.csv: rows of other parameters than those of run.json"
+    found = cells(results, rows)
+    if not found:
+        yield True, "measured.csv: no row fills a published table or judges a claim"
+    for (table, row, column), score in found.items():
+        frame = published_table(archive.slug, table) if table else pd.DataFrame()
+        if frame.attrs.get("unit") != "percent" or column not in frame:
+            continue
+        best, least = frame[column].max(), _least(archive, frame.attrs["metric"])
+        if not least <= score <= 100:
+            yield True, f"{row}, {column}: {score:g} %; possible are {least:.3g}, of a constant prediction, to 100"
+        elif score > (100 + best) / 2:
+            yield (
+                True,
+                f"{row}, {column}: {score:g} % is too good: less than half of the errors of the best, {best:g} %",
+            )
+
+
+def _least(archive: Archive, metric: str) -> float:
+    """Percent that a constant prediction reaches at least, where the score is an accuracy and the classes are known."""
+    tests = [splits.get("test", {}).get("labels") for splits in archive.facts["data"].values()]
+    shares = [100 * min(filter(None, labels)) / sum(labels) for labels in tests if labels and any(labels)]
+    return min(shares, default=0) if metric.endswith("accuracy") else 0
+
+
+# --- what the ledger shows --------------------------------------------------------------------------------------------
+
+
+def measured_cells(slug: str) -> list[dict[str, Any]]:
+    """The published cells that contributed runs fill: `table`, `row`, `column`, the `published` number, the runs'
+    `values`, their `mean` and `spread` (None for one run), and of the runs `gpus`, `by`, `dates` and `notes`."""
+    results, found = Results.of(slug), dict[tuple[str, str, str], dict[str, Any]]()
+    for archive in contributed(slug):
+        notes = check(archive)
+        for (table, row, column), value in cells(results, archive.rows).items():
+            if not table:
+                continue
+            frame = published_table(slug, table).set_index("method")
+            published = frame[column].get(row) if column in frame else None
+            new = {"table": frame.attrs["title"], "row": row, "column": column, "published": published}
+            new |= {"values": [], "gpus": [], "by": [], "dates": [], "notes": []}
+            cell = found.setdefault((table, row, column), new)
+            facts = archive.facts
+            cell["values"].append(value)
+            cell["gpus"].append(facts["device"])
+            cell["by"] += [facts["by"]] if facts["by"] else []
+            cell["dates"].append(facts["date"])
+            cell["notes"] += notes
+    for cell in found.values():
+        values = cell["values"]
+        cell |= {"mean": statistics.fmean(values), "spread": statistics.stdev(values) if len(values) > 1 else None}
+        cell |= {key: list(dict.fromkeys(cell[key])) for key in ("gpus", "by", "dates", "notes")}
+    return list(found.values())
+
+
+def judged(slug: str) -> dict[str, str]:
+    """What contributed runs say of the claims that they judge, by id: whether it holds, of how many runs and GPUs, and
+    the measurements. A cell is the mean over its runs."""
+    results, archives = Results.of(slug), contributed(slug)
+    if not archives:
+        return {}
+    recipe = importlib.import_module(f"companion.models.{slug}.recipe")
+    rows = pd.concat([archive.rows for archive in archives])
+    scores = [value for value in results.values if value in rows]
+    means = rows.groupby(list(results.keys), dropna=False, as_index=False)[scores].mean()
+    claimed, found = results.claimed(means), dict[str, str]()
+    for name in {spec["by"] for spec in paper(slug).get("computed", ()) if "of" not in spec}:
+        claimed |= getattr(recipe, name)(means)
+    for claim in paper(slug)["claims"]:
+        named = [c[key] for c in claim.get("measured", []) for key in ("of", "over") if key in c]
+        if not {tuple(cell) for cell in named} & claimed.keys():
+            continue
+        holds, said = judge_measured(claim["measured"], claimed)
+        methods = {method for method, _ in named}
+        part = [one for one in archives if methods & {row for _, row, _ in cells(results, one.rows)}]
+        status = {True: "holds", False: "fails", None: "not all of it was measured"}[holds]
+        gpus = len({one.facts["device"] for one in part})
+        found[claim["id"]] = f"{status} (n = {len(part)}, {gpus} GPU{'s' * (gpus > 1)}, contributed): {said}"
+    return found

@@ -72,6 +72,12 @@ def memory(slug: str, run: dict, precision: str, where: str = "cuda", images: fl
     return wanted, f" for a step of {images:.0f} images at {precision} (counted: {how})"
 
 
+def step_images(slug: str, run: Mapping) -> float:
+    """The images of a step of a run's training, on all devices and with all accumulation; 0 where they are unknown."""
+    parts = run.get("batch") or _counted(slug).get(run["id"], {}).get("images", 0)
+    return math.prod(parts) if isinstance(parts, list) else parts
+
+
 def disk(slug: str, run: dict) -> float:
     """The GB that a run writes below `out`: two checkpoints, since a new one is written before the old one goes, and
     `out_gb` of its entry in `paper.yaml`."""
@@ -80,7 +86,7 @@ def disk(slug: str, run: dict) -> float:
 
 def check(slug: str, p: RunParameters, out: Path) -> None:
     """Raise `CompanionError` where less memory or disk is free than a step of the run with these parameters takes."""
-    run = next((run for run in paper(slug)["runs"] if _is(run, p)), None)
+    run = run_of(slug, p)
     counted = _counted(slug).get(run["id"]) if run else None
     if (
         run is None or counted is None or p.devices > 1
@@ -106,11 +112,16 @@ def check(slug: str, p: RunParameters, out: Path) -> None:
         raise CompanionError(f"{what}; {room:.1f} GB are free in {out}: choose another `out`, or make room")
 
 
-def _is(run: Mapping, p: RunParameters) -> bool:
-    """Whether an entry of `paper.yaml` is the run of these parameters."""
-    given, named = vars(p), run.get("parameters", {}).items()
-    chosen = all(given.get(k) in (v if isinstance(v, list) else [v]) for k, v in named if "{" not in str(v))
-    return chosen and (given.get("dataset") or "folder").startswith(("folder", run["data"]))
+def run_of(slug: str, p: RunParameters) -> dict | None:
+    """The first entry of `runs` in `paper.yaml` that is the run of these parameters; None where none is."""
+    given = vars(p)
+
+    def same(run: Mapping) -> bool:
+        named = run.get("parameters", {}).items()
+        chosen = all(given.get(k) in (v if isinstance(v, list) else [v]) for k, v in named if "{" not in str(v))
+        return chosen and (given.get("dataset") or "folder").startswith(("folder", run["data"]))
+
+    return next(filter(same, paper(slug)["runs"]), None)
 
 
 def free(where: str) -> float:

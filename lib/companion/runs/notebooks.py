@@ -15,6 +15,7 @@ import copy
 import json
 import os
 import re
+import shutil
 import sys
 import tempfile
 import textwrap
@@ -35,7 +36,6 @@ from ..io.files import atomic, read_json, write_between
 from ..io.papers import convert, paper, rules, slugs
 from ..io.record import root
 from . import needs
-from .adopt import adopt
 
 WIDE = 1600  # pixels of a figure of a first screen
 LIMIT = 1_000_000  # bytes; GitHub does not render larger notebooks
@@ -273,6 +273,18 @@ def span(seeds: list[int]) -> str:
     return f"{first} to {last}" if consecutive else ", ".join(map(str, seeds))
 
 
+def keep(out: Path, slug: str) -> None:
+    """Replace the files of the run before in `reports/pocket/<slug>` by those of the folder `out`; a study stays."""
+    target = root() / "reports" / "pocket" / slug
+    before = read_json(target / "run.json")["outputs"] if (target / "run.json").exists() else {}
+    new = [*read_json(out / "run.json")["outputs"], "run.json"]
+    for name in new:
+        with atomic(target / name) as temporary:
+            shutil.copyfile(out / name, temporary)
+    for name in before.keys() - {*new}:
+        (target / name).unlink(missing_ok=True)
+
+
 def main(words: list[str] | None = None) -> int:
     """Refresh or check the given notebooks; return 1 when one of them must not be committed."""
     parser = argparse.ArgumentParser(prog="companion.runs.notebooks", description=main.__doc__)
@@ -295,7 +307,7 @@ def main(words: list[str] | None = None) -> int:
                     name = paper(path.stem)["figure"] if path.stem in slugs() else ""
                     if (figure := out / "figures" / f"{name}.png").exists():
                         write_figure(figure, path.stem)
-                    adopt(out)
+                    keep(out, path.stem)
                 print(f"{path}: done in {time.monotonic() - start:.0f} s", flush=True)
             except CompanionError as error:
                 failed += 1

@@ -44,6 +44,7 @@ from ..training.hardware import Hardware, opens
 from ..viz import plots
 from ..viz.tables import show_table
 from . import needs
+from .archives import fingerprints, sets_read
 
 FEW_COLOURS = 40_000  # bytes of a PNG above which the notebook shows it in 256 colours
 PHOTOGRAPHIC = 120_000  # and above which it shows it at 100 dots an inch
@@ -138,7 +139,7 @@ def start(slug: str, namespace: Mapping[str, Any]) -> Run:
     if values.get("dry_run") and values.get("profile") == "pocket":
         raise BadParameter("dry_run", True, "False with profile = 'pocket', which is quick as it is")
     if values.get("profile") == "paper" and not values.get("dry_run"):
-        _look(values, known)
+        _look(slug, values)
     run = Run(slug, SimpleNamespace(**values))
     if values.get("data_root") == "":
         run.parameters.data_root = os.path.relpath(run.root / "data")
@@ -153,16 +154,13 @@ def start(slug: str, namespace: Mapping[str, Any]) -> Run:
     return run
 
 
-def _look(values: Mapping[str, Any], known: Mapping[str, Mapping]) -> None:
+def _look(slug: str, values: Mapping[str, Any]) -> None:
     """Raise `MissingData` where nothing is there of a data set that a parameter names: before weights are opened."""
     root = Path(values.get("data_root") or record.root() / "data")
-    for name, rule in known.items():
-        chosen = str(values.get(name) or rule.get("usual", {}).get(values.get("task"), ""))
-        for part in chosen.split(", ") if rule["type"] in ("choice", "list") else ():
-            own = data.own_set(root, "own", "your own files") if part == "folder" else None
-            dataset = own or data.DATASETS.get(part)
-            if dataset and not dataset.marked(dataset.folder(root)):
-                raise dataset.missing(root)
+    own = [data.own_set(root, "own", "your own files")] if "folder" in values.values() else []
+    for dataset in [*own, *map(data.find, sets_read(slug, values))]:
+        if not dataset.marked(dataset.folder(root)):
+            raise dataset.missing(root)
 
 
 def _injected() -> set[str]:
@@ -342,6 +340,8 @@ class Run:
         }
         if "precision" in given:  # which is "paper" among the parameters
             facts["precision"] = Hardware.of(self.parameters, self.slug).precision
+        if given.get("profile") == "paper" and not self.dry_run:
+            facts |= fingerprints(self.slug, self.parameters)
         folder = self.study()
         if (folder / "study.json").exists():
             facts["study"] = {"sha256": sha256(folder / "study.csv"), "stale": stale(self.slug, folder)}

@@ -184,7 +184,7 @@ def label(p: Parameters) -> str:
     return ", ".join([p.method, *(name for name, changed in changes.items() if changed)])
 
 
-def means(rows: pd.DataFrame, backbone: str) -> Cells:
+def means(rows: pd.DataFrame, backbone: str = "vit_b16") -> Cells:
     """Mean accuracy over seeds by (method, dataset), and by (method, benchmark) where all its datasets were measured.
 
     The benchmarks are "fgvc", "hta", the groups "vtab_natural", "vtab_specialized" and "vtab_structured", and the two
