@@ -27,8 +27,10 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGE = (ROOT / "site" / "docs" / "own_data.md").read_text(encoding="utf-8")
 IMPORTS = re.search(r"```python\n(.*?)```", PAGE, re.S)[1]
-EXAMPLES = dict(re.findall(r"\n## `(\w+)`: .*?```python\n(.*?)```", PAGE, re.S))
-EXAMPLES = {slug: IMPORTS + code for slug, code in EXAMPLES.items()}
+EXAMPLES = {
+    path.stem: IMPORTS + "".join(re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.S)[:1])
+    for path in (ROOT / "site" / "docs" / "own_data").glob("*.md")
+}
 EXAMPLES["README"] = re.search(r"```python\n(.*?)```", README, re.S)[1]
 
 
@@ -74,7 +76,7 @@ def test_an_example_trains_saves_loads_and_predicts(
     monkeypatch.chdir(tmp_path)
     make()
     shrink(monkeypatch, paper)
-    exec(compile(EXAMPLES[paper], f"own_data.md, {paper}", "exec"), {})
+    exec(compile(EXAMPLES[paper], f"own_data/{paper}.md", "exec"), {})
     assert re.match(prediction, capsys.readouterr().out)
     if paper == "tip":
         assert Image.open("new.png").size == Image.open("old.jpg").size

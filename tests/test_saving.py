@@ -22,6 +22,7 @@ from companion import backbones, saving
 from companion.data import classification, domains
 from companion.errors import BadCheckpoint, CompanionError, CorruptFile
 from companion.models import dmt, ecamp, promptpar
+from companion.models.layers import classifying
 from companion.models.sa2vp import baselines as vpt
 from companion.toy.tokens import Tokenizer
 from tests.models.common import refuses
@@ -92,7 +93,7 @@ def test_prompts_replace_the_class_names_of_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("options", [{"pool_include_prefix": True, "global_pool": "avg"}, {"dynamic_img_size": True}])
 def test_a_vit_of_timm_comes_back_as_it_was_made(options: dict, tmp_path: Path) -> None:
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "num_heads": 3, "depth": 1, "num_classes": 0}
-    model = vpt.FineTuning(VisionTransformer(**sizes, **options), 3).eval()
+    model = classifying.FineTuning(VisionTransformer(**sizes, **options), 3).eval()
     again, x = companion.load(companion.save(model, tmp_path / "m.safetensors")), torch.randn(2, 3, 32, 32)
     assert torch.equal(again(x), model(x)) and again.backbone.dynamic_img_size == model.backbone.dynamic_img_size
 
@@ -132,7 +133,7 @@ def rewritten(path: Path, about: str = "", **tensors: torch.Tensor) -> Path:
 
 def test_what_would_be_loaded_as_something_else_is_not_saved(tmp_path: Path) -> None:
     changed, foreign, inside, out = *(MODELS["VPT"]() for _ in range(3)), tmp_path / "m.safetensors"
-    gated = vpt.FineTuning(
+    gated = classifying.FineTuning(
         VisionTransformer(img_size=32, depth=1, embed_dim=48, num_heads=3, num_classes=0, mlp_layer=SwiGLU), 3
     )
     changed.head = nn.Linear(48, 7)

@@ -200,7 +200,10 @@ def cells(slug: str, rules: Mapping[str, Mapping], facts: Mapping[str, Any]) -> 
 
 def study(slug: str, facts: Mapping[str, Any]) -> Iterator[Fault]:
     """The synthetic results: of tasks and methods of the study, few, on unseen seeds, with the reason of a failure."""
-    own, path = import_module(f"companion.toy.{slug}").STUDY, ("data_built_for",)
+    own, path = getattr(import_module(f"companion.toy.{slug}"), "STUDY", None), ("data_built_for",)
+    if own is None:
+        yield path, f"toy/{slug}.py has no STUDY", ["an ablation, see companion.studies.study"]
+        return
     yield from unknown(path, facts["data_built_for"], own.tasks, "task of the study")
     yield from unknown(path, own.tasks, facts["data_built_for"], "key here, but a task of the study")
     if len(own.seeds) < SEEDS or min(own.seeds) < FIRST_SEED:
@@ -248,6 +251,10 @@ def check_paper(folder: Path) -> Iterator[str]:
     rules = papers.rules("pocket") | (paper.content or {}).get("parameters", {})
     rest = (partial(choices, folder), partial(cells, slug, rules), partial(study, slug), partial(drawn, slug))
     yield from paper.told(references, *rest)
+    mine = folder / "architecture.svg"
+    for other in papers.slugs() if mine.exists() else ():
+        if other != slug and mine.read_bytes() == Path(papers.diagram(other)).read_bytes():
+            yield f"{mine}: the diagram of {other}; accepted: one of this paper"
     for kind, rule in (("findings", partial(cases, slug)), ("threads", asked)):
         if (file := folder / f"{kind}.yaml").exists():
             yield from Facts(file, kind).told(rule)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import nbformat
@@ -49,21 +49,14 @@ HOOKS = '''"""{slug}: TODO."""
 
 from __future__ import annotations
 
-from types import ModuleType
-
-import pytest
-
 from tests.papers.common import Training
-from tests.papers.{like} import EXAMPLE, FAULTS, RUNS, write
+from tests.papers.{like} import EXAMPLE, FAULTS, RUNS, small, write
 
-__all__ = ["EXAMPLE", "FAULTS", "RUNS", "write"]
+__all__ = ["EXAMPLE", "FAULTS", "RUNS", "small", "write"]
 
 TRAININGS: dict[str, Training] = {{}}
-
-
-def small(recipe: ModuleType, patch: pytest.MonkeyPatch) -> None:
-    raise NotImplementedError("tests/papers/{slug}.py: small")
 '''
+PAGE = "# `{slug}`: TODO\n\n*TODO → TODO.*\n\n```python\n# TODO\n```\n"
 FUNCTIONS = {  # what is to be written first in each file
     "lib/companion/models/{}/official.py": "from_official",
     "lib/companion/models/{}/recipe.py": "run",
@@ -72,6 +65,15 @@ FUNCTIONS = {  # what is to be written first in each file
     "benchmarks/{}.py": "ours",
     "tests/models/{}/test_model.py": "test_model",
 }
+
+
+class Flow(yaml.SafeDumper):
+    """Writes lists of plain values on a line."""
+
+    def represent_sequence(self, tag: str, sequence: Iterable, flow_style: bool | None = None) -> yaml.SequenceNode:
+        """The node of a list."""
+        plain = not any(isinstance(item, dict | list) for item in sequence)
+        return super().represent_sequence(tag, sequence, flow_style=plain)
 
 
 def facts(slug: str, like: Mapping) -> dict[str, object]:
@@ -127,12 +129,15 @@ def write(slug: str, like: str, root: Path = ROOT) -> list[Path]:
         file.format(slug): FUNCTION.format(slug=slug, file=file.format(slug), name=n) for file, n in FUNCTIONS.items()
     }
     files |= {
-        f"{folder}/paper.yaml": yaml.safe_dump(facts(slug, papers.paper(like)), sort_keys=False, allow_unicode=True),
+        f"{folder}/paper.yaml": yaml.dump(
+            facts(slug, papers.paper(like)), Dumper=Flow, sort_keys=False, allow_unicode=True, width=120
+        ),
         f"{folder}/findings.yaml": FINDINGS,
         f"{folder}/threads.yaml": "threads: {}\nlower:\n- {see: TODO, cause: TODO, set: TODO}\n",
         f"{folder}/architecture.svg": Path(papers.diagram(like)).read_text(encoding="utf-8"),
         f"{folder}/model.py": MODEL.format(slug=slug),
         f"{folder}/__init__.py": f'"""{slug}: TODO."""\n\nfrom .model import Model\n\n__all__ = ["Model"]\n',
+        f"site/docs/own_data/{slug}.md": PAGE.format(slug=slug),
         f"tests/papers/{slug}.py": HOOKS.format(slug=slug, like=like),
         f"notebooks/{slug}.ipynb": nbformat.writes(notebook(slug, like)) + "\n",
     }

@@ -29,7 +29,7 @@ from companion.models.ecamp import model as pretraining
 from companion.models.hvit import dino, encoders
 from companion.models.hvit.model import SlideTransformer
 from companion.models.hvit.model import build as build_hvit
-from companion.models.layers import heads, mae
+from companion.models.layers import classifying, heads, mae
 from companion.models.sa2vp import baselines
 from companion.toy import encoders as toy
 from companion.toy.tokens import Tokenizer
@@ -119,15 +119,15 @@ def edge(call: Callable, of: Callable, given: Mapping[str, Any], accepts: Mappin
 
 EDGES: dict[str, Edge] = {
     "full fine-tuning": edge(
-        lambda **k: on_images(baselines.FineTuning(vit(), **k)),
-        baselines.FineTuning,
+        lambda **k: on_images(classifying.FineTuning(vit(), **k)),
+        classifying.FineTuning,
         {"classes": 3},
         {"classes": "1"},
         "backbone",
     ),
     "linear probe": edge(
-        lambda **k: on_images(baselines.LinearProbe(vit(), **k)),
-        baselines.LinearProbe,
+        lambda **k: on_images(classifying.LinearProbe(vit(), **k)),
+        classifying.LinearProbe,
         {"classes": 3},
         {"classes": "1"},
         "backbone",
@@ -527,7 +527,7 @@ OTHERS += ("deit_tiny_distilled_patch16_224", "swin_tiny_patch4_window7_224", "r
 ON: dict[str, tuple[Callable[[Any], nn.Module], str, str]] = {
     "SA²VP": (lambda v: sa2vp.SA2VP(v, 3), "backbone.", "head."),
     "VPT": (lambda v: baselines.VPT(v, 3), "backbone.", "head."),
-    "fine-tuning": (lambda v: baselines.FineTuning(v, 3), "backbone.", ""),
+    "fine-tuning": (lambda v: classifying.FineTuning(v, 3), "backbone.", ""),
     "MAE": (lambda v: mae.MAE(v, (32, 1, 2)), "encoder.", "head."),
     "classifier": (lambda v: ecamp.classifier(v, 3, drop_path=0.0), "", "attn_pool."),
     "segmenter": (lambda v: ecamp.Segmenter(v, frozen=False), "map.encoder.", "attn_pool."),

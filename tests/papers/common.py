@@ -6,7 +6,7 @@
     OFFICIAL, FULL_SIZE     recorded cases: those whose names are tested, and those that take gigabytes
     TRAININGS               of the recipe, by task ("": its only one)
     WAITS                   of a training step on a GPU: the file where the host waits, and how often at most
-    EXAMPLE                 of site/docs/own_data.md: makes its folders; a pattern of what it prints.
+    EXAMPLE                 of site/docs/own_data/: makes its folders; a pattern of what it prints.
                             small_example(patch): small models under the names that it uses
     write(name, root, patch)   the miniature of a data set, in its layout, below the data root
     RUNS, FAULTS            parameters of all dry runs, the first that of the notebook's tests; copies that are refused

@@ -15,6 +15,7 @@ from torch import nn
 from companion import backbones
 from companion.data import DATASETS
 from companion.models import sa2vp
+from companion.models.layers import classifying
 from companion.models.sa2vp import baselines as vpt
 from companion.toy import encoders
 from companion.training.fit import outputs_of
@@ -158,7 +159,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
         backbones.build("swin_b", "random", img_size=64, embed_dim=24, depths=(1, 1, 6, 1), window_size=2), 3
     ),
     "VPT": lambda: vpt.VPT(vit(1), 3),
-    "fine-tuning": lambda: vpt.FineTuning(vit(), 3),
+    "fine-tuning": lambda: classifying.FineTuning(vit(), 3),
 }
 """That `companion.save` writes, by name."""
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from companion.io.files import atomic, write_json
@@ -69,7 +69,7 @@ def record(
     folder.mkdir(parents=True)
     tensors = found | {f"in.{name}": value for name, value in stored.items()}
     with atomic(folder / "outputs.safetensors") as temporary:
-        save_file({name: value.detach().contiguous() for name, value in tensors.items()}, temporary)
+        temporary.write_bytes(save({name: value.detach().contiguous() for name, value in tensors.items()}))
     write_json(folder / "names.json", {name: list(tensor.shape) for name, tensor in state.items()})
     facts: dict[str, Any] = {"form": 2, "seed": seed, "recorded": {}, "fixed": fixed}
     facts["inputs"] = {name: {"shape": list(shape)} for name, shape in filled.items()}

@@ -9,8 +9,8 @@ from PIL import Image
 from torch.utils.data import TensorDataset
 
 from companion.errors import MissingWeights
+from companion.models.layers import classifying
 from companion.models.sa2vp import SA2VP, figures
-from companion.models.sa2vp import baselines as vpt
 from companion.toy import sa2vp as toy
 from companion.toy import scenes
 from companion.toy.encoders import photo_prompts
@@ -65,7 +65,7 @@ def test_what_the_methods_change():
     found = {name: (model.scale, int(model.cross.mask[1 + 3 * 8 + 3, 1:].sum())) for name, model in ours.items()}
     assert found == {"SA²VP": (1.5, 9), "global attention": (1.5, 64), "s = 0.1": (0.1, 9)}
     assert sum(p.numel() for p in models["VPT-deep"].prompts) == 6 * toy.TOKENS * 48
-    assert isinstance(models["full fine-tuning"], vpt.FineTuning)
+    assert isinstance(models["full fine-tuning"], classifying.FineTuning)
 
 
 def test_a_probe_trains_its_head_as_on_the_images(monkeypatch):

@@ -30,7 +30,7 @@ from nbclient.exceptions import DeadKernelError
 from papermill import PapermillExecutionError, execute_notebook
 from PIL import Image, ImageDraw, ImageFont
 
-from ..errors import CompanionError, check_choice
+from ..errors import CompanionError, CorruptFile, check_choice
 from ..evaluation.claims import KINDS, counts
 from ..io.files import atomic, read_json, write_between
 from ..io.papers import convert, paper, rules, slugs
@@ -273,6 +273,19 @@ def span(seeds: list[int]) -> str:
     return f"{first} to {last}" if consecutive else ", ".join(map(str, seeds))
 
 
+def own_table() -> str:
+    """The examples on own data: what the user has, and what the trained model predicts, by the second paragraph of each
+    page."""
+    lines = ["| example | your data | what the trained model predicts |", "| --- | --- | --- |"]
+    for slug in slugs():
+        page = f"site/docs/own_data/{slug}.md"
+        told = re.search(r"(?m)^\*(.+) → (.+)\.\*$", (root() / page).read_text(encoding="utf-8"))
+        if told is None:
+            raise CorruptFile(root() / page, "no line `*your data → what is predicted.*`")
+        lines.append(f"| [`{slug}`]({page}) | {told[1]} | {told[2]} |")
+    return "\n".join(lines)
+
+
 def keep(out: Path, slug: str) -> None:
     """Replace the files of the run before in `reports/pocket/<slug>` by those of the folder `out`; a study stays."""
     target = root() / "reports" / "pocket" / slug
@@ -314,7 +327,12 @@ def main(words: list[str] | None = None) -> int:
                 print(error, file=sys.stderr)
     if not given.check and any(p.resolve().parent == root() / "notebooks" for p in given.notebooks):
         front, index = root() / "README.md", root() / "notebooks" / "README.md"
-        tables = {"papers": (front, papers_table), "claims": (front, claims_table), "runs": (front, needs.table)}
+        tables = {
+            "papers": (front, papers_table),
+            "claims": (front, claims_table),
+            "runs": (front, needs.table),
+            "own": (front, own_table),
+        }
         tables |= {"notebooks": (index, index_table), "evidence": (root() / "site/docs/evidence.md", evidence_table)}
         for mark, (path, table) in tables.items():
             if path.exists():

@@ -26,6 +26,7 @@ from torch.utils.data import TensorDataset
 
 from .. import backbones
 from ..evaluation.ablations import Study
+from ..models.layers import classifying
 from ..models.sa2vp import SA2VP, recipe
 from ..models.sa2vp import baselines as vpt
 from ..toy.sa2vp import TOKENS
@@ -38,8 +39,8 @@ HARDWARE = Hardware("cpu", precision="bf16-mixed")
 EPOCHS, PROBE_EPOCHS, BATCH = 5, 100, 20
 PROBE = f"linear probe, {PROBE_EPOCHS} epochs"
 METHODS: dict[str, Callable[[nn.Module, int], nn.Module]] = {
-    "full fine-tuning": vpt.FineTuning,
-    PROBE: lambda encoder, classes: vpt.head(encoder.num_features, classes),
+    "full fine-tuning": classifying.FineTuning,
+    PROBE: lambda encoder, classes: classifying.head(encoder.num_features, classes),
     "VPT-shallow": functools.partial(vpt.VPT, tokens=TOKENS, deep=False, dropout=0.0),
     "VPT-deep": functools.partial(vpt.VPT, tokens=TOKENS, deep=True, dropout=0.0),
     "SA²VP": lambda encoder, classes: SA2VP(encoder, classes, width=8, scale=0.1, dropout=0.0),

@@ -34,6 +34,7 @@ from .. import backbones
 from ..data.classification import resize_transform
 from ..errors import check_choice
 from ..evaluation.ablations import Study
+from ..models.layers import classifying
 from ..models.sa2vp import SA2VP, recipe
 from ..models.sa2vp import baselines as vpt
 from ..models.sa2vp.model import AlignedAttention, neighbourhood
@@ -165,8 +166,8 @@ def _ours(scale: float = SCALE, radius: int | None = 1) -> Callable[[nn.Module, 
 
 
 METHODS: dict[str, Callable[[nn.Module, int], nn.Module]] = {
-    "full fine-tuning": vpt.FineTuning,
-    "linear probing": vpt.LinearProbe,
+    "full fine-tuning": classifying.FineTuning,
+    "linear probing": classifying.LinearProbe,
     "VPT-deep": functools.partial(vpt.VPT, tokens=TOKENS, deep=True, dropout=0.0),
     "SA²VP": _ours(),
     "SA²VP, global attention": _ours(radius=None),
@@ -190,7 +191,7 @@ def fitted(model: nn.Module, learn: TensorDataset, learning_rate: float, **optio
     """Train a method in place by the published recipe; `options` go to `fit`. A linear probe trains its head alone, on
     features computed once, since its encoder is frozen."""
     options = recipe.fit_options(learning_rate, options["hardware"]) | options
-    if isinstance(model, vpt.LinearProbe):
+    if isinstance(model, classifying.LinearProbe):
         features = outputs_of(model.backbone, learn, hardware=Hardware(options["hardware"].accelerator))
         history = fit(model.head, recipe.loss, TensorDataset(features, learn.tensors[1]), **options)
         model.eval()

@@ -96,9 +96,11 @@ def run(training: Training, out: str | Path | None = None, **changes: Any) -> tu
         folder, facts = Path(out) / "checkpoints", {**training.facts, "model": model}
         options["checkpoint"] = Checkpoint.of(folder, training.name, training.every, **facts)
     data = training.data()
-    if training.dry_run:  # a small set has fewer images than two batches; micro-batches stay as large as they are
+    if training.dry_run:  # a small set has fewer images than two batches, of which batch norm needs two;
+        # micro-batches stay as large as they are
         hardware = options.get("hardware", Hardware())
-        batch = min(options["batch"], max(len(data) // (2 * hardware.devices), 1) * hardware.devices)
+        each = max(len(data) // (2 * hardware.devices), min(2, len(data) // hardware.devices), 1)
+        batch = min(options["batch"], each * hardware.devices)
         hardware = replace(hardware, accumulate=-(-hardware.accumulate * batch // options["batch"]))
         options |= {"epochs": 1, "batch": batch, "last": "drop", "hardware": hardware}
         if out:

@@ -8,8 +8,9 @@ from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch.nn import functional as F
 
 from companion.errors import BadCheckpoint
+from companion.models.layers.classifying import FineTuning, LinearProbe
 from companion.models.sa2vp import SA2VP, SA2VPSwin, loss
-from companion.models.sa2vp.baselines import VPT, FineTuning, LinearProbe
+from companion.models.sa2vp.baselines import VPT
 from companion.models.sa2vp.model import neighbourhood
 from companion.training.fit import fit
 from companion.training.hardware import CPU

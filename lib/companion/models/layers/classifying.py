@@ -1,27 +1,33 @@
-"""A recipe for image classification on an encoder: weights, images, facts of a training, accuracy.
+"""A recipe for image classification on an encoder: weights, images, facts of a training, accuracy; and two baselines,
+full fine-tuning and linear probing, which map images (b, 3, H, W) to logits (b, classes).
 
 What a paper adds is its model, its transforms and its numbers: see `models/sa2vp/recipe.py`.
 """
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from torchvision.transforms import v2
 
 from ... import backbones
 from ...data import classification, few, present
 from ...data.images import Images
+from ...errors import BadParameter, Count
 from ...evaluation import metrics
+from ...io.config import configure
 from ...training.fit import History, Loss, outputs_of
 from ...training.hardware import Hardware, RunParameters
 from ...training.recipe import Training, dry_items
+from .frozen import frozen_copy
+from .predicting import OnBackbone
 
 DRY_CLASSES = 10
 
@@ -158,3 +164,63 @@ def accuracy(model: nn.Module, data: Any, hardware: Hardware, batch: int = 64) -
     """Top-1 accuracy in percent, of the first output if there are more."""
     labels = torch.as_tensor(data.labels if hasattr(data, "labels") else data.tensors[1])
     return metrics.accuracy(labels, outputs_of(model, data, batch=batch, hardware=hardware))
+
+
+# --- baselines --------------------------------------------------------------------------------------------------------
+
+
+def head(dim: int, classes: int) -> nn.Linear:
+    """A linear classifier, initialised as in VPT's code (truncated normal, 0.02)."""
+    layer = nn.Linear(dim, classes)
+    nn.init.trunc_normal_(layer.weight, std=0.02)
+    return layer
+
+
+def check_features(backbone: nn.Module) -> None:
+    """Raise `BadParameter` where the outputs of a backbone are those of a classifier."""
+    if getattr(backbone, "num_classes", 0):
+        raise BadParameter("backbone", f"one of {backbone.num_classes} classes", "one without a classifier")
+
+
+class FineTuning(OnBackbone):
+    """Full fine-tuning: the encoder and the head are trained. `backbone` is any timm model without classifier."""
+
+    def __init__(self, backbone: nn.Module, classes: Count):
+        configure(self, locals())
+        super().__init__()
+        check_features(backbone)
+        self.backbone = copy.deepcopy(backbone).requires_grad_(True)
+        self.head = head(backbone.num_features, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        backbones.check_input(self.backbone, images)
+        return self.head(self.backbone(images))
+
+
+class OnFrozen(OnBackbone):
+    """A head on a frozen copy of the encoder, which stays in eval mode."""
+
+    def __init__(self, backbone: nn.Module):
+        super().__init__()
+        self.backbone = frozen_copy(backbone)
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
+
+class LinearProbe(OnFrozen):
+    """Linear probing: the encoder is frozen, runs without autograd and without dropout; only the head is trained."""
+
+    def __init__(self, backbone: nn.Module, classes: Count):
+        configure(self, locals())
+        check_features(backbone)
+        super().__init__(backbone)
+        self.head = head(backbone.num_features, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        backbones.check_input(self.backbone, images)
+        with torch.no_grad():
+            features = self.backbone(images)
+        return self.head(features)

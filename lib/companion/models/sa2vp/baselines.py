@@ -1,12 +1,7 @@
-"""The baselines of visual prompting: full fine-tuning, linear probing and Visual Prompt Tuning, shallow and deep
-(Jia et al., ECCV 2022, arXiv 2203.12119).
-
-Every model maps images (b, 3, H, W) to logits (b, classes), and holds a copy of its encoder.
-"""
+"""Visual Prompt Tuning, shallow and deep (Jia et al., ECCV 2022, arXiv 2203.12119): the nearest baseline."""
 
 from __future__ import annotations
 
-import copy
 import math
 
 import torch
@@ -19,69 +14,11 @@ from torch.nn import functional as F
 from ...backbones import check_input
 from ...errors import BadParameter, Count, Share, Whole
 from ...io.config import configure
-from ..layers.frozen import frozen_copy
-from ..layers.predicting import OnBackbone
+from ..layers.classifying import OnFrozen, head
 from .model import PLAIN_VIT, plain_vit
 
 
-def head(dim: int, classes: int) -> nn.Linear:
-    """The linear classifier of all methods, with the same initialisation (truncated normal, 0.02)."""
-    layer = nn.Linear(dim, classes)
-    nn.init.trunc_normal_(layer.weight, std=0.02)
-    return layer
-
-
-def check_features(backbone: nn.Module) -> None:
-    """Raise `BadParameter` where the outputs of a backbone are those of a classifier."""
-    if getattr(backbone, "num_classes", 0):
-        raise BadParameter("backbone", f"one of {backbone.num_classes} classes", "one without a classifier")
-
-
-class FineTuning(OnBackbone):
-    """Full fine-tuning: the encoder and the head are trained. `backbone` is any timm model without classifier."""
-
-    def __init__(self, backbone: nn.Module, classes: Count):
-        configure(self, locals())
-        super().__init__()
-        check_features(backbone)
-        self.backbone = copy.deepcopy(backbone).requires_grad_(True)
-        self.head = head(backbone.num_features, classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        check_input(self.backbone, images)
-        return self.head(self.backbone(images))
-
-
-class _Frozen(OnBackbone):
-    """A head on a frozen copy of the encoder, which stays in eval mode."""
-
-    def __init__(self, backbone: nn.Module):
-        super().__init__()
-        self.backbone = frozen_copy(backbone)
-
-    def train(self, mode: bool = True):
-        super().train(mode)
-        self.backbone.eval()
-        return self
-
-
-class LinearProbe(_Frozen):
-    """Linear probing: the encoder is frozen, runs without autograd and without dropout; only the head is trained."""
-
-    def __init__(self, backbone: nn.Module, classes: Count):
-        configure(self, locals())
-        check_features(backbone)
-        super().__init__(backbone)
-        self.head = head(backbone.num_features, classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        check_input(self.backbone, images)
-        with torch.no_grad():
-            features = self.backbone(images)
-        return self.head(features)
-
-
-class VPT(_Frozen):
+class VPT(OnFrozen):
     """Visual Prompt Tuning on a ViT or a Swin: a few learned tokens join the sequence of the frozen encoder.
 
     Shallow: p tokens enter before the first block and go through all of them. Deep: each block has its own p tokens,

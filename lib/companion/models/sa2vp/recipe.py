@@ -40,8 +40,8 @@ TOKENS = 50  # prompts of VPT, here
 BASELINES: dict[str, Callable[..., nn.Module]] = {  # of a backbone and the number of classes
     "VPT-deep": functools.partial(vpt.VPT, tokens=TOKENS, deep=True),
     "VPT-shallow": functools.partial(vpt.VPT, tokens=TOKENS, deep=False),
-    "linear probing": vpt.LinearProbe,
-    "full fine-tuning": vpt.FineTuning,
+    "linear probing": classifying.LinearProbe,
+    "full fine-tuning": classifying.FineTuning,
 }
 RESULTS = Results.of("sa2vp")
 
