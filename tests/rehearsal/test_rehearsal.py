@@ -36,4 +36,5 @@ def test_without_data(slug, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("slug", slugs())
 def test_all_data_sets_are_rehearsed(slug):
-    assert not common.unknown(slug)
+    unknown = common.unknown(slug)
+    assert not unknown, f"RUNS in tests/papers/{slug}.py has no run of {unknown}, which `runs` in paper.yaml names"

@@ -23,12 +23,14 @@ def test_committed_notebook_is_fit_to_read_and_its_parameters_are_literals_with_
     notebooks.check(path)
     cells = nbformat.read(path, as_version=4).cells
     (cell,) = (cell for cell in cells if "parameters" in cell.metadata.get("tags", ()))
+    above = ""  # a long comment stands on the lines before
     for line in cell.source.splitlines():
-        if line.strip() and not line.startswith("#"):
-            assignment, _, comment = line.partition("#")
+        assignment, _, comment = line.partition("#")
+        if assignment.strip():
             name, _, literal = assignment.partition("=")
-            assert name.strip().isidentifier() and comment.strip(), line
+            assert name.strip().isidentifier() and (comment or above).strip(), line
             ast.literal_eval(literal.strip())
+        above = "" if assignment.strip() else comment
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
