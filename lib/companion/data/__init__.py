@@ -293,7 +293,7 @@ def fingerprint(name: str, root: str | Path) -> dict[str, dict]:
     set's folder, and of the content of a `sample` of 16. A split that is not there is left out."""
     dataset, found = find(name), dict[str, dict]()
     for split, read in parts(dataset).items():
-        with contextlib.suppress(CompanionError):
+        with contextlib.suppress(CompanionError, OSError):
             items = read(Path(root))
             files, arrays = sorted(map(str, _files(items))), getattr(items, "sources", ())
             names = [os.path.relpath(file, dataset.folder(root)) for file in files]

@@ -90,7 +90,7 @@ def pack(folder: str | Path, file: str | Path, by: str = "") -> str:
     if isinstance(facts, dict) and dict(facts.get("parameters", {})).get("dry_run"):
         raise BadParameter("folder", str(folder), "a run that is no dry run, whose numbers mean nothing")
     wanted = {*FACTS, "outputs"} - {"by", "date", "version", "steps", "files"}
-    if not isinstance(facts, dict) or wanted - facts.keys():
+    if not isinstance(facts, dict) or wanted - facts.keys() or not isinstance(facts["outputs"], dict):
         reason = "not the record of a run of the `paper` profile that ended with `run.close()`"
         raise CorruptFile(folder / "run.json", reason)
     for name, hashed in facts["outputs"].items():
@@ -116,18 +116,16 @@ def pack(folder: str | Path, file: str | Path, by: str = "") -> str:
     kept = {name: facts[name] for name in FACTS if name in facts} | {"parameters": _shareable(slug, facts)}
     kept |= {"by": by, "date": datetime.date.today().isoformat(), "version": __version__, "steps": steps}
     kept |= {"files": {name: hashlib.sha256(text.encode()).hexdigest() for name, text in files.items()}}
-    record_text = json.dumps(anonymous(kept), indent=1, ensure_ascii=False)
-    with atomic(file) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as packed:
+    record_text, content = json.dumps(anonymous(kept), indent=1, ensure_ascii=False), io.BytesIO()
+    with zipfile.ZipFile(content, "w") as packed:
         for name, text in {"run.json": record_text, **files}.items():
             packed.writestr(zipfile.ZipInfo(name), text, zipfile.ZIP_DEFLATED, 9)
-    if file.stat().st_size > LARGEST:
-        size = file.stat().st_size
-        file.unlink()
+    if (size := len(content.getvalue())) > LARGEST:
         raise BadParameter("folder", str(folder), f"a run whose archive has at most {LARGEST:,} bytes; it has {size:,}")
-    without = (
-        "" if "notebook.ipynb" in files else f"; without the executed notebook, since {folder} has no {slug}.ipynb"
-    )
-    return f"{file}: {len(rows)} rows, {len(files) + 1} files, {file.stat().st_size:,} bytes{without}"
+    with atomic(file) as temporary:
+        temporary.write_bytes(content.getvalue())
+    without = "" if "notebook.ipynb" in files else f"; without the executed notebook: no {slug}.ipynb in the folder"
+    return f"{file}: {len(rows)} rows, {len(files) + 1} files, {size:,} bytes{without}"
 
 
 def of_run(results: Results, rows: pd.DataFrame, given: Mapping[str, Any]) -> pd.DataFrame:
