@@ -12,7 +12,7 @@ from tools import facts, new_paper
 
 
 def test_what_is_left_is_named(tmp_path):
-    files = new_paper.write("adaptformer", "sa2vp", tmp_path)
+    files = new_paper.write("adaptformer", "AdaptFormer", "sa2vp", tmp_path)
     measured = ("reports/",)  # by the study and the benchmark
     assert all((tmp_path / file.format("adaptformer")).exists() for file in FILES if not file.startswith(measured))
     for file in files:
@@ -31,13 +31,15 @@ def test_what_is_left_is_named(tmp_path):
 @pytest.mark.parametrize("slug", ["sa2vp", "Adapt-Former", "../x"])
 def test_slugs_that_are_refused(slug, tmp_path):
     with pytest.raises(BadParameter, match="slug"):
-        new_paper.write(slug, "sa2vp", tmp_path)
+        new_paper.write(slug, "AdaptFormer", "sa2vp", tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_the_files_are_as_lint_wants_them(tmp_path):
     files = [
-        str(path) for path in new_paper.write("adaptformer", "sa2vp", tmp_path) if path.suffix in (".py", ".ipynb")
+        str(path)
+        for path in new_paper.write("adaptformer", "AdaptFormer", "sa2vp", tmp_path)
+        if path.suffix in (".py", ".ipynb")
     ]
     for words in (["check"], ["format", "--check"]):
         command = [sys.executable, "-m", "ruff", *words, "--config", str(new_paper.ROOT / "pyproject.toml"), *files]

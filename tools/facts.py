@@ -28,6 +28,7 @@ from companion.evaluation.tables import Results
 from companion.io import papers
 from companion.io.files import read_json
 from companion.runs import notebooks
+from tools.new_paper import PLACES
 
 ROOT = Path(__file__).parents[1]
 SCHEMA = yaml.safe_load(Path(__file__).with_name("schema.yaml").read_text(encoding="utf-8"))
@@ -255,6 +256,11 @@ def check_paper(folder: Path) -> Iterator[str]:
     for other in papers.slugs() if mine.exists() else ():
         if other != slug and mine.read_bytes() == Path(papers.diagram(other)).read_bytes():
             yield f"{mine}: the diagram of {other}; accepted: one of this paper"
+    for place in (*PLACES.values(), "notebooks/{}.ipynb"):
+        file = folder.parents[3] / place.format(slug)
+        if file.exists() and file.suffix != ".yaml":
+            lines = file.read_text(encoding="utf-8").splitlines()
+            yield from (f"{file}:{number}: {line.strip()}" for number, line in enumerate(lines, 1) if "TODO" in line)
     for kind, rule in (("findings", partial(cases, slug)), ("threads", asked)):
         if (file := folder / f"{kind}.yaml").exists():
             yield from Facts(file, kind).told(rule)

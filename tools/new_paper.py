@@ -1,16 +1,19 @@
-"""Write the files of a new paper: `python -m tools.new_paper adaptformer --like sa2vp`.
+"""Write the files of a new paper: `python -m tools.new_paper adaptformer AdaptFormer --like sa2vp`.
 
-Facts are marked TODO where they are to be written, which `python -m tools.facts` names by file, line and key; functions
-raise `NotImplementedError`. Parameters, results, precision, diagram, and miniatures of the data sets are those of the
-paper it is like.
+The files of `tools/skeleton` train, test and show linear probing under the new name, from recipe to page: what the
+paper adds takes its place. TODO marks what is to be written, which `python -m tools.facts` names by file and line. Data
+sets, task, precision and backbones are those of the paper it is like.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
+import subprocess
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import yaml
@@ -20,50 +23,21 @@ from companion.io import papers
 from companion.runs import notebooks
 
 ROOT = Path(__file__).parents[1]
-FINDINGS = "- {topic: TODO, kind: surprise, code: TODO, here: TODO}\n"
-MODEL = '''"""{slug}: TODO."""
-
-from __future__ import annotations
-
-from torch import Tensor, nn
-
-
-class Model(nn.Module):
-    """TODO."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        raise NotImplementedError("models/{slug}/model.py: Model.forward")
-'''
-FUNCTION = '''"""{slug}: TODO."""
-
-from __future__ import annotations
-
-from typing import Any
-
-
-def {name}(*args: Any, **options: Any) -> Any:
-    """TODO."""
-    raise NotImplementedError("{file}: {name}")
-'''
-HOOKS = '''"""{slug}: TODO."""
-
-from __future__ import annotations
-
-from tests.papers.common import Training
-from tests.papers.{like} import EXAMPLE, FAULTS, RUNS, small, write
-
-__all__ = ["EXAMPLE", "FAULTS", "RUNS", "small", "write"]
-
-TRAININGS: dict[str, Training] = {{}}
-'''
-PAGE = "# `{slug}`: TODO\n\n*TODO → TODO.*\n\n```python\n# TODO\n```\n"
-FUNCTIONS = {  # what is to be written first in each file
-    "lib/companion/models/{}/official.py": "from_official",
-    "lib/companion/models/{}/recipe.py": "run",
-    "lib/companion/models/{}/figures.py": "first",
-    "lib/companion/toy/{}.py": "train",
-    "benchmarks/{}.py": "ours",
-    "tests/models/{}/test_model.py": "test_model",
+SKELETON = Path(__file__).parent / "skeleton"
+MODEL = "lib/companion/models/{}"
+PLACES = {  # of the files of the skeleton
+    "model.py": f"{MODEL}/model.py",
+    "official.py": f"{MODEL}/official.py",
+    "recipe.py": f"{MODEL}/recipe.py",
+    "figures.py": f"{MODEL}/figures.py",
+    "init.py": f"{MODEL}/__init__.py",
+    "findings.yaml": f"{MODEL}/findings.yaml",
+    "threads.yaml": f"{MODEL}/threads.yaml",
+    "toy.py": "lib/companion/toy/{}.py",
+    "benchmark.py": "benchmarks/{}.py",
+    "test_model.py": "tests/models/{}/test_model.py",
+    "hooks.py": "tests/papers/{}.py",
+    "own_data.md": "site/docs/own_data/{}.md",
 }
 
 
@@ -76,85 +50,100 @@ class Flow(yaml.SafeDumper):
         return super().represent_sequence(tag, sequence, flow_style=plain)
 
 
-def facts(slug: str, like: Mapping) -> dict[str, object]:
-    """The content of `paper.yaml`, with those facts of a paper that it shares with a new one."""
-    todo = dict.fromkeys(("name", "title", "venue"), "TODO")
-    row = {"id": "TODO", "title": "TODO", "metric": "TODO", "unit": "TODO", "columns": ["TODO"], "rows": []}
-    texts = dict.fromkeys(("method", "headline", "question", "figure"), "TODO")
+def facts(slug: str, name: str, like: Mapping) -> dict[str, Any]:
+    """The content of `paper.yaml`: what the skeleton computes, and TODO."""
+    texts = dict.fromkeys(("method", "headline", "question"), "TODO")
+    shared = {key: like["parameters"][key] for key in ("backbone", "dataset") if key in like["parameters"]}
+    methods = {"type": "choice", "choices": [name, "linear probing", "full fine-tuning"]}
+    methods |= {"choices_of": ["recipe:METHODS"], "help": "the method that the paper profile trains"}
+    told = {
+        "kind": "synthetic result",
+        "text": "TODO",
+        "tasks": ["textures"],
+        "better": name,
+        "worse": "linear probing",
+    }
+    published = {"id": "published", "title": "TODO", "metric": "top-1 accuracy", "unit": "percent", "columns": ["TODO"]}
+    protocol = {"optimiser": "SGD, learning rate {RATE:g}", "epochs": "{EPOCHS}, {WARMUP_EPOCHS} of warm-up"}
     return {
         "slug": slug,
-        **todo,
-        "arxiv": "TODO",
+        "name": name,
+        **dict.fromkeys(("title", "venue", "arxiv"), "TODO"),
         "authors": ["TODO, TODO"],
         "task": like["task"],
         "code": {"repositories": {}, "licence": "TODO"},
         "precision": like["precision"],
-        "parameters": like["parameters"],
+        "parameters": {"method": methods, **shared},
         **texts,
-        "data_built_for": {"TODO": "TODO"},
-        "findings": [{"text": "TODO"} for _ in range(3)],
-        "claims": [{"id": "parity", "kind": "implementation check", "text": "TODO"}],
+        "figure": "curves",
+        "data_built_for": {"textures": "TODO"},
+        "findings": [{"claim": "linear", "status": "fails", "text": "TODO"}, {"text": "TODO"}, {"text": "TODO"}],
+        "claims": [{"id": "parity", "kind": "implementation check", "text": "TODO"}, {"id": "linear", **told}],
         "evidence": dict.fromkeys(("subject", "runs", "data"), "TODO"),
-        "weights": [],
+        "weights": like["weights"],
         "runs": [],
-        "results": {key: like["results"][key] for key in ("keys", "values")},
-        "protocol": {"TODO": "TODO"},
+        "results": {"keys": ["backbone", "method", "dataset", "seed"], "values": ["accuracy"]},
+        "protocol": protocol | {"batch": "{BATCH}", "precision": "{precision}"},
         "not_found": ["TODO"],
-        "tables": [row | {"provenance": "TODO"}],
+        "tables": [published | {"rows": [], "provenance": "TODO"}],
     }
 
 
-def notebook(slug: str, like: str) -> nbformat.NotebookNode:
-    """The cells that every paper's notebook has."""
-    code, text = nbformat.v4.new_code_cell, nbformat.v4.new_markdown_cell
-    opening = f'from companion.runs import report\n\nreport.opening("{slug}")'
-    output = {"tags": ["nbval-ignore-output"]}
-    cells = [text("# TODO"), code(opening, metadata=output), text("> **Data.** TODO")]
-    cells += [code(notebooks.parameters_cell(like), metadata={"tags": ["parameters"]})]
-    cells += [code(f'run = report.start("{slug}", globals())\np = run.parameters'), text("## Method\n\nTODO")]
-    cells += [text("## Take-aways and limits\n\nTODO"), code("run.close()", metadata=output)]
-    for number, cell in enumerate(cells):
-        cell["id"] = f"{number:02}"
+def notebook(text: str, parameters: str) -> nbformat.NotebookNode:
+    """The notebook of a text whose cells begin with `# %%` and their kind or tag."""
+    cells = []
+    for number, (kind, source) in enumerate(re.findall(r"(?ms)^# %% ?([^\n]*)\n(.*?)(?=^# %%|\Z)", text)):
+        source = source.strip().replace("PARAMETERS", parameters)
+        if kind == "[markdown]":
+            cells.append(nbformat.v4.new_markdown_cell(source))
+        else:
+            cells.append(nbformat.v4.new_code_cell(source, metadata={"tags": [kind]} if kind else {}))
+        cells[-1]["id"] = f"{number:02}"
     metadata = {"kernelspec": notebooks.KERNEL, "language_info": {"name": "python"}}
     return nbformat.v4.new_notebook(cells=cells, metadata=metadata)
 
 
-def write(slug: str, like: str, root: Path = ROOT) -> list[Path]:
-    """The files written below `root`. Raises `BadParameter` for a slug that exists or is no name."""
+def write(slug: str, name: str, like: str, root: Path = ROOT) -> list[Path]:
+    """The files written below `root`. Raises `BadParameter` for a slug that exists, or what is no name."""
     check_choice("like", like, papers.slugs())
     if not re.fullmatch(r"[a-z][a-z0-9_]*", slug) or slug in papers.slugs():
         raise BadParameter("slug", slug, "a new name of a-z, 0-9 and _")
-    folder = f"lib/companion/models/{slug}"
-    files = {
-        file.format(slug): FUNCTION.format(slug=slug, file=file.format(slug), name=n) for file, n in FUNCTIONS.items()
-    }
+    if not re.fullmatch(r"[A-Z][A-Za-z0-9]*", name):
+        raise BadParameter("name", name, "the name of a class, such as AdaptFormer")
+
+    def filled(file: str) -> str:
+        text = (SKELETON / file).read_text(encoding="utf-8")
+        return text.replace("SLUG", slug).replace("NAME", name).replace("LIKE", like)
+
+    found = facts(slug, name, papers.paper(like))
+    cell = notebooks.parameters_cell(papers.rules("pocket") | found["parameters"])
+    files = {place.format(slug): filled(file) for file, place in PLACES.items()}
     files |= {
-        f"{folder}/paper.yaml": yaml.dump(
-            facts(slug, papers.paper(like)), Dumper=Flow, sort_keys=False, allow_unicode=True, width=120
+        f"{MODEL}/paper.yaml".format(slug): yaml.dump(
+            found, Dumper=Flow, sort_keys=False, allow_unicode=True, width=120
         ),
-        f"{folder}/findings.yaml": FINDINGS,
-        f"{folder}/threads.yaml": "threads: {}\nlower:\n- {see: TODO, cause: TODO, set: TODO}\n",
-        f"{folder}/architecture.svg": Path(papers.diagram(like)).read_text(encoding="utf-8"),
-        f"{folder}/model.py": MODEL.format(slug=slug),
-        f"{folder}/__init__.py": f'"""{slug}: TODO."""\n\nfrom .model import Model\n\n__all__ = ["Model"]\n',
-        f"site/docs/own_data/{slug}.md": PAGE.format(slug=slug),
-        f"tests/papers/{slug}.py": HOOKS.format(slug=slug, like=like),
-        f"notebooks/{slug}.ipynb": nbformat.writes(notebook(slug, like)) + "\n",
+        f"{MODEL}/architecture.svg".format(slug): Path(papers.diagram(like)).read_text(encoding="utf-8"),
+        f"notebooks/{slug}.ipynb": nbformat.writes(notebook(filled("notebook.txt"), cell)) + "\n",
     }
     for file, text in files.items():
         (root / file).parent.mkdir(parents=True, exist_ok=True)
         (root / file).write_text(text, encoding="utf-8")
+    config = ("--quiet", "--config", ROOT / "pyproject.toml", *(root / file for file in files if file.endswith(".py")))
+    for words in (("check", "--fix"), ("format",)):  # lines are as long as the names
+        subprocess.run([sys.executable, "-m", "ruff", *words, *config], check=True)
     return [root / file for file in files]
 
 
 def main() -> int:
-    """Write the files of a paper and print their names; 1 where the slug is refused."""
+    """Write the files of a paper and print their names; 1 where a name is refused."""
     parser = argparse.ArgumentParser(prog="tools.new_paper", description=main.__doc__)
     parser.add_argument("slug")
-    parser.add_argument("--like", required=True, help="a paper whose parameters and data sets it shares")
+    parser.add_argument("name", help="of the model's class, and of the paper in tables")
+    parser.add_argument("--like", required=True, help="a paper whose data sets and backbones it shares")
     given = parser.parse_args()
     try:
-        print(*write(given.slug, given.like), "python -m tools.facts names what is left to write", sep="\n")
+        print(*write(given.slug, given.name, given.like), sep="\n")
+        print("python -m tools.facts names what is left to write")
     except CompanionError as error:
         print(error)
         return 1

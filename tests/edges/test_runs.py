@@ -7,7 +7,7 @@ import torch
 
 from companion.errors import BadParameter
 from companion.io import papers
-from companion.runs import batch, cases, needs, notebooks, report
+from companion.runs import batch, cases, needs, report
 from companion.studies import real, study
 from companion.viz import attention, plots
 
@@ -22,7 +22,6 @@ OF_A_PAPER = {
     "cases": cases.agreement,
     "opening": report.opening,
     "run": lambda slug: report.start(slug, {}),
-    "cell": notebooks.parameters_cell,
     "study": study.load,
     "grid": lambda slug: batch.of_table(slug, "1", "data"),
 }

@@ -10,7 +10,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from companion.io.papers import slugs
+from companion.io.papers import rules, slugs
 from companion.runs import needs, notebooks
 from tests.conftest import ROOT
 
@@ -67,7 +67,7 @@ def test_the_tables_of_the_pages_are_those_of_the_records_and_each_paper_has_its
 
 def write(path: Path, *sources: str) -> Path:
     own = path.stem in slugs()
-    parameters = new_code_cell(notebooks.parameters_cell(path.stem) if own else "seed = 0  # of everything")
+    parameters = new_code_cell(notebooks.parameters_cell(rules(path.stem)) if own else "seed = 0  # of everything")
     parameters.metadata["tags"] = ["parameters"]
     cells = [new_markdown_cell("# Title"), parameters, *map(new_code_cell, sources)]
     nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": {"name": "other", "display_name": "x"}}), path)

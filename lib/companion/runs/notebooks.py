@@ -20,6 +20,7 @@ import sys
 import tempfile
 import textwrap
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -134,11 +135,11 @@ def problems(notebook: nbformat.NotebookNode) -> list[str]:
     return found
 
 
-def parameters_cell(slug: str) -> str:
-    """The source of a notebook's cell `parameters` by the paper's rules: each name, an accepted value, and its help."""
+def parameters_cell(known: Mapping[str, Mapping]) -> str:
+    """The source of a notebook's cell `parameters` by its rules: each name, an accepted value, and its help."""
     usual = {"switch": False, "text": ""}
     lines = []
-    for name, rule in rules(slug).items():
+    for name, rule in known.items():
         value = rule.get("choices", [usual.get(rule["type"], 0 if "zero" in rule else rule.get("low", 0))])[0]
         line = f"{name} = {json.dumps(value, ensure_ascii=False) if isinstance(value, str) else value}"
         beside = f"{line}  # {rule['help']}"
@@ -158,7 +159,7 @@ def _defaults(slug: str, source: str) -> list[str]:
         wrong = ", ".join(f"no {name}" for name in known if name not in given)
     except (AttributeError, SyntaxError, ValueError) as error:  # no `name = literal`, or `BadParameter`
         wrong = str(error)
-    return [f"the cell `parameters`: {wrong}; generated, it is\n{parameters_cell(slug)}"] if wrong else []
+    return [f"the cell `parameters`: {wrong}; generated, it is\n{parameters_cell(known)}"] if wrong else []
 
 
 def write_figure(figure: Path, slug: str) -> None:
