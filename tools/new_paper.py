@@ -129,7 +129,7 @@ def write(slug: str, name: str, like: str, root: Path = ROOT) -> list[Path]:
         (root / file).parent.mkdir(parents=True, exist_ok=True)
         (root / file).write_text(text, encoding="utf-8")
     config = ("--quiet", "--config", ROOT / "pyproject.toml", *(root / file for file in files if file.endswith(".py")))
-    for words in (("check", "--fix"), ("format",)):  # lines are as long as the names
+    for words in (("format",), ("check", "--fix")):  # lines are as long as the names
         subprocess.run([sys.executable, "-m", "ruff", *words, *config], check=True)
     return [root / file for file in files]
 
