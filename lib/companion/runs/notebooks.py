@@ -299,6 +299,28 @@ def keep(out: Path, slug: str) -> None:
         (target / name).unlink(missing_ok=True)
 
 
+def write_tables() -> None:
+    """Write what README, site and CITATION say of all papers, from their facts and records."""
+    front, index = root() / "README.md", root() / "notebooks" / "README.md"
+    tables = {
+        "papers": (front, papers_table),
+        "claims": (front, claims_table),
+        "runs": (front, needs.table),
+        "own": (front, own_table),
+    }
+    tables |= {"notebooks": (index, index_table), "evidence": (root() / "site/docs/evidence.md", evidence_table)}
+    for mark, (path, table) in tables.items():
+        if path.exists():
+            write_between(path, mark, table())
+    if (citation := root() / "CITATION.cff").exists():
+        text = citation.read_text(encoding="utf-8").partition("references:\n")[0] + references()
+        with atomic(citation) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    if all((root() / "notebooks" / "figures" / f"{slug}.jpg").exists() for slug in slugs()):
+        with atomic(root() / "notebooks" / "figures" / "all.jpg") as temporary:
+            montage().save(temporary, "jpeg", quality=82, optimize=True)
+
+
 def main(words: list[str] | None = None) -> int:
     """Refresh or check the given notebooks; return 1 when one of them must not be committed."""
     parser = argparse.ArgumentParser(prog="companion.runs.notebooks", description=main.__doc__)
@@ -326,25 +348,12 @@ def main(words: list[str] | None = None) -> int:
             except CompanionError as error:
                 failed += 1
                 print(error, file=sys.stderr)
-    if not given.check and any(p.resolve().parent == root() / "notebooks" for p in given.notebooks):
-        front, index = root() / "README.md", root() / "notebooks" / "README.md"
-        tables = {
-            "papers": (front, papers_table),
-            "claims": (front, claims_table),
-            "runs": (front, needs.table),
-            "own": (front, own_table),
-        }
-        tables |= {"notebooks": (index, index_table), "evidence": (root() / "site/docs/evidence.md", evidence_table)}
-        for mark, (path, table) in tables.items():
-            if path.exists():
-                write_between(path, mark, table())
-        if (citation := root() / "CITATION.cff").exists():
-            text = citation.read_text(encoding="utf-8").partition("references:\n")[0] + references()
-            with atomic(citation) as temporary:
-                temporary.write_text(text, encoding="utf-8")
-        if all((root() / "notebooks" / "figures" / f"{slug}.jpg").exists() for slug in slugs()):
-            with atomic(root() / "notebooks" / "figures" / "all.jpg") as temporary:
-                montage().save(temporary, "jpeg", quality=82, optimize=True)
+    if not given.check and not failed and any(p.resolve().parent == root() / "notebooks" for p in given.notebooks):
+        try:
+            write_tables()
+        except CompanionError as error:  # a paper that was never run
+            failed += 1
+            print(error, file=sys.stderr)
     return int(failed > 0)
 
 
