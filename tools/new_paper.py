@@ -81,7 +81,7 @@ def facts(slug: str, name: str, like: Mapping) -> dict[str, Any]:
         "claims": [{"id": "parity", "kind": "implementation check", "text": "TODO"}, {"id": "linear", **told}],
         "evidence": dict.fromkeys(("subject", "runs", "data"), "TODO"),
         "weights": like["weights"],
-        "runs": [],
+        "runs": [like["runs"][0] | {"title": "TODO", "tables": ["published"]}],
         "results": {"keys": ["backbone", "method", "dataset", "seed"], "values": ["accuracy"]},
         "protocol": protocol | {"batch": "{BATCH}", "precision": "{precision}"},
         "not_found": ["TODO"],
