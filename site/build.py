@@ -239,7 +239,9 @@ def facts(runs: Mapping[str, Path], reports: Path) -> dict[str, Any]:
         "measured": lambda claim: cell(str(claim.get("value") or "–")).removesuffix(SPREAD),
         "json": json.dumps,
         "disk": needs.disk,
-    } | {f.__name__: f for f in (anchor, cell, commands, counts, dots, findings, paper, readers, *ROW)}
+    } | {
+        f.__name__: f for f in (access, anchor, cell, command, commands, counts, dots, findings, given, paper, readers)
+    }
 
 
 def readers(sets: Iterable[data.DataSet]) -> str:
@@ -335,10 +337,6 @@ def anchor(slug: str, claim: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", f"claim {slug} {claim}".lower()).strip("-")
 
 
-def row_anchor(row: needs.Row) -> str:
-    return f"gpus-{row.slug}-{row.run['id']}-{row.sets[0].replace('/', '-')}"
-
-
 def command(row: needs.Row) -> str:
     """What makes all runs of an entry; features of slides are stored without a notebook."""
     if "parameters" in row.run:
@@ -362,9 +360,6 @@ def access(row: needs.Row) -> str:
     some = "" if free in (0, len(known)) else f" ({free} of {len(known)})"
     how = f"free, `companion fetch {row.slug}`{some}" if free else "[by hand](data.md)"
     return f"{how}: " + "; ".join(dict.fromkeys(cell(one.licence) for one in known))
-
-
-ROW = (row_anchor, command, given, access)
 
 
 def cell(text: str) -> str:

@@ -188,6 +188,11 @@ class Row(NamedTuple):
     accumulate: int
     hours: dict[str, tuple[float, float] | tuple[()]]
 
+    @property
+    def anchor(self) -> str:
+        """The name of the row on the site's page."""
+        return f"gpus-{self.slug}-{self.run['id']}-{self.sets[0].replace('/', '-')}"
+
 
 def rows(slug: str) -> list[Row]:
     """The runs of a paper's tables, each on each of its data sets, with what they need at the authors' precision."""
