@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import tempfile
 from base64 import b64encode
@@ -228,6 +229,9 @@ def facts(runs: Mapping[str, Path], reports: Path) -> dict[str, Any]:
         "notes": yaml.safe_load((HERE / "speed.yaml").read_text(encoding="utf-8")),
         "gpus": [read_json(file) for file in sorted((ROOT / "reports" / "gpu").glob("*.json"))],
         "share": needs.SHARE,
+        "shown": needs.SHOWN,
+        "rows": [row for slug in slugs() for row in needs.rows(slug)],
+        "session": (ROOT / "notebooks" / "README.md").read_text(encoding="utf-8").partition("<!-- session -->")[2],
         "estimates": needs.table,
         "contributed": {slug: found for slug in slugs() if (found := adopt.measured_cells(slug))},
         "judged_by": {slug: adopt.judged(slug) for slug in slugs()},
@@ -236,7 +240,10 @@ def facts(runs: Mapping[str, Path], reports: Path) -> dict[str, Any]:
         "leads": lambda one, shown: leads(one, shown, study(one["slug"], reports)),
         "measured": lambda claim: cell(str(claim.get("value") or "–")).removesuffix(SPREAD),
         "json": json.dumps,
-    } | {f.__name__: f for f in (anchor, cell, commands, counts, dots, findings, paper, readers)}
+        "disk": needs.disk,
+    } | {
+        f.__name__: f for f in (access, anchor, cell, command, commands, counts, dots, findings, given, paper, readers)
+    }
 
 
 def readers(sets: Iterable[data.DataSet]) -> str:
@@ -330,6 +337,31 @@ def study(slug: str, reports: Path) -> Path:
 
 def anchor(slug: str, claim: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", f"claim {slug} {claim}".lower()).strip("-")
+
+
+def command(row: needs.Row) -> str:
+    """What makes all runs of an entry; features of slides are stored without a notebook."""
+    if "parameters" in row.run:
+        return f"companion run {row.slug} {row.run['id']} --data-root DATA"
+    return f"companion slides {row.run['data']} --weights FILE --data-root DATA"
+
+
+def given(row: needs.Row) -> str:
+    """The parameters of a row's runs for papermill, with the values of each."""
+    lines = []
+    for name, values in ({"dataset": row.sets} | row.run.get("parameters", {})).items():
+        texts = [str(value).format(data_root="DATA") for value in (values if isinstance(values, list) else [values])]
+        lines.append(f"`-p {name}` " + ", ".join(f"`{shlex.quote(text)}`" for text in texts))
+    return "<br>".join(lines)
+
+
+def access(row: needs.Row) -> str:
+    """How one comes by the data of a row, with their licences."""
+    known = [data.DATASETS[name] for name in row.sets]
+    free = sum(one.fetchable for one in known)
+    some = "" if free in (0, len(known)) else f" ({free} of {len(known)})"
+    how = f"free, `companion fetch {row.slug}`{some}" if free else "[by hand](data.md)"
+    return f"{how}: " + "; ".join(dict.fromkeys(cell(one.licence) for one in known))
 
 
 def cell(text: str) -> str:

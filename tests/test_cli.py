@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from companion import cli
+from companion import cli, data
 from companion.io import record
 from companion.io.files import write_json
 from companion.io.papers import paper
@@ -112,6 +112,15 @@ def test_data_lists_every_set_also_to_a_reader_who_leaves(capsys, tmp_path):
     command = f"{sys.executable} -m companion.cli data --data-root {tmp_path} | head -1"
     said = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
     assert len(said.stdout.splitlines()) == 1 and said.stderr == ""
+
+
+def test_fetch_takes_the_data_set_that_is_named(capsys, tmp_path, monkeypatch):
+    fetched = []
+    monkeypatch.setattr(data, "fetch", lambda name, root: fetched.append(name))
+    monkeypatch.setattr(cli, "_weights", lambda *given: [])
+    assert call(capsys, "fetch", "sa2vp", "--dataset", "hta/cifar10")[0] == 0 and fetched == ["hta/cifar10"]
+    code, _, error = call(capsys, "fetch", "sa2vp", "--dataset", "remote/aid")
+    assert code == 2 and "remote/aid" in error and "hta/cifar10" in error
 
 
 def test_the_memory_of_a_step_is_that_of_all_its_images_and_hours_count_training_and_test(monkeypatch, tmp_path):

@@ -3,6 +3,7 @@
 import functools
 import http.server
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -19,6 +20,8 @@ import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from companion.evaluation.claims import KINDS
+from companion.io.papers import slugs
+from companion.runs import needs
 
 CLAIMS = yaml.safe_load(r"""
 - {id: params, text: 'trains $2 \times d$ parameters', kind: implementation check, status: holds, value: 11, seeds: [0]}
@@ -157,6 +160,19 @@ def test_links_resolve_and_no_page_loads_anything_from_elsewhere(site: Site) -> 
                 broken.append(f"{page}: {link}")
     assert not broken
     assert not (site.folder / "stale.html").exists() and [f.name for f in site.folder.parent.iterdir()] == ["site"]
+
+
+def test_claims_that_are_not_run_lead_to_the_rows_of_their_paper_by_hours_on_a_t4(site: Site) -> None:
+    claims = [claim for file in site.reports.glob("*/claims.json") for claim in json.loads(file.read_text("utf-8"))]
+    gpus = site.folder / "gpus.html"
+    linked = [link for link in Links(site.folder / "ledger.html").targets if link.startswith("gpus.html#")]
+    assert len(linked) == sum(claim["status"] == "not run" for claim in claims) > 0
+    assert {link.partition("#")[2] for link in linked} <= Links(gpus).ids
+    rows = {row.anchor: row for slug in slugs() for row in needs.rows(slug)}
+    shown = re.findall(r'<span id="(gpus-[^"]+)"', gpus.read_text(encoding="utf-8"))
+    assert sorted(shown) == sorted(rows)
+    hours = [max(rows[name].hours["T4"], default=math.inf) for name in shown]
+    assert hours == sorted(hours) and {0 < h < math.inf for h in hours} == {True, False}
 
 
 @pytest.mark.browser

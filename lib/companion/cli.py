@@ -34,7 +34,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from . import __version__, data  # what needs torch, or takes long, is imported where it is used
-from .errors import BadParameter, CompanionError
+from .errors import BadParameter, CompanionError, check_choice
 from .io.files import check_folder
 from .io.papers import accepted, paper, rules, slugs
 from .runs import needs
@@ -63,7 +63,9 @@ def commands() -> dict[str, argparse.ArgumentParser]:
     ):
         sub = command(function, name, what, "paper")
         sub.add_argument("--data-root", default="data")
-        if function is doctor:
+        if function is fetch:
+            sub.add_argument("--dataset", help="of the data this set alone (default: all of the paper's)")
+        else:
             sub.add_argument("--devices", type=int, default=1, help="as the notebook's parameter (default: 1)")
             sub.add_argument("--accumulate", type=int, default=1, help="as the notebook's parameter (default: 1)")
             sub.add_argument("--gpu", choices=needs.GPUS, help="the time is on this GPU (default: this one, or A100)")
@@ -290,7 +292,10 @@ def fetch(given: argparse.Namespace) -> int:
                 backbones.find_weights(weights["id"], download=True)
             except CompanionError as error:
                 left.append(str(error))
-    for name in dict.fromkeys(n for run in facts["runs"] for n in needs.sets(run["data"])):
+    names = dict.fromkeys(name for run in facts["runs"] for name in needs.sets(run["data"]))
+    if given.dataset:
+        check_choice("--dataset", given.dataset, names)
+    for name in [given.dataset] if given.dataset else names:
         try:
             print(f"data    {name}: {data.fetch(name, given.data_root)}", flush=True)
         except CompanionError as error:

@@ -8,6 +8,7 @@ import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -15,26 +16,27 @@ import yaml
 
 from .. import data
 from ..errors import CompanionError, Count, check_choice, typed
-from ..io.papers import MODELS, paper, slugs
+from ..io.papers import MODELS, paper, rules, slugs
 from ..training.hardware import Hardware, RunParameters, device
 from ..training.recipe import dry_items
 
-# Peak matrix throughput in TFLOP/s, dense, from NVIDIA's data sheets: in half precision, in TF32 (float32 on GPUs
-# without it), and in float32.
+# From NVIDIA's data sheets: peak matrix throughput in TFLOP/s, dense, in half precision, in TF32 (float32 on GPUs
+# without it), and in float32; and GB of memory, of several sizes the smallest.
 GPUS = {
-    "T4": (65, 8.1, 8.1),
-    "V100": (125, 15.7, 15.7),
-    "A10": (125, 62.5, 31.2),
-    "L4": (121, 60, 30.3),
-    "L40S": (362, 183, 91.6),
-    "RTX 3090": (71, 35.6, 35.6),
-    "RTX 4090": (165, 82.6, 82.6),
-    "A100": (312, 156, 19.5),
-    "H100": (989, 494, 67),
-    "H200": (989, 494, 67),
+    "T4": (65, 8.1, 8.1, 16),
+    "V100": (125, 15.7, 15.7, 16),
+    "A10": (125, 62.5, 31.2, 24),
+    "L4": (121, 60, 30.3, 24),
+    "L40S": (362, 183, 91.6, 48),
+    "RTX 3090": (71, 35.6, 35.6, 24),
+    "RTX 4090": (165, 82.6, 82.6, 24),
+    "A100": (312, 156, 19.5, 40),
+    "H100": (989, 494, 67, 80),
+    "H200": (989, 494, 67, 141),
 }
 CPU_COPIES = 1.75  # times the counted memory: MetaSegNet's dry run on a CPU took 17.8 GB where 10.2 are counted
 CGROUP = Path("/sys/fs/cgroup")
+SHOWN = ("T4", "RTX 3090", "RTX 4090", "A100", "H100")  # GPUs of `rows`
 SHARE = 0.3  # assumed fraction of the peak that a training reaches; `companion doctor` prints it
 
 
@@ -45,8 +47,8 @@ def peak(gpu: str, precision: str) -> float:
 
 
 def sets(prefix: str) -> list[str]:
-    """The data sets of a run, by the `data` of its entry in `paper.yaml`."""
-    return [name for name in data.DATASETS if name.startswith(prefix)]
+    """The data sets of a run, by `data` of its entry in `paper.yaml`: a name, or the group of several, "vtab/"."""
+    return [name for name in data.DATASETS if name == prefix or (prefix.endswith("/") and name.startswith(prefix))]
 
 
 def _counted(slug: str) -> dict[str, dict[str, float]]:
@@ -59,12 +61,13 @@ def memory(slug: str, run: dict, precision: str, where: str = "cuda", images: fl
 
     Args:
         where: "cuda": of a GPU; "cpu": of the host, which computes in float32.
-        images: of a step on one device; 0: the counted ones.
+        images: of a forward pass on one device; 0: `micro_batch` in `paper.yaml`, those of the run's largest batch as
+            the recipe divides it, or the counted ones.
     """
     counted = _counted(slug).get(run["id"])
     if counted is None:
         return run["memory_gb"], " (estimated)"
-    precision, images = precision if where == "cuda" else "32-true", images or counted["images"]
+    precision, images = precision if where == "cuda" else "32-true", images or run.get("micro_batch", counted["images"])
     image = counted["image_gb" if precision in ("32-true", "tf32") else "image_half_gb"]
     wanted = (counted["fixed_gb"] + images * image) * (1 if where == "cuda" else CPU_COPIES)
     how = f"{counted['fixed_gb']} of weights, gradients and moments, {image} an image;\n{'':11}"
@@ -72,10 +75,9 @@ def memory(slug: str, run: dict, precision: str, where: str = "cuda", images: fl
     return wanted, f" for a step of {images:.0f} images at {precision} (counted: {how})"
 
 
-def step_images(slug: str, run: Mapping) -> float:
+def step_images(slug: str, run: Mapping) -> int:
     """The images of a step of a run's training, on all devices and with all accumulation; 0 where they are unknown."""
-    parts = run.get("batch") or _counted(slug).get(run["id"], {}).get("images", 0)
-    return math.prod(parts) if isinstance(parts, list) else parts
+    return _at_once(run, int(_counted(slug).get(run["id"], {}).get("images", 0)), 1)
 
 
 def disk(slug: str, run: dict) -> float:
@@ -93,7 +95,7 @@ def check(slug: str, p: RunParameters, out: Path) -> None:
     ):  # memory of several GPUs cannot be asked for before they are forked
         return
     hardware, where = Hardware.of(p, slug), device(p.accelerator)
-    images = -(-int(counted["images"]) // hardware.accumulate)
+    images = _at_once(run, int(counted["images"]), getattr(p, "accumulate", 0))  # of several batches the smallest
     if p.dry_run:
         images = min(images, dry_items(p, images) // 2)
     wanted, available = memory(slug, run, hardware.precision, where, images)[0], free(where)
@@ -110,6 +112,13 @@ def check(slug: str, p: RunParameters, out: Path) -> None:
     if room < (written := disk(slug, run)):
         what = f"two checkpoints at a time, and what else the run saves, take up to {written:.1f} GB"
         raise CompanionError(f"{what}; {room:.1f} GB are free in {out}: choose another `out`, or make room")
+
+
+def _at_once(run: Mapping, usual: int, accumulate: int) -> int:
+    """The images of a forward pass on one GPU: the published batch divided by `accumulate`; 0: `usual`."""
+    published = run.get("batch", usual)
+    whole = math.prod(published) if isinstance(published, list) else published
+    return -(-whole // accumulate) if accumulate else usual
 
 
 def run_of(slug: str, p: RunParameters) -> dict | None:
@@ -165,6 +174,58 @@ def hours(run: dict, throughput: float) -> tuple[float, float]:
         seen = {"train": sizes.get("trainval"), "test": sizes.get("test")} | run.get("images", {})
         flop += run["gflop"] * 1e9 * (3 * seen["train"] * run["epochs"] + seen["test"])
     return flop / (SHARE * throughput * 1e12) / 3600, flop
+
+
+class Row(NamedTuple):
+    """A run of a paper's tables on data sets with as many training images.
+
+    Attributes:
+        slug, run: the paper, and the entry of its `runs` in `paper.yaml`.
+        sets: the names of the data sets.
+        memory: GB that it needs of a GPU; `counted`, or else estimated.
+        smallest: GB with the parameter `accumulate`, so that two images of the run's smallest batch are in a forward
+            pass, which a batch norm needs; `memory`, and 0, where the notebook has no such parameter.
+        hours: on each GPU of `SHOWN`, of the data set that takes least and of the one that takes most; () where its
+            memory is too small.
+    """
+
+    slug: str
+    run: dict
+    sets: list[str]
+    memory: float
+    counted: bool
+    smallest: float
+    accumulate: int
+    hours: dict[str, tuple[float, float] | tuple[()]]
+
+    @property
+    def anchor(self) -> str:
+        """The name of the row on the site's page."""
+        return f"gpus-{self.slug}-{self.run['id']}-{self.sets[0].replace('/', '-')}"
+
+
+def rows(slug: str) -> list[Row]:
+    """The runs of a paper's tables, each on each of its data sets, with what they need at the authors' precision."""
+    facts, found = paper(slug), []
+    precision, products = facts["precision"], facts.get("products", facts["precision"])
+    for run in facts["runs"]:
+        wanted, how = memory(slug, run, precision)
+        accumulate, smallest = 0, wanted
+        if (counted := _counted(slug).get(run["id"])) and "accumulate" in rules(slug):
+            accumulate = _at_once(run, int(counted["images"]), 2)
+            images = _at_once(run, run.get("micro_batch", int(counted["images"])), accumulate)
+            smallest = memory(slug, run, precision, images=images)[0]
+        together = "dataset" in run.get("parameters", {})  # one data set is trained on, the others are tested
+        groups: dict[object, list[str]] = {}
+        for name in sets(run["data"]):
+            known = data.DATASETS[name]
+            groups.setdefault(together or (known.fetchable, known.sizes.get("trainval")), []).append(name)
+        for names in groups.values():
+            each = [run] if together else [run | {"data": name} for name in names]
+            taken = {gpu: [hours(one, peak(gpu, products))[0] for one in each] for gpu in SHOWN}
+            fitting = {gpu: (min(h), max(h)) if smallest <= GPUS[gpu][3] else () for gpu, h in taken.items()}
+            found.append(Row(slug, run, names, wanted, "counted" in how, smallest, accumulate, fitting))
+    return found
 
 
 def measured(run: dict, step: dict) -> float:
