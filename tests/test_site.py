@@ -1,6 +1,7 @@
 """The site, built from a small generated report and from the real one, opened in a real browser without a network."""
 
 import functools
+import hashlib
 import http.server
 import json
 import math
@@ -9,19 +10,24 @@ import shutil
 import subprocess
 import sys
 import threading
+import zipfile
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import nbformat
+import pandas as pd
 import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+from companion.data import DATASETS, spaced
 from companion.evaluation.claims import KINDS
 from companion.io.papers import slugs
+from companion.io.provenance import code_hash, sources
 from companion.runs import needs
+from companion.runs.archives import ROWS
 
 CLAIMS = yaml.safe_load(r"""
 - {id: params, text: 'trains $2 \times d$ parameters', kind: implementation check, status: holds, value: 11, seeds: [0]}
@@ -58,6 +64,39 @@ def made_up(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder.parent
 
 
+@pytest.fixture(scope="session")
+def checkout(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout to which two people have contributed a row each."""
+    folder = tmp_path_factory.mktemp("checkout")
+    (folder / "lib" / "companion").mkdir(parents=True)
+    (folder / "notebooks").mkdir()
+    (folder / "pyproject.toml").write_text("", encoding="utf-8")
+    notebook = shutil.copy(root / "notebooks" / "sa2vp.ipynb", folder / "notebooks")
+    sizes = {split: {"items": n, "labels": [n // 2, n - n // 2]} for split, n in DATASETS["vtab/svhn"].sizes.items()}
+    parameters = {"profile": "paper", "method": "SA²VP", "backbone": "vit_b16", "dataset": "vtab/svhn"}
+    steps = 100 * sizes["trainval"]["items"] // 64
+    history = pd.DataFrame({"step": spaced(steps, ROWS), "lr": 0.1, "loss": 1.0})
+    facts = {"slug": "sa2vp", "date": "2026-01-01", "version": "4", "commit": "", "versions": {}, "seconds": 1.0}
+    facts |= {"code": code_hash([notebook, *sources(notebook)]), "data": {"vtab/svhn": sizes}, "weights": {}}
+    for seed, (by, gpu) in enumerate((("A. Person", "Tesla T4"), ("somebody", "NVIDIA A100"))):
+        row = {
+            "backbone": "vit_b16",
+            "method": "SA²VP",
+            "dataset": "vtab/svhn",
+            "seed": seed,
+            "accuracy": 80 + 4 * seed,
+        }
+        files = {"measured.csv": pd.DataFrame([row]).to_csv(index=False), "history/0.csv": history.to_csv(index=False)}
+        hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in files.items()}
+        told = {"by": by, "device": gpu, "parameters": parameters | {"seed": seed}, "steps": [steps], "files": hashes}
+        place = folder / "reports" / "contributed" / "sa2vp" / f"{seed}.zip"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with zipfile.ZipFile(place, "w") as packed:
+            for name, text in ({"run.json": json.dumps(facts | told)} | files).items():
+                packed.writestr(name, text)
+    return folder
+
+
 class Site:
     def __init__(self, real: bool, reports: Path, folder: Path, url: str):
         self.real, self.reports, self.folder, self.url = real, reports, folder, url
@@ -83,7 +122,12 @@ def committed(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def sites(
-    request: pytest.FixtureRequest, root: Path, made_up: Path, committed: Path, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    root: Path,
+    made_up: Path,
+    committed: Path,
+    checkout: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[[str], Site]:
     """Each of the two sites, built once, behind a server on this machine."""
 
@@ -97,7 +141,7 @@ def sites(
         out = tmp_path_factory.mktemp("built") / "site"
         out.mkdir()
         (out / "stale.html").write_text("built before", encoding="utf-8")
-        done = build(root, reports, out, api=kind == "real")
+        done = build(root, reports, out, api=kind == "real", cwd=root if kind == "real" else checkout)
         assert done.returncode == 0, done.stdout + done.stderr
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(out)))
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -137,11 +181,13 @@ site["main"]()
 """
 
 
-def build(root: Path, reports: Path, out: Path, api: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run `site/build.py`, without `api` without the API reference."""
+def build(
+    root: Path, reports: Path, out: Path, api: bool = True, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run `site/build.py`, without `api` without the API reference; `cwd` has the contributed rows."""
     program = [] if api else ["-c", WITHOUT_API]
     command = [sys.executable, *program, root / "site" / "build.py", "--reports", reports, "--out", out]
-    return subprocess.run(command, capture_output=True, text=True)
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
 
 
 def test_links_resolve_and_no_page_loads_anything_from_elsewhere(site: Site) -> None:
@@ -235,6 +281,15 @@ def test_ledger_is_the_claims_and_its_text_is_escaped(site: Site, browser: objec
         kinds = [[c["status"] for c in claims if c["kind"] == kind] for kind in KINDS]
         assert tables == [[s] * said.count(s) for said in kinds for s in ("holds", "fails", "not run") if s in said]
         assert site.real or "A | B: a_1 < b_1 & <i>more</i> [*]" in page.inner_text("article")
+
+
+def test_contributed_rows_are_shown_with_mean_spread_and_who_apart_from_the_claims(
+    sites: Callable[[str], Site],
+) -> None:
+    text = (sites("made-up").folder / "ledger.html").read_text(encoding="utf-8")
+    (table,) = re.findall(r"<table class=[^>]*contributed.*?</table>", text, re.S)
+    assert "SA2VP, svhn" in table and "82.00 ± 2.83 (n = 2)" in table
+    assert "two people or more: A. Person, somebody" in table and "Tesla T4, NVIDIA A100" in table
 
 
 def test_without_reports_the_site_stays_as_it_was(root: Path, tmp_path: Path) -> None:
