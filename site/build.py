@@ -361,7 +361,7 @@ def access(row: needs.Row) -> str:
     free = sum(one.fetchable for one in known)
     some = "" if free in (0, len(known)) else f" ({free} of {len(known)})"
     how = f"free, `companion fetch {row.slug}`{some}" if free else "[by hand](data.md)"
-    return f"{how}: " + "; ".join(dict.fromkeys(cell(one.licence) for one in known))
+    return f"{how}; licence: " + "; ".join(dict.fromkeys(cell(one.licence) for one in known))
 
 
 def cell(text: str) -> str:

@@ -194,7 +194,8 @@ def cells(slug: str, rules: Mapping[str, Mapping], facts: Mapping[str, Any]) -> 
     for i, claim in enumerate(facts["claims"]):
         for j, condition in enumerate(claim.get("measured", ())):
             for key in condition.keys() & {"of", "over"}:
-                if not any(fnmatchcase(cell := " | ".join(condition[key]), name) for name in found):
+                cell = " | ".join(condition[key])
+                if not any(fnmatchcase(cell, name) for name in found):
                     forms = [f"{spec['row']} | {spec['column']}" for spec in specs]
                     yield ("claims", i, "measured", j, key), f"no measured row fills {cell}", forms
 
