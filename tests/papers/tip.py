@@ -149,6 +149,7 @@ def train(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
     return history, None
 
 
+MODELS: dict[str, Any] = {}  # its pipeline is a folder, which diffusers writes
 TRAININGS = {
     # too large for the machine on which memory is counted: no `runs`
     "": Training(train, {"size": 32}, batch=8, full={"size": 512})

@@ -71,7 +71,7 @@ def record(
     with atomic(folder / "outputs.safetensors") as temporary:
         temporary.write_bytes(save({name: value.detach().contiguous() for name, value in tensors.items()}))
     write_json(folder / "names.json", {name: list(tensor.shape) for name, tensor in state.items()})
-    facts: dict[str, Any] = {"form": 2, "seed": seed, "recorded": {}, "fixed": fixed}
+    facts: dict[str, Any] = {"seed": seed, "recorded": {}, "fixed": fixed}
     facts["inputs"] = {name: {"shape": list(shape)} for name, shape in filled.items()}
     facts["inputs"] |= {name: {"stored": f"in.{name}"} for name in stored}
     facts["steps"] = [{"args": [], "kwargs": {}} | dict(step) if "call" in step else dict(step) for step in steps]

@@ -218,6 +218,7 @@ def test_the_committed_study_is_that_of_the_code_and_tested_on_seeds_not_used_be
     chosen, tested = (set(rows[rows.stage == stage].seed) for stage in ("select", "test"))
     assert sorted(tested) == facts["seeds"] == list(module.seeds)[: len(tested)], "the first seeds, whatever they give"
     assert len(tested) >= 5 and max(chosen) < 200
+    assert facts["budget"] == module.budget
     assert sorted(chosen) == facts["selection_seeds"] == list(module.selection_seeds)
     names = {task: set(methods) for task, methods in module.tasks.items()}
     assert {task: set(own.method) for task, own in rows[rows.stage == "test"].groupby("task")} == names
