@@ -12,13 +12,13 @@ from tools import facts, new_paper
 
 
 def test_what_is_left_is_named(tmp_path):
-    files = new_paper.write("adaptformer", "AdaptFormer", "sa2vp", tmp_path)
+    files = new_paper.write("another_paper", "AnotherPaper", "sa2vp", tmp_path)
     measured = ("reports/",)  # by the study and the benchmark
-    assert all((tmp_path / file.format("adaptformer")).exists() for file in FILES if not file.startswith(measured))
+    assert all((tmp_path / file.format("another_paper")).exists() for file in FILES if not file.startswith(measured))
     for file in files:
         if file.suffix == ".py":
             ast.parse(file.read_text(encoding="utf-8"))
-    folder = tmp_path / "lib/companion/models/adaptformer"
+    folder = tmp_path / "lib/companion/models/another_paper"
     named = [line.split(": ")[:2] for line in facts.check_paper(folder)]
     for name in ("paper", "findings", "threads"):
         file = folder / f"{name}.yaml"
@@ -38,7 +38,7 @@ def test_slugs_that_are_refused(slug, tmp_path):
 def test_the_files_are_as_lint_wants_them(tmp_path):
     files = [
         str(path)
-        for path in new_paper.write("adaptformer", "AdaptFormer", "sa2vp", tmp_path)
+        for path in new_paper.write("another_paper", "AnotherPaper", "sa2vp", tmp_path)
         if path.suffix in (".py", ".ipynb")
     ]
     for words in (["check"], ["format", "--check"]):

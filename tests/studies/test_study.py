@@ -12,7 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pandas as pd
 import psutil
 import pytest
+import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from companion.errors import BadParameter, CorruptFile
 from companion.evaluation import ablations
@@ -222,6 +224,20 @@ def test_the_committed_study_is_that_of_the_code_and_tested_on_seeds_not_used_be
     assert sorted(chosen) == facts["selection_seeds"] == list(module.selection_seeds)
     names = {task: set(methods) for task, methods in module.tasks.items()}
     assert {task: set(own.method) for task, own in rows[rows.stage == "test"].groupby("task")} == names
+
+
+@pytest.mark.parametrize("slug", STUDIES)
+def test_the_best_method_of_a_classification_task_beats_a_constant_prediction(slug):
+    """By ten points: at chance level no method can lead another."""
+    own, rows = importlib.import_module(f"companion.toy.{slug}").STUDY, ablations.read(REPORTS / slug)
+    tested = rows[rows.stage == "test"]
+    for task in own.tasks if own.metric == "accuracy" else ():
+        held_out = own.data(task, own.seeds[0], "test")
+        labels = held_out.tensors[1] if isinstance(held_out, TensorDataset) else torch.zeros(())
+        if labels.ndim == 1 and not labels.is_floating_point():
+            constant = 100 * float(labels.bincount().max()) / len(labels)
+            best = tested[tested.task == task].groupby("method")[own.metric].mean().max()
+            assert best > constant + 10, f"{slug}, {task}: {best:.1f} % at best, a constant reaches {constant:.1f} %"
 
 
 @pytest.mark.parametrize("slug", STUDIES)
