@@ -128,9 +128,15 @@ def write(slug: str, name: str, like: str, root: Path = ROOT) -> list[Path]:
     for file, text in files.items():
         (root / file).parent.mkdir(parents=True, exist_ok=True)
         (root / file).write_text(text, encoding="utf-8")
-    config = ("--quiet", "--config", ROOT / "pyproject.toml", *(root / file for file in files if file.endswith(".py")))
-    for words in (("format",), ("check", "--fix")):  # lines are as long as the names
-        subprocess.run([sys.executable, "-m", "ruff", *words, *config], check=True)
+    for kind, config in (
+        (".py", "pyproject.toml"),
+        (".ipynb", "notebooks/ruff.toml"),
+    ):  # lines are as long as the names
+        made = [root / file for file in files if file.endswith(kind)]
+        for words in (("format",), ("check", "--fix")):
+            subprocess.run(
+                [sys.executable, "-m", "ruff", *words, "--quiet", "--config", ROOT / config, *made], check=True
+            )
     return [root / file for file in files]
 
 

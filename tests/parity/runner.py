@@ -45,6 +45,7 @@ from companion.backbones import read_state
 from companion.errors import BadCheckpoint, BadParameter, CompanionError, CorruptFile, MissingData, check_choice
 from companion.io.config import today
 from companion.io.files import read_json
+from companion.io.papers import slugs
 
 from . import fill
 
@@ -243,7 +244,7 @@ def cases(paper: str, fixtures: str | Path | None = None) -> Iterator[Case]:
         BadParameter: no such paper.
         MissingData: no case was found.
     """
-    check_choice("paper", paper, papers())
+    check_choice("paper", paper, slugs())
     roots = [Path(fixtures) if fixtures else ROOT]
     if extra := os.environ.get("PARITY_EXTRA"):
         roots.append(Path(extra))

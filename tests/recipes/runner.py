@@ -29,6 +29,7 @@ from torch.utils.data import Dataset
 
 from companion.errors import CompanionError, CorruptFile, MissingData, check_choice
 from companion.io.files import read_json
+from companion.io.papers import slugs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +191,7 @@ def cases(paper: str, root: str | Path | None = None) -> Iterator[Case]:
         BadParameter: no such paper.
         MissingData: no case was found.
     """
-    check_choice("paper", paper, papers())
+    check_choice("paper", paper, slugs())
     roots = [Path(root) if root else folder()]
     if extra := os.environ.get("RECIPES_EXTRA"):
         roots.append(Path(extra))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from ... import backbones
 from ...data import classification
 from ...evaluation.tables import Results
 from ...io import papers
+from ...training.callbacks import EarlyStop
 from ...training.hardware import WORKERS, Hardware
 from ...training.recipe import Training
 from ...training.recipe import run as train
@@ -38,7 +40,8 @@ def run(p: Parameters, out: Path) -> Tested:
 
 
 def training(p: Parameters, found: Data) -> Training:
-    """The training of `p.method` as published, or of two steps in a dry run."""
+    """The training of `p.method` as published, or of two steps in a dry run; where there is "val", the best epoch."""
+    val, used = found.splits.get("val"), hardware(p)
     return training_of(
         p,
         found,
@@ -49,7 +52,8 @@ def training(p: Parameters, found: Data) -> Training:
         batch=BATCH,
         optimizer=sgd(RATE),
         schedule=SCHEDULE,
-        hardware=hardware(p),
+        callbacks=[EarlyStop(functools.partial(accuracy, data=val, hardware=used))] if val is not None else [],
+        hardware=used,
     )
 
 
