@@ -144,7 +144,7 @@ def test_wrong_calls_name_what_is_accepted(capfd, tmp_path):
     for words, said in (
         (("doctor", "nothing"), "sa2vp"),
         (("parity", "sa2vp", "--case", "nothing"), "tiny_vit_full"),
-        (("parity", "dmt", "--recipe"), "sa2vp"),
+        (("parity", "vgg", "--recipe"), "sa2vp"),
         (("fetch", "sa2vp", "--data-root", tmp_path / "file"), str(tmp_path / "file")),
     ):
         code, _, err = call(capfd, *words)
@@ -152,6 +152,11 @@ def test_wrong_calls_name_what_is_accepted(capfd, tmp_path):
 
 
 # --- parity -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_paper_without_recorded_cases_of_its_recipe_is_said_to_have_none(capfd):
+    code, _, err = call(capfd, "parity", "dmt", "--recipe")
+    assert code == 1 and "dmt/<case>/case.json" in err
 
 
 def test_parity_of_a_changed_and_an_unreadable_checkpoint(capfd, tmp_path):

@@ -1,7 +1,6 @@
 """The site, built from a small generated report and from the real one, opened in a real browser without a network."""
 
 import functools
-import hashlib
 import http.server
 import json
 import math
@@ -10,24 +9,20 @@ import shutil
 import subprocess
 import sys
 import threading
-import zipfile
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import nbformat
-import pandas as pd
 import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from companion.data import DATASETS, spaced
 from companion.evaluation.claims import KINDS
 from companion.io.papers import slugs
-from companion.io.provenance import code_hash, sources
 from companion.runs import needs
-from companion.runs.archives import ROWS
+from tests.runs.common import archive, small_checkout
 
 CLAIMS = yaml.safe_load(r"""
 - {id: params, text: 'trains $2 \times d$ parameters', kind: implementation check, status: holds, value: 11, seeds: [0]}
@@ -65,35 +60,11 @@ def made_up(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def checkout(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkout to which two people have contributed a row each."""
-    folder = tmp_path_factory.mktemp("checkout")
-    (folder / "lib" / "companion").mkdir(parents=True)
-    (folder / "notebooks").mkdir()
-    (folder / "pyproject.toml").write_text("", encoding="utf-8")
-    notebook = shutil.copy(root / "notebooks" / "sa2vp.ipynb", folder / "notebooks")
-    sizes = {split: {"items": n, "labels": [n // 2, n - n // 2]} for split, n in DATASETS["vtab/svhn"].sizes.items()}
-    parameters = {"profile": "paper", "method": "SA²VP", "backbone": "vit_b16", "dataset": "vtab/svhn"}
-    steps = 100 * sizes["trainval"]["items"] // 64
-    history = pd.DataFrame({"step": spaced(steps, ROWS), "lr": 0.1, "loss": 1.0})
-    facts = {"slug": "sa2vp", "date": "2026-01-01", "version": "4", "commit": "", "versions": {}, "seconds": 1.0}
-    facts |= {"code": code_hash([notebook, *sources(notebook)]), "data": {"vtab/svhn": sizes}, "weights": {}}
+    folder = small_checkout(tmp_path_factory.mktemp("checkout") / "small")
     for seed, (by, gpu) in enumerate((("A. Person", "Tesla T4"), ("somebody", "NVIDIA A100"))):
-        row = {
-            "backbone": "vit_b16",
-            "method": "SA²VP",
-            "dataset": "vtab/svhn",
-            "seed": seed,
-            "accuracy": 80 + 4 * seed,
-        }
-        files = {"measured.csv": pd.DataFrame([row]).to_csv(index=False), "history/0.csv": history.to_csv(index=False)}
-        hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in files.items()}
-        told = {"by": by, "device": gpu, "parameters": parameters | {"seed": seed}, "steps": [steps], "files": hashes}
-        place = folder / "reports" / "contributed" / "sa2vp" / f"{seed}.zip"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with zipfile.ZipFile(place, "w") as packed:
-            for name, text in ({"run.json": json.dumps(facts | told)} | files).items():
-                packed.writestr(name, text)
+        archive(folder / f"reports/contributed/sa2vp/{seed}.zip", by=by, device=gpu, seed=seed, accuracy=80 + 4 * seed)
     return folder
 
 

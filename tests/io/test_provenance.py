@@ -92,6 +92,18 @@ def test_hash_ignores_what_does_not_run(tmp_path: Path) -> None:
     assert provenance.code_hash([tmp_path / "a.bin"]) != before
 
 
+def test_hash_does_not_depend_on_where_package_and_notebook_are(tmp_path: Path) -> None:
+    package = tmp_path / "m" / "package"
+    package.mkdir(parents=True)
+    (package / "part.py").write_text("x = 1\n")
+    found = set()
+    for place in ("a", "z"):  # before the package, and after it
+        (tmp_path / place).mkdir()
+        paths = [package / "part.py", notebook(tmp_path / place, "x = 1")]
+        found.add(provenance.code_hash(paths, package))
+    assert len(found) == 1
+
+
 def test_needs_only_the_standard_library() -> None:
     """The Snakefile imports it for every run: it must not bring torch in."""
     code = "import sys, companion.io.provenance; print({'torch', 'numpy', 'yaml', 'nbformat'} & {*sys.modules})"

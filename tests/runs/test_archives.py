@@ -23,17 +23,9 @@ from tests.conftest import ROOT, parameters
 from tests.data import test_classification as layouts
 from tests.data.conftest import picture
 from tests.papers.common import shrink
+from tests.runs.common import small_checkout
 
 Files = dict[str, str]
-
-
-def checkout(folder: Path) -> Path:
-    """A checkout in small: the notebook, and what it is recognised by."""
-    (folder / "notebooks").mkdir(parents=True)
-    (folder / "lib" / "companion").mkdir(parents=True)
-    (folder / "pyproject.toml").write_text("")
-    (folder / "notebooks" / "sa2vp.ipynb").write_bytes((ROOT / "notebooks" / "sa2vp.ipynb").read_bytes())
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +42,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
                 picture(svhn / f"images/{folder}/{i}.png", i + 100 * (name == "test"))
             (svhn / f"{name}.txt").write_text("".join(rows))
         recipe = shrink("sa2vp", patch)
-        patch.chdir(checkout(place / "checkout"))
+        patch.chdir(small_checkout(place / "checkout"))
         patch.setattr(report.needs, "check", lambda *_: None)  # the full-size model's memory
         given = parameters(
             "sa2vp", profile="paper", accelerator="cpu", dataset="vtab/svhn", method="linear probing",
@@ -72,7 +64,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def packed(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Its archive, on another checkout."""
     assert cli.main(["pack", str(run), "-o", str(tmp_path / "run.zip"), "--by", "A. Person"]) == 0
-    monkeypatch.chdir(checkout(tmp_path / "elsewhere"))
+    monkeypatch.chdir(small_checkout(tmp_path / "elsewhere"))
     return tmp_path / "run.zip"
 
 

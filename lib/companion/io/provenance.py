@@ -56,7 +56,9 @@ def code_hash(paths: Iterable[str | Path], package: Path = PACKAGE) -> str:
     and outputs: correcting a sentence does not make an hour of results stale. All other files are hashed byte by byte.
     """
     digest, package = hashlib.sha256(), Path(package).resolve()
-    for path in sorted(Path(p).resolve() for p in paths):
+    resolved = (Path(p).resolve() for p in paths)
+    # a notebook is last, wherever the package is installed
+    for path in sorted(resolved, key=lambda path: (not path.is_relative_to(package), path)):
         name = path.relative_to(package).as_posix() if path.is_relative_to(package) else path.name
         content = _meaning(_code(path), str(path)) if path.suffix in (".py", ".ipynb") else path.read_bytes()
         digest.update(f"{name}\0{len(content)}\0".encode() + content)
