@@ -22,6 +22,7 @@ from base64 import b64encode
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jinja2
@@ -242,7 +243,8 @@ def facts(runs: Mapping[str, Path], reports: Path) -> dict[str, Any]:
         "json": json.dumps,
         "disk": needs.disk,
     } | {
-        f.__name__: f for f in (access, anchor, cell, command, commands, counts, dots, findings, given, paper, readers)
+        f.__name__: f
+        for f in (access, anchor, cell, command, commands, counts, dots, findings, given, paper, readers, timed)
     }
 
 
@@ -362,6 +364,14 @@ def access(row: needs.Row) -> str:
     some = "" if free in (0, len(known)) else f" ({free} of {len(known)})"
     how = f"free, `companion fetch {row.slug}`{some}" if free else "[by hand](data.md)"
     return f"{how}; licence: " + "; ".join(dict.fromkeys(cell(one.licence) for one in known))
+
+
+def timed(row: needs.Row) -> str:
+    """What contributed runs of a row took, the whole notebook, beside the estimate."""
+    facts = [one.facts for one in adopt.contributed(row.slug)]
+    own = [one for one in facts if needs.run_of(row.slug, SimpleNamespace(**one["parameters"])) == row.run]
+    took = [f"{one['seconds'] / 3600:.1f} h on {one['device']}" for one in own if {*one["data"]} & {*row.sets}]
+    return "<br>measured: " + cell("; ".join(took)) if took else ""
 
 
 def cell(text: str) -> str:

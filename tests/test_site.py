@@ -260,6 +260,8 @@ def test_contributed_rows_are_shown_with_mean_spread_and_who_apart_from_the_clai
     text = (sites("made-up").folder / "ledger.html").read_text(encoding="utf-8")
     (table,) = re.findall(r"<table class=[^>]*contributed.*?</table>", text, re.S)
     assert "SA2VP, svhn" in table and re.search(r"82.00 ± 2.83<br ?/?>n = 2", table)
+    rows = (sites("made-up").folder / "gpus.html").read_text(encoding="utf-8")
+    assert rows.count("measured: 0.8 h on Tesla T4; 0.8 h on NVIDIA A100") == 1
     assert "two people or more: A. Person, somebody" in table and "Tesla T4, NVIDIA A100" in table
 
 
