@@ -335,6 +335,7 @@ FORGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "an unknown parameter": (given(cheat=True), "cheat"),
     "an unknown method": (given(method="SA2VPP"), "SA2VPP"),
     "markup for a name": (recorded(by="<script>"), "by: "),
+    "a role of the site for a GPU": (recorded(device="{download}`run.json`"), "device: "),
     "tomorrow": (recorded(date="2999-01-01"), "date: "),
     "no day": (recorded(date="yesterday"), "date: "),
     "other code": (recorded(code="0" * 64), "code: 000000"),

@@ -36,6 +36,7 @@ from ..io.provenance import code_hash, sources
 from . import needs
 from .archives import BY, ROWS, Archive, cells, of_run, read, sets_read
 
+DEVICE = re.compile(r"[\w ()./,+-]{1,100}")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -98,6 +99,8 @@ def _said(archive: Archive) -> Found:
         yield True, "parameters: not of the `paper` profile, or of a dry run, whose numbers mean nothing"
     if not BY.fullmatch(facts["by"]):
         yield True, "by: has other characters than letters, digits, blanks and . - _ @"
+    if not DEVICE.fullmatch(facts["device"]):  # it is shown on the site
+        yield True, "device: has other characters than the names of processors have"
     try:
         if datetime.date.fromisoformat(facts["date"]) > datetime.date.today():
             raise ValueError("it is to come")
@@ -260,7 +263,7 @@ def measured_cells(slug: str) -> list[dict[str, Any]]:
         try:
             notes = check(archive)
         except CorruptFile as error:  # it was adopted: its commit may be missing in a copy without history
-            notes = [f"not checked here: {' '.join(error.reason.split())}"]
+            notes = [f"not checked here: {' '.join(error.reason.replace('`', '').split())}"]
         for (table, row, column), value in cells(results, archive.rows).items():
             if not table:
                 continue
