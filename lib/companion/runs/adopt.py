@@ -16,8 +16,8 @@ import math
 import re
 import statistics
 import subprocess
-import tarfile
 import tempfile
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -141,10 +141,13 @@ def _checkout(code: str, commit: str, name: str) -> Iterator[tuple[Path | None, 
         return subprocess.run(["git", "-C", str(root), *words], capture_output=True).stdout
 
     with tempfile.TemporaryDirectory() as folder:
-        at, packed = Path(folder), git("archive", commit, "lib", name) if COMMIT.fullmatch(commit) else b""
+        at, packed = (
+            Path(folder),
+            git("archive", "--format=zip", commit, "lib", name) if COMMIT.fullmatch(commit) else b"",
+        )
         if packed:
-            with tarfile.open(fileobj=io.BytesIO(packed)) as files:
-                files.extractall(at, filter="data")
+            with zipfile.ZipFile(io.BytesIO(packed)) as files:  # of this checkout
+                files.extractall(at)
             package = at / "lib" / "companion"
             if code_hash([at / name, *sources(at / name, package)], package) == code:
                 tag = git("describe", "--tags", "--exact-match", commit).decode().strip()
