@@ -234,6 +234,7 @@ def facts(runs: Mapping[str, Path], reports: Path) -> dict[str, Any]:
         "rows": [row for slug in slugs() for row in needs.rows(slug)],
         "session": (ROOT / "notebooks" / "README.md").read_text(encoding="utf-8").partition("<!-- session -->")[2],
         "estimates": needs.table,
+        "gigabytes": {gpu: needs.GPUS[gpu][3] for gpu in needs.SHOWN},
         "contributed": {slug: found for slug in slugs() if (found := adopt.measured_cells(slug))},
         "judged_by": {slug: adopt.judged(slug) for slug in slugs()},
         "longest": needs.longest,

@@ -17,6 +17,7 @@ import pytest
 
 from companion import cli
 from companion.errors import BadParameter, CompanionError, CorruptFile
+from companion.io.files import read_json
 from companion.io.provenance import code_hash, sources
 from companion.runs import adopt, archives, report
 from tests.conftest import ROOT, parameters
@@ -97,6 +98,20 @@ def test_a_packed_run_is_small_and_names_no_folder_and_nobody(packed: Path, run:
     assert "12 / 40 images" in text and facts["by"] == "A. Person" and "data_root" not in facts["parameters"]
     split = facts["data"]["vtab/svhn"]["test"]
     assert (split["items"], split["labels"]) == (40, [20, 20]) and facts["steps"] == [100]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_a_notebook_as_it_was_executed_passes(path: Path) -> None:
+    """BAT's parameters name a path as an example."""
+    packed = archives.anonymous(archives._bare(read_json(path)))
+    assert archives.anonymous(packed) == packed
+    assert adopt._cells_of(packed) == archives.anonymous(adopt._cells_of(read_json(path)))
+
+
+def test_outside_of_a_checkout_it_is_said_where_to_call(packed: Path, tmp_path: Path) -> None:
+    Path("notebooks/sa2vp.ipynb").unlink()
+    with pytest.raises(CorruptFile, match="in the project's checkout"):
+        adopt.adopt(packed)
 
 
 def test_a_long_history_is_thinned_to_its_last_step(packed: Path, run: Path, tmp_path: Path) -> None:
@@ -324,6 +339,10 @@ FORGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "a list": (changed("run.json", lambda text: f"[{text}]"), "no JSON object"),
     "deep JSON": (changed("run.json", lambda text: "[" * 100_000), "strict JSON"),
     "a text for a number": (recorded(seconds="1"), "seconds of the right type"),
+    "steps that are texts": (recorded(steps=["100"]), "another type"),
+    "counts that are texts": (recorded(data={"vtab/svhn": {"test": {"items": "40", "labels": []}}}), "another type"),
+    "a list for a data set": (recorded(data={"vtab/svhn": [1]}), "another type"),
+    "cells that are none": (rehashed("notebook.ipynb", lambda text: '{"cells": [1]}'), "another type"),
     "a key more": (recorded(user="someone"), "user, which no record has"),
     "a folder": (recorded(device="GPU of /home/someone/data"), "holds a path"),
     "a ragged CSV": (rehashed("measured.csv", lambda text: text + "1\n"), "strict CSV"),

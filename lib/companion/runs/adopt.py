@@ -34,7 +34,7 @@ from ..io.files import atomic, read_json
 from ..io.papers import convert, paper, rules, slugs
 from ..io.provenance import code_hash, sources
 from . import needs
-from .archives import BY, ROWS, Archive, cells, of_run, read, sets_read
+from .archives import BY, ROWS, Archive, anonymous, cells, of_run, read, sets_read
 
 DEVICE = re.compile(r"[\w ()./,+-]{1,100}")
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -111,6 +111,12 @@ def _said(archive: Archive) -> Found:
 def _code(archive: Archive) -> Found:
     """The code is that of this checkout, or of one of its commits; the notebook is the one of that commit."""
     facts, name = archive.facts, f"notebooks/{archive.slug}.ipynb"
+    if not (record.root() / name).is_file():
+        yield (
+            True,
+            f"code: there is no {name} here to compare it with: call `companion adopt` in the project's checkout",
+        )
+        return
     with _checkout(facts["code"], facts["commit"], name) as (root, which):
         if root is None:
             made = facts["commit"] or "no commit"
@@ -118,7 +124,7 @@ def _code(archive: Archive) -> Found:
             return
         if which:
             yield False, f"code of {which}"
-        wanted, ran = _cells_of(read_json(root / name)), _cells_of(archive.notebook)
+        wanted, ran = anonymous(_cells_of(read_json(root / name))), _cells_of(archive.notebook)
         if archive.notebook and [text for text in ran if not text.startswith("# Parameters\n")] != wanted:
             yield True, f"notebook.ipynb: its code is not that of {name}"
 
@@ -204,12 +210,12 @@ def _history(archive: Archive) -> Found:
 
 
 def _steps(facts: Mapping, run: Mapping) -> float:
-    """The steps of the published training of a run, about; 0 where they are not known."""
-    batch = needs.step_images(facts["slug"], run)
+    """The steps of the published training of a run, about; 0 where they are not known: `images` of a run are those of
+    all its trainings, and a test of given weights trains none."""
+    batch, given = needs.step_images(facts["slug"], run), facts["parameters"].get("checkpoint")
     splits: Mapping[str, Mapping] = next(iter(facts["data"].values()), {})
-    counted = [splits[name]["items"] for name in ("trainval", "train") if name in splits]
-    items = run.get("images", {}).get("train") or next(iter(counted), 0)
-    return run["epochs"] * max(items / batch, 1) if batch else 0
+    items = next((splits[name]["items"] for name in ("trainval", "train") if name in splits), 0)
+    return 0 if "images" in run or given or not batch else run["epochs"] * max(items / batch, 1)
 
 
 def _scores(archive: Archive) -> Found:

@@ -246,6 +246,8 @@ def read(file: str | Path) -> Archive:
         if hashes.get(name) != facts["files"].get(name):
             raise wrong(f"{name} is missing, not listed in run.json, or not the file that was hashed there")
     notebook = _json(file, "notebook.ipynb", found["notebook.ipynb"]) if "notebook.ipynb" in found else {}
+    if not _formed(facts, notebook):
+        raise wrong("run.json or notebook.ipynb has an entry of another type than `companion pack` writes")
     for name, content in {**found, "run.json": facts, "notebook.ipynb": notebook}.items():
         if anonymous(content) != content:
             raise wrong(f"{name} holds a path, which `companion pack` removes")
@@ -255,6 +257,18 @@ def read(file: str | Path) -> Archive:
     evidence += json.dumps([facts["slug"], facts["code"], facts["data"]], sort_keys=True)
     digest = hashlib.sha256(evidence.encode()).hexdigest()
     return Archive(file, facts, tables["measured.csv"], histories, notebook, digest)
+
+
+def _formed(facts: Mapping, notebook: Mapping) -> bool:
+    """Whether the entries of a record and of a notebook have the types that others rely on."""
+    splits = [split for one in facts["data"].values() for split in (one.values() if isinstance(one, dict) else [one])]
+    if not all(isinstance(split, dict) and isinstance(split.get("labels"), list) for split in splits):
+        return False
+    counts = [*facts["steps"], *(n for split in splits for n in [split.get("items"), *split["labels"]])]
+    cells = notebook.get("cells", [])
+    texts = [cell.get("source") for cell in cells if isinstance(cell, dict)] if isinstance(cells, list) else [None]
+    whole = isinstance(cells, list) and len(texts) == len(cells) and all(isinstance(text, str) for text in texts)
+    return whole and all(type(n) is int and n >= 0 for n in counts)
 
 
 def _json(file: Path, name: str, text: str) -> dict[str, Any]:
