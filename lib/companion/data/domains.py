@@ -227,7 +227,8 @@ def _class(dataset: DataSet, folder: str) -> str | None:
 
 
 def _plain(name: str) -> str:
-    """A folder's name without case, blanks, underscores and the two misspellings of the authors' lists."""
+    """A folder's name without case, blanks, underscores and two misspellings: "commerical" of the authors' lists, and
+    "swimmimg", which MLRSNet has too."""
     letters = re.sub(r"[^a-z0-9]", "", name.lower())
     return letters.replace("swimmimg", "swimming").replace("commerical", "commercial")
 

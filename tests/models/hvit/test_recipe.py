@@ -387,5 +387,6 @@ def test_attention_of_all_levels_is_read_region_by_region(tmp_path):
 
 
 def test_a_variant_is_not_measured_as_the_published_method():
-    assert recipe.label(parameters("hvit")) == "Local"
-    assert recipe.label(parameters("hvit", position="sine", epochs=3)) == "Local, position sine, epochs 3"
+    assert recipe.label(parameters("hvit")) == "Local, from vit256_small_dino.pth"
+    changed = parameters("hvit", position="sine", epochs=3, features="a/b")
+    assert recipe.label(changed) == "Local, position sine, epochs 3, from b"

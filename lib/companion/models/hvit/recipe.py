@@ -457,7 +457,8 @@ def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
 def label(p: Parameters) -> str:
     """The method's name in the tables, with its differences from the published setting."""
     published = {k: rule["published"] for k, rule in papers.paper("hvit")["parameters"].items() if "published" in rule}
-    return ", ".join([p.method, *(f"{k} {getattr(p, k)}" for k, v in published.items() if getattr(p, k) != v)])
+    changes = {f"{name} {getattr(p, name)}": getattr(p, name) != value for name, value in published.items()}
+    return RESULTS.label(p.method, changes, patch=p.features)
 
 
 def protocol() -> dict[str, str]:
