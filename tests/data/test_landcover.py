@@ -182,7 +182,8 @@ def test_missing_xbd_is_named_and_compiled(tmp_path):
             refused(MissingData, "1 of 3 .*el_rodeo_3", compile_xbd, tmp_path, tmp_path / "xbd")
         png(tmp_path / "xbd" / "tier1" / f"{name}_pre_disaster.png", noise(seed=i))
     assert compile_xbd(tmp_path, tmp_path / "xbd") == 1  # those that were there went in before
-    train = landcover.load(OEM, tmp_path, "train")
+    train, rest = (landcover.load(OEM, tmp_path, "train", without_xbd=without) for without in (False, True))
+    assert rest.absent == ["el_rodeo"] and [p.region for p in rest.pictures] == ["tokyo"]
     assert len(train) == 2 and torch.equal(train[1][0], torch.from_numpy(noise(seed=0)))
     with Raster(train.pictures[1].image) as raster:
         assert raster.transform == CORNER and raster.place is not None  # the label's

@@ -85,7 +85,7 @@ class LandCover(Parts, Dataset):
         pictures, places: the files, and the table by region (for your own images also by file name).
         classes: their names; `ignore` is the label after the last one. `palette`: one colour each.
         left_out: classes excluded from the means of the scores.
-        absent: regions left out because xBD's images are missing.
+        absent: regions left out, those of xBD.
         windows: (image, top, left, flip) of each item; mirrored by `flip` (see `FLIPS`).
 
     Args:
@@ -239,7 +239,7 @@ def load(
         labels: for Potsdam "full" or "eroded"; None: full for training, eroded for testing, as in GeoSeg.
         mirrored: for Potsdam: see `LandCover`.
         padding: for Potsdam: "ignored", or "impervious", the label that GeoSeg's tool assigns by mistake.
-        without_xbd: for OpenEarthMap: leave out the images that must be compiled from xBD; `absent` names the regions.
+        without_xbd: for OpenEarthMap: leave out the images of xBD's regions, present or not; `absent` names them.
         size, stride, transform: see `LandCover`; Potsdam's tiles and UAVid's frames are read by 1,024 pixels unless
             `size` is given, Potsdam's padded at the top and the left.
 
@@ -485,10 +485,9 @@ def _pictures(
             AerialImage(at(folder, f"{region}/images/{name}"), at(folder, f"{region}/labels/{name}"), region)
             for name, region in ((name, name.rpartition("_")[0]) for name in names)
         ]
-        pictures = [picture for picture in listed if picture.image.is_file()]
-        lost = [picture.region for picture in listed if not picture.image.is_file()]
-        absent = {*lost}
-        if needed := [region for region in lost if not (without_xbd and region in XBD)]:
+        pictures = [picture for picture in listed if not (without_xbd and picture.region in XBD)]
+        absent = {picture.region for picture in listed} - {picture.region for picture in pictures}
+        if needed := [picture.region for picture in pictures if not picture.image.is_file()]:
             how = " (compile xBD's in with data.xbd.compile_xbd, or without_xbd=True)" if {*needed} & {*XBD} else ""
             detail = f"{len(needed)} images of {split}.txt in {', '.join(sorted({*needed}))}{how}"
             raise dataset.missing(root, detail)
@@ -523,7 +522,7 @@ def _potsdam(folder: Path, split: str, kind: str) -> list[AerialImage]:
     masks += [f"{split}_masks{'_eroded' if kind == 'eroded' else ''}", ""]
     for tile in POTSDAM_TILES[split]:
         name = f"top_potsdam_{tile}_label{LABELS[kind]}.tif"
-        label = at(folder, *(f"{mask}/{name}" for mask in masks))
+        label = at(folder, *(str(Path(mask, name)) for mask in masks))
         found.append(AerialImage(at(images, f"top_potsdam_{tile}_{bands}.tif"), label, "potsdam"))
     return found
 
