@@ -190,6 +190,7 @@ def doctor(given: argparse.Namespace) -> int:
     parameters."""
     facts, root = paper(given.paper), Path(given.data_root)
     weights = {w["name"]: (w, lack) for w, lack in _weights(facts, root)}
+    wrap = textwrap.TextWrapper(110, subsequent_indent=" " * 18, break_long_words=False, break_on_hyphens=False)
     lacking, look = False, functools.cache(functools.partial(data.status, root=root, decode=True))  # once for all runs
     print(f"{facts['title']}  (arXiv {facts['arxiv']})\ndata root: {root.resolve()}\n")
     for run in facts["runs"]:
@@ -199,10 +200,12 @@ def doctor(given: argparse.Namespace) -> int:
             entry, lack = weights[name]
             size = f"{entry['size_mb']} MB, " if "size_mb" in entry else ""
             print(f"  weights  {entry.get('id') or entry['file']} ({size}{entry['licence']}): {lack or 'here'}")
+            print(wrap.fill(f"           {entry['what']}"))
+            if "replaces" in entry:
+                print(wrap.fill(f"           in place of {entry['replaces']}; rows of the tables name it"))
             lacking |= bool(lack)
         lacking |= _show_costs(given, facts, run)
     print(f"Parameters of notebooks/{given.paper}.ipynb and their accepted values")
-    wrap = textwrap.TextWrapper(110, subsequent_indent=" " * 18, break_long_words=False, break_on_hyphens=False)
     for name, rule in rules(given.paper).items():
         print(wrap.fill(f"  {name:14}  {accepted(rule)}"))
     print()

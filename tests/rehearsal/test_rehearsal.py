@@ -2,7 +2,7 @@
 
 import pytest
 
-from companion.io.papers import slugs
+from companion.io.papers import paper, slugs
 from tests.conftest import parameters
 from tests.papers.common import hooks, shrink
 from tests.rehearsal import common
@@ -27,11 +27,19 @@ def test_fault(slug, name, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("slug", slugs())
 def test_without_data(slug, tmp_path, monkeypatch):
-    """Generated items, and rows all the same."""
+    """Generated items, and rows all the same, which name each file that stands for the one of the published recipe."""
     recipe = shrink(slug, monkeypatch)
     usual = {"profile": "paper", "dry_run": True, "accelerator": "cpu", "data_root": str(tmp_path / "nowhere")}
     recipe.run(parameters(slug, **usual), tmp_path)
-    assert recipe.RESULTS.measured(tmp_path / "measured.csv").dry_run.all()
+    rows = recipe.RESULTS.measured(tmp_path / "measured.csv")
+    assert rows.dry_run.all()
+    for entry in paper(slug)["weights"]:
+        if "replaces" in entry:  # what the published recipe starts from is another file
+            default = entry.get("id") or entry["file"].partition("/")[0]
+            assert rows.method.str.endswith(f", from {default}").any()
+            assert recipe.RESULTS.label("m", **{entry["name"]: "a/b.pth"}) == "m, from b.pth"
+            for file in entry.get("published", ()):
+                assert recipe.RESULTS.label("m", **{entry["name"]: f"a/{file}"}) == "m"
 
 
 @pytest.mark.parametrize("slug", slugs())

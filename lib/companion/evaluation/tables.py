@@ -101,6 +101,22 @@ class Results:
         """The results of a paper, as its YAML describes them."""
         return cls(slug, **paper(slug)["results"])
 
+    def label(self, method: str, changes: Mapping[str, object] = {}, **started: str) -> str:
+        """The name of a measured method: with each of `changes` from the published setting that is true, and with the
+        file that it started from where that is not the file of the published recipe.
+
+        Args:
+            started: by name of an entry of `weights` in the YAML, the file that the parameters give ("": the default).
+                An entry with `replaces` stands for another file, of one of the names in `published`.
+        """
+        files = {entry["name"]: entry for entry in paper(self.slug)["weights"]}
+        starts = []
+        for name, given in started.items():
+            entry, file = files[name], Path(given).name
+            if "replaces" in entry and file not in entry.get("published", ()):
+                starts.append(f"from {file or entry.get('id') or Path(entry['file']).parts[0]}")
+        return ", ".join([method, *(change for change, applies in changes.items() if applies), *starts])
+
     def measured(self, path: str | Path, *new: Mapping[str, object], dry_run: bool = False) -> pd.DataFrame:
         """The rows in the CSV `path`, after `new` rows were added to it or replaced those with the same keys.
 

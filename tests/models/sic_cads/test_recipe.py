@@ -1,5 +1,6 @@
 """SIC-CADS' published recipe: training data, loss, weights of a recogniser, test, tables of results."""
 
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -40,6 +41,22 @@ def batch(count: int = 4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(2)
     images = torch.randint(0, 256, (count, 3, 64, 64), generator=generator, dtype=torch.uint8)
     return images, torch.rand(count, 80, generator=generator) < 0.1, torch.tensor([True, False] * (count // 2))
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["resnet50_miil_21k.pth", "resnet50_miil_21k.pkl"])
+def test_the_published_resnet_is_read_from_either_file(name, tmp_path):
+    """MIIL's is a checkpoint of timm's ResNet-50 with other classes, the authors' a pickle of its tensors."""
+    theirs = timm.create_model(recipe.BODY, num_classes=5).state_dict()
+    if name.endswith(".pth"):
+        torch.save({"state_dict": theirs}, tmp_path / name)
+    else:
+        content = {"model": theirs, "__author__": "third_party", "matching_heuristics": True}
+        (tmp_path / name).write_bytes(pickle.dumps(content))
+    body = recipe.backbones.build(recipe.BODY, tmp_path / name).state_dict()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in body.items()) and body.keys() < theirs.keys()
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -180,14 +197,17 @@ def test_a_killed_test_predicts_no_saved_image_again(small, tmp_path, monkeypatc
 
 
 def test_a_method_is_labelled_by_its_differences_from_the_published_setting():
-    plain = "owlvit-base-patch32 + SIC-CADS, gamma 0.7"
+    plain, stand_in = "owlvit-base-patch32 + SIC-CADS, gamma 0.7", ", from resnet50.a1_in1k"
     ours = {"dataset": "detection/objects365", "checkpoint": "a/recogniser ov-lvis seed 0, 1f.safetensors"}
+    other = ours | {"checkpoint": ours["checkpoint"].replace(" 0", f" 0{stand_in}")}
     for changes, gamma, expected in (
-        ({}, 0.7, plain),
-        ({"clip": "ViT-B-16-quickgelu/openai"}, 0.7, plain + ", ViT-B-16-quickgelu/openai"),
-        ({"captions": False}, 0.7, plain + ", no captions"),
+        ({"weights": "a/resnet50_miil_21k.pkl"}, 0.7, plain),
+        ({}, 0.7, plain + stand_in),
+        ({"clip": "ViT-B-16-quickgelu/openai"}, 0.7, plain + ", ViT-B-16-quickgelu/openai" + stand_in),
+        ({"captions": False}, 0.7, plain + ", no captions" + stand_in),
         ({"checkpoint": "a/x.pth"}, 0.7, plain + ", weights of x.pth"),
         (ours, 0.7, plain),  # it is transferred
+        (other, 0.7, f"{plain}, weights of {Path(other['checkpoint']).name}"),
         ({"captions": False, "checkpoint": "x.pth"}, 0.0, "owlvit-base-patch32"),
     ):
         assert recipe.label(given(**changes), gamma) == expected

@@ -409,6 +409,12 @@ def _name(p: Parameters) -> str:
     return ", ".join([p.method, p.dataset, *without, *text, *changed, f"seed {p.seed}"])
 
 
+def method_label(p: Parameters) -> str:
+    """The method's name in the tables, with the weights that its network started from."""
+    changes = {f"weights of {Path(p.checkpoint).name}": p.checkpoint}
+    return RESULTS.label(p.method, changes, **({} if p.checkpoint else {"swin": p.weights}))
+
+
 def check(p: Parameters) -> None:
     """Raises `BadParameter` for conflicting parameters."""
     if p.test_on and (p.dataset, p.test_on) != (OEM, LOVEDA):
@@ -458,7 +464,7 @@ def row(p: Parameters, name: str, test: Part, matrix: Tensor) -> dict[str, Any]:
     """A row of `Results`: the settings of a test, and the scores in percent."""
     level, s = LEVELS[p.method], scores(test, matrix)
     facts = {
-        "method": p.method,
+        "method": method_label(p),
         "dataset": p.dataset,
         "test": name,
         "prompt": "none" if level is None else p.prompt if p.method == "MetaSegNet" else level,

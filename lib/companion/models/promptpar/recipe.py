@@ -369,7 +369,7 @@ def label(p: Parameters) -> str:
         f"{p.padding} padding": p.padding != "black",
         "maxima over epochs": p.select == "maxima" and not p.checkpoint,
     }
-    return ", ".join([p.method, *(name for name, changed in changes.items() if changed)])
+    return RESULTS.label(p.method, changes)
 
 
 def row(p: Parameters, scores: Scores, epochs: list[dict[str, float]] | None = None) -> dict[str, Any]:

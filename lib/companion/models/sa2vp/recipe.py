@@ -181,7 +181,7 @@ def label(p: Parameters) -> str:
         f"{p.transform} images": p.transform != "recipe",
         f"batch {p.batch}": p.batch not in (0, usual["batch"]),
     }
-    return ", ".join([p.method, *(name for name, changed in changes.items() if changed)])
+    return RESULTS.label(p.method, changes)
 
 
 def means(rows: pd.DataFrame, backbone: str = "vit_b16") -> Cells:

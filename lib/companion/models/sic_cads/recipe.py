@@ -396,8 +396,11 @@ def training(p: Parameters, build: Callable[[], sic_cads.MLR], data: Dataset | N
     facts = {key: getattr(p, key) for key in ("dataset", "captions", "seed", "devices")}
     facts |= {"precision": on.precision, "data_root": Path(p.data_root), "epochs": epochs, "batch": batch}
     return Training(
-        name=f"recogniser {p.dataset.rpartition('/')[2]} seed {p.seed}"
-        + ", no captions" * ("coco" in p.dataset and not p.captions),
+        name=RESULTS.label(
+            f"recogniser {p.dataset.rpartition('/')[2]} seed {p.seed}",
+            {"no captions": "coco" in p.dataset and not p.captions},
+            body=p.weights,
+        ),
         build=lambda: sic_cads.BatchLoss(build()),
         loss=lambda module, items: module(*items),
         data=None if data is None else lambda: data,
@@ -462,13 +465,15 @@ def label(p: Parameters, gamma: float) -> str:
     name = p.detector.rpartition("/")[2]
     if not gamma:
         return name
-    changed = [p.clip] if p.clip != CLIP else []
-    if p.branch != "visual+":  # which is CLIP alone
-        file = Path(p.checkpoint).name
-        usual = p.dataset in COLUMNS and file.startswith("recogniser ov-lvis ")
-        changed += ["no captions"] if p.dataset == "detection/ov-coco" and not (p.captions or file) else []
-        changed += [f"weights of {file}"] if file and not usual else []
-    return ", ".join([f"{name} + {p.branch}, gamma {gamma:g}", *changed])
+    own, file = p.branch != "visual+", Path(p.checkpoint).name  # "visual+" is CLIP alone
+    usual = p.dataset in COLUMNS and file.startswith("recogniser ov-lvis ") and ", from " not in file
+    changes = {
+        p.clip: p.clip != CLIP,
+        "no captions": own and p.dataset == "detection/ov-coco" and not (p.captions or file),
+        f"weights of {file}": own and file and not usual,
+    }
+    started = {"body": p.weights} if own and not file else {}
+    return RESULTS.label(f"{name} + {p.branch}, gamma {gamma:g}", changes, **started)
 
 
 def record(path: Path, p: Parameters, outputs: Predictions) -> None:

@@ -114,7 +114,7 @@ def run(p: Parameters, out: Path) -> Tested:
     options: dict[str, Any] = {"steps": steps, "guidance": p.guidance, "scale": p.scale, "seed": p.seed}
     hardware = Hardware.of(p, "tip", workers=WORKERS)
     restored = functools.partial(restore, pipe, hardware=hardware, **options)
-    row = {key: getattr(p, key) for key in RESULTS.keys}
+    row = {key: getattr(p, key) for key in RESULTS.keys} | {"method": RESULTS.label(p.method, sd15=p.weights)}
     facts = row | options | {"precision": hardware.precision, "size": size, "images": listing(test)}
     key = checkpoints.checkpoint_key(**facts, adaptor=pipe.adaptor, weights=base(p))
     folder = checkpoints.file(out / "restored", f"{p.method}, {key}", "")
