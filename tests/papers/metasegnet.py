@@ -190,7 +190,7 @@ def train(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
     return history, counts / counts.sum()
 
 
-TRAININGS = {"": Training(train, {}, batch=4, runs="openearthmap loveda")}
+TRAININGS = {"": Training(train, {}, batch=4, runs="openearthmap texts loveda")}
 
 
 WAITS = {"models/metasegnet/text.py": 1}  # which texts of a batch are equal

@@ -12,7 +12,7 @@ import pytest
 
 from companion.errors import BadParameter
 from companion.io.papers import paper, slugs
-from companion.runs import batch
+from companion.runs import batch, needs
 
 PAPERS = ("bat", "sa2vp")
 HOLDS = """
@@ -67,6 +67,23 @@ def test_every_published_table_is_a_grid_that_its_notebook_accepts(slug: str) ->
                 assert folders.setdefault(folder, facts) == facts
     with pytest.raises(BadParameter, match=table):
         batch.of_table(slug, "no table", "/d")
+
+
+@pytest.mark.parametrize(
+    ("slug", "table"), [(slug, t) for slug in slugs() for t in paper(slug)["results"].get("cells", {})]
+)
+def test_a_table_queues_what_its_cells_show_and_nothing_else(slug: str, table: str) -> None:
+    """Data sets of another table (VTAB's other groups), another task or protocol."""
+    facts = paper(slug)
+    where = facts["results"]["cells"][table].get("where", {})
+    queued = [run["parameters"] for run in batch.expand(batch.of_table(slug, table, "/d"), [slug]).values()]
+    for name, wanted in where.items():
+        found = {run[name] for run in queued if name in run}
+        assert found <= {*(wanted if isinstance(wanted, list) else [wanted])}, name
+    every = [run for run in facts["runs"] if table in run["tables"]]
+    asked = {data for run in every for data in needs.sets(run["data"])} if "dataset" in where else set()
+    named = where.get("dataset", [])
+    assert {run["dataset"] for run in queued} >= asked & {*(named if isinstance(named, list) else [named])}
 
 
 @pytest.fixture(autouse=True)

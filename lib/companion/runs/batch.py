@@ -94,7 +94,7 @@ def expand(config: Mapping, papers: Collection[str]) -> dict[str, dict]:
 
 
 def of_table(slug: str, table: str, data_root: str | Path, dry_run: bool = False) -> dict:
-    """Snakemake's configuration that measures a published table: every run that fills it, with its seeds.
+    """Snakemake's configuration that measures a published table: the runs that fill it, and no others.
 
     Args:
         table: an id of the paper's `tables`, or of its `runs`.
@@ -107,11 +107,15 @@ def of_table(slug: str, table: str, data_root: str | Path, dry_run: bool = False
 
     every = [run for run in paper(slug)["runs"] if "parameters" in run]
     check_choice("table", table, dict.fromkeys(name for run in every for name in [*run["tables"], run["id"]]))
+    where = paper(slug)["results"].get("cells", {}).get(table, {}).get("where", {})
     runs, root = [], Path(data_root).resolve()
     for run in every:
         if table in (*run["tables"], run["id"]):
             given: dict = {"dataset": needs.sets(run["data"]), **run["parameters"]}
             for name, value in given.items():
+                if isinstance(value, list) and name in where:  # a run's grid may fill several tables, each a part of it
+                    wanted = where[name] if isinstance(where[name], list) else [where[name]]
+                    value = [x for x in value if x in wanted]
                 filled = [str(x).format(data_root=root) for x in (value if isinstance(value, list) else [value])]
                 given[name] = filled if isinstance(value, list) else filled[0]
             # a day at least: hours are those of the fastest GPU that was assumed, and of no failure
