@@ -103,10 +103,18 @@ def participants(root: Path) -> Path:
     return moved(POTSDAM, "5_Labels_all", "5_labels_for_participants")(root)
 
 
+def beside(root: Path) -> Path:
+    """The labels of Potsdam next to its folders."""
+    for path in [*(DATASETS[POTSDAM].folder(root) / "5_Labels_all").iterdir()]:
+        path.rename(path.parent.parent / path.name)
+    return path
+
+
 COPIES = {
     "each archive in a folder of its own": Fault(CITY, moved(LOVEDA, "Train", "Train/Train"), ""),
     "a test set alone": Fault(CITY, moved(LOVEDA, "Train", "elsewhere"), "0 images of 'train', 2 are"),
     "labels for participants": Fault(TILES, participants, ""),
+    "labels next to the folders": Fault(TILES, beside, ""),
     "another neighbour's image": Fault(
         CITY, moved(LOVEDA, "Val/Rural/masks_png/0.png", "Val/Rural/masks_png/0_mask.png"), "masks_png/0.png"
     ),

@@ -51,6 +51,13 @@ def quick(small, monkeypatch):
     change(monkeypatch, epochs=1, batch=2, crop=32)
 
 
+def test_training_without_xbd(tmp_path):
+    earth(tmp_path, ("tokyo", landcover.XBD[0]))
+    for without, regions in ((False, {"tokyo", landcover.XBD[0]}), (True, {"tokyo"})):
+        p = given(dataset=landcover.OEM, data_root=str(tmp_path), without_xbd=without)
+        assert {picture.region for picture in recipe.train_data(p).pictures} == regions
+
+
 def change(monkeypatch, **settings):
     """Other published settings, of every data set."""
     plain = recipe.published
