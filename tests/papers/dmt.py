@@ -35,7 +35,14 @@ def write(name: str, root: Path, patch: pytest.MonkeyPatch) -> None:
 
 FINE, DETECT = {"task": "fine-tune", "dataset": IMAGENET}, {"task": "detect", "dataset": COCO}
 SEGMENT, OWN = {"task": "segment", "dataset": ADE20K}, {"task": "distil", "dataset": "folder"}
-RUNS = [FINE, FINE | {"task": "linear probe"}, FINE | {"encoder": "teacher"}, DETECT, SEGMENT, OWN]
+RUNS = [
+    FINE,
+    FINE | {"task": "linear probe"},
+    FINE | {"encoder": "teacher", "grad_checkpointing": True},
+    DETECT,
+    SEGMENT,
+    OWN,
+]
 RUNS += [OWN | {"dataset": IMAGENET}]
 
 

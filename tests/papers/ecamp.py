@@ -92,7 +92,7 @@ RUNS += [run("segment", f"xrays/{name}", labels="1") for name in ("siim", "rsna"
 RUNS += [run("segment", "fundus/riga", encoder=encoder, protocol="plain") for encoder in ("ECAMP", "random")]
 RUNS += [run("detect", "xrays/rsna", protocol=protocol) for protocol in ("released", "plain")]
 RUNS += [run("pre-train", name) for name in ("xrays/mimic-cxr", "xrays/openi", "folder")]
-RUNS += [run("pre-train", "xrays/mimic-cxr", method="ECAMP, no distillation")]
+RUNS += [run("pre-train", "xrays/mimic-cxr", method="ECAMP, no distillation", grad_checkpointing=True)]
 
 
 TEST = "xrays/covidx/test_list.txt"

@@ -67,6 +67,7 @@ def released(path: Path, texts: tuple[str, ...]) -> None:
 RUNS = [{"dataset": name} for name in SIZES]
 RUNS += [{"dataset": "par/rapv1", "checkpoint": "RAP1.pth"}, {"dataset": "folder"}]
 RUNS += [{"dataset": "par/rapv1", "clip": "ViT-B-16-quickgelu/openai", "release": "2025", "select": "maxima"}]
+RUNS[0] |= {"grad_checkpointing": True}
 
 
 def changed(**fields: object):  # type: ignore[no-untyped-def]

@@ -52,7 +52,7 @@ RUNS = [
     COCO,
     COCO | {"degradation": "real-esrgan", "method": "plain ControlNet"},
     {"dataset": "restoration/div2k"} | SMALL,
-    {"dataset": "folder"} | SMALL,
+    {"dataset": "folder", "grad_checkpointing": True} | SMALL,
 ]
 
 

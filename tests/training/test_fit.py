@@ -574,6 +574,7 @@ def test_the_precision_of_the_authors_is_that_of_the_paper_profile_on_a_gpu(monk
         assert authors == Hardware("auto", 2, paper(slug)["precision"], 0) and authors.precision in PRECISIONS
     assert used(profile="pocket").precision == used(accelerator="cpu").precision == "32-true"
     assert used(precision="bf16-mixed").precision == "bf16-mixed"
+    assert not used().compile and used(compile=True).compile
 
 
 def test_a_dry_run_takes_two_steps_whose_micro_batches_are_those_of_the_training():

@@ -87,7 +87,7 @@ def test_result_files_are_scored(tmp_path):
     truth = data.ground_truth("rgbt/rgbt234")
     for sequence in truth:
         data.write_results(tmp_path / "RGBT234" / f"{sequence.name}.txt", sequence.boxes)
-    cells = recipe.rescored(tmp_path)
+    cells = recipe.rescored(given(results=str(tmp_path)).results)  # as the notebook does
     assert {column for _, column in cells} == {"RGBT234_MPR", "RGBT234_MSR"}
     assert cells["result files, scored here", "RGBT234_MPR"] > 99.9
     first = tmp_path / "RGBT234" / f"{truth[0].name}.txt"

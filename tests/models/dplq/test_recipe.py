@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from companion import backbones
 from companion.data import DATASETS, domains
-from companion.errors import MissingData, MissingWeights
+from companion.errors import CorruptFile, MissingData, MissingWeights
 from companion.evaluation.tables import published_table
 from companion.models.dplq import loss, recipe
 from companion.models.dplq.model import NoFeatures
@@ -122,7 +122,12 @@ def test_the_domain_model_by_name_by_set_and_by_file(pocket, sets, tmp_path, mon
     )
     p = given(domain="remote-sensing", data_root=sets, protocol="cross-dataset", targets="medical/ccbtm")
     assert recipe._domain(p, recipe._clip("random")).num_features == 32
-    assert recipe.weights(p, "remote-sensing", "mine.pth") == "mine.pth"
+    elsewhere = file.rename(tmp_path / "mine.pth")
+    p = given(domain="remote-sensing", data_root=sets, domain_weights=str(elsewhere))
+    assert recipe._domain(p, recipe._clip("random")).num_features == 32
+    refuses(
+        (lambda: recipe._domain(given(domain_weights="no.pth"), recipe._clip("random")), "no.pth"), error=CorruptFile
+    )
 
 
 def test_what_is_missing_or_contradicts_is_refused(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import rasterio
 import torch
+import yaml
 from PIL import Image
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -96,6 +97,16 @@ def test_texts_of_each_method():
         ("one-hot zone", ["Cfa", "Aw"], {"kind": "wrong"}, ["Aw", "Cfa"]),
     ):
         assert PROMPTS.of_method(method, zones, **options) == expected, (method, options)
+
+
+def test_texts_of_a_file_replace_the_included_ones(tmp_path):
+    words = {"constant": "land", "unknown": "somewhere", "zones": {"Cfa": {"name": "warm", "text": "rice fields"}}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(words))
+    p = given(dataset=POTSDAM, prompts=str(tmp_path / "mine.yaml"))
+    part = SimpleNamespace(zones=["Cfa", None], texts=None)
+    mine = Prompts.read(p.prompts)
+    assert recipe.texts_of(p, part) == [mine.text("Cfa"), "somewhere"] != recipe.texts_of(given(), part)
+    assert "mine" in recipe._name(p) and "mine" not in recipe._name(given(dataset=POTSDAM))
 
 
 def test_a_share_of_the_full_texts_loses_its_header():
@@ -261,7 +272,11 @@ def test_settings_that_leak_or_mix_up_data_are_refused():
 
 
 def test_rows_of_the_settings_closest_to_the_authors_judge_the_claim(tmp_path):
-    results, path, twin = (recipe.RESULTS, tmp_path / "measured.csv", {"dataset": POTSDAM, "method": "unimodal", "weights": "stseg_base.pth"})
+    results, path, twin = (
+        recipe.RESULTS,
+        tmp_path / "measured.csv",
+        {"dataset": POTSDAM, "method": "unimodal", "weights": "stseg_base.pth"},
+    )
     test = recipe.Part(part(), ["Cfb"] * 4, list(landcover.CLASSES[POTSDAM]), landcover.LEFT_OUT[POTSDAM])
     eye, accuracies = torch.eye(6, dtype=torch.int64), []
     for percent, changes in (
