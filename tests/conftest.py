@@ -42,6 +42,23 @@ def no_figures_left() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def asked_outside(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file in which tests/offline logs who asked for another machine, here or in a process that a test starts."""
+    os.environ["OFFLINE_LOG"] = str(log := tmp_path_factory.mktemp("offline") / "log")
+    return log
+
+
+@pytest.fixture(autouse=True)
+def nothing_asked_for_the_network(asked_outside: Path) -> Iterator[None]:
+    """An attempt fails its test, also where the code hides the error and goes on."""
+    yield
+    if asked_outside.exists():
+        hosts = asked_outside.read_text(encoding="utf-8").split()
+        asked_outside.unlink()
+        pytest.fail(f"asked for the network: {', '.join(dict.fromkeys(hosts))}")
+
+
+@pytest.fixture(scope="session")
 def root() -> Path:
     """The folder of the checkout."""
     return ROOT
