@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -133,6 +134,8 @@ def small_pipe(size: str = "sd15", **options: object) -> torch.nn.Module:
 
 def small(recipe: ModuleType, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(recipe, "build", small_pipe)
+    cached = functools.partial(recipe.TIPPipeline.from_stable_diffusion, download=False)
+    patch.setattr(recipe.TIPPipeline, "from_stable_diffusion", cached)
     patch.setattr(recipe, "DRY_SIZE", 32)
 
 

@@ -19,10 +19,15 @@ from companion.training.checkpoints import Checkpoint
 from companion.training.fit import fit, outputs_of
 from companion.training.hardware import Hardware, evaluating
 from companion.training.schedules import adamw
+from tests.conftest import parameters
 from tests.simulated import simdevice
 
 sim = simdevice.install(project=("/lib/companion/", "on_gpu.py"))
 GPU = Hardware("cuda")
+
+from companion.models.bat import recipe as bat_recipe  # noqa: E402 (after the GPU is there)
+from tests.edges.test_models import called, inputs  # noqa: E402
+from tests.papers.common import hooks, of_all, shrink  # noqa: E402
 
 
 def x() -> torch.Tensor:
@@ -257,3 +262,38 @@ def test_products_use_tf32_only_where_it_is_asked_for(precision, products):
     run(linear(), callbacks=[Looks()], hardware=Hardware("cuda", precision=precision))
     assert set(seen) == {(products, True)}
     assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark) == before == ("highest", False)
+
+
+# --- the papers' models
+
+
+@pytest.mark.parametrize(
+    ("slug", "name"), [(slug, name) for slug, models in of_all("MODELS").items() for name in models]
+)
+def test_a_model_computes_where_it_is(slug, name):
+    model = hooks(slug).MODELS[name]().eval()
+    given = [part.cuda() if isinstance(part, torch.Tensor) else part for part in inputs(name, model)]
+    found = called(name, model.cuda(), given)
+    assert tensors(found) and all(part.is_cuda for part in tensors(found))
+
+
+@pytest.mark.parametrize("method", bat_recipe.METHODS)
+def test_a_tracker_computes_where_it_is(method):
+    model = bat_recipe.METHODS[method](hooks("bat").MODELS["BAT"]().tracker).eval().cuda()
+    given = [part.cuda() for part in inputs("BAT", model)]
+    assert all(part.is_cuda for part in model(*given) if part is not None)
+
+
+@pytest.mark.parametrize(("changes", "kind"), [({"task": "train"}, "cpu"), ({"task": "test"}, "cuda")])
+def test_a_pipeline_moves_to_the_gpu_unless_a_training_does_it(changes, kind, monkeypatch):
+    """Processes for several devices must be forked before a GPU is used."""
+    recipe = shrink("tip", monkeypatch)
+    pipe = recipe.pipeline(parameters("tip", profile="paper", dry_run=True, data_root="nowhere", **changes), "TIP")
+    assert {part.device.type for part in (pipe.unet, pipe.vae, pipe.text_encoder)} == {kind}
+
+
+def tensors(found: object) -> list[torch.Tensor]:
+    if isinstance(found, torch.Tensor):
+        return [found]
+    parts = found.values() if isinstance(found, dict) else found if isinstance(found, (tuple, list)) else ()
+    return [tensor for part in parts for tensor in tensors(part)]

@@ -23,7 +23,10 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("chosen", ["refuses or gradients_are or step_waits", pytest.param("", marks=pytest.mark.slow)])
+FAST = "refuses or gradients_are or step_waits or where_it_is or moves"
+
+
+@pytest.mark.parametrize("chosen", [FAST, pytest.param("", marks=pytest.mark.slow)])
 def test_training(chosen):
     """The tests of on_gpu.py, a few of them in `make test`."""
     command = [

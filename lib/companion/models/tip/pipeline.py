@@ -167,7 +167,7 @@ class TIPPipeline(DiffusionPipeline):
 
         Raises `MissingWeights` when it is neither cached nor available.
         """
-        reason = unreachable() if download else ""
+        reason = unreachable() if download and not Path(name).is_dir() else ""
         here = {"local_files_only": not download or bool(reason)}
         options = {"use_safetensors": True, **here, **options}
         whole = {"low_cpu_mem_usage": False, **options}  # accelerate is not a dependency
