@@ -38,4 +38,5 @@ def getaddrinfo(host: object, *args: object, **kwargs: object) -> list:
     return _getaddrinfo(host, *args, **kwargs)
 
 
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # else the hub's client asks for a list of user agents, whatever is cached
 socket.socket.connect, socket.socket.connect_ex, socket.getaddrinfo = connect, connect_ex, getaddrinfo

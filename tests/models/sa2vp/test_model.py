@@ -45,6 +45,21 @@ def small(name: str = "ViT", **options) -> tuple[SA2VP | SA2VPSwin, torch.Tensor
     return kind(backbone(), 5, 4, **options).eval(), images
 
 
+@pytest.mark.parametrize("i", [0, 1])
+def test_what_an_interaction_of_swin_adds_to_which_tokens(i):
+    """The first of two blocks adds to the prompt tokens what they read from the image's, the second the other way."""
+    model, images = small("Swin", scale=0.7)
+    with torch.no_grad():
+        for layer in model.adapters:  # trained ones: new adapters add nothing
+            layer.up.weight.normal_()
+        image, prompt = model.embed(images)
+        (to_image, to_prompt), named = model.step(i, image, prompt)
+        block, added = model.backbone.layers[model.stage].blocks[i], 0.7 * named["fusion"].view_as(image)
+        assert added.abs().max() > 0.1
+        torch.testing.assert_close(to_prompt, block(prompt) + (added if i == 0 else 0), **CLOSE)
+        torch.testing.assert_close(to_image, block(image) + (added if i == 1 else 0), **CLOSE)
+
+
 @either
 def test_a_step_changes_everything_trained_and_nothing_frozen(name):
     model, x = small(name, dropout=0.0)
