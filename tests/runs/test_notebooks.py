@@ -10,6 +10,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
+from companion.io.files import write_json
 from companion.io.papers import rules, slugs
 from companion.runs import needs, notebooks
 from tests.conftest import ROOT
@@ -153,3 +154,17 @@ def test_parameters_of_a_notebook_are_those_of_its_paper(tmp_path: Path, old: st
     nbformat.write(notebook, tmp_path / "sa2vp.ipynb")
     with pytest.raises(notebooks.BadNotebook, match=named):
         notebooks.check(tmp_path / "sa2vp.ipynb")
+
+
+def test_a_run_replaces_the_files_of_the_run_before_and_leaves_the_study(tmp_path, monkeypatch):
+    monkeypatch.setattr(notebooks, "root", lambda: tmp_path)
+    kept = tmp_path / "reports" / "pocket" / "bat"
+    for i, names in enumerate((("claims.json", "old.csv"), ("claims.json", "new.csv"))):
+        (out := tmp_path / f"run{i}").mkdir()
+        for name in names:
+            (out / name).write_text(f"{name} of run {i}")
+        write_json(out / "run.json", {"outputs": dict.fromkeys(names, "")})
+        notebooks.keep(out, "bat")
+        (kept / "study.csv").write_text("a study")
+    assert {path.name for path in kept.iterdir()} == {"claims.json", "new.csv", "run.json", "study.csv"}
+    assert (kept / "claims.json").read_text() == "claims.json of run 1"

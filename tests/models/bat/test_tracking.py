@@ -119,6 +119,7 @@ def test_first_boxes_without_a_target_are_refused(model, clips, sequences):
     video = Frames(clips[0][0])
     bad = [[10, 10, 0, 5], [128, 10, 5, 5], [-20, 10, 20, 5], [np.nan, 10, 5, 5], [10, 10, 5], None]
     refuses(*((lambda box=box: follow(model, [video], [box]), "box = .* 128 x 128") for box in bad))
+    assert len(follow(model, [video], [[10, 10, 1, 1]])[0].boxes) == len(clips[0][0])  # a pixel is a target
     absent = replace(sequences[1], boxes=np.zeros_like(sequences[1].boxes))
     refuses(
         (lambda: follow(model, [video], []), "boxes"),

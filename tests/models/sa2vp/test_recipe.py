@@ -65,6 +65,8 @@ def test_a_small_folder_of_ones_own_trains_on_all_that_is_not_tested(tmp_path, t
     splits, classes = found.data.splits, found.data.classes
     assert (len(splits["train"]), len(splits["test"]), classes) == (16, 4, ("a", "b"))
     assert recipe.training(p, found.data).fit["batch"] == 16 and len(found.history) == 1
+    p.devices = 3  # each has as many
+    assert recipe.training(p, found.data).fit["batch"] == 15
     (row,) = recipe.RESULTS.measured(tmp_path / "measured.csv").to_dict("records")
     assert (row["method"], row["dataset"], row["accuracy"]) == ("SA²VP", "folder", found.accuracy)
     split = folder(tmp_path / "split", {"train/a": 30, "train/b": 30, "test/a": 3, "test/b": 3})
