@@ -20,7 +20,7 @@ TOKEN = "only-for-this-test"  # the server lives for these tests and listens on 
 # cells out of sight have to be in the page too, or the test could not see them
 SETTINGS = {
     "notebook-extension/tracker": {"windowingMode": "none"},
-    "apputils-extension/notification": {"fetchNews": "false"},
+    "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
 }
 
 
