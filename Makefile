@@ -51,8 +51,9 @@ paper: $(INSTALLED)  ## one paper from its study to its page (PAPERS=sa2vp): stu
 	OMP_NUM_THREADS=$(THREADS) $(PYTEST) $(NBVAL) $(NOTEBOOKS)
 	@$(MAKE) --no-print-directory bench reports
 
-lint: $(INSTALLED)  ## the papers' facts, ruff, formatting, types, import rules, and the committed notebooks as they are
+lint: $(INSTALLED)  ## facts, contributed rows, ruff, formatting, types, import rules, and the committed notebooks as they are
 	$(BIN) -m tools.facts
+	$(BIN) -m tools.contributed
 	$(BIN) -m ruff check .
 	$(BIN) -m ruff format --check .
 	$(BIN) -m mypy

@@ -13,6 +13,7 @@ import html
 import io
 import itertools
 import json
+import math
 import os
 import re
 import shlex
@@ -27,6 +28,7 @@ from typing import Any
 
 import jinja2
 import nbformat
+import pandas as pd
 import PIL.Image
 import yaml
 from nbformat.v4 import new_markdown_cell
@@ -36,10 +38,14 @@ from companion import data
 from companion.cli import commands
 from companion.evaluation import ablations
 from companion.evaluation.claims import SPREAD, SYNTHETIC, counts
+from companion.evaluation.tables import Results, published_table
+from companion.io import record
 from companion.io.files import read_json
 from companion.io.papers import FINDINGS, findings, paper, slugs
 from companion.io.provenance import code_hash, sources
-from companion.runs import adopt, needs
+from companion.runs import needs
+from companion.runs.pack import FILES
+from companion.viz.tables import escape
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -65,12 +71,14 @@ def main() -> None:
         shutil.copytree(HERE, source, ignore=shutil.ignore_patterns("*.py", "*.yaml", "static", "__pycache__"))
         for slug in slugs():  # the rows of the studies, also of papers that were not run
             keep(study(slug, reports) / "study.csv", slug, source)
+        for one in contributed():
+            shutil.copytree(one["folder"], source / one["files"])
         for slug, folder in runs.items():
             write_notebook(folder, source / "notebooks" / f"{slug}.ipynb")
             write_card(slug, source / "notebooks" / "figures")
         environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
         environment.globals.update(facts(runs, reports))
-        environment.filters["cell"] = cell
+        environment.filters |= {"cell": cell, "escape": escape}
         missing = re.compile(rf"\[([^\]]+)\]\((?:\.\./)?notebooks/(?!(?:{'|'.join(runs)})\.ipynb)[^)]*\)")
         for path in source.rglob("*.md"):
             text = environment.from_string(path.read_text(encoding="utf-8")).render()
@@ -232,20 +240,22 @@ def facts(runs: Mapping[str, Path], reports: Path) -> dict[str, Any]:
         "share": needs.SHARE,
         "shown": needs.SHOWN,
         "rows": [row for slug in slugs() for row in needs.rows(slug)],
+        "titles": {(slug, run["id"]): run["title"] for slug in slugs() for run in paper(slug)["runs"]},
+        "inf": math.inf,
         "session": (ROOT / "notebooks" / "README.md").read_text(encoding="utf-8").partition("<!-- session -->")[2],
         "estimates": needs.table,
         "gigabytes": {gpu: needs.GPUS[gpu][3] for gpu in needs.SHOWN},
-        "contributed": {slug: found for slug in slugs() if (found := adopt.measured_cells(slug))},
-        "judged_by": {slug: adopt.judged(slug) for slug in slugs()},
+        "contributed": contributed(),
+        "FILES": FILES,
         "longest": needs.longest,
         "comparisons": lambda: comparisons(reports),
         "leads": lambda one, shown: leads(one, shown, study(one["slug"], reports)),
-        "measured": lambda claim: cell(str(claim.get("value") or "–")).removesuffix(SPREAD),
+        "measured": lambda claim: escape(str(claim.get("value") or "–").removesuffix(SPREAD)),
         "json": json.dumps,
         "disk": needs.disk,
     } | {
         f.__name__: f
-        for f in (access, anchor, cell, command, commands, counts, dots, findings, given, paper, readers, timed)
+        for f in (access, anchor, cell, command, commands, counts, dots, filled, findings, given, paper, readers, timed)
     }
 
 
@@ -367,12 +377,36 @@ def access(row: needs.Row) -> str:
     return f"{how}; licence: " + "; ".join(dict.fromkeys(cell(one.licence) for one in known))
 
 
+def contributed() -> list[dict[str, Any]]:
+    """The rows that others measured, in `reports/contributed`: of each its run.json, `folder`, `rows` of measured.csv,
+    and the place of its `files` in the site's sources, which no text of others names."""
+    folders = sorted({file.parent for file in record.root().glob(f"reports/contributed/*/*/{FILES[0]}")})
+    return [
+        read_json(folder / FILES[0])
+        | {"folder": folder, "rows": pd.read_csv(folder / FILES[1]), "files": f"files/contributed/{number}"}
+        for number, folder in enumerate(folders)
+    ]
+
+
+def filled(slug: str, one: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """The cells of published tables that a contribution fills: table, row and column, published and measured score."""
+    results, found = Results.of(slug), []
+    for table, spec in results.cells.items():
+        frame = published_table(slug, table)
+        for (row, column), score in results.filled(one["rows"], spec).items():
+            same = frame[frame.method == row]
+            number = same[column].iloc[0] if len(same) and column in frame else math.nan
+            name = f"{frame.attrs['title']}: {row}, {column}"
+            found.append((name, "–" if pd.isna(number) else f"{number:g}", f"{score:.2f}"))
+    return found
+
+
 def timed(row: needs.Row) -> str:
-    """What contributed runs of a row took, the whole notebook, beside the estimate."""
-    facts = [one.facts for one in adopt.contributed(row.slug)]
-    own = [one for one in facts if needs.run_of(row.slug, SimpleNamespace(**one["parameters"])) == row.run]
-    took = [f"{one['seconds'] / 3600:.1f} h on {one['device']}" for one in own if {*one["data"]} & {*row.sets}]
-    return "<br>measured: " + cell("; ".join(took)) if took else ""
+    """What contributed runs of a row took, the whole notebook, next to the estimate."""
+    own = [one for one in contributed() if one["slug"] == row.slug and {*one["items"]} & {*row.sets}]
+    own = [one for one in own if needs.run_of(row.slug, SimpleNamespace(**one["parameters"])) == row.run]
+    took = [f"{one['seconds'] / 3600:.1f} h on {one['device']}" for one in own]
+    return "<br>measured: " + escape("; ".join(took)) if took else ""
 
 
 def cell(text: str) -> str:

@@ -15,6 +15,8 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import nbformat
+import numpy as np
+import pandas as pd
 import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
@@ -22,7 +24,10 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from companion.evaluation.claims import KINDS
 from companion.io.papers import slugs
 from companion.runs import needs
-from tests.runs.common import archive, small_checkout
+from companion.runs.pack import FILES
+from companion.viz.tables import show_table
+from companion.viz.widgets import explorer
+from tests.runs.common import contribution, small_checkout
 
 CLAIMS = yaml.safe_load(r"""
 - {id: params, text: 'trains $2 \times d$ parameters', kind: implementation check, status: holds, value: 11, seeds: [0]}
@@ -31,6 +36,10 @@ CLAIMS = yaml.safe_load(r"""
 - {id: full, text: 90.1 on the real data, kind: paper result, status: not run, value: null, seeds: [],
    why: needs the real data}
 """)
+# what a class, a data set or a row of others may be called: nothing of it is a role, a formula, HTML or a table
+HOSTILE = (
+    "{download}`/etc/hostname` <script>alert(1)</script> $\\alpha$ | [a](b) **b** _c_ ~~d~~ {{ e }} &amp; ::: '\"\\"
+)
 MADE_UP = ("index.html", "notebooks/sa2vp.html")  # pages of the site of made-up reports that the real one has not
 
 
@@ -47,6 +56,11 @@ def made_up(tmp_path_factory: pytest.TempPathFactory) -> Path:
     outputs = [
         new_output("display_data", data=view),
         new_output("stream", name="stdout", text="a very long line " * 30 + "\n"),
+        new_output("display_data", data={"text/html": show_table(pd.DataFrame({HOSTILE: [HOSTILE]}), 1, HOSTILE).data}),
+        new_output(
+            "display_data",
+            data={"text/html": explorer([np.zeros((8, 8, 3))] * 2, {HOSTILE: ["a", HOSTILE]}, HOSTILE).data},
+        ),
     ]
     cells = [
         new_markdown_cell("# A paper\n\nIts loss is\n\n$$\\boldsymbol{L} = \\sum_i \\lVert x_i \\rVert^2$$"),
@@ -61,10 +75,14 @@ def made_up(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkout to which two people have contributed a row each."""
+    """A checkout to which two people have contributed a row each; the second passed no check."""
     folder = small_checkout(tmp_path_factory.mktemp("checkout") / "small")
-    for seed, (by, gpu) in enumerate((("A. Person", "Tesla T4"), ("somebody", "NVIDIA A100"))):
-        archive(folder / f"reports/contributed/sa2vp/{seed}.zip", by=by, device=gpu, seed=seed, accuracy=80 + 4 * seed)
+    place = folder / "reports/contributed/sa2vp"
+    contribution(place / "2026-01-01-a", "A. Person", "Tesla T4", 0, 80)
+    contribution(place / "2026-01-01-b `b`", HOSTILE, HOSTILE, 1, -10)
+    row = f'"SA²VP, {HOSTILE}'.replace('"', '""')[1:] + '"'
+    measured = place / "2026-01-01-b `b`" / "measured.csv"
+    measured.write_text(measured.read_text(encoding="utf-8").replace("SA²VP", row), encoding="utf-8")
     return folder
 
 
@@ -188,8 +206,12 @@ def test_claims_that_are_not_run_lead_to_the_rows_of_their_paper_by_hours_on_a_t
     rows = {row.anchor: row for slug in slugs() for row in needs.rows(slug)}
     shown = re.findall(r'<span id="(gpus-[^"]+)"', gpus.read_text(encoding="utf-8"))
     assert sorted(shown) == sorted(rows)
-    hours = [max(rows[name].hours["T4"], default=math.inf) for name in shown]
+    hours = [rows[name].t4 for name in shown]
     assert hours == sorted(hours) and {0 < h < math.inf for h in hours} == {True, False}
+    first = [(rows[name].slug, rows[name].run["id"]) for name in shown]
+    for at, name in enumerate(shown):  # no row comes before the run that it needs
+        if "after" in rows[name].run:
+            assert (rows[name].slug, rows[name].run["after"]) in first[:at]
 
 
 @pytest.mark.browser
@@ -254,15 +276,41 @@ def test_ledger_is_the_claims_and_its_text_is_escaped(site: Site, browser: objec
         assert site.real or "A | B: a_1 < b_1 & <i>more</i> [*]" in page.inner_text("article")
 
 
-def test_contributed_rows_are_shown_with_mean_spread_and_who_apart_from_the_claims(
-    sites: Callable[[str], Site],
-) -> None:
-    text = (sites("made-up").folder / "ledger.html").read_text(encoding="utf-8")
+def test_contributed_rows_stand_apart_from_the_claims(sites: Callable[[str], Site]) -> None:
+    site = sites("made-up")
+    text = (site.folder / "ledger.html").read_text(encoding="utf-8")
     (table,) = re.findall(r"<table class=[^>]*contributed.*?</table>", text, re.S)
-    assert "SA2VP, svhn" in table and re.search(r"82.00 ± 2.83<br ?/?>n = 2", table)
-    rows = (sites("made-up").folder / "gpus.html").read_text(encoding="utf-8")
-    assert rows.count("measured: 0.8 h on Tesla T4; 0.8 h on NVIDIA A100") == 1
-    assert "two people or more: A. Person, somebody" in table and "Tesla T4, NVIDIA A100" in table
+    assert re.search(r"SA2VP, svhn.*?80.00.*?A. Person; Tesla T4; 2026-01-01", table, re.S)
+    links = [link for link in Links(site.folder / "ledger.html").targets if link.endswith(FILES)]
+    assert len(links) == 2 * len(FILES) and all((site.folder / link).is_file() for link in links)
+    rows = (site.folder / "gpus.html").read_text(encoding="utf-8")
+    assert rows.count("measured: 0.8 h on Tesla T4; 0.8 h on ") == 1
+
+
+class Text(HTMLParser):
+    """The text of a page, each piece of white space as one blank."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.pieces: list[str] = []
+        self.feed(path.read_text(encoding="utf-8"))
+        self.all = " ".join("".join(self.pieces).split())
+
+    def handle_data(self, data: str) -> None:
+        self.pieces.append(data)
+
+
+def test_text_of_others_is_shown_verbatim_and_adds_no_file(sites: Callable[[str], Site]) -> None:
+    """Names of classes and data sets in a notebook's tables and controls; who measured, on which GPU, and which row."""
+    site = sites("made-up")
+    notebook, rows = (Text(site.folder / page).all for page in ("notebooks/sa2vp.html", "ledger.html"))
+    # caption, head and cell; the widget's title, control, its first image and its last choice
+    assert notebook.count(HOSTILE.replace("_c_", "c")) == 1 and notebook.count(HOSTILE) >= 5
+    assert rows.count(HOSTILE) == 3
+    assert HOSTILE in Text(site.folder / "gpus.html").all
+    for page in site.folder.rglob("*.html"):
+        assert "<script>alert(1)" not in page.read_text(encoding="utf-8")
+    assert not [*site.folder.rglob("hostname*")]
 
 
 def test_without_reports_the_site_stays_as_it_was(root: Path, tmp_path: Path) -> None:

@@ -38,22 +38,28 @@ Key = tuple[str | int, ...]
 Fault = tuple[Key, str, Iterable]  # where in a file, what is wrong, and what is accepted (empty: nothing to list)
 
 
+def from_yaml(text: str) -> Any:
+    """The content of YAML text as JSON has it."""
+    return json.loads(json.dumps(yaml.safe_load(text), default=str))
+
+
 class Facts:
     """A file: its content as JSON has it, the line of each key, and the faults of its keys by tools/schema.yaml.
 
     Args:
         kind: which of the schema's definitions.
+        read: the content of its text; JSON is YAML too.
     """
 
-    def __init__(self, file: Path, kind: str):
+    def __init__(self, file: Path, kind: str, read: Callable[[str], Any] = from_yaml):
         self.file, self.content, self.faults = file, None, list[Fault]()
         self.lines: dict[Key, int] = {(): 1}
-        text = file.read_text(encoding="utf-8")
         try:
+            text = file.read_text(encoding="utf-8")
+            self.content = read(text)
             self._find(yaml.compose(text, yaml.SafeLoader), ())
-            self.content = json.loads(json.dumps(yaml.safe_load(text), default=str))
-        except yaml.YAMLError as error:
-            self.faults.append(((), " ".join(f"not YAML: {error}".split()), ()))
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            self.faults.append(((), " ".join(f"cannot be read: {error}".split()), [f"{file.suffix[1:]} in UTF-8"]))
             return
         for error in jsonschema.Draft202012Validator({**SCHEMA, "$ref": f"#/$defs/{kind}"}).iter_errors(self.content):
             path, wanted = tuple(error.absolute_path), error.validator_value
@@ -113,6 +119,8 @@ def references(facts: Mapping[str, Any]) -> Iterator[Fault]:
     for i, run in enumerate(facts["runs"]):
         yield from unknown(("runs", i, "tables"), run["tables"], (t["id"] for t in facts["tables"]), "table")
         yield from unknown(("runs", i, "weights"), run["weights"], (w["name"] for w in facts["weights"]), "weights")
+        above = [other["id"] for other in facts["runs"][:i]]
+        yield from unknown(("runs", i, "after"), [run["after"]] if "after" in run else (), above, "run above it")
         if not any(name.startswith(run["data"]) for name in data_sets()):
             yield ("runs", i, "data"), f"{run['data']!r} is no data set, nor the start of one", data_sets()
     for i, table in enumerate(facts["tables"]):

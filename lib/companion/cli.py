@@ -11,8 +11,7 @@ companion heatmap SLIDE --checkpoint FILE --weights FILE    a slide's predicted 
 companion landcover DIR --checkpoint FILE     a map of every GeoTIFF in DIR/images, by a network that you trained
 companion landcover DIR --check     the values of the masks in DIR/labels, their classes, and their shares
 companion run sa2vp vitb_fgvc_per_task --data-root DIR     all runs of a published table, then the table; resumes
-companion pack DIR -o FILE [--by NAME]        one small archive of a run, to send or to keep
-companion adopt FILE [--check]                check an archive, and take its rows into reports/contributed
+companion pack RUN -o FOLDER [--by NAME]      three small text files of a run, for a pull request
 """
 
 from __future__ import annotations
@@ -131,11 +130,11 @@ def commands() -> dict[str, argparse.ArgumentParser]:
     sub.add_argument("--data-root", default="data")
     sub.add_argument("--dry-run", action="store_true", help="rehearse all of them: two steps each on a few items")
     sub.add_argument("--profile", default="profiles/local", help="of Snakemake: profiles/local or profiles/slurm")
-    sub = command(pack, "pack", "write a run of the paper profile, without data and weights, as one archive", "folder")
-    sub.add_argument("-o", "--output", required=True, help="the archive, a new file")
+    sub = command(
+        pack, "pack", "write a run of the paper profile as three small text files, for a pull request", "folder"
+    )
+    sub.add_argument("-o", "--output", required=True, help="new folder, reports/contributed/PAPER/DATE-NAME")
     sub.add_argument("--by", default="", help="who measured it, shown with its rows (default: nobody is named)")
-    sub = command(adopt, "adopt", "check an archive of `companion pack`, and take its rows over", "file")
-    sub.add_argument("--check", action="store_true", help="check it, and copy nothing")
     return found
 
 
@@ -480,18 +479,10 @@ def run(given: argparse.Namespace) -> int:
 
 
 def pack(given: argparse.Namespace) -> int:
-    """Write the archive of a run, see `runs.archives`."""
-    from .runs import archives
+    """Write the contribution of a run, see `runs.pack`."""
+    from .runs.pack import pack as write
 
-    print(archives.pack(given.folder, given.output, given.by))
-    return 0
-
-
-def adopt(given: argparse.Namespace) -> int:
-    """Check an archive and copy it to `reports/contributed`, see `runs.adopt`."""
-    from .runs.adopt import adopt as take
-
-    print(take(given.file, given.check))
+    print(write(given.folder, given.output, given.by))
     return 0
 
 

@@ -42,7 +42,9 @@ def _digest(lines: Sequence[str]) -> str:
 def _parameters(dataset: str, captions: bool, seed: int = 0) -> SimpleNamespace:
     """Those of the notebook that the recipe reads."""
     hardware = {"accelerator": "cpu", "devices": 1, "precision": "32-true", "profile": "paper", "dry_run": True}
-    return SimpleNamespace(dataset=dataset, captions=captions, seed=seed, data_root="", weights="", gamma=0.0, **hardware)
+    return SimpleNamespace(
+        dataset=dataset, captions=captions, seed=seed, data_root="", weights="", gamma=0.0, **hardware
+    )
 
 
 # --- parameter groups, schedules --------------------------------------------------------------------------------------

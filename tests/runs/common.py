@@ -1,42 +1,54 @@
-"""A small checkout, and archives of runs that nobody made, with the published sizes: whoever knows the checks can write
-such a one."""
+"""A checkout in small, and a contribution whose form is right, of a run that nobody made."""
 
-import hashlib
 import json
-import zipfile
+import subprocess
 from pathlib import Path
 
 import pandas as pd
 
-from companion.data import DATASETS, spaced
-from companion.io.provenance import code_hash, sources
-from companion.runs.archives import ROWS
+from companion.io.papers import rules
 from tests.conftest import ROOT
 
 
+def git(folder: Path, *words: str) -> str:
+    identity = ("-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "protocol.file.allow=always")
+    return subprocess.run(
+        ["git", *identity, *words], cwd=folder, capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
 def small_checkout(folder: Path) -> Path:
-    """A checkout in small: the notebook, and what it is recognised by."""
-    (folder / "notebooks").mkdir(parents=True)
+    """A repository with one commit: the tools, and what a checkout is recognised by."""
     (folder / "lib" / "companion").mkdir(parents=True)
-    (folder / "pyproject.toml").write_text("")
-    (folder / "notebooks" / "sa2vp.ipynb").write_bytes((ROOT / "notebooks" / "sa2vp.ipynb").read_bytes())
+    (folder / "lib" / "companion" / "__init__.py").touch()
+    (folder / "pyproject.toml").touch()
+    (folder / "tools").symlink_to(ROOT / "tools")
+    git(folder, "init", "-q", "-b", "main")
+    git(folder, "add", "-A")
+    git(folder, "commit", "-q", "-m", "base")
     return folder
 
 
-def archive(file: Path, *, by: str, device: str, seed: int, accuracy: float) -> None:
-    """A row of SA²VP on SVHN."""
-    notebook = ROOT / "notebooks" / "sa2vp.ipynb"
-    sizes = {split: {"items": n, "labels": [n // 2, n - n // 2]} for split, n in DATASETS["vtab/svhn"].sizes.items()}
+def contribution(folder: Path, by: str, device: str, seed: int, accuracy: object, commit: str = "") -> None:
+    """A row of SA²VP on SVHN, as `companion pack` writes it."""
+    folder.mkdir(parents=True)
     row = {"method": "SA²VP", "backbone": "vit_b16", "dataset": "vtab/svhn", "seed": seed}
-    steps = 100 * 1000 // 64
-    history = pd.DataFrame({"step": spaced(steps, ROWS), "lr": 0.1, "loss": 1.0})
-    measured = pd.DataFrame([row | {"accuracy": accuracy}])
-    files = {"measured.csv": measured.to_csv(index=False), "history/0.csv": history.to_csv(index=False)}
-    facts = {"slug": "sa2vp", "date": "2026-01-01", "version": "4", "commit": "", "versions": {}, "seconds": 3000.0}
-    facts |= {"code": code_hash([notebook, *sources(notebook)]), "data": {"vtab/svhn": sizes}, "weights": {}}
-    facts |= {"by": by, "device": device, "parameters": row | {"profile": "paper"}, "steps": [steps]}
-    facts["files"] = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in files.items()}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(file, "w") as packed:
-        for name, text in ({"run.json": json.dumps(facts)} | files).items():
-            packed.writestr(name, text)
+    usual = {"switch": False, "integer": 1, "number": 1, "text": ""}
+    given = {name: usual.get(rule["type"], rule.get("choices", [""])[0]) for name, rule in rules("sa2vp").items()}
+    given |= row | {"profile": "paper", "accelerator": "cuda"}
+    facts = {
+        "slug": "sa2vp",
+        "by": by,
+        "date": folder.name[:10],
+        "version": "5",
+        "commit": commit or "0" * 40,
+        "device": device,
+        "seconds": 3000.0,
+        "versions": {"torch": "2.9.1"},
+        "parameters": {name: value for name, value in given.items() if name not in ("data_root", "out")},
+        "items": {"vtab/svhn": {"trainval": 1000, "test": 26032}},
+    }
+    (folder / "run.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    pd.DataFrame([row | {"accuracy": accuracy}]).to_csv(folder / "measured.csv", index=False)
+    steps = pd.DataFrame({"training": 0, "step": [1, 50, 100], "lr": 0.1, "loss": [3.0, 2.0, 1.0]})
+    steps.to_csv(folder / "history.csv", index=False)

@@ -18,7 +18,7 @@ from companion.io import record
 from companion.io.files import sha256
 from companion.io.papers import paper, rules, slugs
 from companion.runs import needs, report
-from companion.runs.archives import pack
+from companion.runs.pack import pack
 from tests.conftest import parameters
 from tests.models.common import refuses
 from tests.papers import bat
@@ -262,6 +262,6 @@ def test_a_dry_run_has_a_folder_of_its_own_which_a_killed_one_keeps_and_a_finish
     run.close()
     judged = [claim for claim in json.loads((run.out / "claims.json").read_text()) if claim["status"] != "not run"]
     assert judged and all("dry run" in claim["evidence"] for claim in judged)
-    refuses((lambda: pack(run.out, run.out / "a.zip"), "no dry run"))
+    refuses((lambda: pack(run.out, run.out / "a"), "no dry run"))
     report.start("sa2vp", values)
     assert [path.name for path in run.out.iterdir()] == [".lock"]

@@ -89,3 +89,10 @@ def test_boxes_are_drawn_at_their_pixels():
     assert np.array([rows.min(), rows.max(), columns.min(), columns.max()]).tolist() == [
         5 * scale, 13 * scale, 4 * scale, 14 * scale
     ]  # fmt: skip
+
+
+def test_names_of_classes_are_no_formulas():
+    figure = plots.heat_table(pd.DataFrame({"U$ A$": [1.0], r"$\frac": [2.0]}, index=["a$_b$"]), "%", (0, 3))
+    figure.canvas.draw()
+    shown = {text.get_text() for ax in figure.axes for text in (*ax.get_xticklabels(), *ax.get_yticklabels())}
+    assert {"U$ A$", r"$\frac", "a$_b$"} <= shown

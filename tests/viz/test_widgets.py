@@ -1,6 +1,7 @@
 """The explorer works without a kernel, is small, and is deterministic."""
 
 import base64
+import html
 import io
 import itertools
 import re
@@ -33,7 +34,7 @@ def colour_of(image):
 def test_images_are_in_the_order_of_the_controls_and_nothing_is_loaded():
     page = widgets.explorer(FRAMES, CONTROLS, "Where [CLS] looks").data
     assert [colour_of(image) for image in images_of(page)] == list(COLOURS.values())
-    assert 'alt="Where [CLS] looks: layer 1, method VPT-Deep"' in page
+    assert 'alt="Where [CLS] looks: layer 1, method VPT-Deep"' in html.unescape(page)
     assert (page.count("<input"), page.count("<select"), page.count("<option")) == (1, 1, 2) and 'max="3"' in page
     assert "http" not in page and "//" not in re.sub(r"base64,[^\"]+", "", page)
     (small,) = images_of(widgets.explorer([torch.rand(14, 14, 3)], {"block": [0]}).data)

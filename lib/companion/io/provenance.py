@@ -49,18 +49,17 @@ def sources(path: str | Path, package: Path = PACKAGE) -> list[Path]:
     return sorted(file for file in found if file.is_relative_to(package))
 
 
-def code_hash(paths: Iterable[str | Path], package: Path = PACKAGE) -> str:
-    """SHA-256 over the code of `paths`, independent of the checkout's location.
+def code_hash(paths: Iterable[Path]) -> str:
+    """SHA-256 over the code of files of `sources` (or next to the package), independent of the checkout's location.
 
-    Comments, docstrings and the layout of Python files and notebooks' code cells are ignored, as are a notebook's prose
-    and outputs: correcting a sentence does not make an hour of results stale. All other files are hashed byte by byte.
+    Comments, docstrings and the layout of Python files are ignored: correcting a sentence does not make an hour of
+    results stale. All other files are hashed byte by byte.
     """
-    digest, package = hashlib.sha256(), Path(package).resolve()
-    resolved = (Path(p).resolve() for p in paths)
-    # a notebook is last, wherever the package is installed
-    for path in sorted(resolved, key=lambda path: (not path.is_relative_to(package), path)):
-        name = path.relative_to(package).as_posix() if path.is_relative_to(package) else path.name
-        content = _meaning(_code(path), str(path)) if path.suffix in (".py", ".ipynb") else path.read_bytes()
+    digest = hashlib.sha256()
+    # a benchmark is last, wherever the package is installed
+    for path in sorted(map(Path.resolve, paths), key=lambda path: (not path.is_relative_to(PACKAGE), path)):
+        name = path.relative_to(PACKAGE).as_posix() if path.is_relative_to(PACKAGE) else path.name
+        content = _meaning(_code(path), str(path)) if path.suffix == ".py" else path.read_bytes()
         digest.update(f"{name}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()
 

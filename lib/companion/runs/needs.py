@@ -75,11 +75,6 @@ def memory(slug: str, run: dict, precision: str, where: str = "cuda", images: fl
     return wanted, f" for a step of {images:.0f} images at {precision} (counted: {how})"
 
 
-def step_images(slug: str, run: Mapping) -> int:
-    """The images of a step of a run's training, on all devices and with all accumulation; 0 where they are unknown."""
-    return _at_once(run, int(_counted(slug).get(run["id"], {}).get("images", 0)), 1)
-
-
 def disk(slug: str, run: dict) -> float:
     """The GB that a run writes below `out`: two checkpoints, since a new one is written before the old one goes, and
     `out_gb` of its entry in `paper.yaml`."""
@@ -187,6 +182,8 @@ class Row(NamedTuple):
             pass, which a batch norm needs; `memory`, and 0, where the notebook has no such parameter.
         hours: on each GPU of `SHOWN`, of the data set that takes least and of the one that takes most; () where its
             memory is too small.
+        t4: the hours on a T4 of the row, or of a run that it needs before (`after`), the longest; inf where one of them
+            does not fit: no row comes before one that it needs.
     """
 
     slug: str
@@ -197,6 +194,7 @@ class Row(NamedTuple):
     smallest: float
     accumulate: int
     hours: dict[str, tuple[float, float] | tuple[()]]
+    t4: float
 
     @property
     def anchor(self) -> str:
@@ -206,7 +204,7 @@ class Row(NamedTuple):
 
 def rows(slug: str) -> list[Row]:
     """The runs of a paper's tables, each on each of its data sets, with what they need at the authors' precision."""
-    facts, found = paper(slug), []
+    facts, found = paper(slug), list[Row]()
     precision, products = facts["precision"], facts.get("products", facts["precision"])
     for run in facts["runs"]:
         wanted, how = memory(slug, run, precision)
@@ -224,7 +222,9 @@ def rows(slug: str) -> list[Row]:
             each = [run] if together else [run | {"data": name} for name in names]
             taken = {gpu: [hours(one, peak(gpu, products))[0] for one in each] for gpu in SHOWN}
             fitting = {gpu: (min(h), max(h)) if smallest <= GPUS[gpu][3] else () for gpu, h in taken.items()}
-            found.append(Row(slug, run, names, wanted, "counted" in how, smallest, accumulate, fitting))
+            before = [row.t4 for row in found if row.run["id"] == run.get("after")]
+            t4 = max(*fitting["T4"], *before, 0) if fitting["T4"] else math.inf
+            found.append(Row(slug, run, names, wanted, "counted" in how, smallest, accumulate, fitting, t4))
     return found
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import datetime
 import functools
 import importlib
 import io
@@ -39,12 +40,10 @@ from ..evaluation.claims import SPREAD, SYNTHETIC, counts, evidence, judge, judg
 from ..io import record
 from ..io.files import atomic, check_folder, sha256, write_json
 from ..io.papers import convert, paper, rules, slugs, threads
-from ..io.provenance import code_hash, sources
 from ..training.hardware import Hardware, opens
 from ..viz import plots
 from ..viz.tables import show_table
 from . import needs
-from .archives import fingerprints, sets_read
 
 FEW_COLOURS = 40_000  # bytes of a PNG above which the notebook shows it in 256 colours
 PHOTOGRAPHIC = 120_000  # and above which it shows it at 100 dots an inch
@@ -161,6 +160,15 @@ def _look(slug: str, values: Mapping[str, Any]) -> None:
     for dataset in [*own, *map(data.find, sets_read(slug, values))]:
         if not dataset.marked(dataset.folder(root)):
             raise dataset.missing(root)
+
+
+def sets_read(slug: str, values: Mapping[str, Any]) -> list[str]:
+    """The names of the data sets that the parameters of a run name."""
+    found = []
+    for name, rule in rules(slug).items():
+        chosen = str(values.get(name) or rule.get("usual", {}).get(values.get("task"), ""))
+        found += [part for part in chosen.split(", ") if rule["type"] in ("choice", "list") and part in data.DATASETS]
+    return found
 
 
 def _injected() -> set[str]:
@@ -323,7 +331,6 @@ class Run:
         self._files.append(self.out / "claims.json")
         if (self.out / "measured.csv").exists():
             self._files.append(self.out / "measured.csv")
-        notebook = self.root / "notebooks" / f"{self.slug}.ipynb"
         facts = {
             "slug": self.slug,
             "profile": given.get("profile", "pocket"),
@@ -332,7 +339,6 @@ class Run:
             "seeds": [given["seed"]] if "seed" in given else [],
             "versions": record.versions(),
             "commit": record.commit(),
-            "code": code_hash([notebook, *sources(notebook)]) if notebook.exists() else "",
             "device": record.device(given.get("accelerator", "auto"), given.get("devices", 1)),
             "seconds": round(time.monotonic() - self._began, 1),
             "peak_memory_mb": record.peak_memory_mb(),
@@ -341,7 +347,8 @@ class Run:
         if "precision" in given:  # which is "paper" among the parameters
             facts["precision"] = Hardware.of(self.parameters, self.slug).precision
         if given.get("profile") == "paper" and not self.dry_run:
-            facts |= fingerprints(self.slug, self.parameters)
+            facts["date"] = datetime.date.today().isoformat()
+            facts["items"] = {name: data.counts(name, given["data_root"]) for name in sets_read(self.slug, given)}
         folder = self.study()
         if (folder / "study.json").exists():
             facts["study"] = {"sha256": sha256(folder / "study.csv"), "stale": stale(self.slug, folder)}

@@ -46,6 +46,7 @@ STYLE: dict[Any, Any] = {
     "figure.titlesize": 11,
     "font.family": "DejaVu Sans",
     "font.size": 9,
+    "text.parse_math": False,  # the names of classes and data sets are shown verbatim
     "axes.titlesize": 10,
     "axes.labelsize": 9,
     "axes.spines.top": False,

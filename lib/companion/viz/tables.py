@@ -11,15 +11,22 @@ from IPython.display import HTML
 from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
 
+def escape(text: object) -> str:
+    """Text on one line as HTML and Markdown show it verbatim: for what comes from a file outside of the library, such
+    as class names, names of data sets and measured rows."""
+    plain = html.escape(" ".join(str(text).split()))
+    return re.sub(r"[\\`*_{}\[\]|$~]", lambda found: f"&#{ord(found[0])};", plain)
+
+
 def show_table(frame: pd.DataFrame, digits: int = 2, title: str = "") -> HTML:
     """A table as plain HTML with its title above: the same text for the same numbers with any version of pandas.
 
-    What stands between backticks, in title, names and cells, becomes code; underscores of other column names become
-    spaces; numbers from 10,000 on have separators; a line does not break at ±. A frame without rows says "none".
+    Title, names and cells are shown verbatim, but underscores of column names become spaces; numbers from 10,000 on
+    have separators; a line does not break at ±. A frame without rows says "none".
     """
 
     def text(value: object) -> str:
-        return re.sub("`([^`]+)`", r"<code>\1</code>", html.escape(str(value)).replace(" ± ", "&nbsp;±&nbsp;"))
+        return escape(value).replace(" ± ", "&nbsp;±&nbsp;")
 
     def cell(value: object) -> str:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -28,8 +35,7 @@ def show_table(frame: pd.DataFrame, digits: int = 2, title: str = "") -> HTML:
 
     def head(name: object, kind: object) -> str:
         side = "right" if is_numeric_dtype(kind) and not is_bool_dtype(kind) else "left"
-        shown = text(name if "`" in str(name) else str(name).replace("_", " "))
-        return f'<th scope="col" style="text-align: {side}">{shown}</th>'
+        return f'<th scope="col" style="text-align: {side}">{text(str(name).replace("_", " "))}</th>'
 
     header = "".join(map(head, frame.columns, frame.dtypes))
     rows = "".join("<tr>" + "".join(map(cell, row)) + "</tr>\n" for row in frame.itertuples(index=False))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import html
 import io
 import itertools
 import json
@@ -29,6 +28,7 @@ from PIL import Image as PILImage
 from torch import Tensor
 
 from ..errors import BadParameter
+from .tables import escape
 
 LIMIT = 300_000  # bytes of one explorer: a notebook with three stays below 1 MB
 ANIMATION_LIMIT = 160_000  # bytes of one animation
@@ -129,7 +129,7 @@ def animation(frames: Sequence[Frame], title: str, seconds: float = 0.25) -> HTM
         images[0].save(file, "webp", save_all=True, append_images=images[1:], **options)
         moving, still = base64.b64encode(file.getvalue()).decode(), _uri(images[0], 256)
         if len(moving) + len(still) <= ANIMATION_LIMIT:
-            label = html.escape(title)
+            label = escape(title)
             return HTML(
                 f'<figure style="margin: 0.5em 0"><figcaption><strong>{label}</strong></figcaption>\n<picture>'
                 f'<source media="(prefers-reduced-motion: reduce)" srcset="{still}">'
@@ -201,7 +201,7 @@ def _uri(image: PILImage.Image, colours: int) -> str:
 
 def _control(name: str, values: Sequence[Any]) -> str:
     """The HTML of one control: a slider for numbers, else a drop-down list."""
-    labels = [html.escape(str(value)) for value in values]
+    labels = [escape(str(value)) for value in values]
     # without the first attribute JupyterLab takes the arrow keys for itself; without the second a browser that reloads
     # the page restores the control's value, and not the image
     common = 'data-lm-suppress-shortcuts="true" autocomplete="off"'
@@ -213,7 +213,7 @@ def _control(name: str, values: Sequence[Any]) -> str:
     else:
         options = "".join(f'<option value="{i}">{value}</option>' for i, value in enumerate(labels))
         field = f"<select {common}>{options}</select>"
-    return f"<label>{html.escape(name)} {field}</label>"
+    return f"<label>{escape(name)} {field}</label>"
 
 
 def _page(uris: Sequence[str], controls: Mapping[str, Sequence[Any]], title: str) -> str:
@@ -230,14 +230,14 @@ def _page(uris: Sequence[str], controls: Mapping[str, Sequence[Any]], title: str
     # "</script>" in a title must not end the script
     script = _SCRIPT % {name: json.dumps(part).replace("<", "\\u003c") for name, part in parts.items()}
     first = ", ".join(f"{name} {some[0]}" for name, some in zip(controls, values, strict=True))
-    heading = f"<p><strong>{html.escape(title)}</strong></p>" if title else ""
+    heading = f"<p><strong>{escape(title)}</strong></p>" if title else ""
     fields = "".join(_control(*item) for item in controls.items())
     # hidden until the script runs: controls without effect would mislead. `dark-light` keeps the site's dark theme from
     # dimming the image
     return f"""<div class="companion-explorer" data-explorer="{parts["id"]}">
 <style>{_CSS}</style>
 {heading}<div class="controls" hidden>{fields}</div>
-<img class="dark-light" src="{uris[0]}" alt="{html.escape(parts["title"] + first)}">
-<noscript><p>With scripts switched off only the first image is shown ({html.escape(first)}).</p></noscript>
+<img class="dark-light" src="{uris[0]}" alt="{escape(parts["title"] + first)}">
+<noscript><p>With scripts switched off only the first image is shown ({escape(first)}).</p></noscript>
 <script>{script}</script>
 </div>"""

@@ -34,7 +34,7 @@ def mask(forbidden: Tensor, groups: int, title: str) -> Figure:
     figure, ax = plt.subplots(figsize=(4.9, 3.7))
     ax.imshow(~forbidden.numpy(), cmap=_VISIBLE, interpolation="nearest")
     size, patches = groups / 5, (groups + len(forbidden)) / 2
-    names = ["CLS, $P_0$", *(f"$LC_{r}, P_{r}$" for r in range(1, 5)), "patches"]
+    names = ["CLS, P₀", *(f"LC{r}, P{r}" for r in "₁₂₃₄"), "patches"]
     ax.set_yticks([*((r + 0.5) * size - 0.5 for r in range(5)), patches], names)
     ax.set_xticks([groups / 2, patches], ["groups", "patches, row by row"])
     ax.set(xlabel="key", ylabel="query", title=title)
@@ -63,7 +63,7 @@ def regions(models: Mapping[str, PromptPAR], images: Tensor, label: str) -> Figu
     """
     found = {name: maps(model, images).regions.mean(0) for name, model in models.items()}
     shares = {name: 100 * heat / heat.sum((1, 2), keepdim=True) for name, heat in found.items()}
-    titles = ["[CLS]", *(f"$LC_{r}$" for r in range(1, len(next(iter(found.values())))))]
+    titles = ["[CLS]", *(f"LC{chr(0x2080 + r)}" for r in range(1, len(next(iter(found.values())))))]
     mean = images.mean(0)
     mean = (mean - mean.min()) / (mean.max() - mean.min())  # with more contrast
     shown = mean.expand(len(titles), -1, -1, -1)
