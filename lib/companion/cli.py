@@ -34,7 +34,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from . import __version__, data  # what needs torch, or takes long, is imported where it is used
-from .errors import BadParameter, CompanionError, check_choice
+from .errors import BadParameter, CompanionError, check_choice, extra
 from .io.files import check_folder
 from .io.papers import accepted, paper, rules, slugs
 from .runs import needs
@@ -460,6 +460,8 @@ def run(given: argparse.Namespace) -> int:
 
     config = batch.of_table(given.paper, given.table, given.data_root, given.dry_run)
     root = record.root()
+    with extra("reports"):
+        import snakemake  # noqa: F401 (in a process of its own, which could not name the extra)
     if Path(given.profile).name == "local" and not batch.gpus():
         print("no GPU here: the runs are on the CPU")
         for one in config["runs"]:
