@@ -332,13 +332,14 @@ def show_data(given: argparse.Namespace) -> int:
 
 def check_parity(given: argparse.Namespace) -> int:
     """Compare with the recorded cases of the checkout, by its own program."""
+    from .io import record
     from .runs import cases
 
     words = [given.paper, "--accelerator", given.accelerator, *(["--recipe"] if given.recipe else [])]
     for name in ("checkpoint", "fixtures", "case"):
         if value := getattr(given, name):
             words += [f"--{name}", str(Path(value).resolve()) if name != "case" else value]
-    return subprocess.run(cases.program(words), cwd=cases.CHECKOUT).returncode
+    return subprocess.run(cases.program(words), cwd=record.root()).returncode
 
 
 def slides(given: argparse.Namespace) -> int:
