@@ -470,7 +470,7 @@ def run(given: argparse.Namespace) -> int:
     write_json(file := root / "build" / "runs" / f"{given.paper}, {given.table}.json", config)
     words = [sys.executable, "-m", "snakemake", "--profile", given.profile, "--configfile", str(file)]
     began = time.time()
-    code = subprocess.run(words, cwd=root).returncode
+    code = batch.run_group(words, root)
     measured = root / "reports" / "paper" / given.paper / f"{'dry_runs' if given.dry_run else 'grid'}.csv"
     if measured.exists() and measured.stat().st_mtime >= began:  # not that of another table, where nothing was measured
         recipe = importlib.import_module(f"companion.models.{given.paper}.recipe")
