@@ -256,7 +256,8 @@ def _show_costs(given: argparse.Namespace, facts: dict, run: dict) -> bool:
     here = [name for name in needs.GPUS if re.search(rf"\b{name}\b", where)]  # "NVIDIA A100-SXM4-80GB", "Tesla T4"
     gpu = given.gpu or (here or ["A100"])[0]
     precision = facts["precision"] if given.precision == "paper" else given.precision
-    peak = needs.peak(gpu, facts.get("products", precision) if given.precision == "paper" else precision)
+    products = facts.get("products", precision) if given.precision == "paper" else precision
+    peak = needs.peak(gpu, products)
     wanted, how = needs.memory(given.paper, run, precision, kind)
     print(f"  memory   {wanted:.3g} GB needed{how}; {memory:.0f} GB free ({where})")
     written = needs.disk(given.paper, run)
@@ -267,7 +268,7 @@ def _show_costs(given: argparse.Namespace, facts: dict, run: dict) -> bool:
     hours, flop = needs.hours(run, peak)
     print(
         f"  time     about {hours:.1f} h on one {gpu} (not measured): {flop:.1e} operations of forward and\n"
-        f"           backward passes, {needs.SHARE:.0%} of its peak of {peak} TFLOP/s at {precision}\n"
+        f"           backward passes, {needs.SHARE:.0%} of its peak of {peak} TFLOP/s at {products}\n"
     )
     dry_runs = [
         file
