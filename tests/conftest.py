@@ -3,6 +3,7 @@ trainings."""
 
 import ast
 import contextlib
+import multiprocessing
 import os
 import shutil
 import signal
@@ -10,13 +11,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TypeVar
 
 import nbformat
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+
+FRESH = multiprocessing.get_context("forkserver")
+"""Processes that start in no time, without this one's threads, and have imported other packages but nothing of ours."""
+FRESH.set_forkserver_preload(["torch", "timm", "open_clip", "lightning_fabric", "matplotlib.pyplot"])
+
+_Result = TypeVar("_Result")
 
 SPREAD = {"test_ablation.py", "test_exporting.py", "test_notebooks.py", "test_parity.py", "test_recipes.py"}
 SPREAD |= {"test_rehearsal.py", "test_simulated.py", "test_snakefile.py"}
@@ -62,6 +71,12 @@ def nothing_asked_for_the_network(asked_outside: Path) -> Iterator[None]:
 def root() -> Path:
     """The folder of the checkout."""
     return ROOT
+
+
+def fresh(function: Callable[..., _Result], *args: object) -> _Result:
+    """What a function of a test file returns, or raises, in a process of `FRESH`."""
+    with ProcessPoolExecutor(1, FRESH) as pool:
+        return pool.submit(function, *args).result()
 
 
 def cores() -> int:

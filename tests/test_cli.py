@@ -3,10 +3,13 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
+import nbformat
 import pandas as pd
+import psutil
 import pytest
 import torch
 
@@ -14,7 +17,8 @@ from companion import cli, data
 from companion.io import record
 from companion.io.files import write_json
 from companion.io.papers import paper
-from companion.runs import needs
+from companion.runs import batch, needs
+from tests.conftest import ROOT, kill_when
 from tests.papers import bat
 from tests.parity.runner import ROOT as CASES
 from tests.parity.runner import Case
@@ -37,6 +41,8 @@ def test_doctor_names_missing_data_and_weights_and_accepted_values(capsys, tmp_p
         assert name in out
     code, out, _ = call(capsys, "doctor", "bat", "--data-root", tmp_path, "--gpu", "T4", "--precision", "16-mixed")
     assert code == 1 and "OSTrack_ep0300.pth.tar" in out and "rgbe/visevent" in out and "65 TFLOP/s" in out
+    products = "312 TFLOP/s at 16-mixed"  # its precision is 32-true, its products are nearly all CLIP's
+    assert products in " ".join(call(capsys, "doctor", "promptpar", "--data-root", tmp_path, "--gpu", "A100")[1].split())
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "BAT_rgbt.pth").write_bytes(b"x")
     assert "BAT_rgbt.pth (MIT): here" in call(capsys, "doctor", "bat", "--data-root", tmp_path)[1]
@@ -87,23 +93,52 @@ def test_doctor_reads_what_is_there_and_says_how_a_step_is_divided(capsys, tmp_p
 def test_run_prints_the_tables_of_this_run_alone(capsys, tmp_path, monkeypatch):
     """What Snakemake measures now, not what an earlier run left."""
     monkeypatch.setattr(record, "root", lambda: tmp_path)
-    grid, done = tmp_path / "reports/paper/bat/grid.csv", subprocess.CompletedProcess([], 0)
+    grid = tmp_path / "reports/paper/bat/grid.csv"
     keys = {"method": "BAT", "weights": "trained here", "dataset": "rgbt/lasher", "seed": 0}
 
-    def measure(*words, **options):
+    def measure(words, folder):
         grid.parent.mkdir(parents=True, exist_ok=True)
         pd.DataFrame([keys | {"PR": 71.25}]).to_csv(grid, index=False)
-        return done
+        return 0
 
     words = ("run", "bat", "lasher", "--data-root", tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    monkeypatch.setattr(cli.subprocess, "run", measure)
+    monkeypatch.setattr(batch, "run_group", measure)
     assert "71.25" in call(capsys, *words)[1]
     os.utime(grid, (0, 0))
-    monkeypatch.setattr(cli.subprocess, "run", lambda *words, **options: done)
+    monkeypatch.setattr(batch, "run_group", lambda words, folder: 0)
     assert "71.25" not in call(capsys, *words)[1]
     asked = json.loads((tmp_path / "build/runs/bat, lasher.json").read_text())
     assert asked["runs"][0]["dataset"] == ["rgbt/lasher"] and call(capsys, "run", "bat", "no table")[0] == 2
+
+
+SNAKEFILE = """
+import sys
+rule all:
+    shell: "{sys.executable} -m papermill long.ipynb out.ipynb -k python3 --no-progress-bar"
+"""
+
+
+def test_run_ends_with_all_that_it_started(tmp_path):
+    """SIGTERM, as a batch system sends it: Snakemake, papermill and the kernel."""
+    (tmp_path / "lib" / "companion").mkdir(parents=True)
+    (tmp_path / "pyproject.toml").touch()
+    (tmp_path / "Snakefile").write_text(SNAKEFILE)
+    shutil.copytree(ROOT / "profiles", tmp_path / "profiles")
+    cell = nbformat.v4.new_code_cell("import time\nopen('running', 'w').close()\ntime.sleep(600)")
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "long.ipynb")
+    words = [sys.executable, "-m", "companion.cli", "run", "bat", "lasher", "--data-root", str(tmp_path)]
+    process, started = subprocess.Popen(words, cwd=tmp_path), []
+
+    def running():
+        started[:] = psutil.Process(process.pid).children(recursive=True)
+        return (tmp_path / "running").exists()
+
+    kill_when(process, running, signal.SIGTERM)
+    _, left = psutil.wait_procs(started, timeout=20)
+    for one in left:
+        one.kill()
+    assert len(started) > 2 and not left
 
 
 def test_data_lists_every_set_also_to_a_reader_who_leaves(capsys, tmp_path):

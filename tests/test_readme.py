@@ -1,8 +1,10 @@
-"""The examples on own data run unchanged, on small models, two steps and generated folders; links lead somewhere."""
+"""Every page's Python runs as pasted, on small models, two steps and generated folders; links lead somewhere."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import os
 import re
 import shutil
@@ -20,18 +22,15 @@ from torch import nn
 
 from companion import backbones
 from companion.io.papers import slugs
-from companion.training import fit
-from tests.papers.common import FLOWERS, hooks, of_all
+from tests.conftest import ROOT, fresh
+from tests.papers.common import FLOWERS, hooks
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGE = (ROOT / "site" / "docs" / "own_data.md").read_text(encoding="utf-8")
-IMPORTS = re.search(r"```python\n(.*?)```", PAGE, re.S)[1]
-EXAMPLES = {
-    path.stem: IMPORTS + "".join(re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.S)[:1])
-    for path in (ROOT / "site" / "docs" / "own_data").glob("*.md")
+PAGES = {
+    path.relative_to(ROOT).as_posix(): blocks
+    for path in [ROOT / "README.md", *sorted((ROOT / "site" / "docs").rglob("*.md"))]
+    if (blocks := re.findall(r"(?ms)^```python\n(.*?)^```$", path.read_text(encoding="utf-8")))
 }
-EXAMPLES["README"] = re.search(r"```python\n(.*?)```", README, re.S)[1]
 
 
 build = backbones.build
@@ -50,11 +49,9 @@ def small(name: str, weights: str | Path = "pretrained", **options: Any) -> nn.M
     return build("vit_tiny_patch16_224", "random", depth=6, embed_dim=64, num_heads=2)
 
 
-FOLDERS = {"README": FLOWERS, **of_all("EXAMPLE")}
-
-
 def shrink(patch: pytest.MonkeyPatch, slug: str) -> None:
     """Small models under the names of the full-size ones, and two steps of a training."""
+    from companion.training import fit
 
     def two_steps(model: nn.Module, loss: Callable, data: Any, *, epochs: float, batch: int, **options: Any) -> Any:
         batch = min(batch, 4)
@@ -67,19 +64,30 @@ def shrink(patch: pytest.MonkeyPatch, slug: str) -> None:
         hooks(slug).small_example(patch)
 
 
-@pytest.mark.parametrize("paper", FOLDERS)
-def test_an_example_trains_saves_loads_and_predicts(
-    paper: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert EXAMPLES.keys() == FOLDERS.keys()
-    make, prediction = FOLDERS[paper]
-    monkeypatch.chdir(tmp_path)
+def pasted(page: str, folder: Path) -> tuple[str, str]:
+    """What the blocks of a page print, one after the other in this process, and a pattern of it."""
+    os.chdir(folder)
+    slug, printed = Path(page).stem, io.StringIO()
+    make, prediction = hooks(slug).EXAMPLE if slug in slugs() else FLOWERS
     make()
-    shrink(monkeypatch, paper)
-    exec(compile(EXAMPLES[paper], f"own_data/{paper}.md", "exec"), {})
-    assert re.match(prediction, capsys.readouterr().out)
-    if paper == "tip":
-        assert Image.open("new.png").size == Image.open("old.jpg").size
+    names: dict[str, Any] = {"__name__": "__main__"}
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        shrink(patch, slug)
+        for block in PAGES[page]:
+            exec(compile(block, page, "exec"), names)
+    return printed.getvalue(), prediction
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_python_of_a_page_runs_as_pasted(page: str, tmp_path: Path) -> None:
+    printed, prediction = fresh(pasted, page, tmp_path)
+    assert re.match(prediction, printed)
+    if page.endswith("tip.md"):
+        assert Image.open(tmp_path / "new.png").size == Image.open(tmp_path / "old.jpg").size
+
+
+def test_each_paper_has_a_page() -> None:
+    assert PAGES.keys() == {"README.md", *(f"site/docs/own_data/{slug}.md" for slug in slugs())}
 
 
 def test_links_of_the_readme_lead_to_files_and_headings() -> None:
@@ -107,5 +115,5 @@ def test_the_wheel_alone_runs_the_examples(tmp_path: Path) -> None:
     where = [sys.executable, "-c", "import companion; print(companion.__file__)"]
     printed = subprocess.run(where, env=environment, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
     assert Path(printed).is_relative_to(wheel)
-    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "an_example", __file__]
+    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "as_pasted", __file__]
     subprocess.run(tests, env=environment, cwd=ROOT, check=True)

@@ -1,11 +1,11 @@
 """Failures on users' machines: kill -9 at random moments, a full disk, damaged files."""
 
-import multiprocessing
 import os
 import re
 import shutil
 import subprocess
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +13,12 @@ import pytest
 
 from companion.errors import CompanionError
 from tests import robust_runs
-from tests.conftest import ROOT
+from tests.conftest import FRESH, ROOT
 from tests.robust_files import FILES, UNSEEN, made
 from tests.robust_runs import KINDS
 
 KILLS = 5
 SMOKE = ("checkpoint of a training", "safetensors", "pickle", "COCO annotations", "X-ray", "rows of a study")
-SPAWN = multiprocessing.get_context("forkserver")
-SPAWN.set_forkserver_preload(["tests.robust_runs"])  # a process then starts in no time, without this one's threads
 
 
 @pytest.fixture(autouse=True)
@@ -29,10 +27,10 @@ def quiet(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
 
-def begin(kind: str, folder: Path) -> multiprocessing.Process:
+def begin(kind: str, folder: Path) -> BaseProcess:
     folder.mkdir(exist_ok=True)
     folder.with_suffix(".steps").unlink(missing_ok=True)
-    process = SPAWN.Process(target=robust_runs.work, args=(kind, str(folder)))
+    process = FRESH.Process(target=robust_runs.work, args=(kind, str(folder)))
     process.start()
     return process
 

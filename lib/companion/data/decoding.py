@@ -23,7 +23,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.io import ImageReadMode, decode_image, read_file
 
-from ..errors import BadParameter, CorruptFile
+from ..errors import BadParameter, CorruptFile, extra
 
 SUFFIXES = (*IMG_EXTENSIONS, ".gif", ".avif")  # endings of image files; of a GIF the first frame is read
 DAMAGED = (OSError, SyntaxError, ValueError, EOFError, StructError, Image.DecompressionBombError)
@@ -249,8 +249,9 @@ def _eight(values: np.ndarray, bits: int) -> np.ndarray:
 
 def _dicom(path: Path) -> np.ndarray:
     """float32 (H, W) or (H, W, 3) in 0 to 1."""
-    import pydicom  # an extra, which may not be installed
-    from pydicom.pixels import processing
+    with extra("xrays"):
+        import pydicom
+        from pydicom.pixels import processing
 
     try:
         file = pydicom.dcmread(path)

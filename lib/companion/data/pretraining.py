@@ -16,10 +16,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from faster_coco_eval.core import mask as rle
 from torch import Tensor
 
-from ..errors import BadParameter, CorruptFile, check_choice, typed
+from ..errors import BadParameter, CorruptFile, check_choice, extra, typed
 from . import DataSet, check_listed, check_own, decoding, find, own_set, tables
 from .detection import Boxes, _of_file
 from .folders import at, below, entries, spelled
@@ -61,6 +60,8 @@ class Instances(Boxes):
 
     def _mask(self, row: int, height: int, width: int) -> Tensor:
         """The mask of an annotation: polygons, or run lengths."""
+        with extra("detection"):
+            from faster_coco_eval.core import mask as rle
         number = self.annotations.ids[row]
         try:
             shape = self.annotations.shape(row)

@@ -19,11 +19,10 @@ from typing import Annotated, Any
 import numpy as np
 from PIL import Image
 
-from ..errors import BadParameter, CorruptFile, Count, Positive, Range, Whole, check_range, typed
+from ..errors import BadParameter, CorruptFile, Count, Positive, Range, Whole, check_range, extra, typed
 from ..io.files import atomic
 
 BACKENDS = {"openslide": "OpenSlide", "tiffslide": "TiffSlide"}  # the class of each library that opens a slide
-EXTRA = "pip install -e '.[slides]'"
 LARGEST_THUMBNAIL = 64_000_000  # pixels; a level with more is reduced band by band
 LARGEST_MPP = 50  # microns per pixel of level 0
 
@@ -46,10 +45,10 @@ class Slide:
         self.path, self._mpp, reasons = Path(path), mpp, []
         for self.backend in BACKENDS:
             try:
-                self._slide = getattr(importlib.import_module(self.backend), BACKENDS[self.backend])(self.path)
+                with extra("slides"):
+                    library = importlib.import_module(self.backend)
+                self._slide = getattr(library, BACKENDS[self.backend])(self.path)
                 break
-            except ModuleNotFoundError:
-                reasons.append(f"{self.backend} is not installed ({EXTRA})")
             except Exception as error:  # each library has its own errors, and damaged files raise others
                 reasons.append(f"{self.backend}: {error}")
         else:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import CompanionError, CorruptFile
+from ..errors import CorruptFile, extra
 from . import decoding
 
 SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg")
@@ -33,10 +33,8 @@ CACHE_MB = 256  # of GDAL's decoded blocks; its default is a fraction of the mac
 @contextlib.contextmanager
 def quiet() -> Iterator[Any]:
     """rasterio, with a bounded cache, no sidecar files and no warnings about images without a georeference."""
-    try:
+    with extra("landcover"):
         import rasterio
-    except ImportError as error:
-        raise CompanionError("GeoTIFFs need rasterio, which is not installed: pip install -e '.[landcover]'") from error
     with rasterio.Env(GDAL_CACHEMAX=CACHE_MB, GDAL_PAM_ENABLED="NO"), warnings.catch_warnings():
         warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
         yield rasterio

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from ..errors import BadParameter, CorruptFile, Count, MissingData, Range, Whole, check_choice, typed
+from ..errors import BadParameter, CorruptFile, Count, MissingData, Range, Whole, check_choice, extra, typed
 from ..io.files import atomic, atomic_folder, sha256
 from . import DataSet, Parts, find, own_set, tables
 from .folders import HIDDEN, at, doubled, entries
@@ -291,7 +291,8 @@ def write_list(path: str | Path, items: Iterable[Item]) -> None:
 @contextlib.contextmanager
 def _stored(path: str | Path) -> Iterator[Any]:
     """An HDF5 file of features, open. Raises `CorruptFile`: missing, truncated, or of another kind."""
-    import h5py  # imported here: an extra
+    with extra("slides"):
+        import h5py
 
     try:
         with h5py.File(path, "r") as file:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..errors import CorruptFile
+from ..errors import CorruptFile, extra
 from ..io.files import atomic
 from . import find, tables
 from .rasters import Raster, quiet
@@ -25,7 +25,8 @@ def compile_xbd(root: str | Path, xbd: str | Path) -> int:
         MissingData: some of xBD's images are missing; the existing ones have been compiled.
         CorruptFile: the list or an image cannot be read, or an image's size differs from its label's.
     """
-    import rasterio  # an extra
+    with extra("landcover"):
+        import rasterio
 
     dataset, done, lost = find("landcover/openearthmap"), 0, []
     listing = tables.existing(dataset, root, dataset.folder(root) / "xbd_files.csv")

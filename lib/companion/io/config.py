@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import BadParameter, check_arguments
+from ..errors import BadParameter, MissingExtra, check_arguments, extra
 
 Built = TypeVar("Built")
 VIT = "timm.models.vision_transformer:VisionTransformer"
@@ -190,13 +190,13 @@ def rebuild(note: Any) -> Any:
 
         return SimpleTokenizer(context_length=note["tokenizer"])
     if "bert" in note:
-        import transformers as hf  # imported here because it takes seconds
-
+        with extra("landcover"):
+            import transformers as hf  # imported here because it takes seconds
         return hf.BertModel(hf.BertConfig(**_only(note["bert"], BERT)), add_pooling_layer=note["pooler"])
     if "fast_tokenizer" in note:
-        import tokenizers
-        from transformers import PreTrainedTokenizerFast
-
+        with extra("xrays"):
+            import tokenizers
+            from transformers import PreTrainedTokenizerFast
         tokens = tokenizers.Tokenizer.from_str(note["fast_tokenizer"])
         return PreTrainedTokenizerFast(tokenizer_object=tokens, **_only(note["options"], TOKENS))
     if "of" in note:
@@ -230,6 +230,8 @@ def _resolve(path: str) -> Callable[..., Any]:
     if module.startswith("companion.") or path == VIT:
         try:
             found = getattr(importlib.import_module(module), name, None)
+        except MissingExtra:
+            raise
         except ImportError as error:
             raise BadParameter("model", path, f"one of this version of the companion ({error})") from error
     own = isinstance(found, type) and found.__module__ == module and (_configured(found) or _frozen(found))

@@ -19,10 +19,11 @@ import itertools
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,22 @@ def of_table(slug: str, table: str, data_root: str | Path, dry_run: bool = False
             rehearsed = {"dry_run": [True]} if dry_run else {}
             runs.append({"paper": slug, "name": run["id"], **rehearsed, **given, "resources": {"runtime": minutes}})
     return {"profile": "paper", "parameters": {"data_root": str(root)}, "runs": runs}
+
+
+def run_group(words: Sequence[str], folder: Path) -> int:
+    """The exit code of a command that is run in `folder`, in a process group of its own.
+
+    A signal that ends this process goes to all of that group: to Snakemake, and to its jobs, whose kernels end with
+    them.
+    """
+    process = subprocess.Popen(words, cwd=folder, process_group=0)
+    ends = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {end: signal.signal(end, lambda number, _: os.killpg(process.pid, number)) for end in ends}
+    try:
+        return process.wait()
+    finally:
+        for end, handler in before.items():
+            signal.signal(end, handler)
 
 
 @contextlib.contextmanager

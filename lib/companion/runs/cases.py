@@ -15,20 +15,20 @@ from pathlib import Path
 import pandas as pd
 
 from ..errors import CompanionError, MissingData, check_choice
+from ..io import record
 from ..io.papers import slugs
-
-CHECKOUT = Path(__file__).parents[3]
 
 
 def program(words: Sequence[str]) -> list[str]:
-    """The command line of `tests/parity` with these arguments, to be run in `CHECKOUT`.
+    """The command line of `tests/parity` with these arguments, to be run in the checkout's folder, `record.root()`.
 
-    Raises `MissingData`: the package is not installed from a checkout.
+    Raises `MissingData`: there is no checkout.
     """
-    if not (CHECKOUT / "tests" / "parity" / "__main__.py").exists():
-        source = "the project's repository: clone it, and install the package from there (pip install -e .)"
+    where = record.root()
+    if not (where / "tests" / "parity" / "__main__.py").exists():
+        source = "the project's repository: clone it, and work in its folder"
         raise MissingData(
-            "recorded cases", CHECKOUT, "tests/parity/<paper>/<case>/", source, "see the files", "a wheel has none"
+            "recorded cases", where, "tests/parity/<paper>/<case>/", source, "see the files", "a wheel has none"
         )
     return [sys.executable, "-m", "tests.parity", *words]
 
@@ -36,14 +36,20 @@ def program(words: Sequence[str]) -> list[str]:
 def agreement(slug: str, but: Sequence[str] = ()) -> pd.DataFrame:
     """How many recorded outputs of each case of a paper ours equal: the columns "case", "outputs" and "agree".
 
+    Without a checkout there are no cases: it says so, and the table is empty.
+
     Args:
         but: the cases to leave out, such as those of full-size models.
     """
     check_choice("paper", slug, slugs())
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "cases.csv"
-        words = [slug, "--csv", str(file), *(word for name in but for word in ("--but", name))]
-        done = subprocess.run(program(words), cwd=CHECKOUT, capture_output=True, text=True)
+        try:
+            command = program([slug, "--csv", str(file), *(word for name in but for word in ("--but", name))])
+        except MissingData as error:
+            print(f"not run here: {error}")
+            return pd.DataFrame({"case": [], "outputs": [], "agree": []}, dtype=int)
+        done = subprocess.run(command, cwd=record.root(), capture_output=True, text=True)
         if not file.exists():
             raise CompanionError(f"the comparison with the recorded cases of {slug} failed:\n{done.stderr[-2000:]}")
         return pd.read_csv(file)

@@ -28,7 +28,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from PIL import Image
@@ -36,6 +35,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from ..data.tracking import ground_truth, write_results
+from ..errors import extra
 from ..evaluation.ablations import Study
 from ..evaluation.metrics.tracking import evaluate, iou
 from ..io.config import configure
@@ -49,6 +49,9 @@ from ..training.hardware import CPU
 from ..training.schedules import adamw
 from .encoders import tracker as small_tracker
 from .scenes import PHOTOGRAPHS, SPLITS, Cut, photograph, quantise, tiles
+
+with extra("tracking"):
+    import cv2
 
 CANVAS = 128  # side of every frame, in pixels
 OPENING, SEGMENT = 3, 7  # frames of the well-lit start and of each of the three segments that follow it

@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from faster_coco_eval import COCO, COCOeval_faster
 
 from ...data.coco import check_results, is_box
-from ...errors import BadParameter, CorruptFile, check_choice
+from ...errors import BadParameter, CorruptFile, check_choice, extra
 from ...io.files import read_json
 from . import checked
+
+with extra("detection"):
+    from faster_coco_eval import COCO, COCOeval_faster
 
 BLOCK = 250_000  # images x classes scored at once: about half a GB
 KINDS = ("bbox", "segm")

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset, TensorDataset, get_worker_info
 
 from ...backbones import per_channel
 from ...data.tracking import Annotated
-from ...errors import BadParameter, CompanionError, check_choice
+from ...errors import BadParameter, CompanionError, check_choice, extra
 
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, for both streams
 STD = (0.229, 0.224, 0.225)
@@ -60,12 +60,8 @@ def crop(image: np.ndarray, box: Iterable[float], factor: float, size: int) -> t
 
 
 def _opencv():
-    try:
+    with extra("tracking"):
         import cv2
-    except ImportError as error:
-        raise CompanionError(
-            'crops are resized by OpenCV, which is not installed: `pip install -e ".[tracking]"`'
-        ) from error
     if get_worker_info():
         cv2.setNumThreads(0)  # a loader already uses one process per core
     return cv2

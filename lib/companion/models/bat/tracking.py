@@ -16,13 +16,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import cv2
 import numpy as np
 import torch
 from torch import nn
 
 from ...data.tracking import read_frame, read_results, write_results
-from ...errors import BadParameter, CompanionError, CorruptFile
+from ...errors import BadParameter, CompanionError, CorruptFile, extra
 from ...io.config import config_of
 from ...io.files import atomic, read_json, write_json
 from ...io.progress import progress
@@ -30,6 +29,9 @@ from ...training.checkpoints import checkpoint_key
 from ...training.hardware import Hardware, evaluating
 from .crops import box_from_crop, clip_box, crop, normalise
 from .ostrack import decode, hann
+
+with extra("tracking"):
+    import cv2
 
 TEMPLATE_FACTOR, SEARCH_FACTOR = 2.0, 4.0
 FRAMES = 20_000  # of the videos of a batch

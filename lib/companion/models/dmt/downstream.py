@@ -38,7 +38,7 @@ from torchvision.ops import MultiScaleRoIAlign, box_convert
 from torchvision.transforms import v2
 
 from ...data.images import as_rgb
-from ...errors import Count, typed
+from ...errors import Count, extra, typed
 from ...evaluation.metrics import landcover
 from ...io.config import configure
 from ...io.progress import progress
@@ -359,7 +359,8 @@ def detections(
 
 def _rows(output: Mapping[str, Tensor], image_id: Any, categories: Sequence[int]) -> list[dict]:
     """An image's detections in COCO's result format."""
-    from faster_coco_eval.core import mask as rle  # the extra "detection"
+    with extra("detection"):
+        from faster_coco_eval.core import mask as rle
 
     pixels = (output["masks"][:, 0] > 0.5).permute(1, 2, 0).cpu().numpy().astype(np.uint8)  # (H, W, n)
     runs = rle.encode(np.asfortranarray(pixels))
@@ -384,8 +385,9 @@ class Segmenter(Scales):
     """
 
     def __init__(self, vit: ViT, classes: int, *, layers: Sequence[int] = (3, 5, 7, 11), drop_path: float = 0.1):
-        from transformers import UperNetConfig  # the extra "detection"
-        from transformers.models.upernet.modeling_upernet import UperNetFCNHead, UperNetHead
+        with extra("detection"):
+            from transformers import UperNetConfig
+            from transformers.models.upernet.modeling_upernet import UperNetFCNHead, UperNetHead
 
         super().__init__(vit, layers, drop_path)
         # as G2SD

@@ -29,7 +29,7 @@ from typing import Protocol
 import pandas as pd
 
 from ...data.openi import Report
-from ...errors import BadParameter, CannotWrite, CompanionError, CorruptFile, MissingWeights, typed
+from ...errors import BadParameter, CannotWrite, CompanionError, CorruptFile, MissingWeights, extra, typed
 from ...io.papers import paper
 from ...io.progress import progress
 from .text import ENTITIES
@@ -204,9 +204,11 @@ class Generator:
 
     def __init__(self, name: str, *, download: bool = False, tokens: int = 256, device: str = "cpu"):
         from huggingface_hub import constants
-        from transformers import AutoModelForCausalLM, AutoTokenizer
 
         from ...backbones import unreachable
+
+        with extra("xrays"):
+            from transformers import AutoModelForCausalLM, AutoTokenizer
 
         reason = unreachable() if download else ""
         here = {"local_files_only": not download or bool(reason)}

@@ -31,10 +31,8 @@ from einops import rearrange
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import BertConfig
-from transformers.models.bert import modeling_bert as bert
 
-from ...errors import Count, Share, check_choice, check_parts, typed
+from ...errors import Count, Share, check_choice, check_parts, extra, typed
 from ...io.config import configure
 from ..layers.attend import attention_map
 from ..layers.heads import vit_sizes
@@ -44,6 +42,10 @@ from ..layers.predicting import Images, Names, Transform, grey, outputs
 from ..layers.state_dicts import OfficialModel, depth
 from . import official
 from .transforms import test_transform
+
+with extra("xrays"):
+    from transformers import BertConfig
+    from transformers.models.bert import modeling_bert as bert
 
 MASKED = 0.75  # fraction of hidden patches
 

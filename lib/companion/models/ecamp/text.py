@@ -21,15 +21,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, normalizers, pre_tokenizers
-from tokenizers.models import WordPiece
-from tokenizers.trainers import WordPieceTrainer
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from ...data import Parts
-from ...errors import BadParameter, CorruptFile, check_choice
+from ...errors import BadParameter, CorruptFile, check_choice, extra
 from .model import Batch
+
+with extra("xrays"):
+    from tokenizers import Tokenizer, normalizers, pre_tokenizers
+    from tokenizers.models import WordPiece
+    from tokenizers.trainers import WordPieceTrainer
 
 MASKINGS = ("released", "intended")
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[MASK]", "[SEP]")

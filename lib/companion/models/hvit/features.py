@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ...data import slides as data
 from ...data.pyramids import Slide
-from ...errors import BadParameter, Count, typed
+from ...errors import BadParameter, Count, extra, typed
 from ...io.files import atomic, read_json, write_json
 from ...io.progress import progress
 from ...training.checkpoints import checkpoint_key
@@ -149,7 +149,8 @@ def _same(settings: dict, written: dict, where: Path) -> None:
 
 
 def _assemble(out: Path, parts: Path, tiles: Tiles, batch: int, settings: dict) -> None:
-    import h5py  # imported here: an extra
+    with extra("slides"):
+        import h5py
 
     with atomic(out) as temporary, h5py.File(temporary, "w") as file:
         file.create_dataset("coords", data=tiles.coords)

@@ -22,8 +22,8 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from torch import Tensor
 
 from ...data import decoding
-from ...data.pyramids import EXTRA, Slide
-from ...errors import BadParameter, CompanionError, MissingData, check_choice
+from ...data.pyramids import Slide
+from ...errors import BadParameter, MissingData, check_choice, extra
 from ...io.files import atomic
 
 NORMALISATIONS = {
@@ -254,10 +254,8 @@ def tile(slide: Slide, tiling: Tiling, mask: np.ndarray | None = None) -> Tiles:
 
 
 def _opencv():
-    try:
-        import cv2  # imported here: an extra
-    except ModuleNotFoundError as error:
-        raise CompanionError(f"tissue is found with OpenCV, which is not installed: {EXTRA}") from error
+    with extra("slides"):
+        import cv2
     return cv2
 
 

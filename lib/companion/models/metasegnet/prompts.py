@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 
 from ...backbones import read_bert
 from ...data.climate import OCEAN
-from ...errors import BadParameter, CorruptFile, MissingWeights, check_choice
+from ...errors import BadParameter, CorruptFile, MissingWeights, check_choice, extra
 from ...io.papers import paper
 from .text import BertText, TextEncoder, Words
 
@@ -181,7 +181,8 @@ def text_encoder(
     if not random:
         ways = [f"put the files of the hub's google-bert/bert-base-uncased into {folder}"]
         raise MissingWeights(weights["what"], folder, ways)
-    import transformers as hf  # imported here because it takes seconds
+    with extra("landcover"):
+        import transformers as hf  # imported here because it takes seconds
 
     print(f"BERT is not in {folder}; a random one in this dry run")
     vocabulary = {word: i for i, word in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"))}

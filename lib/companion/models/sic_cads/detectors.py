@@ -31,7 +31,7 @@ from torchvision.ops import box_convert, clip_boxes_to_image
 
 from ...backbones import quiet, unreachable
 from ...data.coco import check_results
-from ...errors import BadParameter, CorruptFile, MissingWeights
+from ...errors import BadParameter, CorruptFile, MissingWeights, extra
 from ...io.files import read_json
 from .model import Detections, Output, check_pixels
 
@@ -160,7 +160,8 @@ def build(
         MissingWeights: not found; the message lists the ways to get them.
         CorruptFile: a folder whose files cannot be read.
     """
-    import transformers as hf  # imported here: it takes seconds, and only these detectors need it
+    with extra("detection"):
+        import transformers as hf  # imported here: it takes seconds, and only these detectors need it
 
     kind = next((k for k in ("owlvit", "owlv2", "grounding-dino") if f"/{k}-" in f"/{name.rpartition('/')[2]}"), None)
     if kind is None:

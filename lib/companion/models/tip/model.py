@@ -26,13 +26,15 @@ from collections.abc import Sequence
 from typing import NamedTuple, Self
 
 import torch
-from diffusers import AutoencoderKL, ConfigMixin, ControlNetModel, DDIMScheduler, ModelMixin, UNet2DConditionModel
-from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...errors import BadParameter, check_choice
+from ...errors import BadParameter, check_choice, extra
 from ..layers.frozen import frozen_copy
+
+with extra("diffusion"):
+    from diffusers import AutoencoderKL, ConfigMixin, ControlNetModel, DDIMScheduler, ModelMixin, UNet2DConditionModel
+    from diffusers.configuration_utils import register_to_config
 
 # --- the frozen UNet in two halves ------------------------------------------------------------------------------------
 

@@ -18,25 +18,27 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
-from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
-from diffusers.utils import logging as diffusers_logging
-from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import constants
 from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2.functional import to_pil_image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ...backbones import quiet, unreachable
-from ...errors import BadCheckpoint, BadParameter, CorruptFile, Count, MissingWeights, check_choice, typed
+from ...errors import BadCheckpoint, BadParameter, CorruptFile, Count, MissingWeights, check_choice, extra, typed
 from ...io.files import atomic_folder, read_json
 from ...io.progress import progress
 from ..layers.predicting import Images, Names, coloured
 from ..layers.windows import starts
 from .degradations import BLIND, checked
 from .model import TIP, Adaptor, frozen, to_images
+
+with extra("diffusion"):
+    from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+    from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+    from diffusers.utils import logging as diffusers_logging
+    from diffusers.utils.torch_utils import randn_tensor
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 

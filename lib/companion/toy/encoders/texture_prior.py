@@ -10,18 +10,21 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 
 import torch
-from diffusers import ConfigMixin, DDIMScheduler, ModelMixin, UNet2DConditionModel
-from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ... import backbones
+from ...errors import extra
 from ...models.tip import model as tip
 from ...models.tip.degradations import BLIND, Op, prompt
 from ...models.tip.pipeline import TIPPipeline
 from .. import encoders
 from ..scenes import PHOTOGRAPHS
 from .words import WordText
+
+with extra("diffusion"):
+    from diffusers import ConfigMixin, DDIMScheduler, ModelMixin, UNet2DConditionModel
+    from diffusers.configuration_utils import register_to_config
 
 NAME = "pocket_texture_prior"
 KINDS = ("rows", "columns", "checks")  # of textures

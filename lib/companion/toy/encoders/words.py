@@ -6,11 +6,13 @@ import re
 from collections.abc import Sequence
 
 import torch
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from ...errors import BadParameter
+from ...errors import BadParameter, extra
+
+with extra("diffusion"):
+    from diffusers import ConfigMixin, ModelMixin
+    from diffusers.configuration_utils import register_to_config
 
 UNKNOWN, EMPTY = "<unknown>", "<empty>"
 MARKS = tuple("0123456789.,;:-")
