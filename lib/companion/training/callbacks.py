@@ -250,7 +250,8 @@ class Lookahead(Callback):
 
 
 class EMA(Callback):
-    """Exponential moving averages of modules, updated after each step.
+    """Exponential moving averages of modules, updated after each step: of parameters and floating-point buffers (batch
+    norm's running statistics). Other buffers are copied.
 
     Args:
         pairs: an average (see `ema_copy`), which is a part of the model, and the module that it averages.
@@ -259,7 +260,7 @@ class EMA(Callback):
 
     @typed
     def __init__(self, pairs: Sequence[tuple[nn.Module, nn.Module]], momentum: Callable[[int], float]):
-        if any({*dict(module.named_parameters())} - {*dict(average.named_buffers())} for average, module in pairs):
+        if any({*_values(module)} - {*dict(average.named_buffers())} for average, module in pairs):
             raise BadParameter("pairs", pairs, "each module after its `ema_copy`")
         self.pairs, self.momentum = pairs, momentum
 
@@ -267,10 +268,18 @@ class EMA(Callback):
     def on_step_end(self, loop: Loop) -> None:
         """Update the averages in place: momentum * average + (1 - momentum) * module."""
         for average, module in self.pairs:
-            own, values = dict(average.named_buffers()), dict(module.named_parameters())
+            own, values = dict(average.named_buffers()), _values(module)
             momentum = self.momentum(loop.step)
             check_range("momentum", momentum, 0, 1)
-            torch._foreach_lerp_([own[name] for name in values], list(values.values()), 1 - momentum)
+            floats = [name for name, value in values.items() if value.is_floating_point()]
+            torch._foreach_lerp_([own[name] for name in floats], [values[name] for name in floats], 1 - momentum)
+            for name in values.keys() - floats:
+                own[name].copy_(values[name])
+
+
+def _values(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters, a shared one under each of its names as in its `ema_copy`, and buffers."""
+    return dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers())
 
 
 def ema_copy(module: nn.Module) -> nn.Module:
