@@ -120,6 +120,18 @@ def test_a_transform_comes_back_in_its_test_form(name: str, tmp_path: Path) -> N
     assert torch.equal(again(image), expected(image))
 
 
+@pytest.mark.parametrize("name", ["VPT", "DPLQ", "ECAMP's classifier"])
+def test_a_loaded_model_is_saved_with_its_class_names_and_its_transform(name: str, tmp_path: Path) -> None:
+    transform = TRANSFORMS["squeezed X-ray" if "ECAMP" in name else "crop"][1]
+    path = companion.save(trained(name), tmp_path / "1.safetensors", class_names=CLASSES, transform=transform)
+    first = companion.load(path)
+    again = companion.load(companion.save(first, tmp_path / "2.safetensors"))
+    assert companion.predict(again, picture()) == companion.predict(first, picture())
+    assert again.class_names == CLASSES and header(tmp_path / "2.safetensors") == header(path)
+    renamed = companion.save(first, tmp_path / "3.safetensors", class_names=["x", "y", "z"])
+    assert companion.load(renamed).class_names == ("x", "y", "z")
+
+
 def header(path: Path) -> dict[str, Any]:
     with safe_open(path, "pt") as file:
         return json.loads(file.metadata()["model"])

@@ -50,9 +50,10 @@ def save(model: Any, path: str | Path, *, class_names: Sequence[str] = (), trans
     Args:
         model: of any paper, or a baseline of `models.layers`. TIP's pipeline is written to a folder, by diffusers.
         path: ends in .safetensors; for TIP's pipeline a folder.
-        class_names: of a classifier, by label, different ones. The prompts of a CLIP are part of the model.
+        class_names: of a classifier, by label, different ones; by default those of a loaded model. The prompts of a
+            CLIP are part of the model.
         transform: from an image to the model's input, one of `companion.data`; of a random one the deterministic test
-            version is saved. None: the paper's, for the backbone.
+            version is saved. None: that of a loaded model, else the paper's, for the backbone.
 
     Raises:
         BadParameter: a model, transform, path or class names that cannot be saved, with the reason.
@@ -67,6 +68,8 @@ def save(model: Any, path: str | Path, *, class_names: Sequence[str] = (), trans
         return path
     if path.suffix != ".safetensors":
         raise BadParameter("path", str(path), "a file name that ends in .safetensors")
+    class_names = class_names or getattr(model, "class_names", ())
+    transform = transform or getattr(model, "transform", None)
     config, preprocessing = config_of(model), config_of(transform)
     if config is None or not isinstance(model, nn.Module) or "args" not in config:
         accepted = "a model of companion.models, or one that backbones.build made"

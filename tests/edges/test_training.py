@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from companion.errors import BadParameter, CompanionError
+from companion.models.hvit.dino import WeightDecay
 from companion.training import callbacks, recipe, schedules
 from companion.training.callbacks import ClipNorm, ClipValue, EarlyStop, Lookahead
 from companion.training.checkpoints import Checkpoint
@@ -381,6 +382,43 @@ def test_a_checkpoint_of_another_training_is_refused(changes, tmp_path):
     trained(checkpoint=file)
     with pytest.raises(BadParameter):
         trained(checkpoint=file, **changes)
+
+
+class Noise(callbacks.Callback):
+    """A callback of one's own, with a hyper-parameter and without a state."""
+
+    def __init__(self, std: float):
+        self.std = std
+
+    def on_gradients(self, loop: Any) -> None:
+        loop.model.weight.grad += self.std
+
+
+AVERAGE = callbacks.ema_copy(MODEL)
+
+
+@pytest.mark.parametrize(
+    ("make", "saved", "given"),
+    [
+        (ClipNorm, 0.125, 10.0),
+        (lambda each: ClipNorm(1.0, per_tensor=each), False, True),
+        (ClipValue, 0.125, 10.0),
+        (Lookahead, 3, 4),
+        (lambda alpha: Lookahead(5, alpha), 0.25, 0.75),
+        (lambda patience: EarlyStop(lambda model: 1.0, patience), 3, 4),
+        (lambda decay: callbacks.EMA([(AVERAGE, MODEL)], lambda step: decay), 0.25, 0.75),
+        (lambda start: WeightDecay(start, 1.0), 0.25, 0.75),
+        (Noise, 0.25, 0.75),
+    ],
+)
+def test_a_checkpoint_with_another_setting_of_a_callback_is_refused_with_both_values(make, saved, given, tmp_path):
+    file = Checkpoint(tmp_path / "a.pt", 1)
+    once = trained(checkpoint=file, callbacks=[make(saved)])
+    assert trained(checkpoint=file, callbacks=[make(saved)]).equal(once)
+    for changed, named in (([make(given)], given), ([], []), ([make(saved), ClipValue(0.5)], 0.5)):
+        with pytest.raises(BadParameter) as error:
+            trained(checkpoint=file, callbacks=changed)
+        assert all(str(value) in str(error.value) for value in (named, saved, file.path))
 
 
 @pytest.mark.parametrize("rows", [3, 5])

@@ -12,13 +12,14 @@ from lightning_fabric.accelerators import MPSAccelerator
 from lightning_fabric.plugins.precision import Precision
 from torch import nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import Dataset, TensorDataset, default_collate
 
 from companion.data import spaced
 from companion.errors import CompanionError, CorruptFile
 from companion.io.papers import paper, slugs
 from companion.training import checkpoints, recipe
-from companion.training.callbacks import Callback, ClipNorm, ClipValue, EarlyStop, Lookahead
+from companion.training.callbacks import EMA, Callback, ClipNorm, ClipValue, EarlyStop, Lookahead, ema_copy
 from companion.training.checkpoints import Checkpoint
 from companion.training.fit import fit, outputs_of
 from companion.training.hardware import CPU, PRECISIONS, Hardware, device, launcher
@@ -299,6 +300,35 @@ def test_early_stopping_ends_with_the_best_weights(scores, options, best, tmp_pa
     again = noisy_model()
     assert run(again, callbacks=[EarlyStop(score, **options)], **settings) == history, "what has stopped stays so"
     assert torch.equal(again[0].weight, model[0].weight) and len(score.weights) == len(scores)
+
+
+class Averaged(nn.Module):
+    """A model with batch norm and two layers of one weight, and its average."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        layers = [nn.Linear(5, 5, bias=False) for _ in range(2)]
+        layers[1].weight = layers[0].weight
+        self.model = nn.Sequential(layers[0], nn.BatchNorm1d(5), layers[1], nn.Linear(5, 2))
+        self.average = ema_copy(self.model)
+
+    def forward(self, x):
+        return self.model(x)
+
+
+def test_an_average_predicts_as_torchs_with_the_running_statistics_of_batch_norm():
+    class Torchs(Callback):
+        def on_step_end(self, loop):
+            expected.update_parameters(loop.model.model)
+
+    model = Averaged()
+    expected = AveragedModel(model.model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    expected.n_averaged += 1  # else the first step is copied
+    run(model, callbacks=[EMA([(model.average, model.model)], lambda step: 0.9), Torchs()])
+    images = pairs().tensors[0] + 3
+    torch.testing.assert_close(model.average(images), expected.eval()(images))
+    assert not same(model.average, model.model)
 
 
 def test_a_training_stopped_within_an_epoch_ends_that_epoch():

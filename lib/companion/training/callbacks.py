@@ -6,6 +6,7 @@ A callback of your own overrides the hooks that it needs. Its `state_dict` is pa
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from .checkpoints import trained_state
 
 if TYPE_CHECKING:  # imported only for training: it takes a second, because it imports torchmetrics
     from lightning_fabric import Fabric
+
+PLAIN = (bool, int, float, str, np.generic, type(None))
 
 
 @dataclass
@@ -66,16 +69,15 @@ class Callback:
     gradients unscaled, before the optimiser's step; `on_step_end`; `on_epoch_end`, also when a training ends within an
     epoch; `on_fit_end`. Setting `loop.stopped` in any of them but the first ends the training.
 
-    Attributes:
-        saved_as: names the state in a checkpoint, the class that defines `state_dict`: a training resumes with the same
-            ones. Callbacks without a state replace each other.
+    A training resumes with callbacks of the same classes and `settings`; those without settings and `state_dict`
+    replace each other.
     """
 
-    saved_as = "Callback"
-
-    def __init_subclass__(cls) -> None:
-        if "state_dict" in vars(cls):
-            cls.saved_as = cls.__name__
+    def settings(self, steps: int) -> dict[str, Any]:
+        """The hyper-parameters for a training of so many steps: by default the constructor's arguments that are plain
+        values (numbers, text, bool, None), read from the attributes of their names."""
+        own = {name: vars(self).get(name, ...) for name in inspect.signature(type(self)).parameters}
+        return {name: value for name, value in own.items() if isinstance(value, PLAIN)}
 
     def begin(self) -> None:
         """Forget the training before: an object may serve several."""
@@ -107,8 +109,6 @@ class ClipNorm(Callback):
         max_norm: the maximum norm.
         per_tensor: clip each tensor separately, as in DINO's code.
     """
-
-    saved_as = "ClipNorm"  # it has no state, but a training with clipped gradients is another
 
     @typed
     def __init__(self, max_norm: Positive, *, per_tensor: bool = False):
@@ -250,7 +250,8 @@ class Lookahead(Callback):
 
 
 class EMA(Callback):
-    """Exponential moving averages of modules, updated after each step.
+    """Exponential moving averages of modules, updated after each step: of parameters and floating-point buffers (batch
+    norm's running statistics). Other buffers are copied.
 
     Args:
         pairs: an average (see `ema_copy`), which is a part of the model, and the module that it averages.
@@ -259,18 +260,30 @@ class EMA(Callback):
 
     @typed
     def __init__(self, pairs: Sequence[tuple[nn.Module, nn.Module]], momentum: Callable[[int], float]):
-        if any({*dict(module.named_parameters())} - {*dict(average.named_buffers())} for average, module in pairs):
+        if any({*_values(module)} - {*dict(average.named_buffers())} for average, module in pairs):
             raise BadParameter("pairs", pairs, "each module after its `ema_copy`")
         self.pairs, self.momentum = pairs, momentum
+
+    def settings(self, steps: int) -> dict[str, Any]:
+        """The momentum of the first, a middle and the last step."""
+        return {"momentum": [self.momentum(step) for step in (1, steps // 2 + 1, steps)]}
 
     @torch.no_grad()
     def on_step_end(self, loop: Loop) -> None:
         """Update the averages in place: momentum * average + (1 - momentum) * module."""
         for average, module in self.pairs:
-            own, values = dict(average.named_buffers()), dict(module.named_parameters())
+            own, values = dict(average.named_buffers()), _values(module)
             momentum = self.momentum(loop.step)
             check_range("momentum", momentum, 0, 1)
-            torch._foreach_lerp_([own[name] for name in values], list(values.values()), 1 - momentum)
+            floats = [name for name, value in values.items() if value.is_floating_point()]
+            torch._foreach_lerp_([own[name] for name in floats], [values[name] for name in floats], 1 - momentum)
+            for name in values.keys() - floats:
+                own[name].copy_(values[name])
+
+
+def _values(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters, a shared one under each of its names as in its `ema_copy`, and buffers."""
+    return dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers())
 
 
 def ema_copy(module: nn.Module) -> nn.Module:

@@ -158,11 +158,9 @@ def fit(
         accepted = "one of the model's own parameters, of which some require a gradient"
         raise BadParameter("optimizer", type(optim).__name__, accepted)
     rates = _learning_rates(optim, scheduled() if schedule is None else schedule, steps, per_epoch)
-    settings: dict[str, Any] = {"steps": steps, "batch": batch, "images": len(data), "seed": seed}
+    settings: dict[str, Any] = {"steps": steps, "batch": batch, "images": len(data), "seed": seed, "last": last}
     settings |= {"accumulate": hardware.accumulate, "precision": hardware.precision} | _settings(optim, rates)
-    settings["callbacks"] = [callback.saved_as for callback in callbacks]
-    if last != "drop":
-        settings["last"] = last
+    settings["callbacks"] = [_callback_settings(callback, steps) for callback in callbacks]
     saved = checkpoint.read(model, settings) if checkpoint else None
     for callback in callbacks:
         callback.begin()
@@ -276,6 +274,14 @@ def _settings(optimizer: torch.optim.Optimizer, rates: np.ndarray) -> dict[str, 
         options["shapes"] = [p.shape for p in options.pop("params")]
         found |= {key if i == 0 else f"{key} of group {i}": as_json(value) for key, value in options.items()}
     return found
+
+
+def _callback_settings(callback: Callback, steps: int) -> dict[str, Any]:
+    """The identity of a callback: its class and settings; nothing if it has neither settings nor a state."""
+    settings = as_json(callback.settings(steps))
+    if settings or type(callback).state_dict is not Callback.state_dict:
+        return {type(callback).__name__: settings}
+    return {}
 
 
 def _set_up(loop: Loop, hardware: Hardware) -> tuple[Any, Any]:
