@@ -42,7 +42,9 @@ def test_doctor_names_missing_data_and_weights_and_accepted_values(capsys, tmp_p
     code, out, _ = call(capsys, "doctor", "bat", "--data-root", tmp_path, "--gpu", "T4", "--precision", "16-mixed")
     assert code == 1 and "OSTrack_ep0300.pth.tar" in out and "rgbe/visevent" in out and "65 TFLOP/s" in out
     products = "312 TFLOP/s at 16-mixed"  # its precision is 32-true, its products are nearly all CLIP's
-    assert products in " ".join(call(capsys, "doctor", "promptpar", "--data-root", tmp_path, "--gpu", "A100")[1].split())
+    assert products in " ".join(
+        call(capsys, "doctor", "promptpar", "--data-root", tmp_path, "--gpu", "A100")[1].split()
+    )
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "BAT_rgbt.pth").write_bytes(b"x")
     assert "BAT_rgbt.pth (MIT): here" in call(capsys, "doctor", "bat", "--data-root", tmp_path)[1]

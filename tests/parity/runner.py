@@ -13,6 +13,8 @@ A case is a folder `<root>/<paper>/<case>/` with
     fixed     tensors of the state dict that are not filled: name -> values
     inputs    name -> {"shape": [...], "fill": name (of the input by default), "apply": [...]}, {"value": ...} or
               {"stored": name in outputs.safetensors}
+    double    true: ours is computed in float64. A ReLU that is at rounding distance of its kink may fall on either side
+              in float32, by processor, and changes a gradient by thousandths
     recorded  numbers that are not in outputs.safetensors: name -> value
     steps     one after the other, each with a "name" for its result: a call of our code, {"call":
               "models.bat.model:hann", "args": [...], "kwargs": {...}}; {"watch": "$model.norm"}, the list of a module's
@@ -29,6 +31,7 @@ tensor: "sigmoid" or ["mul", 2]. Calls are of the package (`companion.` is left 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -40,6 +43,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from companion.backbones import read_state
 from companion.errors import BadCheckpoint, BadParameter, CompanionError, CorruptFile, MissingData, check_choice
@@ -132,6 +136,10 @@ def outputs(case: Case) -> dict[str, Tensor]:
     if code := case.facts.get("code"):
         return getattr(importlib.import_module(f"tests.parity.{case.paper}"), code)(case)
     values: dict[str, Any] = {}
+    double = case.facts.get("double", False)
+
+    def precise(value: Any) -> Any:
+        return value.double() if double and isinstance(value, Tensor) and value.is_floating_point() else value
 
     def look(reference: Any) -> Any:
         """The value of a reference; of a list or mapping, those of its entries; anything else is itself."""
@@ -143,14 +151,16 @@ def outputs(case: Case) -> dict[str, Tensor]:
             return reference
         name, _, rest = reference[1:].partition(".")
         if name not in values:
-            values[name] = case.state if name == "state" else case.input(name)
+            values[name] = tree_map(precise, case.state if name == "state" else case.input(name))
         return _part(values[name], rest)
 
     def read(tap: str | dict[str, Any]) -> Any:
         return look(tap) if isinstance(tap, str) else _applied(look(tap["of"]), tap)
 
     steps = case.facts["steps"]
-    with torch.set_grad_enabled(any("backward" in step for step in steps)):
+    with torch.set_grad_enabled(any("backward" in step for step in steps)), contextlib.ExitStack() as after:
+        after.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.float64 if double else torch.float32)
         for step in steps:
             if "call" in step:
                 given, named = look(step.get("args", [])), look(step.get("kwargs", {}))
