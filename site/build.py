@@ -74,16 +74,14 @@ def main() -> None:
         for one in contributed():
             shutil.copytree(one["folder"], source / one["files"])
         for slug, folder in runs.items():
-            write_notebook(folder, source / "notebooks" / f"{slug}.ipynb")
+            write_notebook(folder, source / "notebooks" / f"{slug}.ipynb", runs)
             write_card(slug, source / "notebooks" / "figures")
         environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
         environment.globals.update(facts(runs, reports))
         environment.filters |= {"cell": cell, "escape": escape}
-        missing = re.compile(rf"\[([^\]]+)\]\((?:\.\./)?notebooks/(?!(?:{'|'.join(runs)})\.ipynb)[^)]*\)")
         for path in source.rglob("*.md"):
             text = environment.from_string(path.read_text(encoding="utf-8")).render()
-            # `make reports PAPERS=...` runs some of the notebooks
-            path.write_text(missing.sub(r"\1", text), encoding="utf-8")
+            path.write_text(without_missing(text, "notebooks/", runs), encoding="utf-8")
         options = ["-q", "-j", "auto", "-W", "--keep-going", "-c", str(HERE), "-d", f"{temporary}/trees"]
         if code := sphinx([*options, str(source), str(built)]):
             raise SystemExit(code)
@@ -95,7 +93,13 @@ def main() -> None:
 # --- notebooks ---
 
 
-def write_notebook(folder: Path, target: Path) -> None:
+def without_missing(text: str, folder: str, runs: Iterable[str]) -> str:
+    """Markdown without links to notebooks that were not run: `make reports PAPERS=...` runs some of them."""
+    link = rf"\[([^\]]+)\]\((?:\.\./)?{folder}(?!(?:{'|'.join(runs)})\.ipynb)[\w-]+\.ipynb[^)]*\)"
+    return re.sub(link, r"\1", text)
+
+
+def write_notebook(folder: Path, target: Path, runs: Iterable[str]) -> None:
     """Copy an executed notebook without live widgets and injected parameters; add how to run it, anchors of claims and
     links to files; fold code that only draws, and show figures as sharp as the run's own."""
     slug = folder.name
@@ -109,6 +113,7 @@ def write_notebook(folder: Path, target: Path) -> None:
         cell.source = cell.source.replace(f"../lib/companion/models/{slug}/findings.yaml", f"#findings-{slug}")
         if cell.cell_type == "markdown":  # files of the checkout are no pages
             cell.source = re.sub(r"\[([^\]]+)\]\(\.\./lib/[^)]*\)", r"\1", cell.source)
+            cell.source = without_missing(cell.source, "", runs)
         if cell.cell_type == "code":
             if DRAWS.search(cell.source) and not WORKS.search(cell.source):
                 cell.metadata["tags"] = [*tags, "hide-input"]

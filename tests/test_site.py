@@ -63,7 +63,9 @@ def made_up(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
     ]
     cells = [
-        new_markdown_cell("# A paper\n\nIts loss is\n\n$$\\boldsymbol{L} = \\sum_i \\lVert x_i \\rVert^2$$"),
+        new_markdown_cell(
+            "# A\n\nSee [another](pocket.ipynb). Its loss is\n\n$$\\boldsymbol{L} = \\sum_i \\lVert x_i \\rVert^2$$"
+        ),
         new_code_cell("widget()", outputs=outputs, execution_count=1),
         new_code_cell('run.claim("params", holds=True)', execution_count=2),
     ]
