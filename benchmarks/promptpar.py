@@ -24,7 +24,6 @@ from torch.nn import functional as F
 
 from companion import backbones
 from companion.data.attributes import SENTENCES
-from companion.models.layers.clip_prompting import embed_texts
 from companion.models.promptpar import Output, PromptPAR, Settings, loss
 from companion.models.promptpar.model import region_mask
 
@@ -41,7 +40,6 @@ def build() -> PromptPAR:
     tokenizer = open_clip.get_tokenizer("ViT-L-14-quickgelu")
     model = PromptPAR(clip, SENTENCES[SET], tokenizer, fusion, Settings(official_quirks=True))
     model.text_prompts.requires_grad_()  # as released
-    model.texts = embed_texts(tokenizer, clip, SENTENCES[SET])
     return model
 
 
@@ -64,13 +62,13 @@ def block_with_map(block: torch.nn.Module, x: Tensor, mask: Tensor) -> Tensor:
 
 
 def sentence_features(model: PromptPAR) -> Tensor:
-    clip, texts = model.clip, model.texts
-    x = texts.embedded + clip.positional_embedding
+    clip = model.clip
+    x = model.embedded + clip.positional_embedding
     length, n = x.shape[1], model.text_prompts.shape[1]
     mask = torch.full((length + n, length + n), -torch.inf).triu(1)
     for prompts, block in zip(model.text_prompts, clip.transformer.resblocks, strict=True):
         x = block_with_map(block, torch.cat([x[:, :length], prompts.transpose(0, 1)], 1), mask)
-    return clip.ln_final(x)[torch.arange(len(x)), texts.ends] @ clip.text_projection
+    return clip.ln_final(x)[torch.arange(len(x)), model.ends] @ clip.text_projection
 
 
 def image_tokens(model: PromptPAR, images: Tensor, mask: Tensor) -> Tensor:

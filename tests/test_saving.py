@@ -36,7 +36,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 def trained(name: str) -> nn.Module:
     """A model whose every tensor differs from what its constructor gives."""
-    torch.manual_seed(1)
+    torch.manual_seed(4)
     model = MODELS[name]()
     with torch.no_grad():
         for p in model.parameters():

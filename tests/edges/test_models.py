@@ -640,8 +640,6 @@ def test_images_of_another_form_are_refused(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_a_plain_state_dict_is_enough(name: str) -> None:
     model, again = trained(name), MODELS[name]().eval()
-    if hasattr(model, "embed_again"):
-        model.embed_again()  # by the changed weights
     again.load_state_dict(model.state_dict())
     given = inputs(name, model)
     assert torch.equal(numbers(called(name, again, given)), numbers(called(name, model, given)))

@@ -3,6 +3,8 @@
 The forward passes of CoOp, CoCoOp and MaPLe are recorded cases of DPLQ (tests/parity/dplq).
 """
 
+import copy
+
 import open_clip
 import pytest
 import torch
@@ -18,7 +20,7 @@ from companion.toy import encoders
 from companion.toy.tokens import Tokenizer
 from companion.training.fit import outputs_of
 from companion.training.hardware import CPU
-from tests.models.common import assert_recomputed_gradients_are_equal, draw, refuses
+from tests.models.common import EXCHANGES, assert_recomputed_gradients_are_equal, draw, refuses
 from tests.parity.runner import ROOT as PARITY
 from tests.parity.runner import Case
 
@@ -110,6 +112,22 @@ def test_class_texts_follow_the_weights_that_are_loaded(kind, clip):
     model = build(kind, clip)
     assert not model.load_state_dict(other.state_dict()).missing_keys
     torch.testing.assert_close(model(x), other(x), **CLOSE)
+
+
+@pytest.mark.parametrize("way", EXCHANGES)
+@pytest.mark.parametrize("kind", [ZeroShot, CoOp, CoCoOp, MaPLe])
+@torch.no_grad()
+def test_class_texts_follow_the_clip_of_a_model(kind, way, clip):
+    model, x = moved(build(kind, clip)), images()
+    before = model(x)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        other = encoders.build("pocket_clip", "random")
+        expected = build(kind, other)
+        expected.load_state_dict(model.trained(), strict=False)
+        EXCHANGES[way](model.clip, other)
+        assert torch.equal(model(x), expected(x)) and not torch.equal(model(x), before)
+        assert torch.equal(copy.deepcopy(model)(x), expected(x))
 
 
 def test_class_names_that_are_refused_change_nothing(clip):

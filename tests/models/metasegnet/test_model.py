@@ -14,7 +14,7 @@ from companion.models.metasegnet.maps import augmented, reader
 from companion.models.metasegnet.model import Fusion, MetaSegNet, loss, swin
 from companion.models.metasegnet.text import BertText, Words
 from companion.viz.attention import Recorder
-from tests.models.common import assert_recomputed_gradients_are_equal, draw, numbers, refuses
+from tests.models.common import EXCHANGES, assert_recomputed_gradients_are_equal, draw, numbers, refuses
 
 TEXTS = ["bare land is pale sand", "bare land is red laterite; towns use clay tiles"]
 CLASSES = 8
@@ -183,6 +183,17 @@ def test_frozen_texts_are_encoded_once():
     states = encoder(ids)
     encoder.load_state_dict({n: t + 0.1 for n, t in encoder.state_dict().items()})
     assert not torch.allclose(encoder(ids), states), "other weights, other states"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", EXCHANGES)
+def test_states_of_texts_follow_the_text_encoder(way):
+    (model, tokenizer), (other, _) = bert(), bert()
+    encoder = BertText(model, tokenizer, 10)
+    ids = encoder.ids(["sand", "soil"])
+    before = encoder(ids)
+    EXCHANGES[way](encoder.model, other)
+    assert torch.equal(encoder(ids), BertText(other, tokenizer, 10)(ids)) and not torch.equal(encoder(ids), before)
 
 
 def test_states_of_texts_are_of_the_type_asked_for_and_bounded():

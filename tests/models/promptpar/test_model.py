@@ -1,16 +1,21 @@
 """PromptPAR: the formulas one image at a time, strips, effects of quirks and inert prompts, the authors' names."""
 
+import copy
+
 import pytest
 import torch
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from open_clip.transformer import CustomResidualAttentionBlock
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 
+import companion
 from companion.errors import BadCheckpoint, CorruptFile
+from companion.models.layers.clip_prompting import embed_texts
 from companion.models.promptpar import PromptPAR, Settings, loss, read_checkpoint
 from companion.models.promptpar.tower import strips
+from companion.toy import encoders
 from companion.toy.tokens import Tokenizer
-from tests.models.common import BLOCKS, assert_recomputed_gradients_are_equal, draw, misfits, refuses
+from tests.models.common import BLOCKS, EXCHANGES, assert_recomputed_gradients_are_equal, draw, misfits, refuses
 
 SENTENCES = ["a red top", "a green disc", "a large cat", "a moon at the left", "a rocket"]
 GRID = (8, 4)
@@ -143,6 +148,27 @@ def test_the_features_of_sentences_follow_the_weights_that_are_loaded(half):
     assert not model.load_state_dict(other.state_dict()).missing_keys
     torch.testing.assert_close(model.text_features, other.text_features, rtol=0, atol=1e-2 if half else 1e-5)
     torch.testing.assert_close(model(images()).logits, other(images()).logits, rtol=0, atol=0.1 if half else 1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("embedded", [False, True])
+@pytest.mark.parametrize("way", EXCHANGES)
+def test_the_features_of_sentences_follow_the_clip_of_a_model(way, embedded, tmp_path):
+    """Also of a model from a file, and where the sentences were given embedded."""
+    clips = [encoders.build("pocket_clip", "random") for _ in range(2)]
+    texts, tokenizer = (embed_texts(Tokenizer(), clips[0], SENTENCES), None) if embedded else (SENTENCES, Tokenizer())
+    fusion = VisionTransformer(img_size=16, embed_dim=48, depth=1, num_heads=4, num_classes=0)
+    settings = Settings(prompts=10, visual_embed=True)
+    models = [PromptPAR(clip, texts, tokenizer, fusion, settings).eval() for clip in clips]
+    models[1].load_state_dict({n: x for n, x in models[0].state_dict().items() if "clip" not in n}, strict=False)
+    loaded = companion.load(companion.save(models[0], tmp_path / "m.safetensors"))
+    x, before = draw(2, 3, 32, 32), models[0].text_features
+    for model in (models[0], loaded):
+        EXCHANGES[way](model.clip, copy.deepcopy(clips[1]))
+        assert torch.equal(model.text_features, models[1].text_features) and not torch.equal(
+            before, model.text_features
+        )
+        assert torch.equal(model(x).logits, models[1](x).logits)
 
 
 @torch.no_grad()

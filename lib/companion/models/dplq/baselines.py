@@ -42,15 +42,11 @@ DEEP_TEXT, DEEP_PROJECTIONS = LEARNER + "compound_prompts_text", LEARNER + "comp
 class ZeroShot(PromptedCLIP):
     """CLIP unchanged: nothing is trained, the classes' text features are computed once. Arguments as `PromptedCLIP`."""
 
+    constants = ("embedded", "text_features")
+
     def __init__(self, clip: CLIP, classes: Classes, tokenizer: Tokenizer, template: str = "a photo of {}."):
         configure(self, locals())
         super().__init__(clip, classes, tokenizer, template)
-
-    @torch.no_grad()
-    def set_classes(self, classes: Classes) -> None:
-        super().set_classes(classes)
-        texts = encode_text(self.clip, self.embedded[:, : self.length], self.ends)
-        self.register_buffer("text_features", texts, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (b, C) of images (b, 3, H, W), or of their features (b, E)."""

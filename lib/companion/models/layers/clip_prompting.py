@@ -30,7 +30,7 @@ from ...data.domains import clip_transform
 from ...errors import BadCheckpoint, BadParameter, check_images
 from ...errors import check_names as check_class_names
 from ...io.config import as_json, configure
-from .frozen import frozen_copy
+from .frozen import current, frozen_copy
 from .precision import without_autocast
 from .predicting import Images, Names, Shapes, Transform, named, outputs
 from .state_dicts import check_names, load_official, official_state
@@ -171,21 +171,76 @@ def check_depth(clip: CLIP, depth: int) -> None:
         raise BadParameter("depth", depth, f"1 to {layers}, the layers of the image tower")
 
 
-def embed_texts(tokenizer: Tokenizer, clip: CLIP, texts: Sequence[str], free: int = 0) -> Texts:
-    """Embed `texts`, with `free` positions after the start token left for a learned context."""
+def _ids(tokenizer: Tokenizer, clip: CLIP, texts: Sequence[str], free: int = 0) -> Tensor:
+    """Token ids (C, L) of `texts`, with `free` positions after the start token left for a learned context."""
     ids = tokenise(tokenizer, clip, texts)
     if free:
         most, longest = ids.shape[1] - 1 - int(ids.argmax(1).max()), texts[int(ids.argmax(1).argmax())]
         if free > most:
             raise BadParameter("tokens", free, f"at most {most}: '{longest}' must fit too")
         ids = torch.cat([ids[:, :1], ids.new_zeros(len(ids), free), ids[:, 1 : ids.shape[1] - free]], dim=1)
+    return ids
+
+
+def embed_texts(tokenizer: Tokenizer, clip: CLIP, texts: Sequence[str], free: int = 0) -> Texts:
+    """Embed `texts`, with `free` positions after the start token left for a learned context."""
+    ids = _ids(tokenizer, clip, texts, free)
     return Texts(clip.token_embedding(ids).detach(), ids.argmax(1))
 
 
 # --- prompted CLIPs ---------------------------------------------------------------------------------------------------
 
 
-class PromptedCLIP(nn.Module):
+class WithTexts(nn.Module):
+    """A model with a frozen CLIP, `clip`, and texts. What is computed of the texts follows the CLIP's weights.
+
+    Attributes:
+        ends: (C,) as in `Texts`.
+        length: positions up to the last end.
+        constants: the buffers that are computed when texts are set.
+    """
+
+    clip: CLIP
+    _ids: Tensor | None
+    constants: tuple[str, ...] = ("embedded",)
+
+    def hold(self, texts: Classes, tokenizer: Tokenizer | None, free: int = 0) -> None:
+        """Exchange the texts. Raises `BadParameter`: no tokenizer, or one that does not match."""
+        device = self.clip.positional_embedding.device
+        if isinstance(texts, Texts):
+            self._ids, ends = None, texts.ends
+            self._buffers["embedded"] = texts.embedded.to(device)
+            self._non_persistent_buffers_set.add("embedded")
+        elif tokenizer is None:
+            raise BadParameter("tokenizer", None, "the CLIP's tokenizer, or embedded Texts instead of names")
+        else:
+            self._ids = _ids(tokenizer, self.clip, texts, free)
+            ends = self._ids.argmax(1)
+        self.length = int(ends.max()) + 1
+        self.register_buffer("ends", ends.to(device), persistent=False)
+        for name in self.constants:
+            getattr(self, name)
+
+    @property
+    def embedded(self) -> Tensor:
+        """The texts (C, L, Wt), embedded without positions."""
+        if self._ids is None:
+            return self._buffers["embedded"]
+        weight, ids = self.clip.token_embedding.weight, self._ids
+        return current(self, "embedded", [weight, self.ends], lambda: F.embedding(ids.to(weight.device), weight))
+
+    @property
+    def text_features(self) -> Tensor:
+        """The texts' features (C, E), not normalised."""
+        tower = [p for name, p in self.clip.named_parameters() if not name.startswith("visual.")]
+        return current(self, "text_features", [self.embedded, self.ends, *tower], self.encode_texts)
+
+    def encode_texts(self) -> Tensor:
+        """Compute `text_features`."""
+        return encode_text(self.clip, self.embedded[:, : self.length], self.ends)
+
+
+class PromptedCLIP(WithTexts):
     """A frozen CLIP and the texts of the classes.
 
     Args:
@@ -205,30 +260,18 @@ class PromptedCLIP(nn.Module):
         self.tokenizer, self.template, self.free = tokenizer, template, free
         if "{}" not in template:
             raise BadParameter("template", template, "a text with {} for the class name")
-        self.register_buffer("embedded", None, persistent=False)
-        self.register_buffer("ends", None, persistent=False)
         self.set_classes(classes)
-        self.register_load_state_dict_post_hook(embed_again)
 
     def set_classes(self, classes: Classes) -> None:
         """Exchange the class names, for instance for novel ones after training; the parameters are unchanged."""
-        given = classes
+        texts = classes
         if not isinstance(classes, Texts):
-            if self.tokenizer is None or isinstance(classes, str):
-                raise BadParameter("classes", classes, "a list of names, with a tokenizer; or embedded Texts")
             check_class_names(classes)
             texts = [self.template.replace("{}", name.replace("_", " ")) for name in classes]
-            classes = embed_texts(self.tokenizer, self.clip, texts, self.free)
-        device = self.clip.positional_embedding.device
-        self.embedded, self.ends = classes.embedded.to(device), classes.ends.to(device)
-        self.length = int(classes.ends.max()) + 1
-        self.classes = () if isinstance(given, Texts) else tuple(given)
-        vars(self)["config"]["args"]["classes"] = as_json(given)
+        self.hold(texts, self.tokenizer, self.free)
+        self.classes = () if isinstance(classes, Texts) else tuple(classes)
+        vars(self)["config"]["args"]["classes"] = as_json(classes)
         self.__dict__.pop("class_names", None)  # those of the file that it was loaded from
-
-    def embed_again(self) -> None:
-        """Embed the class names by the CLIP's present weights."""
-        self.set_classes(self.classes or Texts(self.embedded, self.ends))
 
     def predict(self, images: Images, names: Names, transform: Transform = None) -> list[dict[str, float]]:
         """The probability of each class, by default under the names that the prompts have."""
@@ -262,14 +305,6 @@ class PromptedCLIP(nn.Module):
         with torch.no_grad():
             check_images(images, 3, *self.clip.visual.image_size)
         return self.clip.encode_image(images)
-
-
-def embed_again(model: Any, keys: Any) -> None:
-    """After `load_state_dict` of a whole model: its method of this name embeds the texts by the weights loaded."""
-    if not any("clip." in name for name in keys.missing_keys):
-        names = {name: value for name, value in vars(model).items() if name == "class_names"}
-        model.embed_again()
-        vars(model).update(names)
 
 
 class PromptLearner(PromptedCLIP):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ...errors import BadParameter, Count, Whole, check_parts, typed
 from ...io.config import configure
-from ..layers.frozen import frozen_copy
+from ..layers.frozen import current, frozen_copy
 
 HEADS = 4  # of a layer of `Words`
 
@@ -106,7 +106,6 @@ class BertText(nn.Module):
         super().__init__()
         self.model, self.tokenizer, self.length = frozen_copy(model), tokenizer, length
         self.width, self.pad = model.config.hidden_size, tokenizer.pad_token_id
-        self._states: dict[tuple, Tensor] = {}  # by the type of the computation and the ids of a text
 
     def words(self, text: str) -> list[str]:
         """The tokens of a text, one for each id that is not padding."""
@@ -128,21 +127,19 @@ class BertText(nn.Module):
         device, weights = ids.device.type, next(self.model.parameters()).dtype
         mixed = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weights
         rows = [(weights, mixed, *row) for row in ids.tolist()]  # the only synchronisation with a GPU
-        if len(self._states.keys() | {*rows}) > CACHED:
-            self._states.clear()
-        if new := list({row: i for i, row in enumerate(rows) if row not in self._states}.values()):
+        # by the type of the computation and the ids of a text
+        states = current(self, "_states", self.model.parameters(), dict[tuple, Tensor])
+        if len(states.keys() | {*rows}) > CACHED:
+            states.clear()
+        if new := list({row: i for i, row in enumerate(rows) if row not in states}.values()):
             with torch.no_grad():
                 output = self.model(input_ids=ids[new], attention_mask=self.mask(ids[new]).long())
-            self._states |= {rows[i]: state for i, state in zip(new, output.last_hidden_state, strict=True)}
-        return torch.stack([self._states[row].to(ids.device) for row in rows])
+            states |= {rows[i]: state for i, state in zip(new, output.last_hidden_state, strict=True)}
+        return torch.stack([states[row].to(ids.device) for row in rows])
 
     def train(self, mode: bool = True) -> BertText:
         """Always in eval mode."""
         return super().train(False)
-
-    def _load_from_state_dict(self, *args, **kwargs):
-        self._states.clear()  # they are those of the old weights
-        super()._load_from_state_dict(*args, **kwargs)
 
 
 TextEncoder = Words | BertText

@@ -36,7 +36,7 @@ from ...errors import BadParameter
 from ...io.config import configure
 from ..layers import attend
 from ..layers.attend import attention_map
-from ..layers.clip_prompting import Texts, Tokenizer, embed_again, embed_texts, encode_text
+from ..layers.clip_prompting import Texts, Tokenizer, WithTexts, encode_text
 from ..layers.precision import without_autocast
 from ..layers.predicting import Images, Names, Shapes, Transform, named, outputs
 from .official import Released, prompted_text, read_checkpoint
@@ -87,7 +87,7 @@ class Heads(nn.Module):
         return (x * self.weight[:, 0]).sum(-1) + self.bias[:, 0]
 
 
-class PromptPAR(PromptedTower, Released):
+class PromptPAR(PromptedTower, WithTexts, Released):
     """PromptPAR on an open_clip CLIP and a timm ViT of any size.
 
         v = encode(image; P, LC)                            L tokens; P replaced at each of the first J layers
@@ -105,6 +105,8 @@ class PromptPAR(PromptedTower, Released):
 
     Raises `BadParameter`: a CLIP, tokenizer or setting that does not match.
     """
+
+    constants = ("embedded", "text_features")
 
     def __init__(
         self,
@@ -124,8 +126,7 @@ class PromptPAR(PromptedTower, Released):
         if not s.visual_embed and shared != width:
             raise BadParameter("visual_embed", False, f"True where the fusion's width {width} is not CLIP's, {shared}")
         self.read(sentences, tokenizer)
-        self.register_load_state_dict_post_hook(embed_again)
-        attributes = len(self.text_features)
+        attributes = len(self.ends)
         text_layers = len(self.clip.transformer.resblocks)
         self.text_prompts = uniform(text_layers, s.text_prompts, attributes, text_width, patch=self.patch)
         self.text_prompts.requires_grad_(False)
@@ -147,29 +148,23 @@ class PromptPAR(PromptedTower, Released):
         self.bn = nn.BatchNorm1d(attributes)
 
     def read(self, sentences: Sequence[str] | Texts, tokenizer: Tokenizer | None) -> None:
-        """Encode the sentences; store their features, `text_features` (A, E), not normalised.
+        """Exchange the sentences, whose features are `text_features` (A, E), not normalised.
 
         Raises `BadParameter`: another number of sentences than of attributes."""
-        texts = sentences
-        if not isinstance(texts, Texts):
-            if tokenizer is None:
-                raise BadParameter("tokenizer", None, "the CLIP's tokenizer, when sentences are given as text")
-            texts = embed_texts(tokenizer, self.clip, texts)
-        known = len(getattr(self, "text_features", texts.ends))
-        if len(texts.ends) != known:
-            raise BadParameter("sentences", f"{len(texts.ends)} of them", f"{known}, one for each attribute")
+        count = len(sentences.ends if isinstance(sentences, Texts) else sentences)
+        known = len(self.heads.weight) if hasattr(self, "heads") else count
+        if count != known:
+            raise BadParameter("sentences", f"{count} of them", f"{known}, one for each attribute")
+        self.hold(sentences, tokenizer)
         self.sentences = () if isinstance(sentences, Texts) else tuple(sentences)
-        self.texts, self.tokenizer = texts, tokenizer
+        self.tokenizer = tokenizer
         self.__dict__.pop("class_names", None)  # those of the file that it was loaded from
-        length, half = int(texts.ends.max()) + 1, self.clip.text_projection.dtype == torch.float16
-        with torch.no_grad():
-            clip = copy.deepcopy(self.clip).float() if half else self.clip
-            features = encode_text(clip, texts.embedded[:, :length], texts.ends)
-        self.register_buffer("text_features", features.half().float() if half else features, persistent=False)
 
-    def embed_again(self) -> None:
-        """Encode the sentences by the CLIP's present weights."""
-        self.read(self.sentences or self.texts, self.tokenizer)
+    def encode_texts(self) -> Tensor:
+        if self.clip.text_projection.dtype != torch.float16:
+            return super().encode_texts()
+        clip = copy.deepcopy(self.clip).float()
+        return encode_text(clip, self.embedded[:, : self.length], self.ends).half().float()
 
     def predict(self, images: Images, names: Names, transform: Transform = None) -> list[dict[str, float]]:
         """The probability of each attribute, by default under its sentence."""
@@ -182,7 +177,7 @@ class PromptPAR(PromptedTower, Released):
     def fuse(self, tokens: Tensor) -> tuple[Tensor, Out]:
         """The attributes' tokens, (b, A, D), after the last norm, from image tokens (b, L, E); and `out` of the last
         block, of which the other tokens contribute keys and values only."""
-        text = self.word_embed(self.text_features).expand(len(tokens), -1, -1)
+        text = self.word_embed(self.text_features.to(tokens.dtype)).expand(len(tokens), -1, -1)
         x, count = torch.cat([text, self.visual_embed(tokens)], dim=1), len(self.text_features)  # (b, A + L, D)
         if self.linear_layer is not None:
             return self.norm(self.linear_layer(x.mT).mT), {}
@@ -265,7 +260,6 @@ class PromptPAR(PromptedTower, Released):
         Prompts, norms, fusion and heads stay in float32; training then needs no autocast, and has no loss scaling. The
         sentences are encoded again."""
         convert_weights_to_lp(self.clip, torch.float16)
-        self.embed_again()
         return self
 
     def param_groups(self) -> list[dict[str, Any]]:
