@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from companion.errors import CompanionError
 from companion.io.papers import paper
 from companion.runs import needs
-from companion.runs.archives import of_run
+from companion.runs.pack import of_run
 from tests.conftest import parameters
 from tests.papers.common import Fault, hooks, shrink
 
@@ -67,7 +67,7 @@ def rehearse(slug: str, run: Mapping[str, object], folder: Path, patch: pytest.M
     read = {name: count for name, count in opened.items() if name.startswith(f"{folder}/data/")}
     assert not {name for name, count in read.items() if count > 1 and not re.search(AGAIN, name)}, read
     rows = recipe.RESULTS.measured(folder / "out" / "measured.csv")
-    assert len(of_run(recipe.RESULTS, rows, vars(given))) == len(rows), "they are found by the parameters"
+    assert all(of_run(row, vars(given)) for row in rows.to_dict("records")), "they are found by the parameters"
     return rows
 
 
