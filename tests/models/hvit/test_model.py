@@ -156,3 +156,9 @@ def test_a_timm_vit_as_the_patch_level(init_values):
     others = [{"reg_tokens": 2}, {"class_token": False, "global_pool": "avg"}]
     made = [timm.models.VisionTransformer(**options | changes) for changes in others]
     refuses(*((functools.partial(PatchEncoder.from_timm, other), "CLS") for other in made))
+
+
+def test_a_region_encoder_is_of_regions_of_8_by_8_patches_by_default():
+    encoder = RegionEncoder(depth=1)
+    assert encoder.pos_embed.shape == RegionEncoder(8, depth=1).pos_embed.shape
+    assert encoder.pos_embed.shape[1] == 1 + 7**2  # of DINO's largest crop

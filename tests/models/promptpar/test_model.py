@@ -12,7 +12,7 @@ import companion
 from companion.errors import BadCheckpoint, CorruptFile
 from companion.models.layers.clip_prompting import embed_texts
 from companion.models.promptpar import PromptPAR, Settings, loss, read_checkpoint
-from companion.models.promptpar.tower import strips
+from companion.models.promptpar.tower import region_mask, strips
 from companion.toy import encoders
 from companion.toy.tokens import Tokenizer
 from tests.models.common import BLOCKS, EXCHANGES, assert_recomputed_gradients_are_equal, draw, misfits, refuses
@@ -261,3 +261,11 @@ def test_without_the_quirks_tokens_are_normalised_and_the_first_class_token_is_r
     before = released.forward_features(images()) @ torch.linalg.inv(visual.proj)
     expected = visual.ln_post(before) @ visual.proj
     torch.testing.assert_close(plain.forward_features(images()), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_a_token_attends_to_its_own_strip_unless_the_released_mistake_is_asked_for():
+    grid = (8, 4)
+    assert torch.equal(region_mask(grid, 10), region_mask(grid, 10, official_quirks=False))
+    assert not torch.equal(
+        region_mask((16, 16), 10, overlap=4), region_mask((16, 16), 10, overlap=4, official_quirks=True)
+    )

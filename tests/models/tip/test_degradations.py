@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from skimage import data as photographs
 from torch import Tensor
 
@@ -190,3 +191,7 @@ def test_squares_are_the_middle_or_anywhere() -> None:
         assert torch.equal(d._square(x, 10, where), x[:, :, left : left + 10])
         assert torch.equal(d._square(x.mT, 10, where), x.mT[:, left : left + 10])
     assert d._square(x, 7, 0.3).shape == (3, 7, 7) and d._square(x, 64, 0.5).shape == (3, 64, 64)
+    noise = torch.randint(0, 256, (3, 40, 40)).to(torch.uint8)  # Pillow never lets details alias
+    pillow = Image.fromarray(noise.permute(1, 2, 0).numpy()).resize((10, 10), Image.Resampling.BICUBIC)
+    found = d._square(noise / 255, 10, 0.5).permute(1, 2, 0).numpy()
+    np.testing.assert_allclose(found, np.asarray(pillow) / 255, atol=1.5 / 255)

@@ -230,6 +230,24 @@ def test_the_start_noise_of_a_sample_is_its_own(data: Degraded) -> None:
     )
 
 
+def test_fid_sees_which_images_are_restored_and_lpips_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Seen(list):
+        def to(self, device: torch.device) -> None:
+            pass
+
+        def update(self, *images: torch.Tensor, **real: bool) -> None:
+            self.append((*(float(x[0, 0, 0, 0]) for x in images), *real.values()))
+
+        def compute(self) -> float:
+            return 7.0
+
+    metrics = {"FID": Seen(), "LPIPS": Seen()}
+    monkeypatch.setattr(recipe, "perceptual", lambda: (dict(metrics), {}))
+    values, _ = recipe.score([(torch.zeros(2, 3, 16, 16), torch.ones(2, 3, 16, 16))])
+    assert metrics == {"FID": [(1.0, True), (0.0, False)], "LPIPS": [(0.0, 1.0)]}
+    assert (values["FID"], values["LPIPS"]) == (7.0, 7.0)
+
+
 def test_scores_of_a_test_larger_than_the_memory_are_those_of_all_images_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -311,22 +311,15 @@ def centre_map(boxes: Tensor, f: int, overlap: float = 0.7) -> Tensor:
     """The target score map (b, 1, f, f): a Gaussian around the centre's cell, 1 at the centre.
 
     Its radius is CornerNet's, the largest shift of a box's corners that leaves the IoU above `overlap`, in the variant
-    that divides by 2 throughout.
+    that divides by 2 throughout. Of its three cases that of two corners shifted outwards has always the smallest
+    radius, at most sqrt(w h); the others have (w + h) / 2 or more.
     """
     x, y, w, h = (boxes * f).unbind(1)  # (b,) each
     cx, cy = (x + w / 2).round(), (y + h / 2).round()
 
-    def root(b: Tensor, c: Tensor, a: float) -> Tensor:
-        return (b + (b**2 - 4 * a * c).sqrt()) / 2
-
-    radius = torch.stack(
-        [
-            root(h + w, w * h * (1 - overlap) / (1 + overlap), 1),
-            root(2 * (h + w), (1 - overlap) * w * h, 4),
-            root(-2 * overlap * (h + w), (overlap - 1) * w * h, 4 * overlap),
-        ]
-    )
-    r = radius.amin(0).clamp_min(0).floor()[:, None, None]  # (b, 1, 1)
+    b = -2 * overlap * (h + w)
+    radius = (b + (b**2 + 16 * overlap * (1 - overlap) * w * h).sqrt()) / 2
+    r = radius.clamp_min(0).floor()[:, None, None]  # (b, 1, 1)
     cells = torch.arange(f, device=boxes.device, dtype=boxes.dtype)
     dx, dy = cells - cx[:, None, None], cells[:, None] - cy[:, None, None]  # (b, 1, f), (b, f, 1)
     near = (dx.abs() <= r) & (dy.abs() <= r)  # (b, f, f)
