@@ -136,6 +136,8 @@ def test_rollout_by_hand():
     # (I + A) / 2: [[.9, .1], [.2, .8]] and [[.75, .25], [0, 1]]; the second times the first
     expected = torch.tensor([[[0.725, 0.275], [0.2, 0.8]]])
     torch.testing.assert_close(rollout([heads[None], second[None, None]]), expected)
+    double = rollout([heads[None].double(), second[None, None].double()])
+    torch.testing.assert_close(double, expected.double())
     refuses((lambda: rollout([torch.rand(1, 2, 4, 16)]), "4, 16"))
 
 
@@ -157,7 +159,7 @@ def test_token_pca_separates_two_regions_whatever_the_sign():
     assert colours.shape == (2, 6, 8, 3) and colours.min() == 0 and colours.max() == 1
     assert np.array_equal(colours[..., 0] > 0.5, inside.numpy())  # the object, not the border, is bright
     np.testing.assert_allclose(token_pca(-tokens, (6, 8)), colours, atol=1e-3)
-    refuses((lambda: token_pca(tokens, (6, 9)), "54"))
+    refuses((lambda: token_pca(tokens, (6, 9)), "54"), (lambda: token_pca(torch.rand(2, 8), (1, 2)), "tokens = 2"))
 
 
 def test_maps_of_photographs_leave_the_prefix_tokens_out():

@@ -149,12 +149,12 @@ def rollout(maps: Sequence[Tensor]) -> Tensor:
         (batch, tokens, tokens), rows sum to 1.
     """
     check_range("number of maps", len(maps), 1)
-    joined = torch.eye(maps[0].shape[-1])
+    joined = identity = torch.eye(maps[0].shape[-1]).to(maps[0])
     for attention in maps:
         if attention.shape[-2:] != joined.shape[-2:]:
             accepted = f"maps of {joined.shape[-1]} queries and keys: layers that pool or add tokens have no rollout"
             raise BadParameter("maps", tuple(attention.shape), accepted)
-        joined = (torch.eye(joined.shape[-1]) + attention.mean(1)) / 2 @ joined
+        joined = (identity + attention.mean(1)) / 2 @ joined
     return joined
 
 
@@ -197,6 +197,7 @@ def token_pca(tokens: Tensor, grid: tuple[int, int]) -> np.ndarray:
     from sklearn.decomposition import PCA  # imported here because it takes a second
 
     flat = tokens.detach().float().cpu().flatten(0, -2).numpy()
+    check_range("number of tokens", len(flat), 3)
     parts = PCA(n_components=3, svd_solver="full").fit_transform(flat)
     border = np.ones((rows, columns), bool)
     border[1:-1, 1:-1] = False

@@ -28,6 +28,10 @@ def test_psnr_and_ssim_are_scikit_images(pair) -> None:
     refuses((lambda: psnr(pair[1], pair[1][:2]), r"\(2, 3, 48, 40\)"))
 
 
+def test_images_smaller_than_a_window_of_ssim_are_named() -> None:
+    refuses((lambda: ssim(torch.rand(1, 3, 10, 20), torch.rand(1, 3, 10, 20)), "= 10"))
+
+
 def test_metrics_without_their_networks_weights_have_a_reason(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     found, reasons = perceptual()

@@ -33,6 +33,7 @@ def test_patches_round_trip_in_order_and_the_loss_reads_hidden_ones_alone():
     images, noise = torch.randn(2, 3, 8, 8), torch.rand(2, 6)
     patches = patchify(images, 4)
     assert torch.equal(unpatchify(patches, 4), images)
+    refuses((lambda: patchify(torch.randn(2, 3, 4, 16), 4), "(2, 3, 4, 16)"))  # of 4 patches, a square number
     assert torch.equal(patches[0, 1].view(4, 4, 3), images[0, :, :4, 4:].permute(1, 2, 0))
     keep, hidden = random_mask(noise, 2)
     assert torch.equal(keep, noise.argsort(1)[:, :2])

@@ -1,6 +1,7 @@
 """SA²VP and VPT: what is trained, the formulas line by line, attention maps, loading."""
 
 import pytest
+import timm
 import torch
 from timm.layers import GluMlp
 from timm.models.swin_transformer import SwinTransformer
@@ -91,6 +92,18 @@ def test_baselines_train_their_head_and_only_fine_tuning_the_backbone(make, name
     tuned = isinstance(model, FineTuning)
     assert any(p.grad is not None for p in model.backbone.parameters()) == tuned == model.backbone.training
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "ghostnet_050"])
+@pytest.mark.parametrize("make", [FineTuning, LinearProbe])
+def test_heads_fit_backbones_whose_classifier_has_a_layer_of_its_own(make, name):
+    backbone = timm.create_model(name, num_classes=0)
+    assert make(backbone, 5)(torch.randn(2, 3, 224, 224)).shape == (2, 5)
+
+
+def test_a_swin_without_whole_windows_is_named():
+    swin = small_swin(strict_img_size=False)
+    refuses((lambda: VPT(swin, 5)(torch.randn(1, 3, 48, 48)), "positions"))
 
 
 @either

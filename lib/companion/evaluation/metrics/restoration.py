@@ -20,6 +20,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 from torchvision.models import AlexNet_Weights
 
+from ...errors import check_range
 from . import checked
 
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # torch-fidelity's
@@ -42,6 +43,7 @@ def _pair(restored: Tensor, clean: Tensor) -> list[Tensor]:
 def ssim(restored: Tensor, clean: Tensor) -> Tensor:
     """Structural similarity of each image (B, 3, H, W) in [0, 1]: (B,); Gaussian windows of sigma 1.5, borders in."""
     restored, clean = _pair(restored, clean)
+    check_range("sides of the images in pixels, of which SSIM's windows have 11,", min(clean.shape[-2:]), 11)
     return structural_similarity_index_measure(restored, clean, data_range=1.0, reduction="none").reshape(-1)
 
 

@@ -176,10 +176,14 @@ def head(dim: int, classes: int) -> nn.Linear:
     return layer
 
 
-def check_features(backbone: nn.Module) -> None:
-    """Raise `BadParameter` where the outputs of a backbone are those of a classifier."""
+def width(backbone: nn.Module) -> int:
+    """The width of a backbone's outputs; some models of timm have a layer between features and classifier.
+
+    Raises `BadParameter`: they are those of a classifier."""
     if getattr(backbone, "num_classes", 0):
         raise BadParameter("backbone", f"one of {backbone.num_classes} classes", "one without a classifier")
+    found: int = getattr(backbone, "head_hidden_size", None) or backbone.num_features  # type: ignore[assignment]
+    return found
 
 
 class FineTuning(OnBackbone):
@@ -188,9 +192,8 @@ class FineTuning(OnBackbone):
     def __init__(self, backbone: nn.Module, classes: Count):
         configure(self, locals())
         super().__init__()
-        check_features(backbone)
+        self.head = head(width(backbone), classes)
         self.backbone = copy.deepcopy(backbone).requires_grad_(True)
-        self.head = head(backbone.num_features, classes)
 
     def forward(self, images: Tensor) -> Tensor:
         backbones.check_input(self.backbone, images)
@@ -215,9 +218,8 @@ class LinearProbe(OnFrozen):
 
     def __init__(self, backbone: nn.Module, classes: Count):
         configure(self, locals())
-        check_features(backbone)
         super().__init__(backbone)
-        self.head = head(backbone.num_features, classes)
+        self.head = head(width(backbone), classes)
 
     def forward(self, images: Tensor) -> Tensor:
         backbones.check_input(self.backbone, images)

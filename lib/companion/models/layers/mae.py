@@ -26,7 +26,11 @@ from .state_dicts import OfficialModel, check_names, depth
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:
-    """Patches of pixels (B, h w, p p 3) of images (B, 3, h p, w p); within a patch by row, column, channel."""
+    """Patches of pixels (B, h h, p p 3) of square images (B, 3, h p, h p); within a patch by row, column, channel.
+
+    Raises `BadParameter`: images that are not square, which `unpatchify` could not tell."""
+    if images.shape[-1] != images.shape[-2]:
+        raise BadParameter("images", tuple(images.shape), "square images (B, 3, H, H)")
     return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=patch, q=patch)
 
 

@@ -103,6 +103,9 @@ class VPT(OnFrozen):
         """
         attn, p, (wr, wc) = block.attn, prompt.shape[1], block.window_size
         shift = tuple(block.shift_size)
+        if x.shape[1] % wr or x.shape[2] % wc:
+            accepted = f"of a size that has whole windows of {wr} x {wc} at each level, such as the one of the weights"
+            raise BadParameter("images", f"{x.shape[1]} x {x.shape[2]} positions at a level", accepted)
         windows = {"b": len(x), "h": x.shape[1] // wr, "p": wr, "q": wc}
         normed = torch.roll(block.norm1(x), (-shift[0], -shift[1]), dims=(1, 2))
         y = rearrange(normed, "b (h p) (w q) d -> b (h w) (p q) d", **windows)
