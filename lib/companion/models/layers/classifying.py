@@ -182,7 +182,7 @@ def width(backbone: nn.Module) -> int:
     Raises `BadParameter`: they are those of a classifier."""
     if getattr(backbone, "num_classes", 0):
         raise BadParameter("backbone", f"one of {backbone.num_classes} classes", "one without a classifier")
-    found: int = getattr(backbone, "head_hidden_size", None) or backbone.num_features  # type: ignore[assignment]
+    found: int = getattr(backbone, "head_hidden_size", None) or backbone.num_features
     return found
 
 
