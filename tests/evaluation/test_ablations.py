@@ -1,5 +1,7 @@
 """The selected learning rates of a study, and the tables of its rows."""
 
+import itertools
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -45,6 +47,18 @@ def test_the_rate_with_the_best_mean_on_validation_is_selected_and_the_smaller_o
     rows = pd.concat([rows, tested])
     assert ablations.selected(rows) == {("t", "mean"): 0.3, ("t", "tie"): 0.1, ("t", "middle"): 0.2}
     assert ablations.at_ends(rows) == [("t", "mean"), ("t", "tie")]
+
+
+def test_the_order_of_the_seeds_selects_no_rate():
+    """Ties in decimals that are none in floating point, in each order of the rows."""
+    scores = {0.1: (74.28, 76.83, 55.35), 0.2: (68.82, 68.82, 68.82), 0.3: (55.35, 74.28, 76.83)}
+    for order in itertools.permutations(range(3)):
+        found = [
+            {"stage": "select", "task": "t", "method": "a", "learning_rate": rate, "seed": seed, "accuracy": x[seed]}
+            for rate, x in reversed(scores.items())
+            for seed in order
+        ]
+        assert ablations.selected(pd.DataFrame(found)) == {("t", "a"): 0.1}
 
 
 def test_spreads_are_means_and_standard_deviations_over_test_seeds(rows):

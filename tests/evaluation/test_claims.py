@@ -1,6 +1,7 @@
 """Claims are judged by measurements: on real data, on the seeds of a study, or by a tolerance."""
 
 import math
+import re
 
 import pandas as pd
 import pytest
@@ -17,6 +18,7 @@ from companion.evaluation.claims import (
     rates,
     within,
 )
+from tests.models.common import refuses
 
 REACHED = {"of": ["ours", "mA"], "at_least": 88.0}
 AHEAD = {"of": ["ours", "mA"], "over": ["baseline", "mA"], "by": 1.5}
@@ -80,6 +82,36 @@ def test_a_synthetic_result_needs_a_lead_on_every_test_seed(leads, holds):
     assert found is holds and seeds == [0, 1, 2]
     assert text.startswith(f"t {sum(leads) / 3:+.1f} ± ")
     assert judge({"tasks": ["t"], "better": "ours"}, tested)[0]  # a difference already: above zero
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "named"),
+    [
+        ([0], [0], "[0]"),
+        ([0, 1, 2], [0, 1], "theirs on t"),
+        ([0, 1], [0, 1, 2], "ours on t"),
+        ([0, 1], [2, 3], "ours on t"),
+        ([0, 1, 1], [0, 1], "[0, 1, 1]"),
+        ([0, 1], [], "theirs on t"),
+        ([], [], "ours on t"),
+    ],
+)
+def test_a_synthetic_result_is_judged_on_a_full_table_alone(ours, theirs, named):
+    found = [
+        {"stage": "test", "task": "t", "method": method, "seed": seed, "accuracy": 60.0 + seed}
+        for method, seeds in {"ours": ours, "theirs": theirs}.items()
+        for seed in seeds
+    ]
+    study = pd.DataFrame(found, columns=["stage", "task", "method", "seed", "accuracy"])
+    claim = {"tasks": ["t"], "better": "ours", "worse": "theirs"}
+    refuses((lambda: judge(claim, study), re.escape(named)))
+    whole = rows("test", {"ours": [61.0, 62.0], "theirs": [60.0, 60.0]})
+    assert judge(claim, whole)[0]
+    refuses(
+        (lambda: judge(claim, whole.replace(61.0, math.nan)), "ours on t"),
+        (lambda: judge(claim | {"metrics": ["kappa"]}, whole), "kappa"),
+        (lambda: judge(claim | {"tasks": ["t", "u"]}, whole), "ours on u"),
+    )
 
 
 def test_the_interval_of_a_mean_lead_is_students():

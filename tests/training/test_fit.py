@@ -13,7 +13,7 @@ from lightning_fabric.plugins.precision import Precision
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import Dataset, TensorDataset, default_collate
+from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
 
 from companion.data import spaced
 from companion.errors import CompanionError, CorruptFile
@@ -114,6 +114,39 @@ def test_losses_and_weights_are_those_by_hand_however_the_last_images_of_an_epoc
     settings |= dict(optimizer=sgd(0.1, momentum=0), schedule=schedule("constant", 0))
     assert [row["loss"] for row in run(model, data=data, **settings)] == pytest.approx(losses, rel=1e-5)
     torch.testing.assert_close(dict(model.state_dict()), dict(expected), rtol=1e-5, atol=1e-6)
+
+
+def test_the_mean_of_another_scalar_is_over_the_images_of_a_step_that_takes_carried_ones_too():
+    def loss(model, batch):
+        return {"loss": squared(model, batch), "one": torch.ones(()), "mean": batch[0].mean()}
+
+    data = TensorDataset(*(t[:11] for t in pairs().tensors))
+    history = run(nn.Linear(5, 2), loss, data, batch=4, epochs=2, last="carry", hardware=Hardware("cpu", accumulate=3))
+    one, two = (np.random.default_rng((0, epoch)).permutation(11) for epoch in range(2))
+    images = [one[:4], one[4:8], np.concatenate([one[8:], two[:4]]), two[4:8]]
+    assert [row["one"] for row in history] == pytest.approx([1] * 4)
+    means = [float(data.tensors[0][i].mean()) for i in images]
+    assert [row["mean"] for row in history] == pytest.approx(means, abs=1e-6)
+
+
+class Twice(TensorDataset):
+    """A data set of tensors with items of its own."""
+
+    def __getitem__(self, index):
+        x, y = super().__getitem__(index)
+        return 2 * x, y
+
+
+@pytest.mark.parametrize("wrap", [lambda data: data, lambda data: Subset(data, range(64))])
+def test_a_subclass_of_a_tensor_data_set_is_read_by_its_items(wrap):
+    def trained(data):
+        torch.manual_seed(2)
+        model = nn.Linear(5, 2)
+        return run(model, data=data), outputs_of(model, data, hardware=CPU)
+
+    x, y = pairs().tensors
+    (history, outputs), (found, again) = trained(TensorDataset(2 * x, y)), trained(wrap(Twice(x, y)))
+    assert found == history and torch.equal(again, outputs)
 
 
 class Augmented(Dataset):

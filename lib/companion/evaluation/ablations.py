@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -95,15 +96,18 @@ def read(folder: str | Path) -> pd.DataFrame:
 
 
 def means(rows: pd.DataFrame) -> pd.Series:
-    """The mean score on validation over the selection seeds, by task, method and learning rate."""
+    """The mean score on validation over the selection seeds, in any order, by task, method and learning rate."""
     metric = rows.attrs.get("metric", "accuracy")
     chosen = rows[rows.stage == "select"]
-    return chosen.groupby(["task", "method", "learning_rate"], sort=False)[metric].mean()
+    scores = chosen.groupby(["task", "method", "learning_rate"], sort=False)[metric]
+    return scores.agg(lambda values: math.fsum(values) / len(values))
 
 
 def selected(rows: pd.DataFrame) -> dict[tuple[str, str], float]:
-    """The learning rate of each trained (task, method): the best by `means`, the smaller one in ties."""
-    found = means(rows).reset_index(name="score").sort_values(["score", "learning_rate"], ascending=[False, True])
+    """The learning rate of each trained (task, method): the best by `means`, the smallest of those that are equal
+    to nine decimals."""
+    found = means(rows).round(9).reset_index(name="score")
+    found = found.sort_values(["score", "learning_rate"], ascending=[False, True])
     return found.groupby(["task", "method"], sort=False).learning_rate.first().to_dict()
 
 

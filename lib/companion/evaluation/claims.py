@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import scipy.stats
 
+from ..errors import BadParameter
 from .ablations import means, selected
 
 CHECK, SYNTHETIC, PAPER = KINDS = ("implementation check", "synthetic result", "paper result")
@@ -71,21 +72,31 @@ def judge(claim: Mapping, rows: pd.DataFrame) -> tuple[bool, str, list[int]]:
     Args:
         claim: an entry of the paper's YAML with `better`, `tasks`, and optionally `worse` and `metrics`.
         rows: of `evaluation.ablations.read`.
+
+    Raises `BadParameter`: the methods were not tested once on each seed of these tasks, two or more.
     """
-    tested = rows[rows.stage == "test"].set_index(["task", "method", "seed"]).sort_index()
-    usual = rows.attrs.get("metric", "accuracy")
-    parts, wins, seeds = [], True, set()
+    tested = rows[(rows.stage == "test") & rows.task.isin(claim["tasks"])]
+    usual, seeds = rows.attrs.get("metric", "accuracy"), sorted(set(map(int, tested.seed)))
+
+    def scores(task: str, method: str, metric: str) -> pd.Series:
+        own = tested[(tested.task == task) & (tested.method == method)].set_index("seed").sort_index()
+        found = own.reindex(columns=[metric])[metric].dropna()
+        if [*found.index] != seeds or len(seeds) < 2:
+            accepted = f"one for each of the seeds {seeds}, two or more"
+            raise BadParameter("rows", f"{method} on {task}: {metric} of the seeds {[*found.index]}", accepted)
+        return found
+
+    parts, wins = [], True
     for task, metric in itertools.product(claim["tasks"], claim.get("metrics", [usual])):
-        lead = tested.loc[(task, claim["better"]), metric]
+        lead = scores(task, claim["better"], metric)
         if "worse" in claim:
-            lead = lead - tested.loc[(task, claim["worse"]), metric]
+            lead = lead - scores(task, claim["worse"], metric)
         what = task if metric == "accuracy" else f"{task} {metric}"
         low, high = interval(lead.to_numpy())
         spread = f"{lead.mean():+.1f} ± {lead.std():.1f} [{low:+.1f}, {high:+.1f}], least {lead.min():+.1f}"
         parts.append(f"{what} {spread}")
         wins &= bool((lead > 0).all())
-        seeds |= set(map(int, lead.index))
-    return wins, "; ".join(parts) + SPREAD, sorted(seeds)
+    return wins, "; ".join(parts) + SPREAD, seeds
 
 
 def evidence(claim: Mapping, data: Mapping[str, str], rows: pd.DataFrame) -> str:

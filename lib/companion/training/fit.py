@@ -62,8 +62,8 @@ def outputs_of(
 
     def outputs(done: int) -> Iterator[tuple[Tensor]]:
         with evaluating(hardware, model) as device:
-            if isinstance(data, TensorDataset):
-                stream = iter(data.tensors[0][done:].split(batch))
+            if type(data) is TensorDataset:
+                stream = iter(data.tensors[0][done:].split(batch))  # type: ignore[attr-defined]
             else:
                 collate = getattr(data, "collate", None)
                 stream = (items[0] for items in loader(data, batch, hardware, device, done, collate))
@@ -123,8 +123,8 @@ def fit(
     Args:
         loss: from the model and a batch (the stacked tuples of `data`) to a scalar, or to named scalars, of which
             "loss" is minimised and the others are recorded. With a `checkpoint` each step has the same names.
-        data: map-style; a `TensorDataset` is indexed directly, without a loader. Its `collate`, if it has one, makes a
-            batch from a list of items.
+        data: map-style; a `TensorDataset` itself, none of a subclass, is read without a loader. Its `collate`, if it
+            has one, makes a batch from a list of items.
         epochs: passes over the data, more than 0; may be a fraction.
         batch: images per step, over all devices.
         optimizer: from the model to its optimiser, see `schedules.adamw` and `schedules.sgd`.
@@ -181,7 +181,7 @@ def fit(
                 group["lr"] = lr
             images = max(_images(step, len(data), batch, per_epoch, last), ranks)
             whole = batch if last == "carry" else images  # divisor of the sum over images
-            terms = _backward(fabric, wrapped, loss, batches, min(most, images // ranks), whole)
+            terms = _backward(fabric, wrapped, loss, batches, min(most, images // ranks), images, whole)
             if hardware.precision != "16-mixed":  # there a step that overflows is skipped by the gradient scaler
                 losses += terms["loss"]
             if step == start:
@@ -334,18 +334,18 @@ def _restore(loop: Loop, callbacks: Sequence[Callback], saved: dict[str, Any]) -
 
 
 def _backward(
-    fabric: Fabric, wrapped: nn.Module, loss: Loss, batches: Iterator[Batch], parts: int, whole: int
+    fabric: Fabric, wrapped: nn.Module, loss: Loss, batches: Iterator[Batch], parts: int, images: int, whole: int
 ) -> dict[str, Tensor]:
     """Add the gradients of a step's next `parts` micro-batches; return the scalars of the loss, over all devices.
 
-    A micro-batch counts by its share of `whole` images.
+    A micro-batch counts by its share: of `whole` images in "loss", of the step's `images` in the mean of the others.
     """
     total: dict[str, Tensor] = {}
     for i in range(parts):
         part = next(batches)
         if not isinstance(part, tuple | list):
             raise BadParameter("items of the data", part, "tuples of tensors, such as an image and its label")
-        share = len(part[0]) * fabric.world_size / whole
+        count = len(part[0]) * fabric.world_size
         with fabric.no_backward_sync(wrapped, enabled=i + 1 < parts):
             found = loss(wrapped, tuple(x.to(fabric.device, non_blocking=True) for x in part))
             named = found if isinstance(found, Mapping) else {"loss": found}
@@ -355,7 +355,7 @@ def _backward(
                     'one that returns a scalar with a gradient, or scalar tensors named "loss", not "step", "lr", ...'
                 )
                 raise BadParameter("loss", named, accepted)
-            terms = {term: value * share for term, value in named.items()}
+            terms = {term: value * (count / (whole if term == "loss" else images)) for term, value in named.items()}
             fabric.backward(terms["loss"])
         for term, value in terms.items():
             total[term] = total.get(term, 0) + value.detach()
@@ -467,7 +467,7 @@ def _batches(
             for part in np.array_split(share, min(parts, len(chosen) // ranks)):
                 yield part.tolist()
 
-    if isinstance(data, TensorDataset):
+    if type(data) is TensorDataset:
         for keys in indices():
             chosen = torch.tensor(keys)[:, 1]
             yield tuple(t[chosen].pin_memory() if pin else t[chosen] for t in data.tensors)
