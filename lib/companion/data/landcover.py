@@ -317,7 +317,7 @@ def own(
     places = read_places(table) if table.is_file() else {}
     first = [label for label in label_of.values() if label is not None][:LOOKED_AT]
     if _codes(first) == {0, MOST}:
-        told = f"the labels in the middle of {first[0]} and all of the first {len(first)} are 0 and {MOST}, the ignored value"
+        told = f"in the middle of {first[0]} and all of the first {len(first)} there is 0 and {MOST}, which is ignored"
         warnings.warn(f"{told}: where {MOST} means {list(palette)[1]!r}, write it as 1", stacklevel=3)
     if unknown := places.keys() - files.keys():
         raise CorruptFile(table, f"no image of images/ is called {min(unknown)!r}")
