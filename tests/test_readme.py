@@ -64,8 +64,9 @@ def shrink(patch: pytest.MonkeyPatch, slug: str) -> None:
         hooks(slug).small_example(patch)
 
 
-def pasted(page: str, folder: Path) -> tuple[str, str]:
-    """What the blocks of a page print, one after the other in this process, and a pattern of it."""
+def pasted(page: str, folder: Path) -> tuple[str, str, int]:
+    """What the blocks of a page print, one after the other in this process, a pattern of it, and the length of the
+    page's data."""
     os.chdir(folder)
     slug, printed = Path(page).stem, io.StringIO()
     make, prediction = hooks(slug).EXAMPLE if slug in slugs() else FLOWERS
@@ -75,13 +76,15 @@ def pasted(page: str, folder: Path) -> tuple[str, str]:
         shrink(patch, slug)
         for block in PAGES[page]:
             exec(compile(block, page, "exec"), names)
-    return printed.getvalue(), prediction
+    return printed.getvalue(), prediction, len(names.get("data", ()))
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_the_python_of_a_page_runs_as_pasted(page: str, tmp_path: Path) -> None:
-    printed, prediction = fresh(pasted, page, tmp_path)
+    printed, prediction, count = fresh(pasted, page, tmp_path)
     assert re.match(prediction, printed)
+    if "classification.own" in "".join(PAGES[page]):  # no image is held back
+        assert count == len([*tmp_path.glob("flowers/*/*.jpg")])
     if page.endswith("tip.md"):
         assert Image.open(tmp_path / "new.png").size == Image.open(tmp_path / "old.jpg").size
 

@@ -211,7 +211,7 @@ def test_own_folder(tmp_path):
     assert found["train"].sentences == ("A hat", "A bag") and found["test"].labels.tolist() == [[1, 1]]
     assert found["train"].ratio.tolist() == [0.5, 0]
     listing.write_text(header + rows, encoding="utf-8")
-    assert images_of(own(tmp_path)) == {"trainval": [0, 1], "test": [4]}
+    assert images_of(own(tmp_path)) == {"train": [0, 1], "trainval": [0, 1], "test": [4]}
     ends = "anna/2.jpg,val,2,0", "anna/2.jpg,val,nan,0", "anna/2.jpg,val,1", "anna/2.jpg,holdout,1,0"
     contents = {f"{header}{rows}{end}": "line 5" for end in (*ends, "anna/0.jpg,test,1,1", "./anna/0.jpg,test,1,1")}
     contents |= {
@@ -222,8 +222,26 @@ def test_own_folder(tmp_path):
         "image,split,A hat,A hat\nanna/0.jpg,train,1,0\nanna/4.jpg,test,1,1\n": "'A hat'",
     }
     unreadable(listing, lambda: own(tmp_path), contents)
-    listing.write_text(f"{header}{rows}anna/9.jpg,test,1,1", encoding="utf-8")
-    refused(MissingData, r"anna/9\.jpg", own, tmp_path)
+    for split in ("train", "test"):
+        listing.write_text(f"{header}{rows}anna/9.jpg,{split},1,1", encoding="utf-8")
+        refused(MissingData, r"anna/9\.jpg", own, tmp_path)
+
+
+@pytest.mark.parametrize(("absent", "present"), [("0", "1"), ("0.0", "1.0"), ("False", "True"), ("FALSE", "TRUE")])
+def test_a_table_of_pandas_is_read(absent, present, tmp_path):
+    for i in range(3):
+        picture(tmp_path / f"{i}.jpg", i)
+    rows = f"image,split,A hat\n0.jpg,Train,{absent}\n1.jpg,TEST,{present}\n"
+    (tmp_path / "labels.csv").write_text(rows, encoding="utf-8")
+    assert {name: data.labels.tolist() for name, data in own(tmp_path).items()} == {
+        "train": [[0]],
+        "trainval": [[0]],
+        "test": [[1]],
+    }
+    for row, value in (("2.jpg,test,maybe", "line 4: 'A hat' is 'maybe'"), ("2.jpg,dev,1", "'dev'")):
+        unreadable(tmp_path / "labels.csv", lambda: own(tmp_path), {f"{rows}{row}": value})
+    index = "".join(f"{i},{row}\n" for i, row in zip(("", 7, 8), rows.splitlines(), strict=True))
+    unreadable(tmp_path / "labels.csv", lambda: own(tmp_path), {index: "line 2: '' is '7'"})
 
 
 def test_missing_images(tmp_path):

@@ -1,5 +1,6 @@
 """Land cover in its real layouts: codes, windows, padding, locations and zones, xBD compiled in, user images."""
 
+import tracemalloc
 import warnings
 from pathlib import Path
 
@@ -221,6 +222,19 @@ def test_masks_of_0_and_255(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert len(landcover.own(tmp_path, ["field", "wood"])["all"]) == 3
+
+
+def test_opening_decodes_no_whole_mask(tmp_path):
+    """Of a mask of 400 MB, of which no pixel is stored."""
+    shape = {"width": 20_000, "height": 20_000, "dtype": "uint8", "crs": UTM, "transform": CORNER}
+    for folder, bands in (("images", 3), ("labels", 1)):
+        (tmp_path / folder).mkdir()
+        rasterio.open(tmp_path / folder / "a.tif", "w", count=bands, tiled=True, SPARSE_OK=True, **shape).close()
+    tracemalloc.start()
+    assert len(landcover.own(tmp_path, ["field", "wood"], size=1024)["train"]) == 20 * 20
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 50e6
 
 
 def test_a_part_of_a_set(tmp_path):

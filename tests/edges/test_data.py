@@ -278,7 +278,7 @@ REFUSED: dict[str, list[Files]] = {
                 "im/0.png,train,0,0",
             )
         ),
-        *({"labels.csv": PEOPLE.replace(",train,", f",{other},")} for other in ("Train", " train", "training", "")),
+        *({"labels.csv": PEOPLE.replace(",train,", f",{other},")} for other in (" train", "training", "")),
         *(
             {"labels.csv": f"{PEOPLE}{row}\n"}
             for row in (
@@ -292,7 +292,7 @@ REFUSED: dict[str, list[Files]] = {
         ),
         *(
             {"labels.csv": PEOPLE.replace("0.png,train,0", f"0.png,train,{cell}")}
-            for cell in ("1.0", " 1", "٣", "nan", "-1", "2", "", "1_000", "true")
+            for cell in ("0.5", " 1", "٣", "nan", "-1", "2", "", "1_000", "yes")
         ),
         {"labels.csv": PEOPLE.replace(",", ";")},
         {"labels.csv": PEOPLE.partition("\n")[0]},

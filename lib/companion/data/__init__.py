@@ -6,8 +6,9 @@ has `load`, for free sets `fetch`, `splits` where all splits are read at once, a
 splits; `<task>_sets.yaml` holds the facts. No module here depends on a model or a paper.
 
 Own data: `own(root, ...)` of a task's module gives the set of each split by name, "train", and "val" and "test" where
-the folder has them. Its arguments are the folder, what the folder does not say (such as class names), and the
-transform; `own_set` makes the `DataSet` of such a folder.
+the folder has them; `classification` and `domains` take those that class folders lack from train. Its arguments are the
+folder, what the folder does not say (such as class names), and the transform; `own_set` makes the `DataSet` of such a
+folder.
 
 A set is found by the names that mark its folder (`DataSet.folder`), and a file in it by `at`, both in upper or lower
 case. `folders` has what readers ask of folders and splits. `tables` reads lists and CSV files; `inside` and

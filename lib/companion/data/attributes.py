@@ -79,8 +79,8 @@ class Listing(NamedTuple):
             if not (known and 0 <= found.min() <= found.max() < len(pictures)):
                 raise CorruptFile(self.file, f"the split '{split}' is no list of numbers of the {len(pictures)} images")
             splits[split] = found.astype(np.int64)
-        if "val" in splits:
-            splits["trainval"] = np.concatenate([splits["train"], splits["val"]])
+        if "train" in splits:
+            splits["trainval"] = np.concatenate([splits[split] for split in ("train", "val") if split in splits])
         if common := np.intersect1d(splits["trainval"], splits["test"]).size:
             raise CorruptFile(self.file, f"{common} images are in the training split and in the test split")
         return self._replace(pictures=pictures, labels=labels, names=[*map(str, self.names)], splits=splits)
@@ -161,13 +161,14 @@ def own(root: str | Path, transform: Transform | None = None) -> dict[str, Pedes
         image,split,A pedestrian wearing a hat,A pedestrian with a backpack
         anna/0001.jpg,train,1,0
 
-    The headers of the attribute columns are the sentences. Splits are train, val (may be absent) and test.
+    The headers of the attribute columns are the sentences. Splits are train, val (may be absent) and test, in upper or
+    lower case; an attribute may also be 1.0 and 0.0, or True and False.
 
     Raises as `splits`.
     """
     layout = (
         'labels.csv    "image,split,<a sentence for each attribute>", then a line for each image: its path\n'
-        "              below this folder; train, val or test; 0 or 1 for each attribute"
+        "              below this folder; train, val or test; 0 or 1, or False or True, for each attribute"
     )
     dataset, root = own_set(root, "attributes", layout), Path(root)
     sets = _pedestrians(dataset, root, transform)
@@ -347,21 +348,29 @@ def _new_split(dataset: DataSet, root: Path) -> dict[str, np.ndarray]:
     return {split: np.asarray(p[0] if isinstance(p, list) and np.ndim(p[0]) else p) for split, p in chosen.items()}
 
 
+_VALUES = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}  # as pandas writes integers, floats and flags
+
+
 def _csv(dataset: DataSet, root: Path) -> Listing:
     path = tables.existing(dataset, root, dataset.folder(root) / "labels.csv")
     rows = tables.rows(path, "image", "split")
-    names = [name for name in (rows[0][1] if rows else ()) if name not in ("image", "split")]
+    names = [name for name in rows[0][1] if name not in ("image", "split")]
     pictures: dict[str, list[int]] = {}
     chosen: dict[str, list[int]] = {"train": [], "val": [], "test": []}
+    if not names:
+        raise CorruptFile(path, "it has no column for an attribute")
     for line, row in rows:
-        cells, image = [row[name] for name in names], posixpath.normpath(row["image"])
-        if row["split"] not in chosen or not {*cells} <= {"0", "1"} or not cells or image in pictures:
-            wanted = f"a new image, {', '.join(chosen)}, and 0 or 1 for each of {len(names)} attributes"
-            raise CorruptFile(path, f"line {line}: expected {wanted}, found {','.join(row.values())[:80]!r}")
-        chosen[row["split"]].append(len(pictures))
-        pictures[image] = [int(cell) for cell in cells]
-    if not chosen["val"]:
-        chosen = {"trainval": chosen["train"], "test": chosen["test"]}
+        split, image = row["split"].lower(), posixpath.normpath(row["image"])
+        if split not in chosen:
+            raise CorruptFile(path, f"line {line}: the split is {row['split']!r}; {', '.join(chosen)} are expected")
+        if image in pictures:
+            raise CorruptFile(path, f"line {line}: {image!r} is further up too: each image has one line")
+        if wrong := [name for name in names if row[name].lower() not in _VALUES]:
+            way = f"{', '.join(_VALUES)} are expected: fill in the cell, or leave out the line or the column"
+            raise CorruptFile(path, f"line {line}: {wrong[0]!r} is {row[wrong[0]]!r}; {way}")
+        chosen[split].append(len(pictures))
+        pictures[image] = [_VALUES[row[name].lower()] for name in names]
+    chosen = {split: members for split, members in chosen.items() if members or split != "val"}
     if empty := [split for split, members in chosen.items() if not members]:
         raise CorruptFile(path, f"no image is in {' or '.join(empty)}")
     labels = np.array([*pictures.values()])

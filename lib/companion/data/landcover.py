@@ -285,10 +285,10 @@ def own(
 
     images/*.tif (or .png, .jpg with a world file), uint8, and labels/ with the same names. A label file has one band,
     in which 0 is the first of `classes` and codes beyond the last are ignored, or three bands with the colours of
-    `classes`, in which black is ignored; a warning says so where the first few hold 0 and 255 alone. Its name is the
-    image's, with or without one of `ENDINGS`. An image may have no label file; no-data pixels of the image are ignored.
-    The location is the image's georeference, or else given by `places.csv` next to the folders, with the column `image`
-    (a name with or without its ending) and any of latitude, longitude, zone, text.
+    `classes`, in which black is ignored; a warning says so where the first few hold 0 and 255 alone in their middle.
+    Its name is the image's, with or without one of `ENDINGS`. An image may have no label file; no-data pixels of the
+    image are ignored. The location is the image's georeference, or else given by `places.csv` next to the folders, with
+    the column `image` (a name with or without its ending) and any of latitude, longitude, zone, text.
 
     Args:
         classes: names, or name -> colour (red, green, blue), such as `read_classes` gives.
@@ -317,7 +317,7 @@ def own(
     places = read_places(table) if table.is_file() else {}
     first = [label for label in label_of.values() if label is not None][:LOOKED_AT]
     if _codes(first) == {0, MOST}:
-        told = f"the labels are 0 and {MOST}, which is ignored, in {first[0]} and all others of the first {len(first)}"
+        told = f"in the middle of {first[0]} and all of the first {len(first)} there is 0 and {MOST}, which is ignored"
         warnings.warn(f"{told}: where {MOST} means {list(palette)[1]!r}, write it as 1", stacklevel=3)
     if unknown := places.keys() - files.keys():
         raise CorruptFile(table, f"no image of images/ is called {min(unknown)!r}")
@@ -448,13 +448,16 @@ def fetch(dataset: DataSet, root: Path, progress: bool) -> None:
 
 
 def _codes(labels: Sequence[Path]) -> set[int]:
-    """The values of label files of one band, up to the first file with others than 0 and `MOST`; of colours none."""
+    """The values in the middle of label files of one band, up to the first file with others than 0 and `MOST`; of
+    colours none."""
     found = set[int]()
     for path in labels:
         with Raster(path) as raster:
             if raster.bands >= 3 or found - {0, MOST}:
                 break
-            found |= {*np.unique(raster.raw((1,))).tolist()}
+            sides = [min(side, TILE) for side in raster.size]
+            starts = ((whole - side) // 2 for whole, side in zip(raster.size, sides, strict=True))
+            found |= {*np.unique(raster.raw((1,), *starts, *sides)).tolist()}
     return found
 
 
