@@ -149,14 +149,16 @@ def _what_it_is(path: Path) -> str:
 
 
 class CannotWrite(CompanionError, OSError):
-    """The disk or the user's quota is full. Existing files are unchanged; no partial file remains."""
+    """The disk or the user's quota is full (`free` bytes), or its folder may not be written. Existing files are
+    unchanged; no partial file remains."""
 
-    def __init__(self, path: str | Path, free: int):
-        self.path, self.free = Path(path), free
-        super().__init__(
-            f"cannot write {path}: no space is left ({free / 1e6:.1f} MB free). Make room, or choose another folder; "
-            "what was there before is untouched, and a run that can be resumed continues from it"
-        )
+    def __init__(self, path: str | Path, free: int | None = None):
+        self.path = Path(path)
+        full = "its folder is read-only, or not yours to write to. Choose another folder"
+        if free is not None:
+            full = f"no space is left ({free / 1e6:.1f} MB free). Make room, or choose another folder"
+        rest = "what was there before is untouched, and a run that can be resumed continues from it"
+        super().__init__(f"cannot write {path}: {full}; {rest}")
 
     def __str__(self) -> str:
         return str(self.args[0])

@@ -41,6 +41,7 @@ def test_coco_gives_the_first_caption_by_id(tmp_path: Path, monkeypatch) -> None
     assert image.min() >= 0 and 0.9 < image.max() <= 1 and data.status(name, tmp_path).state == "present"
     ends = {'"../a", "id": 1}], "annotations": []': "../a", '"a", "id": 1}], "annotations": [{}]': "id"}
     contents = {f'{{"images": [{{"file_name": {end}}}': value for end, value in ends.items()}
+    contents['{"images": [], "annotations": [{"id": 17, "image_id": 2, "caption": null}]}'] = "17"
     contents |= {"[]": "", '{"images": [], "annotations": []}': ""}
     contents['{"images": [], "annotations": [{"id": 1, "image_id": 2, "caption": ""}]}'] = "2"
     unreadable(file, lambda: read_captions(file), contents)

@@ -179,6 +179,10 @@ def test_own_folder(tmp_path):
     refused(CorruptFile, r"masks/1\.png", lambda: masked[1])
     found = xrays.own(tmp_path, task="pre-training")["train"]
     assert found.texts == ["No mass."] and found.statements is None
+    table(tmp_path / "pretrain.csv", ("img_path", "report"), (tmp_path / "c.png", "No mass."))
+    assert xrays.own(tmp_path, task="pre-training")["train"].images.paths == ["c.png"]
+    table(tmp_path / "pretrain.csv", ("img_path", "report"), (tmp_path / ".." / "c.png", "No mass."))
+    refused(CorruptFile, r"pretrain\.csv", xrays.own, tmp_path, task="pre-training")
     refused(BadParameter, "classes", xrays.own, tmp_path)
     (tmp_path / "train_list.txt").unlink()
     refused(MissingData, r"train_list\.txt", xrays.own, tmp_path, ["mass", "edema"])

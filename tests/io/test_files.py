@@ -3,10 +3,12 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
+from companion.errors import CannotWrite
 from companion.io.files import atomic, atomic_folder
 
 
@@ -27,6 +29,22 @@ def test_a_file_is_replaced_and_not_written_into(tmp_path: Path) -> None:
     finally:
         os.umask(mask)
     assert path.read_text() == "second" and [file.name for file in tmp_path.iterdir()] == ["a.csv"]
+
+
+def test_a_folder_that_may_not_be_written_is_named() -> None:
+    """Root may write anywhere: as root the test writes as another user."""
+    user, folder = os.geteuid(), Path(tempfile.mkdtemp())  # of all users, unlike pytest's
+    folder.chmod(0o555)
+    try:
+        os.seteuid(user or 65534)
+        for write in (atomic, atomic_folder):
+            for path in (folder / "a.csv", folder / "b" / "c" / "a.csv"):
+                with pytest.raises(CannotWrite, match=r"a\.csv"), write(path):
+                    pytest.fail("it was written")
+    finally:
+        os.seteuid(user)
+        folder.chmod(0o755)
+        folder.rmdir()
 
 
 KILLED = """

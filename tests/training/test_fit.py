@@ -2,6 +2,7 @@
 
 import os
 import random
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -655,6 +656,25 @@ def test_a_dry_run_takes_two_steps_whose_micro_batches_are_those_of_the_training
         assert sizes == expected
         sizes.clear()
     assert spaced(5, 8) == [0, 1, 2, 3, 4] and spaced(100, 3)[::2] == [0, 99]
+
+
+class Items(list, Dataset):
+    """Items as they are."""
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("item", [(torch.zeros(5), Path("a.png")), (torch.zeros(5), {"label": 1}), torch.zeros(5)])
+def test_items_of_what_is_no_tensor_are_named(item, workers):
+    with pytest.raises(CompanionError, match="items of the data"):
+        run(nn.Linear(5, 2), data=Items([item] * 8), hardware=Hardware("cpu", workers=workers))
+
+
+def test_optimisers_with_a_closure_and_models_without_weights_are_named():
+    model = nn.Linear(5, 2)
+    refuses(
+        (lambda: run(model, optimizer=lambda model: torch.optim.LBFGS(model.parameters())), "LBFGS"),
+        (lambda: run(nn.Linear(5, 2, device="meta")), "meta"),
+    )
 
 
 class Damaged(Dataset):

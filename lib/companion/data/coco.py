@@ -209,7 +209,8 @@ def check_fields(rows: Sequence, place: str, fields: Fields, wrong: Callable[[st
         for name, fits in fields.items():
             value = row.get(name) if isinstance(row, Mapping) else row
             if not isinstance(row, Mapping) or not fits(value):
-                raise wrong(f"{place.format(number)}: '{name}' is {str(value)[:80]!r}")
+                by = f" (id {row['id']})" if isinstance(row, Mapping) and "id" in row else ""
+                raise wrong(f"{place.format(number)}: '{name}' is {str(value)[:80]!r}{by}")
 
 
 def failure(name: str, wanted: str, file: str | Path | None, detail: str) -> CompanionError:

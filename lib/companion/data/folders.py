@@ -74,10 +74,13 @@ def at(folder: Path, *names: str) -> Path:
     return folder / names[0]
 
 
-def inside(listing: Path, where: str, path: str) -> str:
-    """`path` if it is below the data set's folder: a downloaded list must not make us read other files."""
+def inside(listing: Path, where: str, path: str, folder: Path | None = None) -> str:
+    """`path` if it is below the data set's folder: a downloaded list must not make us read other files. Of an absolute
+    path below `folder`, the part below it."""
     odd = path.startswith(("/", "\\")) or ".." in path or ":" in path or "\0" in path
     if odd and _OUTSIDE.search(path):  # which is ten times slower
+        if folder and Path(path).is_relative_to(folder.absolute()):
+            return inside(listing, where, Path(path).relative_to(folder.absolute()).as_posix())
         raise CorruptFile(listing, f"{where}: the path {path!r} leaves the data set's folder")
     return path
 

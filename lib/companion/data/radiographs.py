@@ -29,7 +29,7 @@ class Radiographs(Parts, Dataset):
     Args:
         dataset: the set they belong to, for the error message of a missing file.
         root: the data folder.
-        paths: relative to the set's folder; see `sources`.
+        paths: relative to the set's folder, or absolute and below it; see `sources`.
         transform: from a grey tensor (1, H, W); None: unchanged.
         listing: the list that names them.
 
@@ -49,11 +49,11 @@ class Radiographs(Parts, Dataset):
         transform: Callable | None = None,
         listing: Path | None = None,
     ):
-        self.dataset, self.root, self.paths, self.transform = dataset, Path(root), list(paths), transform
+        self.dataset, self.root, self.transform = dataset, Path(root), transform
         self.name, self.folder, self.listing = dataset.name, dataset.folder(root), listing.name if listing else ""
         self._nested: dict[Path, dict[str, str]] = {}
-        for number, path in enumerate(self.paths, 1):
-            inside(listing or self.folder, f"image {number}", path)
+        by = listing or self.folder
+        self.paths = [inside(by, f"image {number}", path, self.folder) for number, path in enumerate(paths, 1)]
 
     def __len__(self) -> int:
         return len(self.paths)

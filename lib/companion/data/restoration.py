@@ -14,6 +14,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import ClassVar
@@ -26,6 +27,7 @@ from torchvision.transforms.v2.functional import to_dtype
 from ..errors import CorruptFile, check_choice, typed
 from ..io.files import read_json
 from . import DataSet, check_listed, check_own, facts, find, once, own_set, tables
+from .coco import CAPTION, check_fields
 from .decoding import check_proportions
 from .downloads import fetched
 from .folders import at, entries, inside
@@ -138,6 +140,7 @@ def read_captions(path: str | Path) -> Mapping[str, str]:
     """
     path, found = Path(path), read_json(path)
     try:
+        check_fields(found["annotations"], "annotations[{}]", CAPTION, partial(CorruptFile, path))
         files = {image["id"]: inside(path, f"image {image['id']}", image["file_name"]) for image in found["images"]}
         rows = sorted(found["annotations"], key=lambda row: row["id"], reverse=True)
         rows.sort(key=lambda row: bool(row["caption"].split()))

@@ -20,6 +20,7 @@ import psutil
 from ..errors import BadParameter, CannotWrite, CorruptFile
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 FULL = 1 << 16  # bytes free: torch does not report why it could not write
 
 
@@ -27,7 +28,8 @@ FULL = 1 << 16  # bytes free: torch does not report why it could not write
 def atomic(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path next to `path`; renamed to `path` when the block succeeds, removed when it fails.
 
-    What a killed process of this machine left is removed first. Raises `CannotWrite`: the disk became full.
+    What a killed process of this machine left is removed first. Raises `CannotWrite`: the disk became full, or the
+    folder may not be written.
     """
     path = Path(path)
     temporary = None
@@ -40,7 +42,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
         yield temporary
         temporary.replace(path)
     except Exception as error:
-        _if_full(path, error)
+        _if_unwritable(path, error)
         raise
     finally:
         if temporary:
@@ -51,7 +53,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
 def atomic_folder(folder: str | Path) -> Iterator[Path]:
     """Yield an empty folder next to `folder`, which replaces it when the block succeeds, and is removed when it fails.
 
-    Raises `CannotWrite`: the disk became full.
+    Raises `CannotWrite`: the disk became full, or the folder around it may not be written.
     """
     folder = Path(folder)
     try:
@@ -69,7 +71,7 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
                 folder.replace(Path(name) / f"{folder.name}.before")
             new.replace(folder)
     except Exception as error:
-        _if_full(folder, error)
+        _if_unwritable(folder, error)
         raise
 
 
@@ -91,12 +93,19 @@ def full_disk_is_said(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        _if_full(path, error)
+        _if_unwritable(path, error)
         raise
 
 
-def _if_full(path: Path, error: Exception) -> None:
-    """Raise `CannotWrite` when `error` was caused by a full disk."""
+def _if_unwritable(path: Path, error: Exception) -> None:
+    """Raise `CannotWrite` when `error` was caused by a full disk, or by a folder that may not be written."""
+    of = Path(getattr(error, "filename", None) or "").absolute()  # of a read-only file that the block reads it is not
+    if (
+        isinstance(error, OSError)
+        and error.errno in DENIED
+        and (of in path.absolute().parents or of.name.startswith(_mark(path)))
+    ):
+        raise CannotWrite(path) from error
     free = shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.exists())).free
     # safetensors has it in its message; torch has neither message nor errno
     number = getattr(error, "errno", None)

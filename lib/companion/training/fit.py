@@ -25,7 +25,7 @@ from unittest import mock
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from ..errors import BadParameter, CompanionError, Count, Positive, Whole, check_choice, check_range, typed
 from ..io.progress import progress
@@ -152,7 +152,11 @@ def fit(
     _check_batches(len(data), batch, last, hardware)
     per_epoch = -(-len(data) // batch) if last == "train" else len(data) // batch
     steps = max(1, round(epochs * per_epoch))
+    if any(p.is_meta for p in model.parameters()):
+        raise BadParameter("model", type(model).__name__, "one with weights, none on the device 'meta'")
     optim = optimizer(model)
+    if isinstance(optim, torch.optim.LBFGS):
+        raise BadParameter("optimizer", "LBFGS", "one that needs no closure, such as `adamw` and `sgd` make")
     given = {p for group in getattr(optim, "param_groups", ()) for p in group["params"]}
     if given - {*model.parameters()} or not any(p.requires_grad and not p.is_inference() for p in given):
         accepted = "one of the model's own parameters, of which some require a gradient"
@@ -344,7 +348,7 @@ def _backward(
     for i in range(parts):
         part = next(batches)
         if not isinstance(part, tuple | list):
-            raise BadParameter("items of the data", part, "tuples of tensors, such as an image and its label")
+            raise BadParameter("what `collate` makes", type(part).__name__, "a tuple of tensors")
         count = len(part[0]) * fabric.world_size
         with fabric.no_backward_sync(wrapped, enabled=i + 1 < parts):
             found = loss(wrapped, tuple(x.to(fabric.device, non_blocking=True) for x in part))
@@ -476,4 +480,14 @@ def _batches(
         options = {"num_workers": workers, "pin_memory": pin, "generator": torch.Generator()}
         items = _Seeded(data, seed)
         with from_processes():
-            yield from DataLoader(items, batch_sampler=indices(), collate_fn=items.collate, **options)
+            collate = items.collate or _stacked
+            yield from DataLoader(items, batch_sampler=indices(), collate_fn=collate, **options)
+
+
+def _stacked(items: list) -> Batch:
+    """Items, tuples of tensors, arrays or numbers, as one batch."""
+    kinds = Tensor | np.ndarray | np.number | int | float
+    if not isinstance(items[0], tuple | list) or not all(isinstance(value, kinds) for value in items[0]):
+        found = [type(value).__name__ for value in items[0]] if isinstance(items[0], tuple | list) else items[0]
+        raise BadParameter("items of the data", found, "tuples of tensors and numbers, or data with its own `collate`")
+    return tuple(default_collate(items))

@@ -90,6 +90,20 @@ def test_rows_that_count(fields, rows, options, ap50):
         assert scores.totals["APf"] == scores.ap[0] and math.isnan(scores.totals["APc"])
 
 
+@pytest.mark.parametrize("shape", [None, [[10, 10, 40, 10, 10, 40]], {"size": [100, 100], "counts": [1010, 100, 8890]}])
+def test_an_area_that_is_not_given_is_that_of_the_shape_or_of_the_box(shape):
+    """A triangle of 30 by 30 and runs of 100 pixels are small objects in a box of medium size."""
+    given = truth()
+    for annotation in given["annotations"]:
+        annotation |= {"bbox": [10, 10, 40, 40]}
+        del annotation["area"]
+        annotation |= {"segmentation": shape} if shape else {}
+    totals = evaluate(given, [row(i, c, box=[10, 10, 40, 40]) for i, c in ((1, 3), (2, 5))]).totals
+    size, other = ("APs", "APm") if shape else ("APm", "APs")
+    assert totals[size] == 100 and math.isnan(totals[other])
+    assert all("area" not in annotation for annotation in given["annotations"])
+
+
 def test_ids_of_boxes_do_not_matter_and_images_may_have_names():
     """Tools count from 0, files that were put together hold an id twice; the matching takes 0 for "not found"."""
     given, names = truth(), {1: "00fe", 2: "b"}

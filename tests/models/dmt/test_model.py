@@ -77,6 +77,10 @@ def test_teachers_are_frozen_copies_without_autograd_and_the_student_is_exported
     assert torch.equal(exported(images), distil.eval().student(images))
 
 
+def test_without_a_loss_nothing_is_trained():
+    refuses((lambda: DMT(build("pocket"), [48], map_weight=0, token_weight=0, decoder="pocket"), "token_weight"))
+
+
 def test_teachers_of_another_grid_are_refused(images):
     tokens = [torch.rand(4, 65, 48)]  # the token loss alone would compare other positions
     refuses((lambda: DMT(build("pocket"), [48], map_weight=0, decoder="pocket")(images, tokens), "65"))

@@ -239,4 +239,5 @@ def test_what_would_silently_give_wrong_maps_is_refused():
         (lambda: twin(x, TEXTS), "bare land"),
         (lambda: model(x), "None"),
         (lambda: segment(twin, x[0], tile=16, overlap=16), "16"),
+        (lambda: segment(lambda x: x[:, :1].expand(-1, 300, -1, -1), x[0]), "300"),
     )

@@ -236,6 +236,7 @@ def test_what_would_run_wrongly_is_refused():
         (lambda: build(depth=0), "1 to 3"),
         (lambda: build(official_quirks=True, prompts=7), "5"),
         (lambda: build(official_quirks=True, regions=3), "4"),
+        (lambda: build(mm_layers=0).maps(images()), "mm_layers"),
     )
     assert model.sentences == tuple(SENTENCES), "what is refused changes nothing"
 

@@ -48,6 +48,11 @@ def test_draws_follow_the_recipe() -> None:
         assert np.ptp(found) > 0.9 * (high - low)
 
 
+def test_seeds_are_whole_numbers_of_any_type_from_0_on() -> None:
+    assert Recipe().draw(np.int64(3)) == Recipe().draw(3) == Recipe().draw([3])
+    refuses(*((lambda seed=seed: Recipe().draw(seed), "seed") for seed in (-1, 0.5, [2, -1])))
+
+
 def test_numbers_of_a_prompt_are_those_of_the_operation(photo: Tensor) -> None:
     flat = torch.full((3, 64, 64), 0.5)
     assert abs(float((degrade(flat, [Op("noise", 0.08)], 0) - flat).std()) - 0.08) < 0.002

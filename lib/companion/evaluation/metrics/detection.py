@@ -25,6 +25,7 @@ from . import checked
 
 with extra("detection"):
     from faster_coco_eval import COCO, COCOeval_faster
+    from faster_coco_eval.core import mask as rle
 
 BLOCK = 250_000  # images x classes scored at once: about half a GB
 KINDS = ("bbox", "segm")
@@ -114,6 +115,10 @@ def evaluate(
         # it also treats a box with id 0, or a duplicate id, as unmatched; the ids have no other use
         entry |= {"id": i, "image_id": number[entry["image_id"]]}
     gt = COCO(truth)
+    for entry in truth["annotations"]:
+        if entry.get("area") is None:  # the library would take it for 0
+            *_, w, h = entry.get("bbox", (0, 0))
+            entry["area"] = rle.area(gt.annToRLE(entry)) if entry.get("segmentation") else w * h
     own = [{**row, "image_id": number[row["image_id"]]} for row in rows]
     dt = gt.loadRes(own) if own else COCO(truth | {"annotations": []})
     run = COCOeval_faster(gt, dt, kind, lvis_style=lvis, print_function=lambda *_: None)

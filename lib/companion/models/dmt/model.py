@@ -163,6 +163,10 @@ class DMT(nn.Module):
         check_range("teachers", len(widths), 1)
         self.widths = tuple(widths)
         self.visible = visible(student.patches, mask_ratio)
+        if not (token_weight or map_weight):
+            raise BadParameter(
+                "token_weight", 0, "more than 0 where map_weight is 0: without a loss nothing is learned"
+            )
         self.token_weight, self.map_weight = token_weight, map_weight
         self.target_norms = nn.ModuleList(TargetNorm(width, target_norm, statistics) for width in widths)
         check_choice("decoder", decoder, DECODERS)

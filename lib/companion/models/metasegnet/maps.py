@@ -110,7 +110,14 @@ def segment(predict: Predict, image: Tensor, **options: int) -> Tensor:
     """The most likely class of each pixel, (H, W) uint8, of an image (3, H, W) of any size; options as `bands`."""
     height, width = image.shape[-2:]
     parts = bands(predict, reader(image), (height, width), **options)
-    return torch.cat([logits.argmax(0).to(torch.uint8).cpu() for _, logits in parts])
+    return torch.cat([_numbers(logits) for _, logits in parts])
+
+
+def _numbers(logits: Tensor) -> Tensor:
+    """The class of each pixel, uint8 on the CPU, of logits (C, h, w)."""
+    if len(logits) > NODATA:
+        raise BadParameter("classes", len(logits), f"1 to {NODATA}: a map has 8 bits, and {NODATA} is no data")
+    return logits.argmax(0).to(torch.uint8).cpu()
 
 
 def label(
@@ -146,7 +153,7 @@ def label(
             file.write_colormap(1, colours | {NODATA: (0, 0, 0, 0)})
             file.update_tags(**{f"CLASS_{i}": name for i, name in enumerate(names)})
             for top, logits in bands(network, lambda *at: pixels(raster.read(*at)), raster.size, **options):
-                classes = logits.argmax(0).to(torch.uint8).cpu().numpy()  # (rows, W)
+                classes = _numbers(logits).numpy()  # (rows, W)
                 classes = np.where(raster.valid(top, 0, *classes.shape), classes, np.uint8(NODATA))
                 file.write(classes, 1, window=rasterio.windows.Window(0, top, width, len(classes)))
     return Path(out)

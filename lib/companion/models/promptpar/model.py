@@ -242,7 +242,9 @@ class PromptPAR(PromptedTower, WithTexts, Released):
 
     @torch.no_grad()
     def maps(self, images: Tensor) -> Maps:
-        """Attention and similarity maps of images (b, 3, H, W). Without a fusion block there are none: `KeyError`."""
+        """Attention and similarity maps of images (b, 3, H, W). Raises `BadParameter`: there is no fusion block."""
+        if not self.blocks:
+            raise BadParameter("mm_layers", 0, "1 or more: the maps are of the last block of the fusion")
         _, out = self.forward_intermediates(images)
         patches = self.grid[0] * self.grid[1]
         classes = [0, *self.class_positions[1:].tolist()]  # [CLS], also where the released code reads its neighbour

@@ -427,4 +427,7 @@ def _jpeg(y: Tensor, quality: int) -> Tensor:
 
 
 def _numbers(seed: int | Sequence[int]) -> tuple[int, ...]:
-    return (seed,) if isinstance(seed, int) else tuple(seed)
+    numbers = tuple(np.atleast_1d(seed).tolist())
+    if not all(isinstance(number, int) and number >= 0 for number in numbers):
+        raise BadParameter("seed", seed, "a whole number, 0 or more, or several")
+    return numbers
