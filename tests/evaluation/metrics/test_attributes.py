@@ -16,6 +16,7 @@ def test_scores_by_hand_and_a_probability_at_the_threshold_is_negative():
 def test_predicted_attributes_are_named_the_most_probable_first():
     found = decode(np.array([[0.88, 0.05, 0.9], [0.1, 0.1, 0.1]]), ["hat", "bag", "boots"])
     assert [list(row.items()) for row in found] == [[("boots", 0.9), ("hat", 0.88)], []]
+    assert decode(np.array([[0.45, 0.5]]), ["hat", "bag"], 0.45) == [{"bag": 0.5}], "more than the threshold"
 
 
 def test_what_cannot_be_scored_is_refused():
