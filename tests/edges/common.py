@@ -150,7 +150,7 @@ def check(edge: Edge, *, numbers: Callable[[Any], Tensor]) -> int:
         for other in same(value) if isinstance(value, np.ndarray | Tensor) else ():
             count += 1
             found = numbers(edge.call(**{**edge.given, name: other}))
-            assert found.allclose(plain, rtol=1e-5), (
+            assert found.allclose(plain, rtol=1e-5, atol=1e-6), (
                 f"{name} as {getattr(other, 'dtype', list)} of {type(other)} gives {found}"
             )
     return count

@@ -17,6 +17,7 @@ from transformers import BertConfig, BertModel, BertTokenizer
 from companion.data import DATASETS, landcover
 from companion.data.landcover import LOVEDA, OEM, POTSDAM
 from companion.models import metasegnet
+from companion.training.recipe import run
 from tests.data import test_landcover as layouts
 from tests.data.test_rasters import noise, written
 from tests.models.common import draw
@@ -191,7 +192,7 @@ def inputs(name: str, model: Any, batch: int) -> tuple[Any, ...]:
 
 def train(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
     _, training, tests = recipe.setting(p)
-    history = recipe.train(training)[1]
+    history = run(training)[1]
     test = tests["test"]
     hardware = training.fit["hardware"]
     counts = recipe.confusion(training.build(), test, recipe.texts_of(p, test), hardware=hardware).float()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -150,6 +151,8 @@ def small(recipe: ModuleType, patch: pytest.MonkeyPatch) -> None:
         return encoders.build("pocket_vit")
 
     patch.setattr(recipe.backbones, "build", small)
+    seen = recipe.input_of
+    patch.setattr(recipe, "input_of", lambda name: replace(seen(name), size=32 if name == "vit_b16" else 224))
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {

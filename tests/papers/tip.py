@@ -15,6 +15,7 @@ import torch
 from companion.data import restoration
 from companion.io.files import write_json
 from companion.training.hardware import Hardware
+from companion.training.recipe import run
 from tests.data.conftest import expect
 from tests.data.test_restoration import picture
 from tests.papers.common import Fault, Found, Training, images, moved, spoil, without
@@ -146,7 +147,7 @@ def train(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
     pipe, p.dry_run = recipe.build(), False
     data = recipe.samples(recipe.Generated(4, p.size, 0), p.size, p.method, 0)
     with mock.patch.multiple(recipe, EPOCHS=1, BATCH=2):
-        history = recipe.train(p, pipe, data)
+        _, history = run(recipe.training(p, pipe, data))
     restored = recipe.restore(pipe, [data[i] for i in range(2)], steps=2, hardware=Hardware.of(p, "tip"))
     assert restored.dtype == torch.float32 and 0 <= restored.min() < restored.max() <= 1
     return history, None

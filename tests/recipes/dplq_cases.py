@@ -206,7 +206,7 @@ def _selection(case: Case) -> list[Row]:
     expected, options = case.expected, recipe.fit_options(given(seed=7))
     model, items = nn.Linear(3, 4), TensorDataset(torch.randn(12, 3), torch.arange(12) % 4)
     with tempfile.TemporaryDirectory() as folder:
-        run(Training("toy", lambda: model, loss, lambda: items, options | {"epochs": 3, "hardware": CPU}), folder)
+        run(Training("toy", lambda: model, loss, items, options | {"epochs": 3, "hardware": CPU}), folder)
         (file,) = (Path(folder) / "trained").iterdir()
         saved = load_file(file)["weight"]
     sets = {part: _Listed(each) for part, each in (("train", 30), ("val", 9), ("test", 20))}
@@ -262,7 +262,7 @@ def training(case: Case) -> Training:
         "schedule": recipe.learning_rates(epochs, plan["warmup_epochs"], plan["warmup_lr"]),
         "hardware": CPU,
     }
-    return Training(case.name, lambda: model, loss, lambda: InOrder(every, length), options)
+    return Training(case.name, lambda: model, loss, InOrder(every, length), options)
 
 
 def _trajectory(case: Case) -> list[Row]:

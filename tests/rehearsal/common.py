@@ -17,8 +17,10 @@ from types import ModuleType, SimpleNamespace
 
 import pandas as pd
 import pytest
+from torch import nn
 from torch.utils.data import DataLoader
 
+from companion import backbones
 from companion.errors import CompanionError
 from companion.io.papers import paper
 from companion.runs import needs
@@ -50,7 +52,8 @@ def prepare(slug: str, run: Mapping[str, object], root: Path, patch: pytest.Monk
 def rehearse(slug: str, run: Mapping[str, object], folder: Path, patch: pytest.MonkeyPatch) -> pd.DataFrame:
     """The measured rows of a dry run on the CPU, in a folder of its own.
 
-    What a loader reads can be pickled, for processes that are spawned, as on macOS.
+    Each list is read once, each backbone built once. What a loader reads can be pickled, for processes that are
+    spawned, as on macOS.
     """
     recipe, changes = prepare(slug, run, folder / "data", patch)
 
@@ -62,26 +65,29 @@ def rehearse(slug: str, run: Mapping[str, object], folder: Path, patch: pytest.M
     for name, module in list(sys.modules.items()):
         if name.startswith("companion.") and hasattr(module, "DataLoader"):
             patch.setattr(module, "DataLoader", Sent)
+    build, built = backbones.build, Counter[str]()
+
+    def counted(name: str, *args: object, **options: object) -> nn.Module:
+        built[name] += 1
+        return build(name, *args, **options)
+
+    patch.setattr(backbones, "build", counted)
     opened.clear()
     recipe.run(given := parameters(slug, accelerator="cpu", **changes), folder / "out")
     read = {name: count for name, count in opened.items() if name.startswith(f"{folder}/data/")}
     assert not {name for name, count in read.items() if count > 1 and not re.search(AGAIN, name)}, read
+    assert not built or max(built.values()) == 1, built
     rows = recipe.RESULTS.measured(folder / "out" / "measured.csv")
     assert all(of_run(row, vars(given)) for row in rows.to_dict("records")), "they are found by the parameters"
     return rows
 
 
 def refused(slug: str, fault: Fault, folder: Path, patch: pytest.MonkeyPatch) -> None:
-    """A dry run on the damaged miniature ends before its first step, with an error that names the file."""
+    """What opens a dry run on the damaged miniature, and computes nothing, ends with an error that names the file."""
     recipe, changes = prepare(slug, fault.run, folder / "data", patch)
     path = fault.damage(folder / "data")
-
-    def step(*args: object, **options: object) -> None:
-        raise AssertionError("a step was taken")
-
-    patch.setattr("companion.training.recipe.fit", step)
     with pytest.raises(CompanionError, match=fault.words) as error:
-        recipe.run(parameters(slug, accelerator="cpu", **changes), folder / "out")
+        recipe.prepare(parameters(slug, accelerator="cpu", **changes), folder / "out")
     assert path.name in str(error.value), error.value
 
 

@@ -96,7 +96,7 @@ def test_a_run_on_real_data_looks_for_it_before_anything_else(slug, tmp_path, mo
     report.start(slug, given | {"dry_run": True})
 
 
-def test_a_run_opens_data_and_asks_for_memory_and_disk_before_anything_else(tmp_path, monkeypatch, capsys):
+def test_a_run_opens_data_and_asks_for_memory_and_disk_before_anything_else(tmp_path, monkeypatch):
     """A frame that is missing is known in the first cell; so is a step that does not fit, and a full disk."""
     bat.write("rgbt/lasher", tmp_path, monkeypatch)
     shrink("bat", monkeypatch)
@@ -106,7 +106,7 @@ def test_a_run_opens_data_and_asks_for_memory_and_disk_before_anything_else(tmp_
         return report.start("bat", vars(parameters("bat", accelerator="cpu", out=str(tmp_path / "o"), **given)))
 
     start().release()
-    assert not capsys.readouterr().out and not any((tmp_path / "o").iterdir())
+    assert not any((tmp_path / "o").iterdir())
     (group := tmp_path / "group").mkdir()
     for name, value in {"max": 2 << 30, "current": 2 << 30}.items():
         (group / f"memory.{name}").write_text(f"{value}\n")

@@ -14,10 +14,12 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from companion.errors import BadParameter, CompanionError
+from companion.io.papers import slugs
 from companion.training.callbacks import EMA, Callback, ClipNorm, Lookahead, ema_copy
 from companion.training.checkpoints import Checkpoint
 from companion.training.fit import fit, outputs_of
 from companion.training.hardware import Hardware, evaluating
+from companion.training.recipe import Opened
 from companion.training.schedules import adamw
 from tests.conftest import parameters
 from tests.simulated import simdevice
@@ -284,12 +286,19 @@ def test_a_tracker_computes_where_it_is(method):
     assert all(part.is_cuda for part in model(*given) if part is not None)
 
 
-@pytest.mark.parametrize(("changes", "kind"), [({"task": "train"}, "cpu"), ({"task": "test"}, "cuda")])
-def test_a_pipeline_moves_to_the_gpu_unless_a_training_does_it(changes, kind, monkeypatch):
+@pytest.mark.parametrize("slug", slugs())
+def test_what_is_prepared_is_on_the_cpu(slug, monkeypatch, tmp_path):
     """Processes for several devices must be forked before a GPU is used."""
-    recipe = shrink("tip", monkeypatch)
-    pipe = recipe.pipeline(parameters("tip", profile="paper", dry_run=True, data_root="nowhere", **changes), "TIP")
-    assert {part.device.type for part in (pipe.unet, pipe.vae, pipe.text_encoder)} == {kind}
+    recipe = shrink(slug, monkeypatch)
+    found = recipe.prepare(parameters(slug, profile="paper", dry_run=True, data_root="nowhere"), tmp_path)
+    ready = all_opened(found)
+    assert ready and all(not part.is_cuda for one in ready for part in one.model.state_dict().values())
+
+
+def all_opened(found: object) -> list[Opened]:
+    if isinstance(found, Opened):
+        return [found]
+    return [one for part in found for one in all_opened(part)] if isinstance(found, (list, tuple)) else []
 
 
 def tensors(found: object) -> list[torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -57,6 +58,11 @@ def test_arrays_of_another_shape_too_large_or_damaged_are_refused(tmp_path, monk
         patch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=10))
         refuses((lambda: fill(torch.zeros(2, 3)), "0.0 are free"), error=CompanionError)
     fill(torch.zeros(4, 3))
+    (tmp_path / "a" / "cache.json").write_text('{"done": 2}')
+    with monkeypatch.context() as patch:  # the rows that are there need no place
+        patch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=2 * 3 * 4))
+        fill(torch.ones(2, 3))
+    assert np.load(tmp_path / "a" / "0.npy").sum() == 2 * 3
     (tmp_path / "a" / "cache.json").write_text('{"done": 2}')
     (tmp_path / "a" / "0.npy").write_bytes((tmp_path / "a" / "0.npy").read_bytes()[:140])
     refuses((lambda: fill(torch.zeros(2, 3)), r"0\.npy.*delete"), error=CorruptFile)  # not lengthened

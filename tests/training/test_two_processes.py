@@ -220,8 +220,8 @@ def teachers_are_cached_in_another_process() -> None:
         forward = dmt.Teachers.forward
         patch.setattr(dmt.Teachers, "forward", elsewhere)
         usual = {"profile": "paper", "accelerator": "cpu", "dry_run": True, "student": "tiny"}
-        _, training = dmt.distillation(parameters("dmt", **usual, devices=2, cached=True), Path(), real=False)
-        assert len(dmt.train(training)[1]) == 2
+        _, training, _ = dmt.distillation(parameters("dmt", **usual, devices=2, cached=True), Path(), real=False)
+        assert len(dmt.train(dmt.opened(training))[1]) == 2
 
 
 MECHANISMS = (

@@ -15,8 +15,7 @@ from ...evaluation.tables import Results
 from ...io import papers
 from ...training.callbacks import EarlyStop
 from ...training.hardware import WORKERS, Hardware
-from ...training.recipe import Training
-from ...training.recipe import run as train
+from ...training.recipe import Opened, Training, opened, train
 from ...training.schedules import schedule, sgd
 from ..layers.classifying import Data, FineTuning, LinearProbe, Parameters, Tested, accuracy, weights
 from ..layers.classifying import data as images_of
@@ -29,10 +28,17 @@ METHODS: dict[str, type[nn.Module]] = {"NAME": NAME, "linear probing": LinearPro
 RESULTS = Results.of("SLUG")
 
 
+def prepare(p: Parameters, out: Path) -> tuple[Data, Opened]:
+    """The images of a run, and its training with model and checkpoint: all that it reads is opened, nothing is
+    trained."""
+    found = data(p)
+    return found, opened(training(p, found), out)
+
+
 def run(p: Parameters, out: Path) -> Tested:
     """Train and test `p.method` as published; the accuracy becomes a row of `out`/measured.csv."""
-    found = data(p)
-    model, history = train(training(p, found), out)
+    found, ready = prepare(p, out)
+    model, history = train(ready)
     score = accuracy(model, found.splits["test"], hardware(p))
     row = {"backbone": p.backbone, "method": p.method, "dataset": found.dataset, "seed": p.seed, "accuracy": score}
     RESULTS.measured(out / "measured.csv", row, dry_run=p.dry_run)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import ast
 import contextlib
 import datetime
-import functools
 import importlib
 import io
 import itertools
@@ -40,7 +39,7 @@ from ..evaluation.claims import SPREAD, SYNTHETIC, counts, evidence, judge, judg
 from ..io import record
 from ..io.files import atomic, check_folder, sha256, write_json
 from ..io.papers import convert, paper, rules, slugs, threads
-from ..training.hardware import Hardware, opens
+from ..training.hardware import Hardware
 from ..viz import plots
 from ..viz.tables import show_table
 from . import needs
@@ -145,7 +144,7 @@ def start(slug: str, namespace: Mapping[str, Any]) -> Run:
     if values.get("profile") == "paper":  # before anything is trained at pocket scale
         recipe = importlib.import_module(f"companion.models.{slug}.recipe")
         try:
-            opens(functools.partial(recipe.run, run.parameters, run.out))
+            recipe.prepare(run.parameters, run.out)
             needs.check(slug, run.parameters, run.out)
         except BaseException:
             run.release()

@@ -19,7 +19,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -96,6 +96,59 @@ def same_shapes(images: Sequence[Tensor], most: Count) -> list[list[int]]:
     return [group[i : i + most] for group in groups.values() for i in range(0, len(group), most)]
 
 
+class Plan(NamedTuple):
+    """What is known of a training before its first step.
+
+    Attributes:
+        rates: (groups, steps) learning rates of the parameter groups.
+        settings: identity of the training.
+        saved: the checkpoint to resume.
+    """
+
+    steps: int
+    per_epoch: int
+    optimizer: torch.optim.Optimizer
+    rates: np.ndarray
+    settings: dict[str, Any]
+    saved: dict[str, Any] | None
+
+
+def plan(
+    model: nn.Module,
+    data: Sized,
+    *,
+    epochs: float,
+    batch: int,
+    optimizer: MakeOptimizer,
+    schedule: Schedule | Mapping[str, Schedule] | None = None,
+    callbacks: Sequence[Callback] = (),
+    checkpoint: Checkpoint | None = None,
+    seed: int = 0,
+    hardware: Hardware = Hardware(),
+    last: str = "drop",
+    name: str = "",
+) -> Plan:
+    """The `Plan` of `fit` with the same arguments, and its errors: the checkpoint is read, nothing is computed."""
+    _check_batches(len(data), batch, last, hardware)
+    per_epoch = -(-len(data) // batch) if last == "train" else len(data) // batch
+    steps = max(1, round(epochs * per_epoch))
+    if any(p.is_meta for p in model.parameters()):
+        raise BadParameter("model", type(model).__name__, "one with weights, none on the device 'meta'")
+    optim = optimizer(model)
+    if isinstance(optim, torch.optim.LBFGS):
+        raise BadParameter("optimizer", "LBFGS", "one that needs no closure, such as `adamw` and `sgd` make")
+    given = {p for group in getattr(optim, "param_groups", ()) for p in group["params"]}
+    if given - {*model.parameters()} or not any(p.requires_grad and not p.is_inference() for p in given):
+        accepted = "one of the model's own parameters, of which some require a gradient"
+        raise BadParameter("optimizer", type(optim).__name__, accepted)
+    rates = _learning_rates(optim, scheduled() if schedule is None else schedule, steps, per_epoch)
+    settings: dict[str, Any] = {"steps": steps, "batch": batch, "images": len(data), "seed": seed, "last": last}
+    settings |= {"accumulate": hardware.accumulate, "precision": hardware.precision} | _settings(optim, rates)
+    settings["callbacks"] = [_callback_settings(callback, steps) for callback in callbacks]
+    saved = checkpoint.read(model, settings) if checkpoint else None
+    return Plan(steps, per_epoch, optim, rates, settings, saved)
+
+
 @typed
 @torch.inference_mode(False)  # whatever the modes of the caller are
 @torch.enable_grad()
@@ -149,23 +202,10 @@ def fit(
             parameters were not finite. The checkpoint before remains.
         CorruptFile: the checkpoint cannot be read.
     """
-    _check_batches(len(data), batch, last, hardware)
-    per_epoch = -(-len(data) // batch) if last == "train" else len(data) // batch
-    steps = max(1, round(epochs * per_epoch))
-    if any(p.is_meta for p in model.parameters()):
-        raise BadParameter("model", type(model).__name__, "one with weights, none on the device 'meta'")
-    optim = optimizer(model)
-    if isinstance(optim, torch.optim.LBFGS):
-        raise BadParameter("optimizer", "LBFGS", "one that needs no closure, such as `adamw` and `sgd` make")
-    given = {p for group in getattr(optim, "param_groups", ()) for p in group["params"]}
-    if given - {*model.parameters()} or not any(p.requires_grad and not p.is_inference() for p in given):
-        accepted = "one of the model's own parameters, of which some require a gradient"
-        raise BadParameter("optimizer", type(optim).__name__, accepted)
-    rates = _learning_rates(optim, scheduled() if schedule is None else schedule, steps, per_epoch)
-    settings: dict[str, Any] = {"steps": steps, "batch": batch, "images": len(data), "seed": seed, "last": last}
-    settings |= {"accumulate": hardware.accumulate, "precision": hardware.precision} | _settings(optim, rates)
-    settings["callbacks"] = [_callback_settings(callback, steps) for callback in callbacks]
-    saved = checkpoint.read(model, settings) if checkpoint else None
+    options: dict[str, Any] = {"epochs": epochs, "batch": batch, "last": last, "seed": seed, "hardware": hardware}
+    options |= {"optimizer": optimizer, "schedule": schedule, "callbacks": callbacks, "checkpoint": checkpoint}
+    steps, per_epoch, optim, rates, settings, saved = plan(model, data, **options)
+    given = [p for group in optim.param_groups for p in group["params"]]
     for callback in callbacks:
         callback.begin()
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import itertools
 import os
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -104,35 +102,10 @@ def device(accelerator: str) -> str:
 AUTO, CPU = Hardware(), Hardware("cpu")
 
 
-class _Opened(Exception):
-    """Everything that is read before the first step has been."""
-
-
-_only_opens: ContextVar[bool] = ContextVar("only_opens", default=False)
-
-
-def opens(run: Callable[[], object]) -> None:
-    """Call a training with its tests, or tests alone, up to the first step: data, weights and checkpoints are opened,
-    what the function prints is not shown, and nothing is computed. Its errors are raised."""
-    token = _only_opens.set(True)
-    try:
-        with contextlib.suppress(_Opened), contextlib.redirect_stdout(io.StringIO()):
-            run()
-    finally:
-        _only_opens.reset(token)
-
-
-def launcher(hardware: Hardware, devices: int = 1) -> Fabric:
-    """The `Fabric` of `hardware`, for one device unless more are requested.
-
-    Processes for several devices are forked, so that what a notebook defines can be trained on them.
-
-    Raises `BadParameter`: a GPU that is not there, or a precision that Fabric would replace on the CPU.
-    """
-    from lightning_fabric import Fabric
+def check_devices(hardware: Hardware, devices: int = 1) -> str:
+    """The accelerator of `hardware`. Raises `BadParameter`: a GPU that is not there, or a precision that Fabric would
+    replace on the CPU."""
     from lightning_fabric.accelerators import MPSAccelerator
-    from lightning_fabric.plugins.environments import LightningEnvironment
-    from lightning_fabric.strategies import DDPStrategy
 
     chosen = device("auto") if hardware.accelerator == "auto" else hardware.accelerator
     there = {"cuda": torch.cuda.is_available, "mps": MPSAccelerator.is_available}.get(chosen)
@@ -142,8 +115,21 @@ def launcher(hardware: Hardware, devices: int = 1) -> Fabric:
         raise BadParameter("devices", devices, f"1 to {known}, the GPUs there are")
     if hardware.precision in {"cpu": ("16-mixed", "tf32"), "mps": ("tf32",)}.get(chosen, ()):
         raise BadParameter("precision", hardware.precision, f"32-true or bf16-mixed: this one is not for {chosen}")
-    if _only_opens.get():
-        raise _Opened
+    return chosen
+
+
+def launcher(hardware: Hardware, devices: int = 1) -> Fabric:
+    """The `Fabric` of `hardware`, for one device unless more are requested.
+
+    Processes for several devices are forked, so that what a notebook defines can be trained on them.
+
+    Raises `BadParameter` as `check_devices`.
+    """
+    from lightning_fabric import Fabric
+    from lightning_fabric.plugins.environments import LightningEnvironment
+    from lightning_fabric.strategies import DDPStrategy
+
+    chosen = check_devices(hardware, devices)
     # unused: a loss may leave parameters out, as PromptPAR's without regions; `fit` averages the buffers, which DDP
     # would replace by those of the first process
     ddp = {"start_method": "fork", "find_unused_parameters": True, "broadcast_buffers": False}

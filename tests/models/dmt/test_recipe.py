@@ -37,8 +37,8 @@ def small(monkeypatch):
 @pytest.mark.parametrize("devices", [1, 2])
 def test_a_dry_run_has_the_images_of_two_steps_on_all_devices(devices, monkeypatch, tmp_path):
     monkeypatch.setattr(runs, "MICRO_BATCH", 1)
-    _, training = runs.distillation(given(devices=devices), tmp_path, real=False)
-    assert len(training.data()) == 2 * devices
+    _, training, _ = runs.distillation(given(devices=devices), tmp_path, real=False)
+    assert len(training.data) == 2 * devices
 
 
 def written_out(model, images, noises, r, warmup):
@@ -123,7 +123,7 @@ def test_choices_of_the_reconstruction():
 def test_a_students_file_names_its_choices_and_its_size(tmp_path):
     """Its results would be filed under the parameters."""
     taught, file = given(teachers="DINO", losses="map", cached=True), str(tmp_path / "student.safetensors")
-    _, training = runs.distillation(taught, tmp_path, real=False)
+    _, training, _ = runs.distillation(taught, tmp_path, real=False)
     model = training.build()
     checkpoints.save(tmp_path, "student", training.weights(model), training.metadata(model))
     mine = {name: getattr(taught, name) for name in runs.DISTILLED} | {"weights": file}

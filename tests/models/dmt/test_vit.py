@@ -52,6 +52,13 @@ def test_attention_of_the_cls_token(images):
     assert figures.attention({"student": vit}, torch.zeros(1, 3, 32, 72))["student"].shape == (1, 4, 9)
 
 
+def test_by_default_it_is_vit_b16():
+    with torch.device("meta"):
+        vit = ViT()
+    sizes = {"blocks": len(vit.blocks), "heads": vit.blocks[0].attn.num_heads, "width": vit.width, "N": vit.patches}
+    assert sizes == {"blocks": 12, "heads": 12, "width": 768, "N": 196}
+
+
 def test_gradient_checkpointing_changes_no_gradient(images):
     assert_recomputed_gradients_are_equal(student, lambda vit: vit.forward_features(images).square().mean())
 

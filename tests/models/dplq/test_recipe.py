@@ -80,7 +80,7 @@ def test_both_transfers_test_the_weights_of_one_training(pocket, sets, tmp_path,
 
 def test_base_to_novel_trains_on_the_base_classes_alone(pocket, sets, tmp_path):
     p = given(method="CoCoOp", data_root=sets)
-    tests, train = recipe.run(p, tmp_path).tests, training(p).data()
+    tests, train = recipe.run(p, tmp_path).tests, training(p).data
     assert [len(data) for data in tests.values()] == [24, 24] and list(tests) == ["base", "novel"]
     assert tuple(tests["novel"].class_names) == ("no brain tumor", "pituitary")
     assert tuple(train.class_names) == tuple(tests["base"].class_names) == ("glioma", "meningioma")
@@ -168,7 +168,7 @@ def test_half_precision_weights_lose_most_of_the_steps():
     """The authors' float16 tensors: entries that a first step leaves as they are, at both ends of the schedule."""
     case = Case(folder() / "dplq" / "trajectory_depth3")
     training = dplq_cases.training(case)
-    model, data = training.build().train(), training.data()
+    model, data = training.build().train(), training.data
     items = [data[i] for i in range(training.fit["batch"])]
     loss(model, tuple(torch.stack(column) for column in zip(*items, strict=True))).backward()
     parts = [p for name, p in model.trained().items() if name.startswith(("ctx", "meta_net", "proj", "mix_text"))]

@@ -67,7 +67,7 @@ def reports(tmp_path):
 def test_pairs_of_mimic_and_of_ones_own_folder(tmp_path, reports, small):
     def pairs(method="ECAMP", **changes):
         p = pretraining(method=method, **{"dataset": "xrays/mimic-cxr", "data_root": str(tmp_path)} | changes)
-        return recipe.pretraining(p, tmp_path).data()
+        return recipe.pretraining(p, tmp_path).data
 
     item = pairs()[0]
     assert item.images.shape == (3, 448, 448) and item.window.tolist() == [1, 1]
@@ -89,7 +89,7 @@ def test_images_are_read_and_augmented_in_the_loaders_processes(tmp_path, report
     monkeypatch.setattr(recipe, "WORKERS", 1)
     training = recipe.pretraining(pretraining(dataset="xrays/mimic-cxr", data_root=str(tmp_path)), tmp_path)
     monkeypatch.setattr(decoding, "unit", elsewhere)
-    (batch,) = loop._batches(training.data(), 3, 1, 0, 0, 1, 0, 1, training.fit["hardware"].workers)
+    (batch,) = loop._batches(training.data, 3, 1, 0, 0, 1, 0, 1, training.fit["hardware"].workers)
     assert batch[0].shape == (3, 3, 448, 448)
 
 
@@ -154,8 +154,9 @@ def test_outputs_are_scored_without_autocast(small):
 def test_the_test_is_in_float32_as_the_authors(precision, tested, monkeypatch, tmp_path):
     """They rebuild the model for it; validation has the training's precision."""
     asked = []
-    monkeypatch.setattr(recipe, "downstream", lambda p, real: (None, {"test": None}))
-    monkeypatch.setattr(recipe, "train", lambda training, out: (None, []))
+    monkeypatch.setattr(recipe, "downstream", lambda p, real: (None, {"test": "images"}))
+    monkeypatch.setattr(recipe, "opened", lambda training, out: training)
+    monkeypatch.setattr(recipe, "train", lambda training: (training, []))
     monkeypatch.setattr(recipe, "evaluate", lambda p, model, part: asked.append(p.precision) or 50.0)
     recipe.run(given(precision=precision), tmp_path)
     assert asked == [tested]

@@ -68,7 +68,7 @@ def test_a_dry_run_without_features_embeds_regions_of_a_few_slides(tmp_path, mon
 @pytest.mark.parametrize("sampling", ["uniform", "weighted"])
 def test_sampling_is_what_the_parameter_says(sampling):
     part = TensorDataset(torch.zeros(8, 3, 16, 384), torch.ones(8, 3) > 0, torch.tensor([0] * 7 + [5]))
-    shown = recipe.of_fold(given(sampling=sampling), 0, (part, None), 6).data()
+    shown = recipe.of_fold(given(sampling=sampling), 0, (part, None), 6).data
     torch.manual_seed(0)
     high = sum(int(shown[i % 8][2]) == 5 for i in range(64))
     assert len(shown) == 8 and (high == 8 if sampling == "uniform" else 16 < high < 48)

@@ -3,7 +3,7 @@
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from companion.models.layers.mae import MAE, masked_pixel_loss, patchify, random_mask, unpatchify
+from companion.models.layers.mae import MAE, Decoder, masked_pixel_loss, patchify, random_mask, unpatchify
 from companion.models.layers.pos_embed import sincos_table
 from tests.models.common import assert_recomputed_gradients_are_equal, draw, refuses
 
@@ -17,6 +17,16 @@ def small(mask_ratio: float = 0.75, **changes) -> MAE:
 def test_gradient_checkpointing_of_a_masked_autoencoder_changes_no_gradient():
     images, noise = draw(2, 3, 32, 32), draw(2, 16)
     assert_recomputed_gradients_are_equal(small, lambda model: model(images, noise))
+
+
+def test_a_decoder_norms_tokens_of_any_size():
+    """MAE's eps is 1e-6: tokens of variance 1e-4 have variance 1 after the norm."""
+    decoder = Decoder(8, 16, 0, 4, 2)
+    decoder.pos_embed.data.zero_()
+    decoder.embed.weight.data *= 0.01 / decoder.embed(draw(1, 5, 8)).std().item()
+    decoder.embed.bias.data.zero_()
+    tokens = decoder(draw(1, 5, 8))
+    torch.testing.assert_close(tokens.var(-1, correction=0), torch.ones(1, 5), rtol=0.05, atol=0)
 
 
 def test_encoders_and_masks_that_would_train_wrongly_are_refused():

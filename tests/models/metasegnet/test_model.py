@@ -155,6 +155,11 @@ def test_words():
     ids, sand = encoder.ids(["", "sand", "Sand!"]), encoder.vocabulary.index("sand")
     assert ids.tolist() == [[row, *[0] * 8] for row in (1, sand, sand)] and encoder.mask(ids).sum() == 3
     refuses((lambda: encoder.ids(["sand " * 10]), "9"))
+    texts = encoder.eval()(encoder.ids(["sand", "clay sand", "clay"]))
+    torch.testing.assert_close(texts[1:2], encoder(encoder.ids(["clay sand"])), **CLOSE)  # by itself
+    encoder.embedding.weight.data *= 1e5  # pre-norm: what the layers add is not larger for it
+    words = encoder.norm(encoder.embedding(ids[:, 0]))
+    torch.testing.assert_close(encoder(ids)[:, 0], words, rtol=0, atol=1e-3)
     zones = Words(["cfa", "bwh"], layers=0).eval()  # a one-hot zone
     found = zones(zones.ids(["Cfa", "BWh", "Cfa"]))
     assert torch.equal(found[0], found[2]) and not torch.equal(found[0, 0], found[1, 0])

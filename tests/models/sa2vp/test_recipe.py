@@ -32,9 +32,9 @@ def tiny(monkeypatch) -> None:
 
 def test_the_paper_profile_names_what_is_missing(tmp_path, monkeypatch, request):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    refuses((lambda: recipe.run(given(), tmp_path), "companion fetch"), error=MissingWeights)
-    request.getfixturevalue("tiny")
-    refuses((lambda: recipe.run(given(data_root=str(tmp_path)), tmp_path), "svhn"), error=MissingData)
+    refuses((lambda: recipe.prepare(given(data_root=str(tmp_path)), tmp_path), "svhn"), error=MissingData)
+    generated = recipe.data(given(dry_run=True))
+    refuses((lambda: recipe.training(given(), generated).build(), "companion fetch"), error=MissingWeights)
 
 
 CROPPED = {"train": ["Resize", "RandomCrop", "RandomHorizontalFlip"]}
@@ -44,7 +44,7 @@ CROPPED |= {"val": ["Resize", "CenterCrop"], "test": ["Resize", "CenterCrop"]}
 def test_swin_has_settings_of_its_own_and_the_same_normalisation():
     expected = {"width": 8, "scale": 1.5, "lr": 1e-3, "batch": 40}
     assert recipe.published_settings("swin_b", "vtab/dmlab") == expected
-    seen = recipe.input_of(backbones.build("swin_b", "random"))
+    seen = recipe.input_of("swin_b")
     assert (seen.mean, seen.std, seen.size) == ((0.5,) * 3, (0.5,) * 3, 224)
 
 

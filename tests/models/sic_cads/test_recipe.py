@@ -149,6 +149,19 @@ def test_detections_of_lvis_are_of_classes_that_count():
     assert 2 <= len(counted.scores) < len(every.scores) == 300
 
 
+@pytest.mark.parametrize(("dataset", "novel"), [("detection/ov-lvis", 100.0), ("detection/ov-coco", 50.0)])
+def test_only_lvis_forgives_classes_that_nobody_looked_for(dataset, novel):
+    """In its style; COCO's annotators looked for all classes in all images."""
+    test = recipe.generated(given(dataset=dataset), 2)
+    truth = test.truth
+    box = next(row for row in truth["annotations"] if row["category_id"] in test.novel)
+    other = next(image["id"] for image in truth["images"] if image["id"] != box["image_id"])
+    rows = [box | {"score": 0.5}, box | {"score": 0.9, "image_id": other}]
+    of = {"name": test.name, "truth": truth | {"annotations": [box]}, "novel": test.novel, "base": test.base}
+    found = SimpleNamespace(test=SimpleNamespace(**of), top=300, detections=lambda branch: rows)
+    assert predictions.Predictions.ap50(found, "")["novel"] == pytest.approx(novel, abs=1)
+
+
 def test_tests_are_in_float32_also_after_a_training_in_half_precision(small):
     test = recipe.generated(given(), 2)
     detect = torch.nn.Linear(4, 80)  # a detector that half precision would change

@@ -17,6 +17,7 @@ from companion.evaluation.metrics.restoration import psnr
 from companion.io.files import read_json
 from companion.models.tip import TIPPipeline, load_adaptor, recipe, save_adaptor
 from companion.models.tip.degradations import BLIND, TASKS, Degraded
+from companion.training.recipe import run
 from tests.conftest import interrupted, parameters
 from tests.models.common import refuses
 from tests.models.tip.test_model import save_narrow
@@ -125,7 +126,7 @@ def test_a_training_is_the_one_written_out(predicted: str, micro_batch: int, dat
         patch.setattr(torch, "randn_like", lambda like, **options: normal(len(like)))
         for name, value in {"EPOCHS": 1, "BATCH": batch, "WARMUP": 3, "MICRO_BATCH": micro_batch}.items():
             patch.setattr(recipe, name, value)
-        history = recipe.train(given(dry_run=False), pipe, InOrder(samples, steps * batch))
+        _, history = run(recipe.training(given(dry_run=False), pipe, InOrder(samples, steps * batch)))
     assert [row["loss"] for row in history] == pytest.approx(losses, rel=1e-3)
     after, still = weights(pipe), 0
     for name, tensor in after.items():

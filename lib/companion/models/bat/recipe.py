@@ -20,8 +20,7 @@ from ...io import papers
 from ...training.callbacks import ClipNorm
 from ...training.fit import Batch
 from ...training.hardware import Hardware, RunParameters
-from ...training.recipe import Training, dry_items
-from ...training.recipe import run as train
+from ...training.recipe import Opened, Training, dry_items, opened, train
 from ...training.schedules import MakeOptimizer, adamw, learning_rates
 from . import crops, tracking
 from .baselines import FeatureFusion, FullFineTuning, HigherPeak, SingleStream
@@ -71,6 +70,15 @@ class Tested(NamedTuple):
     scores: Scores
 
 
+def prepare(p: Parameters, out: Path) -> tuple[Sequence, Opened]:
+    """The test videos of a run, and its training with model and checkpoint: all that it reads is opened, nothing is
+    computed.
+
+    Raises `BadParameter`, `MissingData`, `MissingWeights`, with the change or download needed.
+    """
+    return test_videos(p), opened(training(p, Hardware.of(p, "bat", workers=WORKERS)), out)
+
+
 def run(p: Parameters, out: Path) -> Tested:
     """Train and test as published; the scores become a row of `out`/measured.csv.
 
@@ -79,15 +87,12 @@ def run(p: Parameters, out: Path) -> Tested:
 
     A training resumes from its checkpoint in `out`/checkpoints; its weights are saved under the authors' names as
     `out`/trained/<method>, <rgbt or rgbe>, seed <n>.safetensors, for the parameter `checkpoint`. Tracks of finished
-    videos are kept in `out`/results.
-
-    Raises `BadParameter`, `MissingData`, `MissingWeights`, with the change or download needed.
+    videos are kept in `out`/results. Raises as `prepare`.
     """
-    hardware = Hardware.of(p, "bat", workers=WORKERS)
-    title, sequences = TITLES[p.dataset], test_videos(p)
-    chosen = training(p, hardware)
-    model, _ = train(chosen, out)
-    boxes = tracking.run(model, sequences, out / "results" / title / chosen.name, together=TOGETHER, hardware=hardware)
+    (sequences, ready), title = prepare(p, out), TITLES[p.dataset]
+    model, _ = train(ready)
+    folder, hardware = out / "results" / title / ready.training.name, ready.training.fit["hardware"]
+    boxes = tracking.run(model, sequences, folder, together=TOGETHER, hardware=hardware)
     scores = evaluate(boxes, sequences, RULES[p.dataset])
     source = f"weights of {Path(p.checkpoint).name}" if p.checkpoint else "trained here"
     row = {"method": p.method, "weights": source, "dataset": p.dataset, "seed": p.seed}
@@ -110,7 +115,7 @@ def training(p: Parameters, hardware: Hardware) -> Training:
         name=name,
         build=make,
         loss=loss,
-        data=None if pairs is None else lambda: pairs,
+        data=pairs,
         fit=fit_options() | options | {"name": p.method},
         facts={"videos": [video.name for video in getattr(pairs, "sequences", ())]},
         weights=BAT.to_official,

@@ -33,8 +33,7 @@ from ...io import papers
 from ...training import checkpoints
 from ...training.fit import Loss, outputs_of
 from ...training.hardware import Hardware, RunParameters, apart, device
-from ...training.recipe import Training, dry_items
-from ...training.recipe import run as train
+from ...training.recipe import Opened, Training, dry_items, opened, train
 from ...training.schedules import adamw, learning_rates, schedule, sgd
 from . import cache as dmt_cache
 from . import downstream as down
@@ -91,36 +90,53 @@ class Result(NamedTuple):
     teachers: dict[str, ViT]
 
 
-def run(p: Parameters, out: Path) -> Result:
-    """Train `p.task`, and test a downstream one: its scores become rows of `out`/measured.csv.
+class Stage(NamedTuple):
+    """A task of a run: its parameters, the title of its data, its training, and of a downstream one the scores."""
 
-    A stopped training resumes from `out`/checkpoints, the final weights are in `out`/trained. A dry run takes two steps
-    on a few images of the dataset, or of every task on generated ones where it is not below `data_root`.
+    p: Parameters
+    title: str
+    ready: Opened
+    score: Score | None
+
+
+def prepare(p: Parameters, out: Path) -> list[Stage]:
+    """The tasks of a run, each with its data, model and checkpoint: what a run reads is opened, nothing is computed.
 
     Raises `BadParameter`, `MissingData`, `MissingWeights`, `BadCheckpoint`: with the change or download needed.
     """
-    titles, rows, student, taught_by = [], [], None, {}
+    stages = []
     splits = ("train",) if p.task == "distil" else ("train", "test")
     real = not p.dry_run or present(p.dataset or USUAL[p.task], p.data_root, *splits)
     for task in [p.task] if real else USUAL:
         chosen: Any = SimpleNamespace(**vars(p) | {"task": task, "dataset": p.dataset if task == p.task else ""})
-        if task == "distil":
-            title, training = distillation(chosen, out, real)
-            model, history = train(training, out)
+        title, training, score = distillation(chosen, out, real) if task == "distil" else downstream(chosen, out, real)
+        stages.append(Stage(chosen, title, opened(training, out), score))
+    return stages
+
+
+def run(p: Parameters, out: Path) -> Result:
+    """Train `p.task`, and test a downstream one: its scores become rows of `out`/measured.csv.
+
+    A stopped training resumes from `out`/checkpoints, the final weights are in `out`/trained. A dry run takes two steps
+    on a few images of the dataset, or of every task on generated ones where it is not below `data_root`. Raises as
+    `prepare`.
+    """
+    titles, rows, student, taught_by = [], [], None, {}
+    for chosen, title, ready, score in prepare(p, out):
+        model, history = train(ready)
+        if score is None:
             # a model whose teachers' tokens are cached has none
             student, taught_by = model.export(), dict((model.teachers or teachers(p)).models.items())
             # the parameter `weights` of the downstream tasks
-            title += f"; the student is {checkpoints.file(out / 'trained', training.name, '.safetensors')}"
+            title += f"; the student is {checkpoints.file(out / 'trained', ready.training.name, '.safetensors')}"
             scores = {"last loss": history[-1]["loss"]}
         else:
-            title, training, score = downstream(chosen, out, real)
-            model, history = train(training, out)
             scores = score(model)
             settings = {name: getattr(chosen, name) for name in ("task", "encoder", "seed", *DISTILLED)}
             new = (settings | {"metric": metric, "score": value} for metric, value in scores.items())
             RESULTS.measured(out / "measured.csv", *new, dry_run=p.dry_run)
         titles.append(title)
-        rows += [(task, len(history), metric, value) for metric, value in scores.items()]
+        rows += [(chosen.task, len(history), metric, value) for metric, value in scores.items()]
     return Result(
         "\n".join(titles), pd.DataFrame(rows, columns=["task", "steps", "metric", "value"]), student, taught_by
     )
@@ -191,8 +207,8 @@ def build(p: Parameters, taught_by: Teachers) -> DMT:
     )
 
 
-def distillation(p: Parameters, out: Path, real: bool = True) -> tuple[str, Training]:
-    """The data's title, and the training of the notebook's parameters; cached tokens are below `out`.
+def distillation(p: Parameters, out: Path, real: bool = True) -> tuple[str, Training, None]:
+    """The data's title, and the training of the notebook's parameters, without a test; cached tokens are below `out`.
 
     A dry run has a micro-batch for each of its two steps, of generated images unless `real`.
 
@@ -215,26 +231,25 @@ def distillation(p: Parameters, out: Path, real: bool = True) -> tuple[str, Trai
         images = few({"train": images}, count)["train"]
     facts["models"] = taught_by
 
-    def data() -> Dataset:
-        if not p.cached:
-            return Augmented(images, augment())
+    def cached() -> Dataset:
         views = dmt_cache.Views(images, augment(), seed=p.seed)
         make = functools.partial(dmt_cache.fill, out / "teachers", taught_by, views, hardware=_hardware(p))
         if p.devices > 1:
             apart(make)  # the code below only opens it
         return make()
 
-    return title, Training(
+    training = Training(
         name=f"ViT-{p.student}, seed {p.seed}, {checkpoints.checkpoint_key(**facts)}",
         build=lambda: build(p, taught_by),
         loss=loss,
-        data=data,
+        data=cached if p.cached else Augmented(images, augment()),
         fit=options,
         facts=facts,
         weights=lambda model: model.student.to_official(),
         metadata=lambda model: {"distilled": json.dumps({name: getattr(p, name) for name in DISTILLED})},
         dry_run=p.dry_run,
     )
+    return title, training, None
 
 
 def stage(p: Parameters, images: int) -> dict[str, Any]:
@@ -347,7 +362,7 @@ def _fine_tuning(p: Parameters, out: Path, r: Mapping[str, float], data: Any, te
     rates, classes = learning_rates("cosine", r["lr"], steps, warmup, r["final_lr"]), CLASSES["fine-tune"]
     options = down.layer_decayed(r, rates, "", data, _hardware(p, int(r["batch"])))
     build = functools.partial(down.classifier, start, classes, drop_path=r["drop_path"])
-    return _training(p, build, down.mixed_loss(classes), lambda: data, options), lambda model: _top1(p, model, test)
+    return _training(p, build, down.mixed_loss(classes), data, options), lambda model: _top1(p, model, test)
 
 
 def _probing(p: Parameters, out: Path, r: Mapping[str, float], data: Any, test: Any) -> tuple[Training, Score]:
@@ -389,7 +404,7 @@ def _detection(p: Parameters, out: Path, r: Mapping[str, float], data: Any, test
         return {"box AP": totals["bbox"]["AP"], "mask AP": totals["segm"]["AP"]}
 
     options = down.layer_decayed(r, rates, "backbone.vit.", data, _hardware(p, int(r["batch"]), 8))
-    return _training(p, build, down.detection_loss, lambda: down.Crops(data, size), options), score
+    return _training(p, build, down.detection_loss, down.Crops(data, size), options), score
 
 
 def _segmentation(p: Parameters, out: Path, r: Mapping[str, float], data: Any, test: Any) -> tuple[Training, Score]:
@@ -409,7 +424,7 @@ def _segmentation(p: Parameters, out: Path, r: Mapping[str, float], data: Any, t
         return {"mIoU": landcover.scores(sum(each)).miou}
 
     options = down.layer_decayed(r, rates, "vit.", data, _hardware(p, int(r["batch"]), 16))
-    return _training(p, model, down.segmentation_loss, lambda: down.SceneCrops(data, size), options), score
+    return _training(p, model, down.segmentation_loss, down.SceneCrops(data, size), options), score
 
 
 TASKS = {"fine-tune": _fine_tuning, "linear probe": _probing, "detect": _detection, "segment": _segmentation}

@@ -22,8 +22,7 @@ from ...evaluation.tables import Cells, Results, compare_published, published_ta
 from ...io import papers
 from ...training.fit import History
 from ...training.hardware import Hardware, RunParameters
-from ...training.recipe import Training, dry_items
-from ...training.recipe import run as train
+from ...training.recipe import Opened, Training, dry_items, opened, train
 from ...training.schedules import MakeOptimizer, Schedule, schedule, sgd
 from ..layers import classifying
 from ..layers.clip_prompting import PromptedCLIP
@@ -71,13 +70,9 @@ class Tested(NamedTuple):
         return images, labels, tuple(data.class_names)
 
 
-def run(p: Parameters, out: Path) -> Tested:
-    """Train `p.method` as published and test it by `p.protocol`; rows of `out`/measured.csv.
-
-    A training resumes from its checkpoint in `out`/checkpoints, and a finished one is loaded from there: domain
-    generalisation tests the weights of the cross-dataset run in the same folder. The last weights are saved in
-    `out`/trained. A dry run takes two steps on a few images of the datasets, or on generated ones where the dataset is
-    not below `data_root`.
+def prepare(p: Parameters, out: Path) -> tuple[str, Any, dict[str, Any], Opened]:
+    """A title, the training images, the test images by name, and the training with model and checkpoint: all that a run
+    reads is opened, nothing is trained.
 
     Raises `BadParameter`, `MissingData`, `MissingWeights`: with the change or download needed.
     """
@@ -88,7 +83,19 @@ def run(p: Parameters, out: Path) -> Tested:
     domain = _domain(p, clip)
     title, tests = data(p, clip)
     learn = tests.pop("train")
-    model, history = train(training(p, learn, clip, domain), out)
+    return title, learn, tests, opened(training(p, learn, clip, domain), out)
+
+
+def run(p: Parameters, out: Path) -> Tested:
+    """Train `p.method` as published and test it by `p.protocol`; rows of `out`/measured.csv.
+
+    A training resumes from its checkpoint in `out`/checkpoints, and a finished one is loaded from there: domain
+    generalisation tests the weights of the cross-dataset run in the same folder. The last weights are saved in
+    `out`/trained. A dry run takes two steps on a few images of the datasets, or on generated ones where the dataset is
+    not below `data_root`. Raises as `prepare`.
+    """
+    title, learn, tests, ready = prepare(p, out)
+    model, history = train(ready)
     assert isinstance(model, PromptedCLIP)
     scores = {name: accuracy(model, data, tuple(data.class_names), p.seed, hardware(p)) for name, data in tests.items()}
     model.set_classes(tuple(learn.class_names))
@@ -114,7 +121,7 @@ def training(p: Parameters, data: Any, clip: nn.Module, domain: nn.Module | None
         name=f"{p.dataset}, {trained_on}, seed {p.seed}, {p.method}",
         build=lambda: build(p, p.method, classes, clip, domain),
         loss=loss,
-        data=None if p.method in UNTRAINED else lambda: data,
+        data=None if p.method in UNTRAINED else data,
         fit=options,
         facts=facts,
         dry_run=p.dry_run,

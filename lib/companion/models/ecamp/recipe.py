@@ -26,8 +26,7 @@ from ...io.files import atomic
 from ...training.callbacks import ClipNorm, EarlyStop
 from ...training.checkpoints import checkpoint_key
 from ...training.hardware import Hardware, RunParameters, evaluating, loader
-from ...training.recipe import Training, dry_items
-from ...training.recipe import run as train
+from ...training.recipe import Opened, Training, dry_items, opened, train
 from ...training.schedules import adamw
 from ..layers.precision import without_autocast
 from . import model as ecamp
@@ -76,36 +75,57 @@ class Result(NamedTuple):
     batch: ecamp.Batch | None = None
 
 
-def run(p: Parameters, out: Path) -> Result:
-    """Train `p.task`, and test a downstream one: its score becomes a row of `out`/measured.csv.
+class Stage(NamedTuple):
+    """A task of a run: its parameters, the title of its data, its training, and of a downstream one the test images."""
 
-    A stopped training resumes from `out`/checkpoints, the final weights are in `out`/trained. A dry run takes two steps
-    on a few images of the dataset, or of every task on generated ones where it is not below `data_root`.
+    p: Parameters
+    title: str
+    ready: Opened
+    test: Dataset | None
+
+
+def prepare(p: Parameters, out: Path) -> list[Stage]:
+    """The tasks of a run, each with its data, model and checkpoint: all that a run reads is opened, nothing is trained.
 
     Raises `BadParameter`, `MissingData`, `MissingWeights`, `BadCheckpoint`: with the change or download needed.
     """
-    rows, model, batch = [], None, None
+    stages = []
     real = not p.dry_run or present(p.dataset, p.data_root, *_wanted(p))
     runs = {} if real else {"pre-train": "xrays/mimic-cxr"} | {name: task.dry_set for name, task in TASKS.items()}
     for task, dataset in (runs | {p.task: p.dataset}).items():
         devices = 1 if p.task == "pre-train" != task else p.devices  # only pre-training runs on several
         chosen: Any = SimpleNamespace(**vars(p) | {"task": task, "dataset": dataset, "devices": devices})
         if task == "pre-train":
-            training, title = pretraining(chosen, out, real), f"{p.method} on {dataset}"
-            trained, history = train(training, out)
-            pairs: Any = training.data()  # type: ignore[misc]
+            training, test, title = pretraining(chosen, out, real), None, f"{p.method} on {dataset}"
+        else:
+            training, data = downstream(chosen, real)
+            test, title = data["test"], f"{task} on {dataset}, {p.labels} % of the labels"
+        title += "" if real else ", generated images in its place"
+        stages.append(Stage(chosen, title, opened(training, out), test))
+    return stages
+
+
+def run(p: Parameters, out: Path) -> Result:
+    """Train `p.task`, and test a downstream one: its score becomes a row of `out`/measured.csv.
+
+    A stopped training resumes from `out`/checkpoints, the final weights are in `out`/trained. A dry run takes two steps
+    on a few images of the dataset, or of every task on generated ones where it is not below `data_root`. Raises as
+    `prepare`.
+    """
+    rows, model, batch = [], None, None
+    for chosen, title, ready, test in prepare(p, out):
+        trained, history = train(ready)
+        if test is None:
+            pairs: Any = ready.training.data
             model, batch = trained.cpu(), default_collate([pairs[i] for i in range(2)])
             name, score = "last loss", history[-1]["loss"]
         else:
-            (training, data), title = downstream(chosen, real), f"{task} on {dataset}, {p.labels} % of the labels"
-            trained, history = train(training, out)
             # the authors validate at the precision of the training, and test in float32
             precision = {"precision": "32-true" if p.precision == "paper" else p.precision}
-            score = evaluate(SimpleNamespace(**vars(chosen) | precision), trained, data["test"])
-            name = "accuracy" if dataset in ONE_OF else TASKS[task].metric.format(p.protocol)
+            score = evaluate(SimpleNamespace(**vars(chosen) | precision), trained, test)
+            name = "accuracy" if chosen.dataset in ONE_OF else TASKS[chosen.task].metric.format(p.protocol)
             facts = {key: getattr(chosen, key) for key in RESULTS.keys} | {"labels": int(p.labels), "score": score}
             RESULTS.measured(out / "measured.csv", facts, dry_run=p.dry_run)
-        title += "" if real else ", generated images in its place"
         rows.append((title, len(history), name, score))
     return Result(pd.DataFrame(rows, columns=["task", "steps", "metric", "score"]), model, batch)
 
@@ -147,7 +167,7 @@ def pretraining(p: Parameters, out: Path, real: bool = True) -> Training:
         name=f"{p.method}, {p.dataset}, seed {p.seed}",
         build=build,
         loss=ecamp.pretraining_loss,
-        data=lambda: pairs,
+        data=pairs,
         fit=options,
         facts={"method": p.method, **facts},
         weights=ECAMP.to_official,
@@ -271,7 +291,7 @@ def downstream(p: Parameters, real: bool = True) -> tuple[Training, dict[str, Da
         name=f"{p.task}, {p.dataset}, {p.labels} %, {p.encoder}, {p.protocol} protocol, seed {p.seed}",
         build=lambda: head(p),
         loss=lambda model, batch: TASKS[p.task].loss(model(batch[0]), batch[1]),
-        data=lambda: data["train"],
+        data=data["train"],
         fit=downstream_fit(p, len(data["train"]), best, numbers),
         facts={"data_root": Path(p.data_root), **facts},
         weights=lambda model: getattr(model, "to_official", model.state_dict)(),

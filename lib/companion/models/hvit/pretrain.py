@@ -109,7 +109,7 @@ def pretrain(
         name,
         build=lambda: model,
         loss=lambda model, crops: model(crops),
-        data=lambda: Crops(images, views),
+        data=Crops(images, views),
         fit=options,
         facts=facts,
         weights=lambda model: model.export().state_dict(),

@@ -32,8 +32,7 @@ from ...io import papers
 from ...training.callbacks import Callback, EarlyStop
 from ...training.fit import History, Loop
 from ...training.hardware import AUTO, Hardware, RunParameters, evaluating, loader
-from ...training.recipe import Training, dry_items
-from ...training.recipe import run as train
+from ...training.recipe import Opened, Training, dry_items, opened, train
 from ...training.schedules import MakeOptimizer, param_groups
 from . import model as hvit
 from .encoders import PatchEncoder, RegionEncoder, patch_encoder
@@ -88,12 +87,9 @@ class Tested:
     scores: dict[str, float]
 
 
-def run(p: Parameters, out: Path) -> Tested:
-    """Train `p.method` on every fold and test their vote, as published; the scores become a row of `out`/measured.csv.
-
-    A training resumes from its checkpoint in `out`/checkpoints; the weights of each fold are saved under the authors'
-    names in `out`/trained, for `HViT.from_official`. A dry run takes two steps a fold on a few slides, or on generated
-    features where the dataset is not below `data_root`.
+def prepare(p: Parameters, out: Path) -> tuple[str, Dataset, int, list[Opened]]:
+    """A title, the test slides, the number of grades, and the training of each fold with model and checkpoint: all that
+    a run reads is opened, nothing is trained.
 
     Raises `BadParameter`, `MissingData`, `MissingWeights`: with what to change or get.
     """
@@ -101,8 +97,18 @@ def run(p: Parameters, out: Path) -> Tested:
         raise BadParameter("devices", p.devices, "1: training on stored features, tuned after each epoch, takes one")
     made_up = p.dry_run and not present(p.dataset, p.data_root)
     title, folds, test, classes = generated(p) if made_up else stored(p)
-    trainings = [of_fold(p, number, fold, classes) for number, fold in enumerate(folds)]
-    trained = [train(training, out) for training in trainings]
+    return title, test, classes, [opened(of_fold(p, i, fold, classes), out) for i, fold in enumerate(folds)]
+
+
+def run(p: Parameters, out: Path) -> Tested:
+    """Train `p.method` on every fold and test their vote, as published; the scores become a row of `out`/measured.csv.
+
+    A training resumes from its checkpoint in `out`/checkpoints; the weights of each fold are saved under the authors'
+    names in `out`/trained, for `HViT.from_official`. A dry run takes two steps a fold on a few slides, or on generated
+    features where the dataset is not below `data_root`. Raises as `prepare`.
+    """
+    title, test, classes, folds = prepare(p, out)
+    trained = [train(fold) for fold in folds]
     models = [model for model, _ in trained]
     each = [hvit.graded(p.head, outputs(model, test, hardware(p)), classes) for model in models]
     names = [item.name for item in test.items] if isinstance(test, data.Features) else None
@@ -403,7 +409,7 @@ def of_fold(p: Parameters, number: int, fold: Fold, classes: int) -> Training:
         name=", ".join([*names, f"seed {p.seed}"]),
         build=functools.partial(build, p, number, classes, levels),
         loss=functools.partial(batch_loss, p.head, classes),
-        data=lambda: drawn,
+        data=drawn,
         fit=fit_options(drawn, *selection, epochs=p.epochs, seed=p.seed, hardware=hardware(p)),
         facts=facts,
         weights=hvit.HViT.to_official,

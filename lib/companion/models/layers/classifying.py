@@ -145,7 +145,7 @@ def training(
         name=f"{found.title}, {p.method}",
         build=build,
         loss=loss,
-        data=lambda: learn,
+        data=learn,
         fit=fit | {"seed": p.seed, "name": p.method},
         facts={**facts, **same, **own},
         dry_run=p.dry_run,

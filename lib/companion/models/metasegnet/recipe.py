@@ -35,8 +35,7 @@ from ...training import schedules
 from ...training.callbacks import EarlyStop, Lookahead
 from ...training.fit import same_shapes
 from ...training.hardware import AUTO, WORKERS, Hardware, RunParameters, evaluating, loader
-from ...training.recipe import Training, dry_items
-from ...training.recipe import run as train
+from ...training.recipe import Opened, Training, dry_items, opened, train
 from . import official
 from .augmentation import Mosaic, test_transform, train_transform
 from .maps import SCALES, augmented
@@ -391,7 +390,7 @@ def setting(p: Parameters) -> tuple[str, Training, dict[str, Part]]:
         name=_name(p),
         build=build,
         loss=loss,
-        data=functools.partial(items, learned) if learned else None,
+        data=items(learned) if learned else None,
         fit=options(r, hardware, p.seed, validate if chosen(p) == "best" else None),
         facts=facts | {"data_root": Path(p.data_root), "texts": texts, "select": chosen(p)},
         dry_run=p.dry_run,
@@ -440,12 +439,19 @@ class Tested(NamedTuple):
     text: str | None
 
 
+def prepare(p: Parameters, out: Path) -> tuple[str, dict[str, Part], Opened]:
+    """The data's title, the tests by name, and the training with model and checkpoint: all that a run reads is opened,
+    nothing is trained. Raises as `setting`."""
+    title, training, tests = setting(p)
+    return title, tests, opened(training, out)
+
+
 def run(p: Parameters, out: Path) -> Tested:
     """Train and test, or test alone, as the parameters ask, below `out`.
 
     The scores are added to `<out>/measured.csv`."""
-    title, training, tests = setting(p)
-    model, history = train(training, out)
+    title, tests, ready = prepare(p, out)
+    model, history = train(ready)
     facts = {"data": title, "method": p.method, "steps": len(history)}
     facts["trainable parameters"] = f"{sum(t.numel() for t in model.trained().values()):,}"
     kind, hardware, rows = p.prompt if p.method == "MetaSegNet" else "", Hardware.of(p, "metasegnet"), []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -24,8 +25,7 @@ from ...io import papers
 from ...training.callbacks import Callback, ClipNorm, Loop
 from ...training.fit import Batch, History, outputs_of
 from ...training.hardware import WORKERS, Hardware, RunParameters, device
-from ...training.recipe import Training, dry_items
-from ...training.recipe import run as train
+from ...training.recipe import Opened, Training, dry_items, opened, train
 from ...training.schedules import Schedule, sgd
 from .model import PromptPAR, Settings, loss, read_checkpoint
 from .transforms import square_transform
@@ -79,12 +79,9 @@ class Tested(NamedTuple):
         return images, labels
 
 
-def run(p: Parameters, out: Path) -> Tested:
-    """Train on trainval as published, or load trained weights, and test; a row of `out`/measured.csv.
-
-    A training resumes from its checkpoint in `out`/checkpoints; its weights are saved under the authors' names as
-    `out`/trained/<method, dataset, seed>.safetensors, for the parameter `checkpoint`. A dry run trains for two steps on
-    a few images of the dataset, or on generated ones where it is not below `data_root`.
+def prepare(p: Parameters, out: Path) -> tuple[str, attributes.Pedestrians, list[dict[str, float]], Opened]:
+    """A title, the test images, the list that a training with `select` = "maxima" fills with the scores of its epochs,
+    and the training with model and checkpoint: all that a run reads is opened, nothing is computed.
 
     Raises `BadParameter`, `MissingData`, `MissingWeights`, `CorruptFile`: with the change or download needed.
     """
@@ -93,35 +90,43 @@ def run(p: Parameters, out: Path) -> Tested:
     heads = published()["heads"]
     epochs, batch = int(heads["epochs"]), int(heads["batch"])
     title, learn, test = pedestrians(p, batch)
-    names, texts = learn.names, read_by_clip(p, learn.sentences)
+    texts = read_by_clip(p, learn.sentences)
     released = load(p, texts) if p.checkpoint else None
     clip, fusion = (released.clip, None) if released else _backbones(p)
     ratio = learn.ratio if p.quirks else torch.as_tensor(learn.labels).eq(1).float().mean(0)
     for data, varied in ((learn, True), (test, False)):
         data.transform = square_transform(clip.visual.image_size[0], train=varied, padding=p.padding)
-    totals: list[dict[str, float]] = []  # filled in training if `select` is "maxima"
+    totals: list[dict[str, float]] = []
+    callbacks = [Epochs(lambda model: score(p, model, test).totals, totals)] if p.select == "maxima" else []
+    chosen = training(
+        p,
+        lambda: released or build(p, texts, clip, fusion),
+        learn,
+        ratio,
+        epochs=epochs,
+        batch=min(batch, len(learn)),
+        callbacks=callbacks,
+    )
+    return title, test, totals, opened(replace(chosen, data=None) if released else chosen, out)
 
-    def score(model: nn.Module) -> Scores:
-        return evaluate(np.asarray(test.labels), probabilities(p, model, test).numpy())
 
-    history: History = []
-    if released:
-        model = released
-    else:
-        callbacks = [Epochs(lambda model: score(model).totals, totals)] if p.select == "maxima" else []
-        whole = training(
-            p,
-            lambda: build(p, texts, clip, fusion),
-            learn,
-            ratio,
-            epochs=epochs,
-            batch=min(batch, len(learn)),
-            callbacks=callbacks,
-        )
-        model, history = train(whole, out)
-    scores = score(model)
+def run(p: Parameters, out: Path) -> Tested:
+    """Train on trainval as published, or load trained weights, and test; a row of `out`/measured.csv.
+
+    A training resumes from its checkpoint in `out`/checkpoints; its weights are saved under the authors' names as
+    `out`/trained/<method, dataset, seed>.safetensors, for the parameter `checkpoint`. A dry run trains for two steps on
+    a few images of the dataset, or on generated ones where it is not below `data_root`. Raises as `prepare`.
+    """
+    title, test, totals, ready = prepare(p, out)
+    model, history = train(ready)
+    scores = score(p, model, test)
     RESULTS.measured(out / "measured.csv", row(p, scores, totals), dry_run=p.dry_run)
-    return Tested(title, names, model, history, test, scores)
+    return Tested(title, test.names, model, history, test, scores)
+
+
+def score(p: Parameters, model: nn.Module, test: attributes.Pedestrians) -> Scores:
+    """The scores of a model on the test images."""
+    return evaluate(np.asarray(test.labels), probabilities(p, model, test).numpy())
 
 
 def pedestrians(p: Parameters, batch: int) -> tuple[str, attributes.Pedestrians, attributes.Pedestrians]:
@@ -292,7 +297,7 @@ def training(
         name=f"{label(p)}, {p.dataset}, seed {p.seed}",
         build=build,
         loss=value,
-        data=lambda: data,
+        data=data,
         fit={
             "name": p.method,
             "epochs": epochs,

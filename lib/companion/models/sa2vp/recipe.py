@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import pandas as pd
+import timm
 import torch
 from torch import nn
 from torch.utils.data import Dataset
@@ -22,8 +22,7 @@ from ...evaluation.tables import Cells, Results, compare_published, published_ta
 from ...io import papers
 from ...training.callbacks import EarlyStop
 from ...training.hardware import WORKERS, Hardware
-from ...training.recipe import Training
-from ...training.recipe import run as train
+from ...training.recipe import Opened, Training, opened, train
 from ...training.schedules import adamw, schedule
 from ..layers import classifying
 from ..layers.classifying import Data, Tested, accuracy, weights
@@ -56,16 +55,24 @@ class Parameters(classifying.Parameters, Protocol):
     batch: int
 
 
-def run(p: Parameters, out: Path) -> Tested:
-    """Train and test `p.method` as published; the accuracy becomes a row of `out`/measured.csv.
-
-    A stopped training resumes from `out`/checkpoints; the trained tensors are saved in `out`/trained. A dry run takes
-    two steps on a few images of the dataset, or on generated ones where it is not below `data_root`.
+def prepare(p: Parameters, out: Path) -> tuple[Data, Opened]:
+    """The images of a run, and its training with model and checkpoint: all that it reads is opened, nothing is trained.
 
     Raises `BadParameter`, `MissingData`, `MissingWeights`: with the change or download needed.
     """
     found = data(p)
-    model, history = train(training(p, found), out)
+    return found, opened(training(p, found), out)
+
+
+def run(p: Parameters, out: Path) -> Tested:
+    """Train and test `p.method` as published; the accuracy becomes a row of `out`/measured.csv.
+
+    A stopped training resumes from `out`/checkpoints; the trained tensors are saved in `out`/trained. A dry run takes
+    two steps on a few images of the dataset, or on generated ones where it is not below `data_root`. Raises as
+    `prepare`.
+    """
+    found, ready = prepare(p, out)
+    model, history = train(ready)
     score = accuracy(model, found.splits["test"], hardware(p))
     row = {"backbone": p.backbone, "method": label(p), "dataset": found.dataset, "seed": p.seed, "accuracy": score}
     RESULTS.measured(out / "measured.csv", row, dry_run=p.dry_run)
@@ -104,13 +111,13 @@ def data(p: Parameters) -> Data:
 
     Raises `MissingData`, `CorruptFile`, `MissingWeights`: with the download needed.
     """
-    seen = input_of(backbones.build(p.backbone, weights(p)))
+    seen = input_of(p.backbone)
     return classifying.data(p, batch_of(p), seen, transforms(p.dataset, seen, p.transform))
 
 
-def input_of(backbone: nn.Module) -> backbones.Input:
+def input_of(backbone: str) -> backbones.Input:
     """Size and normalisation of the images, as released with a mean and std of 0.5."""
-    return replace(backbones.input_of(backbone), mean=PIXELS, std=PIXELS)
+    return backbones.Input(timm.get_pretrained_cfg(backbones.TIMM[backbone]).input_size[-1], PIXELS, PIXELS)
 
 
 def transforms(dataset: str, seen: backbones.Input, kind: str = "recipe") -> tuple[v2.Transform, v2.Transform]:

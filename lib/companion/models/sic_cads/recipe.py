@@ -30,8 +30,7 @@ from ...io import papers
 from ...training import checkpoints
 from ...training.callbacks import ClipValue
 from ...training.hardware import WORKERS, Hardware, RunParameters, device
-from ...training.recipe import Training, dry_items
-from ...training.recipe import run as train
+from ...training.recipe import Opened, Training, dry_items, opened, train
 from ...training.schedules import adamw
 from . import detectors, official
 from . import model as sic_cads
@@ -67,6 +66,18 @@ class Tested(NamedTuple):
     outputs: Predictions
 
 
+def prepare(p: Parameters, out: Path) -> tuple[str, detection.Boxes, nn.Module, Opened]:
+    """A title, the test images, the detector, and the training of the recogniser with its model and checkpoint: all
+    that a run reads is opened, nothing is trained.
+
+    Raises `BadParameter`, `MissingData`, `MissingWeights`, `CorruptFile`: with what to change or get.
+    """
+    title, images = data(p)
+    detector, clip, text = frozen(p, images["test"])
+    chosen = training(p, *recogniser(p, clip, text, images["test"].unseen, images))
+    return title, images["test"], detector, opened(chosen, out)
+
+
 def run(p: Parameters, out: Path) -> Tested:
     """Train a recogniser and refine a detector with it on a test set; two rows of `out`/measured.csv hold the scores.
 
@@ -74,14 +85,11 @@ def run(p: Parameters, out: Path) -> Tested:
     configurations set for theirs, and set predictors need no suppression. A training resumes from its checkpoint in
     `out`/checkpoints, and a test from its outputs in `out`/outputs; the weights are saved in `out`/trained, for the
     parameter `checkpoint`. A dry run takes two steps on a few images of the dataset, or on generated ones where it is
-    not below `data_root`.
-
-    Raises `BadParameter`, `MissingData`, `MissingWeights`, `CorruptFile`: with what to change or get.
+    not below `data_root`. Raises as `prepare`.
     """
-    title, images = data(p)
-    r, where, test = published(p.dataset, p.captions), device(p.accelerator), images["test"]
-    detector, clip, text = frozen(p, test)
-    module, _ = train(training(p, *recogniser(p, clip, text, test.unseen, images)), out)
+    title, test, detector, ready = prepare(p, out)
+    r, where = published(p.dataset, p.captions), device(p.accelerator)
+    module, _ = train(ready)
 
     def detect(image: Tensor) -> sic_cads.Output:
         return detector.to(where)(image)  # moved at the first image, not before processes for training are forked
@@ -403,7 +411,7 @@ def training(p: Parameters, build: Callable[[], sic_cads.MLR], data: Dataset | N
         ),
         build=lambda: sic_cads.BatchLoss(build()),
         loss=lambda module, items: module(*items),
-        data=None if data is None else lambda: data,
+        data=data,
         fit={
             "name": "recogniser",
             "epochs": epochs,

@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -27,10 +28,8 @@ from ...evaluation.tables import Cells, Results, with_measured
 from ...io import papers
 from ...training import checkpoints
 from ...training.callbacks import ClipNorm
-from ...training.fit import History
 from ...training.hardware import CPU, Hardware, RunParameters, device, evaluating, from_processes
-from ...training.recipe import Training, dry_items
-from ...training.recipe import run as run_training
+from ...training.recipe import Opened, Training, dry_items, opened, train
 from ...training.schedules import adamw, schedule
 from ...training.stored import saved
 from . import degradations
@@ -91,6 +90,25 @@ class Tested(NamedTuple):
     missing: dict[str, str]
 
 
+def prepare(p: Parameters, out: Path) -> tuple[str, Dataset, TIPPipeline, Opened]:
+    """A title, the test images, the pipeline, and the training of its adaptor with the checkpoint: all that a run reads
+    is opened on the CPU, nothing is trained.
+
+    Raises `BadParameter`, `MissingData`, `MissingWeights`, `CorruptFile`, `BadCheckpoint`: with what to change or get.
+    """
+    if p.task == "test" and not p.checkpoint:
+        raise BadParameter("checkpoint", p.checkpoint, "the folder of a trained adaptor for task = 'test'")
+    title, images, test = datasets(p)
+    pipe = pipeline(p, p.method)
+    learned = None if images is None else samples(images, size_of(p), p.method, p.seed)
+    return title, test, pipe, opened(training(p, pipe, learned, out, listing(images)), out)
+
+
+def size_of(p: Parameters) -> int:
+    """The side of the images; of a dry run on a CPU a small one."""
+    return DRY_SIZE if p.dry_run and device(p.accelerator) == "cpu" else p.size
+
+
 def run(p: Parameters, out: Path) -> Tested:
     """Train and test a method; the scores become a row of `out`/measured.csv.
 
@@ -98,18 +116,14 @@ def run(p: Parameters, out: Path) -> Tested:
     takes two steps on a few of the images, or on generated ones, of 128 pixels where there is no GPU. A training
     resumes from its checkpoint in `out`/checkpoints; its adaptor is saved below
     `out`/trained, for the parameter `checkpoint`. A test resumes from the restored images in `out`/restored, which are
-    deleted at its end.
-
-    Raises `BadParameter`, `MissingData`, `MissingWeights`, `CorruptFile`, `BadCheckpoint`: with what to change or get.
+    deleted at its end. Raises as `prepare`.
     """
-    if p.task == "test" and not p.checkpoint:
-        raise BadParameter("checkpoint", p.checkpoint, "the folder of a trained adaptor for task = 'test'")
-    size = DRY_SIZE if p.dry_run and device(p.accelerator) == "cpu" else p.size
-    steps = DRY_STEPS if p.dry_run else p.steps
-    title, images, test = datasets(p)
-    pipe = pipeline(p, p.method)
-    if images is not None:
-        train(p, pipe, samples(images, size, p.method, p.seed), out, listing(images))
+    size, steps = size_of(p), DRY_STEPS if p.dry_run else p.steps
+    title, test, pipe, ready = prepare(p, out)
+    _, history = train(ready)
+    pipe.to(device(p.accelerator))
+    if history:  # in diffusers' layout
+        save_adaptor(pipe.adaptor, checkpoints.file(out / "trained", f"{p.method}, {p.dataset}, seed {p.seed}", ""))
     given = Degraded(test, size, seed=p.seed, **TASKS[p.degradation])
     options: dict[str, Any] = {"steps": steps, "guidance": p.guidance, "scale": p.scale, "seed": p.seed}
     hardware = Hardware.of(p, "tip", workers=WORKERS)
@@ -125,7 +139,7 @@ def run(p: Parameters, out: Path) -> Tested:
     return Tested(title, pipe, [given[i] for i in range(min(SHOWN, len(given)))], restored, values, missing)
 
 
-def listing(images: Dataset) -> dict[str, list[str]] | None:
+def listing(images: Dataset | None) -> dict[str, list[str]] | None:
     """Names and captions of images, by which trainings and tests on them are known; None for generated ones."""
     if not isinstance(images, restoration.Captioned):
         return None
@@ -167,8 +181,7 @@ def pipeline(p: Parameters, method: str) -> TIPPipeline:
         if adaptor.config.fusion != fusion:
             raise BadParameter("checkpoint", p.checkpoint, f"an adaptor with the fusion of {method!r}, {fusion!r}")
         pipe.register_modules(adaptor=adaptor)
-    # a training moves it itself: processes for several devices must be forked before a GPU is used
-    return pipe if p.task == "train" and not p.checkpoint else pipe.to(device(p.accelerator))
+    return pipe
 
 
 def datasets(p: Parameters) -> tuple[str, Dataset | None, Dataset]:
@@ -266,21 +279,23 @@ class Learner(nn.Module):
         return tip.loss(self.model, (z, degraded, semantic, restoration), self.scheduler)
 
 
-def train(
+def training(
     p: Parameters,
     pipe: TIPPipeline,
-    data: Dataset,
+    data: Dataset | None,
     out: Path | None = None,
     listed: Mapping[str, Sequence[str]] | None = None,
-) -> History:
-    """Train the adaptor of a pipeline, in place; return the history.
+) -> Training:
+    """The training of the adaptor of a pipeline, in place.
 
     Args:
-        data: `Sample`s.
-        out: the run's folder. `out`/checkpoints has the training in progress, from which the same call resumes;
-            `out`/trained the adaptor, in a folder named by method, dataset and seed, see `pipeline.load_adaptor`.
+        data: `Sample`s; None: nothing is trained.
+        out: the run's folder: `out`/checkpoints has the training in progress, from which the same call resumes.
         listed: names and captions of the images, which identify the training.
     """
+    whole = Training(p.method, lambda: Learner(pipe), lambda model, batch: model(*batch), None, dry_run=p.dry_run)
+    if data is None:
+        return whole
     batch = min(BATCH, len(data))
     steps = max(1, round(EPOCHS * (len(data) // batch)))
     parts = math.ceil(batch / (p.devices * MICRO_BATCH))
@@ -298,23 +313,7 @@ def train(
         facts = where | {"adaptor": pipe.adaptor, "micro-batches": parts, "listed": listed}
         name = f"{p.method}, seed {p.seed}"
         options["checkpoint"] = checkpoints.Checkpoint.of(out / "checkpoints", name, 500, **facts)
-    _, history = run_training(
-        Training(
-            name=p.method,
-            build=lambda: Learner(pipe),
-            loss=lambda model, batch: model(*batch),
-            data=lambda: Tensors(data, pipe),
-            fit=options,
-            weights=None,
-            dry_run=p.dry_run,
-        ),
-        out,
-    )
-    pipe.to(device(p.accelerator))  # for the test
-    if out is not None:  # in diffusers' layout
-        name = f"{p.method}, {p.dataset}, seed {p.seed}"
-        save_adaptor(pipe.adaptor, checkpoints.file(out / "trained", name, ""))
-    return history
+    return replace(whole, data=Tensors(data, pipe), fit=options, weights=None)
 
 
 # --- the test ---------------------------------------------------------------------------------------------------------
