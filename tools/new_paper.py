@@ -64,7 +64,6 @@ def facts(slug: str, name: str, like: Mapping) -> dict[str, Any]:
         "worse": "linear probing",
     }
     published = {"id": "published", "title": "TODO", "metric": "top-1 accuracy", "unit": "percent", "columns": ["TODO"]}
-    protocol = {"optimiser": "SGD, learning rate {RATE:g}", "epochs": "{EPOCHS}, {WARMUP_EPOCHS} of warm-up"}
     return {
         "slug": slug,
         "name": name,
@@ -83,7 +82,6 @@ def facts(slug: str, name: str, like: Mapping) -> dict[str, Any]:
         "weights": like["weights"],
         "runs": [like["runs"][0] | {"title": "TODO", "tables": ["published"]}],
         "results": {"keys": ["backbone", "method", "dataset", "seed"], "values": ["accuracy"]},
-        "protocol": protocol | {"batch": "{BATCH}", "precision": "{precision}"},
         "not_found": ["TODO"],
         "tables": [published | {"rows": [], "provenance": "TODO"}],
     }

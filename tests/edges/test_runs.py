@@ -17,7 +17,6 @@ OF_A_PAPER = {
     "threads": papers.threads,
     "rules": papers.rules,
     "diagram": papers.diagram,
-    "protocol": papers.protocol,
     "needs": needs.longest,
     "cases": cases.agreement,
     "opening": report.opening,

@@ -60,8 +60,9 @@ def test_an_unknown_name_that_papermill_injected_is_refused(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("slug", slugs())
-def test_a_protocol_names_what_the_recipe_has(slug):
-    assert all(import_module(f"companion.models.{slug}.recipe").protocol().values())
+def test_a_protocol_has_the_rows_that_a_reader_compares(slug):
+    found = import_module(f"companion.models.{slug}.recipe").protocol()
+    assert all(found.values()) and {"seeds", "precision"} <= found.keys()
 
 
 @pytest.mark.parametrize("text", ["- a list", "name: [not closed", ""])

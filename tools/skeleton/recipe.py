@@ -83,4 +83,9 @@ def build(p: Parameters, classes: int) -> nn.Module:
 
 def protocol() -> dict[str, str]:
     """The settings of the `paper` profile, one per row."""
-    return papers.protocol("SLUG", **globals())
+    return {
+        "optimiser": f"SGD, learning rate {RATE:g}",
+        "epochs": f"{EPOCHS}, {WARMUP_EPOCHS} of warm-up",
+        "batch": f"{BATCH}",
+        "precision": papers.paper("SLUG")["precision"],
+    }

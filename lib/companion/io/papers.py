@@ -45,18 +45,6 @@ def papers_with(weights: str) -> list[str]:
     return [slug for slug in slugs() if any(entry.get("id") == weights for entry in paper(slug)["weights"])]
 
 
-def protocol(slug: str, **facts: object) -> dict[str, str]:
-    """The settings of the `paper` profile, one per row: `protocol` of the YAML, with constants of the recipe filled
-    in.
-
-    Args:
-        facts: what the templates name, such as a recipe's `globals()`: "{EPOCHS}", "{LOOKAHEAD[k]}", "{coco.lr:g}";
-            "{precision}" is the YAML's.
-    """
-    given = {"precision": paper(slug).get("precision"), **facts}
-    return {name: text.format_map(given) for name, text in paper(slug)["protocol"].items()}
-
-
 FINDINGS = ("fault", "surprise", "recipe")
 
 

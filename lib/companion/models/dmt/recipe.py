@@ -153,8 +153,51 @@ def published(task: str) -> dict[str, float]:
 
 def protocol() -> dict[str, str]:
     """The settings of the `paper` profile, one per row. DMT's own were not found: these are its ancestors'."""
-    tasks = {task.replace("-", "_").replace(" ", "_"): published(task) for task in USUAL}
-    return papers.protocol("dmt", **globals() | tasks | {"CROP": [100 * share for share in CROP]})
+    distil, fine_tune, linear_probe, detect, segment = (published(task) for task in USUAL)
+    low, high = (100 * share for share in CROP)
+    precision = papers.paper("dmt")["precision"]
+    return {
+        "source": "DMT's own settings were not found; distillation and dense tasks as G2SD, fine-tuning as MAE",
+        "distillation": (
+            f"AdamW, betas 0.9 and {distil['beta2']:g}, {distil['lr']:g} for batch {distil['batch']:g}, decay "
+            f"{distil['weight_decay']:g}; {distil['warmup_epochs']:g} epochs of warm-up, cosine to "
+            f"{distil['final_lr']:g}, {distil['epochs']:g} epochs"
+        ),
+        "distillation, images": f"crop of {low:.0f} to {high:.0f} % to 224, bicubic, flip; ImageNet's mean and std",
+        "distillation, losses": "smooth L1 on tokens and feature maps, targets standardised by channel (ours)",
+        "fine-tuning": (
+            f"AdamW, betas 0.9 and {fine_tune['beta2']:g}, {fine_tune['lr']:g} for batch {fine_tune['batch']:g}, "
+            f"decay {fine_tune['weight_decay']:g}, layer decay {fine_tune['layer_decay']:g}; "
+            f"{fine_tune['warmup_epochs']:g} epochs of warm-up, cosine to {fine_tune['final_lr']:g}, "
+            f"{fine_tune['epochs']:g} epochs; drop path {fine_tune['drop_path']:g}"
+        ),
+        "fine-tuning, images": (
+            f"{down.RAND_AUGMENT}, erasing {down.ERASING:g}, mixup {down.MIXUP:g}, cutmix {down.CUTMIX:g}, smoothing "
+            f"{down.SMOOTHING:g}"
+        ),
+        "linear probe": (
+            f"SGD with momentum, {linear_probe['lr']:g} for batch {linear_probe['batch']:g}; "
+            f"{linear_probe['warmup_epochs']:g} epochs of warm-up, cosine to {linear_probe['final_lr']:g}, "
+            f"{linear_probe['epochs']:g} epochs (ours)"
+        ),
+        "detection": (
+            f"Mask R-CNN on a simple pyramid, {SIZES['detect']} pixels; AdamW, betas 0.9 and {detect['beta2']:g}, "
+            f"{detect['lr']:g} for batch {detect['batch']:g}, decay {detect['weight_decay']:g}, layer decay "
+            f"{detect['layer_decay']:g}; {detect['steps']:,.0f} steps, x 0.1 at {DROPS[0]:,} and {DROPS[1]:,}"
+        ),
+        "segmentation": (
+            f"UPerNet, {SIZES['segment']} pixels; AdamW, betas 0.9 and {segment['beta2']:g}, {segment['lr']:g} for "
+            f"batch {segment['batch']:g}, decay {segment['weight_decay']:g}, layer decay {segment['layer_decay']:g}; "
+            f"{segment['steps']:,.0f} steps, linear to {segment['final_lr']:g}"
+        ),
+        "last images of an epoch": "left out, too few for a batch; others in each epoch",
+        "precision": f"{precision} on a GPU (ours)",
+        "test images": "short side 256, centre crop of 224, bicubic",
+        "selection": "the last step, everywhere; MAE's code reports the best epoch on the test set",
+        "seeds": "the parameter seed; how many runs the paper averages was not found",
+        "sweep": "none found",
+        "metric": "top-1; box and mask AP; mIoU",
+    }
 
 
 def _hardware(p: Parameters, batch: int = 1, micro_batch: int = MICRO_BATCH) -> Hardware:

@@ -363,4 +363,39 @@ def protocol() -> dict[str, str]:
         name: f"{novel[name]:g}" if novel[name] == value else f"{novel[name]:g} (base to novel), {value:g} (transfers)"
         for name, value in transfer.items()
     }
-    return papers.protocol("dplq", **globals() | {"both": both, "PROMPT": PROMPT})
+    precision = papers.paper("dplq")["precision"]
+    return {
+        "optimiser": f"SGD, momentum {MOMENTUM:g}, weight decay {WEIGHT_DECAY:g} on everything that is trained",
+        "learning rate": f"{both['learning rate']}; one for each epoch",
+        "schedule": (
+            f"{both['warm-up learning rate']} for {both['warm-up epochs']} epoch, then lr (1 + cos(pi (e - 1) / E)) / 2"
+        ),
+        "epochs": f"{both['epochs']}",
+        "batch": f"{both['train batch']}; the last images of an epoch are dropped, unless the set has no whole batch",
+        "precision": (
+            f"{precision} on a GPU: float32 weights, float16 autocast, scaled loss; logits in float32 (the authors: "
+            "float16 weights in the context, the small net, the projection and the text's quaternion layer, no loss "
+            "scaling)"
+        ),
+        "prompts": f"{both['context tokens']} tokens, from '{PROMPT}'; prompted layers: {both['prompt depth']}",
+        "training images": (
+            f"{both['shots']} of each class, or all; random crop of {domains.CROP[0]:.0%} to {domains.CROP[1]:.0%} "
+            f"of the area to {both['image size']} (bicubic), flip"
+        ),
+        "test images": (
+            f"short side to {both['image size']} (bicubic), centre; batches of {TEST_BATCH}, on which the noise of "
+            "the prompts depends (the medical domain model: 1024, nearest pixel)"
+        ),
+        "splits": "50 / 20 / 30 % of each class; the authors' lists were not released, here the shuffle is fixed",
+        "classes": "base are the first half of the sorted folders, the larger one where they are odd",
+        "transfers": (
+            "trained on all classes of one set; cross-dataset tests the test split of the others, domain "
+            "generalisation all their images, with the same weights"
+        ),
+        "selection": "none; the last epoch is tested",
+        "seeds": "1, 2, 3 (README of the successor); here the parameter seed",
+        "metric": "top-1 over all test images, percent; mean and standard deviation (of the population) over seeds",
+        "noise": "drawn at test time too, from the seed",
+        "baselines": "how the paper trained them was not found; here as DPLQ: its optimiser, learning rate and epochs",
+        "sweep": "none found",
+    }

@@ -443,13 +443,71 @@ def outputs(p: Parameters, model: nn.Module, part: Dataset) -> Iterator[tuple[An
 
 def protocol() -> dict[str, str]:
     """The settings of the `paper` profile, one per row."""
-    return papers.protocol(
-        "ecamp",
-        r=published(),
-        crop=transforms.train_transform().transforms[1].scale,
-        warp=transforms.MaskTransform("xrays/rsna", True).warp,
-        first=[*FIRST.values()],
-        expansion=[*EXPANSION.values()],
-        one_of=" and ".join(TITLES[name] for name in ONE_OF),
-        **vars(tasks) | globals() | {"text": text},
-    )
+    r, crop = published(), transforms.train_transform().transforms[1].scale
+    warp = transforms.MaskTransform("xrays/rsna", True).warp
+    first, expansion = [*FIRST.values()], [*EXPANSION.values()]
+    one_of = " and ".join(TITLES[name] for name in ONE_OF)
+    precision = papers.paper("ecamp")["precision"]
+    return {
+        "pre-training, optimiser": (
+            f"AdamW, betas {r['beta1']:g} and {r['beta2']:g}, learning rate {r['lr']:g}, decay {r['weight_decay']:g} "
+            "on matrices, no clipping"
+        ),
+        "pre-training, schedule": (
+            f"warm-up of {r['warmup_epochs']:g} epochs, cosine to epoch {r['cosine_end_epoch']:g}, stopped at "
+            f"{r['stop_epoch']:g}"
+        ),
+        "pre-training, batch": (
+            f"{r['effective_batch']:,.0f} pairs: {r['gpus']:g} devices x {r['batch_per_gpu']:g} x "
+            f"{r['accumulation']:g} iterations; the remainder of an epoch is dropped"
+        ),
+        "pre-training, images": (
+            f"{r['high_resolution']:g} pixels (the encoder sees {r['low_resolution']:g}); crop of "
+            f"{transforms.PRETRAIN_CROP[0]:.0%} to {transforms.PRETRAIN_CROP[1]:.0%} of the image, flip; mean "
+            f"{transforms.PRETRAIN_MEAN}, std {transforms.PRETRAIN_STD}; the words left and right stay; a JPEG whose "
+            f"sides stay above {transforms.SHORTEST} pixels is decoded at half of its size (ours)"
+        ),
+        "pre-training, text": (
+            f"{r['text_length']:g} tokens; statements inserted with {text.SPLICED:g}; hidden: entities "
+            f"{text.ENTITY:g}, other words {text.OTHER:g}, words of a text without entities {text.NO_ENTITY:g}"
+        ),
+        "precision": f"{precision} on a GPU; downstream tests in float32",
+        "classification": (
+            f"SGD, momentum {tasks.MOMENTUM:g}, no decay; crop of {crop[0]:.0%} to {crop[1]:.0%} of the image, flip; "
+            f"test: short side to 224, centre crop; mean {transforms.MEAN}, std {transforms.STD}"
+        ),
+        "segmentation": (
+            f"AdamW, decay {tasks.DECAY:g} on all tensors; encoder frozen; scale x {warp.transforms[0].scale[0]:g} to "
+            f"{warp.transforms[0].scale[1]:g} and rotation up to {warp.transforms[0].degrees[1]:g} degrees, p "
+            f"{warp.p:g}"
+        ),
+        "detection": (
+            f"AdamW, decay {tasks.DECAY:g} on all tensors; encoder frozen; no augmentation; bottlenecks reduced by "
+            f"{expansion[0]} (1 %), {expansion[1]} (10 %), {expansion[2]} (100 %)"
+        ),
+        "resizing downstream": "segmentation and detection without antialiasing; masks of RSNA nearest, others by area",
+        "schedule downstream": (
+            "linear warm-up, cosine; the first step has 1 / warm-up steps of the peak; learning rates, steps and "
+            "batches in the tables above"
+        ),
+        "clipping downstream": f"norm of the gradient {CLIP:g}",
+        "last batch downstream": "the last images of an epoch are a smaller batch",
+        "selection": (
+            "best AUROC, accuracy, Dice or mAP on validation, after each epoch; of equal ones the later, but for "
+            f"accuracy; detection from the first epoch that ends after step {first[0]} (1 %), {first[1]} (10 %), "
+            f"{first[2]} (100 %)"
+        ),
+        "stopping": (
+            f"{TASKS['fine-tune'].patience} epochs without a new best (segmentation {TASKS['segment'].patience}; "
+            f"RIGA {RIGA_PATIENCE} for other encoders), or an epoch that ends on a multiple of the steps"
+        ),
+        "metrics": (
+            f"mean AUROC of the classes; accuracy for {one_of}; Dice at 0.5; mAP at IoU "
+            f"{tasks.radiology.IOUS[0]:.2f} to {tasks.radiology.IOUS[7]:.2f}"
+        ),
+        "detection's test split": 'the validation list (protocol = "released")',
+        "devices": "pre-training on several, downstream tasks on one",
+        "seeds": (
+            "the authors: 42, one run; sweep: none found; four A100, about 15 h of pre-training (ToniChopp/ECAMP#6)"
+        ),
+    }

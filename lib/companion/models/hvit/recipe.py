@@ -469,7 +469,32 @@ def label(p: Parameters) -> str:
 
 def protocol() -> dict[str, str]:
     """The settings of the `paper` profile, a row each."""
-    return papers.protocol("hvit", **globals())
+    return {
+        "optimiser": f"Adam, learning rate {LEARNING_RATE:g}, weight decay {DECAY:g} added to every gradient",
+        "schedule": f"halved every {HALVED} epochs",
+        "batch": f"{BATCH} slides",
+        "last batch": "the gradients of an epoch's last slides go into the next epoch's first step",
+        "epochs": (
+            f"{EPOCHS}, no early stopping; the authors' training on regions, from pixels, takes up to "
+            f"{REGIONS['epochs']}, patience {REGIONS['patience']} from epoch {EARLIEST} on (epochs, patience)"
+        ),
+        "selection": "per fold the epoch with the lowest loss on the tuning slides; of equal ones the later",
+        "sampling": "with replacement, every grade equally often (sampling)",
+        "augmentation": "none",
+        "dropout": f"{hvit.SIZES['paper']['slide']['dropout']:g} at the slide level",
+        "CORN": "averaged over each slide, then over the batch",
+        "tiling": (
+            f"Otsu on the saturation of the level nearest to 1/{PANDA.downsample:g} (1/16 in PANDA), regions with "
+            f"{PANDA.least:.0%} tissue or more; the level nearest to {PANDA.mpp:g} microns per pixel, read as it is"
+        ),
+        "pixels": "each region compressed as JPEG (--raw of companion slides), then scaled to [0, 1] (normalise)",
+        "vote": "most common grade of the folds; of two the nearer to the rest, then random, seeded by the row",
+        "metric": "quadratic weighted kappa",
+        "data": "PANDA; the authors' folds and their list of noisy labels were not released",
+        "precision": "float32",
+        "seeds": "not found; the authors give mean and population std over five folds",
+        "sweep": "none found",
+    }
 
 
 # --- checks of what is read -------------------------------------------------------------------------------------------

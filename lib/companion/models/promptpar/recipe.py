@@ -398,4 +398,26 @@ def f1_definitions() -> pd.DataFrame:
 
 def protocol() -> dict[str, str]:
     """The settings of the profile, one per row, by the authors' code; few of the paper's own settings were found."""
-    return papers.protocol("promptpar", threshold=THRESHOLD, **globals(), **published().to_dict())
+    heads, prompts = (published()[part] for part in ("heads", "prompts"))
+    return {
+        "data": "trained on trainval, tested on test; of several random partitions the first",
+        "texts": "one sentence an attribute; RAP v1: phrases (texts)",
+        "optimiser": f"SGD, momentum {MOMENTUM:g}, not Nesterov; all trained tensors decay, text prompts do only that",
+        "learning rate": f"heads {heads['learning rate']:g}, prompts {prompts['learning rate']:g}",
+        "weight decay": f"{heads['weight decay']:g}",
+        "schedule": (
+            f"constant within an epoch: linear warm-up (heads {heads['warm-up epochs']:g}, prompts "
+            f"{prompts['warm-up epochs']:g} epochs), cosine since epoch 0"
+        ),
+        "epochs": f"{heads['epochs']:g}",
+        "batch": f"{heads['batch']:g}; the last partial batch: {LAST}",
+        "loss": f"weighted cross-entropy of the heads + {SIMILARITY:g} of the similarity, summed over attributes",
+        "gradient clipping": f"norm {heads['gradient clipping']:g}, heads and prompts each",
+        "precision": "CLIP in float16 without loss scaling on a GPU, the rest float32; or precision = '16-mixed'",
+        "augmentation": "10 black pixels around, random crop of 224, flip; mean and std 0.5, not CLIP's",
+        "resolution": "224; padded to squares (inferred: black, padding), resized without antialiasing, as OpenCV does",
+        "test": f"threshold {THRESHOLD:g}; mA, and Acc, Prec, Rec and F1 by image; RAP's unclear labels not in mA",
+        "selection": "the last epoch; select = 'maxima', as the authors print: each maximum over epochs on TEST",
+        "seeds": "the authors' code: 605, one run; here the parameter seed",
+        "sweep": "none found",
+    }
