@@ -50,6 +50,13 @@ def no_figures_left() -> Iterator[None]:
         sys.modules["matplotlib.pyplot"].close("all")
 
 
+@pytest.fixture(autouse=True)
+def random_numbers_of_a_test_depend_on_no_other_test() -> None:
+    """PyTorch's generator, which the weights of a small model are drawn from."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def asked_outside(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The file in which tests/offline logs who asked for another machine, here or in a process that a test starts."""
