@@ -27,7 +27,7 @@ FRESH.set_forkserver_preload(["torch", "timm", "open_clip", "lightning_fabric", 
 
 _Result = TypeVar("_Result")
 
-SPREAD = {"test_ablation.py", "test_exporting.py", "test_notebooks.py", "test_parity.py", "test_recipes.py"}
+SPREAD = {"test_ablation.py", "test_notebooks.py", "test_parity.py", "test_recipes.py"}
 SPREAD |= {"test_rehearsal.py", "test_simulated.py", "test_snakefile.py"}
 """Files of long independent tests: side by side, their tests go to whatever process is free."""
 LONGEST = ("test_site.py", "test_two_processes.py", "test_jupyterlab.py", "test_robustness.py", *sorted(SPREAD))

@@ -44,7 +44,6 @@ NEEDING: dict[str, list[tuple[Any, ...]]] = {
     ],
     "diffusion": [("models.tip",), ("toy.encoders.words",)],
     "real": [("packaged", "_from_onnx", "source", "target")],
-    "export": [("saving", "export", None, "model.onnx")],
 }
 """What needs an extra: a module of the library; or what is in one, with arguments."""
 

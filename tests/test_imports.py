@@ -8,7 +8,7 @@ from companion.io.provenance import PACKAGE, direct_imports
 
 PAPERS = {path.parent.name for path in PACKAGE.glob("models/*/paper.yaml")}
 ORDER = ["errors", "io", "packaged", "backbones", "data", "training", "evaluation", "viz"]
-ORDER += ["models", "saving", "toy", "studies", "runs", "cli"]
+ORDER += ["saving", "models", "toy", "studies", "runs", "cli"]
 """Folders and modules of the package: each imports those before it, and itself."""
 
 

@@ -165,8 +165,12 @@ def test_restored_images_of_a_saved_pipeline(files: list[Path], tmp_path: Path) 
     images = [companion.predict(p, files[:1], **options)[0] for p in (pipe, companion.load(folder))]
     assert np.array_equal(*map(np.array, images)) and images[0].size == (40, 50)
     (tmp_path / "other").mkdir()
-    for refused in (companion.load, lambda path: companion.save(pipe, path)):
-        refuses((lambda refused=refused: refused(tmp_path / "other"), "model_index.json"), error=CorruptFile)
+    (tmp_path / "other" / "notes.txt").touch()
+    refuses(
+        (lambda: companion.load(tmp_path / "other"), "config.json"),
+        (lambda: companion.save(pipe, tmp_path / "other"), "model_index.json"),
+        error=CorruptFile,
+    )
 
 
 def test_what_does_not_fit_is_refused(files: list[Path], tmp_path: Path) -> None:

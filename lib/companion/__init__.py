@@ -1,16 +1,16 @@
 """The companion: vision-transformer papers of December 2023, each as one notebook that runs.
 
-`save`, `load`, `predict`, `export` and `push_to_hub` work on a trained model of any paper.
+`save`, `load` and `predict` work on a trained model of any paper.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .saving import export, load, predict, push_to_hub, save
+    from .saving import load, predict, save
 
 __version__ = "0.2.0"
-__all__ = ["export", "load", "predict", "push_to_hub", "save"]
+__all__ = ["load", "predict", "save"]
 
 
 def __getattr__(name: str) -> Any:

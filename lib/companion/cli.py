@@ -1,5 +1,5 @@
-"""The `companion` command: requirements of a run, downloads, comparison with the authors' outputs, archives of runs,
-features and heat maps of whole slides, and maps of land cover.
+"""The `companion` command: requirements of a run, downloads, comparison with the authors' outputs, text files of runs,
+features of whole slides, and maps of land cover.
 
 companion doctor sa2vp [--data-root DIR]      what is missing for each table; the parameters and their accepted values
 companion fetch sa2vp [--data-root DIR]       weights and data that are free and have a checksum
@@ -7,7 +7,6 @@ companion data [--data-root DIR]              all data sets: present, missing or
 companion parity sa2vp [--checkpoint FILE]    our model against outputs of the authors' code
 companion parity sa2vp --recipe     our training and evaluation against the authors'
 companion slides slides/panda --weights FILE [--part I/N]    patch embeddings, slide by slide; resumes
-companion heatmap SLIDE --checkpoint FILE --weights FILE    a slide's predicted class and map of attention
 companion landcover DIR --checkpoint FILE     a map of every GeoTIFF in DIR/images, by a network that you trained
 companion landcover DIR --check     the values of the masks in DIR/labels, their classes, and their shares
 companion run sa2vp vitb_fgvc_per_task --data-root DIR     all runs of a published table, then the table; resumes
@@ -88,27 +87,17 @@ def commands() -> dict[str, argparse.ArgumentParser]:
     sub.add_argument("--preview", action="store_true", help="a PNG of each slide and its regions, next to its features")
     sub.add_argument("--part", default="0/1", help="I/N: every N-th slide from the I-th on, for N parallel jobs")
     sub.add_argument("--batch", type=int, default=1, help="regions per step")
-    what = "the class of a slide by a trained model, and its attention as PNG and as pyramid for slide viewers"
-    sub = command(heatmap, "heatmap", what, "slide")
-    sub.add_argument("--checkpoint", required=True, help="model of companion.save, or <out>/trained/<name>.safetensors")
-    sub.add_argument("--weights", help="file of the patch level, unless the model contains it")
-    for name in ("head", "position"):
-        choices = hvit[name]["choices"]
-        sub.add_argument(f"--{name}", choices=choices, help=f"{name} of the model in <out>/trained")
-    sub.add_argument("--gamma", type=float, default=0.5, help="weight of trained levels; frozen ones weigh 1 - GAMMA")
-    sub.add_argument("--out", default="heatmaps", help="output folder (default: heatmaps)")
-    for sub in (found["companion slides"], found["companion heatmap"]):  # how the regions are found and encoded
-        sub.add_argument("--heads", type=int, help="attention heads of the patch level (default: one for 64 channels)")
-        sub.add_argument("--mpp", type=float, help="microns per pixel of level 0 (default: each slide's own)")
-        masks = "folder of a tissue mask a slide, <slide id>.png or .tif, in its proportions: 0 (black) is background, "
-        sub.add_argument("--masks", help=f"{masks}any other value tissue (default: tissue is detected by colour)")
-        sub.add_argument("--region", type=int, default=2048, help="side of a region in pixels")
-        scan = "resize the nearest level to 0.5 microns per pixel, where none is near: of 40x with levels 1, 4, 16"
-        sub.add_argument("--resample", action="store_true", help=scan)
-        sub.add_argument("--normalise", default="unit", choices=hvit["normalise"]["choices"], help="of the pixels")
-        raw = "encode regions as read (default: after JPEG compression, as HS2P stores them for the authors)"
-        sub.add_argument("--raw", action="store_true", help=raw)
-        sub.add_argument("--accelerator", default="auto", choices=["auto", "cpu", "cuda"])
+    sub.add_argument("--heads", type=int, help="attention heads of the patch level (default: one for 64 channels)")
+    sub.add_argument("--mpp", type=float, help="microns per pixel of level 0 (default: each slide's own)")
+    masks = "folder of a tissue mask a slide, <slide id>.png or .tif, in its proportions: 0 (black) is background, "
+    sub.add_argument("--masks", help=f"{masks}any other value tissue (default: tissue is detected by colour)")
+    sub.add_argument("--region", type=int, default=2048, help="side of a region in pixels")
+    scan = "resize the nearest level to 0.5 microns per pixel, where none is near: of 40x with levels 1, 4, 16"
+    sub.add_argument("--resample", action="store_true", help=scan)
+    sub.add_argument("--normalise", default="unit", choices=hvit["normalise"]["choices"], help="of the pixels")
+    raw = "encode regions as read (default: after JPEG compression, as HS2P stores them for the authors)"
+    sub.add_argument("--raw", action="store_true", help=raw)
+    sub.add_argument("--accelerator", default="auto", choices=["auto", "cpu", "cuda"])
     sub = command(landcover, "landcover", "predict maps for the GeoTIFFs of a folder, of any size", "folder")
     kind = sub.add_mutually_exclusive_group(required=True)
     kind.add_argument("--checkpoint", help="trained weights, <out>/trained/<name>.safetensors; maps and PNG previews")
@@ -364,50 +353,6 @@ def slides(given: argparse.Namespace) -> int:
     if bad:
         print(f"companion: no features of {len(bad)} slides: {', '.join(bad)}", file=sys.stderr)
     return int(bool(bad))
-
-
-def heatmap(given: argparse.Namespace) -> int:
-    """Print a slide's predicted class, and write its attention over the tissue."""
-    from .data.pyramids import Slide
-    from .models.hvit import HViT, encoders, heatmaps
-    from .models.hvit.model import graded, probabilities
-    from .models.hvit.official import read_checkpoint
-    from .models.hvit.slides import PANDA, read_mask, tile
-    from .saving import load
-    from .training.hardware import Hardware, evaluating
-
-    path, out = Path(given.slide), Path(given.out)
-    if out.resolve() == path.resolve().parent:
-        raise BadParameter("--out", given.out, "another folder than the slide's, where the map would be a slide")
-    check_folder("--out", out)
-    state = read_checkpoint(given.checkpoint)
-    if "classifier.weight" in state:  # the authors' tensors, as runs write to `<out>/trained`
-        model = HViT.from_official(state, given.head, position=given.position)
-    elif not isinstance(model := load(given.checkpoint), HViT):
-        raise BadParameter("checkpoint", f"{type(model).__name__} in {given.checkpoint}", "a model of H-ViT")
-    patch = encoders.patch_encoder(given.weights, given.heads) if given.weights else model.patch
-    if patch is None:
-        raise BadParameter("--weights", None, "the file of the patch level, which the model does not contain")
-    heatmaps.level_weights(given.gamma, model.variant)  # a wrong one is refused before the slide is encoded
-    whole, tiling = HViT(model.slide, model.region, patch, model.variant), replace(PANDA, region=given.region)
-    with Slide(path, given.mpp) as slide, evaluating(Hardware(given.accelerator), whole):
-        mask = read_mask(given.masks, slide, tiling.downsample) if given.masks else None
-        tiles = tile(slide, replace(tiling, jpeg=not given.raw, resample=given.resample), mask)
-        print(f"{path.stem}: {len(tiles)} regions", flush=True)
-        maps = heatmaps.attention_maps(whole, whole.patch, slide, tiles, given.normalise)
-        scores = maps.factorised(given.gamma, model.variant)
-        files = heatmaps.write_heatmap(slide, tiles, scores, out / path.stem)
-    top, names = model.slide, getattr(model, "class_names", ())
-    grade = int(graded(top.head, maps.output, top.classes))
-    names = names or [f"class {i}" for i in range(top.classes)]
-    if top.head == "regression":
-        sure = f"output {float(maps.output):.2f}; a regression gives no probabilities"
-    else:
-        each = probabilities(top.head, maps.output)[0].tolist()
-        sure = "probabilities " + ", ".join(f"{name} {p:.3f}" for name, p in zip(names, each, strict=True))
-    print(f"{path.stem}: {names[grade]} ({sure})")
-    print(*files.values(), sep="\n")
-    return 0
 
 
 def landcover(given: argparse.Namespace) -> int:

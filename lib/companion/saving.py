@@ -1,55 +1,117 @@
-"""Saves, loads, applies and exports a trained model of any paper.
+"""Saves, loads and applies a trained model of any paper.
 
-    companion.save(model, "flowers.safetensors", class_names=["rose", "tulip"], transform=data["test"].transform)
-    model = companion.load("flowers.safetensors")
+    model.save_pretrained("flowers", class_names=["rose", "tulip"], transform=data["test"].transform)
+    model = companion.load("flowers")                       # or SA2VP.from_pretrained("flowers"), or "<user>/<name>"
     companion.predict(model, "new.jpg")                     # [{"rose": 0.97, "tulip": 0.03}]
-    companion.export(model, "flowers.pt2")                  # torch.export.load("flowers.pt2").module()(images)
-    companion.export(model, "flowers.onnx")                 # the same as ONNX
+    model.push_to_hub("<user>/<name>")                      # the Hugging Face Hub, with the account of `hf auth login`
 
-The file is in safetensors format: all tensors, including the frozen backbone's, so that neither cache nor network is
-needed; and JSON in its header: the model's `config` (see `ops.config`), class names, preprocessing.
-
-A model has a `config`, which its constructor sets, a method `predict(images, names, **options)`, and
-`export_inputs(side)`, the shape of each input, or `not_exported`, the reason why there is no program of it.
+A model's folder has `model.safetensors`: all tensors, including the frozen backbone's, so that neither cache nor
+network is needed; `config.json`: how the model is made (see `io.config`), class names, preprocessing; and `README.md`,
+a model card. TIP's pipeline is saved by diffusers.
 """
 
 from __future__ import annotations
 
-import copy
-import importlib.util
+import importlib
 import inspect
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, snapshot_download
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from . import __version__
-from .backbones import compare, input_of
-from .errors import BadParameter, CompanionError, CorruptFile, Count, check_choice, check_names, typed
+from .backbones import compare
+from .errors import BadParameter, CompanionError, CorruptFile, check_names, typed
+from .io import papers
 from .io.config import as_json, config_of, rebuild
-from .io.files import atomic, atomic_folder
+from .io.files import read_json, write_json
 from .training import checkpoints
 
-FORMAT = "1"
-TOLERANCE = 1e-4  # of the exported program's outputs, relative to the largest
+FORMAT = 2
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+LIMITS = """A research model: it has not been tested for any use. Its predictions hold at most for images like those
+that it was trained on."""
+CARD = """---
+{{ card_data }}
+---
+
+# {{ kind }}
+
+{{ about }}
+
+```python
+import companion
+
+model = companion.load("{{ place }}")
+companion.predict(model, "image.jpg")
+```
+
+## Data
+
+{{ data }} Which images it was trained on, and under which licence, is not in its files: write it here.
+
+## Limits
+
+{{ limits }}
+
+## Citation
+
+{{ citation }}
+"""
+
+
+class Pretrained(ModelHubMixin):
+    """A model with `save_pretrained`, `from_pretrained` and `push_to_hub`, as transformers and diffusers have them."""
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        class_names: Sequence[str] = (),
+        transform: Any = None,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        **hub: Any,
+    ) -> str | None:
+        """Write the model's folder, see `companion.save`; with `push_to_hub` upload it too, and return the address.
+
+        Args:
+            class_names, transform: see `companion.save`.
+            repo_id: "<user>/<name>" on the hub; by default the folder's name.
+            hub: of `push_to_hub`.
+        """
+        folder = save(self, save_directory, class_names=class_names, transform=transform)
+        return self.push_to_hub(repo_id or folder.name, **hub) if push_to_hub else None
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **hub: Any) -> Self:
+        """The model of a folder or of "<user>/<name>" on the hub, see `load`.
+
+        Raises `BadParameter`: it holds a model of another class.
+        """
+        model = load(pretrained_model_name_or_path, **hub)
+        if not isinstance(model, cls):
+            raise BadParameter("folder", f"a {type(model).__name__}", f"a {cls.__name__}: companion.load reads any")
+        return model
 
 
 @typed
-def save(model: Any, path: str | Path, *, class_names: Sequence[str] = (), transform: Any = None) -> Path:
-    """Write a model's file, under a temporary name first, and return its path; an existing file is replaced.
+def save(model: Any, folder: str | Path, *, class_names: Sequence[str] = (), transform: Any = None) -> Path:
+    """Write a model's folder and return its path; each file under a temporary name first, existing ones are replaced.
+
+    Class names and transform become the model's, as those of a loaded one: `push_to_hub` sends them too.
 
     Before writing, the model is built from its config and compared: a model that cannot be restored exactly is refused.
 
     Args:
-        model: of any paper, or a baseline of `models.layers`. TIP's pipeline is written to a folder, by diffusers.
-        path: ends in .safetensors; for TIP's pipeline a folder.
+        model: of any paper, a baseline of `models.layers`, or an encoder of `backbones.build`.
         class_names: of a classifier, by label, different ones; by default those of a loaded model. The prompts of a
             CLIP are part of the model.
         transform: from an image to the model's input, one of `companion.data`; of a random one the deterministic test
@@ -59,15 +121,12 @@ def save(model: Any, path: str | Path, *, class_names: Sequence[str] = (), trans
         BadParameter: a model, transform, path or class names that cannot be saved, with the reason.
         CannotWrite: the disk is full.
     """
-    path = Path(path)
+    folder = Path(folder)
     if hasattr(model, "adaptor") and hasattr(model, "save_pretrained"):  # TIP's pipeline: diffusers is an extra
-        if path.exists():
-            _tip().check_parts(path)
-        with atomic_folder(path) as new:
-            model.save_pretrained(new)
-        return path
-    if path.suffix != ".safetensors":
-        raise BadParameter("path", str(path), "a file name that ends in .safetensors")
+        model.save_pretrained(folder)
+        return folder
+    if folder.is_file() or folder.suffix == ".safetensors":
+        raise BadParameter("folder", str(folder), "the name of a folder: the weights are one of its files")
     class_names = class_names or getattr(model, "class_names", ())
     transform = transform or getattr(model, "transform", None)
     config, preprocessing = config_of(model), config_of(transform)
@@ -93,47 +152,123 @@ def save(model: Any, path: str | Path, *, class_names: Sequence[str] = (), trans
     if other or repr(again) != repr(model):
         accepted = "one that was not changed after it was made: from its arguments another one would be loaded"
         raise BadParameter("model", f"{type(model).__name__} ({', '.join(sorted(other)[:8])})", accepted)
-    about = {"made": config, "class_names": list(class_names), "preprocessing": preprocessing}
-    metadata = {"companion": FORMAT, "model": json.dumps(about, ensure_ascii=False)}
-    return checkpoints.save(path.parent, path.stem, state, metadata)
+    (folder / CONFIG).unlink(missing_ok=True)  # a kill leaves no config of other weights
+    checkpoints.save(folder, Path(WEIGHTS).stem, state)
+    about = {"companion": FORMAT, "model": config, "class_names": list(class_names), "preprocessing": preprocessing}
+    if not (folder / "README.md").exists():  # which its owner may have written
+        card(model, folder, about).save(folder / "README.md")
+    write_json(folder / CONFIG, about)
+    _named(model, about)
+    return folder
+
+
+def card(model: nn.Module, folder: Path, about: dict[str, Any]) -> ModelCard:
+    """The model card: paper, classes, what the companion found and could not find, citation."""
+    from .viz.tables import escape  # imported here: it imports pandas
+
+    kind, module = type(model).__name__, type(model).__module__.split(".")
+    slug = module[2] if module[:2] == ["companion", "models"] and module[2] in papers.slugs() else ""
+    names = ", ".join(map(escape, about["class_names"]))
+    found = {"about": "By the companion to vision-transformer papers.", "limits": LIMITS, "citation": "none"}
+    found["data"] = f"Classes: {names}." if names else "It has no class names."
+    if slug:
+        facts = papers.paper(slug)
+        title, venue, arxiv = facts["title"], facts["venue"], f"https://arxiv.org/abs/{facts['arxiv']}"
+        authors = ", ".join(" ".join(reversed(name.split(", "))) for name in facts["authors"])
+        findings = [
+            f"- {entry['topic']}: {entry['here']}" for entry in papers.findings(slug) if entry["kind"] == "fault"
+        ]
+        found |= {
+            "about": f"Of [{title}]({arxiv}) ({venue}), by the companion to vision-transformer papers.",
+            "limits": "\n".join(
+                [
+                    LIMITS,
+                    "",
+                    "What the authors' code does otherwise than the paper says, and what is done here:",
+                    "",
+                    *findings,
+                ]
+            ),
+            "citation": f"{authors}. {title}. {venue}. {arxiv}",
+        }
+    data = ModelCardData(library_name="companion", tags=["model_hub_mixin", *([slug] if slug else [])])
+    return ModelCard.from_template(data, template_str=CARD, kind=kind, place=folder.name, **found)
 
 
 @typed
-def load(path: str | Path) -> Any:
-    """The model of a file of `save`, in eval mode on the CPU, with `class_names` and `transform` as attributes.
+def load(path: str | Path, **hub: Any) -> Any:
+    """The model of a folder of `save`, in eval mode on the CPU, with `class_names` and `transform` as attributes.
 
-    No code from the file is executed. Raises:
-        CorruptFile: the file is missing, truncated, or not one that `save` wrote.
+    No code of the files is executed.
+
+    Args:
+        path: the folder; "<user>/<name>" on the Hugging Face Hub where there is no such folder; or a file ending in
+            .safetensors that version 0.2 wrote.
+        hub: of `huggingface_hub.snapshot_download`, such as `revision`, `token`, `local_files_only`.
+
+    Raises:
+        CorruptFile: a file is missing, truncated, or not one that `save` wrote.
         BadParameter: it names a class or an option that this version does not have.
         BadCheckpoint: its tensors do not match the model that it names.
     """
     path = Path(path)
-    if path.is_dir():
-        return _tip().TIPPipeline.from_pretrained(path, local_files_only=True)
-    about = _header(path)
+    if path.suffix == ".safetensors" and not path.is_dir():
+        about, weights = _header(path), path
+    else:
+        folder = path if path.exists() else downloaded(str(path), **hub)
+        if (folder / "model_index.json").exists():
+            return importlib.import_module(".models.tip", __package__).TIPPipeline.from_pretrained(folder)
+        about, weights = read_json(folder / CONFIG), folder / WEIGHTS
+        if not isinstance(about, dict) or not {"companion", "model", "class_names", "preprocessing"} <= about.keys():
+            accepted = (
+                "companion.save did not write it; weights alone are read by backbones.build(name, file), or by a "
+            )
+            raise CorruptFile(folder / CONFIG, f"{accepted}model's from_official(backbones.read_state(file))")
+        if about["companion"] != FORMAT:
+            other = f"its format is {about['companion']}, this version of the companion reads {FORMAT}"
+            raise CorruptFile(folder / CONFIG, other)
     try:
         with torch.random.fork_rng(devices=[]):
-            model = rebuild(about["made"])
-        transform, names = rebuild(about["preprocessing"]), tuple(map(str, about["class_names"]))
+            model = rebuild(about["model"])
+        if not isinstance(model, nn.Module):
+            raise CorruptFile(path, "it names no model")
+        _named(model, about)
     except CompanionError:
         raise
     except Exception as error:  # a constructor with arguments of a wrong type may raise any error
         how = (
-            "its header is damaged, or another version of the companion wrote it: load it there, and take its tensors "
+            "its config is damaged, or another version of the companion wrote it: load it there, and take its tensors "
         )
         how += "by `state_dict` or, under the authors' names, `to_official`"
         raise CorruptFile(path, f"{how} ({type(error).__name__}: {error})") from error
-    if not isinstance(model, nn.Module):
-        raise CorruptFile(path, "it names no model")
-    state, own = load_file(path), _tensors(model)
-    compare(own, state, f"the model that {path} names")
+    try:
+        state = load_file(weights)
+    except (SafetensorError, OSError) as error:
+        raise CorruptFile(weights, f"not a safetensors file ({error})") from error
+    compare(_tensors(model), state, f"the model that {path} names")
     for name, parameter in model.named_parameters():
         parameter.data = state[name]
     for name, _ in list(model.named_buffers()):
         owner, _, last = name.rpartition(".")
         model.get_submodule(owner)._buffers[last] = state[name]
-    vars(model).update(class_names=names, transform=transform)  # not by nn.Module: a transform is no submodule
     return model.eval()
+
+
+def _named(model: nn.Module, about: dict[str, Any]) -> None:
+    """Give a model the class names and the transform of its config."""
+    names, transform = tuple(map(str, about["class_names"])), rebuild(about["preprocessing"])
+    vars(model).update(class_names=names, transform=transform)  # not by nn.Module: a transform is no submodule
+
+
+def downloaded(name: str, **hub: Any) -> Path:
+    """The folder of a model of the hub, without code. Raises `CorruptFile`: it is no name there, or not found."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise CorruptFile(name, "there is no such folder")
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt"], **hub))
+    except Exception as error:  # of the hub's client, of its HTTP library, or of the network
+        reason = str(error).strip().partition("\n")[0]
+        raise CorruptFile(name, f"there is no such folder, and the hub gives none of that name: {reason}") from error
 
 
 @typed
@@ -198,111 +333,8 @@ def predict(
         return method(given, names, **options)
 
 
-@typed
-def export(model: Any, path: str | Path, *, text: str | None = None, size: Count = 512) -> Path:
-    """Export a model as a program that runs without this package: torch.export, or ONNX (the extra `[export]`).
-
-    The batch is dynamic, height and width are fixed. Inputs are images after the model's transform, outputs logits
-    (B, classes); for PromptPAR (B, attributes), for MetaSegNet and ECAMP's segmenter (B, classes, H, W); for ECAMP's
-    detector three heads; for BAT score, size, offset and box. The program's outputs are compared with the model's.
-
-    Args:
-        path: ends in .pt2 or .onnx; it is returned.
-        text: for MetaSegNet: the text of one climate zone, which becomes part of the program.
-        size: side of MetaSegNet's images; the other models have one size.
-
-    Raises:
-        BadParameter: a model that cannot be exported, with the reason; or another `path`.
-        CompanionError: the package onnxscript is not installed; or the program's outputs differ from the model's.
-    """
-    path, kind = Path(path), type(model).__name__
-    check_choice("path", path.suffix, (".pt2", ".onnx"))
-    if path.suffix == ".onnx" and importlib.util.find_spec("onnxscript") is None:
-        raise CompanionError("ONNX needs onnxscript, which is not installed: pip install -e '.[export]'")
-    reason = getattr(model, "not_exported", None)
-    if reason or not isinstance(model, nn.Module):
-        accepted = f"one that is a single pass of fixed size; {reason or 'a model of companion.models'}"
-        raise BadParameter("model", kind, accepted)
-    if text is not None:
-        if not hasattr(model, "with_text"):
-            raise BadParameter("text", text, "None: only MetaSegNet reads one")
-        model = model.with_text(text)
-    network, shapes = Program(copy.deepcopy(model)).eval(), export_inputs(model, size)
-    device, generator = next(model.parameters()).device, torch.Generator().manual_seed(0)
-    three = [torch.randn(3, *shape, generator=generator).to(device) for shape in shapes.values()]
-    given = tuple(x[:2] for x in three)  # a batch of 1 would be specialised to a constant
-    batch = {0: torch.export.Dim("batch", min=1, max=1024)}
-    with torch.no_grad():
-        expected = network(*three)
-        try:
-            # strict mode keeps `len(images)` symbolic
-            program = torch.export.export(network, given, dynamic_shapes=((batch,) * len(given),), strict=True)
-        except Exception as error:  # torch raises many kinds of errors
-            reason = str(error).strip().partition("\n")[0]
-            raise BadParameter("model", kind, f"one that torch.export follows: {reason}") from error
-        both = (found if isinstance(found, tuple) else (found,) for found in (program.module()(*three), expected))
-        for ours, theirs in zip(*both, strict=True):
-            if not torch.allclose(ours, theirs, atol=TOLERANCE * float(theirs.abs().max())):
-                difference = float((ours - theirs).abs().max())
-                raise CompanionError(
-                    f"{path} is not written: the exported {kind} differs from the model by {difference:g}"
-                )
-    with atomic(path) as temporary:
-        if path.suffix == ".pt2":
-            torch.export.save(program, temporary)
-        else:
-            torch.onnx.export(program, input_names=list(shapes), f=str(temporary), external_data=False)
-    return path
-
-
-def export_inputs(model: nn.Module, side: int) -> dict[str, tuple[int, ...]]:
-    """The shape of each input of a model, without the batch; of an encoder of another package its images."""
-    if own := getattr(model, "export_inputs", None):
-        return own(side)
-    embed = getattr(model, "patch_embed", None)
-    size = embed.img_size if embed is not None else (input_of(model).size,) * 2
-    return {"images": (3, *size)}
-
-
-class Program(nn.Module):
-    """A model that returns what is exported: its prediction, a tensor; of BAT and ECAMP's detector a tuple of all."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
-        found = self.model(*inputs)
-        if isinstance(found, list) or getattr(self.model, "all_outputs", False):
-            return tuple(found)
-        return found[0] if isinstance(found, tuple) else found
-
-
-@typed
-def push_to_hub(path: str | Path, repository: str, *, private: bool = False) -> str:
-    """Upload a saved model to the hub and return its address; the repository is created if it does not exist.
-
-    `load(hf_hub_download(repository, "<the file's name>"))` reads it back. Uses the account of `hf auth login`.
-
-    Args:
-        path: of `save`.
-        repository: "<user>/<name>".
-
-    Raises `CorruptFile`: the file was not written by `save`. Errors of the hub are raised by its client.
-    """
-    path, hub = Path(path), HfApi()
-    (_tip().check_parts if path.is_dir() else _header)(path)
-    address = hub.create_repo(repository, private=private, exist_ok=True)
-    message = f"{path.name}, saved by companion {__version__}"
-    if path.is_dir():
-        hub.upload_folder(repo_id=repository, folder_path=path, commit_message=message)
-    else:
-        hub.upload_file(repo_id=repository, path_or_fileobj=path, path_in_repo=path.name, commit_message=message)
-    return str(address)
-
-
 def _header(path: Path) -> dict[str, Any]:
-    """The JSON header of a model's file. Raises `CorruptFile`."""
+    """What the file of version 0.2 says of its model. Raises `CorruptFile`."""
     if not path.is_file():
         raise CorruptFile(path, "there is no such file")
     try:
@@ -310,18 +342,19 @@ def _header(path: Path) -> dict[str, Any]:
             header = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise CorruptFile(path, f"not a safetensors file ({error})") from error
-    if "companion" not in header:
-        accepted = "companion.save did not write it; weights alone are read by backbones.build(name, file), or by a "
-        raise CorruptFile(path, f"{accepted}model's from_official(backbones.read_state(file))")
-    if header["companion"] != FORMAT:
-        raise CorruptFile(path, f"its format is {header['companion']}, this version of the companion reads {FORMAT}")
+    if header.get("companion") != "1":
+        raise CorruptFile(
+            path,
+            "companion.save of version 0.2 did not write it; weights alone are read by a model's "
+            "from_official(backbones.read_state(file)), or by backbones.build(name, file)",
+        )
     try:
         about = json.loads(header["model"])
     except (KeyError, ValueError, RecursionError) as error:
         raise CorruptFile(path, f"its header is damaged ({type(error).__name__}: {error})") from error
     if not isinstance(about, dict) or not {"made", "class_names", "preprocessing"} <= about.keys():
         raise CorruptFile(path, "its header is damaged: it has not the entries made, class_names and preprocessing")
-    return about
+    return about | {"model": about["made"]}
 
 
 def _settings(model: nn.Module) -> dict[str, Any]:
@@ -338,12 +371,6 @@ def _settings(model: nn.Module) -> dict[str, Any]:
 def _different(ours: dict[str, Any], theirs: dict[str, Any]) -> set[str]:
     """The names of `theirs` under which `ours` has something else; others of `ours` are derived, such as caches."""
     return {name for name, value in theirs.items() if ours.get(name) != value}
-
-
-def _tip() -> Any:
-    from .models.tip import pipeline  # imported here: diffusers is an extra, and takes seconds
-
-    return pipeline
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -110,26 +110,6 @@ def test_no_argument_of_a_forged_config_is_read_or_looked_up_or_run(made: set[st
             assert not trap.found and not trap.touched.exists(), (by, args, trap.found)
 
 
-def test_a_model_saved_under_an_old_name_is_built() -> None:
-    for new in config.MOVED.values():
-        module, _, name = new.partition(":")
-        assert not name or hasattr(importlib.import_module(module), name), new
-    made = MODELS["VPT"]()
-    old = config.config_of(made) | {"by": "companion.models.layers.vpt:VPT"}
-    assert type(config.rebuild(old)) is type(made)
-
-
-def test_an_old_name_is_no_way_round(trap: Trap) -> None:
-    """Of a module that moved, the present name of what passes arguments on to timm."""
-    old = {new: moved for moved, new in config.MOVED.items() if ":" not in new}
-    found = [f"{old[module]}:{name}" for module, name in (by.split(":") for by in config.PASSED_ON) if module in old]
-    assert found
-    for by in found:
-        refuses((lambda by=by: config.rebuild({"by": by, "args": {"pretrained_cfg": {"file": str(trap.file)}}}), "cfg"))
-        refuses((lambda by=by: config.rebuild({"by": by, "args": {"pretrained": str(trap.file)}}), "pretrained"))
-    assert not trap.found
-
-
 def test_the_trap_closes(trap: Trap) -> None:
     torch.load(trap.file, weights_only=False)
     with contextlib.suppress(OSError):

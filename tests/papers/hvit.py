@@ -10,9 +10,11 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
 from companion.data import find, slides
+from companion.data.pyramids import write_pyramid
 from companion.models import hvit
 from companion.training.hardware import Hardware
 from tests.data.conftest import expect
@@ -137,6 +139,9 @@ def biopsies() -> None:
             features.attrs["settings"] = "{}"
         if name == "new":
             slide.unlink()
+    tissue = np.random.default_rng(0).integers(90, 200, (2048, 2048, 3), np.uint8) // (1, 2, 1)
+    write_pyramid(Path("new.tiff"), tissue.astype(np.uint8), 0.5)
+    torch.save(hvit.PatchEncoder(dim=384, depth=1).to_official(), "vit256_small_dino.pth")
 
 
 EXAMPLE = biopsies, r"\['(benign|low grade|high grade)'\]"

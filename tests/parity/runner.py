@@ -47,17 +47,42 @@ from torch.utils._pytree import tree_map
 
 from companion.backbones import read_state
 from companion.errors import BadCheckpoint, BadParameter, CompanionError, CorruptFile, MissingData, check_choice
-from companion.io.config import today
 from companion.io.files import read_json
 from companion.io.papers import slugs
 
 from . import fill
 
 ROOT = Path(__file__).parent
-TOOLS = {
-    f"models.dmt.teachers:{name}": f"tools.encoders.pocket_teachers:{name}" for name in ("mlp", "contrastive_loss")
+MOVED = {
+    "companion.data.attributes:square_transform": "companion.models.promptpar.transforms:square_transform",
+    "companion.data.landcover_transforms": "companion.models.metasegnet.augmentation",
+    "companion.data.tracking:box_in_crop": "companion.models.bat.crops:box_in_crop",
+    "companion.data.tracking:clip_box": "companion.models.bat.crops:clip_box",
+    "companion.data.tracking:crop": "companion.models.bat.crops:crop",
+    "companion.data.xrays:squeeze_transform": "companion.models.ecamp.transforms:squeeze_transform",
+    "companion.data.xrays:test_transform": "companion.models.ecamp.transforms:test_transform",
+    "companion.models.bat.loss": "companion.models.bat.model",
+    "companion.models.dmt.downstream:test_transform": "companion.models.dmt.vit:test_transform",
+    "companion.models.dmt.teachers": "companion.models.dmt.official",
+    "companion.models.layers.coop": "companion.models.dplq.baselines",
+    "companion.models.layers.dino": "companion.models.hvit.dino",
+    "companion.models.hvit.model:predict": "companion.models.hvit.model:graded",
+    "companion.models.hvit.recipe:quadratic_kappa": "companion.evaluation.metrics:quadratic_kappa",
+    "companion.models.layers.quaternion": "companion.models.dplq.quaternion",
+    "companion.models.layers.vpt:FineTuning": "companion.models.layers.classifying:FineTuning",
+    "companion.models.layers.vpt:LinearProbe": "companion.models.layers.classifying:LinearProbe",
+    "companion.models.sa2vp.baselines:FineTuning": "companion.models.layers.classifying:FineTuning",
+    "companion.models.sa2vp.baselines:LinearProbe": "companion.models.layers.classifying:LinearProbe",
+    "companion.models.layers.vpt": "companion.models.sa2vp.baselines",
+    "companion.models.metasegnet.inference": "companion.models.metasegnet.maps",
+    "companion.models.metasegnet.losses": "companion.models.metasegnet.model",
+    "companion.models.sic_cads.model:_tower": "companion.models.sic_cads.official:tower",
+    "companion.models.tip.text": "companion.models.tip.pipeline",
+    # MoCo v3's heads and loss, which train a toy encoder alone
+    "companion.models.dmt.teachers:contrastive_loss": "tools.encoders.pocket_teachers:contrastive_loss",
+    "companion.models.dmt.teachers:mlp": "tools.encoders.pocket_teachers:mlp",
 }
-"""MoCo v3's heads and loss, which train a toy encoder alone, by their names in recorded cases."""
+"""Modules and functions by the names that recorded cases have, and where they are today."""
 TOLERANCE = 1e-4  # of the largest magnitude of an output
 TOLERANCE_GRADIENT = 1e-3  # of a gradient's norm
 
@@ -189,8 +214,9 @@ def _called(target: str, look: Any) -> Any:
     """The function, class or method that a step calls."""
     if target.startswith("$"):
         return look(target)
-    path = target if target.startswith(("torch", "timm")) else TOOLS.get(target) or today(f"companion.{target}")
-    module, _, name = path.partition(":")
+    path = target if target.startswith(("torch", "timm")) else f"companion.{target}"
+    module, _, name = MOVED.get(path, path).partition(":")
+    module = MOVED.get(module, module)
     return functools.reduce(getattr, name.split("."), importlib.import_module(module))
 
 

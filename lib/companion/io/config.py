@@ -53,33 +53,6 @@ FUNCTIONS: dict[str, dict[str, Any]] = {
     "companion.toy.tokens:Tokenizer": {},
     VIT: {},
 }
-# where things are that models saved, or cases recorded, by an earlier version name
-MOVED = {
-    "companion.data.attributes:square_transform": "companion.models.promptpar.transforms:square_transform",
-    "companion.data.landcover_transforms": "companion.models.metasegnet.augmentation",
-    "companion.data.tracking:box_in_crop": "companion.models.bat.crops:box_in_crop",
-    "companion.data.tracking:clip_box": "companion.models.bat.crops:clip_box",
-    "companion.data.tracking:crop": "companion.models.bat.crops:crop",
-    "companion.data.xrays:squeeze_transform": "companion.models.ecamp.transforms:squeeze_transform",
-    "companion.data.xrays:test_transform": "companion.models.ecamp.transforms:test_transform",
-    "companion.models.bat.loss": "companion.models.bat.model",
-    "companion.models.dmt.downstream:test_transform": "companion.models.dmt.vit:test_transform",
-    "companion.models.dmt.teachers": "companion.models.dmt.official",
-    "companion.models.layers.coop": "companion.models.dplq.baselines",
-    "companion.models.layers.dino": "companion.models.hvit.dino",
-    "companion.models.hvit.model:predict": "companion.models.hvit.model:graded",
-    "companion.models.hvit.recipe:quadratic_kappa": "companion.evaluation.metrics:quadratic_kappa",
-    "companion.models.layers.quaternion": "companion.models.dplq.quaternion",
-    "companion.models.layers.vpt:FineTuning": "companion.models.layers.classifying:FineTuning",
-    "companion.models.layers.vpt:LinearProbe": "companion.models.layers.classifying:LinearProbe",
-    "companion.models.sa2vp.baselines:FineTuning": "companion.models.layers.classifying:FineTuning",
-    "companion.models.sa2vp.baselines:LinearProbe": "companion.models.layers.classifying:LinearProbe",
-    "companion.models.layers.vpt": "companion.models.sa2vp.baselines",
-    "companion.models.metasegnet.inference": "companion.models.metasegnet.maps",
-    "companion.models.metasegnet.losses": "companion.models.metasegnet.model",
-    "companion.models.sic_cads.model:_tower": "companion.models.sic_cads.official:tower",
-    "companion.models.tip.text": "companion.models.tip.pipeline",
-}
 # the arguments of an encoder that a config may have
 SIZES = {"name", "num_classes", "img_size", "patch_size", "in_chans", "embed_dim", "depth", "depths", "num_heads"}
 SIZES |= {"mlp_ratio", "window_size", "qkv_bias", "qk_norm", "init_values", "class_token", "reg_tokens", "pre_norm"}
@@ -201,7 +174,7 @@ def rebuild(note: Any) -> Any:
         return PreTrainedTokenizerFast(tokenizer_object=tokens, **_only(note["options"], TOKENS))
     if "of" in note:
         return rebuild(note["of"]).visual
-    by, given = today(note["by"]), note["args"]  # before it is looked up: an old name has the rules of the present one
+    by, given = note["by"], note["args"]
     fixed = FUNCTIONS.get(by, {})
     if by in PASSED_ON:
         towers = {name: value["mapping"] for name, value in given.items() if name in ("vision_cfg", "text_cfg")}
@@ -215,12 +188,6 @@ def _only(given: dict[str, Any], known: set[str]) -> dict[str, Any]:
     if spare := sorted(set(given) - known):
         raise BadParameter("model", spare, f"only {sorted(known)} of an encoder can be saved and loaded")
     return given
-
-
-def today(path: str) -> str:
-    """The "<module>:<name>" of an earlier version under its present one."""
-    module, _, name = path.partition(":")
-    return MOVED.get(path) or f"{MOVED.get(module, module)}:{name}"
 
 
 def _resolve(path: str) -> Callable[..., Any]:

@@ -1,7 +1,6 @@
 """H-ViT's published recipe: samples, folds that vote, stored features, missing files."""
 
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +13,6 @@ from PIL import Image
 from sklearn.metrics import cohen_kappa_score
 from torch.utils.data import TensorDataset
 
-import companion
 from companion import cli
 from companion.data import slides as data
 from companion.data.pyramids import Slide, write_pyramid
@@ -23,13 +21,12 @@ from companion.errors import BadParameter, MissingData, MissingWeights
 from companion.models import hvit
 from companion.models.hvit import features, heatmaps, recipe, slides
 from companion.models.hvit.encoders import patch_encoder
-from companion.models.hvit.model import grids, probabilities
+from companion.models.hvit.model import grids
 from companion.models.hvit.official import read_checkpoint
 from companion.models.hvit.slides import PANDA, tensor, tile
 from companion.toy import encoders
 from companion.toy import hvit as synthetic
 from companion.toy.encoders import slide_dino
-from companion.training.checkpoints import save
 from companion.training.fit import fit
 from companion.training.hardware import CPU
 from tests.conftest import parameters
@@ -304,55 +301,6 @@ def test_spacings_and_masks_of_single_slides_are_files(tmp_path, command, capsys
     assert command(own, *words) == 1 and "'d'" in capsys.readouterr().err
 
 
-def test_heatmap_of_an_own_slide(tmp_path, capsys, monkeypatch):
-    """With the model of `companion.save` and that of a run, which has the authors' names: the class and the map."""
-    monkeypatch.chdir(tmp_path)
-    path = synthetic.save(tmp_path / "own", synthetic.slides(1, "place", "test")) / "slide_0.tiff"
-    patch = encoders.weights_file(slide_dino.NAME)
-    torch.manual_seed(0)
-    # one head at the region level, as the authors' tensors of that width would have
-    region = hvit.RegionEncoder(4, 48, 48, 2, heads=1, mlp_ratio=2, std=None)
-    model, regression = (
-        hvit.HViT(hvit.SlideTransformer(48, 3, head, dropout=0.1), region, variant="local")
-        for head in ("ordinal", "regression")
-    )
-    companion.save(model, "saved.safetensors", class_names=["x", "y", "z"])
-    save("run", "trained", model.to_official())
-    companion.save(regression, "regression.safetensors")
-    settings = replace(PANDA, downsample=4, median=3, close=3, area=0.1, hole_area=0.05, jpeg=False)
-    monkeypatch.setattr(slides, "PANDA", settings)
-
-    def command(checkpoint: str, *more: str) -> tuple[int, str, str]:
-        words = ["--region", "128", "--normalise", "half", "--raw", "--weights", str(patch), "--heads", "3", *more]
-        code = cli.main(["heatmap", str(path), "--checkpoint", checkpoint, "--accelerator", "cpu", *words])
-        return code, *capsys.readouterr()
-
-    with Slide(path) as slide:
-        tiles = tile(slide, replace(settings, region=128))
-        maps = heatmaps.attention_maps(model, patch_encoder(patch, 3), slide, tiles, "half")
-        expected = heatmaps.write_heatmap(slide, tiles, maps.factorised(0.5, "local"), tmp_path / "expected")
-    grade = int(hvit.graded("ordinal", maps.output, 3))
-    each = probabilities("ordinal", maps.output)[0].tolist()
-    code, out, error = command("saved.safetensors")
-    assert code == 0, error
-    printed = [float(p) for p in re.findall(r"[xyz] (0\.\d+)", out)]
-    assert f"slide_0: {'xyz'[grade]} (" in out and printed == pytest.approx(each, abs=0.002)
-    drawn, right = (np.asarray(Image.open(file)).astype(int) for file in ("heatmaps/slide_0.png", expected["png"]))
-    assert drawn.shape == right.shape and np.abs(drawn - right).mean() < 1  # rounding may change a few ranks
-    code, out, error = command("run/trained.safetensors", "--head", "ordinal", "--gamma", "1", "--out", "run")
-    assert code == 0 and f"class {grade} (" in out, error
-    assert "no probabilities" in command("regression.safetensors")[1]
-    for words, code, named in (
-        (("run/trained.safetensors",), 2, "head"),
-        (("saved.safetensors", "--gamma", "2"), 2, "gamma"),
-        (("saved.safetensors", "--region", "100"), 2, "32"),
-        (("saved.safetensors", "--out", str(path.parent)), 2, "--out"),
-        (("nowhere.safetensors",), 1, "nowhere.safetensors"),
-    ):
-        found, _, error = command(*words)
-        assert found == code and named in error, words
-
-
 def test_the_patch_level_of_a_file_of_several_levels(tmp_path):
     """Such as the shipped toy encoders, or a model of the authors'."""
     (drawn,) = synthetic.slides(1, "count", "train")
@@ -384,6 +332,11 @@ def test_attention_of_all_levels_is_read_region_by_region(tmp_path):
     assert np.abs(found.region[2] - third).mean() < 0.01  # rounding may change a few ranks
     mean = (found.patch + found.region + found.slide[:, None, None]) / 3
     np.testing.assert_allclose(found.factorised(0.5, "local"), mean, atol=1e-6)
+    other = hvit.PatchEncoder(dim=128, depth=1, heads=2)
+    refuses(
+        (lambda: found.factorised(2, "local"), "gamma"),
+        (lambda: heatmaps.attention_maps(model, other, slide, tiles, "half"), "128"),
+    )
 
 
 def test_a_variant_is_not_measured_as_the_published_method():

@@ -161,7 +161,7 @@ def test_the_features_of_sentences_follow_the_clip_of_a_model(way, embedded, tmp
     settings = Settings(prompts=10, visual_embed=True)
     models = [PromptPAR(clip, texts, tokenizer, fusion, settings).eval() for clip in clips]
     models[1].load_state_dict({n: x for n, x in models[0].state_dict().items() if "clip" not in n}, strict=False)
-    loaded = companion.load(companion.save(models[0], tmp_path / "m.safetensors"))
+    loaded = companion.load(companion.save(models[0], tmp_path / "m"))
     x, before = draw(2, 3, 32, 32), models[0].text_features
     for model in (models[0], loaded):
         EXCHANGES[way](model.clip, copy.deepcopy(clips[1]))

@@ -31,6 +31,7 @@ from torchvision.ops import box_convert, box_iou, generalized_box_iou
 
 from ...errors import Amount, BadParameter, Count, Share
 from ...io.config import configure
+from ...saving import Pretrained
 from ..layers import attend, state_dicts
 from ..layers.attend import attention_map
 from ..layers.frozen import frozen_copy
@@ -81,12 +82,11 @@ class Adapter(nn.Module):
         return self.up(self.dropout(self.mid(self.down(h))))
 
 
-class Tracks(nn.Module):
-    """The calls of BAT and its baselines, which have `locate`, and what `companion.predict` and `companion.export`
+class Tracks(Pretrained, nn.Module):
+    """The calls of BAT and its baselines, which have `locate`, and what `companion.predict`
     read."""
 
     tracker: OSTrack
-    all_outputs = True
 
     def forward(self, template: Tensor, search: Tensor) -> Prediction:
         """The prediction on template (b, 6, t, t) and search (b, 6, s, s) crops.
@@ -110,9 +110,6 @@ class Tracks(nn.Module):
         if len(images) != 2:
             raise BadParameter("images", f"{len(images)} of them", "two folders or two video files, RGB and thermal")
         return track(images[0], images[1], box, self, **options)
-
-    def export_inputs(self, side: int) -> dict[str, tuple[int, ...]]:
-        return {name: (6, n, n) for name, n in (("template", self.tracker.template), ("search", self.tracker.search))}
 
 
 class BAT(Tracks, state_dicts.OfficialModel):

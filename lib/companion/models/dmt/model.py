@@ -141,8 +141,6 @@ class DMT(nn.Module):
         decoder: one of `DECODERS` [anc: G2SD's sizes].
     """
 
-    not_exported = "it is a training of a student: export the model that `downstream.classifier` makes of it"
-
     @typed
     def __init__(
         self,

@@ -39,7 +39,6 @@ from ..layers.clip_prompting import (
 )
 from ..layers.frozen import frozen_copy
 from ..layers.precision import without_autocast
-from ..layers.predicting import Shapes
 from ..layers.state_dicts import depth as depth_of
 from .baselines import DEEP_PROJECTIONS, DEEP_TEXT, META_NET, meta_net
 from .quaternion import QuaternionLinear
@@ -160,11 +159,6 @@ class DPLQ(PromptLearner):
             raise BadParameter("domain", tuple(domain.shape), f"features ({len(images)}, {features})")
         prompts = self.prompts(domain, eps)
         return similarity(self.clip, *self.encode(images, prompts))
-
-    def export_inputs(self, side: int) -> Shapes:
-        if self.noise == "always":
-            raise BadParameter("noise", "always", "'train' or 'off': the predictions of this DPLQ are random")
-        return super().export_inputs(side)
 
     def encode(self, images: Tensor, prompts: Prompts) -> tuple[Tensor, Tensor]:
         """Features of the images (b, E) and of the classes for each image (b, C, E), not normalised."""

@@ -22,7 +22,7 @@ from torchvision.ops import Conv2dNormActivation, batched_nms, box_convert, box_
 from ...errors import BadParameter, Count
 from ...io.config import configure
 from ..layers.heads import vit_sizes
-from ..layers.predicting import Images, Names, Shapes, Transform, batches, grey
+from ..layers.predicting import Images, Names, Transform, batches, grey
 from ..layers.state_dicts import OfficialModel, below, check_names
 from . import official
 from .heads import PatchMap
@@ -127,9 +127,6 @@ class Detector(OfficialModel):
         """Boxes (n, 7) of each image; options as of `decode`."""
         found = batches(self, images, transform or squeeze_transform(self.size), grey)
         return [boxes.cpu() for heads in found for boxes in decode([x.float() for x in heads], self.size, **options)]
-
-    def export_inputs(self, side: int) -> Shapes:
-        return {"images": (3, self.size, self.size)}
 
     @classmethod
     def from_official(cls, state: Mapping[str, Tensor], heads: int | None = None) -> Detector:

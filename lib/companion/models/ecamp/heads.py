@@ -29,7 +29,7 @@ from ...errors import Count, check_choice, check_range
 from ...io.config import configure
 from ..layers import heads as shared
 from ..layers.heads import like, vit_sizes
-from ..layers.predicting import Images, Names, Shapes, Transform, coloured, grey, named, outputs
+from ..layers.predicting import Images, Names, Transform, coloured, grey, named, outputs
 from ..layers.state_dicts import OfficialModel, below, check_names, load_official
 from . import official
 from .transforms import squeeze_transform, test_transform
@@ -151,9 +151,6 @@ class Segmenter(OfficialModel):
         """Probabilities (outputs, S, S) of each image; disc and cup are those of RIGA's images in colour."""
         transform = transform or squeeze_transform(self.map.encoder.patch_embed.img_size[0])
         return list(outputs(self, images, transform, coloured if len(self.decoders) == 2 else grey).sigmoid())
-
-    def export_inputs(self, side: int) -> Shapes:
-        return {"images": (3, *self.map.encoder.patch_embed.img_size)}
 
     @classmethod
     def from_official(cls, state: Mapping[str, Tensor], heads: int | None = None) -> Segmenter:

@@ -329,7 +329,6 @@ class ECAMP(OfficialModel):
     """
 
     rules = official.NAMES["pre-training"]
-    not_exported = "it is a pre-training: export a classifier or segmenter of `heads`"
     fusion: type[nn.Module] = Fusion  # of the text decoder; `variants` have others
 
     def __init__(

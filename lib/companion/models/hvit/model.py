@@ -195,7 +195,6 @@ class HViT(OfficialModel):
     """
 
     rules = official.NAMES
-    not_exported = "slides have any number of regions, with a mask: export its `patch` or `region` level's blocks"
 
     def __init__(
         self,

@@ -30,9 +30,10 @@ from ...data.domains import clip_transform
 from ...errors import BadCheckpoint, BadParameter, check_images
 from ...errors import check_names as check_class_names
 from ...io.config import as_json, configure
+from ...saving import Pretrained
 from .frozen import current, frozen_copy
 from .precision import without_autocast
-from .predicting import Images, Names, Shapes, Transform, named, outputs
+from .predicting import Images, Names, Transform, named, outputs
 from .state_dicts import check_names, load_official, official_state
 from .state_dicts import depth as depth_of
 
@@ -191,7 +192,7 @@ def embed_texts(tokenizer: Tokenizer, clip: CLIP, texts: Sequence[str], free: in
 # --- prompted CLIPs ---------------------------------------------------------------------------------------------------
 
 
-class WithTexts(nn.Module):
+class WithTexts(Pretrained, nn.Module):
     """A model with a frozen CLIP, `clip`, and texts. What is computed of the texts follows the CLIP's weights.
 
     Attributes:
@@ -277,9 +278,6 @@ class PromptedCLIP(WithTexts):
         """The probability of each class, by default under the names that the prompts have."""
         transform = transform or clip_transform(input_of(self.clip))
         return named(outputs(self, images, transform).softmax(1), names or self.classes)
-
-    def export_inputs(self, side: int) -> Shapes:
-        return {"images": (3, *self.clip.visual.image_size)}
 
     def train(self, mode: bool = True):
         super().train(mode)

@@ -1,7 +1,6 @@
 """What the methods `predict` of several papers share: images from files, outputs in batches, values by name.
 
-`companion.predict` calls `model.predict(images, names, **options)`, `companion.export` reads
-`model.export_inputs(side)`, the shape of each input by name.
+`companion.predict` calls `model.predict(images, names, **options)`.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from torchvision.transforms.v2 import functional as F
 from ...backbones import input_of
 from ...data import classification, decoding
 from ...errors import CorruptFile, check_names, typed
+from ...saving import Pretrained
 
 BATCH = 16
 
@@ -26,7 +26,6 @@ Picture = str | Path | Image.Image
 Images = Sequence[Picture]
 Names = Sequence[str]
 Transform = Callable | None
-Shapes = dict[str, tuple[int, ...]]
 
 
 def picture(image: Picture) -> Image.Image:
@@ -80,7 +79,7 @@ def named(rows: Tensor, names: Names) -> list[dict[str, float]]:
     return [{names[i]: row[i] for i in best} for best, row in zip(order, rows.tolist(), strict=True)]
 
 
-class OnBackbone(nn.Module):
+class OnBackbone(Pretrained, nn.Module):
     """A classifier on a `backbone` of timm."""
 
     backbone: Any
@@ -89,7 +88,3 @@ class OnBackbone(nn.Module):
         """The probability of each class."""
         transform = transform or classification.resize_transform(input_of(self.backbone))
         return named(outputs(self, images, transform).softmax(1), names)
-
-    def export_inputs(self, side: int) -> Shapes:
-        size = input_of(self.backbone).size
-        return {"images": (3, size, size)}

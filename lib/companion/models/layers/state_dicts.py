@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import BadCheckpoint
+from ...saving import Pretrained
 
 Names = Mapping[str, "str | list"]
 """Our tensor names to the official ones; to a (nested) list of them where ours holds several."""
@@ -86,7 +87,7 @@ def official_state(ours: Mapping[str, Tensor], names: Names) -> dict[str, Tensor
     return state
 
 
-class OfficialModel(nn.Module):
+class OfficialModel(Pretrained, nn.Module):
     """A model whose tensors have names in the authors' code: ours after `rules`, see `renamed`, or `official_names`."""
 
     rules: Sequence[tuple[str, str | Callable]] = ()

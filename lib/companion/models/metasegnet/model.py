@@ -37,7 +37,7 @@ from ...io.config import configure
 from ..layers.attend import Attend
 from ..layers.frozen import frozen_copy
 from ..layers.heads import swin_sizes
-from ..layers.predicting import Images, Names, Shapes
+from ..layers.predicting import Images, Names
 from ..layers.state_dicts import OfficialModel, load_official
 from . import official
 from .decoder import Decoder
@@ -263,18 +263,11 @@ class MetaSegNet(OfficialModel):
             found.append(labels.masked_fill(torch.from_numpy(~there), NODATA))
         return found
 
-    def export_inputs(self, side: int) -> Shapes:
-        return {"images": (3, side, side)}
-
     def ids(self, texts: Sequence[str]) -> Tensor:
         """The ids (n, L) of texts. Raises `BadParameter`: the unimodal network has no text."""
         if self.text is None:
             raise BadParameter("texts", texts, "None for the unimodal network")
         return self.text.ids(texts)
-
-    def with_text(self, text: str) -> OneText:
-        """A copy that reads images alone, with this text as a constant, for `companion.export`."""
-        return OneText(self, text)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the image encoder's activations in the backward pass: less memory, more time."""
@@ -297,27 +290,6 @@ class MetaSegNet(OfficialModel):
 
     def official_names(self) -> dict[str, str]:
         return official.names(self)
-
-
-class OneText(nn.Module):
-    """A network whose text is a constant: images (B, 3, H, W) to logits (B, C, H, W)."""
-
-    def __init__(self, network: MetaSegNet, text: str):
-        super().__init__()
-        self.network = copy.deepcopy(network).eval()
-        ids = network.ids([text]).to(next(network.parameters()).device)
-        with torch.no_grad():
-            self.register_buffer("states", self.network.text(ids))
-        self.register_buffer("mask", self.network.text.mask(ids))
-        self.network.text = None
-
-    def forward(self, images: Tensor) -> Tensor:
-        maps = self.network.maps(images)
-        states, mask = self.states.expand(len(images), -1, -1), self.mask.expand(len(images), -1)
-        return self.network.decoder(self.network.fuse(maps, states, mask), images.shape[-2:])[0]
-
-    def export_inputs(self, side: int) -> Shapes:
-        return self.network.export_inputs(side)
 
 
 # --- losses -----------------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ from ..layers import attend
 from ..layers.attend import attention_map
 from ..layers.clip_prompting import Texts, Tokenizer, WithTexts, encode_text
 from ..layers.precision import without_autocast
-from ..layers.predicting import Images, Names, Shapes, Transform, named, outputs
+from ..layers.predicting import Images, Names, Transform, named, outputs
 from .official import Released, prompted_text, read_checkpoint
 from .tower import PUBLISHED, Out, PromptedTower, Settings, region_mask, uniform
 from .transforms import square_transform
@@ -170,9 +170,6 @@ class PromptPAR(PromptedTower, WithTexts, Released):
         """The probability of each attribute, by default under its sentence."""
         transform = transform or square_transform(self.clip.visual.image_size[0])
         return named(outputs(self, images, transform).sigmoid(), names or self.sentences)
-
-    def export_inputs(self, side: int) -> Shapes:
-        return {"images": (3, *self.clip.visual.image_size)}
 
     def fuse(self, tokens: Tensor) -> tuple[Tensor, Out]:
         """The attributes' tokens, (b, A, D), after the last norm, from image tokens (b, L, E); and `out` of the last

@@ -230,7 +230,6 @@ class MLR(OfficialModel):
             available, and the distillation needs cached embeddings.
     """
 
-    not_exported = "it resizes images of any size by their own sizes: export its `body`"
     top: Callable[[int, int], nn.Module] | None = LastLevelP6P7  # P6 and P7 on top of the pyramid
 
     def __init__(

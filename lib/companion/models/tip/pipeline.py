@@ -28,6 +28,7 @@ from ...backbones import quiet, unreachable
 from ...errors import BadCheckpoint, BadParameter, CorruptFile, Count, MissingWeights, check_choice, extra, typed
 from ...io.files import atomic_folder, read_json
 from ...io.progress import progress
+from ...saving import downloaded
 from ..layers.predicting import Images, Names, coloured
 from ..layers.windows import starts
 from .degradations import BLIND, checked
@@ -124,7 +125,6 @@ class TIPPipeline(DiffusionPipeline):
         scheduler: `DDIMScheduler`.
     """
 
-    not_exported = "a sampler runs its networks many times: diffusers exports `unet`, `vae` and `text_encoder` alone"
     _optional_components = ["tokenizer"]  # noqa: RUF012 - a list is what diffusers looks for
 
     def __init__(self, vae, text_encoder, unet, adaptor, scheduler, tokenizer=None):
@@ -139,13 +139,22 @@ class TIPPipeline(DiffusionPipeline):
         """The restored images, PIL images; options of the call."""
         return [self(coloured(image)[None], **{"output": "pil"} | options).images[0] for image in images]
 
+    def save_pretrained(self, save_directory, **options) -> None:
+        """As in diffusers, but under a temporary name first. A folder with files must be a pipeline's."""
+        folder = Path(save_directory)
+        if any(folder.glob("*")):
+            check_parts(folder)
+        with atomic_folder(folder) as new:
+            super().save_pretrained(new, **options)
+
     @classmethod
     def from_pretrained(cls, path, **options) -> TIPPipeline:
-        """A pipeline that `save_pretrained` wrote in a folder; options as in diffusers. Safetensors only, without bars.
+        """The pipeline of a folder of `save_pretrained`, or of "<user>/<name>" on the hub; options as in diffusers.
 
         Raises `CorruptFile`: the folder holds or names code, or a part of another class.
         """
-        check_parts(Path(path))
+        path = Path(path) if Path(path).exists() else downloaded(str(path))
+        check_parts(path)
         options = {"use_safetensors": True, "low_cpu_mem_usage": False, **options}
         with quiet(diffusers_logging):
             return super().from_pretrained(path, **options)
