@@ -52,10 +52,10 @@ def narrow(image: Image.Image) -> torch.Tensor:
 
 OUTPUTS: dict[str, tuple[Callable, Callable, bool]] = {
     # the transform of the paper, its outputs for the transformed images, whether images are grey
-    "SA²VP": (lambda m: classification.resize_transform(input_of(m)), lambda m, x: m(x)[0].softmax(1), False),
+    "SA²VP": (lambda m: classification.resize_transform(input_of(m)), lambda m, x: m(x).softmax(1), False),
     "VPT": (lambda m: classification.resize_transform(input_of(m)), lambda m, x: m(x).softmax(1), False),
     "DPLQ": (lambda m: domains.clip_transform(input_of(m)), lambda m, x: m(x).softmax(1), False),
-    "PromptPAR": (lambda m: narrow, lambda m, x: m(x).logits.sigmoid(), False),
+    "PromptPAR": (lambda m: narrow, lambda m, x: m(x).sigmoid(), False),
     "DMT's classifier": (lambda m: dmt.vit.test_transform(32), lambda m, x: m(x).softmax(1), False),
     "DMT's student": (lambda m: dmt.vit.test_transform(32), lambda m, x: m.features(x), False),
     "ECAMP": (lambda m: xray_transform(32), lambda m, x: m.encoder.forward_features(x)[:, 1:].mean(1), True),

@@ -138,8 +138,10 @@ def save(model: Any, folder: str | Path, *, class_names: Sequence[str] = (), tra
         raise BadParameter("transform", type(transform).__name__, accepted)
     if preprocessing is not None and "train" in preprocessing["args"]:  # a copy: the transform stays as it is
         preprocessing = preprocessing | {"args": preprocessing["args"] | {"train": False}}
-    outputs = config["args"].get("classes", getattr(model, "classes", None))
-    check_names(class_names, outputs if isinstance(outputs, int) and outputs > 1 else None)
+    classes = getattr(model, "num_classes", config["args"].get("classes"))
+    check_names(class_names, classes if isinstance(classes, int) and classes > 1 else None)
+    if isinstance(classes, int) and isinstance(config["args"].get("classes"), int):  # timm's `reset_classifier`
+        config = config | {"args": config["args"] | {"classes": classes}}
     state, settings = _tensors(model), _settings(model)
     with torch.random.fork_rng(devices=[]):
         again = rebuild(config)

@@ -153,7 +153,7 @@ def _by_clip(clip: nn.Module) -> nn.Module:
 
 
 def _with_classes(model: dplq.DPLQ) -> dplq.DPLQ:
-    model.set_classes(["a large red ring at the top", "disc"])  # more and longer than those that it was made with
+    model.reset_classifier(["a large red ring at the top", "disc"])  # more and longer than those that it was made with
     return model
 
 

@@ -169,7 +169,7 @@ def _training_images(case: Case) -> list[Row]:
 class _Given(nn.Module):
     """A model whose inputs are its logits."""
 
-    def set_classes(self, classes: object) -> None:
+    def reset_classifier(self, classes: object) -> None:
         """Nothing."""
 
     def forward(self, logits: Tensor) -> Tensor:

@@ -333,14 +333,15 @@ def _schedule(case: Case) -> list[Row]:
 
 
 class _Logits(nn.Module):
-    """A model whose images are the numbers of the rows of given logits."""
+    """A model whose images are the numbers of the rows of given logits; in eval mode of the first ones."""
 
     def __init__(self, *logits: Tensor):
         super().__init__()
         self.logits = logits
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        return tuple(one[images.flatten().long()] for one in self.logits)
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
+        found = tuple(one[images.flatten().long()] for one in self.logits)
+        return found if self.training else found[0]
 
 
 def _loss(case: Case) -> list[Row]:

@@ -169,7 +169,7 @@ def resize_transform(input) -> v2.Transform:
         input: anything with .size, .mean and .std, such as `backbones.input_of(model)`.
 
     Returns:
-        From a PIL image to a float32 tensor (3, size, size).
+        From a PIL image or a uint8 tensor (3, H, W) to a float32 tensor (3, size, size).
     """
     after = normalised(input)
     steps = [as_rgb, v2.Resize((input.size, input.size)), *after]
@@ -186,7 +186,7 @@ def crop_transform(input, train: bool) -> v2.Transform:
         train: random crop and horizontal flip; otherwise the centre.
 
     Returns:
-        From a PIL image to a float32 tensor (3, size, size).
+        From a PIL image or a uint8 tensor (3, H, W) to a float32 tensor (3, size, size).
     """
     after = normalised(input)
     cut = [v2.RandomCrop(input.size), v2.RandomHorizontalFlip(0.5)] if train else [v2.CenterCrop(input.size)]

@@ -126,7 +126,7 @@ def clip_transform(input, train: bool = False) -> v2.Transform:
             short side and a centre crop.
 
     Returns:
-        From a PIL image to a float32 tensor (3, size, size).
+        From a PIL image or a uint8 tensor (3, H, W) to a float32 tensor (3, size, size).
     """
     after, bicubic = normalised(input), v2.InterpolationMode.BICUBIC
     cut = (

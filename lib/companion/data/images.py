@@ -30,16 +30,22 @@ def to_tensor(picture: Image.Image) -> torch.Tensor:
     return as_float(v2.functional.pil_to_tensor(as_rgb(picture)))
 
 
-def as_rgb(picture: Any) -> Any:
-    """A PIL image in RGB, the first step of a transform: a palette's indices and 16 bits are no colours. What is no PIL
-    image stays as it is. Raises `BadParameter`: no full scale."""
-    pil = isinstance(picture, Image.Image) and picture.mode != "RGB"
-    return decoding.in_memory(picture) if pil else picture
+def as_rgb(picture: Any) -> Image.Image:
+    """A PIL image in RGB, the first step of a transform, of a PIL image (a palette's indices and 16 bits are no
+    colours) or of a uint8 tensor (1 or 3, H, W). Raises `BadParameter`: neither, or no full scale."""
+    if isinstance(picture, torch.Tensor):
+        if picture.dtype != torch.uint8 or picture.ndim != 3 or len(picture) not in (1, 3):
+            given = f"{picture.dtype} of {tuple(picture.shape)}"
+            raise BadParameter("images", given, "a PIL image, or a uint8 tensor (1 or 3, H, W)")
+        picture = v2.functional.to_pil_image(picture)
+    return picture if picture.mode == "RGB" else decoding.in_memory(picture)
 
 
-def as_float(images: torch.Tensor) -> torch.Tensor:
-    """Images as float32 in 0 to 1. Raises `BadParameter`: neither uint8 nor floats in that range, beyond which
-    interpolation may reach."""
+def as_float(images: torch.Tensor | Image.Image) -> torch.Tensor:
+    """Images as float32 in 0 to 1; a PIL image as grey (1, H, W). Raises `BadParameter`: neither uint8 nor floats in
+    that range, beyond which interpolation may reach."""
+    if isinstance(images, Image.Image):
+        return torch.from_numpy(decoding.unit_in_memory(images).copy())[None]
     found = v2.functional.to_dtype(images, torch.float32, scale=True)
     low, high = map(float, found.aminmax())
     if (images.dtype != torch.uint8 and not images.is_floating_point()) or not (low >= -1 and high <= 2):  # NaN is not

@@ -92,6 +92,15 @@ def configure(built: Built, arguments: Mapping[str, Any], by: Callable | None = 
     return built
 
 
+def reconfigure(built: object, **arguments: Any) -> None:
+    """Change arguments of a `config`, and forget the class names of the file that a model was loaded from."""
+    about = vars(built)
+    about["config"] = about["config"] | {
+        "args": about["config"]["args"] | {name: as_json(value) for name, value in arguments.items()}
+    }
+    about.pop("class_names", None)
+
+
 def config_of(built: object) -> dict[str, Any] | None:
     """The `config` that `configure` set; None where there is none."""
     config = getattr(built, "__dict__", {}).get("config")

@@ -298,7 +298,7 @@ def hits(model: PromptedCLIP, half: Half, seed: int, domain: Tensor | None = Non
         seed: of DPLQ's noise.
         domain: (n, F), in the place of DPLQ's domain features.
     """
-    model.eval().set_classes(half.classes)
+    model.eval().reset_classifier(half.classes)
     read = inputs(model, half.images) if domain is None else [half.images, domain]
     batches = zip(*(x.split(TEST_BATCH) for x in read), strict=True)
     with torch.random.fork_rng(devices=[]):

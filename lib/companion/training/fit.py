@@ -53,7 +53,7 @@ def outputs_of(
 ) -> Tensor:
     """The outputs of `model`, in eval mode, for the first entry of every item, stacked, on the CPU as float32.
 
-    For a model with several outputs (a tuple), the first. Afterwards the model is on its former device.
+    Afterwards the model is on its former device.
 
     Args:
         folder: where the outputs are stored as they come, see `stored.fill`; a killed prediction resumes there. They
@@ -71,7 +71,6 @@ def outputs_of(
                 # inference mode here: a model moved within it, or its outputs, could not be trained any more
                 with torch.inference_mode():
                     output = model(images.to(device, non_blocking=True))
-                    output = output[0] if isinstance(output, tuple) else output
                 # of another number of rows it is an error, not broadcast
                 yield (output.cpu().float().view(len(images), *output.shape[1:]),)
 

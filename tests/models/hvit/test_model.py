@@ -117,7 +117,7 @@ def test_what_the_outputs_mean_must_be_said_or_be_plain():
     states = {h: hvit.build("paper", "global", h, levels=("slide",)).to_official() for h in hvit.HEADS}
     for head in ("regression", "coral"):
         assert HViT.from_official(states[head]).slide.head == head
-    classes = {head: HViT.from_official(states["ordinal"], head).slide.classes for head in ("corn", "classification")}
+    classes = {head: HViT.from_official(states["ordinal"], head).num_classes for head in ("corn", "classification")}
     assert classes == {"corn": 6, "classification": 5}
     refuses(
         (lambda: HViT.from_official(states["ordinal"]), "head"),

@@ -252,7 +252,7 @@ def test_slides_of_ones_own_are_stored_in_parts_and_trained_on(own, tmp_path, ca
     _, folds, test, _ = recipe.stored(p)
     assert "0 benign, 1 tumour" in capsys.readouterr().out
     assert len(test) == 2 and [len(train) + len(tune) for train, tune in folds] == [8, 8]
-    assert recipe.run(p, tmp_path).models[0].slide.classes == 2
+    assert recipe.run(p, tmp_path).models[0].num_classes == 2
 
 
 @pytest.fixture

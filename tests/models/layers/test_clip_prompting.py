@@ -100,7 +100,7 @@ def test_images_and_classes_are_judged_apart_and_features_may_stand_for_images(k
     if kind is not MaPLe:  # whose image tower has prompts
         features = outputs_of(ImageFeatures(clip), TensorDataset(x), hardware=CPU)
         torch.testing.assert_close(model(features), logits, **CLOSE)
-    model.set_classes([CLASSES[2], CLASSES[0]])
+    model.reset_classifier([CLASSES[2], CLASSES[0]])
     torch.testing.assert_close(model(x), logits[:, [2, 0]], **CLOSE)
     assert (logits[0] - logits[1]).abs().max() > 0.01 and (logits[:, 0] - logits[:, 1]).abs().max() > 0.01
 
@@ -135,9 +135,9 @@ def test_class_names_that_are_refused_change_nothing(clip):
     logits = model(x)
     for names in ("disc", [], ["ring", "disc " * 20]):
         with pytest.raises(BadParameter):
-            model.set_classes(names)
+            model.reset_classifier(names)
         assert model.classes == tuple(CLASSES) and torch.equal(model(x), logits)
-    model.set_classes(["disc " * 8])  # with template, start and end: 14 of 16 tokens
+    model.reset_classifier(["disc " * 8])  # with template, start and end: 14 of 16 tokens
 
 
 @pytest.mark.parametrize(
@@ -183,5 +183,5 @@ def test_the_learners_own_tensors_are_read_for_other_classes(kind, clip):
     assert all(torch.equal(tensor, before[name]) for name, tensor in clip.state_dict().items())
     learner = {n.removeprefix("prompt_learner."): t for n, t in state.items() if n.startswith("prompt_learner.")}
     novel = kind.from_official(learner, clip, ["bar"], Tokenizer())
-    model.set_classes(["bar"])
+    model.reset_classifier(["bar"])
     assert torch.equal(novel(images()), model(images()))

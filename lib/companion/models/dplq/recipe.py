@@ -98,7 +98,7 @@ def run(p: Parameters, out: Path) -> Tested:
     model, history = train(ready)
     assert isinstance(model, PromptedCLIP)
     scores = {name: accuracy(model, data, tuple(data.class_names), p.seed, hardware(p)) for name, data in tests.items()}
-    model.set_classes(tuple(learn.class_names))
+    model.reset_classifier(tuple(learn.class_names))
     if p.protocol == "base to novel":
         scores["HM"] = fewshot.harmonic_mean(scores["base"], scores["novel"])
     RESULTS.measured(out / "measured.csv", *rows(p, scores), dry_run=p.dry_run)
@@ -297,7 +297,7 @@ def hardware(p: Parameters) -> Hardware:
 
 def accuracy(model: PromptedCLIP, data: Any, classes: tuple[str, ...], seed: int, hardware: Hardware) -> float:
     """Top-1 accuracy in percent on (image, label) among `classes`; `seed` is that of DPLQ's noise."""
-    model.set_classes(classes)
+    model.reset_classifier(classes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return classifying.accuracy(model, data, hardware, TEST_BATCH)

@@ -1,6 +1,7 @@
 """What is done to an image before ECAMP's ViT (section 5): pre-training, and the downstream tasks as released.
 
-From a grey tensor (1, H, W), uint8 or 0 to 1, to (3, S, S); `MaskTransform` takes RIGA's colours (3, H, W) too.
+From a PIL image or a grey tensor (1, H, W), uint8 or 0 to 1, to (3, S, S); `MaskTransform` takes RIGA's
+colours (3, H, W) too.
 """
 
 from __future__ import annotations

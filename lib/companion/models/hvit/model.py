@@ -35,7 +35,7 @@ from torch.nn import functional as F
 from ...errors import BadParameter, Count, Range, Share, check_choice, check_parts, check_range, typed
 from ...errors import check_names as check_class_names
 from ...evaluation.metrics import checked
-from ...io.config import configure
+from ...io.config import configure, reconfigure
 from ..layers.state_dicts import OfficialModel, below, check_names, depth
 from . import official
 from .encoders import Named, PatchEncoder, RegionEncoder, grids, patches_of
@@ -140,17 +140,24 @@ class SlideTransformer(nn.Module):
         check_choice("position", position, POSITIONS)
         dim = dim or inputs
         check_parts("heads", dim, heads)
-        self.inputs, self.classes, self.head = inputs, classes, head
+        self.inputs, self.head = inputs, head
         self.phi = nn.Sequential(nn.Linear(inputs, dim), nn.ReLU(), nn.Dropout(dropout))
         self.position = nn.Identity() if position == "none" else SlidePosition(position, dim, longest, dropout)
         layer = nn.TransformerEncoderLayer(dim, heads, dim, dropout, activation="relu", batch_first=True)
         self.transformer = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
         self.pool = GatedPool(dim, 0.25 if dropout else 0.0)
         self.rho = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Dropout(dropout))
-        outputs = {"classification": classes, "regression": 1, "coral": 1}.get(head, classes - 1)
-        self.classifier = nn.Linear(dim, outputs, bias=head != "coral")
-        if head == "coral":
-            self.thresholds = nn.Parameter(torch.zeros(classes - 1))
+        self.reset_classifier(classes)
+
+    def reset_classifier(self, num_classes: Annotated[int, Range(2)]) -> None:
+        """Exchange the last layer for an untrained one of other grades."""
+        old = next(self.rho.parameters())
+        self.num_classes = num_classes
+        outputs = {"classification": num_classes, "regression": 1, "coral": 1}.get(self.head, num_classes - 1)
+        self.classifier = nn.Linear(old.shape[0], outputs, bias=self.head != "coral").to(old)
+        if self.head == "coral":
+            self.thresholds = nn.Parameter(old.new_zeros(num_classes - 1))
+        reconfigure(self, classes=num_classes)
 
     def forward(self, x: Tensor, present: Tensor | None = None) -> Tensor:
         """Outputs (b, k), (b, 1) or (b, k - 1), by the head.
@@ -210,11 +217,19 @@ class HViT(OfficialModel):
             raise BadParameter("variant", variant, "one whose trained levels are given")
         self.patch, self.region, self.slide = copy.deepcopy(patch), copy.deepcopy(region), copy.deepcopy(slide)
         below = {"global": ("patch", "region"), "local": ("patch",), "whole": ()}[variant]
-        self.classes = slide.classes
         self.variant, self.frozen = variant, [name for name in below if getattr(self, name) is not None]
         for name in self.frozen:
             self.level(name).requires_grad_(False)
         self.train(False)
+
+    @property
+    def num_classes(self) -> int:
+        return self.slide.num_classes
+
+    def reset_classifier(self, num_classes: Annotated[int, Range(2)]) -> None:
+        """Exchange the last layer of the slide level for an untrained one of other grades."""
+        self.slide.reset_classifier(num_classes)
+        reconfigure(self, slide=self.slide)
 
     def train(self, mode: bool = True) -> HViT:
         """As usual, but frozen levels stay in eval mode: features on disk were made without stochastic depth."""
@@ -245,13 +260,13 @@ class HViT(OfficialModel):
 
     def predict(self, slides: Sequence[Any], names: Sequence[str]) -> list[Any]:
         """The grade of each slide, by name where names are known: of a file of features, or a tensor of `forward`."""
-        check_class_names(names, self.classes)
+        check_class_names(names, self.num_classes)
         from ...data.slides import read_features  # imported here: h5py
 
         device, found = next(self.parameters()).device, list[Any]()
         for slide in slides:
             x = slide if isinstance(slide, Tensor) else read_features(slide)["features"]
-            grade = int(graded(self.slide.head, self(x[None].to(device)).float().cpu(), self.classes))
+            grade = int(graded(self.slide.head, self(x[None].to(device)).float().cpu(), self.num_classes))
             found.append(names[grade] if names else grade)
         return found
 

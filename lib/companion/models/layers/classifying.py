@@ -27,7 +27,7 @@ from ...training.fit import History, Loss, outputs_of
 from ...training.hardware import Hardware, RunParameters
 from ...training.recipe import Training, dry_items
 from .frozen import frozen_copy
-from .predicting import OnBackbone
+from .predicting import OnBackbone, head
 
 DRY_CLASSES = 10
 
@@ -161,19 +161,12 @@ def own_facts(dataset: str, root: str | Path, data: Any) -> dict[str, Any]:
 
 
 def accuracy(model: nn.Module, data: Any, hardware: Hardware, batch: int = 64) -> float:
-    """Top-1 accuracy in percent, of the first output if there are more."""
+    """Top-1 accuracy in percent."""
     labels = torch.as_tensor(data.labels if hasattr(data, "labels") else data.tensors[1])
     return metrics.accuracy(labels, outputs_of(model, data, batch=batch, hardware=hardware))
 
 
 # --- baselines --------------------------------------------------------------------------------------------------------
-
-
-def head(dim: int, classes: int) -> nn.Linear:
-    """A linear classifier, initialised as in VPT's code (truncated normal, 0.02)."""
-    layer = nn.Linear(dim, classes)
-    nn.init.trunc_normal_(layer.weight, std=0.02)
-    return layer
 
 
 def width(backbone: nn.Module) -> int:

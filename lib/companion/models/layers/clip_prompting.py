@@ -29,7 +29,7 @@ from ...backbones import input_of
 from ...data.domains import clip_transform
 from ...errors import BadCheckpoint, BadParameter, check_images
 from ...errors import check_names as check_class_names
-from ...io.config import as_json, configure
+from ...io.config import configure, reconfigure
 from ...saving import Pretrained
 from .frozen import current, frozen_copy
 from .precision import without_autocast
@@ -223,6 +223,11 @@ class WithTexts(Pretrained, nn.Module):
             getattr(self, name)
 
     @property
+    def num_classes(self) -> int:
+        """How many texts there are: classes or attributes."""
+        return len(self.ends)
+
+    @property
     def embedded(self) -> Tensor:
         """The texts (C, L, Wt), embedded without positions."""
         if self._ids is None:
@@ -261,9 +266,9 @@ class PromptedCLIP(WithTexts):
         self.tokenizer, self.template, self.free = tokenizer, template, free
         if "{}" not in template:
             raise BadParameter("template", template, "a text with {} for the class name")
-        self.set_classes(classes)
+        self.reset_classifier(classes)
 
-    def set_classes(self, classes: Classes) -> None:
+    def reset_classifier(self, classes: Classes) -> None:
         """Exchange the class names, for instance for novel ones after training; the parameters are unchanged."""
         texts = classes
         if not isinstance(classes, Texts):
@@ -271,8 +276,7 @@ class PromptedCLIP(WithTexts):
             texts = [self.template.replace("{}", name.replace("_", " ")) for name in classes]
         self.hold(texts, self.tokenizer, self.free)
         self.classes = () if isinstance(classes, Texts) else tuple(classes)
-        vars(self)["config"]["args"]["classes"] = as_json(classes)
-        self.__dict__.pop("class_names", None)  # those of the file that it was loaded from
+        reconfigure(self, classes=classes)
 
     def predict(self, images: Images, names: Names, transform: Transform = None) -> list[dict[str, float]]:
         """The probability of each class, by default under the names that the prompts have."""

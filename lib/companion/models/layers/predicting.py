@@ -17,7 +17,8 @@ from torchvision.transforms.v2 import functional as F
 
 from ...backbones import input_of
 from ...data import classification, decoding
-from ...errors import CorruptFile, check_names, typed
+from ...errors import CorruptFile, Count, check_names, typed
+from ...io.config import reconfigure
 from ...saving import Pretrained
 
 BATCH = 16
@@ -57,13 +58,12 @@ def _file(image: str | Path) -> Path:
 def batches(
     model: nn.Module, images: Images, transform: Callable, read: Callable = picture, run: Any = None
 ) -> Iterator[Any]:
-    """The outputs of a model, or of its method `run`, for batches of images; of a tuple of outputs the first."""
+    """The outputs of a model, or of its method `run`, for batches of images."""
     first = next(model.parameters())
     for start in range(0, len(images), BATCH):
         batch = torch.stack([transform(read(image)) for image in images[start : start + BATCH]])
         dtype = first.dtype if batch.is_floating_point() else batch.dtype
-        found = (run or model)(batch.to(first.device, dtype))
-        yield found[0] if isinstance(found, tuple) else found
+        yield (run or model)(batch.to(first.device, dtype))
 
 
 def outputs(*args: Any, **options: Any) -> Tensor:
@@ -79,10 +79,27 @@ def named(rows: Tensor, names: Names) -> list[dict[str, float]]:
     return [{names[i]: row[i] for i in best} for best, row in zip(order, rows.tolist(), strict=True)]
 
 
+def head(dim: int, classes: int) -> nn.Linear:
+    """A linear classifier, initialised as in VPT's code (truncated normal, 0.02)."""
+    layer = nn.Linear(dim, classes)
+    nn.init.trunc_normal_(layer.weight, std=0.02)
+    return layer
+
+
 class OnBackbone(Pretrained, nn.Module):
-    """A classifier on a `backbone` of timm."""
+    """A classifier on a `backbone` of timm, whose last layer is `head`."""
 
     backbone: Any
+    head: nn.Linear
+
+    @property
+    def num_classes(self) -> int:
+        return self.head.out_features
+
+    def reset_classifier(self, num_classes: Count) -> None:
+        """Exchange the last layer for an untrained one of other classes, as timm's models do."""
+        self.head = head(self.head.in_features, num_classes).to(self.head.weight)
+        reconfigure(self, classes=num_classes)
 
     def predict(self, images: Images, names: Names, transform: Transform = None) -> list[dict[str, float]]:
         """The probability of each class."""

@@ -80,7 +80,7 @@ def attribute(model: PromptPAR, images: Tensor, truth: Tensor, i: int) -> Figure
     pair = images[[k for y in (1, 0) for k in (truth[:, i] == y).nonzero()[:1, 0].tolist()]]
     found = model.maps(pair)
     with torch.no_grad():
-        predicted = model(pair).logits[:, i].sigmoid()
+        predicted = model(pair)[:, i].sigmoid()
     titles = [f"{name} {value:.2f}" for name, value in zip(("present", "absent"), predicted, strict=False)]
     heat = {"attention": found.attributes[:, i], "cosine": found.cosines[:, i]}
     options = {"mean": [0.5] * 3, "std": [0.5] * 3, "mode": "nearest"}

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...errors import BadParameter
-from ...io.config import configure
+from ...io.config import configure, reconfigure
 from ..layers import attend
 from ..layers.attend import attention_map
 from ..layers.clip_prompting import Texts, Tokenizer, WithTexts, encode_text
@@ -125,8 +125,8 @@ class PromptPAR(PromptedTower, WithTexts, Released):
             raise BadParameter("mm_layers", s.mm_layers, f"0 to {len(fusion.blocks)}, the blocks of the fusion")
         if not s.visual_embed and shared != width:
             raise BadParameter("visual_embed", False, f"True where the fusion's width {width} is not CLIP's, {shared}")
-        self.read(sentences, tokenizer)
-        attributes = len(self.ends)
+        self._read(sentences, tokenizer)
+        attributes = self.num_classes
         text_layers = len(self.clip.transformer.resblocks)
         self.text_prompts = uniform(text_layers, s.text_prompts, attributes, text_width, patch=self.patch)
         self.text_prompts.requires_grad_(False)
@@ -147,18 +147,26 @@ class PromptPAR(PromptedTower, WithTexts, Released):
         self.heads = Heads(width, attributes)
         self.bn = nn.BatchNorm1d(attributes)
 
-    def read(self, sentences: Sequence[str] | Texts, tokenizer: Tokenizer | None) -> None:
-        """Exchange the sentences, whose features are `text_features` (A, E), not normalised.
-
-        Raises `BadParameter`: another number of sentences than of attributes."""
-        count = len(sentences.ends if isinstance(sentences, Texts) else sentences)
-        known = len(self.heads.weight) if hasattr(self, "heads") else count
-        if count != known:
-            raise BadParameter("sentences", f"{count} of them", f"{known}, one for each attribute")
+    def _read(self, sentences: Sequence[str] | Texts, tokenizer: Tokenizer | None) -> None:
+        """Exchange the sentences, whose features are `text_features` (A, E), not normalised."""
         self.hold(sentences, tokenizer)
         self.sentences = () if isinstance(sentences, Texts) else tuple(sentences)
         self.tokenizer = tokenizer
-        self.__dict__.pop("class_names", None)  # those of the file that it was loaded from
+
+    def reset_classifier(self, sentences: Sequence[str] | Texts, tokenizer: Tokenizer | None) -> None:
+        """Exchange the sentences, any number of them; what is trained for each attribute starts anew."""
+        self._read(sentences, tokenizer)
+        count, like = self.num_classes, self.heads.weight
+        self.heads = Heads(like.shape[-1], count).to(like.device, like.dtype)
+        self.bn = nn.BatchNorm1d(count).to(like.device, like.dtype)
+        if self.agg_bn is not None:
+            self.agg_bn = nn.BatchNorm1d(count).to(like.device, like.dtype)
+        if self.linear_layer is not None:
+            self.linear_layer = nn.Linear(count + len(self.order), count).to(like.device, like.dtype)
+        layers, prompts, _, width = self.text_prompts.shape
+        self.text_prompts = uniform(layers, prompts, count, width, patch=self.patch)
+        self.text_prompts.requires_grad_(False).to(like.device, like.dtype)
+        reconfigure(self, sentences=sentences, tokenizer=tokenizer)
 
     def encode_texts(self) -> Tensor:
         if self.clip.text_projection.dtype != torch.float16:
@@ -221,12 +229,13 @@ class PromptPAR(PromptedTower, WithTexts, Released):
         """
         return self.encode(images)[0]
 
-    def forward_head(self, tokens: Tensor) -> Output:
-        """Logits (b, A) and similarity (b, A) from the tokens (b, L, E) of `forward_features`."""
-        return self.decide(tokens)[0]
+    def forward_head(self, tokens: Tensor) -> Tensor | Output:
+        """As `forward`, from the tokens (b, L, E) of `forward_features`."""
+        output = self.decide(tokens)[0]
+        return output if self.training else output.logits
 
-    def forward(self, images: Tensor) -> Output:
-        """Logits (b, A) and similarity (b, A) of images (b, 3, H, W)."""
+    def forward(self, images: Tensor) -> Tensor | Output:
+        """Logits (b, A) of images (b, 3, H, W); in training with the similarity (b, A), for `loss`."""
         return self.forward_head(self.forward_features(images))
 
     def forward_intermediates(self, images: Tensor) -> tuple[Output, Out]:

@@ -62,7 +62,7 @@ def square_transform(
         train: adds 10 pixels of black padding, a random crop of `size`, and a flip with probability 0.5.
 
     Returns:
-        From a PIL image to a float32 tensor (3, size, size).
+        From a PIL image or a uint8 tensor (3, H, W) to a float32 tensor (3, size, size).
     """
     cut = [v2.Pad(10), v2.RandomCrop(size), v2.RandomHorizontalFlip(0.5)] if train else []
     halves = SimpleNamespace(size=size, mean=(0.5,) * 3, std=(0.5,) * 3)

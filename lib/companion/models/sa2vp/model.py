@@ -153,10 +153,10 @@ class TwoPathways(OnBackbone, OfficialModel):
         self.dropout = nn.Dropout(dropout)
         self.cross = kinds[attention](neighbourhood(grid, 1, class_token))
 
-    def forward(self, images: Tensor) -> Pathways:
-        """Classify images (b, 3, H, W) by both pathways: two (b, classes); the first is the prediction."""
+    def forward(self, images: Tensor) -> Tensor | Pathways:
+        """Logits (b, classes) of images (b, 3, H, W), by the image pathway; in training by both, for `loss`."""
         image, prompt = self.forward_features(images)
-        return self.head(image), self.head(prompt)
+        return (self.head(image), self.head(prompt)) if self.training else self.head(image)
 
     def interaction(self, i: int, proj: nn.Linear, q: Tensor, k: Tensor, v: Tensor, query: Tensor) -> Tensor:
         """F (3.3), (b, n, D): the attended neighbourhood plus the query itself, through adapter i."""

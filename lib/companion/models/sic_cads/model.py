@@ -34,7 +34,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from ...backbones import Input, build, per_channel
 from ...errors import Amount, BadParameter, Count, Share, Whole, check_choice, typed
-from ...io.config import configure
+from ...io.config import configure, reconfigure
 from ..layers.clip_prompting import Tokenizer, tokenise
 from ..layers.precision import without_autocast
 from ..layers.predicting import Images, Names, named, picture
@@ -243,12 +243,7 @@ class MLR(OfficialModel):
     ):
         configure(self, locals())
         super().__init__()
-        if novel.shape != text.shape[:1] or novel.dtype != torch.bool:
-            raise BadParameter("novel", (tuple(novel.shape), novel.dtype), f"one bool for each of {len(text)} classes")
-        if len(text) < 3:
-            raise BadParameter("text", tuple(text.shape), "three classes or more: fewer have no image-level scores")
-        self.settings, self.classes = settings, len(text)
-        s = settings
+        self.settings = s = settings
         known = range(len(body.feature_info))
         if not s.indices or list(s.indices) != sorted(set(s.indices) & set(known)):
             raise BadParameter(
@@ -259,12 +254,26 @@ class MLR(OfficialModel):
         top = self.top and self.top(s.width, s.width)
         self.pyramid = FeaturePyramidNetwork(channels, s.width, top)
         self.heads = Heads(s.width * (len(channels) + 2 * (top is not None)), text.shape[1], s.levels)
-        self.text = nn.Parameter(text.detach().float().clone(), requires_grad=False)
-        self.register_buffer("novel", novel.clone(), persistent=False)
+        self.reset_classifier(text, novel)
         self.teacher = copy.deepcopy(teacher)
         for part in self._frozen():
             part.requires_grad_(False)
         self.train(self.training)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.text)
+
+    def reset_classifier(self, text: Tensor, novel: Tensor) -> None:
+        """Exchange the embedded class names (C, D), and which of them have no boxes (C,); no other weight changes."""
+        if novel.shape != text.shape[:1] or novel.dtype != torch.bool:
+            raise BadParameter("novel", (tuple(novel.shape), novel.dtype), f"one bool for each of {len(text)} classes")
+        if len(text) < 3:
+            raise BadParameter("text", tuple(text.shape), "three classes or more: fewer have no image-level scores")
+        device = next(self.heads.parameters()).device
+        self.text = nn.Parameter(text.detach().float().clone().to(device), requires_grad=False)
+        self.register_buffer("novel", novel.clone().to(device), persistent=False)
+        reconfigure(self, text=text, novel=novel)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """As in timm, for the body."""
@@ -358,7 +367,7 @@ class MLR(OfficialModel):
     def predict(self, images: Images, names: Names, detector: Callable | None = None, **options: Any) -> list[Any]:
         """The score of each class; with a `detector` refined detections, options as of `refined`."""
         device, found = next(self.parameters()).device, list[Any]()
-        known = names or [str(i) for i in range(self.classes)]
+        known = names or [str(i) for i in range(self.num_classes)]
         for image in images:
             pixels = pil_to_tensor(picture(image)).to(device)
             scores = self.recognise(pixels[None], student=self.teacher is None).p.float().cpu()  # (1, C)
