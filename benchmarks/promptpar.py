@@ -108,7 +108,7 @@ def released(model: PromptPAR, images: Tensor, mask: Tensor, text: Tensor | None
 
 def forward(how: str, model: PromptPAR, images: Tensor) -> Output:
     if how == "ours":
-        return model(images)
+        return model.decide(model.forward_features(images))[0]
     mask = torch.zeros(311, 311).masked_fill(region_mask((16, 16), 50), -torch.inf)
     return released(model, images, mask, model.text_features if how == "released, sentences read once" else None)
 
