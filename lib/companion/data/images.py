@@ -30,15 +30,16 @@ def to_tensor(picture: Image.Image) -> torch.Tensor:
     return as_float(v2.functional.pil_to_tensor(as_rgb(picture)))
 
 
-def as_rgb(picture: Any) -> Image.Image:
-    """A PIL image in RGB, the first step of a transform, of a PIL image (a palette's indices and 16 bits are no
-    colours) or of a uint8 tensor (1 or 3, H, W). Raises `BadParameter`: neither, or no full scale."""
+def as_rgb(picture: Any) -> Any:
+    """A PIL image in RGB, the first step of a transform (a palette's indices and 16 bits are no colours); or a uint8
+    tensor (..., 3, H, W), also of one with grey values. Raises `BadParameter`: another tensor, or no full scale."""
     if isinstance(picture, torch.Tensor):
-        if picture.dtype != torch.uint8 or picture.ndim != 3 or len(picture) not in (1, 3):
+        if picture.dtype != torch.uint8 or picture.ndim < 3 or picture.shape[-3] not in (1, 3):
             given = f"{picture.dtype} of {tuple(picture.shape)}"
             raise BadParameter("images", given, "a PIL image, or a uint8 tensor (1 or 3, H, W)")
-        picture = v2.functional.to_pil_image(picture)
-    return picture if picture.mode == "RGB" else decoding.in_memory(picture)
+        return picture.expand(*picture.shape[:-3], 3, -1, -1)
+    pil = isinstance(picture, Image.Image) and picture.mode != "RGB"
+    return decoding.in_memory(picture) if pil else picture
 
 
 def as_float(images: torch.Tensor | Image.Image) -> torch.Tensor:

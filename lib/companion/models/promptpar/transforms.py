@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 from PIL import Image
+from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
@@ -35,8 +36,9 @@ class PadToSquare:
         check_choice("padding", padding, ("black", "white"))
         self.size, self.antialias, self.padding = size, antialias, padding
 
-    def __call__(self, picture: Image.Image) -> Image.Image:
+    def __call__(self, picture: Image.Image | Tensor) -> Image.Image:
         picture = as_rgb(picture)
+        picture = F.to_pil_image(picture) if isinstance(picture, Tensor) else picture
         wide = picture.width / (picture.height / self.size)
         if wide > self.size:
             return picture
